@@ -1,0 +1,148 @@
+"""Compare every shipped recipe with numbers recorded from the official code.
+
+    python benchmarks/parity.py --golden DIR
+
+DIR holds ``requests.json`` and ``tiny/``: per architecture a model folder, ``<arch>_golden.json`` (hyperparameters, contexts,
+batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Runs in the model's own type
+(float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or nothing was compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cakeflow import Contexts, Editor, Statistics, TargetOptimizer, read_requests
+from cakeflow.config import shipped
+
+BARS = {"gpt2": (1e-10, 1e-6), "llama": (1e-5, 1e-4)}
+"""Architecture -> bars for target values and weight changes; the official norms and softmax of llama run in float32."""
+DEFAULT_BARS = (1e-5, 1e-4)
+
+RECORDINGS = {
+    "memit": ["memit"],
+    "memit_seq": ["memit_seq"],
+    "memit_blue": ["memit_blue"],
+    "alphaedit": ["alphaedit", "alphaedit_seq"],
+    "alphaedit_blue": ["alphaedit_blue"],
+    "cake": ["alphaedit", "alphaedit_seq"],
+}
+"""Recipe -> recordings it must reproduce. CAKE has no official code to record: with tau -> infinity it is AlphaEdit."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One architecture's recording."""
+
+    name: str
+    folder: Path
+    setup: dict[str, Any]
+    tensors: dict[str, Tensor]
+    methods: dict[str, Any]
+
+    @classmethod
+    def read(cls, path: Path) -> Golden:
+        """Read ``<arch>_golden.json`` and the tensors beside it."""
+        methods = json.loads(path.read_text())
+        name = path.name.removesuffix("_golden.json")
+        return cls(name, path.parent, methods.pop("_setup"), load_file(path.with_suffix(".safetensors")), methods)
+
+
+def overrides(golden: Golden, recipe: str, layers: list[int]) -> dict[str, Any]:
+    """The recording's hyperparameters as arguments of ``Editor.from_pretrained``."""
+    h = golden.setup["hyperparameters"]
+    values: dict[str, Any] = {
+        "layers": layers,
+        "contexts": Contexts.of(golden.setup["context_templates"]),
+        "targets": TargetOptimizer(
+            steps=h["v_num_grad_steps"], lr=h["v_lr"], clamp=h["clamp_norm_factor"], kl_factor=h["kl_factor"],
+            weight_decay=h["v_weight_decay"],
+        ),
+        "statistics": Statistics(cov_weight=h["mom2_update_weight"]),
+        "moments": {layer: golden.tensors[f"covariance/{layer}"] for layer in layers},
+    }  # fmt: skip
+    if recipe.startswith(("alphaedit", "cake")):
+        inner = {"class_path": "LeastSquares", "init_args": {"ridge": h["L2"]}}
+        null_space = {"threshold": h["nullspace_threshold"], "inner": inner}
+        values["solver"] = {"class_path": "NullSpace", "init_args": null_space}
+    if recipe == "cake":
+        scores = {layer: 0.1 * layer for layer in layers}
+        values["weighter"] = {"class_path": "Scores", "init_args": {"scores": scores, "tau": float("inf")}}
+    return values
+
+
+def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) -> tuple[float, float]:
+    """Largest relative error of the target values and of a layer's weight change."""
+    model = AutoModelForCausalLM.from_pretrained(golden.folder / golden.name, dtype=getattr(torch, golden.setup["dtype"]))
+    tokenizer = AutoTokenizer.from_pretrained(golden.folder / "tokenizer")
+    layers = golden.methods[recording]["layers"]
+    quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    editor = Editor.from_pretrained(
+        model, recipe, tokenizer=tokenizer, trainer=quiet, **overrides(golden, recipe, layers)
+    )
+    sizes = golden.setup["batches_for_sequential"] if recording.endswith("_seq") else [len(requests)]
+    before = {layer: editor.module.lm.oriented(layer).clone() for layer in layers}
+    start, found = 0, {}
+    for size in sizes:
+        editor.fit(requests[start : start + size], evaluate=False)
+        for layer, values in editor.journal[-1].values.items():
+            found.setdefault(layer, []).append(values)
+        start += size
+    z = [error(torch.cat(values), golden.tensors[f"{recording}/z/{layer}"]) for layer, values in found.items()]
+    delta = [
+        error(editor.module.lm.oriented(layer) - before[layer], golden.tensors[f"{recording}/delta/{layer}"])
+        for layer in layers
+    ]
+    return max(z), max(delta)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """Relative Frobenius error; infinite where shapes differ or a number is not finite."""
+    if got.shape != want.shape or not torch.isfinite(got).all():
+        return float("inf")
+    return float((got - want).norm() / want.norm())
+
+
+def main() -> int:
+    """Compare everything that is recorded; the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--golden", type=Path, required=True)
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    requests = read_requests(args.golden / "requests.json")
+    figures, failed = {}, False
+    for path in sorted((args.golden / "tiny").glob("*_golden.json")):
+        golden = Golden.read(path)
+        for recipe in shipped("method"):
+            for recording in RECORDINGS.get(recipe, []):
+                if recording not in golden.methods:
+                    continue
+                z, delta = compare(golden, recipe, recording, requests)
+                bars = BARS.get(golden.name, DEFAULT_BARS)
+                bad = not (z <= bars[0] and delta <= bars[1])
+                failed |= bad
+                figures[f"{golden.name}/{recipe}/{recording}"] = {"z": z, "delta": delta}
+                verdict = "  ABOVE THE BAR" if bad else ""
+                print(f"{golden.name:8s} {recipe:15s} as {recording:15s} z {z:.1e}  delta {delta:.1e}{verdict}")
+    if not figures:
+        print(f"nothing to compare in {args.golden / 'tiny'}")
+        return 1
+    print(f"worst z {max(f['z'] for f in figures.values()):.1e}, delta {max(f['delta'] for f in figures.values()):.1e}")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,55 @@
+"""One formula for the whole family: MEMIT, AlphaEdit, PMET, BLUE, ROME and CAKE differ in the weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.allocators.base import Anchor, ShareAllocator
+from cakeflow.errors import ConfigError
+
+
+def shares_from_fractions(fractions: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
+    """Turn fractions of the original residual into shares of what is left: ``f_i / sum_{j >= i} f_j``.
+
+    This is CAKE's sequential rule (eq. 6): with weights as fractions, the share of layer l is
+    w_l / sum_{k >= l} w_k. Only ratios matter, so the largest entry is scaled to 1 first; equal weights then give
+    exactly 1/remaining.
+
+    Example:
+        >>> import torch
+        >>> shares_from_fractions(torch.ones(4)).tolist()
+        [0.25, 0.3333333432674408, 0.5, 1.0]
+    """
+    scaled = fractions / fractions.amax(-1, keepdim=True)
+    left = scaled.flip(-1).cumsum(-1).flip(-1)
+    return scaled / left.clamp_min(torch.finfo(scaled.dtype).tiny)
+
+
+@dataclass(frozen=True)
+class Sequential(ShareAllocator):
+    """``(w_l / sum_{k >= l} w_k) ** power`` of what is left (CAKE eq. 6 with power 1).
+
+    Uniform weights with power 1 are MEMIT and AlphaEdit, with power 0.5 PMET's 1/sqrt(remaining); power 0 with
+    ``anchor="self"`` is BLUE; a single weight is ROME.
+
+    Attributes:
+        power: 1 for the weighted split, 0.5 for its square root, 0 for the whole residual at every layer.
+        anchor: Where the residual is measured.
+    """
+
+    power: float = 1.0
+    anchor: Anchor = "last"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.power <= 1:
+            raise ConfigError(f"power must lie in [0, 1], got {self.power}")
+        if self.anchor not in ("last", "self"):
+            raise ConfigError(f"anchor must be 'last' or 'self', got {self.anchor!r}")
+
+    def shares(self, weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
+        """See ``ShareAllocator.shares``."""
+        return shares_from_fractions(weights) ** self.power

@@ -1,0 +1,141 @@
+"""Where things are in a decoder: found from the module tree, with a table only for exceptions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from cakeflow.errors import ArchitectureError
+
+Role = Literal["block", "mlp_out", "attn_out"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in the model: one module of one block.
+
+    Attributes:
+        layer: Index of the block, from 0.
+        role: ``block`` (the residual stream after it), ``mlp_out`` (down projection) or ``attn_out``.
+    """
+
+    layer: int
+    role: Role = "block"
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """Module paths of one model; ``{}`` stands for the index of the block.
+
+    Attributes:
+        block: A decoder block.
+        mlp_out: The linear map whose input is the key and whose output is the value of the MLP.
+        attn_out: The output projection of the attention.
+        final_norm: The norm before the head.
+        head: The output embedding.
+
+    Example:
+        >>> Architecture("transformer.h.{}", "transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn.c_proj",
+        ...              "transformer.ln_f", "lm_head").path(Site(3, "mlp_out"))
+        'transformer.h.3.mlp.c_proj'
+    """
+
+    block: str
+    mlp_out: str
+    attn_out: str
+    final_norm: str
+    head: str
+
+    def path(self, site: Site) -> str:
+        """Path of the module at a site."""
+        template: str = getattr(self, site.role)
+        return template.format(site.layer)
+
+
+EXCEPTIONS: dict[str, Architecture] = {}
+"""``config.model_type`` -> paths, for families whose tree misleads ``find_architecture``. None is known yet."""
+
+
+def find_architecture(model: PreTrainedModel) -> Architecture:
+    """Find the blocks, projections, norm and head of a decoder from its module tree and config.
+
+    Args:
+        model: A Hugging Face causal language model.
+
+    Returns:
+        The paths; ``EXCEPTIONS`` wins over what the tree suggests.
+
+    Raises:
+        ArchitectureError: Saying what was looked for and how to give it by hand.
+    """
+    if model.config.model_type in EXCEPTIONS:
+        return EXCEPTIONS[model.config.model_type]
+    stack, blocks = _blocks(model)
+    block, prefix = blocks[0], f"{stack}.{{}}."
+    attention = [name for name, child in block.named_children() if "attention" in type(child).__name__.lower()]
+    if not attention:
+        raise _missing(model, "attn_out", f"a child of {type(block).__name__} whose class name contains 'Attention'")
+    attn_out = _last_projection(model, block, "attn_out", attention[0])
+    norms = _names_of_norms(model, stack)
+    if not norms:
+        raise _missing(model, "final_norm", f"a norm beside {stack}")
+    head = next((name for name, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    if head is None:
+        raise _missing(model, "head", "model.get_output_embeddings()")
+    mlp_out = _last_projection(model, block, "mlp_out", "", skip=(*attention,))
+    return Architecture(f"{stack}.{{}}", prefix + mlp_out, prefix + attn_out, norms[-1], head)
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the module keeps its weight as d_in x d_out (GPT-2's ``Conv1D``); by class, never by shape."""
+    return isinstance(module, Conv1D)
+
+
+def _missing(model: PreTrainedModel, field: str, wanted: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"{type(model).__name__} (model_type {model.config.model_type!r}): could not find {field}; looked for {wanted}. "
+        f"Give the paths yourself: Editor.from_pretrained(..., architecture=Architecture(block=..., mlp_out=..., "
+        f"attn_out=..., final_norm=..., head=...))"
+    )
+
+
+def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    depth = getattr(model.config, "num_hidden_layers", None)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return name, module
+    raise _missing(model, "block", f"a ModuleList with config.num_hidden_layers = {depth} entries")
+
+
+def _names_of_norms(model: PreTrainedModel, stack: str) -> list[str]:
+    parent = stack.rpartition(".")[0]
+    children = model.get_submodule(parent).named_children()
+    return [f"{parent}.{name}" if parent else name for name, child in children if "norm" in type(child).__name__.lower()]
+
+
+def _linear_maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+
+
+def _width_out(module: nn.Module) -> int:
+    weight: nn.Parameter = module.weight  # type: ignore[assignment]
+    return weight.shape[1 if is_transposed(module) else 0]
+
+
+def _last_projection(
+    model: PreTrainedModel, block: nn.Module, field: str, child: str, skip: tuple[str, ...] = ()
+) -> str:
+    """The last linear map of ``child`` that writes the residual width: modules are declared in order of use."""
+    width = getattr(model.config, "hidden_size", None)
+    found = [name for name, m in _linear_maps(block.get_submodule(child)) if _width_out(m) == width]
+    found = [f"{child}.{name}" if child else name for name in found if name.split(".")[0] not in skip]
+    if not found:
+        raise _missing(model, field, f"a Linear or Conv1D that writes config.hidden_size = {width} values")
+    if len({name for name in found if "experts" in name}) > 1:
+        raise _missing(model, field, "one down projection per block; a mixture of experts has several")
+    return found[-1]

@@ -1,0 +1,185 @@
+"""From text to tokens: rows with the subject's last token and the first target token marked by character offsets.
+
+Positions come from the fast tokenizer's offset mapping, never from counting tokens of a prefix. Rows are ragged lists;
+whoever runs them pads on the right (``pad``), where causal attention cannot see the padding, so the tokenizer's own
+padding side never matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cakeflow.contexts import Contexts
+from cakeflow.errors import Problem, RequestError
+from cakeflow.model import LanguageModel
+from cakeflow.request import EditRequest
+
+ESSENCE = "{} is a"
+"""The neutral prompt on which a target value must not change the model's opinion (ROME 3.1, eq. 4)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One tokenised text.
+
+    Attributes:
+        ids: Token ids, special tokens at the front included.
+        subject: Index of the subject's last token (-1 where the text has no subject).
+        target: Index of the first target token (``len(ids)`` where it has no target).
+    """
+
+    ids: tuple[int, ...]
+    subject: int
+    target: int
+
+
+@dataclass(frozen=True, slots=True)
+class EditBatch:
+    """The requests of one edit batch, tokenised.
+
+    Attributes:
+        requests: n requests.
+        rows: For each request its prompt in every context, target included; the bare prompt first.
+        essence: For each request the prompt "{subject} is a".
+        weights: Weight of each context in the mean key; sums to 1.
+    """
+
+    requests: tuple[EditRequest, ...]
+    rows: tuple[tuple[Row, ...], ...]
+    essence: tuple[Row, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.requests)
+
+
+def join(prompt: str, target: str) -> str:
+    """Prompt and target as one text, one space between them unless one of them brings it."""
+    return prompt + ("" if prompt[-1].isspace() or target[0].isspace() else " ") + target
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], subjects: Sequence[int], targets: Sequence[int]
+) -> list[Row]:
+    """Tokenise texts and find two characters in each.
+
+    Args:
+        tokenizer: A fast tokenizer; it adds its own special tokens (only those at the front are kept).
+        texts: Complete texts.
+        subjects: Index of the character after the subject in each text (0: no subject).
+        targets: Index of the character at which the target starts (``len(text)``: no target).
+
+    Returns:
+        One row per text.
+    """
+    encoded = tokenizer(
+        list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, return_attention_mask=False
+    )
+    return [_row(encoded.encodings[i], *ends) for i, ends in enumerate(zip(subjects, targets, strict=True))]
+
+
+def _row(encoding: object, subject_end: int, target_start: int) -> Row:
+    ids, offsets = list(encoding.ids), list(encoding.offsets)  # type: ignore[attr-defined]
+    special = list(encoding.special_tokens_mask)  # type: ignore[attr-defined]
+    while special and special[-1]:  # an end-of-text marker that the tokenizer added
+        del ids[-1], offsets[-1], special[-1]
+    inside = [i for i, (start, end) in enumerate(offsets) if start < subject_end and end > start and not special[i]]
+    after = [i for i, (start, end) in enumerate(offsets) if end > max(start, target_start) and not special[i]]
+    return Row(tuple(ids), inside[-1] if inside else -1, after[0] if after else len(ids))
+
+
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
+) -> list[Row]:
+    """Tokenise prompts each followed by a target; the rows have no subject."""
+    texts = [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+    return encode(tokenizer, texts, [0] * len(texts), [len(prompt) for prompt in prompts])
+
+
+def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Contexts) -> EditBatch:
+    """Tokenise the requests of one batch in every context.
+
+    Args:
+        lm: The model whose tokenizer is used.
+        requests: n checked requests.
+        contexts: The templates around each prompt, the bare one first.
+
+    Returns:
+        The batch.
+
+    Raises:
+        RequestError: If a target has no token of its own, or a text is longer than the model can read.
+    """
+    texts, subjects, targets = [], [], []
+    for request in requests:
+        for template in contexts.templates:
+            prompt = template.replace("{}", request.text)
+            texts.append(join(prompt, request.target_new))
+            subjects.append(template.index("{}") + request.subject_end)
+            targets.append(len(prompt))
+    flat = encode(lm.tokenizer, texts, subjects, targets)
+    width = len(contexts.templates)
+    rows = tuple(tuple(flat[i * width : (i + 1) * width]) for i in range(len(requests)))
+    _check_lengths(lm, requests, rows)
+    essence = encode(
+        lm.tokenizer,
+        [ESSENCE.replace("{}", request.subject) for request in requests],
+        [len(request.subject) for request in requests],
+        [len(ESSENCE) - 2 + len(request.subject) for request in requests],
+    )
+    return EditBatch(tuple(requests), rows, tuple(essence), contexts.weights)
+
+
+def _check_lengths(lm: LanguageModel, requests: Sequence[EditRequest], rows: tuple[tuple[Row, ...], ...]) -> None:
+    limit = getattr(lm.model.config, "max_position_embeddings", None) or 1 << 30
+    problems = []
+    for index, (request, variants) in enumerate(zip(requests, rows, strict=True)):
+        if any(row.target >= len(row.ids) or row.target <= row.subject for row in variants):
+            problems.append(Problem(index, "target_new", request.target_new, "has no token of its own after the prompt"))
+        if any(row.subject < 0 for row in variants):
+            problems.append(Problem(index, "subject", request.subject, "the tokenizer gives it no token"))
+        if max(len(row.ids) for row in variants) > limit:
+            problems.append(Problem(index, "prompt", request.prompt, f"longer than the model's {limit} positions"))
+    if problems:
+        raise RequestError(problems)
+
+
+def pad(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Int[Tensor, "rows time"]:
+    """Stack ragged rows, padded on the right with token 0 (never attended to by the tokens before it)."""
+    width = max(map(len, ids))
+    return torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
+
+
+def plan(lengths: Sequence[int], budget: int, slack: int = 32) -> list[list[int]]:
+    """Group rows of similar length, so that little is padded and no group holds too many tokens.
+
+    Args:
+        lengths: Tokens in each row.
+        budget: Most tokens in a group, padding included; a longer row gets a group of its own.
+        slack: Most padding tokens in a group; about what one more forward pass costs.
+
+    Returns:
+        Indices of the rows of each group, longest rows first.
+
+    Example:
+        >>> plan([3, 9, 3, 8], budget=100, slack=2)
+        [[1, 3], [0, 2]]
+    """
+    groups: list[list[int]] = []
+    padding = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        longest = lengths[groups[-1][0]] if groups else 0
+        waste = padding + longest - lengths[index]
+        if groups and waste <= slack and (len(groups[-1]) + 1) * longest <= budget:
+            groups[-1].append(index)
+            padding = waste
+        else:
+            groups.append([index])
+            padding = 0
+    return groups

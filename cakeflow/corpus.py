@@ -1,0 +1,141 @@
+"""Text for second moments: any local or hub source, or the model's own samples where the user has none."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cakeflow.errors import StatisticsError
+from cakeflow.files import write_text
+from cakeflow.model import LanguageModel, cache_folder
+
+OPENINGS = ("The history of {}", "{} is usually described as", "Why do people care about {}?", "A short story about {}:")
+TOPICS = (
+    "the sea", "mathematics", "a small village", "music", "medicine", "the railways", "farming", "the weather",
+    "law", "football", "the human body", "a famous painter", "economics", "the stars", "cooking", "an old city",
+    "computers", "war and peace", "education", "rivers", "chemistry", "the theatre", "birds", "money",
+    "the mountains", "language", "a long journey", "elections", "gardens", "engineering", "friendship", "philosophy",
+)  # fmt: skip
+"""Openings and topics of the sampled corpus: broad, and none of them a prompt of the built-in facts."""
+
+
+def read_texts(source: Any) -> Iterator[str]:
+    """Documents of a corpus.
+
+    Args:
+        source: A ``.txt`` file (one document), ``.jsonl`` (field ``text``), either of them ``.gz``; an Arrow file or a
+            folder saved by ``datasets``; a ``datasets.Dataset`` (column ``text``); a hub name; or a list of these.
+
+    Yields:
+        Text, in order.
+
+    Raises:
+        StatisticsError: If there is no such source or it has no text.
+    """
+    if isinstance(source, (list, tuple)):
+        for part in source:
+            yield from read_texts(part)
+    elif isinstance(source, (str, Path)):
+        path = Path(source)
+        yield from _read_file(path) if path.is_file() and path.suffix != ".arrow" else _column(_load(path, str(source)))
+    else:
+        yield from _column(source)
+
+
+def _read_file(path: Path) -> Iterator[str]:
+    opener: Any = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8") as handle:
+        if not path.name.removesuffix(".gz").endswith((".jsonl", ".json")):
+            yield handle.read()
+            return
+        for number, line in enumerate(handle, 1):
+            try:
+                yield json.loads(line)["text"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise StatisticsError(f"{path}, line {number}: not a JSON object with a field 'text'") from error
+
+
+def _load(path: Path, name: str) -> Any:
+    import datasets  # a second to import, and only this source needs it
+
+    try:
+        if path.suffix == ".arrow":
+            return datasets.Dataset.from_file(str(path))
+        if path.is_dir():
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(name, split="train")
+    except Exception as error:
+        raise StatisticsError(
+            f"corpus {name!r} is neither a text or JSONL file, an Arrow file, a folder saved by datasets nor a hub "
+            f"dataset that loads here: {error}"
+        ) from error
+
+
+def _column(dataset: Any) -> Iterator[str]:
+    for index, record in enumerate(dataset):
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
+            raise StatisticsError(f"corpus record {index}: needs a field 'text' with a string")
+        yield record["text"]
+
+
+def token_stream(lm: LanguageModel, texts: Iterable[str], tokens: int) -> list[int]:
+    """The first ``tokens`` tokens of the texts, joined without special tokens."""
+    stream: list[int] = []
+    for text in texts:
+        stream += lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(stream) >= tokens:
+            break
+    return stream[:tokens]
+
+
+def sampled_corpus(
+    lm: LanguageModel, tokens: int, seed: int = 0, progress: Callable[[int], object] = lambda done: None
+) -> Path:
+    """A corpus of the model's own samples, made once per model and kept in the cache.
+
+    Needs no network and no licence, and follows the distribution whose keys an edit should leave alone. Sampling is
+    seeded (temperature 1, nucleus 0.95); the caller's random state is left alone.
+
+    Args:
+        lm: The model, not edited.
+        tokens: About how many tokens to sample.
+        seed: Of the sampling.
+        progress: Called with the number of tokens that became ready.
+
+    Returns:
+        A JSONL file, one sample a line.
+    """
+    openings = [opening.format(topic) for opening, topic in product(OPENINGS, TOPICS)]
+    name = hashlib.sha256(f"{lm.fingerprint()} {tokens} {seed} {openings}".encode()).hexdigest()[:16]
+    path = cache_folder() / "corpora" / f"sampled-{name}.jsonl"
+    if path.exists():
+        return path
+    length = -(-tokens // len(openings))
+    samples: list[str] = []
+    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
+        torch.manual_seed(seed)
+        for start in range(0, len(openings), 32):
+            samples += _sample(lm, openings[start : start + 32], length)
+            progress(32 * length)
+    write_text(path, "".join(json.dumps({"text": sample}) + "\n" for sample in samples))
+    return path
+
+
+def _sample(lm: LanguageModel, openings: list[str], length: int) -> list[str]:
+    rows = [lm.tokenizer(opening)["input_ids"] for opening in openings]
+    width = max(map(len, rows))
+    filler = lm.tokenizer.eos_token_id or 0
+    ids = torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
+    output = lm.model.generate(
+        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=0.95, temperature=1.0,
+        min_new_tokens=length, max_new_tokens=length, pad_token_id=filler,
+    )  # fmt: skip
+    return lm.tokenizer.batch_decode(output, skip_special_tokens=True)  # type: ignore[no-any-return]

@@ -1,0 +1,56 @@
+"""The facts that ship with the package, written for it: 16 relations, each record with probes and a reference text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib.resources import files
+from itertools import zip_longest
+from typing import Any
+
+import yaml
+
+from cakeflow.request import EditRequest, Probe
+
+
+def builtin_facts() -> list[EditRequest]:
+    """All built-in records, relations interleaved so that any first N of them cover many relations.
+
+    Each subject's fact is paired with another target of its relation as the new one. Neighborhood prompts ask the same
+    about other subjects that share the true target, so a good edit leaves their answer alone.
+
+    Example:
+        >>> facts = builtin_facts()
+        >>> len(facts) >= 240, len({fact.relation for fact in facts[:40]}) >= 12
+        (True, True)
+    """
+    relations = yaml.safe_load(files("cakeflow.data").joinpath("facts.yaml").read_text(encoding="utf-8"))
+    groups = zip_longest(*(list(_records(relation)) for relation in relations))
+    return [record for group in groups for record in group if record is not None]
+
+
+def _records(relation: dict[str, Any]) -> Iterator[EditRequest]:
+    """Records of one relation, true targets interleaved."""
+    targets = relation["targets"]
+    names = list(targets)
+    for place in range(max(len(target["subjects"]) for target in targets.values())):
+        for index, true in enumerate(names):
+            subjects = targets[true]["subjects"]
+            if place < len(subjects):
+                shift = 1 + place % (len(names) - 1)
+                new = names[(index + shift) % len(names)]
+                yield _record(relation, subjects[place], true, new, [s for s in subjects if s != subjects[place]])
+
+
+def _record(relation: dict[str, Any], subject: str, true: str, new: str, others: list[str]) -> EditRequest:
+    probes = [Probe("paraphrase", text.replace("{}", subject)) for text in relation["paraphrases"][:2]]
+    probes += [Probe("neighborhood", relation["prompt"].replace("{}", other)) for other in others]
+    probes += [Probe("generation", text.replace("{}", subject)) for text in relation["generation"][:2]]
+    return EditRequest(
+        prompt=relation["prompt"],
+        subject=subject,
+        target_new=new,
+        target_true=true,
+        probes=tuple(probes),
+        relation=relation["relation"],
+        reference=relation["targets"][new]["reference"].strip(),
+    )

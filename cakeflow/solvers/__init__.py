@@ -1,0 +1,7 @@
+"""Solvers: closed-form weight changes. One abstract slot, leaves that compose by wrapping."""
+
+from cakeflow.solvers.base import Solver
+from cakeflow.solvers.least_squares import LeastSquares
+from cakeflow.solvers.null_space import NullSpace
+
+__all__ = ["LeastSquares", "NullSpace", "Solver"]

@@ -1,0 +1,30 @@
+"""The solver slot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from cakeflow.problem import LayerProblem, Update
+
+
+class Solver(ABC):
+    """Turns keys and residuals into a weight change.
+
+    Contract: pure (the same problem gives the same update; nothing but memos of the problem's history is touched),
+    float64 in and out, no reference to a model. Subclasses are frozen dataclasses that override ``solve`` only; to
+    change another solver, wrap it.
+    """
+
+    @abstractmethod
+    def solve(self, problem: LayerProblem) -> Update:
+        """Solve one layer.
+
+        Args:
+            problem: Keys n x d_in, residuals n x d_out, and what to preserve.
+
+        Returns:
+            The change of the weight, d_out x d_in, as factors where it has low rank.
+
+        Raises:
+            NumericalError: If the system cannot be solved.
+        """

@@ -1,0 +1,66 @@
+"""Regularised least squares: MEMIT's solve, and the inner solve of AlphaEdit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.problem import LayerProblem, Update
+from cakeflow.solvers.base import Solver
+
+
+@dataclass(frozen=True)
+class LeastSquares(Solver):
+    """``D = R^T K A^-1`` with ``A = lambda C + S^T S + K^T K + ridge I`` (MEMIT, Meng et al. 2023, eq. 14).
+
+    The papers write keys as columns: D = R K^T (lambda C + K_p K_p^T + K K^T)^-1. Two forms agree: ``dual`` factors
+    the Gram matrix of the keys (one row per fact, grown from batch to batch), ``primal`` factors A (d_in x d_in).
+
+    Attributes:
+        ridge: Multiple of the identity in A (``L2`` in AlphaEdit's code).
+        form: Which form to use; ``auto`` takes the smaller system.
+    """
+
+    ridge: float = 0.0
+    form: Literal["auto", "dual", "primal"] = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.ridge >= 0:
+            raise ConfigError(f"ridge must be 0 or more, got {self.ridge}")
+
+    def solve(self, problem: LayerProblem) -> Update:
+        """See ``Solver.solve``."""
+        if problem.covariance is None and self.ridge == 0:
+            raise ConfigError("LeastSquares without a covariance needs ridge above 0")
+        n, d_in = problem.keys.shape
+        dual = self.form == "dual" or (self.form == "auto" and n + len(problem.seen) <= d_in)
+        return Update((_dual if dual else _primal)(problem, self.ridge), problem.residual)
+
+
+def _dual(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
+    """Woodbury: rows of ``(I + K M K^T)^-1 K M`` with ``M = (lambda C + ridge I)^-1``."""
+    covariance = problem.covariance
+
+    def transform(keys: Tensor) -> Tensor:
+        return keys / ridge if covariance is None else covariance.solve(keys, ridge)
+
+    name = ("gram", ridge, covariance.weight if covariance else None)
+    factor = problem.seen.factor(name, transform, problem.keys)
+    return factor.last_rows(problem.keys, transform(problem.keys))
+
+
+def _primal(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
+    keys = problem.keys
+    system = keys.T @ keys + problem.seen.outer()
+    if problem.covariance is not None:
+        system = system + problem.covariance.weight * problem.covariance.moment
+    system.diagonal().add_(ridge)
+    lower, info = torch.linalg.cholesky_ex(system)
+    if int(info):
+        raise NumericalError(f"the {len(system)}-wide system is not positive definite; set ridge above {ridge}")
+    return torch.cholesky_solve(keys.T, lower).T

@@ -1,0 +1,41 @@
+"""Any solver, restricted to changes that leave the preserved keys' outputs alone."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.problem import LayerProblem, Update
+from cakeflow.solvers.base import Solver
+from cakeflow.solvers.least_squares import LeastSquares
+
+
+@dataclass(frozen=True)
+class NullSpace(Solver):
+    """``inner`` on keys projected to the null space of the preserved keys (AlphaEdit, Fang et al. 2025, eq. 14).
+
+    With ``LeastSquares(ridge)`` inside this is D = R K^T P (K K^T P + K_p K_p^T P + ridge I)^-1 of the paper: for
+    K' = K P the symmetric system K'^T K' + S'^T S' + ridge I has the same solution. Both the paper and CAKE print
+    ridge = 1 (eq. 63), the official code has 10.
+
+    Attributes:
+        inner: The solver that sees projected keys and no covariance.
+        threshold: Eigenvalues of C below it count as null.
+    """
+
+    inner: Solver = field(default_factory=lambda: LeastSquares(ridge=10.0))
+    threshold: float = 0.02
+
+    def __post_init__(self) -> None:
+        if not self.threshold > 0:
+            raise ConfigError(f"threshold must be above 0, got {self.threshold}")
+
+    def solve(self, problem: LayerProblem) -> Update:
+        """See ``Solver.solve``."""
+        if problem.covariance is not None and problem.covariance.rank(self.threshold) == 0:
+            smallest = float(problem.covariance.eigen[0][0])
+            raise NumericalError(
+                f"no eigenvalue of the keys' second moment is below threshold {self.threshold} (smallest "
+                f"{smallest:.1e}): nothing could change; raise the threshold"
+            )
+        return self.inner.solve(problem.in_null_space(self.threshold))

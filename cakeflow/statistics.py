@@ -1,0 +1,181 @@
+"""Second moments of the keys that edits should preserve: all layers in one pass, resumable, kept by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cakeflow.architecture import Site
+from cakeflow.corpus import read_texts, sampled_corpus, token_stream
+from cakeflow.errors import ConfigError, StatisticsError
+from cakeflow.files import write_tensors
+from cakeflow.model import LanguageModel, cache_folder
+from cakeflow.problem import Covariance
+from cakeflow.tap import capture
+
+log = logging.getLogger(__name__)
+
+SAVE_EVERY = 30.0
+"""Seconds between saved partial sums."""
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """How the second moment C = E[k k^T] of each edited layer's keys is collected.
+
+    Attributes:
+        source: Corpus: a path, a list of paths, a hub name or a ``datasets.Dataset`` (see ``read_texts``); None
+            samples a corpus from the model itself.
+        tokens: Token budget. Twice to ten times the key's width already serves; the papers take 100,000 documents.
+        window: Tokens read at once.
+        cov_weight: lambda: C counts as this many keys in a least-squares solve.
+        batch_tokens: Most tokens in one forward pass.
+        seed: Of the sampled corpus.
+    """
+
+    source: Any = None
+    tokens: int = 100_000
+    window: int = 512
+    cov_weight: float = 15_000.0
+    batch_tokens: int = 4096
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "window", "cov_weight", "batch_tokens"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"statistics.{name} must be above 0, got {getattr(self, name)}")
+
+    def collect(self, lm: LanguageModel, layers: Sequence[int], folder: Path | None = None) -> dict[int, Covariance]:
+        """Load the second moments from the cache, or collect what is missing in one pass over the corpus.
+
+        The cache key is a hash of everything that decides the values: weights up to the last layer, tokenizer,
+        tokens of the corpus, window and types. A pass that was interrupted goes on where it stopped.
+
+        Args:
+            lm: The model, not edited.
+            layers: Layers to cover.
+            folder: Where to keep the files; by default under ``cache_folder()``.
+
+        Returns:
+            Layer -> covariance, with its eigenbasis.
+
+        Raises:
+            StatisticsError: If the corpus is unreadable or has fewer tokens than the keys are wide.
+        """
+        windows = self._windows(lm)
+        key = hashlib.sha256(windows.numpy().tobytes())
+        key.update(json.dumps([lm.fingerprint(max(layers) + 1), self.window, str(lm.dtype)]).encode())
+        home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
+        missing = [layer for layer in layers if not (home / f"layer-{layer}.safetensors").exists()]
+        log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(layers))
+        if missing:
+            _collect(lm, missing, windows, home, max(1, self.batch_tokens // self.window))
+        return {layer: self._load(home / f"layer-{layer}.safetensors", lm.device) for layer in layers}
+
+    def _windows(self, lm: LanguageModel) -> Int[Tensor, "windows window"]:
+        """The corpus as rows of tokens, after whatever the tokenizer puts in front of a text."""
+        source = self.source
+        if source is None:
+            with tqdm(total=self.tokens, desc="sampling a corpus", unit="token", delay=2) as bar:
+                source = sampled_corpus(lm, self.tokens, self.seed, bar.update)
+        stream = token_stream(lm, read_texts(source), self.tokens)
+        front: list[int] = lm.tokenizer("")["input_ids"]
+        body = self.window - len(front)
+        width = lm.weight(0).numel() // lm.model.config.hidden_size
+        if len(stream) < max(body, width):
+            raise StatisticsError(
+                f"corpus {source!r} has {len(stream)} tokens; at least {max(body, width)} are needed for keys "
+                f"{width} wide (10 times that is a good budget)"
+            )
+        rows = [front + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)]
+        return torch.tensor(rows)
+
+    def _load(self, path: Path, device: torch.device) -> Covariance:
+        tensors = load_file(path, device=str(device))
+        return Covariance(tensors["moment"], self.cov_weight, (tensors["values"], tensors["vectors"]))
+
+
+def convergence(path: Path) -> float:
+    """Relative change of C over the second half of its tokens, ``|C - C_half| / |C|``, read from a layer's file."""
+    with safe_open(path, "pt") as handle:
+        return float(handle.metadata()["change"])
+
+
+def _collect(
+    lm: LanguageModel, layers: Sequence[int], windows: Int[Tensor, "windows window"], home: Path, rows: int
+) -> None:
+    """One pass over the windows; partial sums are saved every ``SAVE_EVERY`` seconds."""
+    partial = home / "partial.safetensors"
+    done, sums, halves = _resume(partial, layers, lm.device)
+    saved = time.monotonic()
+    with tqdm(total=windows.numel(), desc="second moments", unit="token", initial=done * windows.shape[1]) as bar:
+        for batch in windows[done:].split(rows):
+            for layer, outer in _outer_products(lm, layers, batch.to(lm.device)):
+                sums[layer] = sums.get(layer, 0) + outer.double()
+            done += len(batch)
+            bar.update(batch.numel())
+            if done <= len(windows) // 2 or not halves:
+                halves = {layer: total.clone() / (done * windows.shape[1]) for layer, total in sums.items()}
+            if time.monotonic() - saved > SAVE_EVERY:
+                _save_partial(partial, done, sums, halves)
+                saved = time.monotonic()
+    for layer in tqdm(layers, desc="eigenbases", unit="layer", delay=2):
+        _finish(home / f"layer-{layer}.safetensors", sums[layer] / windows.numel(), halves[layer])
+    partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _outer_products(
+    lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "rows window"]
+) -> Iterator[tuple[int, Float[Tensor, "d_in d_in"]]]:
+    """Sum of k k^T over the tokens of a batch, layer by layer; the forward pass stops after the last layer."""
+    sites = [Site(layer, "mlp_out") for layer in sorted(layers)]
+    with capture(lm, sites, side="in", stop=True) as seen:
+        lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    for site in sites:
+        keys = seen[site].flatten(0, 1)
+        keys = keys if keys.dtype == torch.float64 else keys.float()
+        yield site.layer, keys.T @ keys
+
+
+def _resume(
+    partial: Path, layers: Sequence[int], device: torch.device
+) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
+    if not partial.exists():
+        return 0, {}, {}
+    tensors = load_file(partial, device=str(device))
+    if {f"sum/{layer}" for layer in layers} != {name for name in tensors if name.startswith("sum/")}:
+        return 0, {}, {}
+    done = int(tensors["done"])
+    log.info("second moments: going on after %d windows", done)
+    sums, halves = ({layer: tensors[f"{kind}/{layer}"] for layer in layers} for kind in ("sum", "half"))
+    return done, sums, halves
+
+
+def _save_partial(partial: Path, done: int, sums: dict[int, Tensor], halves: dict[int, Tensor]) -> None:
+    tensors = {f"sum/{layer}": total for layer, total in sums.items()}
+    tensors |= {f"half/{layer}": half for layer, half in halves.items()}
+    write_tensors(partial, {**tensors, "done": torch.tensor(done)})
+
+
+def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], half: Float[Tensor, "d_in d_in"]) -> None:
+    moment, half = moment.cpu(), half.cpu()
+    if not bool(torch.isfinite(moment).all()):
+        raise StatisticsError(f"{path.stem}: the second moment is not finite; load the model in bfloat16 or float32")
+    values, vectors = Covariance(moment).eigen
+    change = float(torch.linalg.matrix_norm(moment - half) / torch.linalg.matrix_norm(moment))
+    log.info("second moments: %s changed by %.2f %% over the second half of the tokens", path.stem, 100 * change)
+    write_tensors(path, {"moment": moment, "values": values, "vectors": vectors}, {"change": repr(change)})

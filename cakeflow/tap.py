@@ -1,0 +1,122 @@
+"""Reading and changing what flows through a model: the only file that hooks or bypasses modules.
+
+Every function is a context manager that leaves the model as it found it on success, error and interrupt. Blocks may
+return tensors or tuples; batch comes first always; nothing is written in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from cakeflow.architecture import Site
+from cakeflow.model import LanguageModel
+
+
+class _Stop(Exception):
+    """Ends a forward pass once everything asked for has been seen."""
+
+
+def _first(value: Any) -> Tensor:
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _with_first(value: Any, tensor: Tensor) -> Any:
+    return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+
+
+@contextmanager
+def capture(
+    lm: LanguageModel, sites: Sequence[Site], *, side: Literal["in", "out"] = "out", stop: bool = False
+) -> Iterator[dict[Site, Float[Tensor, "rows time width"]]]:
+    """Keep the input or output of modules during the forward passes in the ``with`` body.
+
+    Args:
+        lm: The model.
+        sites: Where to look.
+        side: The module's first input (``in``: the key of a projection) or its output.
+        stop: End the forward pass, and the body, as soon as the last of ``sites`` has run.
+
+    Yields:
+        Site -> tensor, filled as the model runs.
+    """
+    seen: dict[Site, Tensor] = {}
+
+    def keep(site: Site) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: Any, output: Any) -> None:
+            seen[site] = _first(args) if side == "in" else _first(output)
+            if stop and site == sites[-1]:
+                raise _Stop
+
+        return hook
+
+    with ExitStack() as stack:
+        for site in sites:
+            stack.callback(lm.module(site).register_forward_hook(keep(site)).remove)
+        try:
+            yield seen
+        except _Stop:
+            pass
+
+
+@contextmanager
+def inject(
+    lm: LanguageModel, site: Site, delta: Float[Tensor, "rows width"], at: Int[Tensor, " rows"]
+) -> Iterator[None]:
+    """Add a vector to a module's output at one position of each row.
+
+    Args:
+        lm: The model.
+        site: Whose output to change.
+        delta: What to add, one vector per row; gradients flow to it.
+        at: The position in each row.
+    """
+    rows = torch.arange(len(at), device=at.device)
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        hidden = _first(output)
+        changed = hidden.index_put((rows, at), delta.to(hidden.dtype), accumulate=True)
+        return _with_first(output, changed)
+
+    handle = lm.module(site).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def resume(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time width"]) -> Iterator[None]:
+    """Start forward passes at block ``layer``, with ``hidden`` as what enters it; the blocks below do nothing."""
+    missing = object()
+    blocks = [lm.module(Site(index)) for index in range(layer)]
+    kept = [block.__dict__.get("forward", missing) for block in blocks]
+    result = (hidden,) if blocks and lm.returns_tuple else hidden
+    try:
+        for block in blocks:
+            block.forward = lambda *_args, **_kwargs: result
+        yield
+    finally:
+        for block, forward in zip(blocks, kept, strict=True):
+            block.__dict__.pop("forward", None)
+            if forward is not missing:
+                block.forward = forward  # type: ignore[assignment]
+
+
+@contextmanager
+def narrow(lm: LanguageModel, rows: Int[Tensor, " kept"], columns: Int[Tensor, " kept"]) -> Iterator[None]:
+    """Compute logits only at the positions (row, column); they come back as 1 x kept x vocabulary."""
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (args[0][rows, columns][None], *args[1:])
+
+    handle = lm.head.register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()

@@ -1,0 +1,44 @@
+"""The weighter slot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.batch import EditBatch
+from cakeflow.model import LanguageModel
+
+
+class Weighter(ABC):
+    """Says how much each candidate layer matters, for all facts at once or per fact.
+
+    Contract: weights are finite and not negative, at least one is positive, and the model is left bit-identical.
+    """
+
+    @abstractmethod
+    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+        """Weigh the layers.
+
+        Args:
+            lm: The model.
+            batch: n facts.
+            layers: The l candidate layers, ascending.
+
+        Returns:
+            Weights in float64, one per layer (l) or per fact and layer (n x l).
+        """
+
+
+def effective_layers(weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n"]:
+    """``N_eff = 1 / ||w||^2`` of normalised weights: how many layers share the work (CAKE, Theorem 3).
+
+    Example:
+        >>> import torch
+        >>> round(float(effective_layers(torch.ones(5, dtype=torch.float64))), 6)
+        5.0
+    """
+    normalised = weights / weights.sum(-1, keepdim=True)
+    return 1 / normalised.square().sum(-1)

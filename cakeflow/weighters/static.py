@@ -1,0 +1,54 @@
+"""Weights that need no measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.batch import EditBatch
+from cakeflow.errors import ConfigError
+from cakeflow.model import LanguageModel
+from cakeflow.weighters.base import Weighter
+
+
+@dataclass(frozen=True)
+class Uniform(Weighter):
+    """Every layer alike: MEMIT and AlphaEdit."""
+
+    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+        """See ``Weighter.weigh``."""
+        return torch.full((len(layers),), 1 / len(layers), dtype=torch.float64, device=lm.device)
+
+
+@dataclass(frozen=True)
+class OneHot(Weighter):
+    """One layer only: ROME.
+
+    Attributes:
+        layer: Index of the block, which must be one of the candidates.
+    """
+
+    layer: int
+
+    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+        """See ``Weighter.weigh``."""
+        if self.layer not in layers:
+            raise ConfigError(f"OneHot: layer {self.layer} is not among the layers {list(layers)}")
+        return _indicator([self.layer], layers, lm)
+
+
+@dataclass(frozen=True)
+class Endpoints(Weighter):
+    """The first and the last candidate: BLUE (boundary layers)."""
+
+    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+        """See ``Weighter.weigh``."""
+        return _indicator([layers[0], layers[-1]], layers, lm)
+
+
+def _indicator(chosen: Sequence[int], layers: Sequence[int], lm: LanguageModel) -> Float[Tensor, " l"]:
+    return torch.tensor([float(layer in chosen) for layer in layers], dtype=torch.float64, device=lm.device)

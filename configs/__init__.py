@@ -1,0 +1,1 @@
+"""Shipped configs, as data: ``method/`` (compositions), ``model/`` (tuned numbers), ``data/``."""
