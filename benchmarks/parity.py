@@ -26,7 +26,11 @@ from cakeflow import Contexts, Editor, Statistics, TargetOptimizer, read_request
 from cakeflow.config import shipped
 
 BARS = {"gpt2": (1e-10, 1e-6), "llama": (1e-5, 1e-4)}
-"""Architecture -> bars for target values and weight changes; the official norms and softmax of llama run in float32."""
+"""Architecture -> bars for target values and weight changes; the official norms and softmax of llama run in float32.
+
+The official code of the MEMIT family rounds each weight change to float32, so target values that it found on weights
+edited already (second batch, second boundary layer) are only as exact as that change, and are held to its bar.
+"""
 DEFAULT_BARS = (1e-5, 1e-4)
 
 RECORDINGS = {
@@ -81,8 +85,8 @@ def overrides(golden: Golden, recipe: str, layers: list[int]) -> dict[str, Any]:
     return values
 
 
-def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) -> tuple[float, float]:
-    """Largest relative error of the target values and of a layer's weight change."""
+def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) -> dict[str, float]:
+    """Largest relative error of the target values found first, of those found on edited weights, and of a change."""
     model = AutoModelForCausalLM.from_pretrained(golden.folder / golden.name, dtype=getattr(torch, golden.setup["dtype"]))
     tokenizer = AutoTokenizer.from_pretrained(golden.folder / "tokenizer")
     layers = golden.methods[recording]["layers"]
@@ -92,18 +96,15 @@ def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) ->
     )
     sizes = golden.setup["batches_for_sequential"] if recording.endswith("_seq") else [len(requests)]
     before = {layer: editor.module.lm.oriented(layer).clone() for layer in layers}
-    start, found = 0, {}
-    for size in sizes:
+    wanted = {layer: golden.tensors[f"{recording}/z/{layer}"].split(sizes) for layer in layers if f"{recording}/z/{layer}" in golden.tensors}
+    z = []
+    for number, size in enumerate(sizes):
+        start = sum(sizes[:number])
         editor.fit(requests[start : start + size], evaluate=False)
-        for layer, values in editor.journal[-1].values.items():
-            found.setdefault(layer, []).append(values)
-        start += size
-    z = [error(torch.cat(values), golden.tensors[f"{recording}/z/{layer}"]) for layer, values in found.items()]
-    delta = [
-        error(editor.module.lm.oriented(layer) - before[layer], golden.tensors[f"{recording}/delta/{layer}"])
-        for layer in layers
-    ]
-    return max(z), max(delta)
+        z += [error(values, wanted[layer][number]) for layer, values in editor.journal[-1].values.items()]
+    changes = {layer: editor.module.lm.oriented(layer) - before[layer] for layer in layers}
+    delta = [error(change, golden.tensors[f"{recording}/delta/{layer}"]) for layer, change in changes.items()]
+    return {"z": z[0], "z_later": max(z[1:], default=0.0), "delta": max(delta)}
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -128,17 +129,19 @@ def main() -> int:
             for recording in RECORDINGS.get(recipe, []):
                 if recording not in golden.methods:
                     continue
-                z, delta = compare(golden, recipe, recording, requests)
-                bars = BARS.get(golden.name, DEFAULT_BARS)
-                bad = not (z <= bars[0] and delta <= bars[1])
+                worst = compare(golden, recipe, recording, requests)
+                z_bar, delta_bar = BARS.get(golden.name, DEFAULT_BARS)
+                later_bar = delta_bar if recording.startswith("memit") else z_bar
+                bars = {"z": z_bar, "z_later": later_bar, "delta": delta_bar}
+                bad = not all(worst[name] <= bar for name, bar in bars.items())
                 failed |= bad
-                figures[f"{golden.name}/{recipe}/{recording}"] = {"z": z, "delta": delta}
-                verdict = "  ABOVE THE BAR" if bad else ""
-                print(f"{golden.name:8s} {recipe:15s} as {recording:15s} z {z:.1e}  delta {delta:.1e}{verdict}")
+                figures[f"{golden.name}/{recipe}/{recording}"] = worst
+                shown = "  ".join(f"{name} {value:.1e}" for name, value in worst.items())
+                print(f"{golden.name:8s} {recipe:15s} as {recording:15s} {shown}{'  ABOVE THE BAR' if bad else ''}")
     if not figures:
         print(f"nothing to compare in {args.golden / 'tiny'}")
         return 1
-    print(f"worst z {max(f['z'] for f in figures.values()):.1e}, delta {max(f['delta'] for f in figures.values()):.1e}")
+    print("worst " + ", ".join(f"{name} {max(f[name] for f in figures.values()):.1e}" for name in bars))
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
     return int(failed)

@@ -63,12 +63,10 @@ class Journal(Sequence[EditStep]):
 
     Args:
         lm: The model.
-        update_dtype: Type that updates are rounded to before they are added.
     """
 
-    def __init__(self, lm: LanguageModel, update_dtype: torch.dtype = torch.float64) -> None:
+    def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
-        self.update_dtype = update_dtype
         self.steps: list[EditStep] = []
         self.originals: dict[int, Tensor] = {}
         self._masters: dict[int, Tensor] = {}
@@ -157,7 +155,6 @@ class Journal(Sequence[EditStep]):
         if weight.dtype in (torch.float16, torch.bfloat16) and layer not in self._masters:
             self._masters[layer] = weight.detach().float()
         master = self._masters.get(layer, weight)
-        delta = delta.to(self.update_dtype)
         summed = master.double() + (delta.T if self._transposed(layer) else delta)
         master.copy_(summed)  # one rounding per edit
         weight.copy_(master)

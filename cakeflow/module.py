@@ -6,7 +6,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import torch
@@ -47,8 +47,6 @@ class EditModule(L.LightningModule):
         targets: How target values are found.
         statistics: How the second moments of the keys to preserve are collected.
         contexts: Texts around each prompt; None samples them from the model before the first edit.
-        update_dtype: Type that weight changes are rounded to before they are added; the official code of the MEMIT
-            family uses float32 whatever the model's type.
         history: Whether earlier edits' keys are preserved as well (sequential editing).
         seed: Of the sampled contexts.
         dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
@@ -70,7 +68,6 @@ class EditModule(L.LightningModule):
         statistics: Statistics = Statistics(),
         contexts: Contexts | None = None,
         history: bool = True,
-        update_dtype: Literal["float32", "float64"] = "float64",
         seed: int = 0,
         dtype: str = "auto",
         architecture: Architecture | None = None,
@@ -83,7 +80,6 @@ class EditModule(L.LightningModule):
         self.weighter, self.allocator, self.solver = weighter, allocator, solver
         self.targets, self.statistics, self.contexts = targets, statistics, contexts
         self.use_history, self.seed = history, seed
-        self.update_dtype: torch.dtype = getattr(torch, update_dtype)
         self.covariances: dict[int, Covariance] = {
             layer: Covariance(moment, statistics.cov_weight) for layer, moment in (moments or {}).items()
         }
@@ -192,7 +188,7 @@ class EditModule(L.LightningModule):
             raise ConfigError(f"layer {self.layers[-1]} is not in the model, which has blocks 0 to {lm.depth - 1}")
         for layer in self.layers:
             lm.weight(layer)
-        self.lm, self.model, self.journal = lm, lm.model, Journal(lm, self.update_dtype)
+        self.lm, self.model, self.journal = lm, lm.model, Journal(lm)
 
     def _find_targets(self, batch: EditBatch, anchor: Site, step: EditStep) -> Targets:
         bar = tqdm(total=len(batch), desc=f"target values, layer {anchor.layer}", unit="edit", delay=2, leave=False)
