@@ -2,9 +2,10 @@
 
     python benchmarks/parity.py --golden DIR
 
-DIR holds ``requests.json`` and ``tiny/``: per architecture a model folder, ``<arch>_golden.json`` (hyperparameters, contexts,
-batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Runs in the model's own type
-(float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or nothing was compared.
+DIR holds ``requests.json`` and ``tiny/``: per architecture a model folder, ``<arch>_golden.json`` (hyperparameters,
+contexts, batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Runs in the
+recorded type (float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or
+nothing was compared.
 """
 
 from __future__ import annotations
@@ -87,7 +88,9 @@ def overrides(golden: Golden, recipe: str, layers: list[int]) -> dict[str, Any]:
 
 def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) -> dict[str, float]:
     """Largest relative error of the target values found first, of those found on edited weights, and of a change."""
-    model = AutoModelForCausalLM.from_pretrained(golden.folder / golden.name, dtype=getattr(torch, golden.setup["dtype"]))
+    model = AutoModelForCausalLM.from_pretrained(
+        golden.folder / golden.name, dtype=getattr(torch, golden.setup["dtype"])
+    )
     tokenizer = AutoTokenizer.from_pretrained(golden.folder / "tokenizer")
     layers = golden.methods[recording]["layers"]
     quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
@@ -96,7 +99,11 @@ def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) ->
     )
     sizes = golden.setup["batches_for_sequential"] if recording.endswith("_seq") else [len(requests)]
     before = {layer: editor.module.lm.oriented(layer).clone() for layer in layers}
-    wanted = {layer: golden.tensors[f"{recording}/z/{layer}"].split(sizes) for layer in layers if f"{recording}/z/{layer}" in golden.tensors}
+    wanted = {
+        layer: golden.tensors[f"{recording}/z/{layer}"].split(sizes)
+        for layer in layers
+        if f"{recording}/z/{layer}" in golden.tensors
+    }
     z = []
     for number, size in enumerate(sizes):
         start = sum(sizes[:number])

@@ -98,8 +98,8 @@ def is_transposed(module: nn.Module) -> bool:
 
 def _missing(model: PreTrainedModel, field: str, wanted: str) -> ArchitectureError:
     return ArchitectureError(
-        f"{type(model).__name__} (model_type {model.config.model_type!r}): could not find {field}; looked for {wanted}. "
-        f"Give the paths yourself: Editor.from_pretrained(..., architecture=Architecture(block=..., mlp_out=..., "
+        f"{type(model).__name__} (model_type {model.config.model_type!r}): could not find {field}; looked for {wanted}."
+        f" Give the paths yourself: Editor.from_pretrained(..., architecture=Architecture(block=..., mlp_out=..., "
         f"attn_out=..., final_norm=..., head=...))"
     )
 
@@ -115,7 +115,9 @@ def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
 def _names_of_norms(model: PreTrainedModel, stack: str) -> list[str]:
     parent = stack.rpartition(".")[0]
     children = model.get_submodule(parent).named_children()
-    return [f"{parent}.{name}" if parent else name for name, child in children if "norm" in type(child).__name__.lower()]
+    return [
+        f"{parent}.{name}" if parent else name for name, child in children if "norm" in type(child).__name__.lower()
+    ]
 
 
 def _linear_maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:

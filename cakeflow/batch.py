@@ -94,9 +94,7 @@ def _row(encoding: object, subject_end: int, target_start: int) -> Row:
     return Row(tuple(ids), inside[-1] if inside else -1, after[0] if after else len(ids))
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
-) -> list[Row]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:
     """Tokenise prompts each followed by a target; the rows have no subject."""
     texts = [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     return encode(tokenizer, texts, [0] * len(texts), [len(prompt) for prompt in prompts])
@@ -141,7 +139,9 @@ def _check_lengths(lm: LanguageModel, requests: Sequence[EditRequest], rows: tup
     problems = []
     for index, (request, variants) in enumerate(zip(requests, rows, strict=True)):
         if any(row.target >= len(row.ids) or row.target <= row.subject for row in variants):
-            problems.append(Problem(index, "target_new", request.target_new, "has no token of its own after the prompt"))
+            problems.append(
+                Problem(index, "target_new", request.target_new, "has no token of its own after the prompt")
+            )
         if any(row.subject < 0 for row in variants):
             problems.append(Problem(index, "subject", request.subject, "the tokenizer gives it no token"))
         if max(len(row.ids) for row in variants) > limit:

@@ -47,10 +47,13 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(EditModule, "model")
     parser.add_argument("--config", action="config")
-    parser.add_instantiator(lambda kind, *args, **kwargs: kind(*args, **{**kwargs, **objects}), EditModule)
     try:
         config = parser.parse_args([f"--config={path}" for path in configs])
         config = parser.parse_object({"model": plain}, cfg_base=config)
     except Exception as error:
         raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {error}") from error
-    return parser.instantiate(config).model  # type: ignore[no-any-return]
+
+    def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
+        return kind(*args, **{**kwargs, **objects})
+
+    return parser.instantiate(config, instantiators=[(make, EditModule)]).model  # type: ignore[no-any-return]

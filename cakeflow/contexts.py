@@ -76,7 +76,7 @@ def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Con
         torch.manual_seed(seed)
         for word in SEEDS:
             encoded = lm.tokenizer(word, return_tensors="pt").to(lm.device)
-            output = lm.model.generate(
+            output = lm.model.generate(  # type: ignore[operator]
                 input_ids=encoded["input_ids"],
                 attention_mask=encoded["attention_mask"],
                 do_sample=True,
@@ -86,6 +86,6 @@ def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Con
                 max_new_tokens=length - encoded["input_ids"].shape[1],
                 pad_token_id=lm.tokenizer.eos_token_id,
             )
-            texts.append(lm.tokenizer.decode(output[0], skip_special_tokens=True))
+            texts.append(str(lm.tokenizer.decode(output[0], skip_special_tokens=True)))
     clean = [text.replace("{", " ").replace("}", " ").strip() for text in texts]
     return Contexts((("{}",), tuple(f"{text}. {{}}" for text in clean)))

@@ -16,7 +16,12 @@ from cakeflow.errors import StatisticsError
 from cakeflow.files import write_text
 from cakeflow.model import LanguageModel, cache_folder
 
-OPENINGS = ("The history of {}", "{} is usually described as", "Why do people care about {}?", "A short story about {}:")
+OPENINGS = (
+    "The history of {}",
+    "{} is usually described as",
+    "Why do people care about {}?",
+    "A short story about {}:",
+)
 TOPICS = (
     "the sea", "mathematics", "a small village", "music", "medicine", "the railways", "farming", "the weather",
     "law", "football", "the human body", "a famous painter", "economics", "the stars", "cooking", "an old city",
@@ -134,8 +139,8 @@ def _sample(lm: LanguageModel, openings: list[str], length: int) -> list[str]:
     filler = lm.tokenizer.eos_token_id or 0
     ids = torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
-    output = lm.model.generate(
+    output = lm.model.generate(  # type: ignore[operator]
         input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=0.95, temperature=1.0,
         min_new_tokens=length, max_new_tokens=length, pad_token_id=filler,
     )  # fmt: skip
-    return lm.tokenizer.batch_decode(output, skip_special_tokens=True)  # type: ignore[no-any-return]
+    return [str(lm.tokenizer.decode(row, skip_special_tokens=True)) for row in output]

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -18,8 +19,9 @@ from cakeflow.architecture import Architecture
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule, read_requests
 from cakeflow.errors import ConfigError
+from cakeflow.files import write_text
 from cakeflow.journal import Journal
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.model import LanguageModel
 from cakeflow.module import EditModule
 
 TRAINER_DEFAULTS: dict[str, Any] = {
@@ -100,11 +102,9 @@ class Editor:
             if tokenizer is None:
                 raise ConfigError("a model object needs its tokenizer: Editor.from_pretrained(model, tokenizer=...)")
             overrides["base"] = LanguageModel.wrap(model, tokenizer, architecture)
-            return cls(build_module(configs, **overrides), trainer)
-        dtype = overrides.get("dtype", "auto")
-        module = build_module(configs, **overrides, base=str(model))
-        module._load = lambda: load_model(model, dtype=dtype, architecture=architecture)
-        return cls(module, trainer)
+        else:
+            overrides |= {"base": str(model), "architecture": architecture}
+        return cls(build_module(configs, **overrides), trainer)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -163,11 +163,22 @@ class Editor:
 
     def trainer(self) -> L.Trainer:
         """A Trainer with the arguments given to this editor."""
-        chosen = {**TRAINER_DEFAULTS, "logger": CSVLogger("runs", name="cakeflow"), **self._trainer}
-        callbacks = list(chosen.pop("callbacks", None) or [])
-        if chosen.get("enable_progress_bar", True) and not any(isinstance(c, ProgressBar) for c in callbacks):
-            callbacks.append(TQDMProgressBar())
-        return L.Trainer(**chosen, callbacks=callbacks)
+        chosen = {**TRAINER_DEFAULTS, "logger": default_logger(), **self._trainer}
+        chosen["callbacks"] = with_progress_bar(chosen.get("callbacks"), chosen.get("enable_progress_bar"))
+        return L.Trainer(**chosen)
+
+
+def default_logger() -> CSVLogger:
+    """Metrics as CSV under ``runs/cakeflow/version_N``, which is also the run folder."""
+    return CSVLogger("runs", name="cakeflow")
+
+
+def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:
+    """The user's callbacks, and the progress bar that shares the terminal with ours unless there is one."""
+    chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    if enabled is not False and not any(isinstance(callback, ProgressBar) for callback in chosen):
+        chosen.append(TQDMProgressBar())
+    return chosen
 
 
 def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> Run:
@@ -176,10 +187,15 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     before = run_evaluate(trainer, module, data, "before") if evaluate else {}
     module.stage = "after"
     with _expected_warnings():
-        trainer.fit(module, train_dataloaders=data.train_dataloader(), val_dataloaders=data.val_dataloader() if evaluate else None)
+        trainer.fit(
+            module,
+            train_dataloaders=data.train_dataloader(),
+            val_dataloaders=data.val_dataloader() if evaluate else None,
+        )
     folder = Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
     if folder is not None:
         module.journal.save(folder / "journal")
+        write_text(folder / "run.json", json.dumps(module.describe(), indent=1, ensure_ascii=False))
     return Run(before, _metrics(trainer, "after"), dict(module.timings), module.journal, folder)
 
 
@@ -193,14 +209,20 @@ def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, s
 
 def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:
     prefix = f"{stage}/"
-    return {name.removeprefix(prefix): float(v) for name, v in trainer.callback_metrics.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): float(v) for name, v in trainer.callback_metrics.items() if name.startswith(prefix)
+    }
 
 
-class _expected_warnings(warnings.catch_warnings):
+@contextmanager
+def _expected_warnings() -> Iterator[None]:
     """Silences what Lightning rightly says of training and is meant here: no optimizer, no workers, evaluation mode."""
-
-    def __enter__(self) -> Any:
-        result = super().__enter__()
-        for message in ("configure_optimizers", "does not have many workers", "in eval mode", "training_step.*returned"):
+    with warnings.catch_warnings():
+        for message in (
+            "configure_optimizers",
+            "does not have many workers",
+            "in eval mode",
+            "have no `val_dataloader`",
+        ):
             warnings.filterwarnings("ignore", message=f".*{message}")
-        return result
+        yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -10,50 +11,104 @@ from torch import Tensor
 
 from cakeflow.errors import NumericalError
 
+Map = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_in"]]
+"""A linear map of keys, row by row."""
+T = TypeVar("T")
+
+
+class _Rows:
+    """A matrix that rows are added to; its memory doubles when full, so that adding copies the new rows only."""
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def append(self, rows: Tensor) -> None:
+        end = self._size + len(rows)
+        if self._memory is None or end > len(self._memory):
+            memory = rows.new_empty(max(end, 2 * self._size), rows.shape[1])
+            if self._memory is not None:
+                memory[: self._size] = self.rows
+            self._memory = memory
+        self._memory[self._size : end] = rows
+        self._size = end
+
+    @property
+    def rows(self) -> Tensor:
+        assert self._memory is not None
+        return self._memory[: self._size]
+
+
+class _Last(Generic[T]):
+    """A function's last result, given again for equal keys: those of a batch come back when they join the history."""
+
+    def __init__(self, function: Callable[[Tensor], T]) -> None:
+        self._function = function
+        self._known: tuple[Tensor, T] | None = None
+
+    def __call__(self, keys: Tensor) -> T:
+        if self._known is None or not torch.equal(self._known[0], keys):
+            self._known = keys.clone(), self._function(keys)
+        return self._known[1]
+
+    def forget(self) -> None:
+        self._known = None
+
 
 class GramFactor:
-    """Cholesky factor of ``I + K M K^T`` for a growing set of keys K and a fixed symmetric map M.
+    """The inverse of ``I + K M K^T`` for a growing set of keys K and a fixed symmetric map M, as a whitened matrix.
 
-    Attributes:
-        keys: m x d_in.
-        mapped: m x d_in, ``K M``.
-        lower: m x m, the factor.
+    With ``L L^T = I + K M K^T`` (Cholesky) the rows of ``Y = L^-1 K M`` are all that is kept: what older keys take away
+    from new ones is ``K_new Y^T Y``. New rows of Y are a by-product of the solve in which their keys were new.
+
+    Args:
+        transform: M, applied to keys as rows.
     """
 
-    def __init__(self, keys: Float[Tensor, "m d_in"], mapped: Float[Tensor, "m d_in"]) -> None:
-        empty = keys[:0]
-        self.keys, self.mapped, self.lower = empty, empty, keys.new_zeros(0, 0)
-        self.grow(keys, mapped)
+    def __init__(self, transform: Map) -> None:
+        self._transform = transform
+        self._whitened = _Rows()
+        self._border = _Last(self._new_rows)
 
-    def border(
-        self, keys: Float[Tensor, "n d_in"], mapped: Float[Tensor, "n d_in"]
-    ) -> tuple[Float[Tensor, "m n"], Float[Tensor, "n n"]]:
-        """The rows that new keys would add to the factor: ``L^-1 K M K_new^T`` and the new diagonal block.
+    def __len__(self) -> int:
+        return len(self._whitened)
+
+    def _new_rows(self, keys: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n d_in"]]:
+        """What new keys would add: the diagonal block of L and the rows of Y (Schur complement)."""
+        mapped = self._transform(keys)
+        schur = torch.eye(len(keys), dtype=keys.dtype, device=keys.device) + keys @ mapped.T
+        if len(self):
+            side = keys @ self._whitened.rows.T
+            schur -= side @ side.T
+            mapped = torch.addmm(mapped, side, self._whitened.rows, alpha=-1)
+        corner, info = torch.linalg.cholesky_ex((schur + schur.T) / 2)
+        if int(info) or not bool(torch.isfinite(corner).all()):
+            raise NumericalError("the Gram matrix of the keys is not positive definite; set ridge higher")
+        return corner, torch.linalg.solve_triangular(corner.T, mapped.T, upper=True, left=False).T  # corner \ mapped
+
+    def grow(self, keys: Float[Tensor, "n d_in"]) -> None:
+        """Take in more keys.
 
         Raises:
             NumericalError: If the grown matrix is not positive definite.
         """
-        side = torch.linalg.solve_triangular(self.lower, self.keys @ mapped.T, upper=False)
-        schur = torch.eye(len(keys), dtype=keys.dtype, device=keys.device) + keys @ mapped.T - side.T @ side
-        corner, info = torch.linalg.cholesky_ex((schur + schur.T) / 2)
-        if int(info) or not bool(torch.isfinite(corner).all()):
-            raise NumericalError("the Gram matrix of the keys is not positive definite; set ridge higher")
-        return side, corner
+        self._whitened.append(self._border(keys)[1])
+        self._border.forget()
 
-    def grow(self, keys: Float[Tensor, "n d_in"], mapped: Float[Tensor, "n d_in"]) -> None:
-        """Take in more keys."""
-        side, corner = self.border(keys, mapped)
-        top = torch.cat([self.lower, torch.zeros_like(side)], 1)
-        self.lower = torch.cat([top, torch.cat([side.T, corner], 1)])
-        self.keys, self.mapped = torch.cat([self.keys, keys]), torch.cat([self.mapped, mapped])
+    def last_rows(self, keys: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Rows of ``(I + K M K^T)^-1 K M`` that belong to new keys, the old ones counted in.
 
-    def last_rows(
-        self, keys: Float[Tensor, "n d_in"], mapped: Float[Tensor, "n d_in"]
-    ) -> Float[Tensor, "n d_in"]:
-        """Rows of ``(I + K M K^T)^-1 K M`` that belong to new keys, the old ones counted in (Schur complement)."""
-        side, corner = self.border(keys, mapped)
-        back = torch.linalg.solve_triangular(self.lower.T, side, upper=True)
-        return torch.cholesky_solve(mapped - back.T @ self.mapped, corner)
+        Raises:
+            NumericalError: If the grown matrix is not positive definite.
+        """
+        corner, whitened = self._border(keys)
+        rows: Tensor = torch.linalg.solve_triangular(
+            corner, whitened.T, upper=False, left=False
+        ).T  # corner.T \ whitened
+        return rows
 
 
 class KeyHistory:
@@ -67,43 +122,51 @@ class KeyHistory:
     """
 
     def __init__(self, keys: Float[Tensor, "m d_in"] | None = None) -> None:
-        self._keys = keys
-        self._derived: dict[Hashable, KeyHistory] = {}
+        self._rows = _Rows()
+        self._derived: dict[Hashable, tuple[KeyHistory, _Last[Tensor]]] = {}
         self._factors: dict[Hashable, GramFactor] = {}
-        self._outer: tuple[int, Tensor] | None = None
+        self._outer: tuple[int, Tensor | float] = 0, 0.0
+        if keys is not None:
+            self.append(keys)
 
     def __len__(self) -> int:
-        return 0 if self._keys is None else len(self._keys)
+        return len(self._rows)
 
     @property
     def keys(self) -> Float[Tensor, "m d_in"] | None:
         """All rows, or None where there are none."""
-        return self._keys
+        return self._rows.rows if len(self) else None
 
     def append(self, keys: Float[Tensor, "n d_in"]) -> None:
         """Add the keys of a batch that was committed."""
-        self._keys = keys if self._keys is None else torch.cat([self._keys, keys])
+        self._rows.append(keys)
 
-    def derive(self, name: Hashable, transform: Callable[[Tensor], Tensor]) -> KeyHistory:
-        """The history of transformed keys; only rows added since the last call are transformed."""
-        child = self._derived.setdefault(name, KeyHistory())
-        if self._keys is not None and len(child) < len(self):
-            child.append(transform(self._keys[len(child) :]))
-        return child
+    def derive(
+        self, name: Hashable, transform: Map, keys: Float[Tensor, "n d_in"]
+    ) -> tuple[KeyHistory, Float[Tensor, "n d_in"]]:
+        """The history of transformed keys, and ``keys`` transformed; only what is new since the last call is computed.
 
-    def factor(self, name: Hashable, transform: Callable[[Tensor], Tensor], like: Tensor) -> GramFactor:
-        """The Gram factor under the symmetric map ``transform``, grown to all rows; ``like`` gives width and type."""
-        factor = self._factors.setdefault(name, GramFactor(like[:0], like[:0]))
-        if self._keys is not None and len(factor.keys) < len(self):
-            fresh = self._keys[len(factor.keys) :]
-            factor.grow(fresh, transform(fresh))
+        Args:
+            name: What the result is remembered by; one name stands for one map.
+            transform: The map.
+            keys: Keys of the batch in hand, no part of the history yet.
+        """
+        child, last = self._derived.setdefault(name, (KeyHistory(), _Last(transform)))
+        if len(child) < len(self):
+            child.append(last(self._rows.rows[len(child) :]))
+        return child, last(keys)
+
+    def factor(self, name: Hashable, transform: Map) -> GramFactor:
+        """The Gram factor under the symmetric map ``transform``, grown to all rows."""
+        factor = self._factors.setdefault(name, GramFactor(transform))
+        if len(factor) < len(self):
+            factor.grow(self._rows.rows[len(factor) :])
         return factor
 
     def outer(self) -> Float[Tensor, "d_in d_in"] | float:
-        """Sum of the keys' outer products, extended when rows are added."""
-        if self._keys is None:
-            return 0.0
-        done, total = self._outer or (0, self._keys.new_zeros(self._keys.shape[1], self._keys.shape[1]))
-        fresh = self._keys[done:]
-        self._outer = (len(self), total + fresh.T @ fresh)
+        """Sum of the keys' outer products (0 where there are none), extended when rows are added."""
+        done, total = self._outer
+        if done < len(self):
+            fresh = self._rows.rows[done:]
+            self._outer = len(self), total + fresh.T @ fresh
         return self._outer[1]

@@ -117,9 +117,10 @@ class Journal(Sequence[EditStep]):
         """
         delta = update.dense
         norm, residual = float(delta.norm()), float(problem.residual.norm(dim=1).mean())
+        weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
         if not torch.isfinite(delta).all():
             raise NumericalError(f"layer {layer}: the update has values that are not finite; set ridge higher")
-        numbers = {"residual": residual, "update": norm, "relative_update": norm / float(problem.weight.norm())}
+        numbers = {"residual": residual, "update": norm, "relative_update": norm / weight}
         step.layers.append(LayerStep(layer, problem.keys, update, numbers))
         self._add(layer, delta)
         return numbers
@@ -155,6 +156,7 @@ class Journal(Sequence[EditStep]):
         if weight.dtype in (torch.float16, torch.bfloat16) and layer not in self._masters:
             self._masters[layer] = weight.detach().float()
         master = self._masters.get(layer, weight)
+        delta = delta.to(weight.device)
         summed = master.double() + (delta.T if self._transposed(layer) else delta)
         master.copy_(summed)  # one rounding per edit
         weight.copy_(master)

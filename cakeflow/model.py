@@ -8,10 +8,10 @@ import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -43,7 +43,7 @@ class LanguageModel:
         """Check a model object and find its architecture.
 
         Raises:
-            ArchitectureError: If the tokenizer is not a fast one, attention cannot take our masks, or modules are missing.
+            ArchitectureError: If the tokenizer is not a fast one, attention takes no masks, or modules are missing.
         """
         if not tokenizer.is_fast:
             raise ArchitectureError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
@@ -65,14 +65,18 @@ class LanguageModel:
         return int(self.model.config.num_hidden_layers)
 
     @property
+    def _embedding(self) -> Tensor:
+        return cast(Tensor, self.model.get_input_embeddings().weight)
+
+    @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding."""
-        return self.model.get_input_embeddings().weight.device  # type: ignore[no-any-return, union-attr]
+        return self._embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self.model.get_input_embeddings().weight.dtype  # type: ignore[no-any-return, union-attr]
+        return self._embedding.dtype
 
     @property
     def head(self) -> nn.Module:
@@ -124,7 +128,7 @@ class LanguageModel:
     def fingerprint(self, layers: int | None = None) -> str:
         """SHA-256 of the weights up to and including block ``layers - 1`` (all blocks by default) and the tokenizer."""
         digest = hashlib.sha256(self.model.config.to_json_string().encode())
-        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())  # type: ignore[attr-defined]
+        digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         above = tuple(self.architecture.block.format(i) + "." for i in range(layers or self.depth, self.depth))
         for name, tensor in sorted(self.model.state_dict().items()):
             if not name.startswith(above):

@@ -6,6 +6,8 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from typing import Any
 
 import lightning as L
@@ -31,7 +33,7 @@ from cakeflow.scoring import score_records
 from cakeflow.solvers import LeastSquares, NullSpace, Solver
 from cakeflow.statistics import Statistics
 from cakeflow.targets import TargetOptimizer, Targets
-from cakeflow.weighters import Uniform, Weighter
+from cakeflow.weighters import Scores, Uniform, Weighter
 from cakeflow.weighters.base import effective_layers
 
 
@@ -47,6 +49,7 @@ class EditModule(L.LightningModule):
         targets: How target values are found.
         statistics: How the second moments of the keys to preserve are collected.
         contexts: Texts around each prompt; None samples them from the model before the first edit.
+        scores: Causal score of each layer of this model, for a ``Scores`` weighter that was given none.
         history: Whether earlier edits' keys are preserved as well (sequential editing).
         seed: Of the sampled contexts.
         dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
@@ -67,6 +70,7 @@ class EditModule(L.LightningModule):
         targets: TargetOptimizer = TargetOptimizer(),
         statistics: Statistics = Statistics(),
         contexts: Contexts | None = None,
+        scores: dict[int, float] | None = None,
         history: bool = True,
         seed: int = 0,
         dtype: str = "auto",
@@ -77,6 +81,8 @@ class EditModule(L.LightningModule):
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ConfigError(f"layers must be block indices in ascending order, got {list(layers)}; e.g. [9, 10, 11]")
         self.layers = list(layers)
+        if isinstance(weighter, Scores) and weighter.scores is None:
+            weighter = replace(weighter, scores=scores)
         self.weighter, self.allocator, self.solver = weighter, allocator, solver
         self.targets, self.statistics, self.contexts = targets, statistics, contexts
         self.use_history, self.seed = history, seed
@@ -85,6 +91,7 @@ class EditModule(L.LightningModule):
         }
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.stage = "after"
+        self.fingerprint: str = ""
         self.metrics = MetricCollection(
             {
                 **{type(m).__name__.lower(): m for m in (Efficacy(), Generalization(), Specificity())},
@@ -93,7 +100,7 @@ class EditModule(L.LightningModule):
             },
             compute_groups=False,
         )
-        self._load = lambda: load_model(base, dtype=dtype, architecture=architecture)
+        self._source, self._load_dtype, self._architecture = base, dtype, architecture
         if isinstance(base, LanguageModel):
             self._adopt(base)
 
@@ -101,14 +108,16 @@ class EditModule(L.LightningModule):
 
     def setup(self, stage: str | None = None) -> None:
         """Load the model, if it was given by name and is not here yet."""
-        if not hasattr(self, "lm"):
-            self._adopt(self._load())
+        if not isinstance(self._source, LanguageModel):
+            self._source = load_model(self._source, dtype=self._load_dtype, architecture=self._architecture)
+            self._adopt(self._source)
 
     def on_fit_start(self) -> None:
         """Everything that is measured on the unedited model: contexts and second moments."""
         if self.trainer.max_epochs != 1:
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
         self.model.eval()
+        self.fingerprint = self.fingerprint or self.lm.fingerprint()
         if self.contexts is None:
             self.contexts = generate_contexts(self.lm, self.seed)
         with self.phase("statistics"):
@@ -164,6 +173,33 @@ class EditModule(L.LightningModule):
         """Requests are text; there is nothing to move."""
         return batch
 
+    def describe(self) -> dict[str, Any]:
+        """Everything that decides the outcome of a run, as JSON-ready data."""
+        parts = (
+            "layers",
+            "seed",
+            "use_history",
+            "weighter",
+            "allocator",
+            "solver",
+            "targets",
+            "statistics",
+            "contexts",
+        )
+        settings = {name: getattr(self, name) for name in parts}
+        return {
+            "model": {
+                "source": self._source if isinstance(self._source, str) else self.model.name_or_path,
+                "fingerprint_before": self.fingerprint,
+                "dtype": str(self.lm.dtype),
+                "architecture": asdict(self.lm.architecture),
+            },
+            "settings": {
+                name: value if isinstance(value, (int, list)) else repr(value) for name, value in settings.items()
+            },
+            "versions": {name: version(name) for name in ("cakeflow", "torch", "transformers", "lightning")},
+        }
+
     # ---- the parts of the walk ----
 
     def turns(self, weights: Float[Tensor, "*n l"]) -> Iterator[Turn]:
@@ -207,8 +243,8 @@ class EditModule(L.LightningModule):
         return LayerProblem(
             keys,
             residual,
-            weight=self.lm.oriented(layer).double(),
-            origin=self.journal.origin(layer).double(),
+            weight=self.lm.oriented(layer),
+            origin=self.journal.origin(layer),
             covariance=self.covariances[layer],
             seen=self.journal.history(layer) if self.use_history else KeyHistory(),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 from jaxtyping import Float
@@ -30,8 +30,8 @@ class Covariance:
     ) -> None:
         self.moment = moment.double()
         self.weight = weight
-        if eigen is not None:
-            self.__dict__["eigen"] = eigen
+        if eigen is not None:  # columns contiguous, as eigh leaves them: products with some of them are then fastest
+            self.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
 
     @cached_property
     def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
@@ -48,7 +48,7 @@ class Covariance:
         vectors, rank = self.eigen[1], self.rank(threshold)
         if rank <= len(vectors) // 2:
             return (keys @ vectors[:, :rank]) @ vectors[:, :rank].T
-        return keys - (keys @ vectors[:, rank:]) @ vectors[:, rank:].T
+        return torch.addmm(keys, keys @ vectors[:, rank:], vectors[:, rank:].T, alpha=-1)
 
     def solve(self, keys: Float[Tensor, "n d_in"], ridge: float) -> Float[Tensor, "n d_in"]:
         """``K (lambda C + ridge I)^-1``.
@@ -105,8 +105,9 @@ class LayerProblem:
         covariance = self.covariance
         if covariance is None:
             raise ShapeError("a null space needs a covariance; give the problem one")
-        seen = self.seen.derive(("null space", threshold), lambda keys: covariance.project(keys, threshold))
-        return replace(self, keys=covariance.project(self.keys, threshold), covariance=None, seen=seen)
+        name, project = ("null space", threshold), partial(covariance.project, threshold=threshold)
+        seen, keys = self.seen.derive(name, project, self.keys)
+        return replace(self, keys=keys, covariance=None, seen=seen)
 
 
 @dataclass(frozen=True, eq=False)

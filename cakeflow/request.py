@@ -87,7 +87,7 @@ def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: in
     for index, entry in enumerate(entries, first):
         try:
             request = entry if isinstance(entry, EditRequest) else _from_mapping(entry)
-        except _BadEntry as bad:
+        except _BadEntryError as bad:
             problems.append(Problem(index, bad.field, bad.value, bad.remedy))
             continue
         problems += (Problem(index, *fault) for fault in _faults(request))
@@ -101,7 +101,7 @@ def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: in
     return requests
 
 
-class _BadEntry(Exception):
+class _BadEntryError(Exception):
     """An entry that cannot even be read as a request."""
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
@@ -110,7 +110,7 @@ class _BadEntry(Exception):
 
 def _from_mapping(entry: object) -> EditRequest:
     if not isinstance(entry, Mapping):
-        raise _BadEntry("entry", entry, "give an EditRequest or a mapping with prompt, subject and target_new")
+        raise _BadEntryError("entry", entry, "give an EditRequest or a mapping with prompt, subject and target_new")
     if "requested_rewrite" in entry:
         return _from_counterfact(entry)
     if "src" in entry and "answers" in entry:
@@ -121,14 +121,14 @@ def _from_mapping(entry: object) -> EditRequest:
 def _from_own(entry: Mapping[str, Any]) -> EditRequest:
     known = {field.name for field in fields(EditRequest)}
     if unknown := sorted(set(map(str, entry)) - known - {"case_id"}):
-        raise _BadEntry(unknown[0], entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
+        raise _BadEntryError(unknown[0], entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
     values = {name: entry[name] for name in known & set(entry)}
     for name in ("prompt", "subject", "target_new"):
         if name not in values:
-            raise _BadEntry(name, None, "missing; every request needs prompt, subject and target_new")
+            raise _BadEntryError(name, None, "missing; every request needs prompt, subject and target_new")
     probes = values.pop("probes", None) or ()
     if isinstance(probes, (str, Mapping)) or not isinstance(probes, Iterable):
-        raise _BadEntry("probes", probes, "give a list of {kind, prompt, expected}")
+        raise _BadEntryError("probes", probes, "give a list of {kind, prompt, expected}")
     return EditRequest(**values, probes=tuple(_probe(probe) for probe in probes))
 
 
@@ -136,7 +136,7 @@ def _probe(value: object) -> Probe:
     if isinstance(value, Probe):
         return value
     if not isinstance(value, Mapping) or not {"kind", "prompt"} <= set(value) <= {"kind", "prompt", "expected"}:
-        raise _BadEntry("probes", value, "a probe has kind, prompt and, optionally, expected")
+        raise _BadEntryError("probes", value, "a probe has kind, prompt and, optionally, expected")
     return Probe(**value)
 
 
@@ -144,7 +144,7 @@ def _need(entry: Mapping[str, Any], *path: str) -> Any:
     value: Any = entry
     for name in path:
         if not isinstance(value, Mapping) or name not in value:
-            raise _BadEntry(".".join(path), None, "missing in this schema")
+            raise _BadEntryError(".".join(path), None, "missing in this schema")
         value = value[name]
     return value
 
@@ -152,7 +152,7 @@ def _need(entry: Mapping[str, Any], *path: str) -> Any:
 def _texts(entry: Mapping[str, Any], name: str) -> list[str]:
     value = entry.get(name) or []
     if not isinstance(value, (list, tuple)):
-        raise _BadEntry(name, value, "give a list of prompts")
+        raise _BadEntryError(name, value, "give a list of prompts")
     return list(value)
 
 
@@ -179,9 +179,9 @@ def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
     question, subject = _need(entry, "src"), _need(entry, "subject")
     answers = _texts(entry, "answers")
     if not isinstance(question, str) or not isinstance(subject, str) or subject not in question:
-        raise _BadEntry("subject", subject, "the subject must occur in src")
+        raise _BadEntryError("subject", subject, "the subject must occur in src")
     if not answers:
-        raise _BadEntry("answers", answers, "give at least one answer")
+        raise _BadEntryError("answers", answers, "give at least one answer")
     probes = [Probe("paraphrase", text) for text in [entry.get("rephrase")] if text]
     if entry.get("loc") and entry.get("loc_ans"):
         probes.append(Probe("neighborhood", entry["loc"] + "?", entry["loc_ans"]))

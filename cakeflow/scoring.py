@@ -90,9 +90,7 @@ def score_records(lm: LanguageModel, records: Sequence[EditRequest]) -> PromptSc
     )
     rival = torch.full((len(rows),), torch.nan)
     rival[torch.tensor(known, dtype=torch.long)] = scores[len(rows) :]
-    return PromptScores(
-        scores[: len(rows)], rival, correct[: len(rows)], torch.tensor(record), torch.tensor(kind)
-    )
+    return PromptScores(scores[: len(rows)], rival, correct[: len(rows)], torch.tensor(record), torch.tensor(kind))
 
 
 def _questions(record: EditRequest) -> Iterator[tuple[int, str, str, str | None]]:

@@ -122,7 +122,7 @@ def _collect(
     done, sums, halves = _resume(partial, layers, lm.device)
     saved = time.monotonic()
     with tqdm(total=windows.numel(), desc="second moments", unit="token", initial=done * windows.shape[1]) as bar:
-        for batch in windows[done:].split(rows):
+        for batch in windows[done:].split(min(rows, -(-len(windows) // 2))):
             for layer, outer in _outer_products(lm, layers, batch.to(lm.device)):
                 sums[layer] = sums.get(layer, 0) + outer.double()
             done += len(batch)

@@ -127,8 +127,9 @@ def cut(
     """
     ends = [row.subject + 1 if read_first else len(row.ids) - 1 for row in rows]
     lengths = [end - row.subject for end, row in zip(ends, rows, strict=True)]
-    groups, outputs = [], {}
-    for group in plan(lengths, budget):
+    groups: list[Suffixes] = []
+    outputs: dict[int, Tensor] = {}
+    for group in plan(lengths, budget, slack=8):
         full = pad([rows[i].ids[: ends[i]] for i in group], lm.device)
         reads = _first_position(len(group)) if read_first else before_targets([rows[i] for i in group])
         lookup = torch.tensor([rows[i].subject for i in group], device=lm.device)
@@ -165,14 +166,15 @@ def _run_once(
         lm.model(input_ids=full, attention_mask=torch.ones_like(full), past_key_values=cache, use_cache=True)
     rows, prefix = torch.arange(len(full), device=full.device), int(lookup.max())
     columns = (lookup[:, None] + torch.arange(width, device=full.device)).clamp_max(full.shape[1] - 1)
-    upper = [layer >= first for layer in range(lm.depth)]
+    layers: list[Any] = cache.layers
+    kept = [layers[i] if i >= first else None for i in range(lm.depth)]
     parts = {
         "ids": full.gather(1, columns),
         "positions": columns,
         "hidden": seen[entering][rows[:, None], columns],
         "mask": _mask(lookup, prefix, width, lm.dtype),
-        "keys": tuple(cache.layers[i].keys[:, :, :prefix].clone() if up else None for i, up in enumerate(upper)),
-        "values": tuple(cache.layers[i].values[:, :, :prefix].clone() if up else None for i, up in enumerate(upper)),
+        "keys": tuple(layer and layer.keys[:, :, :prefix].clone() for layer in kept),
+        "values": tuple(layer and layer.values[:, :, :prefix].clone() for layer in kept),
     }
     return parts, seen[site][rows, lookup]
 
@@ -182,6 +184,6 @@ def _mask(lookup: Int[Tensor, " rows"], prefix: int, width: int, dtype: torch.dt
     before = torch.arange(prefix, device=lookup.device) < lookup[:, None]
     causal = torch.ones(width, width, dtype=torch.bool, device=lookup.device).tril()
     allowed = torch.cat([before[:, None].expand(-1, width, -1), causal.expand(len(lookup), -1, -1)], 2)
-    return torch.zeros(allowed.shape, dtype=dtype, device=lookup.device).masked_fill(
-        ~allowed, torch.finfo(dtype).min
-    )[:, None]
+    return torch.zeros(allowed.shape, dtype=dtype, device=lookup.device).masked_fill(~allowed, torch.finfo(dtype).min)[
+        :, None
+    ]

@@ -7,7 +7,7 @@ return tensors or tuples; batch comes first always; nothing is written in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -18,11 +18,11 @@ from cakeflow.architecture import Site
 from cakeflow.model import LanguageModel
 
 
-class _Stop(Exception):
+class _StopError(Exception):
     """Ends a forward pass once everything asked for has been seen."""
 
 
-def _first(value: Any) -> Tensor:
+def _first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
     return value[0] if isinstance(value, tuple) else value
 
 
@@ -51,17 +51,15 @@ def capture(
         def hook(_module: nn.Module, args: Any, output: Any) -> None:
             seen[site] = _first(args) if side == "in" else _first(output)
             if stop and site == sites[-1]:
-                raise _Stop
+                raise _StopError
 
         return hook
 
     with ExitStack() as stack:
         for site in sites:
             stack.callback(lm.module(site).register_forward_hook(keep(site)).remove)
-        try:
+        with suppress(_StopError):
             yield seen
-        except _Stop:
-            pass
 
 
 @contextmanager
@@ -105,7 +103,7 @@ def resume(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time width
         for block, forward in zip(blocks, kept, strict=True):
             block.__dict__.pop("forward", None)
             if forward is not missing:
-                block.forward = forward  # type: ignore[assignment]
+                block.forward = forward
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
@@ -29,7 +29,7 @@ class EditDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: str | Sequence[EditRequest] = "builtin",
+        source: Any = "builtin",
         batch_size: int | None = None,
         limit: int | None = None,
         shuffle_seed: int | None = None,

@@ -42,7 +42,8 @@ def _read_file(path: Path) -> list[EditRequest]:
     if not path.is_file():
         raise ConfigError(f"no file {str(path)!r} with requests; give a .json or .jsonl file, or 'builtin'")
     try:
-        text = (gzip.open if path.suffix == ".gz" else open)(path, "rb").read().decode("utf-8")
+        raw = path.read_bytes()
+        text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if path.name.removesuffix(".gz").endswith(".jsonl"):

@@ -1,7 +1,7 @@
 """Does the model prefer what it should? Efficacy, generalization and specificity of CounterFact (ROME, section 3.4).
 
-Protocol ``counterfact-v1``: mean log-probability per token of both targets, strict comparison; mean over the prompts of a
-record first, then over records. The exact form asks instead whether every token of the wanted target is the arg-max.
+Protocol ``counterfact-v1``: mean log-probability per token of both targets, strict comparison; mean over the prompts
+of a record first, then over records. The exact form asks whether every token of the wanted target is the arg-max.
 """
 
 from __future__ import annotations

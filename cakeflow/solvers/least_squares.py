@@ -50,15 +50,15 @@ def _dual(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
         return keys / ridge if covariance is None else covariance.solve(keys, ridge)
 
     name = ("gram", ridge, covariance.weight if covariance else None)
-    factor = problem.seen.factor(name, transform, problem.keys)
-    return factor.last_rows(problem.keys, transform(problem.keys))
+    return problem.seen.factor(name, transform).last_rows(problem.keys)
 
 
 def _primal(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
     keys = problem.keys
-    system = keys.T @ keys + problem.seen.outer()
+    system = keys.T @ keys
+    system += problem.seen.outer()
     if problem.covariance is not None:
-        system = system + problem.covariance.weight * problem.covariance.moment
+        system.add_(problem.covariance.moment, alpha=problem.covariance.weight)
     system.diagonal().add_(ridge)
     lower, info = torch.linalg.cholesky_ex(system)
     if int(info):

@@ -52,12 +52,13 @@ class Scores(Weighter):
     """Softmax of scores that are known already, for instance from a causal trace of the same model.
 
     Attributes:
-        scores: Layer -> score; every candidate layer needs one.
+        scores: Layer -> score; every candidate layer needs one. None takes the ``scores`` of the ``EditModule``, which
+            a model's config brings along.
         tau: Temperature of the softmax.
         normalization: Of the scores, before the softmax.
     """
 
-    scores: dict[int, float]
+    scores: dict[int, float] | None = None
     tau: float = 0.1
     normalization: Normalization = "none"
 
@@ -67,7 +68,10 @@ class Scores(Weighter):
 
     def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
         """See ``Weighter.weigh``."""
-        if missing := [layer for layer in layers if layer not in self.scores]:
-            raise ConfigError(f"Scores: no score for layers {missing}; scores are given for {sorted(self.scores)}")
-        values = torch.tensor([self.scores[layer] for layer in layers], dtype=torch.float64, device=lm.device)
+        scores = self.scores or {}
+        if missing := [layer for layer in layers if layer not in scores]:
+            raise ConfigError(
+                f"Scores: no score for layers {missing}, only for {sorted(scores)}; give scores={{layer: score, ...}}"
+            )
+        values = torch.tensor([scores[layer] for layer in layers], dtype=torch.float64, device=lm.device)
         return score_weights(values, self.tau, self.normalization)

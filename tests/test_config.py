@@ -1,0 +1,192 @@
+"""Shipped configs: every method with every model makes a module, without loading anything."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cakeflow import (
+    Contexts,
+    EditModule,
+    Endpoints,
+    LeastSquares,
+    NullSpace,
+    OneHot,
+    Scores,
+    Sequential,
+    Statistics,
+    TargetOptimizer,
+    Uniform,
+)
+from cakeflow.config import build_module, find_config, shipped
+from cakeflow.data import EditDataModule
+from cakeflow.errors import ConfigError
+
+METHODS, MODELS = shipped("method"), shipped("model")
+PARTS = {
+    "memit": (Uniform(), Sequential(), LeastSquares(), False),
+    "memit_seq": (Uniform(), Sequential(), LeastSquares(), True),
+    "memit_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
+    "alphaedit": (Uniform(), Sequential(), NullSpace(LeastSquares(10.0), 0.02), True),
+    "alphaedit_blue": (Endpoints(), Sequential(0.0, "self"), NullSpace(LeastSquares(10.0), 0.02), True),
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_loads(monkeypatch):
+    """Loading a model from here is an error."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+
+
+def build(method="alphaedit", model="smollm2-135m", **values):
+    return build_module([METHODS[method], MODELS[model]], **values)
+
+
+@pytest.mark.parametrize(("method", "model"), [*product(METHODS, MODELS)])
+def test_every_method_with_every_model(method, model):
+    module = build(method, model)
+    numbers = yaml.safe_load(MODELS[model].read_text())["model"]
+    assert isinstance(module, EditModule)
+    assert not hasattr(module, "lm")
+    assert module.layers == numbers["layers"]
+    assert module.targets == TargetOptimizer(**numbers["targets"])
+    assert module.statistics == Statistics(**numbers["statistics"])
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_compositions(method):
+    module = build(method)
+    assert (module.weighter, module.allocator, module.solver, module.use_history) == PARTS[method]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_cake_has_a_score_for_every_layer_of_every_model(model):
+    module = build("cake", model)
+    assert isinstance(module.weighter, Scores)
+    assert module.weighter.tau == 0.1
+    assert set(module.layers) <= set(module.weighter.scores)
+
+
+def test_setup_is_what_loads():
+    with pytest.raises(AssertionError, match="a model was loaded"):
+        build(base="some/folder").setup()
+
+
+@pytest.mark.parametrize("path", [*METHODS.values(), *MODELS.values()], ids=lambda path: path.stem)
+def test_configs_are_short_and_safe(path):
+    text = path.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 15
+    assert list(yaml.safe_load(text)) == ["model"]
+
+
+@pytest.mark.parametrize("path", [*METHODS.values()], ids=lambda path: path.stem)
+def test_methods_say_what_they_follow_and_where_they_depart(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert "base" not in yaml.safe_load(text)["model"]
+
+
+@pytest.mark.parametrize("path", [*shipped("data").values()], ids=lambda path: path.stem)
+def test_data_configs(path):
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    assert len(EditDataModule(**values).requests) == values["limit"]
+
+
+def test_shipped_lists_files_by_name():
+    assert {"memit", "alphaedit", "cake"} <= set(METHODS)
+    assert all(path.is_file() and path.stem == name for name, path in METHODS.items())
+    assert shipped("nothing") == {}
+
+
+def test_find_config_by_name_or_path(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {layers: [1]}")
+    assert find_config("method", "memit") == METHODS["memit"]
+    assert find_config("method", mine) == find_config("method", str(mine)) == mine
+
+
+@pytest.mark.parametrize("kind", ["method", "model", "data"])
+def test_unknown_name_lists_the_known(kind):
+    with pytest.raises(ConfigError) as caught:
+        find_config(kind, "memmit")
+    assert "'memmit'" in str(caught.value)
+    assert all(name in str(caught.value) for name in shipped(kind))
+
+
+def test_values_given_in_python_win():
+    contexts, weighter = Contexts.of(["{}", "a {}"]), OneHot(12)
+    module = build(layers=[3, 12], history=False, contexts=contexts, weighter=weighter, seed=7)
+    assert (module.layers, module.use_history, module.seed) == ([3, 12], False, 7)
+    assert module.contexts is contexts
+    assert module.weighter is weighter
+
+
+def test_mappings_are_merged_into_the_configured_part():
+    configured = yaml.safe_load(MODELS["smollm2-135m"].read_text())["model"]["targets"]
+    assert build(targets={"clamp": 0.5}).targets == TargetOptimizer(**{**configured, "clamp": 0.5})
+
+
+def test_parts_by_class_name():
+    module = build(weighter={"class_path": "OneHot", "init_args": {"layer": 11}}, solver={"class_path": "LeastSquares"})
+    assert module.weighter == OneHot(11)
+    assert isinstance(module.solver, LeastSquares)
+
+
+def test_later_files_win(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {layers: [2, 4], solver: {class_path: LeastSquares, init_args: {ridge: 3.0}}}")
+    module = build_module([METHODS["alphaedit"], MODELS["smollm2-135m"], mine])
+    assert (module.layers, module.solver) == ([2, 4], LeastSquares(3.0))
+    assert module.weighter == Uniform()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"layer": [1, 2]},
+        {"layer": (1, 2)},
+        {"contexst": Contexts()},
+        {"targets": {"stepz": 3}},
+        {"targets": {"steps": "many"}},
+        {"targets": {"steps": 0}},
+        {"statistics": {"tokens": -1}},
+        {"layers": "all"},
+        {"layers": [3, 2]},
+        {"layers": [2, 2]},
+        {"layers": [-1, 2]},
+        {"layers": []},
+        {"weighter": {"class_path": "Unifrom"}},
+        {"weighter": {"class_path": "LeastSquares"}},
+        {"weighter": {"class_path": "Scores", "init_args": {"scores": {1: 1.0}, "tau": 0}}},
+        {"allocator": {"class_path": "Sequential", "init_args": {"power": 2.0}}},
+        {"allocator": {"class_path": "Sequential", "init_args": {"anchor": "first"}}},
+        {"solver": {"class_path": "LeastSquares", "init_args": {"ridge": -1.0}}},
+        {"solver": {"class_path": "NullSpace", "init_args": {"threshold": 0.0}}},
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(values):
+    name = next(iter(values))
+    with pytest.raises(ConfigError) as caught:
+        build(**values)
+    inner = values[name]
+    words = [name, *(inner if isinstance(inner, dict) else []), *(inner.get("init_args", {}) if isinstance(inner, dict) else [])]  # fmt: skip
+    assert any(word in str(caught.value) for word in words)
+
+
+@pytest.mark.parametrize("text", ["model: {layerz: [1]}", "modle: {layers: [1]}", "model: [", "- 1"])
+def test_broken_files_are_refused_by_name(text, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        build_module([mine])
+
+
+def test_configs_hold_no_paths():
+    for path in [*METHODS.values(), *MODELS.values()]:
+        assert str(Path.home()) not in path.read_text()

@@ -1,0 +1,337 @@
+"""Requests: three schemas, and every fault of a whole list reported at once, by index and field."""
+
+import copy
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cakeflow.errors import EditError, RequestError
+from cakeflow.request import EditRequest, Probe, parse_requests
+
+OWN = {
+    "case_id": 7,
+    "prompt": "The river {} flows into",
+    "subject": "Elbe",
+    "target_new": "the Black Sea",
+    "target_true": "the North Sea",
+    "probes": [
+        {"kind": "paraphrase", "prompt": "The mouth of the Elbe lies at"},
+        {"kind": "neighborhood", "prompt": "The river Weser flows into", "expected": "the sea"},
+        {"kind": "generation", "prompt": "Ships on the Elbe"},
+    ],
+    "relation": "mouth",
+    "reference": "The Black Sea lies between Europe and Asia.",
+}
+COUNTERFACT = {
+    "case_id": 3,
+    "requested_rewrite": {
+        "prompt": "{} was built in",
+        "relation_id": "P571",
+        "target_new": {"str": "1900", "id": "Q1"},
+        "target_true": {"str": "1889", "id": "Q2"},
+        "subject": "The Blue Tower",
+    },
+    "paraphrase_prompts": ["Work on The Blue Tower ended in"],
+    "neighborhood_prompts": ["The Red Tower was built in", "The Green Tower was built in"],
+    "attribute_prompts": ["ignored"],
+    "generation_prompts": ["The Blue Tower is"],
+}
+ZSRE = {
+    "subject": "Anna Berg",
+    "src": "Which school did Anna Berg attend?",
+    "pred": "a guess",
+    "rephrase": "Where did Anna Berg study?",
+    "alt": "a wrong answer",
+    "answers": ["Uppsala", "Uppsala University"],
+    "loc": "nq question: how deep is the lake",
+    "loc_ans": "40 metres",
+    "cond": "a >> b || c",
+}
+SCHEMAS = {"own": OWN, "counterfact": COUNTERFACT, "zsre": ZSRE}
+
+
+def own(**changes):
+    """Our schema with some fields replaced; ``...`` removes one."""
+    entry = {**OWN, **changes}
+    return {name: value for name, value in entry.items() if value is not ...}
+
+
+def nested(record, path, value):
+    """A copy of the record with one place replaced, or removed by ``...``."""
+    record = copy.deepcopy(record)
+    *way, last = path
+    place = record
+    for step in way:
+        place = place[step]
+    if value is ...:
+        del place[last]
+    else:
+        place[last] = value
+    return record
+
+
+def test_own_schema_keeps_every_field():
+    (request,) = parse_requests([OWN])
+    assert request == EditRequest(
+        "The river {} flows into",
+        "Elbe",
+        "the Black Sea",
+        "the North Sea",
+        (
+            Probe("paraphrase", "The mouth of the Elbe lies at"),
+            Probe("neighborhood", "The river Weser flows into", "the sea"),
+            Probe("generation", "Ships on the Elbe"),
+        ),
+        "mouth",
+        "The Black Sea lies between Europe and Asia.",
+    )
+    assert request.text == "The river Elbe flows into"
+    assert request.text[: request.subject_end] == "The river Elbe"
+
+
+def test_counterfact_schema():
+    (request,) = parse_requests([COUNTERFACT])
+    assert (request.text, request.target_new, request.target_true) == ("The Blue Tower was built in", "1900", "1889")
+    assert request.relation == "P571"
+    assert [(probe.kind, probe.prompt) for probe in request.probes] == [
+        ("paraphrase", "Work on The Blue Tower ended in"),
+        ("neighborhood", "The Red Tower was built in"),
+        ("neighborhood", "The Green Tower was built in"),
+        ("generation", "The Blue Tower is"),
+    ]
+    assert all(probe.expected is None for probe in request.probes)
+
+
+def test_zsre_schema_takes_the_gold_answer_as_new_target():
+    (request,) = parse_requests([ZSRE])
+    assert (request.prompt, request.subject) == ("Which school did {} attend?", "Anna Berg")
+    assert (request.target_new, request.target_true) == ("Uppsala", None)
+    assert request.probes == (
+        Probe("paraphrase", "Where did Anna Berg study?"),
+        Probe("neighborhood", "nq question: how deep is the lake?", "40 metres"),
+    )
+
+
+def test_zsre_replaces_only_the_first_occurrence_of_the_subject():
+    (request,) = parse_requests([{**ZSRE, "src": "Is Anna Berg the Anna Berg of Oslo?"}])
+    assert request.prompt == "Is {} the Anna Berg of Oslo?"
+    assert request.text == "Is Anna Berg the Anna Berg of Oslo?"
+
+
+def test_schemas_and_objects_mix_in_one_list_and_keep_their_order():
+    ready = EditRequest("{} is", "a", "b")
+    entries = [ZSRE, OWN, ready, COUNTERFACT]
+    assert [request.subject for request in parse_requests(entries)] == ["Anna Berg", "Elbe", "a", "The Blue Tower"]
+    assert parse_requests(entries)[2] is ready
+
+
+def test_probes_may_be_missing_none_or_objects():
+    probe = Probe("generation", "Ships")
+    for probes, wanted in ((..., ()), (None, ()), ([], ()), ([probe], (probe,))):
+        assert parse_requests([own(probes=probes)])[0].probes == wanted
+
+
+MALFORMED = [
+    ("a string", "entry"),
+    (None, "entry"),
+    (7, "entry"),
+    (["prompt", "subject"], "entry"),
+    ({}, "prompt"),
+    (own(prompt=...), "prompt"),
+    (own(subject=...), "subject"),
+    (own(target_new=...), "target_new"),
+    (own(prompt="no placeholder"), "prompt"),
+    (own(prompt="{} and {}"), "prompt"),
+    (own(prompt=""), "prompt"),
+    (own(prompt=5), "prompt"),
+    (own(prompt=None), "prompt"),
+    (own(subject=""), "subject"),
+    (own(subject=" \t"), "subject"),
+    (own(subject=" Elbe"), "subject"),
+    (own(subject="Elbe\n"), "subject"),
+    (own(subject=["Elbe"]), "subject"),
+    (own(target_new=""), "target_new"),
+    (own(target_new="  "), "target_new"),
+    (own(target_new={"str": "x"}), "target_new"),
+    (own(target_new="the North Sea"), "target_new"),
+    (own(target_true=""), "target_true"),
+    (own(target_true=3.5), "target_true"),
+    (own(relation=""), "relation"),
+    (own(relation=31), "relation"),
+    (own(reference=[]), "reference"),
+    (own(target="the Black Sea"), "target"),
+    (own(probes="a prompt"), "probes"),
+    (own(probes=3), "probes"),
+    (own(probes={"kind": "paraphrase", "prompt": "x"}), "probes"),
+    (own(probes=["a prompt"]), "probes"),
+    (own(probes=[{"kind": "paraphrase"}]), "probes"),
+    (own(probes=[{"kind": "paraphrase", "prompt": "x", "answer": "y"}]), "probes"),
+    (own(probes=[{"kind": "paraphrases", "prompt": "x"}]), "probes.kind"),
+    (own(probes=[{"kind": ["paraphrase"], "prompt": "x"}]), "probes.kind"),
+    (own(probes=[{"kind": "paraphrase", "prompt": " "}]), "probes.prompt"),
+    (own(probes=[{"kind": "paraphrase", "prompt": None}]), "probes.prompt"),
+    (own(probes=[{"kind": "paraphrase", "prompt": "x", "expected": ""}]), "probes.expected"),
+    (own(probes=[{"kind": "paraphrase", "prompt": "x", "expected": 4}]), "probes.expected"),
+    ({1: 2}, "1"),
+    (nested(COUNTERFACT, ["requested_rewrite"], None), "prompt"),
+    (nested(COUNTERFACT, ["requested_rewrite", "subject"], ...), "subject"),
+    (nested(COUNTERFACT, ["requested_rewrite", "target_new"], "1900"), "target_new.str"),
+    (nested(COUNTERFACT, ["requested_rewrite", "target_true", "str"], ...), "target_true.str"),
+    (nested(COUNTERFACT, ["requested_rewrite", "target_true", "str"], "1900"), "target_new"),
+    (nested(COUNTERFACT, ["paraphrase_prompts"], "one string"), "paraphrase_prompts"),
+    (nested(COUNTERFACT, ["neighborhood_prompts"], [None]), "probes.prompt"),
+    (nested(ZSRE, ["subject"], "Somebody Else"), "subject"),
+    (nested(ZSRE, ["subject"], ...), "subject"),
+    (nested(ZSRE, ["src"], 5), "subject"),
+    (nested(ZSRE, ["answers"], []), "answers"),
+    (nested(ZSRE, ["answers"], "Uppsala"), "answers"),
+    (nested(ZSRE, ["answers"], [1]), "target_new"),
+    (nested(ZSRE, ["rephrase"], ["x"]), "probes.prompt"),
+    (nested(ZSRE, ["loc"], ["x"]), "probes.prompt"),
+    (nested(ZSRE, ["loc_ans"], 40), "probes.expected"),
+]
+
+
+@pytest.mark.parametrize(("entry", "field"), MALFORMED, ids=[f"{i}-{field}" for i, (_, field) in enumerate(MALFORMED)])
+def test_malformed_entry_is_named_by_index_and_field(entry, field):
+    with pytest.raises(RequestError, match="nothing was changed") as caught:
+        parse_requests([EditRequest("{} is", "a", "b"), entry])
+    found = [problem for problem in caught.value.problems if problem.field == field]
+    assert found, str(caught.value)
+    assert {problem.index for problem in caught.value.problems} == {1}
+    assert f"entry 1, {field} = " in str(caught.value)
+    assert found[0].remedy
+
+
+def test_every_fault_of_every_entry_is_reported_at_once():
+    entries = [own(), own(prompt="none", subject=" x", target_true=1), "junk", own(relation=""), own(target_new="")]
+    with pytest.raises(RequestError) as caught:
+        parse_requests(entries)
+    assert [(problem.index, problem.field) for problem in caught.value.problems] == [
+        (1, "target_true"),
+        (1, "prompt"),
+        (1, "subject"),
+        (2, "entry"),
+        (3, "relation"),
+        (4, "target_new"),
+    ]
+    assert str(caught.value).startswith("6 problem(s)")
+
+
+def test_message_names_value_and_remedy_and_shortens_long_values():
+    with pytest.raises(RequestError) as caught:
+        parse_requests([own(subject=" Elbe"), own(prompt="x" * 5000)])
+    assert "subject = ' Elbe': remove the white space around it" in str(caught.value)
+    assert "found 0" in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_error_belongs_to_both_families_and_counts_from_first():
+    with pytest.raises(EditError) as caught:
+        parse_requests([own(prompt="")], first=40)
+    assert isinstance(caught.value, ValueError)
+    assert {problem.index for problem in caught.value.problems} == {40}
+
+
+def test_empty_list_is_refused():
+    with pytest.raises(RequestError, match="at least one request"):
+        parse_requests([])
+
+
+@pytest.mark.parametrize(
+    ("second", "contradicts"),
+    [
+        (own(target_new="the Baltic Sea"), True),
+        (own(target_new="the Baltic Sea", prompt="{} ends in"), True),  # same relation, other words
+        (own(), False),  # a repetition
+        (own(target_new=" the Black Sea"), False),  # differs in white space only
+        (own(target_new="the Baltic Sea", relation="source"), False),
+        (own(target_new="the Baltic Sea", subject="Oder"), False),
+        (own(target_new="the Baltic Sea", relation=None), False),  # then the prompt stands for the relation
+    ],
+)
+def test_contradictions(second, contradicts):
+    if not contradicts:
+        assert len(parse_requests([OWN, second])) == 2
+        return
+    with pytest.raises(RequestError, match="contradicts entry 0") as caught:
+        parse_requests([OWN, own(subject="Oder"), second])
+    assert [(problem.index, problem.field) for problem in caught.value.problems] == [(2, "target_new")]
+
+
+def test_without_a_relation_the_prompt_tells_contradictions():
+    with pytest.raises(RequestError, match="contradicts entry 0"):
+        parse_requests([own(relation=...), own(relation=..., target_new="the Baltic Sea")])
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_to_dict_is_json_and_reads_back(name):
+    (request,) = parse_requests([SCHEMAS[name]])
+    assert parse_requests([json.loads(json.dumps(request.to_dict()))]) == [request]
+
+
+def test_to_dict_leaves_empty_fields_out():
+    request = EditRequest("{} is", "a", "b")
+    assert request.to_dict() == {"prompt": "{} is", "subject": "a", "target_new": "b"}
+
+
+NAMES = sorted({*OWN, *COUNTERFACT, *COUNTERFACT["requested_rewrite"], *ZSRE, "kind", "expected", "str"})
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8) | st.just("{}")
+JUNK = st.recursive(
+    SCALARS,
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=4), inner, max_size=6)
+        | st.dictionaries(st.integers(), inner, max_size=2)
+    ),
+    max_leaves=12,
+)
+
+
+def places(value, path=()):
+    """Every path into nested data."""
+    found = [path] if path else []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return found + [place for key, inner in items for place in places(inner, (*path, key))]
+
+
+PLACES = [(name, path) for name, record in SCHEMAS.items() for path in places(record)]
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(JUNK, max_size=4))
+def test_junk_raises_nothing_but_request_errors(entries):
+    try:
+        requests = parse_requests(entries)
+    except RequestError as error:
+        assert error.problems
+        assert all(0 <= problem.index <= len(entries) for problem in error.problems)
+    else:
+        assert len(requests) == len(entries)
+
+
+@settings(deadline=None, max_examples=400)
+@given(st.sampled_from(PLACES), JUNK | st.just(...))
+def test_records_with_one_bad_place_raise_nothing_but_request_errors(place, value):
+    name, path = place
+    try:
+        (request,) = parse_requests([nested(SCHEMAS[name], path, value)])
+    except RequestError as error:
+        assert error.problems
+    else:
+        assert request.text.count(request.subject) >= 1
+        assert parse_requests([request.to_dict()]) == [request]
+
+
+TEXT = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() == text and "{}" not in text)
+PROBES = st.builds(Probe, st.sampled_from(["paraphrase", "neighborhood", "generation"]), TEXT, st.none() | TEXT)
+
+
+@settings(deadline=None)
+@given(st.builds(EditRequest, TEXT.map("{} ".__add__), TEXT, TEXT.map("new ".__add__), st.none() | TEXT.map("old ".__add__),
+                 st.lists(PROBES, max_size=3).map(tuple), st.none() | TEXT, st.none() | TEXT))  # fmt: skip
+def test_round_trip_of_any_good_request(request):
+    assert parse_requests([request.to_dict()]) == [request]
+    assert request.text[: request.subject_end] == request.subject

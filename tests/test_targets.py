@@ -1,0 +1,249 @@
+"""Target values against a plain reference (one request, one row, every block at a time) and the official numbers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from cakeflow import Contexts, Site, TargetOptimizer
+from cakeflow.batch import encode_batch
+from cakeflow.errors import ConfigError, NumericalError
+
+CONTEXTS = Contexts.of(["{}", "Because of the high cost of living in. {}", "I am. {}"])
+FAST = TargetOptimizer(steps=6, lr=0.3)
+
+
+def plain(lm, request, contexts, settings, layer):
+    """``compute_z`` from the papers, written without anything of the package but its module paths."""
+    tok, model = lm.tokenizer, lm.model
+    module = model.get_submodule(lm.architecture.path(Site(layer, settings.role)))
+    prompt, end = request.prompt.replace("{}", request.subject), request.prompt.index("{}") + len(request.subject)
+    rows = []
+    for template in contexts.templates:
+        front = template.index("{}")
+        text = f"{template.replace('{}', prompt)} {request.target_new}"
+        encoded = tok(text)
+        target = encoded.char_to_token(len(text) - len(request.target_new) - 1)  # the space belongs to the target
+        rows.append((encoded["input_ids"], encoded.char_to_token(front + end - 1), target))
+    essence = tok(f"{request.subject} is a")
+    essence_row = (essence["input_ids"], essence.char_to_token(len(request.subject) - 1))
+    h0 = []
+
+    def logits(ids, at, delta):
+        def hook(_module, _args, output):
+            value = output[0] if isinstance(output, tuple) else output
+            h0.append(value[0, at].detach())
+            value = value + torch.nn.functional.one_hot(torch.tensor(at), len(ids))[None, :, None] * delta
+            return (value, *output[1:]) if isinstance(output, tuple) else value
+
+        handle = module.register_forward_hook(hook)
+        result = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        handle.remove()
+        return result
+
+    zero = torch.zeros(48, dtype=torch.float64)
+    with torch.no_grad():
+        before = logits(*essence_row, zero)[essence_row[1]]
+        h0.clear()
+        logits(rows[0][0], rows[0][1], zero)
+    start = h0[0]
+    delta = zero.clone().requires_grad_()
+    adam = torch.optim.Adam([delta], lr=settings.lr)
+    for step in range(settings.steps):
+        nll = 0
+        for ids, at, target in rows:
+            log_probs = logits(ids, at, delta)
+            nll = nll - torch.stack([log_probs[i - 1, ids[i]] for i in range(target, len(ids))]).mean() / len(rows)
+        now = logits(*essence_row, delta)[essence_row[1]]
+        divergence = (now.exp() * (now - before)).sum()
+        loss = nll + settings.kl_factor * divergence + settings.weight_decay * delta.norm() / start.norm() ** 2
+        if loss < settings.stop_loss or step == settings.steps - 1:
+            break
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        with torch.no_grad():
+            if delta.norm() > settings.clamp * start.norm():
+                delta.mul_(settings.clamp * start.norm() / delta.norm())
+    model.zero_grad()
+    return (start + delta).detach(), loss.detach(), torch.exp(-nll).detach(), step + 1
+
+
+def relative(got, want):
+    return float((got - want).norm() / want.norm())
+
+
+@pytest.fixture
+def batch(lm, requests):
+    return encode_batch(lm, requests[1:6], CONTEXTS)
+
+
+@pytest.mark.parametrize(
+    ("role", "layer", "settings"),
+    [
+        ("block", 4, FAST),
+        ("block", 0, replace(FAST, clamp=0.2)),
+        ("block", 1, replace(FAST, stop_loss=5.8)),
+        ("mlp_out", 3, FAST),
+        ("attn_out", 2, replace(FAST, kl_factor=1.0, weight_decay=3.0)),
+    ],
+)
+def test_equals_the_plain_reference(tiny, requests, role, layer, settings):
+    settings = replace(settings, role=role)
+    chosen = requests[2:4]
+    found = settings.optimize(tiny, encode_batch(tiny, chosen, CONTEXTS), layer)
+    for i, request in enumerate(chosen):
+        z, loss, probability, steps = plain(tiny, request, CONTEXTS, settings, layer)
+        assert relative(found.values[i], z) < 1e-9
+        assert found.loss[i] == pytest.approx(float(loss), rel=1e-9)
+        assert found.probability[i] == pytest.approx(float(probability), rel=1e-9)
+        assert found.steps[i] == steps
+        assert bool(found.converged[i]) is bool(loss < settings.stop_loss)
+
+
+@pytest.mark.parametrize(("method", "layer"), [("memit", 4), ("alphaedit_blue", 1)])
+def test_equals_the_official_numbers(tiny, requests, golden, method, layer):
+    arch = tiny.model.config.model_type
+    setup = json.loads((golden / "tiny" / f"{arch}_golden.json").read_text())["_setup"]
+    wanted = load_file(golden / "tiny" / f"{arch}_golden.safetensors")[f"{method}/z/{layer}"]
+    batch = encode_batch(tiny, requests, Contexts.of(setup["context_templates"]))
+    assert (
+        relative(TargetOptimizer().optimize(tiny, batch, layer).values, wanted) < {"gpt2": 1e-10, "llama": 1e-5}[arch]
+    )
+
+
+def test_padding_side_of_the_tokenizer_does_not_matter(tiny, requests):
+    results = []
+    for side in ("left", "right"):
+        tiny.tokenizer.padding_side = side
+        results.append(FAST.optimize(tiny, encode_batch(tiny, requests[:4], CONTEXTS), 3).values)
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 50, 10_000])
+def test_token_budget_bounds_memory_and_changes_nothing(tiny, requests, budget):
+    batch = encode_batch(tiny, requests[:4], CONTEXTS)
+    wanted = FAST.optimize(tiny, batch, 3)
+    found = replace(FAST, token_budget=budget).optimize(tiny, batch, 3)
+    assert relative(found.values, wanted.values) < 1e-9
+    assert torch.equal(found.steps, wanted.steps)
+
+
+def test_batch_size_and_order_do_not_matter(tiny, requests):
+    together = FAST.optimize(tiny, encode_batch(tiny, requests[:5], CONTEXTS), 3)
+    order = [3, 0, 4, 1, 2]
+    shuffled = FAST.optimize(tiny, encode_batch(tiny, [requests[i] for i in order], CONTEXTS), 3)
+    assert relative(shuffled.values, together.values[order]) < 1e-9
+    for i in range(5):
+        alone = FAST.optimize(tiny, encode_batch(tiny, requests[i : i + 1], CONTEXTS), 3)
+        assert relative(alone.values[0], together.values[i]) < 1e-9
+
+
+def test_a_fact_that_stops_early_leaves_the_others_alone(tiny, requests):
+    batch = encode_batch(tiny, requests, CONTEXTS)
+    free = replace(FAST, steps=9, lr=0.05, weight_decay=0.0, kl_factor=0.0)
+    halfway = replace(free, steps=4, stop_loss=0).optimize(tiny, batch, 1).loss
+    settings = replace(free, stop_loss=float(halfway.median()))
+    together = settings.optimize(tiny, batch, 1)
+    assert len(set(together.steps.tolist())) >= 3  # they stop at different times
+    for i in range(0, len(requests), 3):
+        alone = settings.optimize(tiny, encode_batch(tiny, requests[i : i + 1], CONTEXTS), 1)
+        assert relative(alone.values[0], together.values[i]) < 1e-9
+        assert alone.steps[0] == together.steps[i]
+    assert torch.equal(together.converged, together.loss < settings.stop_loss)
+    assert together.converged[together.steps < 9].all()
+
+
+def test_done_at_once_means_no_change(tiny, requests):
+    found = replace(FAST, stop_loss=100.0).optimize(tiny, encode_batch(tiny, requests[:3], CONTEXTS), 3)
+    assert torch.equal(found.values, found.initial)
+    assert found.steps.tolist() == [1, 1, 1]
+    assert found.converged.all()
+
+
+def test_nobody_converged_is_said(lm, batch):
+    found = replace(FAST, stop_loss=0.0).optimize(lm, batch, 3)
+    assert not found.converged.any()
+    assert found.steps.tolist() == [6] * 5
+
+
+@pytest.mark.parametrize("clamp", [0.05, 0.3])
+def test_the_clamp_is_respected(tiny, requests, clamp):
+    found = replace(FAST, clamp=clamp, lr=1.0).optimize(tiny, encode_batch(tiny, requests[:4], CONTEXTS), 3)
+    ratio = (found.values - found.initial).norm(dim=1) / found.initial.norm(dim=1)
+    assert (ratio <= clamp * (1 + 1e-12)).all()
+    assert ratio.max() > clamp * 0.999  # and reached
+
+
+def test_it_does_what_it_is_for(tiny, requests):
+    batch = encode_batch(tiny, requests, CONTEXTS)
+    free = TargetOptimizer(steps=12, lr=0.05, weight_decay=0.0, kl_factor=0.0)
+    before = replace(free, steps=1).optimize(tiny, batch, 1)
+    after = free.optimize(tiny, batch, 1)
+    assert (after.loss < before.loss).all()
+    assert (after.probability > before.probability).all()
+
+
+def test_gradients_and_flags_of_the_weights_are_untouched(tiny, requests):
+    flags = {}
+    for i, parameter in enumerate(tiny.model.parameters()):
+        parameter.requires_grad_(i % 3 != 0)
+        parameter.grad = torch.full_like(parameter, 7.0)
+        flags[i] = (parameter.requires_grad, parameter.detach().clone())
+    batch = encode_batch(tiny, requests[:2], CONTEXTS)
+    FAST.optimize(tiny, batch, 3)
+    with pytest.raises(KeyboardInterrupt):
+        FAST.optimize(tiny, batch, 3, progress=interrupt)
+    for i, parameter in enumerate(tiny.model.parameters()):
+        assert parameter.requires_grad is flags[i][0]
+        assert torch.equal(parameter, flags[i][1])
+        assert (parameter.grad == 7).all()
+
+
+def interrupt(_done):
+    raise KeyboardInterrupt
+
+
+def test_no_gradient_context_of_the_caller_is_needed_or_disturbed(lm, batch):
+    wanted = FAST.optimize(lm, batch, 3).values
+    with torch.no_grad():
+        assert torch.equal(FAST.optimize(lm, batch, 3).values, wanted)
+        assert not torch.is_grad_enabled()
+
+
+def test_progress_adds_up_to_the_batch(lm, batch):
+    counts = []
+    replace(FAST, stop_loss=5.8).optimize(lm, batch, 3, counts.append)
+    assert sum(counts) == len(batch)
+
+
+def test_a_loss_that_is_not_finite_names_its_request(lm, requests):
+    """With an infinite step everything that is not done after the first evaluation blows up in the second."""
+    batch = encode_batch(lm, requests, CONTEXTS)
+    first = replace(FAST, steps=1).optimize(lm, batch, 3).loss
+    worst = int(first.argmax())
+    settings = replace(FAST, lr=float("inf"), stop_loss=float(first.sort().values[-2:].mean()))
+    with pytest.raises(NumericalError) as caught:
+        settings.optimize(lm, batch, 3)
+    assert str(caught.value).startswith(f"request {worst} ({requests[worst].text!r}): the loss")
+    assert "at step 1" in str(caught.value)
+    assert all(parameter.requires_grad for parameter in lm.model.parameters())
+
+
+def test_half_precision_models_get_targets_in_float64(lm, batch):
+    wanted = FAST.optimize(lm, batch, 3)
+    lm.model.to(torch.bfloat16)
+    found = FAST.optimize(lm, batch, 3)
+    assert found.values.dtype == found.initial.dtype == torch.float64
+    assert torch.isfinite(found.values).all()
+    assert relative(found.initial, wanted.initial) < 0.05
+
+
+@given(st.sampled_from(["steps", "lr", "clamp", "token_budget"]), st.sampled_from([0, -1, float("nan")]))
+def test_bad_settings(name, value):
+    with pytest.raises(ConfigError, match=rf"targets\.{name} must be above 0"):
+        TargetOptimizer(**{name: value})
