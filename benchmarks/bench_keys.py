@@ -17,12 +17,13 @@ import torch
 from paired import alternate, parser, report
 from torch import Tensor
 
-from cakeflow import LanguageModel, TargetOptimizer, load_model
+from cakeflow import TargetOptimizer
 from cakeflow.architecture import Site
 from cakeflow.batch import EditBatch, encode_batch
 from cakeflow.contexts import generate_contexts
 from cakeflow.data import builtin_facts
 from cakeflow.keys import FactReader
+from cakeflow.model import LanguageModel, load_model
 
 LAYERS = [9, 10, 11, 12, 13]
 TOLERANCE = 1e-4

@@ -20,10 +20,11 @@ import torch
 from paired import alternate, parser, report
 from torch import Tensor
 
-from cakeflow import LanguageModel, Statistics, load_model
+from cakeflow import Statistics
 from cakeflow import statistics as collector
 from cakeflow.architecture import Site
 from cakeflow.data import builtin_facts
+from cakeflow.model import LanguageModel, load_model
 
 LAYERS = [9, 10, 11, 12, 13]
 TOLERANCE = 1e-6

@@ -3,9 +3,9 @@
     python benchmarks/bench_targets.py [--dtype bfloat16] [--json FILE]
 
 Both sides find target values for the same requests and contexts in the same process. The reference is a plain loop:
-one request at a time, every block, every position, all logits (twice, as in the official code: once inside the model for the
-KL term, once for the loss). Prints seconds per request, counted floating-point operations and the share of the matrix
-product rate measured here, and compares the outcome. ``ratio`` is reference time over ours.
+one request at a time, every block, every position, all logits (twice, as in the official code: once inside the model
+for the KL term, once for the loss). Prints seconds per request, counted floating-point operations and the share of the
+matrix product rate measured here, and compares the outcome. ``ratio`` is reference time over ours.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cakeflow import Contexts, LanguageModel, TargetOptimizer, load_model
+from cakeflow import Contexts, TargetOptimizer
 from cakeflow.batch import EditBatch, encode_batch
 from cakeflow.data import builtin_facts
+from cakeflow.model import LanguageModel, load_model
 from cakeflow.targets import Targets
 
 LAYER = 13

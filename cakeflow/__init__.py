@@ -1,14 +1,12 @@
 """cakeflow: knowledge editing for transformer language models."""
 
-from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn, shares_from_fractions
-from cakeflow.architecture import Architecture, Site
+from cakeflow.allocators import Allocator, Sequential, ShareAllocator, shares_from_fractions
+from cakeflow.architecture import Architecture
 from cakeflow.contexts import Contexts
 from cakeflow.data import EditDataModule, read_requests
-from cakeflow.editor import Editor, Run
+from cakeflow.editor import Editor
 from cakeflow.errors import EditError, RequestError
-from cakeflow.journal import Journal
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
-from cakeflow.model import LanguageModel, load_model
 from cakeflow.module import EditModule
 from cakeflow.problem import LayerProblem, Update
 from cakeflow.request import EditRequest, Probe

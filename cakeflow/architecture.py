@@ -77,6 +77,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         return EXCEPTIONS[model.config.model_type]
     stack, blocks = _blocks(model)
     block, prefix = blocks[0], f"{stack}.{{}}."
+    if experts := [name for name, _ in block.named_parameters() if "experts" in name.split(".")]:
+        raise _missing(model, "mlp_out", f"one down projection per block; {experts[0]} belongs to a mixture of experts")
     attention = [name for name, child in block.named_children() if "attention" in type(child).__name__.lower()]
     if not attention:
         raise _missing(model, "attn_out", f"a child of {type(block).__name__} whose class name contains 'Attention'")
@@ -138,6 +140,4 @@ def _last_projection(
     found = [f"{child}.{name}" if child else name for name in found if name.split(".")[0] not in skip]
     if not found:
         raise _missing(model, field, f"a Linear or Conv1D that writes config.hidden_size = {width} values")
-    if len({name for name in found if "experts" in name}) > 1:
-        raise _missing(model, field, "one down projection per block; a mixture of experts has several")
     return found[-1]

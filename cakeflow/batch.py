@@ -100,13 +100,14 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], t
     return encode(tokenizer, texts, [0] * len(texts), [len(prompt) for prompt in prompts])
 
 
-def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Contexts) -> EditBatch:
+def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Contexts, first: int = 0) -> EditBatch:
     """Tokenise the requests of one batch in every context.
 
     Args:
         lm: The model whose tokenizer is used.
         requests: n checked requests.
         contexts: The templates around each prompt, the bare one first.
+        first: Index that error messages give to the first request.
 
     Returns:
         The batch.
@@ -124,7 +125,7 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
     flat = encode(lm.tokenizer, texts, subjects, targets)
     width = len(contexts.templates)
     rows = tuple(tuple(flat[i * width : (i + 1) * width]) for i in range(len(requests)))
-    _check_lengths(lm, requests, rows)
+    _check_lengths(lm, requests, rows, first)
     essence = encode(
         lm.tokenizer,
         [ESSENCE.replace("{}", request.subject) for request in requests],
@@ -134,10 +135,12 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
     return EditBatch(tuple(requests), rows, tuple(essence), contexts.weights)
 
 
-def _check_lengths(lm: LanguageModel, requests: Sequence[EditRequest], rows: tuple[tuple[Row, ...], ...]) -> None:
-    limit = getattr(lm.model.config, "max_position_embeddings", None) or 1 << 30
+def _check_lengths(
+    lm: LanguageModel, requests: Sequence[EditRequest], rows: tuple[tuple[Row, ...], ...], first: int
+) -> None:
+    limit = lm.longest
     problems = []
-    for index, (request, variants) in enumerate(zip(requests, rows, strict=True)):
+    for index, (request, variants) in enumerate(zip(requests, rows, strict=True), first):
         if any(row.target >= len(row.ids) or row.target <= row.subject for row in variants):
             problems.append(
                 Problem(index, "target_new", request.target_new, "has no token of its own after the prompt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.resources import files
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     Raises:
         ConfigError: If a name or value does not fit.
     """
+    if unknown := sorted(set(values) - set(signature(EditModule).parameters)):
+        raise ConfigError(f"EditModule has no {unknown[0]!r}; it has {', '.join(signature(EditModule).parameters)}")
     plain = {name: value for name, value in values.items() if isinstance(value, (str, int, float, bool, list, dict))}
     objects = {name: value for name, value in values.items() if name not in plain}
     parser = ArgumentParser(exit_on_error=False)
@@ -49,11 +52,11 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     parser.add_argument("--config", action="config")
     try:
         config = parser.parse_args([f"--config={path}" for path in configs])
-        config = parser.parse_object({"model": plain}, cfg_base=config)
+        config = parser.parse_object({"model": plain}, config)
     except Exception as error:
         raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {error}") from error
 
     def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
         return kind(*args, **{**kwargs, **objects})
 
-    return parser.instantiate(config, instantiators=[(make, EditModule)]).model  # type: ignore[no-any-return]
+    return parser.instantiate(config, instantiators=[(make, EditModule, False)]).model  # type: ignore[no-any-return]

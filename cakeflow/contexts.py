@@ -43,8 +43,8 @@ class Contexts:
     @classmethod
     def of(cls, templates: Sequence[str]) -> Contexts:
         """Contexts from a flat list, the bare ``{}`` first: it forms one group, the others the second."""
-        head, *rest = templates
-        return cls(((head,), tuple(rest)) if rest else ((head,),))
+        groups = (tuple(templates[:1]), tuple(templates[1:]))
+        return cls(groups if groups[1] else groups[:1])
 
     @property
     def templates(self) -> tuple[str, ...]:

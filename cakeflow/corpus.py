@@ -31,6 +31,9 @@ TOPICS = (
 """Openings and topics of the sampled corpus: broad, and none of them a prompt of the built-in facts."""
 
 
+SAMPLED_TOGETHER = 32
+
+
 def read_texts(source: Any) -> Iterator[str]:
     """Documents of a corpus.
 
@@ -62,9 +65,12 @@ def _read_file(path: Path) -> Iterator[str]:
             return
         for number, line in enumerate(handle, 1):
             try:
-                yield json.loads(line)["text"]
+                text = json.loads(line)["text"]
             except (ValueError, KeyError, TypeError) as error:
                 raise StatisticsError(f"{path}, line {number}: not a JSON object with a field 'text'") from error
+            if not isinstance(text, str):
+                raise StatisticsError(f"{path}, line {number}: text = {text!r} is not a string")
+            yield text
 
 
 def _load(path: Path, name: str) -> Any:
@@ -106,7 +112,7 @@ def sampled_corpus(
     """A corpus of the model's own samples, made once per model and kept in the cache.
 
     Needs no network and no licence, and follows the distribution whose keys an edit should leave alone. Sampling is
-    seeded (temperature 1, nucleus 0.95); the caller's random state is left alone.
+    seeded (temperature 1, top 50); the caller's random state is left alone.
 
     Args:
         lm: The model, not edited.
@@ -126,9 +132,9 @@ def sampled_corpus(
     samples: list[str] = []
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
-        for start in range(0, len(openings), 32):
-            samples += _sample(lm, openings[start : start + 32], length)
-            progress(32 * length)
+        for start in range(0, len(openings), SAMPLED_TOGETHER):
+            samples += _sample(lm, openings[start : start + SAMPLED_TOGETHER], length)
+            progress(SAMPLED_TOGETHER * length)
     write_text(path, "".join(json.dumps({"text": sample}) + "\n" for sample in samples))
     return path
 
@@ -140,7 +146,7 @@ def _sample(lm: LanguageModel, openings: list[str], length: int) -> list[str]:
     ids = torch.tensor([[filler] * (width - len(row)) + row for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
     output = lm.model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, top_p=0.95, temperature=1.0,
+        input_ids=ids, attention_mask=mask, do_sample=True, top_k=50, top_p=1.0, temperature=1.0,
         min_new_tokens=length, max_new_tokens=length, pad_token_id=filler,
     )  # fmt: skip
     return [str(lm.tokenizer.decode(row, skip_special_tokens=True)) for row in output]

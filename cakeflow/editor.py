@@ -223,6 +223,7 @@ def _expected_warnings() -> Iterator[None]:
             "does not have many workers",
             "in eval mode",
             "have no `val_dataloader`",
+            "training_step. returned",
         ):
             warnings.filterwarnings("ignore", message=f".*{message}")
         yield

@@ -30,5 +30,5 @@ def write_text(path: Path, text: str) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file whole."""
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}  # none share memory
     write_whole(path, lambda temporary: save_file(ready, temporary, dict(metadata or {})))

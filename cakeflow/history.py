@@ -87,7 +87,8 @@ class GramFactor:
         corner, info = torch.linalg.cholesky_ex((schur + schur.T) / 2)
         if int(info) or not bool(torch.isfinite(corner).all()):
             raise NumericalError("the Gram matrix of the keys is not positive definite; set ridge higher")
-        return corner, torch.linalg.solve_triangular(corner.T, mapped.T, upper=True, left=False).T  # corner \ mapped
+        whitened = torch.linalg.solve_triangular(corner.T, mapped.T, upper=True, left=False)  # spares a transposed copy
+        return corner, whitened.T
 
     def grow(self, keys: Float[Tensor, "n d_in"]) -> None:
         """Take in more keys.
@@ -105,10 +106,8 @@ class GramFactor:
             NumericalError: If the grown matrix is not positive definite.
         """
         corner, whitened = self._border(keys)
-        rows: Tensor = torch.linalg.solve_triangular(
-            corner, whitened.T, upper=False, left=False
-        ).T  # corner.T \ whitened
-        return rows
+        rows: Tensor = torch.linalg.solve_triangular(corner, whitened.T, upper=False, left=False)
+        return rows.T
 
 
 class KeyHistory:

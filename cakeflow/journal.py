@@ -160,6 +160,10 @@ class Journal(Sequence[EditStep]):
         summed = master.double() + (delta.T if self._transposed(layer) else delta)
         master.copy_(summed)  # one rounding per edit
         weight.copy_(master)
+        if not torch.isfinite(weight).all():
+            raise NumericalError(
+                f"layer {layer}: the edited weight overflows {weight.dtype}; load the model in float32"
+            )
 
     @torch.no_grad()
     def _restore(self, kept: int, layers: set[int]) -> None:

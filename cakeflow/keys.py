@@ -73,8 +73,9 @@ class PromptStream:
         with (
             resume(lm, chunk.layer, start),
             capture(lm, below) as entering,
-            capture(lm, [value_site] if value_site else [], stop=True) as values,
+            capture(lm, [value_site] if value_site else []) as values,
             capture(lm, [key_site], side="in", stop=value_site is None) as keys,
+            capture(lm, [Site(value_site.layer)] if value_site else [], stop=True),
         ):
             lm.model(input_ids=chunk.ids, attention_mask=torch.ones_like(chunk.ids), use_cache=False)
         if below:

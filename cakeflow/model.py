@@ -79,6 +79,11 @@ class LanguageModel:
         return self._embedding.dtype
 
     @property
+    def longest(self) -> int:
+        """Most tokens that a text may have."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
     def head(self) -> nn.Module:
         """The output embedding."""
         return self.model.get_submodule(self.architecture.head)
@@ -187,8 +192,7 @@ def _embedded_file(name: str) -> Path:
 
 def _converted(gguf: Path) -> Path:
     """A safetensors copy of a GGUF file in the cache, made once: loading it again takes a second, not fifteen."""
-    stat = gguf.stat()
-    key = hashlib.sha256(f"{gguf.name}:{stat.st_size}".encode() + gguf.open("rb").read(1 << 20)).hexdigest()[:16]
+    key = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
     folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
     if not (folder / "tokenizer.json").exists():
         hf_logging.disable_progress_bar()

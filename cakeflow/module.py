@@ -21,6 +21,7 @@ from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
 from cakeflow.architecture import Architecture, Site
 from cakeflow.batch import EditBatch, encode_batch
 from cakeflow.contexts import Contexts, generate_contexts
+from cakeflow.data.module import Records
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
 from cakeflow.history import KeyHistory
 from cakeflow.journal import EditStep, Journal
@@ -28,7 +29,6 @@ from cakeflow.keys import FactReader
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
-from cakeflow.request import EditRequest
 from cakeflow.scoring import score_records
 from cakeflow.solvers import LeastSquares, NullSpace, Solver
 from cakeflow.statistics import Statistics
@@ -112,14 +112,18 @@ class EditModule(L.LightningModule):
             self._source = load_model(self._source, dtype=self._load_dtype, architecture=self._architecture)
             self._adopt(self._source)
 
-    def on_fit_start(self) -> None:
-        """Everything that is measured on the unedited model: contexts and second moments."""
+    def on_train_start(self) -> None:
+        """Everything that is measured on the unedited model, once every request was seen to fit it."""
         if self.trainer.max_epochs != 1:
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
         self.model.eval()
         self.fingerprint = self.fingerprint or self.lm.fingerprint()
         if self.contexts is None:
             self.contexts = generate_contexts(self.lm, self.seed)
+        count = 0
+        for records in self.trainer.train_dataloader or ():
+            encode_batch(self.lm, records.requests, self.contexts, first=count)
+            count += len(records.requests)
         with self.phase("statistics"):
             missing = [layer for layer in self.layers if layer not in self.covariances]
             if missing and len(self.journal):
@@ -127,9 +131,10 @@ class EditModule(L.LightningModule):
             if missing:
                 self.covariances |= self.statistics.collect(self.lm, missing)
 
-    def training_step(self, requests: list[EditRequest], _: int) -> None:
+    def training_step(self, records: Records, _: int) -> None:
         """Edit one batch: all layers, or, if anything fails, none."""
         assert self.contexts is not None
+        requests = records.requests
         batch = encode_batch(self.lm, requests, self.contexts)
         weights = _checked(self.weighter.weigh(self.lm, batch, self.layers), batch, self.layers)
         self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
@@ -152,10 +157,10 @@ class EditModule(L.LightningModule):
         """Start counting from nothing."""
         self.metrics.reset()
 
-    def validation_step(self, requests: list[EditRequest], _: int) -> None:
+    def validation_step(self, records: Records, _: int) -> None:
         """Score the prompts of some records."""
         with self.phase("evaluation"):
-            scores = score_records(self.lm, requests)
+            scores = score_records(self.lm, records.requests)
             self.metrics.update(
                 *(part.to(self.device) for part in (scores.wanted, scores.rival, scores.correct)),
                 record=scores.record.to(self.device),
@@ -168,10 +173,6 @@ class EditModule(L.LightningModule):
 
     def configure_optimizers(self) -> None:
         """None: weights change by closed form."""
-
-    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Requests are text; there is nothing to move."""
-        return batch
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the outcome of a run, as JSON-ready data."""

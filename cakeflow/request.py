@@ -120,8 +120,8 @@ def _from_mapping(entry: object) -> EditRequest:
 
 def _from_own(entry: Mapping[str, Any]) -> EditRequest:
     known = {field.name for field in fields(EditRequest)}
-    if unknown := sorted(set(map(str, entry)) - known - {"case_id"}):
-        raise _BadEntryError(unknown[0], entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
+    if unknown := sorted(set(entry) - known - {"case_id"}, key=str):
+        raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
     values = {name: entry[name] for name in known & set(entry)}
     for name in ("prompt", "subject", "target_new"):
         if name not in values:
@@ -184,36 +184,45 @@ def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
         raise _BadEntryError("answers", answers, "give at least one answer")
     probes = [Probe("paraphrase", text) for text in [entry.get("rephrase")] if text]
     if entry.get("loc") and entry.get("loc_ans"):
-        probes.append(Probe("neighborhood", entry["loc"] + "?", entry["loc_ans"]))
+        asked = entry["loc"] + "?" if isinstance(entry["loc"], str) else entry["loc"]
+        probes.append(Probe("neighborhood", asked, entry["loc_ans"]))
     return EditRequest(question.replace(subject, "{}", 1), subject, answers[0], probes=tuple(probes))
 
 
 def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
     """Everything wrong with one request, as (field, value, remedy)."""
-    texts = {name: getattr(request, name) for name in ("prompt", "subject", "target_new")}
-    optional = {name: getattr(request, name) for name in ("target_true", "relation", "reference")}
-    for name, value in {**texts, **{name: value for name, value in optional.items() if value is not None}}.items():
-        if not isinstance(value, str):
-            yield name, value, "must be a string"
-        elif not value.strip():
-            yield name, value, "must not be empty or blank"
+    for name in ("prompt", "subject", "target_new"):
+        yield from _text_faults(name, getattr(request, name))
+    for name in ("target_true", "relation", "reference"):
+        yield from _text_faults(name, getattr(request, name), optional=True)
     if isinstance(request.prompt, str) and request.prompt.count("{}") != 1:
         yield "prompt", request.prompt, f"needs exactly one {{}} for the subject, found {request.prompt.count('{}')}"
     if isinstance(request.subject, str) and request.subject != request.subject.strip():
         yield "subject", request.subject, "remove the white space around it"
     if request.target_new == request.target_true:
         yield "target_new", request.target_new, "equals target_true; there is nothing to edit"
-    for probe in request.probes:
-        yield from _probe_faults(probe)
+    if not isinstance(request.probes, tuple) or not all(isinstance(probe, Probe) for probe in request.probes):
+        yield "probes", request.probes, "must be a tuple of Probe"
+    else:
+        for probe in request.probes:
+            yield from _probe_faults(probe)
+
+
+def _text_faults(name: str, value: object, *, optional: bool = False) -> Iterator[tuple[str, object, str]]:
+    if not isinstance(value, str):
+        if value is not None or not optional:
+            yield name, value, "must be a string"
+    elif not value.strip():
+        yield name, value, "must not be empty or blank"
+    elif any("\ud800" <= character <= "\udfff" for character in value):
+        yield name, value, "has a lone surrogate; give valid Unicode text"
 
 
 def _probe_faults(probe: Probe) -> Iterator[tuple[str, object, str]]:
     if probe.kind not in get_args(ProbeKind):
         yield "probes.kind", probe.kind, f"must be one of {', '.join(get_args(ProbeKind))}"
-    if not isinstance(probe.prompt, str) or not probe.prompt.strip():
-        yield "probes.prompt", probe.prompt, "must be a string that is not blank"
-    if probe.expected is not None and (not isinstance(probe.expected, str) or not probe.expected.strip()):
-        yield "probes.expected", probe.expected, "must be a string that is not blank"
+    yield from _text_faults("probes.prompt", probe.prompt)
+    yield from _text_faults("probes.expected", probe.expected, optional=True)
 
 
 def _contradictions(requests: list[EditRequest], first: int) -> Iterator[Problem]:

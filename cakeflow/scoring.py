@@ -9,7 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cakeflow.batch import encode_prompts, pad, plan
+from cakeflow.batch import Row, encode_prompts, pad, plan
+from cakeflow.errors import Problem, RequestError
 from cakeflow.model import LanguageModel
 from cakeflow.request import EditRequest
 from cakeflow.suffixes import before_targets
@@ -52,8 +53,12 @@ def score_targets(
 
     Returns:
         Mean log-probability per token (natural logarithm), and whether every token is the arg-max.
+
+    Raises:
+        RequestError: If a target has no token, or a text is longer than the model can read.
     """
     rows = encode_prompts(lm.tokenizer, prompts, targets)
+    _check_rows(lm, rows, prompts, targets)
     scores, correct = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
     for group in plan([len(row.ids) - 1 for row in rows], budget, slack=256):
         chosen = [rows[i] for i in group]
@@ -69,6 +74,17 @@ def score_targets(
         scores[index] = (total[0] / count).cpu()
         correct[index] = (total[1] == count).cpu()
     return scores, correct
+
+
+def _check_rows(lm: LanguageModel, rows: Sequence[Row], prompts: Sequence[str], targets: Sequence[str]) -> None:
+    problems = []
+    for index, (row, prompt, target) in enumerate(zip(rows, prompts, targets, strict=True)):
+        if not 0 < row.target < len(row.ids):
+            problems.append(Problem(index, "target", target, f"has no token of its own after {prompt[-40:]!r}"))
+        if len(row.ids) > lm.longest:
+            problems.append(Problem(index, "prompt", prompt, f"longer than the model's {lm.longest} positions"))
+    if problems:
+        raise RequestError(problems)
 
 
 def score_records(lm: LanguageModel, records: Sequence[EditRequest]) -> PromptScores:

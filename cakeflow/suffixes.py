@@ -20,6 +20,7 @@ from transformers import Cache, DynamicCache
 
 from cakeflow.architecture import Site
 from cakeflow.batch import Row, pad, plan
+from cakeflow.errors import ArchitectureError
 from cakeflow.model import LanguageModel
 from cakeflow.tap import capture, inject, narrow, resume
 
@@ -125,6 +126,7 @@ def cut(
     Returns:
         Groups of suffixes, and the site's own output at each row's subject.
     """
+    _require_full_attention(lm, max(len(row.ids) for row in rows))
     ends = [row.subject + 1 if read_first else len(row.ids) - 1 for row in rows]
     lengths = [end - row.subject for end, row in zip(ends, rows, strict=True)]
     groups: list[Suffixes] = []
@@ -139,6 +141,18 @@ def cut(
         groups.append(Suffixes(fact=fact, row=row, column=column, label=label, **parts))
         outputs.update(zip(group, output, strict=True))
     return groups, torch.stack([outputs[i] for i in range(len(rows))])
+
+
+def _require_full_attention(lm: LanguageModel, longest: int) -> None:
+    """Our masks let every token see all before it; a sliding window shorter than the text would be ignored."""
+    config = lm.model.config
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = window or getattr(config, "window_size", None)
+    if window is not None and longest > window:
+        raise ArchitectureError(
+            f"a text of {longest} tokens is longer than the model's sliding attention window ({window}); "
+            "shorten the prompt or the contexts"
+        )
 
 
 def _first_position(count: int) -> list[tuple[int, int, int]]:

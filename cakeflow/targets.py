@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cakeflow.architecture import Role, Site
 from cakeflow.batch import EditBatch
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
 from cakeflow.model import LanguageModel
 from cakeflow.suffixes import Suffixes, cut
 
@@ -65,18 +65,19 @@ class TargetOptimizer:
     kl_factor: float = 0.0625
     weight_decay: float = 0.5
     stop_loss: float = 0.05
-    role: Literal["block", "mlp_out", "attn_out"] = "block"
+    role: Role = "block"
     token_budget: int = 1024
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "clamp", "token_budget"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"targets.{name} must be above 0, got {getattr(self, name)}")
+        if self.role not in get_args(Role):
+            raise ConfigError(f"targets.role must be one of {get_args(Role)}, got {self.role!r}")
 
     def site(self, layer: int) -> Site:
         """Where z lives for a layer."""
-        role: Role = self.role
-        return Site(layer, role)
+        return Site(layer, self.role)
 
     def optimize(
         self, lm: LanguageModel, batch: EditBatch, layer: int, progress: Callable[[int], object] = lambda done: None
@@ -170,8 +171,16 @@ class _Problem:
         initial = outputs[::width]  # h_0 is read on the bare prompt, the first of each request's rows
         initial = initial if initial.dtype == torch.float64 else initial.float()
         problem = cls(lm, site, width, initial, prompts, essence, [])
-        with torch.no_grad():
-            before = [problem._log_probs(part, torch.zeros_like(initial)) for part in essence]
+        try:
+            with torch.no_grad():
+                before = [problem._log_probs(part, torch.zeros_like(initial)) for part in essence]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ArchitectureError(
+                f"{type(lm.model).__name__}: its attention cannot go on from cached keys and an explicit mask: {error}"
+            ) from error
+        _require_agreement(lm, batch, essence, before)
         return replace(problem, reference=before)
 
     def only(self, kept: Tensor) -> _Problem:
@@ -211,6 +220,26 @@ class _Problem:
         each = torch.nn.functional.cross_entropy(logits, part.label, reduction="none")
         count = torch.bincount(part.row, minlength=len(part.fact))
         return each.new_zeros(len(part.fact)).index_add(0, part.row, each) / count / self.contexts
+
+
+@torch.no_grad()
+def _require_agreement(lm: LanguageModel, batch: EditBatch, essence: list[Suffixes], found: list[Tensor]) -> None:
+    """Compare one suffix pass with a full one: not every attention can go on from cached keys and a mask of ours.
+
+    Raises:
+        ArchitectureError: If they differ by more than rounding.
+    """
+    index = max(range(len(batch)), key=lambda i: batch.essence[i].subject)
+    row = batch.essence[index]
+    ids = torch.tensor([row.ids[: row.subject + 1]], device=lm.device)
+    full = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+    (ours,) = (value[part.fact == index] for part, value in zip(essence, found, strict=True) if index in part.fact)
+    difference = float((full.to(ours.dtype).log_softmax(-1) - ours[0]).abs().mean())
+    if not difference <= torch.finfo(lm.dtype).eps ** (1 / 3):
+        raise ArchitectureError(
+            f"{type(lm.model).__name__}: a pass resumed from cached attention keys differs from a full one by "
+            f"{difference:.1e} in log-probability; this attention is not supported"
+        )
 
 
 def _accumulate(total: Tensor, grad: Tensor, leaf: Tensor, fact: Tensor, value: Tensor) -> None:

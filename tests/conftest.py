@@ -16,7 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cakeflow import EditRequest, LanguageModel, load_model
+from cakeflow import EditRequest
+from cakeflow.model import LanguageModel, load_model
 from cakeflow.request import parse_requests
 
 GOLDEN = Path(__file__).parent / "golden"

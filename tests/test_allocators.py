@@ -7,7 +7,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow import Sequential, ShareAllocator, Site, Turn, shares_from_fractions
+from cakeflow import Sequential, ShareAllocator, shares_from_fractions
+from cakeflow.allocators import Turn
+from cakeflow.architecture import Site
 from cakeflow.errors import ConfigError
 
 WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12).map(lambda w: torch.tensor(w, dtype=torch.float64))

@@ -8,11 +8,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
-from cakeflow import Architecture, Contexts, LanguageModel, Site
-from cakeflow.architecture import find_architecture, is_transposed
+from cakeflow import Architecture, Contexts
+from cakeflow.architecture import Site, find_architecture, is_transposed
 from cakeflow.batch import encode_batch
 from cakeflow.errors import ArchitectureError, ConfigError, EditError
-from cakeflow.model import load_model
+from cakeflow.model import LanguageModel, load_model
 from cakeflow.suffixes import cut
 from cakeflow.tap import inject
 
@@ -132,11 +132,14 @@ def test_a_mixture_of_experts_is_refused():
         find_architecture(model)
 
 
-def test_a_real_mixture_of_experts_is_refused():
-    """In this library's own MoE models the experts are fused tensors, not linear maps."""
-    model = build("mixtral", intermediate_size=40, num_key_value_heads=1, num_local_experts=2)
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [("mixtral", {"num_local_experts": 2}), ("qwen2_moe", {"num_experts": 2, "moe_intermediate_size": 40})],
+)
+def test_a_real_mixture_of_experts_is_refused(family, changes):
+    """In this library's own MoE models the experts are fused tensors; a shared expert alone is not the MLP."""
     with pytest.raises(ArchitectureError, match="mlp_out"):
-        find_architecture(model)
+        find_architecture(build(family, **GATED, **changes))
 
 
 def test_an_architecture_given_by_hand_wins(lm):

@@ -90,7 +90,7 @@ def ends(tokenizer, ids):
 
 
 def check(tokenizer, row, text, subject_end, target_start):
-    """The row spells the text, and its two marks are the tokens that hold the subject's last and the target's first byte."""
+    """The row spells the text; its marks are the tokens with the subject's last and the target's first byte."""
     after = ends(tokenizer, row.ids)
     size = len(text.encode())
     assert after[-1] == size
@@ -221,8 +221,15 @@ def test_a_text_that_is_just_short_enough_is_taken(lm):
 
 @pytest.mark.parametrize(
     ("prompt", "target", "text"),
-    [("a", "b", "a b"), ("a ", "b", "a b"), ("a", " b", "a b"), ("a\n", "b", "a\nb"), ("a ", " b", "a  b"), ("'", "b", "' b")],
-)  # fmt: skip
+    [
+        ("a", "b", "a b"),
+        ("a ", "b", "a b"),
+        ("a", " b", "a b"),
+        ("a\n", "b", "a\nb"),
+        ("a ", " b", "a  b"),
+        ("'", "b", "' b"),
+    ],
+)
 def test_join(prompt, target, text):
     assert join(prompt, target) == text
 

@@ -171,12 +171,11 @@ def test_later_files_win(tmp_path):
     ids=str,
 )
 def test_what_does_not_fit_is_refused(values):
-    name = next(iter(values))
+    ((name, value),) = values.items()
     with pytest.raises(ConfigError) as caught:
         build(**values)
-    inner = values[name]
-    words = [name, *(inner if isinstance(inner, dict) else []), *(inner.get("init_args", {}) if isinstance(inner, dict) else [])]  # fmt: skip
-    assert any(word in str(caught.value) for word in words)
+    inner = value if isinstance(value, dict) else {}
+    assert any(word in str(caught.value) for word in (name, *inner, *inner.get("init_args", {})))
 
 
 @pytest.mark.parametrize("text", ["model: {layerz: [1]}", "modle: {layers: [1]}", "model: [", "- 1"])

@@ -8,8 +8,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cakeflow import Journal, LayerProblem, Update
+from cakeflow import LayerProblem, Update
 from cakeflow.errors import NumericalError
+from cakeflow.journal import Journal
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 

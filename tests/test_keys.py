@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from cakeflow import Contexts, Site
+from cakeflow import Contexts
+from cakeflow.architecture import Site
 from cakeflow.batch import encode_batch
 from cakeflow.keys import FactReader, PromptStream
 from cakeflow.tap import capture

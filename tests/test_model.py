@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
-from cakeflow import Architecture, EditModule, LanguageModel, Site, load_model
+from cakeflow import Architecture, EditModule
+from cakeflow.architecture import Site
 from cakeflow.errors import ArchitectureError, ConfigError
-from cakeflow.model import cache_folder
+from cakeflow.model import LanguageModel, cache_folder, load_model
 
 
 @pytest.mark.parametrize("name", ["no-such-folder/no-such-model/at-all", "smollm2", "missing.gguf", ""])
@@ -110,7 +111,7 @@ def test_integer_weights_are_refused(tiny):
     module.weight = torch.nn.Parameter(torch.zeros_like(module.weight, dtype=torch.int8), requires_grad=False)
     assert tiny.weight(1) is tiny.module(Site(1, "mlp_out")).weight
     for use in (tiny.weight, tiny.oriented, lambda layer: EditModule(tiny, layers=[1, layer])):
-        with pytest.raises(ArchitectureError, match="layer 2.*no floating-point weight.*dequantized"):
+        with pytest.raises(ArchitectureError, match=r"layer 2.*no floating-point weight.*dequantized"):
             use(2)
 
 

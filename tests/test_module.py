@@ -6,10 +6,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
-from torch.utils.data import DataLoader
 
 from cakeflow import (
     Contexts,
+    EditDataModule,
     EditModule,
     Endpoints,
     LeastSquares,
@@ -17,12 +17,12 @@ from cakeflow import (
     OneHot,
     Scores,
     Sequential,
-    Site,
     Solver,
     TargetOptimizer,
     Uniform,
     Weighter,
 )
+from cakeflow.architecture import Site
 from cakeflow.batch import encode_batch
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
 from cakeflow.tap import capture
@@ -62,7 +62,7 @@ def build(moments):
 
 def fit(module, requests, quiet, batch_size=6, **trainer):
     trainer = L.Trainer(**{**quiet, **trainer})
-    trainer.fit(module, train_dataloaders=DataLoader(requests, batch_size=batch_size, collate_fn=list))
+    trainer.fit(module, train_dataloaders=EditDataModule(requests, batch_size).train_dataloader())
     return trainer
 
 

@@ -2,13 +2,14 @@
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from cakeflow import EditRequest, Probe, RequestError
 from cakeflow.data import builtin_facts
 from cakeflow.scoring import KINDS, score_records, score_targets
 
-PROMPTS = ["The capital of Peru is", "A", "日本の首都は", "It is said that a very long sentence about the sea", "Who is ",
-           "The sign 🙂 means", "Rome, Rome, Rome is called '"]  # fmt: skip
+PROMPTS = ["The capital of Peru is", "A", "日本の首都は", "It is said that a very long sentence about the sea"]
+PROMPTS += ["Who is ", "The sign 🙂 means", "Rome, Rome, Rome is called '"]
 TARGETS = ["Lima, the city of kings", "b", "東京", "ends", "nobody", "🚀", "eternal"]
 
 
@@ -79,10 +80,12 @@ FULL = EditRequest(
         Probe("paraphrase", "Lund belongs to", "the land of Peru"),
     ),
 )
-BARE = EditRequest(
-    "{} is in", "Turku", "Chile",
-    probes=(Probe("neighborhood", "Pori is in", "Finland"), Probe("neighborhood", "Vasa is in"), Probe("paraphrase", "In")),
-)  # fmt: skip
+PROBES = (
+    Probe("neighborhood", "Pori is in", "Finland"),
+    Probe("neighborhood", "Vasa is in"),
+    Probe("paraphrase", "In"),
+)
+BARE = EditRequest("{} is in", "Turku", "Chile", probes=PROBES)
 ASKED = [
     (0, "rewrite", "Lund is in", "Peru", "Sweden"),
     (0, "paraphrase", "You find Lund in", "Peru", "Sweden"),
@@ -131,6 +134,15 @@ def test_prompts_that_are_too_long_are_refused(lm):
     probe = Probe("paraphrase", "word " * limit + "is")
     with pytest.raises(RequestError, match="longer than the model"):
         score_records(lm, [EditRequest("{} is", "Lund", "Peru", probes=(probe,))])
+
+
+@pytest.mark.parametrize("targets", [["☃"], ["big", "☃"]])
+def test_targets_without_a_token_are_refused(lm, targets):
+    """Not scored as certain."""
+    backend = lm.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
+    with pytest.raises(RequestError, match="no token of its own"):
+        score_records(lm, [EditRequest("{} is", "Lund", target) for target in targets])
 
 
 @pytest.mark.real

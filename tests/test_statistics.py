@@ -6,7 +6,8 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
 import cakeflow.statistics as module
-from cakeflow import Site, Statistics
+from cakeflow import Statistics
+from cakeflow.architecture import Site
 from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.statistics import convergence
 from cakeflow.tap import capture

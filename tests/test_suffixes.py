@@ -6,9 +6,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from cakeflow import Contexts, LanguageModel, Site
+from cakeflow import Contexts
+from cakeflow.architecture import Site
 from cakeflow.batch import Row, encode_batch
 from cakeflow.errors import EditError
+from cakeflow.model import LanguageModel
 from cakeflow.suffixes import before_targets, cut, first_changed
 
 CONTEXTS = Contexts.of(["{}", "Therefore, the answer is not that. {}", "I am. {}"])

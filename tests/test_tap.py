@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import cakeflow
-from cakeflow import Site
+from cakeflow.architecture import Site
 from cakeflow.tap import capture, inject, narrow, resume
 
 BOUNDARIES = ["success", "exception", "interrupt"]

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cakeflow import Contexts, Site, TargetOptimizer
+from cakeflow import Contexts, TargetOptimizer
+from cakeflow.architecture import Site
 from cakeflow.batch import encode_batch
 from cakeflow.errors import ConfigError, NumericalError
 

@@ -13,6 +13,17 @@ from cakeflow.errors import ConfigError
 from cakeflow.request import EditRequest
 
 
+class Records:
+    """Requests on their way through the Trainer, which passes on what it does not know (it takes dataclasses apart).
+
+    Args:
+        requests: The requests of one batch.
+    """
+
+    def __init__(self, requests: list[EditRequest]) -> None:
+        self.requests = requests
+
+
 class EditDataModule(L.LightningDataModule):
     """Feeds requests to an ``EditModule``.
 
@@ -55,4 +66,4 @@ class EditDataModule(L.LightningDataModule):
         return self._loader(self.eval_batch_size)
 
     def _loader(self, size: int) -> DataLoader[EditRequest]:
-        return DataLoader(self.requests, batch_size=size, collate_fn=list)  # type: ignore[arg-type]
+        return DataLoader(self.requests, batch_size=size, collate_fn=Records)  # type: ignore[arg-type]

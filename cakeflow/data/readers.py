@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,10 +45,10 @@ def _read_file(path: Path) -> list[EditRequest]:
     try:
         raw = path.read_bytes()
         text = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if path.name.removesuffix(".gz").endswith(".jsonl"):
-        lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
         return parse_requests([_parse_line(path, number, line) for number, line in lines])
     entries = _parse_line(path, 1, text)
     return parse_requests(entries if isinstance(entries, list) else [entries])
@@ -59,4 +60,4 @@ def _parse_line(path: Path, number: int, line: str) -> Any:
     except json.JSONDecodeError as error:
         at = number + error.lineno - 1
         remedy = f"broken JSON in {path}, line {at}, column {error.colno}: {error.msg}"
-        raise RequestError([Problem(at, "line", line.splitlines()[error.lineno - 1][:80], remedy)]) from error
+        raise RequestError([Problem(at, "line", line.split("\n")[error.lineno - 1][:80], remedy)]) from error

@@ -6,13 +6,14 @@ of a record first, then over records. The exact form asks whether every token of
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
+from cakeflow.errors import ConfigError
 from cakeflow.scoring import KINDS
 
 Form = Literal["probability", "exact"]
@@ -25,6 +26,17 @@ def success(
     if form == "exact":
         return correct.float()
     return torch.where(rival.isnan(), torch.nan, (wanted > rival).float())
+
+
+def checked_form(form: Form) -> Form:
+    """The form, if it is one.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if form not in get_args(Form):
+        raise ConfigError(f"form must be one of {get_args(Form)}, got {form!r}")
+    return form
 
 
 def record_means(value: Float[Tensor, " p"], record: Int[Tensor, " p"]) -> Float[Tensor, " records"]:
@@ -61,7 +73,7 @@ class PreferenceMetric(Metric):
 
     def __init__(self, form: Form = "probability", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.form = form
+        self.form = checked_form(form)
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
         self.add_state("records", torch.tensor(0.0), dist_reduce_fx="sum")
 

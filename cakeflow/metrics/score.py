@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
-from cakeflow.metrics.preference import Form, record_means, success
+from cakeflow.metrics.preference import Form, checked_form, record_means, success
 from cakeflow.scoring import KINDS
 
 
@@ -31,7 +31,7 @@ class EditScore(Metric):
 
     def __init__(self, form: Form = "probability", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.form = form
+        self.form = checked_form(form)
         self.add_state("total", torch.zeros(len(KINDS)), dist_reduce_fx="sum")
         self.add_state("records", torch.zeros(len(KINDS)), dist_reduce_fx="sum")
 

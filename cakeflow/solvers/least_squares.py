@@ -32,6 +32,8 @@ class LeastSquares(Solver):
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise ConfigError(f"ridge must be 0 or more, got {self.ridge}")
+        if self.form not in ("auto", "dual", "primal"):
+            raise ConfigError(f"form must be 'auto', 'dual' or 'primal', got {self.form!r}")
 
     def solve(self, problem: LayerProblem) -> Update:
         """See ``Solver.solve``."""
@@ -61,6 +63,7 @@ def _primal(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
         system.add_(problem.covariance.moment, alpha=problem.covariance.weight)
     system.diagonal().add_(ridge)
     lower, info = torch.linalg.cholesky_ex(system)
-    if int(info):
+    pivots = lower.diagonal().square()
+    if int(info) or pivots.min() <= 1e-15 * pivots.max():
         raise NumericalError(f"the {len(system)}-wide system is not positive definite; set ridge above {ridge}")
     return torch.cholesky_solve(keys.T, lower).T

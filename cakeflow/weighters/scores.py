@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -65,6 +65,8 @@ class Scores(Weighter):
     def __post_init__(self) -> None:
         if not self.tau > 0:
             raise ConfigError(f"tau must be above 0, got {self.tau}")
+        if self.normalization not in get_args(Normalization):
+            raise ConfigError(f"normalization must be one of {get_args(Normalization)}, got {self.normalization!r}")
 
     def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
         """See ``Weighter.weigh``."""

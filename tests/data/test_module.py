@@ -4,6 +4,7 @@ import lightning as L
 import pytest
 
 from cakeflow.data import EditDataModule, builtin_facts
+from cakeflow.data.module import Records
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.request import EditRequest
 
@@ -11,7 +12,7 @@ REQUESTS = [EditRequest("{} is number", f"Item {i}", str(i)) for i in range(10)]
 
 
 def numbers(loader):
-    return [[int(request.target_new) for request in batch] for batch in loader]
+    return [[int(request.target_new) for request in batch.requests] for batch in loader]
 
 
 def test_it_is_a_lightning_data_module():
@@ -25,8 +26,8 @@ def test_it_is_a_lightning_data_module():
 def test_edit_batches_keep_the_order(batch_size, wanted):
     batches = numbers(EditDataModule(REQUESTS, batch_size).train_dataloader())
     assert [len(batch) for batch in batches] == wanted
-    assert sum(batches, []) == list(range(10))
-    assert all(isinstance(batch, list) for batch in batches)
+    assert [number for batch in batches for number in batch] == list(range(10))
+    assert all(isinstance(batch, Records) for batch in EditDataModule(REQUESTS, batch_size).train_dataloader())
 
 
 def test_validation_covers_the_same_records_in_its_own_batches():

@@ -154,11 +154,14 @@ def test_windows_line_ends(tmp_path):
     assert read_requests(path) == read_requests(OWN)
 
 
+PACKED = gzip.compress(as_json(OWN).encode())
+
+
 @pytest.mark.parametrize(
     "data",
-    [b"\xff\xfe{}", gzip.compress(as_json(OWN).encode())[:-9], b"no gzip", gzip.compress(b"[]" * 99)[:12] + b"\xff" * 9],
+    [b"\xff\xfe{}", PACKED[:-9], b"no gzip", PACKED[:12] + b"\xff" * 9],
     ids=["no-utf8", "cut", "no-gzip", "damaged"],
-)  # fmt: skip
+)
 def test_unreadable_files(data, tmp_path):
     path = tmp_path / ("a.json" if data.startswith(b"\xff") else "a.json.gz")
     path.write_bytes(data)

@@ -1,0 +1,37 @@
+"""The family of errors."""
+
+import pytest
+
+from cakeflow import errors
+from cakeflow.errors import EditError, NumericalError, Problem, RequestError
+
+FAMILY = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_one_base_and_a_python_kind(kind):
+    assert issubclass(kind, EditError)
+    if kind is not EditError:
+        assert issubclass(kind, ArithmeticError if kind is NumericalError else ValueError)
+
+
+def test_problem_names_entry_field_value_and_remedy():
+    assert str(Problem(3, "subject", " x", "strip it")) == "entry 3, subject = ' x': strip it"
+
+
+@pytest.mark.parametrize(("size", "whole"), [(78, True), (79, False), (5000, False)])
+def test_long_values_are_cut(size, whole):
+    text = str(Problem(0, "prompt", "a" * size, "shorten it"))
+    assert (repr("a" * size) in text) == whole
+    assert ("..." in text) != whole
+    assert text.endswith(": shorten it")
+    assert len(text) < 130
+
+
+def test_request_error_lists_all_problems():
+    problems = [Problem(0, "a", 1, "x"), Problem(4, "b", None, "y")]
+    error = RequestError(problems)
+    assert error.problems == tuple(problems)
+    assert str(error).splitlines() == [
+        "2 problem(s) in the requests; nothing was changed:", "  entry 0, a = 1: x", "  entry 4, b = None: y",
+    ]  # fmt: skip

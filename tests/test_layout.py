@@ -1,0 +1,178 @@
+"""The repository's own rules, read from its source."""
+
+import ast
+import configparser
+import re
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CORE = sorted((ROOT / "cakeflow").rglob("*.py"))
+FOLDERS = ("cakeflow", "plugins", "configs", "benchmarks", "tests")
+PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+MAY_HOOK = {"tap.py", "model.py"}
+METHODS = {"rome", "memit", "pmet", "alphaedit", "blue", "cake", "rect", "prune", "mend", "grace", "emmet", "wise"}
+MOST_EXPORTS = 30
+UNSAFE = {"torch.load", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "joblib.load"}
+PARTS = {path.parent.name for path in CORE} - {"cakeflow"}
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def tree(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def functions(path):
+    return [node for node in ast.walk(tree(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def lines(function):
+    """Lines of a function's body, without its docstring."""
+    body = function.body[1:] if ast.get_docstring(function) is not None else function.body
+    return body[-1].end_lineno - body[0].lineno + 1 if body else 0
+
+
+def dotted(node):
+    """``a.b.c`` of an attribute chain."""
+    parts = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+@pytest.fixture(params=CORE, ids=name)
+def core(request):
+    return request.param
+
+
+def test_there_is_something_to_check():
+    assert len(CORE) > 30
+    assert {"tap.py", "model.py"} <= {path.name for path in CORE}
+    assert Path(__file__) in PYTHON
+
+
+def test_one_file_hooks_modules_and_one_probes_them(core):
+    hooks = [node.attr for node in ast.walk(tree(core)) if isinstance(node, ast.Attribute) and "register_" in node.attr]
+    hooks = [hook for hook in hooks if hook.endswith("hook")]
+    assert not hooks or core.name in MAY_HOOK
+    assert ("register_forward" in core.read_text(encoding="utf-8")) <= (core.name in MAY_HOOK)
+
+
+def test_core_prints_nothing_and_has_no_globals(core):
+    for node in ast.walk(tree(core)):
+        assert not isinstance(node, ast.Global), f"{name(core)}:{node.lineno}"
+        assert getattr(node, "id", "") != "print", f"{name(core)}:{node.lineno}"
+
+
+def test_files_and_functions_are_short(core):
+    assert len(core.read_text(encoding="utf-8").splitlines()) <= 400
+    assert [node.name for node in functions(core) if lines(node) > 60] == []
+
+
+def test_most_functions_are_very_short():
+    assert median(lines(node) for path in CORE for node in functions(path)) <= 8
+
+
+def public(node, inside=""):
+    """(name, definition) of every public class and function."""
+    for child in node.body:
+        if isinstance(child, (ast.ClassDef, ast.FunctionDef)) and not child.name.startswith("_"):
+            yield inside + child.name, child
+            if isinstance(child, ast.ClassDef):
+                yield from public(child, f"{child.name}.")
+
+
+def is_overload(node):
+    return any(dotted(decorator) == "overload" for decorator in node.decorator_list)
+
+
+def test_public_names_are_documented(core):
+    assert ast.get_docstring(tree(core))
+    undocumented = [
+        f"{name(core)}:{node.lineno} {label}"
+        for label, node in public(tree(core))
+        if not is_overload(node) and not ast.get_docstring(node)
+    ]
+    assert undocumented == []
+
+
+def test_public_functions_are_annotated(core):
+    bare = []
+    for label, node in public(tree(core)):
+        if isinstance(node, ast.FunctionDef):
+            given = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs, node.args.vararg, node.args.kwarg]
+            missing = [arg.arg for arg in given if arg and not arg.annotation and arg.arg not in ("self", "cls")]
+            bare += [f"{label}({missing})"] if missing or node.returns is None else []
+    assert bare == []
+
+
+def test_the_package_exports_few_names():
+    (init,) = [path for path in CORE if path.parent.name == "cakeflow" and path.name == "__init__.py"]
+    names = [alias.name for node in ast.walk(tree(init)) if isinstance(node, ast.ImportFrom) for alias in node.names]
+    assert names
+    assert len(names) <= MOST_EXPORTS
+
+
+def test_setup_lists_the_packages_on_disk():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    listed = set(config["options"]["packages"].split())
+    folders = dict(re.findall(r"(\S+) = (\S+)", config["options"]["package_dir"]))
+    for package in listed:
+        top, *rest = package.split(".")
+        assert Path(ROOT, folders.get(top, top), *rest, "__init__.py").is_file(), package
+    on_disk = {name(path.parent).replace("/", ".") for path in CORE if path.name == "__init__.py"}
+    assert on_disk == {package for package in listed if package.split(".")[0] == "cakeflow"}
+    assert {name(path.parent).replace("/", ".") for path in CORE} == on_disk
+
+
+def test_no_core_file_is_named_after_a_method(core):
+    assert set(core.stem.split("_")).isdisjoint(METHODS)
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name)
+def test_nothing_unpickles(path):
+    for node in ast.walk(tree(path)):
+        where = f"{name(path)}:{getattr(node, 'lineno', 0)}"
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names}.isdisjoint({"pickle", "dill", "shelve"}), where
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            assert module.split(".")[0] not in {"pickle", "dill", "shelve"}, where
+            assert {f"{module}.{alias.name}" for alias in node.names}.isdisjoint(UNSAFE), where
+        elif isinstance(node, ast.Call):
+            assert dotted(node.func) not in UNSAFE, where
+
+
+def test_core_imports_neither_tests_nor_plugins(core):
+    plugins = {path.name for path in (ROOT / "plugins").iterdir()} if (ROOT / "plugins").is_dir() else set()
+    modules = [node.module or "" for node in ast.walk(tree(core)) if isinstance(node, ast.ImportFrom)]
+    assert {module.split(".")[0] for module in modules}.isdisjoint({"tests", "benchmarks", *plugins})
+
+
+def test_every_module_has_tests(core):
+    """``tests/test_X.py`` for a module; in a package, ``tests/PACKAGE/test_X.py`` or ``tests/test_PACKAGE.py``."""
+    if core.name == "__init__.py":
+        return
+    folder = core.parent.name
+    inside = [f"{folder}/test_{core.stem}.py", f"test_{folder}.py"]
+    places = [f"test_{core.stem}.py"] if folder == "cakeflow" else inside
+    assert any((ROOT / "tests" / place).is_file() for place in places), places
+
+
+def test_every_test_file_has_a_module():
+    stems = {path.stem for path in CORE} | PARTS | {"layout", "parity"}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        assert path.stem.removeprefix("test_") in stems, name(path)
+
+
+def test_no_file_names_a_place_on_one_machine():
+    for path in PYTHON + sorted((ROOT / "configs").rglob("*.yaml")):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"[\"'(= ]/(work|home|root|Users)/", text), name(path)
