@@ -31,7 +31,7 @@ TOPICS = (
 """Openings and topics of the sampled corpus: broad, and none of them a prompt of the built-in facts."""
 
 
-SAMPLED_TOGETHER = 32
+SAMPLED_TOGETHER = 64
 
 
 def read_texts(source: Any) -> Iterator[str]:

@@ -83,11 +83,12 @@ class EditModule(L.LightningModule):
         self.layers = list(layers)
         if isinstance(weighter, Scores) and weighter.scores is None:
             weighter = replace(weighter, scores=scores)
+        weighter.check(self.layers)
         self.weighter, self.allocator, self.solver = weighter, allocator, solver
         self.targets, self.statistics, self.contexts = targets, statistics, contexts
         self.use_history, self.seed = history, seed
         self.covariances: dict[int, Covariance] = {
-            layer: Covariance(moment, statistics.cov_weight) for layer, moment in (moments or {}).items()
+            layer: statistics.covariance(moment) for layer, moment in (moments or {}).items()
         }
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.stage = "after"
@@ -130,6 +131,7 @@ class EditModule(L.LightningModule):
                 raise ConfigError(f"layers {missing} were added after edits; their statistics need the unedited model")
             if missing:
                 self.covariances |= self.statistics.collect(self.lm, missing)
+            self.covariances = {layer: known.to(self.device) for layer, known in self.covariances.items()}
 
     def training_step(self, records: Records, _: int) -> None:
         """Edit one batch: all layers, or, if anything fails, none."""

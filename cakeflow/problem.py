@@ -20,6 +20,7 @@ class Covariance:
         moment: C, d_in x d_in, symmetric and positive semi-definite.
         weight: lambda: C counts as this many keys in a least-squares solve (``mom2_update_weight`` in MEMIT's code).
         eigen: Eigenvalues (ascending) and eigenvectors (columns) where known already; computed on first use otherwise.
+        threshold: Below it an eigenvalue counts as null, unless a solver says otherwise (``nullspace_threshold``).
     """
 
     def __init__(
@@ -27,9 +28,10 @@ class Covariance:
         moment: Float[Tensor, "d_in d_in"],
         weight: float = 1.0,
         eigen: tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]] | None = None,
+        threshold: float = 0.02,
     ) -> None:
         self.moment = moment.double()
-        self.weight = weight
+        self.weight, self.threshold = weight, threshold
         if eigen is not None:  # columns contiguous, as eigh leaves them: products with some of them are then fastest
             self.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
 
@@ -38,6 +40,13 @@ class Covariance:
         """Eigenvalues, ascending and not below 0, and eigenvectors as columns, in float64."""
         values, vectors = torch.linalg.eigh((self.moment + self.moment.T) / 2)
         return values.clamp_min(0), vectors
+
+    def to(self, device: torch.device | str) -> Covariance:
+        """The same numbers on a device."""
+        if self.moment.device == torch.device(device):
+            return self
+        eigen = (self.eigen[0].to(device), self.eigen[1].to(device))
+        return Covariance(self.moment.to(device), self.weight, eigen, self.threshold)
 
     def rank(self, threshold: float) -> int:
         """Number of directions whose second moment is below the threshold: the size of the null space."""

@@ -42,6 +42,7 @@ class Statistics:
         tokens: Token budget. Twice to ten times the key's width already serves; the papers take 100,000 documents.
         window: Tokens read at once.
         cov_weight: lambda: C counts as this many keys in a least-squares solve.
+        null_threshold: Eigenvalues of C below it count as null; it depends on the model far more than on the tokens.
         batch_tokens: Most tokens in one forward pass.
         seed: Of the sampled corpus.
     """
@@ -50,11 +51,12 @@ class Statistics:
     tokens: int = 100_000
     window: int = 512
     cov_weight: float = 15_000.0
+    null_threshold: float = 0.02
     batch_tokens: int = 4096
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "window", "cov_weight", "batch_tokens"):
+        for name in ("tokens", "window", "cov_weight", "null_threshold", "batch_tokens"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"statistics.{name} must be above 0, got {getattr(self, name)}")
 
@@ -105,7 +107,11 @@ class Statistics:
 
     def _load(self, path: Path, device: torch.device) -> Covariance:
         tensors = load_file(path, device=str(device))
-        return Covariance(tensors["moment"], self.cov_weight, (tensors["values"], tensors["vectors"]))
+        return self.covariance(tensors["moment"], (tensors["values"], tensors["vectors"]))
+
+    def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
+        """A second moment with this model's weight and threshold."""
+        return Covariance(moment, self.cov_weight, eigen, self.null_threshold)
 
 
 def convergence(path: Path) -> float:
@@ -148,7 +154,17 @@ def _outer_products(
     for site in sites:
         keys = seen[site].flatten(0, 1)
         keys = keys if keys.dtype == torch.float64 else keys.float()
-        yield site.layer, keys.T @ keys
+        yield site.layer, _gram(keys)
+
+
+def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in d_in"]:
+    """K^T K, only the block columns on and above the diagonal multiplied: the matrix is symmetric."""
+    ends = [len(keys.T) * (i + 1) // parts for i in range(parts)]
+    gram = keys.new_empty(ends[-1], ends[-1])
+    for start, end in zip([0, *ends], ends, strict=False):
+        torch.mm(keys[:, :end].T, keys[:, start:end], out=gram[:end, start:end])
+        gram[start:end, :start] = gram[:start, start:end].T
+    return gram
 
 
 def _resume(

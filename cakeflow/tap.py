@@ -40,7 +40,7 @@ def capture(
         lm: The model.
         sites: Where to look.
         side: The module's first input (``in``: the key of a projection) or its output.
-        stop: End the forward pass, and the body, as soon as the last of ``sites`` has run.
+        stop: End the forward pass, and the body, as soon as the last of ``sites`` was seen.
 
     Yields:
         Site -> tensor, filled as the model runs.
@@ -48,8 +48,8 @@ def capture(
     seen: dict[Site, Tensor] = {}
 
     def keep(site: Site) -> Callable[..., None]:
-        def hook(_module: nn.Module, args: Any, output: Any) -> None:
-            seen[site] = _first(args) if side == "in" else _first(output)
+        def hook(_module: nn.Module, *values: Any) -> None:  # (args) before the module runs, (args, output) after
+            seen[site] = _first(values[-1])
             if stop and site == sites[-1]:
                 raise _StopError
 
@@ -57,7 +57,9 @@ def capture(
 
     with ExitStack() as stack:
         for site in sites:
-            stack.callback(lm.module(site).register_forward_hook(keep(site)).remove)
+            module = lm.module(site)
+            register = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
+            stack.callback(register(keep(site)).remove)
         with suppress(_StopError):
             yield seen
 

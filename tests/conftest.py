@@ -39,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def unpack(arch: str, folder: Path) -> None:
     """Write one architecture's model and recording as ``benchmarks/parity.py`` reads them; see golden/README.md."""
-    with np.load(GOLDEN / f"{arch}.npz") as file:
+    with np.load(GOLDEN / f"{arch}.npz", allow_pickle=False) as file:
         tensors = {name: _from_planes(file[name]) for name in file.files}
     info = json.loads((GOLDEN / f"{arch}.json").read_text())
     (folder / arch).mkdir(parents=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ConfigError, NumericalError, ShapeError
 from cakeflow.problem import LayerProblem, Update
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.least_squares import LeastSquares
@@ -20,22 +20,25 @@ class NullSpace(Solver):
 
     Attributes:
         inner: The solver that sees projected keys and no covariance.
-        threshold: Eigenvalues of C below it count as null.
+        threshold: Eigenvalues of C below it count as null; None takes the covariance's own, which is the model's.
     """
 
     inner: Solver = field(default_factory=lambda: LeastSquares(ridge=10.0))
-    threshold: float = 0.02
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if not self.threshold > 0:
+        if self.threshold is not None and not self.threshold > 0:
             raise ConfigError(f"threshold must be above 0, got {self.threshold}")
 
     def solve(self, problem: LayerProblem) -> Update:
         """See ``Solver.solve``."""
-        if problem.covariance is not None and problem.covariance.rank(self.threshold) == 0:
-            smallest = float(problem.covariance.eigen[0][0])
+        covariance = problem.covariance
+        if covariance is None:
+            raise ShapeError("NullSpace needs the covariance of the keys to preserve; the problem has none")
+        threshold = covariance.threshold if self.threshold is None else self.threshold
+        if covariance.rank(threshold) == 0:
             raise NumericalError(
-                f"no eigenvalue of the keys' second moment is below threshold {self.threshold} (smallest "
-                f"{smallest:.1e}): nothing could change; raise the threshold"
+                f"no eigenvalue of the keys' second moment is below threshold {threshold} (smallest "
+                f"{float(covariance.eigen[0][0]):.1e}): nothing could change; raise the threshold"
             )
-        return self.inner.solve(problem.in_null_space(self.threshold))
+        return self.inner.solve(problem.in_null_space(threshold))

@@ -18,6 +18,13 @@ class Weighter(ABC):
     Contract: weights are finite and not negative, at least one is positive, and the model is left bit-identical.
     """
 
+    def check(self, layers: Sequence[int]) -> None:  # noqa: B027 - most weighters fit any layers
+        """Refuse settings that do not fit the candidate layers; called before anything expensive.
+
+        Raises:
+            ConfigError: Naming what does not fit.
+        """
+
     @abstractmethod
     def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Weigh the layers.

@@ -68,12 +68,17 @@ class Scores(Weighter):
         if self.normalization not in get_args(Normalization):
             raise ConfigError(f"normalization must be one of {get_args(Normalization)}, got {self.normalization!r}")
 
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
-        """See ``Weighter.weigh``."""
+    def check(self, layers: Sequence[int]) -> None:
+        """See ``Weighter.check``."""
         scores = self.scores or {}
         if missing := [layer for layer in layers if layer not in scores]:
             raise ConfigError(
                 f"Scores: no score for layers {missing}, only for {sorted(scores)}; give scores={{layer: score, ...}}"
             )
+
+    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+        """See ``Weighter.weigh``."""
+        self.check(layers)
+        scores = self.scores or {}
         values = torch.tensor([scores[layer] for layer in layers], dtype=torch.float64, device=lm.device)
         return score_weights(values, self.tau, self.normalization)

@@ -34,10 +34,14 @@ class OneHot(Weighter):
 
     layer: int
 
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
-        """See ``Weighter.weigh``."""
+    def check(self, layers: Sequence[int]) -> None:
+        """See ``Weighter.check``."""
         if self.layer not in layers:
             raise ConfigError(f"OneHot: layer {self.layer} is not among the layers {list(layers)}")
+
+    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+        """See ``Weighter.weigh``."""
+        self.check(layers)
         return _indicator([self.layer], layers, lm)
 
 
