@@ -224,6 +224,7 @@ def _expected_warnings() -> Iterator[None]:
             "in eval mode",
             "have no `val_dataloader`",
             "training_step. returned",
+            ".isinstance.treespec, LeafSpec",
         ):
             warnings.filterwarnings("ignore", message=f".*{message}")
         yield

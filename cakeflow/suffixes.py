@@ -80,14 +80,23 @@ class Suffixes:
             inject(lm, site, delta, at),
             narrow(lm, self.row, self.column),
         ):
-            output = lm.model(
+            return self._run(lm).logits[0]  # type: ignore[no-any-return]
+
+    def _run(self, lm: LanguageModel) -> Any:
+        try:
+            return lm.model(
                 input_ids=self.ids,
                 position_ids=self.positions,
                 attention_mask=self.mask,
                 past_key_values=_FrozenPrefix(self.keys, self.values),
                 use_cache=True,
             )
-        return output.logits[0]  # type: ignore[no-any-return]
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ArchitectureError(
+                f"{type(lm.model).__name__}: its attention cannot go on from cached keys and an explicit mask: {error}"
+            ) from error
 
     def only(self, kept: Tensor) -> Suffixes:
         """The rows whose fact is marked in ``kept`` (one boolean per fact)."""

@@ -171,15 +171,8 @@ class _Problem:
         initial = outputs[::width]  # h_0 is read on the bare prompt, the first of each request's rows
         initial = initial if initial.dtype == torch.float64 else initial.float()
         problem = cls(lm, site, width, initial, prompts, essence, [])
-        try:
-            with torch.no_grad():
-                before = [problem._log_probs(part, torch.zeros_like(initial)) for part in essence]
-        except torch.OutOfMemoryError:
-            raise
-        except (RuntimeError, ValueError, TypeError) as error:
-            raise ArchitectureError(
-                f"{type(lm.model).__name__}: its attention cannot go on from cached keys and an explicit mask: {error}"
-            ) from error
+        with torch.no_grad():
+            before = [problem._log_probs(part, torch.zeros_like(initial)) for part in essence]
         _require_agreement(lm, batch, essence, before)
         return replace(problem, reference=before)
 

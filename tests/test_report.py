@@ -1,5 +1,7 @@
 """The tables that people look at."""
 
+import io
+
 import pytest
 from rich.console import Console
 
@@ -7,9 +9,9 @@ from cakeflow.report import continuations, metrics_table, texts_table, timings_t
 
 
 def shown(table):
-    console = Console(width=120, record=True, quiet=True)
+    console = Console(width=120, file=io.StringIO())
     console.print(table)
-    return console.export_text()
+    return console.file.getvalue()
 
 
 def test_metrics_are_percent_with_one_column_per_stage():

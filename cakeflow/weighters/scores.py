@@ -33,8 +33,8 @@ def score_weights(
 
     Example:
         >>> import torch
-        >>> score_weights(torch.tensor([0.088, 0.090, 0.092, 0.094, 0.095])).round(decimals=4).tolist()
-        [0.1925..., 0.1964..., 0.2003..., 0.2044..., 0.2064...]
+        >>> [round(w, 4) for w in score_weights(torch.tensor([0.088, 0.090, 0.092, 0.094, 0.095])).tolist()]
+        [0.1925, 0.1964, 0.2003, 0.2044, 0.2064]
     """
     if normalization == "max":
         scores = scores / scores.amax(-1, keepdim=True)
