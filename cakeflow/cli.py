@@ -69,6 +69,11 @@ class EditCLI(LightningCLI):
         Console().print(metrics_table({"now": self.result}))
 
 
+def run() -> None:
+    """The console script: what ``main`` returns is for Python, not for the shell's exit status."""
+    main()
+
+
 def main(args: Sequence[str] | None = None) -> Run | dict[str, float]:
     """Run the command line.
 
@@ -78,7 +83,7 @@ def main(args: Sequence[str] | None = None) -> Run | dict[str, float]:
     Returns:
         What the command found.
     """
-    logging.basicConfig(level=logging.WARNING, handlers=[RichHandler(show_path=False)])
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     logging.getLogger("cakeflow").setLevel(logging.INFO)
     try:
         cli = EditCLI(

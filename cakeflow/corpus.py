@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from cakeflow.errors import StatisticsError
 from cakeflow.files import write_text
@@ -133,13 +135,23 @@ def sampled_corpus(
     with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(seed)
         for start in range(0, len(openings), SAMPLED_TOGETHER):
-            samples += _sample(lm, openings[start : start + SAMPLED_TOGETHER], length)
-            progress(SAMPLED_TOGETHER * length)
+            samples += _sample(lm, openings[start : start + SAMPLED_TOGETHER], length, progress)
     write_text(path, "".join(json.dumps({"text": sample}) + "\n" for sample in samples))
     return path
 
 
-def _sample(lm: LanguageModel, openings: list[str], length: int) -> list[str]:
+class _Progress(StoppingCriteria):
+    """Never stops; counts the tokens of each step."""
+
+    def __init__(self, progress: Callable[[int], object]) -> None:
+        self._progress = progress
+
+    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        self._progress(len(input_ids))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+
+def _sample(lm: LanguageModel, openings: list[str], length: int, progress: Callable[[int], object]) -> list[str]:
     rows = [lm.tokenizer(opening)["input_ids"] for opening in openings]
     width = max(map(len, rows))
     filler = lm.tokenizer.eos_token_id or 0
@@ -148,5 +160,6 @@ def _sample(lm: LanguageModel, openings: list[str], length: int) -> list[str]:
     output = lm.model.generate(  # type: ignore[operator]
         input_ids=ids, attention_mask=mask, do_sample=True, top_k=50, top_p=1.0, temperature=1.0,
         min_new_tokens=length, max_new_tokens=length, pad_token_id=filler,
+        stopping_criteria=StoppingCriteriaList([_Progress(progress)]),
     )  # fmt: skip
     return [str(lm.tokenizer.decode(row, skip_special_tokens=True)) for row in output]

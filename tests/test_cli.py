@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cakeflow.cli import main
+from cakeflow.cli import main, run
 from cakeflow.config import shipped
 
 
@@ -105,18 +105,23 @@ def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
     words = ["--model.statistics.source", str(folder / "corpus.txt"), "--model.statistics.tokens", "2048",
              "--model.statistics.window", "64", "--model.solver.init_args.threshold", "10",
              "--model.solver.init_args.inner.init_args.ridge", "0.01", "--model.targets.lr", "0.5"]  # fmt: skip
-    run = main(arguments(folder, "fit", *words))
+    done = main(arguments(folder, "fit", *words))
     printed = capsys.readouterr().out
-    assert run.after["efficacy"] >= run.before["efficacy"]
+    assert done.after["efficacy"] >= done.before["efficacy"]
     for title in ("Metrics", "Time", "Generations"):
         assert title in printed
-    names = {path.relative_to(run.folder).as_posix() for path in run.folder.rglob("*")}
+    names = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*")}
     assert {"config.yaml", "metrics.csv", "run.json", "journal/journal.jsonl", "journal/originals.safetensors"} <= names
-    header = (run.folder / "metrics.csv").read_text().splitlines()[0]
+    header = (done.folder / "metrics.csv").read_text().splitlines()[0]
     assert "before/efficacy" in header
     assert "after/efficacy" in header
     assert "layer1/share" in header
-    assert "Contexts" in json.loads((run.folder / "run.json").read_text())["settings"]["contexts"]
+    assert "Contexts" in json.loads((done.folder / "run.json").read_text())["settings"]["contexts"]
+
+
+def test_the_console_script_ends_with_status_0(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cakeflow", *arguments(folder, "evaluate")])
+    assert run() is None
 
 
 def test_evaluate_prints_the_metrics_and_changes_nothing(folder, capsys):
