@@ -170,7 +170,7 @@ def main() -> int:
         print(f"{name:32s} {value:10.4g}")
     if args.json:
         args.json.write_text(json.dumps(figures, indent=1))
-    return int(loss_error > (0.05 if args.dtype == "float32" else 0.5))
+    return int(loss_error > (0.001 if args.dtype == "float32" else 0.5))
 
 
 if __name__ == "__main__":
