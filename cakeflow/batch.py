@@ -32,11 +32,13 @@ class Row:
         ids: Token ids, special tokens at the front included.
         subject: Index of the subject's last token (-1 where the text has no subject).
         target: Index of the first target token (``len(ids)`` where it has no target).
+        start: Index of the subject's first token (-1 where it was not asked for).
     """
 
     ids: tuple[int, ...]
     subject: int
     target: int
+    start: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +67,20 @@ def join(prompt: str, target: str) -> str:
 
 
 def encode(
-    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], subjects: Sequence[int], targets: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Sequence[str],
+    subjects: Sequence[int],
+    targets: Sequence[int],
+    starts: Sequence[int] = (),
 ) -> list[Row]:
-    """Tokenise texts and find two characters in each.
+    """Tokenise texts and find characters in each.
 
     Args:
         tokenizer: A fast tokenizer; it adds its own special tokens (only those at the front are kept).
         texts: Complete texts.
         subjects: Index of the character after the subject in each text (0: no subject).
         targets: Index of the character at which the target starts (``len(text)``: no target).
+        starts: Index of the subject's first character in each text, where its first token is wanted.
 
     Returns:
         One row per text.
@@ -81,17 +88,24 @@ def encode(
     encoded = tokenizer(
         list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, return_attention_mask=False
     )
-    return [_row(encoded.encodings[i], *ends) for i, ends in enumerate(zip(subjects, targets, strict=True))]
+    places = zip(subjects, targets, starts or [-1] * len(texts), strict=True)
+    return [_row(encoded.encodings[i], *ends) for i, ends in enumerate(places)]
 
 
-def _row(encoding: object, subject_end: int, target_start: int) -> Row:
+def _row(encoding: object, subject_end: int, target_start: int, subject_start: int) -> Row:
     ids, offsets = list(encoding.ids), list(encoding.offsets)  # type: ignore[attr-defined]
     special = list(encoding.special_tokens_mask)  # type: ignore[attr-defined]
     while special and special[-1]:  # an end-of-text marker that the tokenizer added
         del ids[-1], offsets[-1], special[-1]
     inside = [i for i, (start, end) in enumerate(offsets) if start < subject_end and end > start and not special[i]]
     after = [i for i, (start, end) in enumerate(offsets) if end > max(start, target_start) and not special[i]]
-    return Row(tuple(ids), inside[-1] if inside else -1, after[0] if after else len(ids))
+    subject = [i for i in inside if 0 <= subject_start < offsets[i][1]]
+    return Row(
+        tuple(ids),
+        subject=inside[-1] if inside else -1,
+        target=after[0] if after else len(ids),
+        start=subject[0] if subject else -1,
+    )
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:

@@ -8,15 +8,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
 
+from cakeflow.commands import COMMANDS
 from cakeflow.data import EditDataModule
 from cakeflow.editor import TRAINER_DEFAULTS, Run, default_logger, run_evaluate, run_fit, with_progress_bar
 from cakeflow.errors import EditError
+from cakeflow.generation import continuations
 from cakeflow.module import EditModule
-from cakeflow.report import continuations, metrics_table, texts_table, timings_table
+from cakeflow.report import metrics_table, texts_table, timings_table
 
 SHOWN = 5
 """Generations shown before and after."""
@@ -74,7 +77,7 @@ def run() -> None:
     main()
 
 
-def main(args: Sequence[str] | None = None) -> Run | dict[str, float]:
+def main(args: Sequence[str] | None = None) -> Any:
     """Run the command line.
 
     Args:
@@ -85,7 +88,10 @@ def main(args: Sequence[str] | None = None) -> Run | dict[str, float]:
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     logging.getLogger("cakeflow").setLevel(logging.INFO)
+    words = sys.argv[1:] if args is None else list(args)
     try:
+        if words[:1] and words[0] in COMMANDS:
+            return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"cakeflow {words[0]}", as_positional=False)
         cli = EditCLI(
             EditModule,
             EditDataModule,
@@ -95,7 +101,8 @@ def main(args: Sequence[str] | None = None) -> Run | dict[str, float]:
             seed_everything_default=False,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            args=None if args is None else list(args),
+            parser_kwargs={"epilog": f"further commands, each with --help: {', '.join(COMMANDS)}"},
+            args=None if args is None else words,
         )
     except EditError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True)

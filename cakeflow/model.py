@@ -65,18 +65,19 @@ class LanguageModel:
         return int(self.model.config.num_hidden_layers)
 
     @property
-    def _embedding(self) -> Tensor:
+    def embedding(self) -> Tensor:
+        """The token embeddings, vocabulary x width."""
         return cast(Tensor, self.model.get_input_embeddings().weight)
 
     @property
     def device(self) -> torch.device:
         """Where inputs go: the device of the embedding."""
-        return self._embedding.device
+        return self.embedding.device
 
     @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
-        return self._embedding.dtype
+        return self.embedding.dtype
 
     @property
     def longest(self) -> int:

@@ -1,14 +1,16 @@
-"""What people look at after a run: tables for the terminal."""
+"""What people look at: tables for the terminal, and plots. Plots draw into ``ax``, or into a new figure."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-import torch
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 from rich.table import Table
 from rich.text import Text
 
-from cakeflow.model import LanguageModel
+from cakeflow.tracing import PLACES, Trace
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
@@ -38,23 +40,54 @@ def texts_table(prompts: Sequence[str], wanted: Sequence[str], before: Sequence[
     for name in ("prompt", "new target", "before", "after"):
         table.add_column(name)
     for row in zip(prompts, wanted, before, after, strict=True):
-        table.add_row(*(Text(text) for text in row))
+        table.add_row(*(Text(" ".join(text.split())) for text in row))
     return table
 
 
-def continuations(lm: LanguageModel, prompts: Sequence[str], tokens: int = 12) -> list[str]:
-    """Greedy continuation of each prompt."""
-    texts = []
-    for prompt in prompts:
-        encoded = lm.tokenizer(prompt, return_tensors="pt").to(lm.device)
-        with torch.no_grad():
-            output = lm.model.generate(  # type: ignore[operator]
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                do_sample=False,
-                max_new_tokens=tokens,
-                pad_token_id=lm.tokenizer.eos_token_id,
-            )
-        new = output[0, encoded["input_ids"].shape[1] :]
-        texts.append(" ".join(str(lm.tokenizer.decode(new, skip_special_tokens=True)).split()))
-    return texts
+def trace_table(trace: Trace, weights: Mapping[int, float]) -> Table:
+    """Score, standard error and weight of each traced layer."""
+    table = Table(title="Causal trace: indirect effect at the subject's last token", title_justify="left")
+    for name in ("layer", "AIE", "standard error", "weight"):
+        table.add_column(name, justify="right")
+    for layer, score in trace.scores.items():
+        weight = f"{weights[layer]:.4f}" if layer in weights else ""
+        table.add_row(str(layer), f"{score:.4f}", f"{trace.errors[layer]:.4f}", weight)
+    return table
+
+
+def plot_trace(trace: Trace, ax: Axes | None = None) -> Axes:
+    """Heat map of indirect effects by place and layer (CAKE, figure 6; ROME, figure 2)."""
+    effects = trace.map
+    traced = [place for place in range(len(PLACES)) if not bool(effects[place].isnan().all())]
+    ax = ax or plt.figure(figsize=(2 + 0.25 * len(trace.layers), 1.5 + 0.3 * len(traced)), layout="tight").gca()
+    image = ax.imshow(effects[traced].numpy(), aspect="auto", cmap="Purples", vmin=0)
+    ax.set_yticks(range(len(traced)), [PLACES[place] for place in traced])
+    step = -(-len(trace.layers) // 15)
+    ax.set_xticks(range(0, len(trace.layers), step), [str(layer) for layer in trace.layers[::step]])
+    ax.set_xlabel(f"layer whose {trace.settings['role']} output was restored")
+    ax.set_title(f"Average indirect effect, {len(trace.effects)} facts", fontsize="medium")
+    ax.figure.colorbar(image, ax=ax)
+    return ax
+
+
+def plot_weights(scores: Mapping[int, float], weights: Mapping[int, float], ax: Axes | None = None) -> Axes:
+    """Scores of layers beside the weights they became (CAKE, figure 2)."""
+    ax = ax or plt.figure(figsize=(2 + 0.5 * len(weights), 3), layout="tight").gca()
+    layers = range(len(weights))
+    bars = ax.bar([x - 0.2 for x in layers], [scores[layer] for layer in weights], 0.4, color="tab:purple")
+    ax.set(xlabel="layer", ylabel="score (AIE)", xticks=list(layers), xticklabels=[str(layer) for layer in weights])
+    other = ax.twinx()
+    other.bar([x + 0.2 for x in layers], list(weights.values()), 0.4, color="tab:orange")
+    other.axhline(1 / len(weights), color="grey", linewidth=0.8, linestyle="--")
+    other.set_ylabel("weight; dashed: uniform")
+    ax.legend([bars, other.containers[0]], ["score", "weight"], loc="lower center", fontsize="small")
+    return ax
+
+
+def save_plot(ax: Axes, path: Path) -> None:
+    """Write the figure of a plot, and close it."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)

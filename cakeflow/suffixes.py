@@ -1,6 +1,6 @@
-"""The part of a forward pass that depends on an injected vector, cut free from the rest.
+"""The part of a forward pass that depends on a change at one position, cut free from the rest.
 
-A vector added at one position of one block changes nothing below that block and nothing before that position. So
+A change at one position of one block changes nothing below that block and nothing before that position. So
 each row's *suffix* (from the injected token to the last token whose prediction counts) runs through the upper blocks
 only, attending to keys and values of its prefix that were computed once; logits are taken only where the objective
 reads them. Exact: the same numbers as a full pass, up to rounding (field of locate-then-edit methods: ROME's
@@ -10,7 +10,8 @@ reads them. Exact: the same numbers as a full pass, up to rounding (field of loc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,21 +47,23 @@ class _FrozenPrefix(Cache):
 
 @dataclass(frozen=True, eq=False)
 class Suffixes:
-    """Rows of similar suffix length, ready to run with a vector injected at their first position.
+    """Rows of similar suffix length, ready to run again with something changed at their first position.
 
     Attributes:
+        first: The block at which they start.
         fact: Which fact each row belongs to.
-        ids: Tokens of the suffixes, padded on the right.
+        tokens: Tokens of the suffixes (ids, or embeddings), padded on the right.
         positions: Their positions in the full rows.
-        hidden: What enters the first block that the vector can change.
+        hidden: What enters block ``first``.
         mask: Additive attention mask, suffix over (prefix, suffix).
         keys, values: Attention keys and values of the prefixes, one entry per block.
         row, column: Where logits are read.
         label: The token that each of those positions should predict (-1: none).
     """
 
+    first: int
     fact: Int[Tensor, " rows"]
-    ids: Int[Tensor, "rows time"]
+    tokens: Tensor
     positions: Int[Tensor, "rows time"]
     hidden: Float[Tensor, "rows time width"]
     mask: Float[Tensor, "rows 1 time seen"]
@@ -70,26 +73,33 @@ class Suffixes:
     column: Int[Tensor, " read"]
     label: Int[Tensor, " read"]
 
+    @property
+    def origin(self) -> Int[Tensor, " rows"]:
+        """Column 0 of every row: where changes are made."""
+        return torch.zeros_like(self.fact)
+
     def logits(
         self, lm: LanguageModel, site: Site, delta: Float[Tensor, "rows width"]
     ) -> Float[Tensor, "read vocabulary"]:
         """Logits at (row, column) with ``delta`` added to the site's output at each row's first position."""
-        at = torch.zeros(len(delta), dtype=torch.long, device=delta.device)
-        with (
-            resume(lm, first_changed(site), self.hidden),
-            inject(lm, site, delta, at),
-            narrow(lm, self.row, self.column),
-        ):
-            return self._run(lm).logits[0]  # type: ignore[no-any-return]
+        return self.run(lm, inject(lm, site, delta, self.origin))
 
-    def _run(self, lm: LanguageModel) -> Any:
+    def run(self, lm: LanguageModel, *changes: AbstractContextManager[None]) -> Float[Tensor, "read vocabulary"]:
+        """Logits at (row, column) while the changes are in force."""
+        with ExitStack() as stack:
+            for change in (resume(lm, self.first, self.hidden), *changes, narrow(lm, self.row, self.column)):
+                stack.enter_context(change)
+            return self._forward(lm).logits[0]  # type: ignore[no-any-return]
+
+    def _forward(self, lm: LanguageModel) -> Any:
+        kind = "inputs_embeds" if self.tokens.is_floating_point() else "input_ids"
         try:
             return lm.model(
-                input_ids=self.ids,
                 position_ids=self.positions,
                 attention_mask=self.mask,
                 past_key_values=_FrozenPrefix(self.keys, self.values),
                 use_cache=True,
+                **{kind: self.tokens},
             )
         except torch.OutOfMemoryError:
             raise
@@ -105,13 +115,80 @@ class Suffixes:
             return self
         number = rows.cumsum(0) - 1
         read = rows[self.row]
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name in ("fact", "ids", "positions", "hidden", "mask"):
-            parts[name] = parts[name][rows]
+        parts: dict[str, Any] = {
+            name: getattr(self, name)[rows] for name in ("fact", "tokens", "positions", "hidden", "mask")
+        }
         for name in ("keys", "values"):
-            parts[name] = tuple(None if part is None else part[rows] for part in parts[name])
+            parts[name] = tuple(None if part is None else part[rows] for part in getattr(self, name))
         parts |= {"row": number[self.row[read]], "column": self.column[read], "label": self.label[read]}
-        return Suffixes(**parts)
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A full pass over rows, from which suffixes are cut.
+
+    Attributes:
+        tokens: What went in: ids, or embeddings.
+        outputs: Outputs of the sites that were asked for.
+        cache: Attention keys and values, one entry per block.
+    """
+
+    tokens: Tensor
+    outputs: dict[Site, Float[Tensor, "rows time width"]]
+    cache: list[tuple[Tensor, Tensor]]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: LanguageModel, tokens: Tensor, sites: Sequence[Site]) -> Recording:
+        """Run rows of ids or embeddings, padded on the right; nothing above the last block is computed."""
+        cache, kind = DynamicCache(), "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+        seen_by_all = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        with capture(lm, sites) as outputs, capture(lm, [Site(lm.depth - 1)], stop=True):
+            lm.model(attention_mask=seen_by_all, past_key_values=cache, use_cache=True, **{kind: tokens})
+        layers: list[Any] = cache.layers
+        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers])
+
+    def cut(
+        self,
+        first: int,
+        start: Int[Tensor, " rows"],
+        width: int,
+        fact: Int[Tensor, " rows"],
+        reads: Sequence[tuple[int, int, int]],
+    ) -> Suffixes:
+        """The rows from ``start`` on, ``width`` columns, ready to go on at block ``first``.
+
+        Args:
+            first: Lowest block that will run again; the output of the block below must have been recorded.
+            start: First column of each row's suffix.
+            width: Of the suffixes.
+            fact: Which fact each row belongs to.
+            reads: (row, column in the suffix, label) of the logits wanted.
+        """
+        prefix = int(start.max())
+        columns = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(self.tokens.shape[1] - 1)
+        entering = self.outputs[Site(max(first - 1, 0))]
+        kept = [pair if i >= first else (None, None) for i, pair in enumerate(self.cache)]
+        row, column, label = torch.tensor(reads, device=start.device).T
+        return Suffixes(
+            first=first,
+            fact=fact,
+            tokens=take(self.tokens, columns),
+            positions=columns,
+            hidden=take(entering, columns),
+            mask=_mask(start, prefix, width, entering.dtype),
+            keys=tuple(None if keys is None else keys[:, :, :prefix].clone() for keys, _ in kept),
+            values=tuple(None if values is None else values[:, :, :prefix].clone() for _, values in kept),
+            row=row,
+            column=column,
+            label=label,
+        )
+
+
+def take(values: Tensor, columns: Int[Tensor, "rows width"]) -> Tensor:
+    """The wanted columns of each row."""
+    return values[torch.arange(len(columns), device=columns.device)[:, None], columns]
 
 
 def first_changed(site: Site) -> int:
@@ -138,17 +215,17 @@ def cut(
     _require_full_attention(lm, max(len(row.ids) for row in rows))
     ends = [row.subject + 1 if read_first else len(row.ids) - 1 for row in rows]
     lengths = [end - row.subject for end, row in zip(ends, rows, strict=True)]
+    first = first_changed(site)
+    sites = [Site(max(first - 1, 0)), site]
     groups: list[Suffixes] = []
     outputs: dict[int, Tensor] = {}
     for group in plan(lengths, budget, slack=8):
-        full = pad([rows[i].ids[: ends[i]] for i in group], lm.device)
-        reads = _first_position(len(group)) if read_first else before_targets([rows[i] for i in group])
-        lookup = torch.tensor([rows[i].subject for i in group], device=lm.device)
-        parts, output = _run_once(lm, full, lookup, lengths[group[0]], site)
-        row, column, label = torch.tensor(reads, device=lm.device).T
+        recording = Recording.of(lm, pad([rows[i].ids[: ends[i]] for i in group], lm.device), sites)
+        start = torch.tensor([rows[i].subject for i in group], device=lm.device)
         fact = torch.tensor([facts[i] for i in group], device=lm.device)
-        groups.append(Suffixes(fact=fact, row=row, column=column, label=label, **parts))
-        outputs.update(zip(group, output, strict=True))
+        reads = _first_position(len(group)) if read_first else before_targets([rows[i] for i in group])
+        groups.append(recording.cut(first, start, lengths[group[0]], fact, reads))
+        outputs.update(zip(group, take(recording.outputs[site], start[:, None])[:, 0], strict=True))
     return groups, torch.stack([outputs[i] for i in range(len(rows))])
 
 
@@ -178,35 +255,11 @@ def before_targets(rows: Sequence[Row], *, from_subject: bool = True) -> list[tu
     ]
 
 
-@torch.no_grad()
-def _run_once(
-    lm: LanguageModel, full: Int[Tensor, "rows time"], lookup: Int[Tensor, " rows"], width: int, site: Site
-) -> tuple[dict[str, Any], Float[Tensor, "rows width"]]:
-    """The full pass: what enters the first changed block, the prefixes' keys and values, and the site's output."""
-    first, cache = first_changed(site), DynamicCache()
-    entering = Site(max(first - 1, 0))
-    with capture(lm, [entering, site]) as seen, capture(lm, [Site(lm.depth - 1)], stop=True):
-        lm.model(input_ids=full, attention_mask=torch.ones_like(full), past_key_values=cache, use_cache=True)
-    rows, prefix = torch.arange(len(full), device=full.device), int(lookup.max())
-    columns = (lookup[:, None] + torch.arange(width, device=full.device)).clamp_max(full.shape[1] - 1)
-    layers: list[Any] = cache.layers
-    kept = [layers[i] if i >= first else None for i in range(lm.depth)]
-    parts = {
-        "ids": full.gather(1, columns),
-        "positions": columns,
-        "hidden": seen[entering][rows[:, None], columns],
-        "mask": _mask(lookup, prefix, width, lm.dtype),
-        "keys": tuple(layer and layer.keys[:, :, :prefix].clone() for layer in kept),
-        "values": tuple(layer and layer.values[:, :, :prefix].clone() for layer in kept),
-    }
-    return parts, seen[site][rows, lookup]
-
-
-def _mask(lookup: Int[Tensor, " rows"], prefix: int, width: int, dtype: torch.dtype) -> Tensor:
+def _mask(start: Int[Tensor, " rows"], prefix: int, width: int, dtype: torch.dtype) -> Tensor:
     """0 where a suffix position may look (its own prefix, and the suffix up to itself), the lowest number elsewhere."""
-    before = torch.arange(prefix, device=lookup.device) < lookup[:, None]
-    causal = torch.ones(width, width, dtype=torch.bool, device=lookup.device).tril()
-    allowed = torch.cat([before[:, None].expand(-1, width, -1), causal.expand(len(lookup), -1, -1)], 2)
-    return torch.zeros(allowed.shape, dtype=dtype, device=lookup.device).masked_fill(~allowed, torch.finfo(dtype).min)[
+    before = torch.arange(prefix, device=start.device) < start[:, None]
+    causal = torch.ones(width, width, dtype=torch.bool, device=start.device).tril()
+    allowed = torch.cat([before[:, None].expand(-1, width, -1), causal.expand(len(start), -1, -1)], 2)
+    return torch.zeros(allowed.shape, dtype=dtype, device=start.device).masked_fill(~allowed, torch.finfo(dtype).min)[
         :, None
     ]

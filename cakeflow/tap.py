@@ -7,7 +7,7 @@ return tensors or tuples; batch comes first always; nothing is written in place.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any, Literal
 
 import torch
@@ -65,9 +65,22 @@ def capture(
 
 
 @contextmanager
+def _rewrite(lm: LanguageModel, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Let a function say what a module's output is."""
+
+    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return _with_first(output, change(_first(output)))
+
+    handle = lm.module(site).register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
 def inject(
     lm: LanguageModel, site: Site, delta: Float[Tensor, "rows width"], at: Int[Tensor, " rows"]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Add a vector to a module's output at one position of each row.
 
     Args:
@@ -77,17 +90,22 @@ def inject(
         at: The position in each row.
     """
     rows = torch.arange(len(at), device=at.device)
+    return _rewrite(lm, site, lambda hidden: hidden.index_put((rows, at), delta.to(hidden.dtype), accumulate=True))
 
-    def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden = _first(output)
-        changed = hidden.index_put((rows, at), delta.to(hidden.dtype), accumulate=True)
-        return _with_first(output, changed)
 
-    handle = lm.module(site).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+def restore(
+    lm: LanguageModel, site: Site, value: Float[Tensor, "rows width"], at: Int[Tensor, " rows"]
+) -> AbstractContextManager[None]:
+    """Put a known vector in place of a module's output at one position of each row.
+
+    Args:
+        lm: The model.
+        site: Whose output to replace.
+        value: What it becomes, one vector per row.
+        at: The position in each row.
+    """
+    rows = torch.arange(len(at), device=at.device)
+    return _rewrite(lm, site, lambda hidden: hidden.index_put((rows, at), value.to(hidden.dtype)))
 
 
 @contextmanager

@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from cakeflow.report import continuations, metrics_table, texts_table, timings_table
+from cakeflow.generation import continuations
+from cakeflow.report import metrics_table, texts_table, timings_table
 
 
 def shown(table):

@@ -70,13 +70,13 @@ def test_equals_full_passes(tiny, rows, site):
 def test_any_grouping_gives_the_same_numbers(tiny, rows, budget):
     groups = check(tiny, rows, Site(2), budget)
     assert len(groups) > 1
-    assert all(group.ids.numel() <= budget or len(group.ids) == 1 for group in groups)
+    assert all(group.tokens.numel() <= budget or len(group.tokens) == 1 for group in groups)
 
 
 def test_reading_at_the_subject_only(tiny, lm, requests):
     batch = encode_batch(lm, requests, CONTEXTS)
     groups = check(tiny, list(batch.essence), Site(2), 1024, read_first=True)
-    assert {group.ids.shape[1] for group in groups} == {1}
+    assert {group.tokens.shape[1] for group in groups} == {1}
 
 
 def test_a_subject_at_the_very_start_has_no_prefix(tiny, requests):

@@ -31,7 +31,7 @@ def read_requests(source: Any) -> list[EditRequest]:
     if isinstance(source, (str, Path)):
         if source == "builtin":
             return builtin_facts()
-        return _read_file(Path(source))
+        return parse_requests(read_entries(Path(source)))
     if isinstance(source, (EditRequest, Mapping)):
         return parse_requests([source])
     if not isinstance(source, Iterable):
@@ -39,7 +39,13 @@ def read_requests(source: Any) -> list[EditRequest]:
     return parse_requests(source)
 
 
-def _read_file(path: Path) -> list[EditRequest]:
+def read_entries(path: Path) -> list[Any]:
+    """The entries of a ``.json`` or ``.jsonl`` file (either also ``.gz``), whatever their schema.
+
+    Raises:
+        ConfigError: If there is no such file, or it is not UTF-8.
+        RequestError: Naming the broken line.
+    """
     if not path.is_file():
         raise ConfigError(f"no file {str(path)!r} with requests; give a .json or .jsonl file, or 'builtin'")
     try:
@@ -49,9 +55,9 @@ def _read_file(path: Path) -> list[EditRequest]:
         raise ConfigError(f"{path} cannot be read as UTF-8 text: {error}") from error
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-        return parse_requests([_parse_line(path, number, line) for number, line in lines])
+        return [_parse_line(path, number, line) for number, line in lines]
     entries = _parse_line(path, 1, text)
-    return parse_requests(entries if isinstance(entries, list) else [entries])
+    return entries if isinstance(entries, list) else [entries]
 
 
 def _parse_line(path: Path, number: int, line: str) -> Any:

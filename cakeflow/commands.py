@@ -1,0 +1,59 @@
+"""Commands beside Lightning's: plain functions, whose arguments are the options."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from cakeflow.model import load_model
+from cakeflow.report import plot_trace, plot_weights, save_plot, trace_table
+from cakeflow.tracing import CausalTrace, Trace, known_rows, read_facts
+from cakeflow.weighters.base import effective_layers
+from cakeflow.weighters.scores import Normalization, score_weights
+
+
+def run_trace(
+    model: str = "smollm2-135m",
+    data: str = "builtin",
+    layers: list[int] | None = None,
+    out: Path = Path("runs/trace"),
+    limit: int | None = None,
+    tau: float = 0.1,
+    normalization: Normalization = "none",
+    trace: CausalTrace = CausalTrace(),
+) -> Trace:
+    """Find out which layers recall what a model knows: scores, heat map and weights.
+
+    Facts that the model does not state by itself are left out. Writes ``trace.json``, ``map.png`` and ``weights.png``.
+
+    Args:
+        model: An embedded name, a hub id, a folder or a GGUF file.
+        data: ``builtin``, or a JSON or JSONL file of known facts (ROME's schema) or of requests with a true target.
+        layers: Layers to trace; all by default.
+        out: Folder for the results.
+        limit: Most facts to trace.
+        tau: Temperature of the weights shown.
+        normalization: Of the scores, before the weights.
+        trace: How it is done.
+    """
+    console, facts, lm = Console(), read_facts(data), load_model(model)
+    known, asked = known_rows(lm, facts, limit)
+    console.print(f"the model knows {len(known)} of {asked} facts; the others are left out")
+    found = trace.run(lm, known, layers or ())
+    scores = found.scores
+    weights = score_weights(torch.tensor(list(scores.values()), dtype=torch.float64), tau, normalization)
+    shares = dict(zip(scores, weights.tolist(), strict=True))
+    console.print(trace_table(found, shares))
+    console.print(f"clean {found.clean.mean():.3f}, corrupted {found.corrupted.mean():.3f}, ", end="")
+    console.print(f"noise {found.settings['noise']:.4g}; N_eff {float(effective_layers(weights)):.2f}")
+    found.save(out / "trace.json")
+    save_plot(plot_trace(found), out / "map.png")
+    save_plot(plot_weights(scores, shares), out / "weights.png")
+    console.print(f"written to {out}", soft_wrap=True)
+    return found
+
+
+COMMANDS = {"trace": run_trace}
+"""Name -> function."""

@@ -1,0 +1,179 @@
+"""What a trace found: kept fact by fact while it runs, then as one table of effects."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.batch import Row
+from cakeflow.errors import ConfigError
+from cakeflow.files import write_text
+from cakeflow.model import LanguageModel, cache_folder
+
+PLACES = (
+    "first subject token",
+    "middle subject tokens",
+    "last subject token",
+    "first further token",
+    "further tokens",
+    "last token",
+)
+"""Rows of the layer x token map (ROME, figure 2); a fact's tokens of one kind are averaged."""
+
+LAST_SUBJECT = PLACES.index("last subject token")
+
+
+def place_of(row: Row, token: int) -> int:
+    """Which of ``PLACES`` a token of a traced fact is; a subject of one token counts as its last."""
+    if token == row.subject:
+        return LAST_SUBJECT
+    if token < row.subject:
+        return 0 if token == row.start else 1
+    if token == row.target - 1:
+        return 5
+    return 3 if token == row.subject + 1 else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """One fact's trace.
+
+    Attributes:
+        clean: Probability of the object's first token in the clean run.
+        corrupted: The same in the corrupted runs, mean over draws.
+        effects: What each restoration gains over ``corrupted``, by place and layer; None where nothing was restored.
+    """
+
+    clean: float
+    corrupted: float
+    effects: list[list[float] | None]
+
+
+class Ledger:
+    """Effects by fact, in a file that grows line by line; what was written stays when a trace is interrupted."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._known: dict[str, Effect] = {}
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        self._torn = bool(text) and not text.endswith("\n")
+        for line in text.split("\n"):
+            with suppress(json.JSONDecodeError):  # the line that was being written when a process died
+                entry = json.loads(line)
+                fact = entry.pop("fact")
+                self._known[fact] = Effect(**entry)
+
+    @classmethod
+    def of(cls, lm: LanguageModel, settings: dict[str, Any], folder: Path | None) -> Ledger:
+        """The ledger of a model (weights and tokenizer) and of the settings that decide the numbers."""
+        key = hashlib.sha256(json.dumps([lm.fingerprint(), str(lm.dtype), settings], sort_keys=True).encode())
+        return cls((folder or cache_folder() / "traces") / f"{key.hexdigest()[:16]}.jsonl")
+
+    @staticmethod
+    def _name(row: Row) -> str:
+        """All that the numbers of a fact depend on: its tokens up to the object's first, and where the subject is."""
+        text = json.dumps([row.ids[: row.target + 1], row.start, row.subject])
+        return hashlib.sha256(text.encode()).hexdigest()[:24]
+
+    def __contains__(self, row: Row) -> bool:
+        return self._name(row) in self._known
+
+    def __getitem__(self, row: Row) -> Effect:
+        return self._known[self._name(row)]
+
+    def add(self, rows: Sequence[Row], effects: Sequence[Effect]) -> None:
+        """Keep the effects of some facts, on disk too."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        with self._path.open("a", encoding="utf-8") as handle:
+            handle.write("\n" if self._torn else "")
+            self._torn = False
+            for row, effect in zip(rows, effects, strict=True):
+                self._known[self._name(row)] = effect
+                handle.write(json.dumps({"fact": self._name(row), **asdict(effect)}) + "\n")
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """Indirect effects of n facts.
+
+    Attributes:
+        clean: Probability of the object in the clean run.
+        corrupted: The same in the corrupted runs.
+        effects: Indirect effect of each fact, place (see ``PLACES``) and layer; nan where there is no such place.
+        settings: The trace's, with the noise as resolved and the layers.
+    """
+
+    clean: Float[Tensor, " n"]
+    corrupted: Float[Tensor, " n"]
+    effects: Float[Tensor, "n places l"]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, found: Sequence[Effect], settings: dict[str, Any]) -> Trace:
+        """Collect the facts' effects."""
+        absent = [math.nan] * len(settings["layers"])
+        effects = [[place or absent for place in effect.effects] for effect in found]
+        runs = torch.tensor([[effect.clean, effect.corrupted] for effect in found], dtype=torch.float64)
+        return cls(runs[:, 0], runs[:, 1], torch.tensor(effects, dtype=torch.float64), settings)
+
+    @property
+    def layers(self) -> list[int]:
+        """The traced layers."""
+        return list(self.settings["layers"])
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """Layer -> AIE at the subject's last token: what ``Scores`` takes (CAKE eq. 69)."""
+        return dict(zip(self.layers, self.effects[:, LAST_SUBJECT].mean(0).tolist(), strict=True))
+
+    @property
+    def errors(self) -> dict[int, float]:
+        """Layer -> standard error of its score over the facts; nan for a single fact."""
+        spread = self.effects[:, LAST_SUBJECT].std(0) / len(self.effects) ** 0.5
+        return dict(zip(self.layers, spread.tolist(), strict=True))
+
+    @property
+    def map(self) -> Float[Tensor, "places l"]:
+        """AIE by place and layer (ROME, figure 2); nan for places that were not traced."""
+        return self.effects.nanmean(0)
+
+    def save(self, path: Path) -> None:
+        """Write scores, errors and settings as JSON, the effects of each fact included."""
+        content = {
+            "scores": self.scores,
+            "errors": self.errors,
+            "facts": len(self.effects),
+            "clean": float(self.clean.mean()),
+            "corrupted": float(self.corrupted.mean()),
+            "settings": self.settings,
+            "effects": [asdict(effect) for effect in self._facts()],
+        }
+        write_text(path, json.dumps(content))
+
+    def _facts(self) -> Iterator[Effect]:
+        for clean, corrupted, effects in zip(self.clean, self.corrupted, self.effects, strict=True):
+            places = [place.tolist() if bool(torch.isfinite(place).all()) else None for place in effects]
+            yield Effect(float(clean), float(corrupted), places)
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Read what ``save`` wrote.
+
+        Raises:
+            ConfigError: If the file is something else.
+        """
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            return cls.of([Effect(**entry) for entry in content["effects"]], content["settings"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} is no saved trace: {error}") from error
