@@ -129,14 +129,15 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
     Raises:
         RequestError: If a target has no token of its own, or a text is longer than the model can read.
     """
-    texts, subjects, targets = [], [], []
+    texts, subjects, targets, starts = [], [], [], []
     for request in requests:
         for template in contexts.templates:
             prompt = template.replace("{}", request.text)
             texts.append(join(prompt, request.target_new))
             subjects.append(template.index("{}") + request.subject_end)
             targets.append(len(prompt))
-    flat = encode(lm.tokenizer, texts, subjects, targets)
+            starts.append(template.index("{}") + request.prompt.index("{}"))
+    flat = encode(lm.tokenizer, texts, subjects, targets, starts)
     width = len(contexts.templates)
     rows = tuple(tuple(flat[i * width : (i + 1) * width]) for i in range(len(requests)))
     _check_lengths(lm, requests, rows, first)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
 from cakeflow.architecture import Architecture, Site
 from cakeflow.batch import EditBatch, encode_batch
+from cakeflow.chain import ModelChain
 from cakeflow.contexts import Contexts, generate_contexts
 from cakeflow.data.module import Records
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
@@ -143,7 +144,7 @@ class EditModule(L.LightningModule):
         with self.journal.batch(requests) as step:
             reader = FactReader(self.lm, batch)
             wanted: dict[Site, Targets] = {}
-            for turn in self.turns(weights):
+            for turn in self.turns(weights, batch):
                 if turn.anchor not in wanted:
                     wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step)
                 with self.phase("keys"):
@@ -205,14 +206,14 @@ class EditModule(L.LightningModule):
 
     # ---- the parts of the walk ----
 
-    def turns(self, weights: Float[Tensor, "*n l"]) -> Iterator[Turn]:
+    def turns(self, weights: Float[Tensor, "*n l"], batch: EditBatch) -> Iterator[Turn]:
         """The layers to edit in ascending order; those of weight 0 are left out."""
         active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(self.layers)).any(0)) if positive]
-        last = self.layers[active[-1]]
-        for index, place in enumerate(active):
-            layer = self.layers[place]
-            anchor = self.targets.site(last if self.allocator.anchor == "last" else layer)
-            yield Turn(Site(layer, "mlp_out"), anchor, index, weights[..., active])
+        layers = [self.layers[place] for place in active]
+        for index, layer in enumerate(layers):
+            anchor = self.targets.site(layers[-1] if self.allocator.anchor == "last" else layer)
+            chain = ModelChain(self.lm, batch, layers[index:], anchor)
+            yield Turn(Site(layer, "mlp_out"), anchor, index, weights[..., active], chain)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

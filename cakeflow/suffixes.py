@@ -9,8 +9,8 @@ reads them. Exact: the same numbers as a full pass, up to rounding (field of loc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,10 +86,23 @@ class Suffixes:
 
     def run(self, lm: LanguageModel, *changes: AbstractContextManager[None]) -> Float[Tensor, "read vocabulary"]:
         """Logits at (row, column) while the changes are in force."""
-        with ExitStack() as stack:
-            for change in (resume(lm, self.first, self.hidden), *changes, narrow(lm, self.row, self.column)):
-                stack.enter_context(change)
+        with self._changed(lm, changes), narrow(lm, self.row, self.column):
             return self._forward(lm).logits[0]  # type: ignore[no-any-return]
+
+    def output(
+        self, lm: LanguageModel, site: Site, *changes: AbstractContextManager[None]
+    ) -> Float[Tensor, "rows width"]:
+        """What a site gives at each row's first position while the changes are in force; nothing above it is run."""
+        with self._changed(lm, changes), capture(lm, [site], stop=True) as seen:
+            self._forward(lm)
+        return seen[site][:, 0]
+
+    @contextmanager
+    def _changed(self, lm: LanguageModel, changes: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for change in (resume(lm, self.first, self.hidden), *changes):
+                stack.enter_context(change)
+            yield
 
     def _forward(self, lm: LanguageModel) -> Any:
         kind = "inputs_embeds" if self.tokens.is_floating_point() else "input_ids"

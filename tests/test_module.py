@@ -22,6 +22,7 @@ from cakeflow import (
     Uniform,
     Weighter,
 )
+from cakeflow.allocators import Jacobian
 from cakeflow.architecture import Site
 from cakeflow.batch import encode_batch
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
@@ -140,12 +141,12 @@ def test_layers_of_weight_zero_are_untouched(tiny, requests, quiet, build):
 
 def test_shares_use_the_weights_of_the_edited_layers_only(lm, build):
     module = build(lm)
-    turns = list(module.turns(torch.tensor([1.0, 0.0, 3.0])))
+    turns = list(module.turns(torch.tensor([1.0, 0.0, 3.0]), None))
     assert [turn.site.layer for turn in turns] == [1, 4]
     assert [turn.index for turn in turns] == [0, 1]
     assert all(turn.anchor == Site(4) for turn in turns)
     assert turns[0].weights.tolist() == [1.0, 3.0]
-    per_fact = list(module.turns(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
+    per_fact = list(module.turns(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), None))
     assert [turn.site.layer for turn in per_fact] == [1, 2]
 
 
@@ -376,3 +377,25 @@ def test_the_real_model_takes_an_edit_and_gives_it_back(smollm2, requests, quiet
     finally:
         module.journal.rollback()
     assert all(torch.equal(smollm2.weight(layer), before[layer]) for layer in before)
+
+
+def test_the_exact_allocation_in_the_walk(tiny, requests, quiet, build):
+    """Every turn has a chain of the layers from its own on, and the walk can be taken back as ever."""
+    seen = []
+
+    class Watched(Jacobian):
+        def allocate(self, residual, turn):
+            share = super().allocate(residual, turn)
+            seen.append((turn.index, len(turn.chain.pull(residual)), residual, share))
+            return share
+
+    before, module = bits(tiny), build(tiny, allocator=Watched(tolerance=1e-6))
+    fit(module, requests[:3], quiet)
+    (_, _, residual, share), *_, (_, _, left, rest) = seen
+    assert [(index, layers) for index, layers, *_ in seen] == [(0, 3), (1, 2), (2, 1)]
+    assert torch.equal(left, rest)
+    assert 0.1 < float(share.norm() / residual.norm()) < 0.6  # about a third, as the identity would have it,
+    assert not torch.allclose(share, residual / 3, rtol=1e-3)  # but not exactly
+    assert not same(tiny, before)
+    module.journal.rollback()
+    assert same(tiny, before)

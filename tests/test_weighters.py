@@ -1,5 +1,7 @@
 """Weights from scores against the paper's table, static weights, and what is refused."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,6 +11,7 @@ from cakeflow import Endpoints, OneHot, Scores, Uniform
 from cakeflow.batch import encode_batch
 from cakeflow.contexts import Contexts
 from cakeflow.errors import ConfigError
+from cakeflow.tracing import CausalTrace
 from cakeflow.weighters.base import effective_layers
 from cakeflow.weighters.scores import score_weights
 
@@ -117,3 +120,45 @@ def test_bad_temperatures(tau):
 def test_an_unknown_normalisation_is_refused():
     with pytest.raises(ConfigError, match="normalization"):
         Scores({1: 0.1}, normalization="rank")
+
+
+def test_the_depth_factor_multiplies_the_scores(lm, batch):
+    """(l / L)^alpha with l counted from 1: on equal scores it favours deep layers, whatever the temperature."""
+    scores = dict.fromkeys(LAYERS, 0.2)
+    got = Scores(scores, tau=0.3, depth_power=2.0).weigh(lm, batch, LAYERS)
+    factors = torch.tensor([((layer + 1) / lm.depth) ** 2 for layer in LAYERS], dtype=torch.float64)
+    torch.testing.assert_close(got, score_weights(0.2 * factors, 0.3), rtol=1e-12, atol=0)
+    assert (got.diff() > 0).all()
+
+
+def test_requests_weigh_layers_by_their_own_traces(tiny, requests, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
+    batch, before = encode_batch(tiny, requests[:3], Contexts()), tiny.fingerprint()
+    trace = CausalTrace(draws=2, noise=0.5)
+    layers = list(range(tiny.depth))
+    got = Scores(score_source="per_request", tau=0.01, trace=trace).weigh(tiny, batch, layers)
+    assert got.shape == (3, len(layers))
+    assert not torch.allclose(got[0], got[1])
+    for variants, weights in zip(batch.rows, got, strict=True):
+        row = variants[0]
+        with torch.no_grad():
+            said = int(tiny.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].argmax())
+        own = replace(row, ids=(*row.ids[: row.target], said))
+        scores = trace.run(tiny, [own], layers, tmp_path / "alone").scores
+        wanted = score_weights(torch.tensor(list(scores.values()), dtype=torch.float64), 0.01)
+        torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-9)
+    assert tiny.fingerprint() == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"scores": {1: float("nan")}}, "score of layer 1 is nan"),
+        ({"scores": {1: float("inf")}}, "score of layer 1 is inf"),
+        ({"score_source": "per_cluster"}, "score_source"),
+        ({"depth_power": float("nan")}, "depth_power"),
+    ],
+)
+def test_bad_scores_and_settings_are_refused(settings, words):
+    with pytest.raises(ConfigError, match=words):
+        Scores(**settings).check([1])

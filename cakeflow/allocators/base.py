@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, final
+from typing import Literal, Protocol, final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -12,6 +13,20 @@ from torch import Tensor
 from cakeflow.architecture import Site
 
 Anchor = Literal["last", "self"]
+
+
+class Chain(Protocol):
+    """How changes at the layers from this turn's on reach the anchor: products with M_j, one per layer and fact.
+
+    ``M_j`` is the derivative of the anchor's value by a change of layer j's output, at the model as it is; that of the
+    last layer is the identity.
+    """
+
+    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
+        """``M_j^T covector`` for every layer j."""
+
+    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
+        """``sum_j M_j tangent_j``."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,12 +38,14 @@ class Turn:
         anchor: Where the residual is measured.
         index: Position of this layer among the edited ones.
         weights: Weights of all edited layers, (n x) l.
+        chain: What the layers from this one on do to the anchor; nothing is computed unless it is used.
     """
 
     site: Site
     anchor: Site
     index: int
     weights: Float[Tensor, "*n l"]
+    chain: Chain | None = None
 
 
 class Allocator(ABC):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -13,6 +14,9 @@ from torch import Tensor
 from cakeflow.batch import EditBatch
 from cakeflow.errors import ConfigError
 from cakeflow.model import LanguageModel
+from cakeflow.tracing import CausalTrace
+from cakeflow.tracing.facts import predicted_rows
+from cakeflow.tracing.result import LAST_SUBJECT
 from cakeflow.weighters.base import Weighter
 
 Normalization = Literal["none", "max", "minmax", "zscore"]
@@ -49,36 +53,59 @@ def score_weights(
 
 @dataclass(frozen=True)
 class Scores(Weighter):
-    """Softmax of scores that are known already, for instance from a causal trace of the same model.
+    """Softmax of layer scores: known ones for all requests, or a causal trace of each request's own prompt.
 
     Attributes:
         scores: Layer -> score; every candidate layer needs one. None takes the ``scores`` of the ``EditModule``, which
             a model's config brings along.
         tau: Temperature of the softmax.
         normalization: Of the scores, before the softmax.
+        depth_power: alpha: scores are multiplied by (l / L)^alpha first, l counted from 1, L the model's depth (CAKE,
+            section 3.2's boundary strategy). 0 leaves them as they are.
+        score_source: ``global``, or ``per_request``: the effects of restoring each layer on each request's own prompt,
+            for the token that the model predicts there now. The paper averages over known facts.
+        trace: How requests are traced. With ``noise=None`` its scale depends on the other subjects of the batch.
     """
 
     scores: dict[int, float] | None = None
     tau: float = 0.1
     normalization: Normalization = "none"
+    depth_power: float = 0.0
+    score_source: Literal["global", "per_request"] = "global"
+    trace: CausalTrace = CausalTrace()
 
     def __post_init__(self) -> None:
         if not self.tau > 0:
             raise ConfigError(f"tau must be above 0, got {self.tau}")
+        if not math.isfinite(self.depth_power):
+            raise ConfigError(f"depth_power must be finite, got {self.depth_power}")
         if self.normalization not in get_args(Normalization):
             raise ConfigError(f"normalization must be one of {get_args(Normalization)}, got {self.normalization!r}")
+        if self.score_source not in ("global", "per_request"):
+            raise ConfigError(f"score_source must be 'global' or 'per_request', got {self.score_source!r}")
 
     def check(self, layers: Sequence[int]) -> None:
         """See ``Weighter.check``."""
+        if self.score_source == "per_request":
+            return
         scores = self.scores or {}
         if missing := [layer for layer in layers if layer not in scores]:
             raise ConfigError(
                 f"Scores: no score for layers {missing}, only for {sorted(scores)}; give scores={{layer: score, ...}}"
             )
+        if bad := [layer for layer in layers if not math.isfinite(scores[layer])]:
+            raise ConfigError(f"Scores: the score of layer {bad[0]} is {scores[bad[0]]}; give finite scores")
 
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """See ``Weighter.weigh``."""
         self.check(layers)
-        scores = self.scores or {}
-        values = torch.tensor([scores[layer] for layer in layers], dtype=torch.float64, device=lm.device)
-        return score_weights(values, self.tau, self.normalization)
+        values = self._traced(lm, batch, layers) if self.score_source == "per_request" else self._given(layers)
+        depth = torch.tensor([(layer + 1) / lm.depth for layer in layers], dtype=torch.float64)
+        return score_weights(values * depth**self.depth_power, self.tau, self.normalization).to(lm.device)
+
+    def _given(self, layers: Sequence[int]) -> Float[Tensor, " l"]:
+        return torch.tensor([(self.scores or {})[layer] for layer in layers], dtype=torch.float64)
+
+    def _traced(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "n l"]:
+        rows = predicted_rows(lm, [variants[0] for variants in batch.rows])
+        return self.trace.run(lm, rows, layers).effects[:, LAST_SUBJECT]

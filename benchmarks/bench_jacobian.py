@@ -1,0 +1,103 @@
+"""What the exact allocation (theorem 1, ``Jacobian``) costs beside the identity approximation (``Sequential``).
+
+    python benchmarks/bench_jacobian.py [--json FILE]
+
+Both walk the layers of SmolLM2's config for the same facts with uniform weights: keys and values are read and the
+residual is allocated before each layer. Residuals are random, as long as the values that they are added to. Nothing is
+edited. ``M - I`` is the root mean square over random directions of ``|(M - I) v| / |v|``; ``difference`` is how far the
+exact share lies from the sequential one, relatively.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+
+from cakeflow import TargetOptimizer, Uniform
+from cakeflow.allocators import Allocator, Jacobian, Sequential, Turn
+from cakeflow.architecture import Site
+from cakeflow.batch import EditBatch, encode_batch
+from cakeflow.chain import ModelChain
+from cakeflow.config import find_config
+from cakeflow.contexts import Contexts
+from cakeflow.data import builtin_facts
+from cakeflow.keys import FactReader
+from cakeflow.model import LanguageModel, load_model
+
+
+class Counting(ModelChain):
+    """A chain that counts its products."""
+
+    pulls = 0
+
+    def pull(self, covector: Tensor) -> list[Tensor]:
+        """See ``ModelChain.pull``."""
+        object.__setattr__(self, "pulls", self.pulls + 1)
+        return super().pull(covector)
+
+
+def walk(
+    lm: LanguageModel, batch: EditBatch, layers: list[int], allocator: Allocator
+) -> tuple[float, list[Tensor], list[Counting]]:
+    """Read and allocate at every layer: seconds, shares and chains."""
+    weights, anchor = Uniform().weigh(lm, batch, layers), TargetOptimizer().site(layers[-1])
+    start, shares, chains = time.perf_counter(), [], []
+    reader = FactReader(lm, batch)
+    for index, layer in enumerate(layers):
+        _, values = reader.read(layer, anchor)
+        noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
+        residual = noise * (values.norm(dim=1) / noise.norm(dim=1))[:, None]
+        chains.append(Counting(lm, batch, layers[index:], anchor))
+        turn = Turn(Site(layer, "mlp_out"), anchor, index, weights, chains[-1])
+        shares.append(allocator.allocate(residual, turn))
+    return time.perf_counter() - start, shares, chains
+
+
+def distance_from_identity(chain: ModelChain, batch: EditBatch, width: int, draws: int = 8) -> list[float]:
+    """Root mean square of ``|(M_j - I) v| / |v|`` for each layer of a chain, by products with the transpose."""
+    gen, total = torch.Generator().manual_seed(1), torch.zeros(len(chain.layers), dtype=torch.float64)
+    for _ in range(draws):
+        v = torch.randn(len(batch), width, generator=gen, dtype=torch.float64)
+        ratios = [(pulled - v).norm(dim=1) / v.norm(dim=1) for pulled in chain.pull(v)]
+        total += torch.stack([ratio.square().mean() for ratio in ratios])
+    return (total / draws).sqrt().tolist()
+
+
+def main() -> None:
+    """Print both costs and how far they are apart."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--n", type=int, default=100, help="facts")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    config = yaml.safe_load(find_config("model", "smollm2-135m").read_text())["model"]
+    lm, layers = load_model("smollm2-135m", dtype="float32"), config["layers"]
+    contexts = Contexts(tuple(map(tuple, config["contexts"]["groups"])))
+    batch = encode_batch(lm, builtin_facts()[: args.n], contexts)
+    ways: dict[str, Allocator] = {"sequential": Sequential(), "jacobian": Jacobian()}
+    runs = {name: [walk(lm, batch, layers, way) for _ in range(args.repeats + 1)][1:] for name, way in ways.items()}
+    seconds = {name: statistics.median(run[0] for run in found) for name, found in runs.items()}
+    exact, rule = runs["jacobian"][0], runs["sequential"][0]
+    apart = [float((a - b).norm() / b.norm()) for a, b in zip(exact[1], rule[1], strict=True)]
+    norms = distance_from_identity(exact[2][0], batch, exact[1][0].shape[1])
+    steps = [chain.pulls - 1 for chain in exact[2]]
+    print(f"{len(batch)} facts, layers {layers}, {args.threads} threads, medians of {args.repeats}")
+    print(f"sequential {seconds['sequential']:.3f} s, jacobian {seconds['jacobian']:.3f} s (keys and values included)")
+    for layer, step, norm, far in zip(layers, steps, norms, apart, strict=True):
+        print(f"layer {layer:2d}  steps {max(step, 0):3d}  M - I {norm:.3f}  difference {far:.3f}")
+    if args.json:
+        figures = {**seconds, "ratio": seconds["jacobian"] / seconds["sequential"]}
+        args.json.write_text(json.dumps({**figures, "steps": steps, "m_minus_i": norms, "difference": apart}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
