@@ -88,7 +88,7 @@ class Sweep:
         self.contexts = self.contexts or module.contexts
         key = repr((module.targets, module.layers, module.contexts))
         self.search[key] = max(self.search.get(key, 0.0), run.timings["targets"])
-        seconds = self.search[key] + run.timings["keys"] + run.timings["solve"]
+        seconds = self.search[key] + sum(run.timings[phase] for phase in ("keys", "allocate", "solve"))
         figures = {**editor.evaluate(self.requests), "seconds_per_edit": seconds / len(self.requests)}
         editor.rollback()
         return figures

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cakeflow.model import load_model
 from cakeflow.report import plot_trace, plot_weights, save_plot, trace_table
-from cakeflow.tracing import CausalTrace, Trace, known_rows, read_facts
+from cakeflow.tracing import CausalTrace, Trace, known_rows, propose_layers, read_facts
 from cakeflow.weighters.base import effective_layers
 from cakeflow.weighters.scores import Normalization, score_weights
 
@@ -48,6 +48,9 @@ def run_trace(
     console.print(trace_table(found, shares))
     console.print(f"clean {found.clean.mean():.3f}, corrupted {found.corrupted.mean():.3f}, ", end="")
     console.print(f"noise {found.settings['noise']:.4g}; N_eff {float(effective_layers(weights)):.2f}")
+    if trace.role == "mlp_out" and trace.window > 1 and found.layers == list(range(lm.depth)):
+        proposal = propose_layers(found, lm.depth)
+        console.print(f"proposed layers {proposal.layers}: {proposal.reason}", soft_wrap=True)
     found.save(out / "trace.json")
     save_plot(plot_trace(found), out / "map.png")
     save_plot(plot_weights(scores, shares), out / "weights.png")

@@ -96,8 +96,9 @@ class Editor:
         if extra is not None:
             configs.append(find_config("model", extra))
         elif not overrides.get("layers"):
-            raise ConfigError(f"no shipped model config for this model: name the layers to edit, layers=[...], or give "
-                              f"config=FILE; shipped: {', '.join(shipped('model'))}")  # fmt: skip
+            known = ", ".join(shipped("model"))
+            raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
+                              f"trace find them, layers='auto', or give config=FILE; shipped: {known}")  # fmt: skip
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ConfigError("a model object needs its tokenizer: Editor.from_pretrained(model, tokenizer=...)")

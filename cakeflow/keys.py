@@ -118,3 +118,9 @@ class FactReader:
             mean = mean + torch.einsum("ncd,c->nd", grouped, self.weights[1:])
         assert values is not None
         return mean, values.double()
+
+    def values(self, layer: int, anchor: Site) -> Float[Tensor, "n d_out"]:
+        """What the anchor holds on the bare prompts now, in float64; ``layer`` is the last one that was read."""
+        _, values = self.bare.read(Site(layer, "mlp_out"), anchor)
+        assert values is not None
+        return values.double()

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
 from cakeflow.architecture import Architecture, Site
 from cakeflow.batch import EditBatch, encode_batch
+from cakeflow.callbacks.base import EditCallback, LayerEdit
 from cakeflow.chain import ModelChain
 from cakeflow.contexts import Contexts, generate_contexts
 from cakeflow.data.module import Records
@@ -34,6 +35,7 @@ from cakeflow.scoring import score_records
 from cakeflow.solvers import LeastSquares, NullSpace, Solver
 from cakeflow.statistics import Statistics
 from cakeflow.targets import TargetOptimizer, Targets
+from cakeflow.tracing import locate
 from cakeflow.weighters import Scores, Uniform, Weighter
 from cakeflow.weighters.base import effective_layers
 
@@ -43,14 +45,16 @@ class EditModule(L.LightningModule):
 
     Args:
         base: A model's embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
-        layers: Candidate layers, ascending; the weighter says which of them are edited.
+        layers: Candidate layers, ascending; the weighter says which of them are edited. ``auto`` traces the model
+            before the first edit and takes the window of five that ``locate`` proposes.
         weighter: How much each layer matters.
         allocator: Which share of the remaining residual each layer takes.
         solver: The closed-form weight change.
         targets: How target values are found.
         statistics: How the second moments of the keys to preserve are collected.
         contexts: Texts around each prompt; None samples them from the model before the first edit.
-        scores: Causal score of each layer of this model, for a ``Scores`` weighter that was given none.
+        scores: Causal score of each layer of this model, for a ``Scores`` weighter that was given none; with
+            ``layers="auto"`` those of the trace by default.
         history: Whether earlier edits' keys are preserved as well (sequential editing).
         seed: Of the sampled contexts.
         dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
@@ -64,7 +68,7 @@ class EditModule(L.LightningModule):
     def __init__(
         self,
         base: str | LanguageModel = "smollm2-135m",
-        layers: Sequence[int] = (),
+        layers: Sequence[int] | Literal["auto"] = (),
         weighter: Weighter = Uniform(),
         allocator: Allocator = Sequential(),
         solver: Solver = NullSpace(LeastSquares(ridge=10.0)),
@@ -79,13 +83,11 @@ class EditModule(L.LightningModule):
         moments: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
-            raise ConfigError(f"layers must be block indices in ascending order, got {list(layers)}; e.g. [9, 10, 11]")
-        self.layers = list(layers)
-        if isinstance(weighter, Scores) and weighter.scores is None:
-            weighter = replace(weighter, scores=scores)
-        weighter.check(self.layers)
+        self.layers: list[int] = []
+        self._scores = scores
         self.weighter, self.allocator, self.solver = weighter, allocator, solver
+        if layers != "auto":
+            self._choose(layers, scores)
         self.targets, self.statistics, self.contexts = targets, statistics, contexts
         self.use_history, self.seed = history, seed
         self.covariances: dict[int, Covariance] = {
@@ -126,6 +128,10 @@ class EditModule(L.LightningModule):
         for records in self.trainer.train_dataloader or ():
             encode_batch(self.lm, records.requests, self.contexts, first=count)
             count += len(records.requests)
+        if not self.layers:
+            with self.phase("trace"):
+                proposal = locate(self.lm)
+            self._choose(proposal.layers, self._scores or proposal.scores)
         with self.phase("statistics"):
             missing = [layer for layer in self.layers if layer not in self.covariances]
             if missing and len(self.journal):
@@ -149,12 +155,21 @@ class EditModule(L.LightningModule):
                     wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step)
                 with self.phase("keys"):
                     keys, values = reader.read(turn.site.layer, turn.anchor)
-                residual = self.allocator.allocate(wanted[turn.anchor].values - values, turn)
+                missing = wanted[turn.anchor].values - values
+                with self.phase("allocate"):
+                    residual = self.allocator.allocate(missing, turn)
                 with self.phase("solve"):
                     problem = self._problem(turn.site.layer, keys, residual)
                     update = self.solver.solve(problem)
+                for watcher in self._watchers():
+                    watcher.on_layer_solved(self, LayerEdit(turn, missing, problem, update))
+                with self.phase("solve"):
                     numbers = self.journal.apply(step, turn.site.layer, problem, update)
                 self._log_turn(turn, numbers, len(batch))
+            left = wanted[turn.anchor].values - reader.values(turn.site.layer, turn.anchor)
+            self.log("target/left", left.norm(dim=1).mean(), batch_size=len(batch))
+            for watcher in self._watchers():
+                watcher.on_batch_edited(self, left)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting from nothing."""
@@ -223,8 +238,22 @@ class EditModule(L.LightningModule):
             yield
         self.timings[name] += time.perf_counter() - start
 
+    def _watchers(self) -> list[EditCallback]:
+        return [callback for callback in self.trainer.callbacks if isinstance(callback, EditCallback)]  # type: ignore[attr-defined]
+
+    def _choose(self, layers: Sequence[int], scores: dict[int, float] | None) -> None:
+        """Settle the candidate layers, and the scores of a weighter that was given none."""
+        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+            raise ConfigError(
+                f"layers must be block indices in ascending order, got {layers!r}; e.g. [9, 10, 11] or auto"
+            )
+        if isinstance(self.weighter, Scores) and self.weighter.scores is None:
+            self.weighter = replace(self.weighter, scores=scores)
+        self.weighter.check(layers)
+        self.layers = list(layers)
+
     def _adopt(self, lm: LanguageModel) -> None:
-        if self.layers[-1] >= lm.depth:
+        if self.layers and self.layers[-1] >= lm.depth:
             raise ConfigError(f"layer {self.layers[-1]} is not in the model, which has blocks 0 to {lm.depth - 1}")
         for layer in self.layers:
             lm.weight(layer)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -33,6 +34,8 @@ WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    settings.register_profile("cakeflow", deadline=None)  # how long a test takes is the machine's affair
+    settings.load_profile("cakeflow")
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
 

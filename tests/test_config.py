@@ -132,8 +132,8 @@ def test_mappings_are_merged_into_the_configured_part():
 
 
 def test_parts_by_class_name():
-    module = build(weighter={"class_path": "OneHot", "init_args": {"layer": 11}}, solver={"class_path": "LeastSquares"})
-    assert module.weighter == OneHot(11)
+    module = build(weighter={"class_path": "OneHot", "init_args": {"layer": 7}}, solver={"class_path": "LeastSquares"})
+    assert module.weighter == OneHot(7)
     assert isinstance(module.solver, LeastSquares)
 
 

@@ -2,11 +2,21 @@
 
 import io
 
+import matplotlib.pyplot as plt
 import pytest
+import torch
 from rich.console import Console
 
-from cakeflow.generation import continuations
-from cakeflow.report import metrics_table, texts_table, timings_table
+from cakeflow.report import (
+    metrics_table,
+    plot_trace,
+    plot_weights,
+    save_plot,
+    texts_table,
+    timings_table,
+    trace_table,
+)
+from cakeflow.tracing import PLACES, Trace
 
 
 def shown(table):
@@ -31,8 +41,35 @@ def test_markup_in_a_text_is_shown_as_it_is():
     assert "a [/b]" in text
 
 
-@pytest.mark.parametrize("tokens", [1, 5])
-def test_continuations_are_greedy_and_repeatable(lm, tokens):
-    first = continuations(lm, ["The sea is", "Ann"], tokens)
-    assert first == continuations(lm, ["The sea is", "Ann"], tokens)
-    assert len(first) == 2
+def trace(places):
+    effects = torch.full((4, len(PLACES), 3), torch.nan, dtype=torch.float64)
+    effects[:, places] = torch.rand(4, len(places), 3, dtype=torch.float64)
+    settings = {"layers": [2, 3, 5], "role": "mlp_out", "window": 1}
+    return Trace(torch.ones(4).double(), torch.zeros(4).double(), effects, settings)
+
+
+def test_a_trace_is_a_row_per_layer():
+    found = trace([2])
+    lines = shown(trace_table(found, {2: 0.5, 3: 0.25})).splitlines()
+    row = next(line for line in lines if line.replace("│", " ").split()[:1] == ["3"])
+    assert row.replace("│", " ").split() == ["3", f"{found.scores[3]:.4f}", f"{found.errors[3]:.4f}", "0.2500"]
+
+
+@pytest.mark.parametrize("places", [[2], [0, 2, 5]])
+def test_the_map_shows_the_places_that_were_traced(places, tmp_path):
+    found = trace(places)
+    ax = plot_trace(found)
+    assert [label.get_text() for label in ax.get_yticklabels()] == [PLACES[place] for place in places]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "3", "5"]
+    assert ax.images[0].get_array().tolist() == pytest.approx(found.map[places].numpy())
+    save_plot(ax, tmp_path / "deep" / "map.png")
+    assert (tmp_path / "deep" / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert not plt.get_fignums()
+
+
+def test_plots_draw_where_they_are_told():
+    _, (left, right) = plt.subplots(1, 2)
+    assert plot_trace(trace([2]), left) is left
+    assert plot_weights({1: 0.2, 2: 0.4}, {1: 0.25, 2: 0.75}, right) is right
+    assert [bar.get_height() for bar in right.patches] == [0.2, 0.4]
+    plt.close("all")

@@ -3,5 +3,6 @@
 from cakeflow.tracing.facts import Fact, known_rows, read_facts
 from cakeflow.tracing.result import PLACES, Trace
 from cakeflow.tracing.trace import CausalTrace
+from cakeflow.tracing.window import Proposal, locate, propose_layers
 
-__all__ = ["PLACES", "CausalTrace", "Fact", "Trace", "known_rows", "read_facts"]
+__all__ = ["PLACES", "CausalTrace", "Fact", "Proposal", "Trace", "known_rows", "locate", "propose_layers", "read_facts"]

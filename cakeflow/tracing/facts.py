@@ -18,7 +18,7 @@ from cakeflow.model import LanguageModel
 from cakeflow.request import EditRequest
 from cakeflow.tap import narrow
 
-ASKED_AT_ONCE = 64
+ASKED_AT_ONCE = 128
 """Facts whose continuations are generated together."""
 
 _CAPITALISED = re.compile(r"\b[A-Z\u00c0-\u00de]")

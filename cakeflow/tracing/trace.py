@@ -94,7 +94,8 @@ class CausalTrace:
         ledger = Ledger.of(lm, {**settings, "token_budget": None}, folder)
         missing = [row for row in dict.fromkeys(rows) if row not in ledger]
         with tqdm(total=len(missing), desc="causal trace", unit="fact", delay=2) as bar:
-            for group in plan([row.target * self.draws for row in missing], self.token_budget, slack=1 << 30):
+            lengths = [(row.target - self._first(row)) * self.draws for row in missing]
+            for group in plan(lengths, self.token_budget, slack=256):
                 chosen = [missing[i] for i in group]
                 ledger.add(chosen, self._effects(lm, chosen, layers, noise))
                 bar.update(len(chosen))
@@ -124,11 +125,12 @@ class CausalTrace:
 
     def _positions(self, rows: Sequence[Row]) -> Iterator[list[int]]:
         """For each step, the token of every fact at which a state is restored; past the end where it has no more."""
-        if self.tokens == "subject":
-            yield [row.subject for row in rows]
-        else:
-            for step in range(max(row.target - row.start for row in rows)):
-                yield [row.start + step for row in rows]
+        steps = 1 if self.tokens == "subject" else max(row.target - row.start for row in rows)
+        for step in range(steps):
+            yield [self._first(row) + step for row in rows]
+
+    def _first(self, row: Row) -> int:
+        return row.subject if self.tokens == "subject" else row.start
 
 
 def noise_of(

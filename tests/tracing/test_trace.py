@@ -1,19 +1,14 @@
-"""Traces against one full forward pass per fact, layer and token."""
+"""Settings, grouping, resuming and refusals of a trace; its numbers are tested with the runs."""
 
-import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from cakeflow.architecture import Site
 from cakeflow.batch import Row
 from cakeflow.errors import ConfigError, RequestError
-from cakeflow.tracing import PLACES, CausalTrace, Fact, Trace
+from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import trace_row
-from cakeflow.tracing.result import LAST_SUBJECT, place_of
-from cakeflow.tracing.trace import noise_of
 
 FACTS = [
     Fact("The mother tongue of {} is", "Danielle Darrieux", "French"),
@@ -27,73 +22,6 @@ FACTS = [
 @pytest.fixture
 def rows(tiny):
     return [trace_row(tiny, fact) for fact in FACTS]
-
-
-def with_first(output, value):
-    return (value, *output[1:]) if isinstance(output, tuple) else value
-
-
-@torch.no_grad()
-def plain(lm, row, trace, scale, layer, token):
-    """Effect of one restoration, by full passes of this fact alone."""
-    noise = noise_of(lm, [row], scale, trace)[0]
-    ids = torch.tensor([row.ids[: row.target]])
-    embeds = lm.model.get_input_embeddings()(ids)
-    sites = [Site(each, trace.role) for each in trace.span(layer, lm.depth)]
-    clean = {}
-
-    def chance(values, put):
-        handles = []
-        for site in sites:
-
-            def hook(_module, _args, output, site=site):
-                value = output[0] if isinstance(output, tuple) else output
-                if put is None:
-                    clean[site] = value.clone()
-                    return None
-                changed = value.clone()
-                changed[:, put] = clean[site][0, put]
-                return with_first(output, changed)
-
-            if put is not False:
-                handles.append(lm.module(site).register_forward_hook(hook))
-        logits = lm.model(inputs_embeds=values, use_cache=False).logits[:, -1]
-        for handle in handles:
-            handle.remove()
-        return logits.softmax(-1)[:, row.ids[row.target]].mean()
-
-    high = chance(embeds, None)
-    noisy = embeds + noise.to(embeds)
-    low = chance(noisy, False)
-    return float(high), float(low), float(chance(noisy, token) - low)
-
-
-@pytest.mark.parametrize(("role", "window"), [("block", 1), ("block", 2), ("mlp_out", 3), ("attn_out", 1)])
-def test_equals_full_passes(tiny, rows, tmp_path, role, window):
-    trace = CausalTrace(role=role, window=window, tokens="all", draws=2, noise=0.5)
-    found = trace.run(tiny, rows, folder=tmp_path)
-    for i, row in enumerate(rows):
-        wanted = torch.zeros(len(PLACES), tiny.depth, dtype=torch.float64)
-        count = torch.zeros(len(PLACES), 1)
-        for token in range(row.start, row.target):
-            each = [plain(tiny, row, trace, 0.5, layer, token) for layer in range(tiny.depth)]
-            wanted[place_of(row, token)] += torch.tensor([effect for _, _, effect in each], dtype=torch.float64)
-            count[place_of(row, token)] += 1
-        assert found.clean[i] == pytest.approx(each[0][0], rel=1e-9)
-        assert found.corrupted[i] == pytest.approx(each[0][1], rel=1e-9)
-        torch.testing.assert_close(found.effects[i], wanted / count, rtol=0, atol=1e-12, equal_nan=True)
-    subject = replace(trace, tokens="subject").run(tiny, rows, folder=tmp_path)
-    at_subject = [i for i in range(len(PLACES)) if not subject.effects[:, i].isnan().all()]
-    assert at_subject == [LAST_SUBJECT]
-    torch.testing.assert_close(subject.effects[:, LAST_SUBJECT], found.effects[:, LAST_SUBJECT], rtol=0, atol=1e-12)
-
-
-def test_restoring_the_last_block_at_the_end_of_the_prompt_restores_everything(tiny, rows, tmp_path):
-    """With the subject at the end, the last block's output decides the prediction alone."""
-    found = CausalTrace(noise=0.5).run(tiny, rows[3:], [tiny.depth - 1], tmp_path)
-    wanted = float(found.clean - found.corrupted)
-    assert abs(wanted) > 1e-6
-    assert found.scores[tiny.depth - 1] == pytest.approx(wanted, rel=1e-9)
 
 
 @pytest.mark.parametrize("budget", [1, 60, 100_000])
@@ -181,41 +109,6 @@ def test_other_weights_share_nothing(lm, tmp_path):
         lm.weight(1).mul_(1.5)
     other = CausalTrace(noise=0.4).run(lm, rows, folder=tmp_path)
     assert one.clean != other.clean
-
-
-# ---- what comes out ----
-
-
-def test_scores_errors_and_map(tmp_path):
-    nan = math.nan
-    effects = torch.full((3, len(PLACES), 2), nan, dtype=torch.float64)
-    effects[:, LAST_SUBJECT] = torch.tensor([[0.1, 0.2], [0.3, 0.2], [0.2, 0.5]])
-    effects[1, 0] = torch.tensor([0.25, 0.5])
-    trace = Trace(torch.ones(3).double(), torch.zeros(3).double(), effects, {"layers": [4, 7], "noise": 1.0})
-    assert trace.scores == pytest.approx({4: 0.2, 7: 0.3})
-    assert trace.errors == pytest.approx({4: 0.1 / 3**0.5, 7: 0.17320508 / 3**0.5})
-    assert trace.map[0].tolist() == [0.25, 0.5]
-    assert trace.map[1].isnan().all()
-    trace.save(tmp_path / "t.json")
-    again = Trace.load(tmp_path / "t.json")
-    assert torch.equal(again.effects.nan_to_num(9), effects.nan_to_num(9))
-    assert again.settings == trace.settings
-    assert torch.equal(again.corrupted, trace.corrupted)
-    json.loads((tmp_path / "t.json").read_text(), parse_constant=lambda name: pytest.fail(name))
-
-
-@pytest.mark.parametrize("text", ["", "{}", '{"effects": 3}', "[1]"])
-def test_a_file_that_is_no_trace_is_named(tmp_path, text):
-    (tmp_path / "x.json").write_text(text)
-    with pytest.raises(ConfigError, match=r"x\.json"):
-        Trace.load(tmp_path / "x.json")
-
-
-def test_places():
-    row = Row(tuple(range(10)), subject=4, target=8, start=1)
-    assert [place_of(row, token) for token in range(1, 8)] == [0, 1, 1, 2, 3, 4, 5]
-    assert place_of(Row((1, 2, 3), subject=1, target=2, start=1), 1) == LAST_SUBJECT
-    assert place_of(Row((1, 2, 3, 4), subject=1, target=3, start=1), 2) == 5
 
 
 # ---- bad input ----

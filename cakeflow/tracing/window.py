@@ -1,0 +1,91 @@
+"""Which layers to edit in a model that nobody tuned."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from cakeflow.errors import ConfigError
+from cakeflow.model import LanguageModel
+from cakeflow.tracing.facts import Fact, known_rows, read_facts
+from cakeflow.tracing.result import Trace
+from cakeflow.tracing.trace import CausalTrace
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A window of layers to edit.
+
+    Attributes:
+        layers: The window, ascending.
+        recovered: Gain in probability when the window's MLP outputs are restored together (its AIE).
+        error: Standard error of that over the facts.
+        runner_up: The next best window, by its first layer, and its gain.
+        trace: Where this comes from; ``trace.scores`` has every window by its middle layer.
+        scores: Layer -> causal score of each layer of the window alone, where it was traced.
+    """
+
+    layers: list[int]
+    recovered: float
+    error: float
+    runner_up: tuple[int, float]
+    trace: Trace
+    scores: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """One sentence for people."""
+        first, gain = self.runner_up
+        return (
+            f"restoring the MLP outputs of layers {self.layers[0]} to {self.layers[-1]} together recovers "
+            f"{self.recovered:.3f} +- {self.error:.3f} of probability over {len(self.trace.effects)} known facts, more "
+            f"than any other {len(self.layers)} adjacent layers (next: from layer {first}, {gain:.3f})"
+        )
+
+
+def propose_layers(trace: Trace, depth: int) -> Proposal:
+    """The window of adjacent layers whose MLP outputs, restored together at the subject's last token, recover most.
+
+    An edit writes into these outputs at this token, so this asks where writing the right values helps. Windows that the
+    model's ends cut short are left out.
+
+    Args:
+        trace: Of ``mlp_out`` in windows of as many layers as shall be edited, over all layers.
+        depth: Blocks of the model.
+
+    Raises:
+        ConfigError: If the trace is of another kind.
+    """
+    width = int(trace.settings["window"])
+    if trace.settings["role"] != "mlp_out" or trace.layers != list(range(depth)):
+        raise ConfigError("layers are proposed from a trace of role 'mlp_out' over all layers; trace those")
+    if width > depth:
+        raise ConfigError(f"a window of {width} layers does not fit into {depth} blocks")
+    whole = range(width // 2, depth - (width - 1) // 2)
+    ranked = sorted(whole, key=lambda middle: -trace.scores[middle])
+    best, second = ranked[0], ranked[min(1, len(ranked) - 1)]
+    layers = list(range(best - width // 2, best - width // 2 + width))
+    runner_up = second - width // 2, trace.scores[second]
+    return Proposal(layers, trace.scores[best], trace.errors[best], runner_up, trace)
+
+
+def locate(lm: LanguageModel, width: int = 5, facts: Sequence[Fact] = (), limit: int = 60) -> Proposal:
+    """Trace a model and propose the layers to edit; the same model gives the same answer from the cache.
+
+    Args:
+        lm: The model, not edited.
+        width: Layers to edit.
+        facts: What to trace; the built-in facts by default. Those that the model does not state are left out.
+        limit: Most facts to trace.
+
+    Raises:
+        RequestError: If the model knows none of the facts.
+    """
+    rows, asked = known_rows(lm, facts or read_facts("builtin"), limit)
+    log.info("the model knows %d of %d facts", len(rows), asked)
+    proposal = propose_layers(CausalTrace(role="mlp_out", window=width).run(lm, rows), lm.depth)
+    log.info("layers %s: %s", proposal.layers, proposal.reason)
+    return replace(proposal, scores=CausalTrace().run(lm, rows, proposal.layers).scores)

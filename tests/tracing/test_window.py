@@ -1,0 +1,88 @@
+"""Which window is proposed, and ``layers: auto``."""
+
+import lightning as L
+import pytest
+import torch
+
+from cakeflow import Contexts, EditDataModule, EditModule, LeastSquares, Scores, TargetOptimizer
+from cakeflow.errors import ConfigError
+from cakeflow.generation import continuations
+from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, locate, propose_layers
+from cakeflow.tracing.result import LAST_SUBJECT, PLACES
+
+
+def traced(scores, window, role="mlp_out", layers=None):
+    """A trace of two facts with the given means."""
+    effects = torch.full((2, len(PLACES), len(scores)), torch.nan, dtype=torch.float64)
+    effects[0, LAST_SUBJECT] = torch.tensor(scores, dtype=torch.float64) - 0.01
+    effects[1, LAST_SUBJECT] = torch.tensor(scores, dtype=torch.float64) + 0.01
+    settings = {"window": window, "role": role, "layers": layers or list(range(len(scores)))}
+    return Trace(torch.ones(2).double(), torch.zeros(2).double(), effects, settings)
+
+
+@pytest.mark.parametrize(
+    ("scores", "window", "wanted", "second"),
+    [
+        ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 3, [2, 3, 4], 3),
+        ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 1, [3], 4),
+        ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 4, [1, 2, 3, 4], 2),
+        ([0.9, 0.2, 0.3, 0.1, 0.1, 0.1, 0.8], 3, [1, 2, 3], 0),  # windows that the ends cut short do not count
+        ([0.5, 0.5, 0.5], 3, [0, 1, 2], 0),
+    ],
+)
+def test_the_window_that_recovers_most(scores, window, wanted, second):
+    trace = traced(scores, window)
+    proposal = propose_layers(trace, len(scores))
+    assert proposal.layers == wanted
+    middle = wanted[window // 2]
+    assert list(CausalTrace(window=window).span(middle, len(scores))) == wanted
+    assert proposal.recovered == pytest.approx(scores[middle])
+    assert proposal.error == pytest.approx(0.01)
+    assert proposal.runner_up[0] == second
+    assert f"layers {wanted[0]} to {wanted[-1]}" in proposal.reason
+
+
+@pytest.mark.parametrize(
+    "trace",
+    [traced([0.1] * 6, 3, role="block"), traced([0.1] * 6, 3, layers=[0, 1, 2, 3, 4, 6]), traced([0.1] * 6, 7)],
+)
+def test_other_traces_are_refused(trace):
+    with pytest.raises(ConfigError):
+        propose_layers(trace, 6)
+
+
+@pytest.fixture
+def facts(lm):
+    """Facts that a tiny random model states: whatever it says next."""
+    prompts = [("The sea of {} is", name) for name in ("Ann", "Bob", "Lund", "Zoe", "Rome")]
+    said = continuations(lm, [prompt.replace("{}", name) for prompt, name in prompts], 8)
+    facts = [Fact(*each, text.split()[0]) for each, text in zip(prompts, said, strict=True)]
+    assert known_rows(lm, facts)[0]
+    return facts
+
+
+def test_layers_auto(lm, requests, quiet, facts, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
+    monkeypatch.setattr("cakeflow.tracing.window.read_facts", lambda _source: facts)
+    wanted = locate(lm)
+    width = lm.oriented(0).shape[1]
+    module = EditModule(
+        lm,
+        "auto",
+        Scores(),
+        solver=LeastSquares(1.0),
+        contexts=Contexts(),
+        targets=TargetOptimizer(steps=2, lr=0.3),
+        moments=dict.fromkeys(range(lm.depth), torch.eye(width, dtype=torch.float64)),
+    )
+    assert module.layers == []
+    L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests[:2], 2).train_dataloader())
+    assert module.layers == wanted.layers
+    assert len(module.layers) == 5
+    assert module.weighter.scores == wanted.scores
+    assert sorted(module.journal.originals) == wanted.layers
+
+
+def test_bad_layers_are_refused(lm):
+    with pytest.raises(ConfigError, match="auto"):
+        EditModule(lm, "all")
