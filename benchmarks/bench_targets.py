@@ -28,7 +28,6 @@ from cakeflow.data import builtin_facts
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.targets import Targets
 
-LAYER = 13
 CONTEXTS = Contexts.of(
     [
         "{}",
@@ -41,7 +40,9 @@ CONTEXTS = Contexts.of(
 )
 
 
-def reference(lm: LanguageModel, batch: EditBatch, index: int, settings: TargetOptimizer) -> tuple[Tensor, float, int]:
+def reference(
+    lm: LanguageModel, batch: EditBatch, index: int, layer: int, settings: TargetOptimizer
+) -> tuple[Tensor, float, int]:
     """One request, the official way: value, loss and number of evaluations."""
     rows = [*(row.ids[:-1] for row in batch.rows[index]), batch.essence[index].ids]
     width = max(map(len, rows))
@@ -52,7 +53,7 @@ def reference(lm: LanguageModel, batch: EditBatch, index: int, settings: TargetO
         labels[i, row.target - 1 : len(row.ids) - 1] = torch.tensor(row.ids[row.target :])
     at = torch.tensor([row.subject for row in (*batch.rows[index], batch.essence[index])])
     every = torch.arange(len(rows))
-    block, final_norm = lm.model.model.layers[LAYER], lm.model.model.norm
+    block, final_norm = lm.model.model.layers[layer], lm.model.model.norm
     delta = torch.zeros(lm.model.config.hidden_size, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.lr)
     initial: list[Tensor] = []
@@ -122,6 +123,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--layer", type=int, default=9, help="where z lives; the lower, the more blocks are above it")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
@@ -132,21 +134,21 @@ def main() -> int:
     batch = encode_batch(lm, builtin_facts()[: args.requests], CONTEXTS)
     rate = gemm_rate(lm)
 
-    TargetOptimizer(steps=2).optimize(lm, batch, LAYER)  # warm-up
+    TargetOptimizer(steps=2).optimize(lm, batch, args.layer)  # warm-up
     start = time.perf_counter()
-    ours: Targets = settings.optimize(lm, batch, LAYER)
+    ours: Targets = settings.optimize(lm, batch, args.layer)
     our_time = time.perf_counter() - start
-    reference(lm, batch, 0, TargetOptimizer(steps=2))
+    reference(lm, batch, 0, args.layer, TargetOptimizer(steps=2))
     start = time.perf_counter()
-    theirs = [reference(lm, batch, i, settings) for i in range(len(batch))]
+    theirs = [reference(lm, batch, i, args.layer, settings) for i in range(len(batch))]
     their_time = time.perf_counter() - start
 
-    our_flops = counted(lambda: settings.optimize(lm, batch, LAYER))
+    our_flops = counted(lambda: settings.optimize(lm, batch, args.layer))
     two, one = TargetOptimizer(steps=2), TargetOptimizer(steps=1)  # the last evaluation makes no step back
     their_flops = 0.0
     for i, (_, _, steps) in enumerate(theirs):
-        last = counted(lambda i=i: reference(lm, batch, i, one))
-        their_flops += (counted(lambda i=i: reference(lm, batch, i, two)) - last) * (steps - 1) + last
+        last = counted(lambda i=i: reference(lm, batch, i, args.layer, one))
+        their_flops += (counted(lambda i=i: reference(lm, batch, i, args.layer, two)) - last) * (steps - 1) + last
     n = len(batch)
     z = torch.stack([value for value, _, _ in theirs])
     z_error = float(((ours.values - z).norm(dim=1) / z.norm(dim=1)).median())

@@ -80,7 +80,7 @@ def plot_weights(scores: Mapping[int, float], weights: Mapping[int, float], ax: 
     other.bar([x + 0.2 for x in layers], list(weights.values()), 0.4, color="tab:orange")
     other.axhline(1 / len(weights), color="grey", linewidth=0.8, linestyle="--")
     other.set_ylabel("weight; dashed: uniform")
-    ax.legend([bars, other.containers[0]], ["score", "weight"], loc="lower center", fontsize="small")
+    other.legend([bars, other.containers[0]], ["score", "weight"], loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return ax
 
 
