@@ -123,7 +123,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=24)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--layer", type=int, default=9, help="where z lives; the lower, the more blocks are above it")
+    parser.add_argument("--layer", type=int, default=13, help="where z lives; lower layers gain less")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
