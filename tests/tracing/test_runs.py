@@ -6,23 +6,9 @@ import pytest
 import torch
 
 from cakeflow.architecture import Site
-from cakeflow.tracing import PLACES, CausalTrace, Fact
-from cakeflow.tracing.facts import trace_row
+from cakeflow.tracing import PLACES, CausalTrace
 from cakeflow.tracing.result import LAST_SUBJECT, place_of
 from cakeflow.tracing.trace import noise_of
-
-FACTS = [
-    Fact("The mother tongue of {} is", "Danielle Darrieux", "French"),
-    Fact("{} plays", "Ann", "tennis"),
-    Fact("In the town of {} people speak", "Newport News", "English"),
-    Fact("I live in {}", "Lyon", "France"),
-]
-"""A subject in the middle, at the start, and, the last one, a subject that ends the prompt."""
-
-
-@pytest.fixture
-def rows(tiny):
-    return [trace_row(tiny, fact) for fact in FACTS]
 
 
 def with_first(output, value):

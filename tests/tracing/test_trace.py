@@ -10,19 +10,6 @@ from cakeflow.errors import ConfigError, RequestError
 from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import trace_row
 
-FACTS = [
-    Fact("The mother tongue of {} is", "Danielle Darrieux", "French"),
-    Fact("{} plays", "Ann", "tennis"),
-    Fact("In the town of {} people speak", "Newport News", "English"),
-    Fact("I live in {}", "Lyon", "France"),
-]
-"""A subject in the middle, at the start, and, the last one, a subject that ends the prompt."""
-
-
-@pytest.fixture
-def rows(tiny):
-    return [trace_row(tiny, fact) for fact in FACTS]
-
 
 @pytest.mark.parametrize("budget", [1, 60, 100_000])
 def test_grouping_changes_no_number(tiny, rows, tmp_path, budget):
@@ -103,7 +90,7 @@ def test_other_settings_share_nothing(tiny, rows, tmp_path, change):
 
 
 def test_other_weights_share_nothing(lm, tmp_path):
-    rows = [trace_row(lm, FACTS[0])]
+    rows = [trace_row(lm, Fact("I live in {}", "Lyon", "France"))]
     one = CausalTrace(noise=0.4).run(lm, rows, folder=tmp_path)
     with torch.no_grad():
         lm.weight(1).mul_(1.5)
