@@ -24,6 +24,7 @@ from cakeflow import TargetOptimizer, Uniform
 from cakeflow.allocators import Allocator, Jacobian, Sequential, Turn
 from cakeflow.architecture import Site
 from cakeflow.batch import EditBatch, encode_batch
+from cakeflow.callbacks.theory import sensitivity
 from cakeflow.chain import ModelChain
 from cakeflow.config import find_config
 from cakeflow.contexts import Contexts
@@ -60,16 +61,6 @@ def walk(
     return time.perf_counter() - start, shares, chains
 
 
-def distance_from_identity(chain: ModelChain, batch: EditBatch, width: int, draws: int = 8) -> list[float]:
-    """Root mean square of ``|(M_j - I) v| / |v|`` for each layer of a chain, by products with the transpose."""
-    gen, total = torch.Generator().manual_seed(1), torch.zeros(len(chain.layers), dtype=torch.float64)
-    for _ in range(draws):
-        v = torch.randn(len(batch), width, generator=gen, dtype=torch.float64)
-        ratios = [(pulled - v).norm(dim=1) / v.norm(dim=1) for pulled in chain.pull(v)]
-        total += torch.stack([ratio.square().mean() for ratio in ratios])
-    return (total / draws).sqrt().tolist()
-
-
 def main() -> None:
     """Print both costs and how far they are apart."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -88,8 +79,8 @@ def main() -> None:
     seconds = {name: statistics.median(run[0] for run in found) for name, found in runs.items()}
     exact, rule = runs["jacobian"][0], runs["sequential"][0]
     apart = [float((a - b).norm() / b.norm()) for a, b in zip(exact[1], rule[1], strict=True)]
-    norms = distance_from_identity(exact[2][0], batch, exact[1][0].shape[1])
     steps = [chain.pulls - 1 for chain in exact[2]]
+    norms = sensitivity(exact[2][0], exact[1][0])
     print(f"{len(batch)} facts, layers {layers}, {args.threads} threads, medians of {args.repeats}")
     print(f"sequential {seconds['sequential']:.3f} s, jacobian {seconds['jacobian']:.3f} s (keys and values included)")
     for layer, step, norm, far in zip(layers, steps, norms, apart, strict=True):

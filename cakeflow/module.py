@@ -54,7 +54,7 @@ class EditModule(L.LightningModule):
         statistics: How the second moments of the keys to preserve are collected.
         contexts: Texts around each prompt; None samples them from the model before the first edit.
         scores: Causal score of each layer of this model, for a ``Scores`` weighter that was given none; with
-            ``layers="auto"`` those of the trace by default.
+            ``layers="auto"`` the trace's take their place.
         history: Whether earlier edits' keys are preserved as well (sequential editing).
         seed: Of the sampled contexts.
         dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
@@ -84,7 +84,6 @@ class EditModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.layers: list[int] = []
-        self._scores = scores
         self.weighter, self.allocator, self.solver = weighter, allocator, solver
         if layers != "auto":
             self._choose(layers, scores)
@@ -131,7 +130,7 @@ class EditModule(L.LightningModule):
         if not self.layers:
             with self.phase("trace"):
                 proposal = locate(self.lm)
-            self._choose(proposal.layers, self._scores or proposal.scores)
+            self._choose(proposal.layers, proposal.scores)
         with self.phase("statistics"):
             missing = [layer for layer in self.layers if layer not in self.covariances]
             if missing and len(self.journal):

@@ -65,11 +65,13 @@ def capture(
 
 
 @contextmanager
-def _rewrite(lm: LanguageModel, site: Site, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
-    """Let a function say what a module's output is."""
+def _put(lm: LanguageModel, site: Site, value: Tensor, at: Tensor, *, add: bool) -> Iterator[None]:
+    """Put a vector at one position of a module's output, in place of what is there or on top of it."""
+    places = torch.arange(len(at), device=at.device), at
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return _with_first(output, change(_first(output)))
+        hidden = _first(output)
+        return _with_first(output, hidden.index_put(places, value.to(hidden.dtype), accumulate=add))
 
     handle = lm.module(site).register_forward_hook(hook)
     try:
@@ -89,8 +91,7 @@ def inject(
         delta: What to add, one vector per row; gradients flow to it.
         at: The position in each row.
     """
-    rows = torch.arange(len(at), device=at.device)
-    return _rewrite(lm, site, lambda hidden: hidden.index_put((rows, at), delta.to(hidden.dtype), accumulate=True))
+    return _put(lm, site, delta, at, add=True)
 
 
 def restore(
@@ -104,8 +105,7 @@ def restore(
         value: What it becomes, one vector per row.
         at: The position in each row.
     """
-    rows = torch.arange(len(at), device=at.device)
-    return _rewrite(lm, site, lambda hidden: hidden.index_put((rows, at), value.to(hidden.dtype)))
+    return _put(lm, site, value, at, add=False)
 
 
 @contextmanager

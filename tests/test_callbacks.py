@@ -1,10 +1,9 @@
 """The theory's quantities: on dense matrices by hand, and in a fit against plain forward passes."""
 
-from dataclasses import dataclass
-
 import lightning as L
 import pytest
 import torch
+from dense import DenseChain
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -18,17 +17,6 @@ from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import said_before
 
 N, D_OUT, D_IN, LAYERS = 3, 5, 7, [1, 2, 4]
-
-
-@dataclass
-class DenseChain:
-    matrices: list
-
-    def pull(self, covector):
-        return [torch.einsum("nij,ni->nj", m, covector) for m in self.matrices]
-
-    def push(self, tangents):
-        return sum(torch.einsum("nij,nj->ni", m, t) for m, t in zip(self.matrices, tangents, strict=True))
 
 
 def edit(seed, spread, index=0):
@@ -71,13 +59,13 @@ def test_theorem_2_when_every_layer_reaches_the_anchor_unchanged():
     assert bound.error == pytest.approx(
         (1 - share) * float(torch.linalg.matrix_norm(found.missing.T @ found.update.right, 2))
     )
-    assert sensitivity(found) == pytest.approx(0, abs=1e-12)
+    assert sensitivity(found.turn.chain, found.missing)[0] == pytest.approx(0, abs=1e-12)
 
 
 def test_sensitivity_is_the_distance_from_the_identity():
     found, matrices = edit(3, 0.3)
     exact = float((matrices[0] - torch.eye(D_OUT)).square().sum((1, 2)).mean() / D_OUT) ** 0.5
-    assert sensitivity(found, draws=4000) == pytest.approx(exact, rel=0.05)
+    assert sensitivity(found.turn.chain, found.missing, draws=4000)[0] == pytest.approx(exact, rel=0.05)
 
 
 # ---- in a fit ----
@@ -162,6 +150,13 @@ def test_both_sides_of_theorem_2_are_logged(lm, requests, quiet):
         assert 0 <= float(logged[f"layer{layer}/shift_error"]) <= float(logged[f"layer{layer}/shift_limit"])
     assert float(logged["layer4/sensitivity"]) == 0
     assert float(logged["layer1/sensitivity"]) > 0.01
+
+
+def test_what_cannot_be_measured_leaves_the_edit_alone(lm, requests, quiet):
+    with pytest.warns(UserWarning, match="not measured"):
+        logged = fit(lm, requests[:2], quiet, [WeightShiftBound(tolerance=1e-12, iterations=1)])
+    assert "layer1/shift_error" not in logged
+    assert float(logged["target/left"]) > 0
 
 
 def test_an_exact_allocation_has_sensitivities_only(lm, requests, quiet):

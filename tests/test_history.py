@@ -22,7 +22,7 @@ def gram(keys, m):
     return torch.eye(len(keys), dtype=torch.float64) + keys @ m @ keys.T
 
 
-@settings(deadline=None, max_examples=80)
+@settings(max_examples=80)
 @given(
     old=st.lists(st.integers(1, 4), max_size=4),
     new=st.integers(1, 4),
@@ -117,7 +117,7 @@ def test_derived_quantities_of_different_names_are_kept_apart():
     assert not torch.allclose(one, four)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=8))
 def test_rows_and_outer_follow_what_is_appended(sizes):
     history, everything, earlier = KeyHistory(), rows(sum(sizes)), []

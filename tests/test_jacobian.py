@@ -1,9 +1,8 @@
 """Theorem 1 on dense matrices: the exact allocation, and what it is when the chain is trivial or linear."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
+from dense import DenseChain
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,19 +12,6 @@ from cakeflow.architecture import Site
 from cakeflow.errors import ConfigError, NumericalError
 
 N, WIDTH = 3, 6
-
-
-@dataclass
-class DenseChain:
-    """One matrix per layer and fact: l tensors n x d x d."""
-
-    matrices: list
-
-    def pull(self, covector):
-        return [torch.einsum("nij,ni->nj", m, covector) for m in self.matrices]
-
-    def push(self, tangents):
-        return sum(torch.einsum("nij,nj->ni", m, t) for m, t in zip(self.matrices, tangents, strict=True))
 
 
 def matrices(count, spread=0.3, seed=0):

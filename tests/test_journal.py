@@ -223,7 +223,7 @@ ACTIONS = st.lists(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(actions=ACTIONS)
 def test_any_sequence_leaves_the_state_of_the_committed_steps(lm, requests, dtype, actions):
     lm.model.to(dtype)

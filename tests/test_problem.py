@@ -44,7 +44,7 @@ def test_float32_moments_become_float64():
     assert Covariance(torch.eye(3)).moment.dtype == torch.float64
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.integers(0, 6), st.integers(1, 8), st.integers(0, 50))
 def test_projection_on_the_null_space(null, preserved, seed):
     values = [1e-6] * null + [1.0 + i for i in range(preserved)]

@@ -71,6 +71,7 @@ def test_layers_auto(lm, requests, quiet, facts, monkeypatch, tmp_path):
         "auto",
         Scores(),
         solver=LeastSquares(1.0),
+        scores={0: 0.5},  # a model config's, for layers that somebody chose; the trace's are taken
         contexts=Contexts(),
         targets=TargetOptimizer(steps=2, lr=0.3),
         moments=dict.fromkeys(range(lm.depth), torch.eye(width, dtype=torch.float64)),
