@@ -10,6 +10,7 @@ from rich.console import Console
 from cakeflow.model import load_model
 from cakeflow.report import plot_trace, plot_weights, save_plot, trace_table
 from cakeflow.tracing import CausalTrace, Trace, known_rows, propose_layers, read_facts
+from cakeflow.tracing.trace import require_layers
 from cakeflow.weighters.base import effective_layers
 from cakeflow.weighters.scores import Normalization, score_weights
 
@@ -39,9 +40,10 @@ def run_trace(
         trace: How it is done.
     """
     console, facts, lm = Console(), read_facts(data), load_model(model)
+    traced = require_layers(lm, layers or ())
     known, asked = known_rows(lm, facts, limit)
     console.print(f"the model knows {len(known)} of {asked} facts; the others are left out")
-    found = trace.run(lm, known, layers or ())
+    found = trace.run(lm, known, traced)
     scores = found.scores
     weights = score_weights(torch.tensor(list(scores.values()), dtype=torch.float64), tau, normalization)
     shares = dict(zip(scores, weights.tolist(), strict=True))

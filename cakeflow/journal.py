@@ -106,6 +106,15 @@ class Journal(Sequence[EditStep]):
         for part in step.layers:
             self.history(part.layer).append(part.keys)
 
+    @contextmanager
+    def trial(self) -> Iterator[EditStep]:
+        """A batch that is taken back as a whole when the body ends."""
+        step = EditStep(())
+        try:
+            yield step
+        finally:
+            self._restore(len(self.steps), {part.layer for part in step.layers})
+
     def apply(self, step: EditStep, layer: int, problem: LayerProblem, update: Update) -> dict[str, float]:
         """Add an update to a layer's weight and note it in the step.
 

@@ -127,10 +127,11 @@ class EditModule(L.LightningModule):
         for records in self.trainer.train_dataloader or ():
             encode_batch(self.lm, records.requests, self.contexts, first=count)
             count += len(records.requests)
-        if not self.layers:
-            with self.phase("trace"):
+        with self.phase("trace"):
+            if not self.layers:
                 proposal = locate(self.lm)
-            self._choose(proposal.layers, proposal.scores)
+                self._choose(proposal.layers, proposal.scores)
+            self.weighter = self.weighter.prepare(self.lm, self.layers)
         with self.phase("statistics"):
             missing = [layer for layer in self.layers if layer not in self.covariances]
             if missing and len(self.journal):
@@ -158,10 +159,10 @@ class EditModule(L.LightningModule):
                 with self.phase("allocate"):
                     residual = self.allocator.allocate(missing, turn)
                 with self.phase("solve"):
-                    problem = self._problem(turn.site.layer, keys, residual)
+                    problem = self.problem(turn.site.layer, keys, residual)
                     update = self.solver.solve(problem)
                 for watcher in self._watchers():
-                    watcher.on_layer_solved(self, LayerEdit(turn, missing, problem, update))
+                    watcher.on_layer_solved(self, LayerEdit(turn, batch, missing, problem, update))
                 with self.phase("solve"):
                     numbers = self.journal.apply(step, turn.site.layer, problem, update)
                 self._log_turn(turn, numbers, len(batch))
@@ -246,7 +247,7 @@ class EditModule(L.LightningModule):
             raise ConfigError(
                 f"layers must be block indices in ascending order, got {layers!r}; e.g. [9, 10, 11] or auto"
             )
-        if isinstance(self.weighter, Scores) and self.weighter.scores is None:
+        if isinstance(self.weighter, Scores) and self.weighter.scores is None and self.weighter.attribution is None:
             self.weighter = replace(self.weighter, scores=scores)
         self.weighter.check(layers)
         self.layers = list(layers)
@@ -269,7 +270,8 @@ class EditModule(L.LightningModule):
         step.targets += [{"layer": anchor.layer, **dict(zip(numbers, row, strict=True))} for row in rows]
         return found
 
-    def _problem(self, layer: int, keys: Tensor, residual: Tensor) -> LayerProblem:
+    def problem(self, layer: int, keys: Float[Tensor, "n d_in"], residual: Float[Tensor, "n d_out"]) -> LayerProblem:
+        """What the solver is asked at a layer, under the weights and the history as they are now."""
         if not bool(torch.isfinite(keys).all() and torch.isfinite(residual).all()):
             raise NumericalError(f"layer {layer}: keys or residuals are not finite; load the model in float32")
         return LayerProblem(

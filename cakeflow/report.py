@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from rich.table import Table
 from rich.text import Text
 
+from cakeflow.errors import ConfigError
 from cakeflow.tracing import PLACES, Trace
 
 
@@ -82,6 +84,42 @@ def plot_weights(scores: Mapping[int, float], weights: Mapping[int, float], ax: 
     other.set_ylabel("weight; dashed: uniform")
     other.legend([bars, other.containers[0]], ["score", "weight"], loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
     return ax
+
+
+def plot_layers(
+    metrics: Mapping[str, float] | Sequence[Mapping[str, float]], names: Sequence[str], ax: Axes | None = None
+) -> Axes:
+    """What was logged per layer (``layer{l}/{name}``): one line per name and edit batch, over the layers.
+
+    ``["share"]`` shows the allocation ratios, ``["drift"]`` CAKE's figure 5, ``["shift_error", "shift_limit"]`` both
+    sides of theorem 2, ``["sensitivity"]`` how far layers are from the identity, ``["mismatch"]`` table 5's fits.
+
+    Args:
+        metrics: Logged numbers of one batch, or of several in order (later ones are drawn darker).
+        names: What to show.
+        ax: Where to draw.
+
+    Raises:
+        ConfigError: If none of the names was logged.
+    """
+    rows = [metrics] if isinstance(metrics, Mapping) else list(metrics)
+    ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
+    for color, name in enumerate(names):
+        found = [_by_layer(row, name) for row in rows]
+        if not any(found):
+            raise ConfigError(f"nothing was logged as 'layer{{l}}/{name}'; add the callback that measures it")
+        for batch, values in enumerate(found, 1):
+            label = name if batch == len(found) else None
+            ax.plot(list(values), list(values.values()), "o-", color=f"C{color}", alpha=batch / len(found), label=label)
+    ax.set(xlabel="layer", xticks=sorted({layer for row in rows for name in names for layer in _by_layer(row, name)}))
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize="small")
+    return ax
+
+
+def _by_layer(metrics: Mapping[str, float], name: str) -> dict[int, float]:
+    found = {re.fullmatch(rf"layer(\d+)/{name}", key): value for key, value in metrics.items()}
+    return {int(match[1]): float(value) for match, value in found.items() if match}
 
 
 def save_plot(ax: Axes, path: Path) -> None:

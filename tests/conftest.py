@@ -104,6 +104,16 @@ def lm(_models: dict[str, LanguageModel]) -> LanguageModel:
 
 
 @pytest.fixture
+def workplace(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, empty but for the tiny GPT-2 in ``model``, with a cache of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+@pytest.fixture
 def requests() -> list[EditRequest]:
     """The 12 golden requests."""
     return parse_requests(json.loads((GOLDEN / "requests.json").read_text(encoding="utf-8")))

@@ -6,11 +6,20 @@ import torch
 from dense import DenseChain
 from hypothesis import given
 from hypothesis import strategies as st
+from torchmetrics.functional import kendall_rank_corrcoef
 
 from cakeflow import Contexts, EditDataModule, EditModule, LayerProblem, LeastSquares, Sequential, TargetOptimizer
 from cakeflow.allocators import Jacobian, Turn
 from cakeflow.architecture import Site
-from cakeflow.callbacks import EditCallback, LayerEdit, ResidualDrift, ScoreDrift, WeightShiftBound
+from cakeflow.callbacks import (
+    EditCallback,
+    LayerEdit,
+    ResidualDrift,
+    ScoreAlignment,
+    ScoreDrift,
+    WeightShiftBound,
+)
+from cakeflow.callbacks.alignment import alignment
 from cakeflow.callbacks.theory import alone, score_drift, sensitivity, weight_shift_bound
 from cakeflow.generation import continuations
 from cakeflow.tracing import CausalTrace, Fact
@@ -34,7 +43,7 @@ def edit(seed, spread, index=0):
     share = Sequential().allocate(missing, turn)
     weight = normal(D_OUT, D_IN)
     problem = LayerProblem(normal(N, D_IN), share, weight, weight)
-    return LayerEdit(turn, missing, problem, LeastSquares(ridge=0.5).solve(problem)), matrices
+    return LayerEdit(turn, None, missing, problem, LeastSquares(ridge=0.5).solve(problem)), matrices
 
 
 @given(st.integers(0, 200), st.floats(0, 0.4))
@@ -71,6 +80,23 @@ def test_sensitivity_is_the_distance_from_the_identity():
 # ---- in a fit ----
 
 
+def at_subjects(lm, rows, site, side="out"):
+    """What a site holds at each row's subject, by full forward passes."""
+    held = []
+
+    def keep(row, value):
+        held.append((value[0] if isinstance(value, tuple) else value)[0, row.subject])
+
+    for row in rows:
+        handle = lm.module(site).register_forward_hook(
+            lambda _m, args, out, row=row: keep(row, args if side == "in" else out)
+        )
+        with torch.no_grad():
+            lm.model(input_ids=torch.tensor([row.ids]), use_cache=False)
+        handle.remove()
+    return torch.stack(held)
+
+
 class Plain(EditCallback):
     """What is missing at the anchor, by full forward passes over the bare prompts."""
 
@@ -79,15 +105,7 @@ class Plain(EditCallback):
 
     def measure(self, module):
         rows = [variants[0] for variants in module.seen.rows]
-        held, anchor = [], module.lm.module(Site(LAYERS[-1]))
-        for row in rows:
-            handle = anchor.register_forward_hook(
-                lambda _m, _a, out, row=row: held.append((out[0] if isinstance(out, tuple) else out)[0, row.subject])
-            )
-            with torch.no_grad():
-                module.lm.model(input_ids=torch.tensor([row.ids]), use_cache=False)
-            handle.remove()
-        self.missing.append(module.goal - torch.stack(held))
+        self.missing.append(module.goal - at_subjects(module.lm, rows, Site(LAYERS[-1])))
 
     def on_layer_solved(self, module, edit):
         self.measure(module)
@@ -177,3 +195,51 @@ def test_scores_before_and_after(lm, requests, quiet, monkeypatch, tmp_path):
     after = CausalTrace(draws=2, noise=before.settings["noise"]).run(lm, callback._rows, LAYERS)
     assert float(logged["score_drift"]) == pytest.approx(score_drift(before, after), rel=1e-6)
     assert score_drift(before, after) > 0
+
+
+class Alone(EditCallback):
+    """What remains when one layer takes everything, for each fact, by hand on a copy of the model."""
+
+    def on_layer_solved(self, module, edit):
+        if edit.turn.index:
+            return
+        rows = [variants[0] for variants in edit.batch.rows]
+        self.left = torch.zeros(len(rows), len(LAYERS), dtype=torch.float64)
+        for i, row in enumerate(rows):
+            for j, layer in enumerate(LAYERS):
+                (key,) = at_subjects(module.lm, [row], Site(layer, "mlp_out"), "in")
+                missing = edit.missing[i]
+                weight = module.lm.oriented(layer)
+                kept = weight.clone()
+                weight += torch.outer(missing, key) / (1 + key @ key)  # least squares with ridge 1 and one key
+                self.left[i, j] = (module.goal[i] - at_subjects(module.lm, [row], Site(LAYERS[-1]))[0]).norm()
+                self.left[i, j] /= missing.norm()
+                weight.copy_(kept)
+
+
+def test_alignment_is_that_of_single_layer_edits(tiny, requests, quiet, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
+    plain, trace, width = Alone(), CausalTrace(draws=2, noise=0.5), tiny.oriented(0).shape[1]
+    changes = {"contexts": Contexts(), "moments": dict.fromkeys(LAYERS, torch.zeros(width, width, dtype=torch.float64))}
+    logged = fit(tiny, requests[:3], quiet, [plain, ScoreAlignment(trace)], Spied, **changes)
+    for layer, wanted in zip(LAYERS, plain.left.mean(0).tolist(), strict=True):
+        assert float(logged[f"layer{layer}/mismatch"]) == pytest.approx(wanted, rel=1e-5)
+    depth = torch.tensor(LAYERS, dtype=torch.float64).expand_as(plain.left)
+    assert float(logged["alignment_of_depth"]) == pytest.approx(float(alignment(depth, plain.left).mean()), abs=1e-6)
+    assert -1 <= float(logged["alignment"]) <= 1
+
+
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 50))
+def test_alignment_is_kendalls_tau_b(n, layers, seed):
+    gen = torch.Generator().manual_seed(seed)
+    scores, mismatch = (torch.randint(0, 5, (n, layers), generator=gen).double() for _ in range(2))
+    wanted = kendall_rank_corrcoef(scores.T, -mismatch.T)
+    torch.testing.assert_close(alignment(scores, mismatch), wanted.double(), rtol=0, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        alignment(scores[:1], mismatch[:1]), wanted[:1].double(), rtol=0, atol=1e-6, equal_nan=True
+    )
+
+
+def test_no_common_residual_no_alignment(lm, requests, quiet):
+    logged = fit(lm, requests[:2], quiet, [ScoreAlignment()], allocator=Sequential(power=0, anchor="self"))
+    assert "alignment" not in logged

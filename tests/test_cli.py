@@ -15,15 +15,11 @@ def _no_words_of_pytest(monkeypatch):
 
 
 @pytest.fixture
-def folder(lm, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.tokenizer.save_pretrained(tmp_path / "model")
+def folder(workplace):
     words = [
         f"The {a} of {b} is near the {c}." for a in ("city", "sea", "name") for b in ("Ann", "Rome") for c in "abcdefgh"
     ]
-    (tmp_path / "corpus.txt").write_text(" ".join(words * 10))
+    (workplace / "corpus.txt").write_text(" ".join(words * 10))
     facts = [
         {
             "prompt": "{} lives in",
@@ -37,8 +33,8 @@ def folder(lm, tmp_path, monkeypatch):
         }
         for name in ("Ann", "Bob", "Cleo")
     ]
-    (tmp_path / "facts.json").write_text(json.dumps(facts))
-    return tmp_path
+    (workplace / "facts.json").write_text(json.dumps(facts))
+    return workplace
 
 
 def arguments(folder, command, *more):

@@ -10,20 +10,16 @@ from cakeflow.tracing import Trace
 
 
 @pytest.fixture
-def folder(lm, tmp_path, monkeypatch):
+def folder(lm, workplace):
     """A model, and five facts of which it states at least one."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
-    lm.model.save_pretrained(tmp_path / "model")
-    lm.tokenizer.save_pretrained(tmp_path / "model")
     names = ("Ann", "Bob", "Lund", "Zoe", "Rome")
     said = continuations(lm, [f"The sea of {name} is" for name in names], 8)
     facts = [
         {"template": "The sea of {} is", "subject": name, "attribute": text.split()[0]}
         for name, text in zip(names, said, strict=True)
     ]
-    (tmp_path / "known.json").write_text(json.dumps(facts))
-    return tmp_path
+    (workplace / "known.json").write_text(json.dumps(facts))
+    return workplace
 
 
 def test_trace(folder, capsys):
@@ -65,3 +61,10 @@ def test_no_known_fact(folder, capsys):
     with pytest.raises(SystemExit):
         main(["trace", "--model", str(folder / "model"), "--data", str(folder / "known.json")])
     assert "knows none" in capsys.readouterr().err
+
+
+def test_a_layer_out_of_range_is_refused_before_anything_is_asked(folder, capsys, monkeypatch):
+    monkeypatch.setattr("cakeflow.commands.known_rows", lambda *_: pytest.fail("asked"))
+    with pytest.raises(SystemExit):
+        main(["trace", "--model", str(folder / "model"), "--data", str(folder / "known.json"), "--layers", "[99]"])
+    assert "layer 99 is not in the model" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """What was done can be taken back bit for bit, in any type, at any time, and lands on disk in plain formats."""
 
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -84,6 +85,26 @@ def test_rollback_of_none_or_more_than_there_are(lm, requests, steps):
     journal.rollback(steps)
     assert same(lm, edited if steps == 0 else before)
     assert len(journal) == (1 if steps == 0 else 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_trial_leaves_nothing(tiny, requests, dtype, fails):
+    tiny.model.to(dtype)
+    journal = Journal(tiny)
+    edit(journal, requests[:2], seed=0)
+    before = bits(tiny)
+    with suppress(KeyError), journal.trial() as step:
+        apply(journal, step, 1, seed=5)
+        assert not same(tiny, before)
+        if fails:
+            raise KeyError
+    assert same(tiny, before)
+    assert len(journal) == 1
+    assert len(journal.history(1)) == 2
+    edit(journal, requests[2:4], seed=3)
+    journal.rollback(1)
+    assert same(tiny, before)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -130,6 +130,8 @@ def test_setup_lists_the_packages_on_disk():
     on_disk = {name(path.parent).replace("/", ".") for path in CORE if path.name == "__init__.py"}
     assert on_disk == {package for package in listed if package.split(".")[0] == "cakeflow"}
     assert {name(path.parent).replace("/", ".") for path in CORE} == on_disk
+    plugins = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
+    assert plugins == {package for package in listed if folders.get(package, "").startswith("plugins/")}
 
 
 def test_no_core_file_is_named_after_a_method(core):
@@ -168,7 +170,9 @@ def test_every_module_has_tests(core):
 
 
 def test_every_test_file_has_a_module():
-    stems = {path.stem for path in CORE} | PARTS | {"layout", "parity"}
+    plugins = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
+    stems = {path.stem for path in CORE} | PARTS | {"layout", "parity"} | plugins
+    assert plugins <= {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "plugins").glob("test_*.py")}
     for path in (ROOT / "tests").rglob("test_*.py"):
         assert path.stem.removeprefix("test_") in stems, name(path)
 

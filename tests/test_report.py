@@ -7,8 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
+from cakeflow.errors import ConfigError
 from cakeflow.report import (
     metrics_table,
+    plot_layers,
     plot_trace,
     plot_weights,
     save_plot,
@@ -72,4 +74,23 @@ def test_plots_draw_where_they_are_told():
     assert plot_trace(trace([2]), left) is left
     assert plot_weights({1: 0.2, 2: 0.4}, {1: 0.25, 2: 0.75}, right) is right
     assert [bar.get_height() for bar in right.patches] == [0.2, 0.4]
+    plt.close("all")
+
+
+def test_layers_are_drawn_by_number_one_line_per_name_and_batch():
+    rows = [{"layer2/drift": 1.0, "layer10/drift": 3.0, "drift": 4.0, "layer2/shift": 9.0}, {"layer2/drift": 2.0}]
+    ax = plot_layers(rows, ["drift"])
+    lines = [(list(line.get_xdata()), list(line.get_ydata())) for line in ax.get_lines()]
+    assert lines == [([2, 10], [1.0, 3.0]), ([2], [2.0])]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["drift"]
+    plt.close(ax.figure)
+    given = plt.figure().gca()
+    assert plot_layers(rows[0], ["drift", "shift"], given) is given
+    assert len(given.get_lines()) == 2
+    plt.close(given.figure)
+
+
+def test_what_was_not_logged_is_named():
+    with pytest.raises(ConfigError, match="mismatch"):
+        plot_layers({"layer1/drift": 1.0}, ["mismatch"])
     plt.close("all")

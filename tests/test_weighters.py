@@ -136,7 +136,7 @@ def test_requests_weigh_layers_by_their_own_traces(tiny, requests, monkeypatch, 
     batch, before = encode_batch(tiny, requests[:3], Contexts()), tiny.fingerprint()
     trace = CausalTrace(draws=2, noise=0.5)
     layers = list(range(tiny.depth))
-    got = Scores(score_source="per_request", tau=0.01, trace=trace).weigh(tiny, batch, layers)
+    got = Scores(score_source="per_request", tau=0.01, attribution=trace).weigh(tiny, batch, layers)
     assert got.shape == (3, len(layers))
     assert not torch.allclose(got[0], got[1])
     for variants, weights in zip(batch.rows, got, strict=True):

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.allocators import Turn
+from cakeflow.batch import EditBatch
 from cakeflow.problem import LayerProblem, Update
 
 
@@ -18,12 +19,14 @@ class LayerEdit:
 
     Attributes:
         turn: Whose turn it was. Its chain, if used now, is linearised at the model as it is now.
+        batch: The n facts.
         missing: n x d_out, what was missing at the anchor before.
         problem: What the solver saw; ``problem.residual`` is the share of what was missing.
         update: What it gave.
     """
 
     turn: Turn
+    batch: EditBatch
     missing: Float[Tensor, "n d_out"]
     problem: LayerProblem
     update: Update

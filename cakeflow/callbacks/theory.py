@@ -181,11 +181,14 @@ class ScoreDrift(L.Callback):
         self._rows: list[Any] = []
         self._before: Trace | None = None
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Trace the model as it is."""
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
+    ) -> None:
+        """Trace the model as it is, once every request was checked."""
         module: Any = pl_module
-        self._rows, _ = known_rows(module.lm, self.facts, self.limit)
-        self._before = self.trace.run(module.lm, self._rows, self.layers or module.layers)
+        if batch_idx == 0:
+            self._rows, _ = known_rows(module.lm, self.facts, self.limit)
+            self._before = self.trace.run(module.lm, self._rows, self.layers or module.layers)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Trace it again, with the same noise."""

@@ -17,14 +17,15 @@ from cakeflow.architecture import Role, Site
 from cakeflow.batch import Row, plan
 from cakeflow.errors import ConfigError, Problem, RequestError
 from cakeflow.model import LanguageModel
-from cakeflow.tracing.result import PLACES, Effect, Ledger, Trace, place_of
+from cakeflow.tracing.attribution import Attribution
+from cakeflow.tracing.result import LAST_SUBJECT, PLACES, Effect, Ledger, Trace, place_of
 from cakeflow.tracing.runs import Runs
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class CausalTrace:
+class CausalTrace(Attribution):
     """Average indirect effects of a model's layers (ROME 2.1; CAKE appendix E, eq. 67-69).
 
     For each fact: a clean run; runs whose subject tokens have Gaussian noise on their embeddings; and, per layer, the
@@ -81,14 +82,12 @@ class CausalTrace:
 
         Raises:
             ConfigError: If a layer is not in the model.
-            RequestError: If there is no fact, or one whose subject is the end of what can be read.
+            RequestError: If there is no fact, or one that has no object or whose prompt is nothing but the subject.
             NumericalError: If a probability is not finite.
         """
-        layers = list(layers) or list(range(lm.depth))
-        if bad := [layer for layer in layers if not 0 <= layer < lm.depth]:
-            raise ConfigError(f"layer {bad[0]} is not in the model, which has blocks 0 to {lm.depth - 1}")
-        _require_rows(rows)
-        noise = self.noise or 3 * float(_subject_embeddings(lm, rows).std())
+        layers = require_layers(lm, layers)
+        _require_rows(lm, rows)
+        noise = self.noise_scale(lm, rows)
         settings = {**asdict(self), "noise": noise, "layers": layers}
         log.info("tracing %d facts in %d layers, noise %.4g", len(rows), len(layers), noise)
         ledger = Ledger.of(lm, {**settings, "token_budget": None}, folder)
@@ -100,6 +99,14 @@ class CausalTrace:
                 ledger.add(chosen, self._effects(lm, chosen, layers, noise))
                 bar.update(len(chosen))
         return Trace.of([ledger[row] for row in rows], settings)
+
+    def noise_scale(self, lm: LanguageModel, rows: Sequence[Row]) -> float:
+        """The noise's standard deviation: as given, or three times that of the facts' subject embeddings."""
+        return self.noise or 3 * float(_subject_embeddings(lm, rows).std())
+
+    def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
+        """Effects at the subject's last token; see ``Attribution``."""
+        return self.run(lm, rows, layers).effects[:, LAST_SUBJECT]
 
     @torch.no_grad()
     def _effects(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int], noise: float) -> list[Effect]:
@@ -133,6 +140,17 @@ class CausalTrace:
         return row.subject if self.tokens == "subject" else row.start
 
 
+def require_layers(lm: LanguageModel, layers: Sequence[int]) -> list[int]:
+    """The layers to trace; all of them where none is named.
+
+    Raises:
+        ConfigError: If one is not in the model.
+    """
+    if bad := [layer for layer in layers if not 0 <= layer < lm.depth]:
+        raise ConfigError(f"layer {bad[0]} is not in the model, which has blocks 0 to {lm.depth - 1}")
+    return list(layers) or list(range(lm.depth))
+
+
 def noise_of(
     lm: LanguageModel, rows: Sequence[Row], scale: float, trace: CausalTrace
 ) -> Float[Tensor, "n draws time width"]:
@@ -151,9 +169,15 @@ def _subject_embeddings(lm: LanguageModel, rows: Sequence[Row]) -> Float[Tensor,
     return lm.embedding.detach()[torch.tensor(ids, device=lm.device)].float()
 
 
-def _require_rows(rows: Sequence[Row]) -> None:
+def _require_rows(lm: LanguageModel, rows: Sequence[Row]) -> None:
     if not rows:
         raise RequestError([Problem(0, "facts", [], "the model knows none of them; a trace needs facts it states")])
     faulty = [i for i, row in enumerate(rows) if not 0 <= row.start <= row.subject < row.target < len(row.ids)]
     if faulty:
         raise RequestError([Problem(i, "row", rows[i], "mark the subject and put the object after it") for i in faulty])
+    special = set(lm.tokenizer.all_special_ids)
+    alone = [i for i, row in enumerate(rows) if row.subject == row.target - 1 and special >= {*row.ids[: row.start]}]
+    if alone:
+        texts = {i: lm.tokenizer.decode(list(rows[i].ids[rows[i].start : rows[i].target])) for i in alone}
+        remedy = "the subject is the whole prompt, so nothing asks for the object; add words around it, or leave it out"
+        raise RequestError([Problem(i, "prompt", text, remedy) for i, text in texts.items()])

@@ -6,8 +6,10 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cakeflow.errors import ConfigError
+from cakeflow.batch import Row
+from cakeflow.errors import ConfigError, Problem, RequestError
 from cakeflow.model import LanguageModel
+from cakeflow.tracing.attribution import Attribution
 from cakeflow.tracing.facts import Fact, known_rows, read_facts
 from cakeflow.tracing.result import Trace
 from cakeflow.tracing.trace import CausalTrace
@@ -50,7 +52,9 @@ def propose_layers(trace: Trace, depth: int) -> Proposal:
     """The window of adjacent layers whose MLP outputs, restored together at the subject's last token, recover most.
 
     An edit writes into these outputs at this token, so this asks where writing the right values helps. Windows that the
-    model's ends cut short are left out.
+    model's ends cut short are left out, and so are those with the first block, unless there is no other: a trace puts
+    its noise on the embeddings, and the first MLP, which sees hardly more than its own token, undoes the noise whatever
+    the fact (on SmolLM2-135M it alone recovers more than any window of five without it).
 
     Args:
         trace: Of ``mlp_out`` in windows of as many layers as shall be edited, over all layers.
@@ -64,7 +68,7 @@ def propose_layers(trace: Trace, depth: int) -> Proposal:
         raise ConfigError("layers are proposed from a trace of role 'mlp_out' over all layers; trace those")
     if width > depth:
         raise ConfigError(f"a window of {width} layers does not fit into {depth} blocks")
-    whole = range(width // 2, depth - (width - 1) // 2)
+    whole = range(min(1, depth - width) + width // 2, depth - (width - 1) // 2)
     ranked = sorted(whole, key=lambda middle: -trace.scores[middle])
     best, second = ranked[0], ranked[min(1, len(ranked) - 1)]
     layers = list(range(best - width // 2, best - width // 2 + width))
@@ -84,8 +88,34 @@ def locate(lm: LanguageModel, width: int = 5, facts: Sequence[Fact] = (), limit:
     Raises:
         RequestError: If the model knows none of the facts.
     """
-    rows, asked = known_rows(lm, facts or read_facts("builtin"), limit)
-    log.info("the model knows %d of %d facts", len(rows), asked)
+    rows = _known(lm, facts, limit)
     proposal = propose_layers(CausalTrace(role="mlp_out", window=width).run(lm, rows), lm.depth)
     log.info("layers %s: %s", proposal.layers, proposal.reason)
     return replace(proposal, scores=CausalTrace().run(lm, rows, proposal.layers).scores)
+
+
+def known_scores(
+    lm: LanguageModel, attribution: Attribution, layers: Sequence[int], facts: Sequence[Fact] = (), limit: int = 60
+) -> dict[int, float]:
+    """Layer -> score, the mean over facts that the model knows.
+
+    Args:
+        lm: The model, not edited.
+        attribution: What scores.
+        layers: Which layers.
+        facts: As for ``locate``.
+        limit: Most facts to score.
+
+    Raises:
+        RequestError: If the model knows none of the facts.
+    """
+    scores = attribution.attribute(lm, _known(lm, facts, limit), layers).mean(0)
+    return dict(zip(layers, scores.tolist(), strict=True))
+
+
+def _known(lm: LanguageModel, facts: Sequence[Fact], limit: int) -> list[Row]:
+    rows, asked = known_rows(lm, facts or read_facts("builtin"), limit)
+    log.info("the model knows %d of %d facts", len(rows), asked)
+    if not rows:
+        raise RequestError([Problem(0, "facts", asked, "the model states none of them; name facts that it knows")])
+    return rows

@@ -25,6 +25,10 @@ class Weighter(ABC):
             ConfigError: Naming what does not fit.
         """
 
+    def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Weighter:
+        """The weighter with what it has to measure on the unedited model; called once, before the first edit."""
+        return self
+
     @abstractmethod
     def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Weigh the layers.

@@ -1,11 +1,11 @@
-"""Weights from given scores: CAKE's softmax."""
+"""Weights from scores of layers: CAKE's softmax."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import dataclass, replace
+from typing import Literal, final, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,9 +14,8 @@ from torch import Tensor
 from cakeflow.batch import EditBatch
 from cakeflow.errors import ConfigError
 from cakeflow.model import LanguageModel
-from cakeflow.tracing import CausalTrace
+from cakeflow.tracing import Attribution, CausalTrace, known_scores
 from cakeflow.tracing.facts import predicted_rows
-from cakeflow.tracing.result import LAST_SUBJECT
 from cakeflow.weighters.base import Weighter
 
 Normalization = Literal["none", "max", "minmax", "zscore"]
@@ -53,18 +52,19 @@ def score_weights(
 
 @dataclass(frozen=True)
 class Scores(Weighter):
-    """Softmax of layer scores: known ones for all requests, or a causal trace of each request's own prompt.
+    """Softmax of layer scores: known ones, or measured ones. Subclasses override ``score`` to change the scores.
 
     Attributes:
-        scores: Layer -> score; every candidate layer needs one. None takes the ``scores`` of the ``EditModule``, which
-            a model's config brings along.
+        scores: Layer -> score; every candidate layer needs one. None measures them with ``attribution`` or, without
+            one, takes the causal scores of the ``EditModule``, which a model's config brings along.
         tau: Temperature of the softmax.
         normalization: Of the scores, before the softmax.
         depth_power: alpha: scores are multiplied by (l / L)^alpha first, l counted from 1, L the model's depth (CAKE,
             section 3.2's boundary strategy). 0 leaves them as they are.
-        score_source: ``global``, or ``per_request``: the effects of restoring each layer on each request's own prompt,
-            for the token that the model predicts there now. The paper averages over known facts.
-        trace: How requests are traced. With ``noise=None`` its scale depends on the other subjects of the batch.
+        score_source: ``global``, the mean over facts that the unedited model knows, as in the paper; or
+            ``per_request``, on each request's own prompt, for the token that the model predicts there now.
+        attribution: What measures scores; a ``CausalTrace`` for ``per_request`` unless given. A trace with
+            ``noise=None`` takes its scale from the subjects of the batch.
     """
 
     scores: dict[int, float] | None = None
@@ -72,7 +72,7 @@ class Scores(Weighter):
     normalization: Normalization = "none"
     depth_power: float = 0.0
     score_source: Literal["global", "per_request"] = "global"
-    trace: CausalTrace = CausalTrace()
+    attribution: Attribution | None = None
 
     def __post_init__(self) -> None:
         if not self.tau > 0:
@@ -86,26 +86,37 @@ class Scores(Weighter):
 
     def check(self, layers: Sequence[int]) -> None:
         """See ``Weighter.check``."""
-        if self.score_source == "per_request":
+        if self.score_source == "per_request" or (self.scores is None and self.attribution):
             return
         scores = self.scores or {}
         if missing := [layer for layer in layers if layer not in scores]:
             raise ConfigError(
-                f"Scores: no score for layers {missing}, only for {sorted(scores)}; give scores={{layer: score, ...}}"
+                f"Scores: no score for layers {missing}, only for {sorted(scores)}; give scores={{layer: score, ...}} "
+                "or an attribution that measures them"
             )
         if bad := [layer for layer in layers if not math.isfinite(scores[layer])]:
             raise ConfigError(f"Scores: the score of layer {bad[0]} is {scores[bad[0]]}; give finite scores")
 
+    def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Scores:
+        """Measure global scores that are not known; see ``Weighter.prepare``."""
+        if self.score_source == "per_request" or self.scores is not None or self.attribution is None:
+            return self
+        known = replace(self, scores=known_scores(lm, self.attribution, layers))
+        known.check(layers)
+        return known
+
+    @final
     def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """See ``Weighter.weigh``."""
-        self.check(layers)
-        values = self._traced(lm, batch, layers) if self.score_source == "per_request" else self._given(layers)
         depth = torch.tensor([(layer + 1) / lm.depth for layer in layers], dtype=torch.float64)
-        return score_weights(values * depth**self.depth_power, self.tau, self.normalization).to(lm.device)
+        scores = self.score(lm, batch, layers) * depth**self.depth_power
+        return score_weights(scores, self.tau, self.normalization).to(lm.device)
 
-    def _given(self, layers: Sequence[int]) -> Float[Tensor, " l"]:
-        return torch.tensor([(self.scores or {})[layer] for layer in layers], dtype=torch.float64)
-
-    def _traced(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "n l"]:
-        rows = predicted_rows(lm, [variants[0] for variants in batch.rows])
-        return self.trace.run(lm, rows, layers).effects[:, LAST_SUBJECT]
+    def score(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+        """Scores of the layers in float64, for all facts (l) or fact by fact (n x l)."""
+        if self.score_source == "per_request":
+            rows = predicted_rows(lm, [variants[0] for variants in batch.rows])
+            return (self.attribution or CausalTrace()).attribute(lm, rows, layers)
+        known = self.prepare(lm, layers)
+        known.check(layers)
+        return torch.tensor([(known.scores or {})[layer] for layer in layers], dtype=torch.float64)

@@ -131,3 +131,13 @@ def test_no_fact_is_refused(tiny, tmp_path):
 def test_a_row_without_a_subject_is_refused(tiny, rows, tmp_path):
     with pytest.raises(RequestError, match="mark the subject"):
         CausalTrace().run(tiny, [rows[0], Row(rows[1].ids, -1, rows[1].target)], folder=tmp_path)
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_a_subject_that_is_the_whole_prompt_is_refused(tiny, rows, tmp_path, special):
+    bare = trace_row(tiny, Fact("{}", "Lyon", "France"))
+    if special:  # as tokenizers that begin every text with a token of their own give it
+        first = tiny.tokenizer.all_special_ids[0]
+        bare = Row((first, *bare.ids), bare.subject + 1, bare.target + 1, bare.start + 1)
+    with pytest.raises(RequestError, match=r"entry 1, prompt = .*Lyon.*the subject is the whole prompt"):
+        CausalTrace().run(tiny, [rows[0], bare], folder=tmp_path)

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from cakeflow import Contexts, EditDataModule, EditModule, LeastSquares, Scores, TargetOptimizer
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, RequestError
 from cakeflow.generation import continuations
-from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, locate, propose_layers
+from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, known_scores, locate, propose_layers
 from cakeflow.tracing.result import LAST_SUBJECT, PLACES
 
 
@@ -26,7 +26,9 @@ def traced(scores, window, role="mlp_out", layers=None):
         ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 3, [2, 3, 4], 3),
         ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 1, [3], 4),
         ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 4, [1, 2, 3, 4], 2),
-        ([0.9, 0.2, 0.3, 0.1, 0.1, 0.1, 0.8], 3, [1, 2, 3], 0),  # windows that the ends cut short do not count
+        ([0.9, 0.2, 0.3, 0.1, 0.1, 0.1, 0.8], 3, [1, 2, 3], 2),  # windows that the ends cut short do not count
+        ([0.1, 0.9, 0.3, 0.2, 0.1], 3, [1, 2, 3], 2),  # nor do those with the first block
+        ([0.9, 0.1, 0.3, 0.2], 1, [2], 3),
         ([0.5, 0.5, 0.5], 3, [0, 1, 2], 0),
     ],
 )
@@ -61,23 +63,53 @@ def facts(lm):
     return facts
 
 
-def test_layers_auto(lm, requests, quiet, facts, monkeypatch, tmp_path):
+@pytest.fixture
+def builtin(facts, monkeypatch, tmp_path):
+    """What the tiny model knows, in place of the built-in facts."""
     monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
     monkeypatch.setattr("cakeflow.tracing.window.read_facts", lambda _source: facts)
-    wanted = locate(lm)
+
+
+def fit(lm, requests, quiet, layers, weighter, scores=None):
     width = lm.oriented(0).shape[1]
     module = EditModule(
         lm,
-        "auto",
-        Scores(),
+        layers,
+        weighter,
         solver=LeastSquares(1.0),
-        scores={0: 0.5},  # a model config's, for layers that somebody chose; the trace's are taken
+        scores=scores,
         contexts=Contexts(),
         targets=TargetOptimizer(steps=2, lr=0.3),
         moments=dict.fromkeys(range(lm.depth), torch.eye(width, dtype=torch.float64)),
     )
-    assert module.layers == []
     L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests[:2], 2).train_dataloader())
+    return module
+
+
+@pytest.mark.usefixtures("builtin")
+def test_scores_are_measured_on_the_unedited_model_before_the_first_edit(lm, requests, quiet):
+    trace = CausalTrace(draws=2)
+    wanted = known_scores(lm, trace, [1, 3])
+    assert wanted[1] != wanted[3]
+    module = fit(lm, requests, quiet, [1, 3], Scores(attribution=trace), scores={1: 0.5, 3: 0.5})
+    assert module.weighter == Scores(wanted, attribution=trace)
+    assert known_scores(lm, trace, [1, 3]) != wanted  # the edited model's
+
+
+@pytest.mark.usefixtures("builtin")
+def test_no_known_fact_stops_before_anything_is_edited(lm, requests, quiet, monkeypatch):
+    monkeypatch.setattr("cakeflow.tracing.window.read_facts", lambda _source: [Fact("{} is a", "Ann", "qqqq")])
+    before = lm.fingerprint()
+    with pytest.raises(RequestError, match="states none of them"):
+        fit(lm, requests, quiet, [1, 3], Scores(attribution=CausalTrace()))
+    assert lm.fingerprint() == before
+
+
+@pytest.mark.usefixtures("builtin")
+def test_layers_auto(lm, requests, quiet):
+    wanted = locate(lm)
+    # the scores are a model config's, for layers that somebody chose; the trace's are taken
+    module = fit(lm, requests, quiet, "auto", Scores(), scores={0: 0.5})
     assert module.layers == wanted.layers
     assert len(module.layers) == 5
     assert module.weighter.scores == wanted.scores

@@ -1,0 +1,176 @@
+"""What the scripts of this folder share: one model, edited and rolled back row by row, every row kept in a file.
+
+A row holds the metrics, N_eff of the weights, seconds per edit and, under ``records``, each record's outcomes, so that
+two rows on the same records can be compared record by record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from cakeflow import Contexts, EditModule, Editor, EditRequest, TargetOptimizer, read_requests
+from cakeflow.batch import EditBatch
+from cakeflow.callbacks import EditCallback, LayerEdit
+from cakeflow.metrics.preference import record_means, success
+from cakeflow.model import LanguageModel, load_model
+from cakeflow.scoring import KINDS, score_records
+from cakeflow.targets import Targets
+from cakeflow.weighters.base import effective_layers
+
+Row = dict[str, Any]
+SHOWN = ("efficacy", "generalization", "specificity", "editscore", "efficacy_exact", "generalization_exact")
+
+
+@dataclass(frozen=True)
+class Remembered(TargetOptimizer):
+    """A target optimiser that finds the values of a batch on the same weights only once."""
+
+    known: dict[tuple[object, ...], Targets] = field(default_factory=dict, compare=False, repr=False)
+
+    def optimize(
+        self, lm: LanguageModel, batch: EditBatch, layer: int, progress: Callable[[int], object] = lambda done: None
+    ) -> Targets:
+        """See ``TargetOptimizer.optimize``."""
+        key = (lm.fingerprint(), batch, layer, self)
+        if key not in self.known:
+            self.known[key] = super().optimize(lm, batch, layer, progress)
+        return self.known[key]
+
+
+class Watcher(EditCallback):
+    """Keeps N_eff of each batch's weights."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
+        """See ``EditCallback``."""
+        if edit.turn.index == 0:
+            self.found.append(float(effective_layers(edit.turn.weights).mean()))
+
+
+class Sweep:
+    """One model, edited and rolled back row by row.
+
+    Args:
+        requests: The records to edit.
+        corpus: Texts for the second moments; None samples them from the model.
+        tokens: Budget of the second moments.
+        path: Where rows are kept as JSON; those that it holds are not run again.
+        batch_size: Edits in a batch; all by default.
+        lm: The model, unedited; loaded by default.
+    """
+
+    def __init__(
+        self,
+        requests: list[EditRequest],
+        corpus: list[str] | None,
+        tokens: int,
+        path: Path | None = None,
+        batch_size: int | None = None,
+        lm: LanguageModel | None = None,
+    ) -> None:
+        self.lm = lm or load_model("smollm2-135m")
+        self.requests, self.batch_size = requests, batch_size
+        self.statistics = {"source": corpus, "tokens": tokens} if corpus else {}
+        self.known: dict[tuple[object, ...], Targets] = {}
+        self.search: dict[str, float] = {}
+        self.contexts: Contexts | None = None
+        self.path = path
+        self.rows: dict[str, Row] = json.loads(path.read_text()) if path and path.exists() else {}
+
+    def __call__(self, name: str, method: str = "", **setting: Any) -> Row:
+        """A row by its name, from the file or run now; no method: the unedited model."""
+        if name not in self.rows:
+            self.rows[name] = self.run(method, setting) if method else self.unedited()
+            if self.path:
+                self.path.write_text(json.dumps(self.rows, indent=1))
+        return self.rows[name]
+
+    def editor(self, method: str, setting: dict[str, Any], *callbacks: L.Callback) -> Editor:
+        """An editor with a setting's overrides, whose targets and contexts outlive it."""
+        setting = {"contexts": self.contexts, **setting}
+        setting["statistics"] = {**self.statistics, **setting.get("statistics", {})}
+        editor = Editor.from_pretrained(
+            self.lm.model,
+            method,
+            tokenizer=self.lm.tokenizer,
+            config="smollm2-135m",
+            trainer={"logger": False, "callbacks": list(callbacks)},
+            **setting,
+        )
+        editor.module.targets = Remembered(**asdict(editor.module.targets), known=self.known)
+        return editor
+
+    def unedited(self) -> Row:
+        """Outcomes of the model as it is."""
+        return self.judge(self.editor("memit", {}).module)
+
+    def run(self, method: str, setting: dict[str, Any]) -> Row:
+        """Outcomes after all batches; the model is as before when this returns."""
+        watcher = Watcher()
+        editor = self.editor(method, setting, watcher)
+        module = editor.module
+        try:
+            run = editor.fit(self.requests, self.batch_size, evaluate=False)
+            self.contexts = self.contexts or module.contexts
+            key = repr((module.targets, module.layers, module.contexts))
+            self.search[key] = max(self.search.get(key, 0.0), run.timings["targets"])
+            seconds = self.search[key] + sum(run.timings[phase] for phase in ("keys", "allocate", "solve"))
+            row = self.judge(module)
+        finally:
+            editor.rollback()
+        n_eff = sum(watcher.found) / len(watcher.found)
+        return {**row, "n_eff": n_eff, "seconds_per_edit": seconds / len(self.requests)}
+
+    def judge(self, module: EditModule) -> Row:
+        """Metrics, and each record's outcomes: success, and the margin of the wanted target in log-probability."""
+        module.setup()
+        scores = score_records(self.lm, self.requests)
+        module.metrics.reset()
+        numbers = scores.wanted, scores.rival, scores.correct
+        module.metrics.update(*numbers, record=scores.record, kind=scores.kind)
+        row: Row = {name: float(value) for name, value in module.metrics.compute().items()}
+        outcomes = {"": success(*numbers, "probability"), "_margin": scores.wanted - scores.rival}
+        row["records"] = {
+            kind + ending: [
+                round(value, 4)
+                for value in record_means(each[scores.kind == index], scores.record[scores.kind == index]).tolist()
+            ]
+            for index, kind in enumerate(KINDS)
+            for ending, each in outcomes.items()
+        }
+        return row
+
+
+def parser(description: str | None) -> argparse.ArgumentParser:
+    """The options of every script."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path, required=True, help="CounterFact records")
+    options.add_argument("--corpus", nargs="+", help="texts for the second moments; default: sampled from the model")
+    options.add_argument("--tokens", type=int, default=98_304)
+    options.add_argument("--records", type=int, default=100)
+    options.add_argument("--first", type=int, default=0)
+    options.add_argument("--json", type=Path, help="keep rows here, as they are done; those it holds are not run again")
+    return options
+
+
+def start(args: argparse.Namespace) -> Sweep:
+    """The sweep that the options ask for."""
+    requests = read_requests(args.data)[args.first : args.first + args.records]
+    print(f"{len(requests)} records from {args.first}, in %")
+    print("".join(f"{name:>22s}" for name in SHOWN) + f"{'seconds per edit':>20s}")
+    return Sweep(requests, args.corpus, args.tokens, args.json)
+
+
+def show(name: str, row: Row) -> None:
+    """Print one row, in %."""
+    numbers = "".join(f"{100 * row[metric]:22.1f}" for metric in SHOWN)
+    print(f"{numbers}{row.get('seconds_per_edit', 0):20.2f}  {name}", flush=True)

@@ -1,0 +1,131 @@
+"""Scores from gradients: what a small change of a layer's state at the subject's last token would do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.architecture import Role, Site
+from cakeflow.batch import Row, pad, plan
+from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.model import LanguageModel
+from cakeflow.tap import capture, narrow
+from cakeflow.tracing import Attribution, CausalTrace
+from cakeflow.tracing.trace import noise_of
+
+TOKEN_BUDGET = 2048
+"""Most tokens in one forward and backward pass."""
+
+Metric = Literal["log_probability", "probability"]
+
+
+@dataclass(frozen=True)
+class Saliency(Attribution):
+    """Norm of the gradient of ``log p(object)`` by a layer's output at the subject's last token (CAKE, appendix F.2).
+
+    Attributes:
+        role: Which output of the layer.
+    """
+
+    role: Role = "block"
+
+    def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
+        """See ``Attribution``."""
+        sites, scores = [Site(layer, self.role) for layer in layers], torch.zeros(len(rows), len(layers)).double()
+        for group in plan([row.target for row in rows], TOKEN_BUDGET):
+            chosen = [rows[i] for i in group]
+            _, gradients = states(lm, chosen, sites, embeddings(lm, chosen), "log_probability")
+            scores[group] = gradients.norm(dim=-1).cpu()
+        return scores
+
+
+@dataclass(frozen=True)
+class IntegratedGradients(Attribution):
+    """``(a_clean - a_corrupted) . mean gradient``: a causal trace to first order, without its restorations.
+
+    The node form of EAP-IG (Hanna et al. 2024; CAKE, appendix F.2): gradients of the object's probability are averaged
+    along the line from the corrupted to the clean embeddings. Units are those of a ``CausalTrace``, with the same noise
+    draws.
+
+    Attributes:
+        steps: Points on the line, the clean end included.
+        trace: Which state is scored (``role``), and the noise (``noise``, ``draws``, ``seed``).
+    """
+
+    steps: int = 5
+    trace: CausalTrace = CausalTrace()
+
+    def __post_init__(self) -> None:
+        if not self.steps > 0:
+            raise ConfigError(f"steps must be above 0, got {self.steps}")
+        if self.trace.window != 1 or self.trace.tokens != "subject":
+            raise ConfigError("IntegratedGradients scores single layers at the subject's last token")
+
+    def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
+        """See ``Attribution``."""
+        sites, scores = [Site(layer, self.trace.role) for layer in layers], torch.zeros(len(rows), len(layers)).double()
+        scale = self.trace.noise_scale(lm, rows)
+        for group in plan([row.target for row in rows], TOKEN_BUDGET):
+            chosen = [rows[i] for i in group]
+            noise = noise_of(lm, chosen, scale, self.trace).to(lm.device, lm.dtype)
+            effects = [self._effects(lm, chosen, sites, noise[:, draw]) for draw in range(self.trace.draws)]
+            scores[group] = torch.stack(effects).mean(0).cpu()
+        return scores
+
+    def _effects(
+        self, lm: LanguageModel, rows: Sequence[Row], sites: Sequence[Site], noise: Float[Tensor, "n time width"]
+    ) -> Float[Tensor, "n l"]:
+        clean, total = embeddings(lm, rows), torch.zeros(())
+        corrupted, _ = states(lm, rows, sites, clean + noise, "probability")
+        for step in range(1, self.steps + 1):
+            reached, gradients = states(lm, rows, sites, clean + (1 - step / self.steps) * noise, "probability")
+            total = total + gradients / self.steps
+        return ((reached - corrupted) * total).sum(-1)
+
+
+def embeddings(lm: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "n time width"]:
+    """What goes into the model for the prompts, padded on the right."""
+    with torch.no_grad():
+        found: Tensor = lm.model.get_input_embeddings()(pad([row.ids[: row.target] for row in rows], lm.device))
+    return found
+
+
+def states(
+    lm: LanguageModel, rows: Sequence[Row], sites: Sequence[Site], inputs: Float[Tensor, "n time width"], metric: Metric
+) -> tuple[Float[Tensor, "n l width"], Float[Tensor, "n l width"]]:
+    """Outputs of sites at each subject's last token, and the gradients of the metric by them, in float64.
+
+    Args:
+        lm: The model.
+        rows: n facts; the metric is that of the token at ``target``.
+        sites: l places.
+        inputs: Embeddings of the prompts.
+        metric: What is differentiated.
+
+    Raises:
+        NumericalError: If a gradient is not finite.
+    """
+    every = torch.arange(len(rows), device=lm.device)
+    at, last, answer = (
+        torch.tensor(each, device=lm.device)
+        for each in zip(*((row.subject, row.target - 1, row.ids[row.target]) for row in rows), strict=True)
+    )
+    seen_by_all = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
+    with torch.enable_grad(), capture(lm, sites) as seen, narrow(lm, every, last):
+        inputs = inputs.detach().requires_grad_()
+        logits = lm.model(inputs_embeds=inputs, attention_mask=seen_by_all, use_cache=False).logits[0]
+        value = logits.double().log_softmax(-1)[every, answer]
+        value = value.exp() if metric == "probability" else value
+        gradients = torch.autograd.grad(value.sum(), [seen[site] for site in sites])
+    outputs, slopes = (
+        torch.stack([value[every, at] for value in values], 1).detach().double()
+        for values in ([seen[site] for site in sites], gradients)
+    )
+    if not bool(torch.isfinite(slopes).all()):
+        raise NumericalError("a gradient is not finite; load the model in float32")
+    return outputs, slopes

@@ -1,0 +1,161 @@
+"""Gradients against finite differences and against causal traces; controls against the scores they spoil."""
+
+import pytest
+import torch
+from cakeflow_attribution import IntegratedGradients, Noisy, Saliency, Shuffled
+
+from cakeflow import Contexts
+from cakeflow.architecture import Site
+from cakeflow.batch import encode_batch
+from cakeflow.config import build_module
+from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.tap import inject
+from cakeflow.tracing import CausalTrace, Fact
+from cakeflow.tracing.facts import trace_row
+from cakeflow.weighters import Scores
+from cakeflow.weighters.scores import score_weights
+
+FACTS = [
+    Fact("The mother tongue of {} is", "Danielle Darrieux", "French"),
+    Fact("{} plays", "Ann", "tennis"),
+    Fact("I live in {}", "Lyon", "France"),
+]
+LAYERS = [0, 2, 3]
+GIVEN = {1: 0.1, 2: 0.4, 3: 0.2, 4: 0.3}
+
+
+@pytest.fixture
+def rows(tiny):
+    return [trace_row(tiny, fact) for fact in FACTS]
+
+
+@pytest.fixture(params=[Saliency(), IntegratedGradients(steps=2, trace=CausalTrace(draws=2, noise=0.3))], ids=type)
+def attribution(request):
+    return request.param
+
+
+def log_probability(tiny, row, site, delta):
+    """Of the object, by a full pass over this row alone, with a vector added at the site."""
+    ids, at = torch.tensor([row.ids[: row.target]]), torch.tensor([row.subject])
+    with torch.no_grad(), inject(tiny, site, delta[None], at):
+        return float(tiny.model(input_ids=ids).logits[0, -1].log_softmax(-1)[row.ids[row.target]])
+
+
+@pytest.mark.parametrize("role", ["block", "mlp_out", "attn_out"])
+def test_saliency_is_the_norm_of_finite_differences(tiny, rows, role):
+    got = Saliency(role).attribute(tiny, rows, LAYERS)
+
+    def slope(row, site, direction, step):
+        high, low = (log_probability(tiny, row, site, sign * step * direction) for sign in (1, -1))
+        return (high - low) / (2 * step)
+
+    for row, scores in zip(rows, got, strict=True):
+        for layer, score in zip(LAYERS, scores.tolist(), strict=True):
+            slopes = [  # two steps, extrapolated: wide ones, because Llama's norms are computed in float32
+                (4 * slope(row, Site(layer, role), unit, 0.01) - slope(row, Site(layer, role), unit, 0.02)) / 3
+                for unit in torch.eye(tiny.embedding.shape[1], dtype=torch.float64)
+            ]
+            assert score == pytest.approx(float(torch.tensor(slopes).norm()), rel=1e-4)
+
+
+@pytest.mark.parametrize("role", ["block", "mlp_out"])
+def test_integrated_gradients_are_traces_to_first_order(tiny, rows, role, tmp_path):
+    """With vanishing noise both are the same number; what differs is quadratic in the noise."""
+    gaps = []
+    for noise in (1e-3, 1e-4):
+        trace = CausalTrace(role=role, draws=3, noise=noise)
+        effects = trace.run(tiny, rows, LAYERS, tmp_path / str(noise)).effects[:, 2]
+        scores = IntegratedGradients(steps=4, trace=trace).attribute(tiny, rows, LAYERS)
+        gaps.append(float((scores - effects).norm() / effects.norm()))
+    assert gaps[1] < 0.02
+    assert gaps[1] < 0.3 * gaps[0]
+
+
+def test_more_steps_converge(tiny, rows):
+    few, more, most = (
+        IntegratedGradients(steps=steps, trace=CausalTrace(draws=1, noise=0.5)).attribute(tiny, rows, LAYERS)
+        for steps in (2, 64, 128)
+    )
+    assert (more - most).norm() < 0.1 * (few - most).norm()
+
+
+def test_facts_do_not_influence_each_other_and_the_model_stays(tiny, rows, attribution):
+    before = tiny.fingerprint()
+    together = attribution.attribute(tiny, rows, LAYERS)
+    assert together.shape == (len(rows), len(LAYERS))
+    for row, scores in zip(rows, together, strict=True):
+        torch.testing.assert_close(attribution.attribute(tiny, [row], LAYERS)[0], scores, rtol=1e-9, atol=1e-15)
+    assert tiny.fingerprint() == before
+    assert all(parameter.grad is None for parameter in tiny.model.parameters())
+
+
+def test_a_weighter_measures_global_scores_once_on_what_the_model_knows(tiny, rows, requests, attribution, monkeypatch):
+    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit: (rows, len(rows)))
+    prepared = Scores(attribution=attribution).prepare(tiny, LAYERS)
+    wanted = attribution.attribute(tiny, rows, LAYERS).mean(0)
+    assert list(prepared.scores) == LAYERS
+    assert list(prepared.scores.values()) == pytest.approx(wanted.tolist())
+    assert prepared.prepare(tiny, LAYERS) is prepared
+    batch = encode_batch(tiny, requests[:2], Contexts())
+    torch.testing.assert_close(prepared.weigh(tiny, batch, LAYERS), score_weights(wanted, 0.1), rtol=1e-9, atol=0)
+    own = Scores(attribution=attribution, score_source="per_request").weigh(tiny, batch, LAYERS)
+    assert own.shape == (2, len(LAYERS))
+
+
+def test_scores_that_are_not_finite_are_refused_before_anything_is_edited(tiny, rows, monkeypatch):
+    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit: (rows, len(rows)))
+    with torch.no_grad():
+        tiny.model.get_output_embeddings().weight[:] = float("nan")
+    with pytest.raises(NumericalError, match="gradient is not finite"):
+        Scores(attribution=Saliency()).prepare(tiny, LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: IntegratedGradients(steps=0), "steps must be above 0"),
+        (lambda: IntegratedGradients(trace=CausalTrace(window=3)), "single layers"),
+        (lambda: IntegratedGradients(trace=CausalTrace(tokens="all")), "single layers"),
+        (lambda: Noisy(sigma=-1.0), "sigma must be 0 or more"),
+        (lambda: Shuffled(tau=0.0), "tau must be above 0"),
+    ],
+)
+def test_bad_settings_are_refused(make, words):
+    with pytest.raises(ConfigError, match=words):
+        make()
+
+
+def test_shuffling_moves_the_same_scores(tiny):
+    layers = list(GIVEN)
+    seen = set()
+    for seed in range(20):
+        got = Shuffled(GIVEN, seed=seed).score(tiny, None, layers).tolist()
+        assert sorted(got) == sorted(GIVEN.values())
+        assert got != list(GIVEN.values())
+        seen.add(tuple(got))
+    assert len(seen) > 5
+    assert Shuffled(GIVEN, seed=3).score(tiny, None, layers).equal(Shuffled(GIVEN, seed=3).score(tiny, None, layers))
+    assert Shuffled({1: 0.5}).score(tiny, None, [1]).tolist() == [0.5]
+
+
+def test_noise_has_the_deviation_asked_for(tiny):
+    layers = list(GIVEN)
+    draws = torch.stack([Noisy(GIVEN, sigma=0.1, seed=seed).score(tiny, None, layers) for seed in range(400)])
+    noise = draws - torch.tensor(list(GIVEN.values()), dtype=torch.float64)
+    assert abs(float(noise.mean())) < 0.01
+    assert float(noise.std()) == pytest.approx(0.1, rel=0.1)
+    assert Noisy(GIVEN, sigma=0.0).score(tiny, None, layers).tolist() == list(GIVEN.values())
+
+
+def test_configs_name_them_and_take_the_models_scores(tmp_path):
+    path = tmp_path / "method.yaml"
+    weighter = "{class_path: cakeflow_attribution.Shuffled, init_args: {tau: 0.2}}"
+    path.write_text(f"model:\n  layers: [1, 2]\n  weighter: {weighter}\n")
+    module = build_module([path], scores={1: 0.3, 2: 0.1})
+    assert module.weighter == Shuffled({1: 0.3, 2: 0.1}, tau=0.2)
+    path.write_text(
+        "model:\n  layers: [1, 2]\n  weighter:\n    class_path: Scores\n"
+        "    init_args: {attribution: {class_path: cakeflow_attribution.Saliency, init_args: {role: mlp_out}}}\n"
+    )
+    module = build_module([path], scores={1: 0.3, 2: 0.1})
+    assert module.weighter == Scores(attribution=Saliency("mlp_out"))
