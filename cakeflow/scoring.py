@@ -60,20 +60,40 @@ def score_targets(
     rows = encode_prompts(lm.tokenizer, prompts, targets)
     _check_rows(lm, rows, prompts, targets)
     scores, correct = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
-    for group in plan([len(row.ids) - 1 for row in rows], budget, slack=256):
-        chosen = [rows[i] for i in group]
+    texts, text_of = _shared([row.ids[:-1] for row in rows])
+    for group in plan([len(text) for text in texts], budget, slack=256):
+        place = {text: number for number, text in enumerate(group)}
+        index = torch.tensor([i for i, text in enumerate(text_of) if text in place])
+        chosen = [rows[i] for i in index]
         row, column, label = torch.tensor(before_targets(chosen, from_subject=False), device=lm.device).T
-        ids = pad([one.ids[:-1] for one in chosen], lm.device)
-        with narrow(lm, row, column):
+        ids = pad([texts[text] for text in group], lm.device)
+        with narrow(lm, torch.tensor([place[text_of[i]] for i in index], device=lm.device)[row], column):
             logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
         each = torch.nn.functional.cross_entropy(logits.float(), label, reduction="none")
         hits = (logits.argmax(-1) == label).float()
         count = torch.bincount(row)
-        total = torch.zeros(2, len(group), device=lm.device).index_add(1, row, torch.stack([-each, hits]))
-        index = torch.tensor(group)
+        total = torch.zeros(2, len(chosen), device=lm.device).index_add(1, row, torch.stack([-each, hits]))
         scores[index] = (total[0] / count).cpu()
         correct[index] = (total[1] == count).cpu()
     return scores, correct
+
+
+def _shared(inputs: Sequence[tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[int]]:
+    """The inputs that begin no other one, and which of them holds each input: causal models read a beginning for free.
+
+    The targets of one prompt mostly need one pass together.
+
+    Example:
+        >>> _shared([(1, 2), (1, 2, 7), (1, 3), (1, 2)])
+        ([(1, 2, 7), (1, 3)], [0, 0, 1, 0])
+    """
+    ordered = sorted(set(inputs))  # what an input begins stands right after it
+    holder: dict[tuple[int, ...], tuple[int, ...]] = {}
+    for this, following in zip(reversed(ordered), [(), *reversed(ordered[1:])], strict=True):
+        holder[this] = holder[following] if this == following[: len(this)] else this
+    texts = sorted(set(holder.values()))
+    number = {text: index for index, text in enumerate(texts)}
+    return texts, [number[holder[each]] for each in inputs]
 
 
 def _check_rows(lm: LanguageModel, rows: Sequence[Row], prompts: Sequence[str], targets: Sequence[str]) -> None:
