@@ -42,6 +42,7 @@ class Run:
         before: Metrics of the model as it was, by name.
         after: Metrics of the edited model.
         timings: Seconds per phase.
+        logged: Everything that was logged while editing, as of the last batch: what ``report.plot_layers`` draws.
         journal: Every edit batch of this model so far.
         folder: Where metrics, config and journal lie, if the Trainer's logger has a folder.
     """
@@ -49,6 +50,7 @@ class Run:
     before: dict[str, float]
     after: dict[str, float]
     timings: dict[str, float]
+    logged: dict[str, float]
     journal: Journal
     folder: Path | None
 
@@ -197,7 +199,8 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     if folder is not None:
         module.journal.save(folder / "journal")
         write_text(folder / "run.json", json.dumps(module.describe(), indent=1, ensure_ascii=False))
-    return Run(before, _metrics(trainer, "after"), dict(module.timings), module.journal, folder)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return Run(before, _metrics(trainer, "after"), dict(module.timings), logged, module.journal, folder)
 
 
 def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> dict[str, float]:

@@ -339,7 +339,7 @@ def test_real_model_states_five_facts_by_default(smollm2, quiet, tmp_path, caplo
         run = editor.fit(facts[:5])
         assert run.before["efficacy"] < 0.5
         assert run.after["efficacy"] == 1.0
-        assert run.after["specificity"] >= run.before["specificity"] - 0.4  # so few statistics preserve little
+        assert run.after["specificity"] >= run.before["specificity"] - 0.1  # measured: 0.03
     finally:
         editor.rollback()
     assert smollm2.fingerprint() == before

@@ -57,7 +57,7 @@ def alignment(scores: Float[Tensor, "n l"], mismatch: Float[Tensor, "n l"]) -> F
         >>> alignment(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[0.3, 0.1, 0.2]])).tolist()
         [0.3333...]
     """
-    # not torchmetrics' kendall_rank_corrcoef, whose version 1.8 fails on a single fact
+    # not torchmetrics' kendall_rank_corrcoef, whose version 1.9 fails on a single fact
     ours, theirs = ((value[:, :, None] - value[:, None]).sign().double().cpu() for value in (scores, -mismatch))
     agreed, compared = (ours * theirs).sum((1, 2)), ours.square().sum((1, 2)) * theirs.square().sum((1, 2))
     return agreed / compared.sqrt()
