@@ -7,19 +7,24 @@ two rows on the same records can be compared record by record.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
+from safetensors.torch import load_file
 
 from cakeflow import Contexts, EditModule, Editor, EditRequest, TargetOptimizer, read_requests
 from cakeflow.batch import EditBatch
 from cakeflow.callbacks import EditCallback, LayerEdit
+from cakeflow.files import write_tensors
 from cakeflow.metrics.preference import record_means, success
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.model import LanguageModel, cache_folder, load_model
 from cakeflow.scoring import KINDS, score_records
 from cakeflow.targets import Targets
 from cakeflow.weighters.base import effective_layers
@@ -30,18 +35,27 @@ SHOWN = ("efficacy", "generalization", "specificity", "editscore", "efficacy_exa
 
 @dataclass(frozen=True)
 class Remembered(TargetOptimizer):
-    """A target optimiser that finds the values of a batch on the same weights only once."""
+    """A target optimiser that finds the values of a batch on the same weights once, and keeps them in the cache.
 
-    known: dict[tuple[object, ...], Targets] = field(default_factory=dict, compare=False, repr=False)
+    Attributes:
+        spent: Seconds that each search took, when it was done.
+    """
+
+    spent: list[float] = field(default_factory=list, compare=False, repr=False)
 
     def optimize(
         self, lm: LanguageModel, batch: EditBatch, layer: int, progress: Callable[[int], object] = lambda done: None
     ) -> Targets:
         """See ``TargetOptimizer.optimize``."""
-        key = (lm.fingerprint(), batch, layer, self)
-        if key not in self.known:
-            self.known[key] = super().optimize(lm, batch, layer, progress)
-        return self.known[key]
+        key = hashlib.sha256(repr((lm.fingerprint(), lm.dtype, batch, layer, self)).encode()).hexdigest()
+        path = cache_folder() / "targets" / f"{key[:24]}.safetensors"
+        if not path.exists():
+            start = time.perf_counter()
+            found = vars(super().optimize(lm, batch, layer, progress))
+            write_tensors(path, {**found, "seconds": torch.tensor(time.perf_counter() - start)})
+        found = load_file(path)
+        self.spent.append(float(found.pop("seconds")))
+        return Targets(**found)
 
 
 class Watcher(EditCallback):
@@ -80,8 +94,6 @@ class Sweep:
         self.lm = lm or load_model("smollm2-135m")
         self.requests, self.batch_size = requests, batch_size
         self.statistics = {"source": corpus, "tokens": tokens} if corpus else {}
-        self.known: dict[tuple[object, ...], Targets] = {}
-        self.search: dict[str, float] = {}
         self.contexts: Contexts | None = None
         self.path = path
         self.rows: dict[str, Row] = json.loads(path.read_text()) if path and path.exists() else {}
@@ -106,7 +118,7 @@ class Sweep:
             trainer={"logger": False, "callbacks": list(callbacks)},
             **setting,
         )
-        editor.module.targets = Remembered(**asdict(editor.module.targets), known=self.known)
+        editor.module.targets = Remembered(**asdict(editor.module.targets))
         return editor
 
     def unedited(self) -> Row:
@@ -121,9 +133,7 @@ class Sweep:
         try:
             run = editor.fit(self.requests, self.batch_size, evaluate=False)
             self.contexts = self.contexts or module.contexts
-            key = repr((module.targets, module.layers, module.contexts))
-            self.search[key] = max(self.search.get(key, 0.0), run.timings["targets"])
-            seconds = self.search[key] + sum(run.timings[phase] for phase in ("keys", "allocate", "solve"))
+            seconds = sum(run.timings[phase] for phase in ("keys", "allocate", "solve")) + sum(module.targets.spent)
             row = self.judge(module)
         finally:
             editor.rollback()

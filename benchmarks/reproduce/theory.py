@@ -3,10 +3,10 @@
     python benchmarks/reproduce/theory.py --data verbatim_300.json --corpus valid.txt test.txt --records 100 \
         --json theory.json --figure theory.png
 
-Per layer: the share eta of what is left that it takes; how far its effect at the anchor is from that share (drift); how
-far the layers between it and the anchor are from the identity (``sensitivity``); both sides of theorem 2; and what
-remains of the residual when it is edited alone, fact by fact. Then N_eff, the drift of the causal scores, and Kendall's tau of
-scores and single-layer fits, beside that of the mere layer numbers.
+Per layer: the share eta of what is left that it takes; how far its effect at the anchor is from that share (drift);
+how far the layers between it and the anchor are from the identity (``sensitivity``); both sides of theorem 2; and what
+remains of the residual when it is edited alone, fact by fact. Then N_eff, the drift of the causal scores, and Kendall's
+tau of scores and single-layer fits, beside that of the mere layer numbers.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def main() -> None:
     print(f"{args.method}, {len(requests)} records from {args.first}")
     print(f"{'layer':>6s}" + "".join(f"{name:>14s}" for name in PER_LAYER))
     for layer in layers:
-        print(f"{layer:6d}" + "".join(f"{logged.get(f'layer{layer}/{name}', float('nan')):14.4f}" for name in PER_LAYER))
+        print(
+            f"{layer:6d}" + "".join(f"{logged.get(f'layer{layer}/{name}', float('nan')):14.4f}" for name in PER_LAYER)
+        )
     for name in OVERALL:
         print(f"{name:20s}{logged[name]:10.4f}")
     if args.json:

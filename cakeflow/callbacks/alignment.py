@@ -76,14 +76,12 @@ def single_layer_mismatch(walk: Any, edit: LayerEdit, layers: list[int]) -> Floa
         batch, anchor = _one(edit.batch, index), edit.turn.anchor
         reader, row = FactReader(walk.lm, batch), []
         for layer in layers:
-            keys, _ = reader.read(layer, anchor)
-            missing = edit.missing[index, None]
-            problem = walk.problem(layer, keys, missing)
-            before = reader.values(layer, anchor)
+            keys, held = reader.read(layer, anchor)
+            problem = walk.problem(layer, keys, edit.missing[index, None])
             with walk.journal.trial() as step:
                 walk.journal.apply(step, layer, problem, walk.solver.solve(problem))
-                left = missing - (reader.values(layer, anchor) - before)
-            row.append(left.norm() / missing.norm())
+                gained = reader.values(layer, anchor) - held
+            row.append((problem.residual - gained).norm() / problem.residual.norm())
         shares.append(torch.stack(row))
     return torch.stack(shares)
 
