@@ -27,12 +27,13 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
 
 
 def timings_table(timings: Mapping[str, float], edits: int) -> Table:
-    """Seconds per phase, in all and per edit."""
+    """Seconds per phase, in all and per edit; phases that took no time to speak of are left out."""
     table = Table(title="Time", title_justify="left")
     for name in ("phase", "seconds", "per edit"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase, seconds in timings.items():
-        table.add_row(phase, f"{seconds:.1f}", f"{seconds / edits:.2f}")
+        if seconds >= 0.05:
+            table.add_row(phase, f"{seconds:.1f}", f"{seconds / edits:.2f}")
     return table
 
 
