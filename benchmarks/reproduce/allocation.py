@@ -96,7 +96,8 @@ def figure(rows: Rows, path: Path) -> None:
         ax.axvline(0, color="grey", linewidth=0.8)
         ax.set(title=title, xlabel="points from uniform", yticks=range(len(arms)), yticklabels=arms)
     panels[0].invert_yaxis()
-    panels[-1].legend(fontsize="small")
+    if len(ridges) > 1:
+        panels[-1].legend(fontsize="small")
     save_plot(panels[0], path)
 
 

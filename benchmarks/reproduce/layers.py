@@ -27,7 +27,7 @@ def figure(first: list[int], recovered: list[float], scores: list[float], propos
     ax = plt.figure(figsize=(7, 3.5), layout="tight").gca()
     ax.plot(first, scores, "o-", color="tab:orange", label="EditScore after 100 edits")
     ax.axvline(proposed, color="grey", linestyle="--", linewidth=0.8, label="proposed")
-    ax.set(xlabel="first of five layers", ylabel="EditScore")
+    ax.set(xlabel="first of five layers", ylabel="EditScore", xticks=first)
     other = ax.twinx()
     other.plot(first, recovered, "s-", color="tab:purple", label="recovered by the trace")
     other.set_ylabel("probability recovered")
