@@ -108,7 +108,7 @@ class Journal(Sequence[EditStep]):
 
     @contextmanager
     def trial(self) -> Iterator[EditStep]:
-        """A batch that is taken back as a whole when the body ends."""
+        """A batch that is taken back when the body ends; for layers that no open batch wrote."""
         step = EditStep(())
         try:
             yield step

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from cakeflow.callbacks.base import EditCallback, LayerEdit
 from cakeflow.chain import ModelChain
 from cakeflow.contexts import Contexts, generate_contexts
 from cakeflow.data.module import Records
-from cakeflow.errors import ConfigError, NumericalError, ShapeError
+from cakeflow.errors import ConfigError, EditError, NumericalError, ShapeError
 from cakeflow.history import KeyHistory
 from cakeflow.journal import EditStep, Journal
 from cakeflow.keys import FactReader
@@ -161,15 +162,13 @@ class EditModule(L.LightningModule):
                 with self.phase("solve"):
                     problem = self.problem(turn.site.layer, keys, residual)
                     update = self.solver.solve(problem)
-                for watcher in self._watchers():
-                    watcher.on_layer_solved(self, LayerEdit(turn, batch, missing, problem, update))
+                self._tell("on_layer_solved", LayerEdit(turn, batch, missing, problem, update))
                 with self.phase("solve"):
                     numbers = self.journal.apply(step, turn.site.layer, problem, update)
                 self._log_turn(turn, numbers, len(batch))
             left = wanted[turn.anchor].values - reader.values(turn.site.layer, turn.anchor)
             self.log("target/left", left.norm(dim=1).mean(), batch_size=len(batch))
-            for watcher in self._watchers():
-                watcher.on_batch_edited(self, left)
+            self._tell("on_batch_edited", left)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting from nothing."""
@@ -238,8 +237,14 @@ class EditModule(L.LightningModule):
             yield
         self.timings[name] += time.perf_counter() - start
 
-    def _watchers(self) -> list[EditCallback]:
-        return [callback for callback in self.trainer.callbacks if isinstance(callback, EditCallback)]  # type: ignore[attr-defined]
+    def _tell(self, hook: str, news: LayerEdit | Tensor) -> None:
+        """Call a hook of every watcher; what one cannot measure must not undo an edit."""
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EditCallback):
+                try:
+                    getattr(callback, hook)(self, news)
+                except EditError as error:
+                    warnings.warn(f"{type(callback).__name__} measured nothing here: {error}", stacklevel=2)
 
     def _choose(self, layers: Sequence[int], scores: dict[int, float] | None) -> None:
         """Settle the candidate layers, and the scores of a weighter that was given none."""

@@ -93,7 +93,7 @@ def plot_layers(
     """What was logged per layer (``layer{l}/{name}``): one line per name and edit batch, over the layers.
 
     ``["share"]`` shows the allocation ratios, ``["drift"]`` CAKE's figure 5, ``["shift_error", "shift_limit"]`` both
-    sides of theorem 2, ``["sensitivity"]`` how far layers are from the identity, ``["mismatch"]`` table 5's fits.
+    sides of theorem 2, ``["sensitivity"]`` how far layers are from the identity, ``["left_alone"]`` table 5's fits.
 
     Args:
         metrics: Logged numbers of one batch, or of several in order (later ones are drawn darker).
@@ -119,8 +119,8 @@ def plot_layers(
 
 
 def _by_layer(metrics: Mapping[str, float], name: str) -> dict[int, float]:
-    found = {re.fullmatch(rf"layer(\d+)/{name}", key): value for key, value in metrics.items()}
-    return {int(match[1]): float(value) for match, value in found.items() if match}
+    matches = ((re.fullmatch(rf"layer(\d+)/{re.escape(name)}", key), value) for key, value in metrics.items())
+    return {int(match[1]): float(value) for match, value in matches if match}
 
 
 def save_plot(ax: Axes, path: Path) -> None:

@@ -18,11 +18,21 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cakeflow import EditRequest
+from cakeflow.batch import Row
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.request import parse_requests
+from cakeflow.tracing import Fact
+from cakeflow.tracing.facts import trace_row
 
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("gpt2", "llama")
+FACTS = [
+    Fact("The mother tongue of {} is", "Danielle Darrieux", "French"),
+    Fact("{} plays", "Ann", "tennis"),
+    Fact("In the town of {} people speak", "Newport News", "English"),
+    Fact("I live in {}", "Lyon", "France"),
+]
+"""A subject in the middle, at the start, and, the last one, a subject that ends the prompt."""
 WARNINGS = (
     "ignore:.*does not have many workers",
     "ignore:.*configure_optimizers",
@@ -101,6 +111,12 @@ def tiny(request: pytest.FixtureRequest, _models: dict[str, LanguageModel]) -> L
 def lm(_models: dict[str, LanguageModel]) -> LanguageModel:
     """A fresh copy of the tiny GPT-2 in float64."""
     return copy.deepcopy(_models["gpt2"])
+
+
+@pytest.fixture
+def rows(tiny: LanguageModel) -> list[Row]:
+    """``FACTS`` as tokens."""
+    return [trace_row(tiny, fact) for fact in FACTS]
 
 
 @pytest.fixture

@@ -171,7 +171,7 @@ def test_both_sides_of_theorem_2_are_logged(lm, requests, quiet):
 
 
 def test_what_cannot_be_measured_leaves_the_edit_alone(lm, requests, quiet):
-    with pytest.warns(UserWarning, match="not measured"):
+    with pytest.warns(UserWarning, match="WeightShiftBound measured nothing"):
         logged = fit(lm, requests[:2], quiet, [WeightShiftBound(tolerance=1e-12, iterations=1)])
     assert "layer1/shift_error" not in logged
     assert float(logged["target/left"]) > 0
@@ -198,7 +198,7 @@ def test_scores_before_and_after(lm, requests, quiet, monkeypatch, tmp_path):
 
 
 class Alone(EditCallback):
-    """What remains when one layer takes everything, for each fact, by hand on a copy of the model."""
+    """What remains when one layer takes everything, for each fact, by hand."""
 
     def on_layer_solved(self, module, edit):
         if edit.turn.index:
@@ -223,7 +223,7 @@ def test_alignment_is_that_of_single_layer_edits(tiny, requests, quiet, monkeypa
     changes = {"contexts": Contexts(), "moments": dict.fromkeys(LAYERS, torch.zeros(width, width, dtype=torch.float64))}
     logged = fit(tiny, requests[:3], quiet, [plain, ScoreAlignment(trace)], Spied, **changes)
     for layer, wanted in zip(LAYERS, plain.left.mean(0).tolist(), strict=True):
-        assert float(logged[f"layer{layer}/mismatch"]) == pytest.approx(wanted, rel=1e-5)
+        assert float(logged[f"layer{layer}/left_alone"]) == pytest.approx(wanted, rel=1e-5)
     depth = torch.tensor(LAYERS, dtype=torch.float64).expand_as(plain.left)
     assert float(logged["alignment_of_depth"]) == pytest.approx(float(alignment(depth, plain.left).mean()), abs=1e-6)
     assert -1 <= float(logged["alignment"]) <= 1

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from cakeflow import Contexts, EditModule, Editor, EditRequest, TargetOptimizer, read_requests
 from cakeflow.batch import EditBatch
 from cakeflow.callbacks import EditCallback, LayerEdit
-from cakeflow.files import write_tensors
+from cakeflow.files import write_tensors, write_text
 from cakeflow.metrics.preference import record_means, success
 from cakeflow.model import LanguageModel, cache_folder, load_model
 from cakeflow.scoring import KINDS, score_records
@@ -103,7 +103,8 @@ class Sweep:
         if name not in self.rows:
             self.rows[name] = self.run(method, setting) if method else self.unedited()
             if self.path:
-                self.path.write_text(json.dumps(self.rows, indent=1))
+                lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in self.rows.items())
+                write_text(self.path, f"{{\n{lines}\n}}\n")
         return self.rows[name]
 
     def editor(self, method: str, setting: dict[str, Any], *callbacks: L.Callback) -> Editor:

@@ -21,8 +21,8 @@ from cakeflow import read_requests
 from cakeflow.callbacks import ResidualDrift, ScoreAlignment, ScoreDrift, WeightShiftBound
 from cakeflow.report import plot_layers, save_plot
 
-PER_LAYER = ("share", "drift", "sensitivity", "shift_error", "shift_limit", "mismatch")
-PANELS = (("share",), ("drift",), ("sensitivity",), ("shift_error", "shift_limit"), ("mismatch",))
+PER_LAYER = ("share", "drift", "sensitivity", "shift_error", "shift_limit", "left_alone")
+PANELS = (("share",), ("drift",), ("sensitivity",), ("shift_error", "shift_limit"), ("left_alone",))
 OVERALL = ("n_eff", "drift", "target/left", "score_drift", "alignment", "alignment_of_depth")
 
 

@@ -21,10 +21,11 @@ class ScoreAlignment(EditCallback):
     """Rank correlation of scores with how well each layer fits alone (CAKE appendix A.5.2, table 5).
 
     Before a batch is edited, every layer up to the anchor is edited alone and taken back, fact by fact. Logs
-    ``layer{l}/mismatch``, the share of the residual that remains (mean over facts); ``alignment``, the mean over facts
-    of Kendall's tau-b of scores and ``-mismatch``; and ``alignment_of_depth``, the same with the layers' numbers as
-    scores. A layer near the anchor fits better whatever it knows, so scores that rise with depth align anyway: compare
-    the two. Methods with a target at each layer (``anchor="self"``) have no common residual and are left out.
+    ``layer{l}/left_alone``, the share of the residual that then remains (mean over facts); ``alignment``, the mean
+    over facts of Kendall's tau-b of scores and minus that share; and ``alignment_of_depth``, the same with the layers'
+    numbers as scores. A layer near the anchor fits better whatever it knows, so scores that rise with depth align
+    anyway: compare the two. Methods with a target at each layer (``anchor="self"``) have no common residual and are
+    left out.
 
     Args:
         attribution: Scores each request's own prompt, for the token that the model predicts there.
@@ -39,11 +40,10 @@ class ScoreAlignment(EditCallback):
         if edit.turn.index > 0 or walk.allocator.anchor != "last":
             return
         layers = [layer for layer in walk.layers if layer <= edit.turn.anchor.layer]
-        rows = predicted_rows(walk.lm, [variants[0] for variants in edit.batch.rows])
         mismatch = single_layer_mismatch(walk, edit, layers)
-        scores = self.attribution.attribute(walk.lm, rows, layers)
+        scores = self.attribution.attribute(walk.lm, predicted_rows(walk.lm, edit.batch), layers)
         depth = torch.tensor(layers, dtype=torch.float64).expand_as(scores)
-        numbers = {f"layer{layer}/mismatch": value for layer, value in zip(layers, mismatch.mean(0), strict=True)}
+        numbers = {f"layer{layer}/left_alone": value for layer, value in zip(layers, mismatch.mean(0), strict=True)}
         numbers["alignment"] = alignment(scores, mismatch).nanmean()
         numbers["alignment_of_depth"] = alignment(depth, mismatch).nanmean()
         module.log_dict(numbers, batch_size=len(mismatch))

@@ -33,7 +33,10 @@ class LayerEdit:
 
 
 class EditCallback(L.Callback):
-    """A callback around edits; ``module.log`` works in all of these hooks."""
+    """A callback around edits; ``module.log`` works in all of these hooks.
+
+    It watches only: an ``EditError`` that it raises becomes a warning, and the edit goes on.
+    """
 
     def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
         """A layer's change is known; its weight is still as before."""

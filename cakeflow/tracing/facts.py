@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cakeflow.batch import Row, encode, join, pad, plan
+from cakeflow.batch import EditBatch, Row, encode, join, pad, plan
 from cakeflow.data.readers import read_entries, read_requests
 from cakeflow.errors import Problem, RequestError
 from cakeflow.generation import continuations
@@ -114,6 +114,9 @@ def known_rows(
 
     Returns:
         Prompt and object of each known fact as a row with its subject marked, and how many facts were asked.
+
+    Raises:
+        RequestError: If the model knows none of them.
     """
     rows: list[Row] = []
     for start in range(0, len(facts), ASKED_AT_ONCE):
@@ -125,6 +128,9 @@ def known_rows(
                 rows.append(trace_row(lm, fact, before))
             if len(rows) == limit:
                 return rows, asked
+    if not rows:
+        remedy = "the model knows none of the facts; give some that it states by itself"
+        raise RequestError([Problem(0, "facts", f"{len(facts)} facts", remedy)])
     return rows, len(facts)
 
 
@@ -141,9 +147,9 @@ def said_before(text: str, wanted: str) -> str | None:
 
 
 @torch.no_grad()
-def predicted_rows(lm: LanguageModel, rows: Sequence[Row], budget: int = 8192) -> list[Row]:
-    """The same prompts with the model's own most likely next token in the object's place, as in ROME's code."""
-    said: dict[int, int] = {}
+def predicted_rows(lm: LanguageModel, batch: EditBatch, budget: int = 8192) -> list[Row]:
+    """The bare prompts of a batch, the model's own most likely next token in the object's place, as in ROME's code."""
+    rows, said = [variants[0] for variants in batch.rows], dict[int, int]()
     for group in plan([row.target for row in rows], budget):
         ids = pad([rows[i].ids[: rows[i].target] for i in group], lm.device)
         ends = torch.tensor([rows[i].target - 1 for i in group], device=lm.device)

@@ -171,7 +171,7 @@ def _subject_embeddings(lm: LanguageModel, rows: Sequence[Row]) -> Float[Tensor,
 
 def _require_rows(lm: LanguageModel, rows: Sequence[Row]) -> None:
     if not rows:
-        raise RequestError([Problem(0, "facts", [], "the model knows none of them; a trace needs facts it states")])
+        raise RequestError([Problem(0, "rows", [], "a trace needs at least one fact")])
     faulty = [i for i, row in enumerate(rows) if not 0 <= row.start <= row.subject < row.target < len(row.ids)]
     if faulty:
         raise RequestError([Problem(i, "row", rows[i], "mark the subject and put the object after it") for i in faulty])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from cakeflow.batch import Row
-from cakeflow.errors import ConfigError, Problem, RequestError
+from cakeflow.errors import ConfigError
 from cakeflow.model import LanguageModel
 from cakeflow.tracing.attribution import Attribution
 from cakeflow.tracing.facts import Fact, known_rows, read_facts
@@ -116,6 +116,4 @@ def known_scores(
 def _known(lm: LanguageModel, facts: Sequence[Fact], limit: int) -> list[Row]:
     rows, asked = known_rows(lm, facts or read_facts("builtin"), limit)
     log.info("the model knows %d of %d facts", len(rows), asked)
-    if not rows:
-        raise RequestError([Problem(0, "facts", asked, "the model states none of them; name facts that it knows")])
     return rows

@@ -115,8 +115,7 @@ class Scores(Weighter):
     def score(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Scores of the layers in float64, for all facts (l) or fact by fact (n x l)."""
         if self.score_source == "per_request":
-            rows = predicted_rows(lm, [variants[0] for variants in batch.rows])
-            return (self.attribution or CausalTrace()).attribute(lm, rows, layers)
+            return (self.attribution or CausalTrace()).attribute(lm, predicted_rows(lm, batch), layers)
         known = self.prepare(lm, layers)
         known.check(layers)
         return torch.tensor([(known.scores or {})[layer] for layer in layers], dtype=torch.float64)

@@ -10,23 +10,12 @@ from cakeflow.batch import encode_batch
 from cakeflow.config import build_module
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.tap import inject
-from cakeflow.tracing import CausalTrace, Fact
-from cakeflow.tracing.facts import trace_row
+from cakeflow.tracing import CausalTrace
 from cakeflow.weighters import Scores
 from cakeflow.weighters.scores import score_weights
 
-FACTS = [
-    Fact("The mother tongue of {} is", "Danielle Darrieux", "French"),
-    Fact("{} plays", "Ann", "tennis"),
-    Fact("I live in {}", "Lyon", "France"),
-]
 LAYERS = [0, 2, 3]
 GIVEN = {1: 0.1, 2: 0.4, 3: 0.2, 4: 0.3}
-
-
-@pytest.fixture
-def rows(tiny):
-    return [trace_row(tiny, fact) for fact in FACTS]
 
 
 @pytest.fixture(params=[Saliency(), IntegratedGradients(steps=2, trace=CausalTrace(draws=2, noise=0.3))], ids=type)

@@ -124,7 +124,7 @@ def test_a_layer_out_of_range_is_refused(tiny, rows, tmp_path):
 
 
 def test_no_fact_is_refused(tiny, tmp_path):
-    with pytest.raises(RequestError, match="knows none"):
+    with pytest.raises(RequestError, match="at least one fact"):
         CausalTrace().run(tiny, [], folder=tmp_path)
 
 

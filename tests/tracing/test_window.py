@@ -100,7 +100,7 @@ def test_scores_are_measured_on_the_unedited_model_before_the_first_edit(lm, req
 def test_no_known_fact_stops_before_anything_is_edited(lm, requests, quiet, monkeypatch):
     monkeypatch.setattr("cakeflow.tracing.window.read_facts", lambda _source: [Fact("{} is a", "Ann", "qqqq")])
     before = lm.fingerprint()
-    with pytest.raises(RequestError, match="states none of them"):
+    with pytest.raises(RequestError, match="knows none"):
         fit(lm, requests, quiet, [1, 3], Scores(attribution=CausalTrace()))
     assert lm.fingerprint() == before
 
