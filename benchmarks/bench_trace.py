@@ -5,7 +5,8 @@
 Both trace the same facts with the same noise in every layer: ``subject`` restores at the subject's last token only,
 ``all`` at every token from the subject's first on, ``window`` the outputs of 10 MLPs together at the subject's last
 token. The reference runs the clean prompt and the noisy ones as one batch, hooks the restored modules and reads the
-probability of the object at the end. ``error`` is the largest difference of an effect, over the largest effect.
+probability of the object at the end. ``error`` is the largest difference of an effect, over the largest effect. The
+first fact alone warms both ways up.
 """
 
 from __future__ import annotations
@@ -96,8 +97,8 @@ def main() -> int:
     for name in args.only:
         trace = CausalTrace(**{**vars(TRACES[name]), "noise": scale})
         found[name] = alternate(
-            lambda _number, trace=trace: ours(lm, rows, trace).effects,
-            lambda _number, trace=trace: plain(lm, rows, trace, scale),
+            lambda number, trace=trace: ours(lm, rows if number else rows[:1], trace).effects,
+            lambda number, trace=trace: plain(lm, rows if number else rows[:1], trace, scale),
             difference,
             args.repeats,
             TOLERANCE,

@@ -39,10 +39,16 @@ class _FrozenPrefix(Cache):
         keys, values = self.prefix[layer_idx]
         if keys is None or values is None:
             return key_states, value_states
-        return torch.cat([keys, key_states], 2), torch.cat([values, value_states], 2)
+        return _prepend(keys, key_states), _prepend(values, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return 0
+
+
+def _prepend(prefix: Tensor, states: Tensor) -> Tensor:
+    """Put a prefix before the states of one or several copies of its rows."""
+    copies = len(states) // len(prefix)
+    return torch.cat([prefix.expand(copies, *prefix.shape).flatten(0, 1), states], 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +62,7 @@ class Suffixes:
         positions: Their positions in the full rows.
         hidden: What enters block ``first``.
         mask: Additive attention mask, suffix over (prefix, suffix).
-        keys, values: Attention keys and values of the prefixes, one entry per block.
+        keys, values: Attention keys and values of the prefixes, one entry per block; copies of the rows share them.
         row, column: Where logits are read.
         label: The token that each of those positions should predict (-1: none).
     """
@@ -91,11 +97,11 @@ class Suffixes:
 
     def output(
         self, lm: LanguageModel, site: Site, *changes: AbstractContextManager[None]
-    ) -> Float[Tensor, "rows width"]:
-        """What a site gives at each row's first position while the changes are in force; nothing above it is run."""
+    ) -> Float[Tensor, "rows time width"]:
+        """What a site gives while the changes are in force; nothing above it is run."""
         with self._changed(lm, changes), capture(lm, [site], stop=True) as seen:
             self._forward(lm)
-        return seen[site][:, 0]
+        return seen[site]
 
     @contextmanager
     def _changed(self, lm: LanguageModel, changes: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
@@ -120,6 +126,13 @@ class Suffixes:
             raise ArchitectureError(
                 f"{type(lm.model).__name__}: its attention cannot go on from cached keys and an explicit mask: {error}"
             ) from error
+
+    def copies(self, count: int) -> Suffixes:
+        """The same rows ``count`` times, one copy after the other."""
+        offset = len(self.fact) * torch.arange(count, device=self.row.device).repeat_interleave(len(self.row))
+        names = ("fact", "tokens", "positions", "hidden", "mask", "row", "column", "label")
+        parts: dict[str, Any] = {name: torch.cat([getattr(self, name)] * count) for name in names}
+        return replace(self, **{**parts, "row": parts["row"] + offset})
 
     def only(self, kept: Tensor) -> Suffixes:
         """The rows whose fact is marked in ``kept`` (one boolean per fact)."""

@@ -65,9 +65,8 @@ def capture(
 
 
 @contextmanager
-def _put(lm: LanguageModel, site: Site, value: Tensor, at: Tensor, *, add: bool) -> Iterator[None]:
-    """Put a vector at one position of a module's output, in place of what is there or on top of it."""
-    places = torch.arange(len(at), device=at.device), at
+def _put(lm: LanguageModel, site: Site, value: Tensor, places: tuple[Tensor, Tensor], *, add: bool) -> Iterator[None]:
+    """Put vectors at (rows, columns) of a module's output, in place of what is there or on top of it."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = _first(output)
@@ -91,21 +90,26 @@ def inject(
         delta: What to add, one vector per row; gradients flow to it.
         at: The position in each row.
     """
-    return _put(lm, site, delta, at, add=True)
+    return _put(lm, site, delta, (torch.arange(len(at), device=at.device), at), add=True)
 
 
 def restore(
-    lm: LanguageModel, site: Site, value: Float[Tensor, "rows width"], at: Int[Tensor, " rows"]
+    lm: LanguageModel,
+    site: Site,
+    value: Float[Tensor, "places width"],
+    rows: Int[Tensor, " places"],
+    columns: Int[Tensor, " places"],
 ) -> AbstractContextManager[None]:
-    """Put a known vector in place of a module's output at one position of each row.
+    """Put known vectors in place of a module's output at some positions.
 
     Args:
         lm: The model.
         site: Whose output to replace.
-        value: What it becomes, one vector per row.
-        at: The position in each row.
+        value: What it becomes at each place.
+        rows: The row of each place.
+        columns: The position of each place in its row.
     """
-    return _put(lm, site, value, at, add=False)
+    return _put(lm, site, value, (rows, columns), add=False)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -65,23 +66,49 @@ class Runs:
     def corrupted(self) -> Float[Tensor, " n"]:
         """Probability of each object in the corrupted runs, mean over the draws."""
         suffixes = self._from([row.target - 1 for row in self.rows], self.lm.depth)
-        return self._go_on(suffixes, self.lm.depth, [])
+        return self._mean_chance(suffixes.run(self.lm), suffixes.label)[0]
 
     def restored(self, at: Sequence[int]) -> Float[Tensor, "n l"]:
         """Probability of each object with each span's clean output put back at one token.
+
+        The runs climb together: each joins at the first block that its span changes, so a block runs once for all that
+        have begun, and its matrix products are large.
 
         Args:
             at: The token of each fact; one past a fact's end stands for its last.
         """
         at = [min(token, row.target - 1) for token, row in zip(at, self.rows, strict=True)]
-        firsts = [first_changed(span[0]) for span in self.spans]
-        suffixes, facts = self._from(at, min(firsts)), range(len(at))
-        values = {site: output[facts, at].repeat_interleave(self.draws, 0) for site, output in self.outputs.items()}
-        found = []
-        for first, span in zip(firsts, self.spans, strict=True):
-            changes = [restore(self.lm, site, values[site], suffixes.origin) for site in span]
-            found.append(self._go_on(suffixes, first, changes))
-        return torch.stack(found, 1)
+        order = sorted(range(len(self.spans)), key=lambda index: first_changed(self.spans[index][0]))
+        spans = [self.spans[index] for index in order]
+        firsts = [first_changed(span[0]) for span in spans]
+        starts, suffixes = sorted({*firsts}), self._from(at, firsts[0])
+        hidden = suffixes.hidden[:0]
+        for first, following in zip(starts, [*starts[1:], None], strict=True):
+            begun = spans[: bisect_right(firsts, first)]
+            entering = take(self.noisy.outputs[_entering(first)], suffixes.positions)
+            hidden = torch.cat([hidden, *[entering] * firsts.count(first)])
+            running = replace(suffixes.copies(len(begun)), first=first, hidden=hidden)
+            changes = self._restorations(at, begun, range(first - 1, following or self.lm.depth))
+            if following is not None:
+                hidden = running.output(self.lm, Site(following - 1), *changes)
+        found = torch.empty(len(spans), len(at), dtype=torch.float64)
+        found[order] = self._mean_chance(running.run(self.lm, *changes), running.label)
+        return found.T
+
+    def _restorations(
+        self, at: Sequence[int], begun: Sequence[Sequence[Site]], layers: range
+    ) -> list[AbstractContextManager[None]]:
+        """What puts clean outputs back into copies of the runs, one copy per span, in some layers."""
+        count, facts = len(self.noisy.tokens), range(len(at))
+        every = torch.arange(count, device=self.noisy.tokens.device)
+        changes = []
+        for site, output in self.outputs.items():
+            copies = [copy for copy, span in enumerate(begun) if site.layer in layers and site in span]
+            if copies:
+                rows = torch.cat([copy * count + every for copy in copies])
+                value = output[facts, at].repeat_interleave(self.draws, 0).repeat(len(copies), 1)
+                changes.append(restore(self.lm, site, value, rows, torch.zeros_like(rows)))
+        return changes
 
     def _from(self, at: Sequence[int], first: int) -> Suffixes:
         """The corrupted runs from each fact's token on; the object's logits are read at their ends."""
@@ -96,13 +123,11 @@ class Runs:
         ]
         return self.noisy.cut(first, start, max(ends) + 1, torch.arange(len(start), device=device), reads)
 
-    def _go_on(
-        self, suffixes: Suffixes, first: int, changes: Sequence[AbstractContextManager[None]]
-    ) -> Float[Tensor, " n"]:
-        """Run from block ``first`` on what enters it in the corrupted runs."""
-        entering = take(self.noisy.outputs[_entering(first)], suffixes.positions)
-        logits = replace(suffixes, first=first, hidden=entering).run(self.lm, *changes)
-        return _chance(logits, suffixes.label).view(-1, self.draws).mean(1)
+    def _mean_chance(
+        self, logits: Float[Tensor, "read vocabulary"], label: Int[Tensor, " read"]
+    ) -> Float[Tensor, "copies n"]:
+        """Probability of each object, mean over the draws, one row per copy of the runs."""
+        return _chance(logits, label).view(-1, len(self.rows), self.draws).mean(-1)
 
 
 def _entering(first: int) -> Site:
@@ -115,7 +140,8 @@ def _answers(rows: Sequence[Row], device: torch.device) -> Int[Tensor, " n"]:
 
 
 def _chance(logits: Float[Tensor, "n vocabulary"], label: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
-    chance: Tensor = torch.softmax(logits.double(), -1).gather(1, label[:, None])[:, 0].cpu()
+    precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    chance: Tensor = torch.softmax(precise, -1).gather(1, label[:, None])[:, 0].double().cpu()
     if not bool(torch.isfinite(chance).all()):
         raise NumericalError("a trace found a probability that is not finite; load the model in float32")
     return chance

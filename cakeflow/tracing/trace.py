@@ -44,7 +44,8 @@ class CausalTrace(Attribution):
         draws: Noise draws.
         noise: Standard deviation of the noise; None takes three times that of the facts' subject embeddings.
         seed: Of the draws; a fact sees the same ones whichever others are traced.
-        token_budget: Most tokens in one forward pass; bounds memory, changes no result.
+        token_budget: Most tokens in one forward pass of several facts, each counted once per draw and layer; bounds
+            memory, changes no result.
     """
 
     role: Role = "block"
@@ -53,7 +54,7 @@ class CausalTrace(Attribution):
     draws: int = 10
     noise: float | None = None
     seed: int = 0
-    token_budget: int = 2048
+    token_budget: int = 4096
 
     def __post_init__(self) -> None:
         for name in ("window", "draws", "token_budget"):
@@ -93,8 +94,8 @@ class CausalTrace(Attribution):
         ledger = Ledger.of(lm, {**settings, "token_budget": None}, folder)
         missing = [row for row in dict.fromkeys(rows) if row not in ledger]
         with tqdm(total=len(missing), desc="causal trace", unit="fact", delay=2) as bar:
-            lengths = [(row.target - self._first(row)) * self.draws for row in missing]
-            for group in plan(lengths, self.token_budget, slack=256):
+            lengths = [(row.target - self._first(row)) * self.draws * len(layers) for row in missing]
+            for group in plan(lengths, self.token_budget):
                 chosen = [missing[i] for i in group]
                 ledger.add(chosen, self._effects(lm, chosen, layers, noise))
                 bar.update(len(chosen))
