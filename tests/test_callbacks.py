@@ -50,9 +50,13 @@ def edit(seed, spread, index=0):
 def test_theorem_2_holds(seed, spread):
     found, matrices = edit(seed, spread)
     share = Sequential().shares(found.turn.weights)[0]
-    bound = weight_shift_bound(found, share, 1e-10)
+    reached = alone(found, tolerance=1e-12)
+    bound = weight_shift_bound(found, share, reached)
     ideal = torch.linalg.solve(matrices[0], found.missing)
-    torch.testing.assert_close(alone(found, 1e-12), ideal, rtol=0, atol=1e-6)
+    torch.testing.assert_close(reached, ideal, rtol=0, atol=1e-6)
+    wider = matrices[0] @ matrices[0].mT + 0.1 * torch.eye(D_OUT, dtype=torch.float64)
+    damped = (matrices[0].mT @ torch.linalg.solve(wider, found.missing)[..., None])[..., 0]
+    torch.testing.assert_close(alone(found, 0.1, tolerance=1e-12), damped, rtol=0, atol=1e-6)
     error = torch.linalg.matrix_norm((ideal - found.problem.residual).T @ found.update.right, 2)
     assert bound.error == pytest.approx(float(error), rel=1e-5, abs=1e-9)
     assert bound.mismatch == pytest.approx(float(torch.linalg.matrix_norm(ideal - found.missing, 2)), abs=1e-6)
@@ -62,7 +66,7 @@ def test_theorem_2_holds(seed, spread):
 def test_theorem_2_when_every_layer_reaches_the_anchor_unchanged():
     found, _ = edit(0, 0.0)
     share = float(Sequential().shares(found.turn.weights)[0])
-    bound = weight_shift_bound(found, torch.tensor(share))
+    bound = weight_shift_bound(found, torch.tensor(share), alone(found))
     assert bound.mismatch == pytest.approx(0, abs=1e-9)
     assert bound.propagation == pytest.approx((1 - share) * float(torch.linalg.matrix_norm(found.missing, 2)))
     assert bound.error == pytest.approx(

@@ -75,18 +75,19 @@ class Bound:
 class WeightShiftBound(EditCallback):
     """Both sides of theorem 2, and how far ``M_l`` is from the identity that the sequential rule takes it for.
 
-    The paper leaves the ideal residual R* open. Here it is the smallest change of layer l's output that alone would
-    remove all that is missing, ``M_l^T (M_l M_l^T)^-1 R``, by conjugate gradients. Logs ``layer{l}/shift_error``,
-    ``shift_limit``, ``mismatch``, ``propagation``, ``amplification`` and ``sensitivity`` (``|M_l - I|``, root mean
-    square over random directions of ``|(M_l - I)^T v| / |v|``). Costs about one exact allocation per layer.
+    The paper leaves the ideal residual R* open. Here it is the change of layer l's output that alone would remove what
+    is missing, ``M_l^T (M_l M_l^T + damping I)^-1 R``, by conjugate gradients: directions that layer l can hardly move
+    are not forced. Logs ``layer{l}/shift_error``, ``shift_limit``, ``mismatch``, ``propagation``, ``amplification`` and
+    ``sensitivity`` (``|M_l - I|``, root mean square over random directions of ``|(M_l - I)^T v| / |v|``).
 
     Args:
+        damping: 0 asks for all that is missing, which real models may not allow in finite precision.
         tolerance: Relative residual at which R* is taken.
         iterations: Most steps of conjugate gradients.
     """
 
-    def __init__(self, tolerance: float = 1e-3, iterations: int = 500) -> None:
-        self.tolerance, self.iterations = tolerance, iterations
+    def __init__(self, damping: float = 0.01, tolerance: float = 1e-3, iterations: int = 500) -> None:
+        self.damping, self.tolerance, self.iterations = damping, tolerance, iterations
 
     def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
         """See ``EditCallback``."""
@@ -97,7 +98,7 @@ class WeightShiftBound(EditCallback):
         if not isinstance(allocator, ShareAllocator) or edit.update.left is not edit.problem.residual:
             return
         share = allocator.shares(edit.turn.weights)[..., edit.turn.index, None]
-        bound = weight_shift_bound(edit, share, self.tolerance, self.iterations)
+        bound = weight_shift_bound(edit, share, alone(edit, self.damping, self.tolerance, self.iterations))
         if bound.error > bound.limit * (1 + 1e-6):
             warnings.warn(f"layer {layer}: theorem 2 does not hold, {bound}", stacklevel=2)
         numbers = {"shift_error": bound.error, "shift_limit": bound.limit, "mismatch": bound.mismatch}
@@ -105,11 +106,9 @@ class WeightShiftBound(EditCallback):
         module.log_dict({f"layer{layer}/{name}": value for name, value in numbers.items()}, batch_size=size)
 
 
-def weight_shift_bound(
-    edit: LayerEdit, share: Float[Tensor, "*n 1"], tolerance: float = 1e-3, iterations: int = 500
-) -> Bound:
-    """Both sides of theorem 2 for a layer whose update is ``residual^T Q^T``."""
-    ideal, amplifier = alone(edit, tolerance, iterations), edit.update.right
+def weight_shift_bound(edit: LayerEdit, share: Float[Tensor, "*n 1"], ideal: Float[Tensor, "n d_out"]) -> Bound:
+    """Both sides of theorem 2 for a layer whose update is ``residual^T Q^T`` and whose ideal residual is ``ideal``."""
+    amplifier = edit.update.right
     return Bound(
         error=_spectral((ideal - edit.problem.residual).T @ amplifier),
         mismatch=_spectral(ideal - edit.missing),
@@ -118,8 +117,14 @@ def weight_shift_bound(
     )
 
 
-def alone(edit: LayerEdit, tolerance: float = 1e-3, iterations: int = 500) -> Float[Tensor, "n d_out"]:
-    """The smallest change of this layer's output that would remove all that is missing at the anchor by itself."""
+def alone(
+    edit: LayerEdit, damping: float = 0.0, tolerance: float = 1e-3, iterations: int = 500
+) -> Float[Tensor, "n d_out"]:
+    """The smallest change of this layer's output that would remove what is missing at the anchor by itself.
+
+    Raises:
+        NumericalError: If ``iterations`` steps do not reach the tolerance.
+    """
     chain = edit.turn.chain
     assert chain is not None
 
@@ -128,7 +133,7 @@ def alone(edit: LayerEdit, tolerance: float = 1e-3, iterations: int = 500) -> Fl
         return [change, *(torch.zeros_like(change) for _ in range(others))]
 
     def effect(covector: Tensor) -> Tensor:
-        return chain.push(first_only(chain.pull(covector)[0]))
+        return chain.push(first_only(chain.pull(covector)[0])) + damping * covector
 
     return chain.pull(conjugate_gradients(effect, edit.missing, tolerance, iterations))[0]
 
