@@ -52,7 +52,7 @@ def walk(
     start, shares, chains = time.perf_counter(), [], []
     reader = FactReader(lm, batch)
     for index, layer in enumerate(layers):
-        _, values = reader.read(layer, anchor)
+        *_, values = reader.read(layer, anchor)
         noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
         residual = noise * (values.norm(dim=1) / noise.norm(dim=1))[:, None]
         chains.append(Counting(lm, batch, layers[index:], anchor))

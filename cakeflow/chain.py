@@ -59,7 +59,7 @@ class ModelChain:
     def _links(self) -> list[_Link]:
         prompts = [rows[0] for rows in self.batch.rows]
         start = Site(self.layers[0])
-        groups, _ = cut(self.lm, prompts, range(len(prompts)), start, self.budget, read_first=True)
+        groups, _ = cut(self.lm, prompts, range(len(prompts)), [start], self.budget, read_first=True)
         return [_Link.of(self.lm, group, [*map(Site, self.layers[:-1]), self.anchor]) for group in groups]
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -103,8 +103,9 @@ class Journal(Sequence[EditStep]):
             self._restore(len(self.steps), {part.layer for part in step.layers})
             raise
         self.steps.append(step)
-        for part in step.layers:
-            self.history(part.layer).append(part.keys)
+        if requests:
+            for part in step.layers:
+                self.history(part.layer).append(part.keys)
 
     @contextmanager
     def trial(self) -> Iterator[EditStep]:
@@ -134,6 +135,39 @@ class Journal(Sequence[EditStep]):
         self._add(layer, delta)
         return numbers
 
+    def settle(self, step: EditStep) -> bool:
+        """Put what is to be kept of each change in the change's place; whether there was any such change."""
+        chosen = [index for index, part in enumerate(step.layers) if part.update.kept is not None]
+        for index in chosen:
+            part = step.layers[index]
+            self._restore(len(self.steps), {part.layer})
+            kept = part.update.kept
+            assert kept is not None
+            self._add(part.layer, kept.dense)
+            numbers = part.numbers | {"update": float(kept.dense.norm())}
+            step.layers[index] = replace(part, update=kept, numbers=numbers)
+        return bool(chosen)
+
+    def finish(self, rule: Callable[[Tensor, Tensor], Tensor]) -> None:
+        """End a run: a step without requests for the layers whose weight a rule changes.
+
+        Args:
+            rule: Takes a weight before any edit and now, d_out x d_in in float64; gives what it becomes.
+        """
+        changes: dict[int, Tensor] = {}
+        for layer in sorted({part.layer for step in self.steps for part in step.layers}):
+            master = self._masters.get(layer, self.lm.weight(layer)).detach().double()
+            now = master.T if self._transposed(layer) else master
+            wanted = rule(self.origin(layer).double(), now)
+            if wanted is not now:
+                changes[layer] = wanted - now
+        if changes:
+            with self.batch(()) as step:
+                for layer, change in changes.items():
+                    numbers = {"update": float(change.norm())}
+                    step.layers.append(LayerStep(layer, change[:0], Update(change), numbers))
+                    self._add(layer, change)
+
     def rollback(self, steps: int | None = None) -> None:
         """Take back the last ``steps`` batches (default: all), bit for bit."""
         kept = 0 if steps is None else max(0, len(self.steps) - steps)
@@ -141,7 +175,7 @@ class Journal(Sequence[EditStep]):
         del self.steps[kept:]
         self._history.clear()
         for step in self.steps:
-            for part in step.layers:
+            for part in step.layers if step.requests else ():
                 self.history(part.layer).append(part.keys)
 
     def save(self, folder: Path) -> None:

@@ -100,7 +100,9 @@ class FactReader:
         others = [ids for rows in prompts for ids in rows[1:]]
         self.others = PromptStream(lm, others, budget) if others else None
 
-    def read(self, layer: int, anchor: Site) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
+    def read(
+        self, layer: int, anchor: Site
+    ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
         """Keys at a layer and values at the anchor, in float64; layers must come in ascending order.
 
         Args:
@@ -108,16 +110,18 @@ class FactReader:
             anchor: Where targets are set.
 
         Returns:
-            Mean key over the contexts (half of the weight on the bare prompt), and the anchor's output now.
+            Mean key over the contexts (half of the weight on the bare prompt), key on the bare prompt, and the
+            anchor's output now.
         """
         site = Site(layer, "mlp_out")
         keys, values = self.bare.read(site, anchor)
-        mean = keys.double() * self.weights[0]
+        keys = keys.double()
+        mean = keys * self.weights[0]
         if self.others is not None:
             grouped = self.others.read(site)[0].double().unflatten(0, (len(keys), -1))
             mean = mean + torch.einsum("ncd,c->nd", grouped, self.weights[1:])
         assert values is not None
-        return mean, values.double()
+        return mean, keys, values.double()
 
     def values(self, layer: int, anchor: Site) -> Float[Tensor, "n d_out"]:
         """What the anchor holds on the bare prompts now, in float64; ``layer`` is the last one that was read."""

@@ -33,7 +33,7 @@ from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
 from cakeflow.scoring import score_records
-from cakeflow.solvers import LeastSquares, NullSpace, Solver
+from cakeflow.solvers import LeastSquares, Solver
 from cakeflow.statistics import Statistics
 from cakeflow.targets import TargetOptimizer, Targets
 from cakeflow.tracing import locate
@@ -72,7 +72,7 @@ class EditModule(L.LightningModule):
         layers: Sequence[int] | Literal["auto"] = (),
         weighter: Weighter = Uniform(),
         allocator: Allocator = Sequential(),
-        solver: Solver = NullSpace(LeastSquares(ridge=10.0)),
+        solver: Solver = LeastSquares(),
         targets: TargetOptimizer = TargetOptimizer(),
         statistics: Statistics = Statistics(),
         contexts: Contexts | None = None,
@@ -155,20 +155,26 @@ class EditModule(L.LightningModule):
                 if turn.anchor not in wanted:
                     wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step)
                 with self.phase("keys"):
-                    keys, values = reader.read(turn.site.layer, turn.anchor)
+                    keys, bare, values = reader.read(turn.site.layer, turn.anchor)
                 missing = wanted[turn.anchor].values - values
                 with self.phase("allocate"):
                     residual = self.allocator.allocate(missing, turn)
                 with self.phase("solve"):
-                    problem = self.problem(turn.site.layer, keys, residual)
+                    problem = self.problem(turn.site.layer, keys, residual, bare)
                     update = self.solver.solve(problem)
                 self._tell("on_layer_solved", LayerEdit(turn, batch, missing, problem, update))
                 with self.phase("solve"):
                     numbers = self.journal.apply(step, turn.site.layer, problem, update)
                 self._log_turn(turn, numbers, len(batch))
+            if self.journal.settle(step):
+                reader = FactReader(self.lm, batch)
             left = wanted[turn.anchor].values - reader.values(turn.site.layer, turn.anchor)
             self.log("target/left", left.norm(dim=1).mean(), batch_size=len(batch))
             self._tell("on_batch_edited", left)
+
+    def on_train_end(self) -> None:
+        """What a solver does once, after all batches."""
+        self.journal.finish(self.solver.finish)
 
     def on_validation_epoch_start(self) -> None:
         """Start counting from nothing."""
@@ -275,7 +281,13 @@ class EditModule(L.LightningModule):
         step.targets += [{"layer": anchor.layer, **dict(zip(numbers, row, strict=True))} for row in rows]
         return found
 
-    def problem(self, layer: int, keys: Float[Tensor, "n d_in"], residual: Float[Tensor, "n d_out"]) -> LayerProblem:
+    def problem(
+        self,
+        layer: int,
+        keys: Float[Tensor, "n d_in"],
+        residual: Float[Tensor, "n d_out"],
+        bare: Float[Tensor, "n d_in"] | None = None,
+    ) -> LayerProblem:
         """What the solver is asked at a layer, under the weights and the history as they are now."""
         if not bool(torch.isfinite(keys).all() and torch.isfinite(residual).all()):
             raise NumericalError(f"layer {layer}: keys or residuals are not finite; load the model in float32")
@@ -286,6 +298,7 @@ class EditModule(L.LightningModule):
             origin=self.journal.origin(layer),
             covariance=self.covariances[layer],
             seen=self.journal.history(layer) if self.use_history else KeyHistory(),
+            bare=bare,
         )
 
     def _log_turn(self, turn: Turn, numbers: dict[str, float], size: int) -> None:

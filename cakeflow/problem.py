@@ -86,6 +86,7 @@ class LayerProblem:
         origin: d_out x d_in, the weight before any edit.
         covariance: Second moment of the keys to preserve, or None where a wrapper has dealt with them.
         seen: Keys of earlier edits, to preserve as well.
+        bare: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
 
     Raises:
         ShapeError: If the shapes do not fit together.
@@ -97,6 +98,7 @@ class LayerProblem:
     origin: Float[Tensor, "d_out d_in"]
     covariance: Covariance | None = None
     seen: KeyHistory = field(default_factory=KeyHistory)
+    bare: Float[Tensor, "n d_in"] | None = None
 
     def __post_init__(self) -> None:
         (n, d_in), (d_out, width) = self.keys.shape, self.weight.shape
@@ -126,10 +128,12 @@ class Update:
     Attributes:
         right: n x d_in (or D itself, d_out x d_in).
         left: n x d_out, or None.
+        kept: What takes its place once all layers of the batch are written, or None where it stays.
     """
 
     right: Float[Tensor, "n d_in"]
     left: Float[Tensor, "n d_out"] | None = None
+    kept: Update | None = None
 
     @cached_property
     def dense(self) -> Float[Tensor, "d_out d_in"]:

@@ -85,10 +85,10 @@ class Suffixes:
         return torch.zeros_like(self.fact)
 
     def logits(
-        self, lm: LanguageModel, site: Site, delta: Float[Tensor, "rows width"]
+        self, lm: LanguageModel, sites: Sequence[Site], delta: Float[Tensor, "rows sites width"]
     ) -> Float[Tensor, "read vocabulary"]:
-        """Logits at (row, column) with ``delta`` added to the site's output at each row's first position."""
-        return self.run(lm, inject(lm, site, delta, self.origin))
+        """Logits at (row, column) with ``delta`` added to the sites' outputs at each row's first position."""
+        return self.run(lm, *(inject(lm, site, delta[:, i], self.origin) for i, site in enumerate(sites)))
 
     def run(self, lm: LanguageModel, *changes: AbstractContextManager[None]) -> Float[Tensor, "read vocabulary"]:
         """Logits at (row, column) while the changes are in force."""
@@ -223,35 +223,42 @@ def first_changed(site: Site) -> int:
 
 
 def cut(
-    lm: LanguageModel, rows: Sequence[Row], facts: Sequence[int], site: Site, budget: int, *, read_first: bool = False
-) -> tuple[list[Suffixes], Float[Tensor, "rows width"]]:
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    facts: Sequence[int],
+    sites: Sequence[Site],
+    budget: int,
+    *,
+    read_first: bool = False,
+) -> tuple[list[Suffixes], Float[Tensor, "rows sites width"]]:
     """Run rows once in full and cut them at the subject's last token.
 
     Args:
         lm: The model.
         rows: Tokenised texts with a subject; the last token is a label only.
         facts: Which fact each row belongs to.
-        site: Where vectors will be injected.
+        sites: Where vectors will be injected.
         budget: Most tokens in one group of suffixes.
         read_first: Read logits at the first position only (no labels) instead of before each target token.
 
     Returns:
-        Groups of suffixes, and the site's own output at each row's subject.
+        Groups of suffixes, and the sites' own outputs at each row's subject.
     """
     _require_full_attention(lm, max(len(row.ids) for row in rows))
     ends = [row.subject + 1 if read_first else len(row.ids) - 1 for row in rows]
     lengths = [end - row.subject for end, row in zip(ends, rows, strict=True)]
-    first = first_changed(site)
-    sites = [Site(max(first - 1, 0)), site]
+    first = min(map(first_changed, sites))
+    recorded = [*dict.fromkeys([Site(max(first - 1, 0)), *sites])]
     groups: list[Suffixes] = []
     outputs: dict[int, Tensor] = {}
     for group in plan(lengths, budget, slack=8):
-        recording = Recording.of(lm, pad([rows[i].ids[: ends[i]] for i in group], lm.device), sites)
+        recording = Recording.of(lm, pad([rows[i].ids[: ends[i]] for i in group], lm.device), recorded)
         start = torch.tensor([rows[i].subject for i in group], device=lm.device)
         fact = torch.tensor([facts[i] for i in group], device=lm.device)
         reads = _first_position(len(group)) if read_first else before_targets([rows[i] for i in group])
         groups.append(recording.cut(first, start, lengths[group[0]], fact, reads))
-        outputs.update(zip(group, take(recording.outputs[site], start[:, None])[:, 0], strict=True))
+        held = [take(recording.outputs[site], start[:, None])[:, 0] for site in sites]
+        outputs.update(zip(group, torch.stack(held, 1), strict=True))
     return groups, torch.stack([outputs[i] for i in range(len(rows))])
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
 
@@ -56,6 +56,10 @@ class TargetOptimizer:
         weight_decay: Weight of the decay term (``v_weight_decay``).
         stop_loss: Where a fact is done.
         role: Which output of the anchor layer is optimised.
+        also: A further output of that layer with a delta of its own, optimised along and then dropped, so that z need
+            not carry all of the fact (PMET, Li et al. 2024, eq. 13: ``attn_out`` beside ``mlp_out``).
+        ease: Factor of a fact's NLL while all tokens of its target are the most likely ones (PMET's code: 0.1).
+        stop_kl: A fact whose target is the most likely one is done once its KL is below this (PMET's code: 0.01).
         token_budget: Most suffix tokens in one forward and backward pass; bounds memory, changes no result.
     """
 
@@ -66,6 +70,9 @@ class TargetOptimizer:
     weight_decay: float = 0.5
     stop_loss: float = 0.05
     role: Role = "block"
+    also: Role | None = None
+    ease: float = 1.0
+    stop_kl: float = 0.0
     token_budget: int = 1024
 
     def __post_init__(self) -> None:
@@ -74,6 +81,12 @@ class TargetOptimizer:
                 raise ConfigError(f"targets.{name} must be above 0, got {getattr(self, name)}")
         if self.role not in get_args(Role):
             raise ConfigError(f"targets.role must be one of {get_args(Role)}, got {self.role!r}")
+        if self.also not in (None, *get_args(Role)) or self.also == self.role:
+            raise ConfigError(f"targets.also must be another one of {get_args(Role)}, got {self.also!r}")
+        if not 0 < self.ease <= 1 or not self.stop_kl >= 0:
+            raise ConfigError(
+                f"targets.ease must lie in (0, 1] and stop_kl be 0 or more, got {self.ease}, {self.stop_kl}"
+            )
 
     def site(self, layer: int) -> Site:
         """Where z lives for a layer."""
@@ -96,7 +109,8 @@ class TargetOptimizer:
         Raises:
             NumericalError: If a loss is not finite; the message names the request.
         """
-        problem = _Problem.prepare(lm, batch, self.site(layer), self.token_budget)
+        sites = [self.site(layer), *([Site(layer, self.also)] if self.also else [])]
+        problem = _Problem.prepare(lm, batch, sites, self.token_budget)
         frozen = [(p, p.requires_grad_(False)) for p in lm.model.parameters() if p.requires_grad]
         try:
             with torch.enable_grad():
@@ -107,38 +121,38 @@ class TargetOptimizer:
 
     def _descend(self, problem: _Problem, batch: EditBatch, progress: Callable[[int], object]) -> Targets:
         initial = problem.initial
-        norm = torch.linalg.vector_norm(initial, dim=1)
+        norm = torch.linalg.vector_norm(initial, dim=2)
         delta = torch.zeros_like(initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)
-        final, loss = delta.detach().clone(), torch.zeros_like(norm)
-        nll, steps = torch.zeros_like(norm), torch.zeros(len(norm), dtype=torch.long, device=norm.device)
-        active = torch.ones(len(norm), dtype=torch.bool, device=norm.device)
+        final, factor = delta.detach().clone(), torch.ones_like(norm[:, 0])
+        loss, nll, steps = torch.zeros_like(factor), torch.zeros_like(factor), torch.zeros_like(factor).long()
+        active = torch.ones_like(factor).bool()
         for step in range(self.steps):
             last = step == self.steps - 1
-            now, fit, grad = problem.evaluate(self, delta.detach(), norm, with_grad=not last)
-            _require_finite(now, active, batch, step)
+            now = problem.evaluate(self, delta.detach(), norm, factor, with_grad=not last)
+            _require_finite(now.loss, active, batch, step)
             steps += active
-            loss, nll = torch.where(active, now, loss), torch.where(active, fit, nll)
-            done = active & ((now < self.stop_loss) | last)
+            loss, nll = torch.where(active, now.loss, loss), torch.where(active, now.nll, nll)
+            done = active & ((now.loss < self.stop_loss) | (now.top & (now.kl < self.stop_kl)) | last)
+            factor = torch.where(now.top, self.ease, 1.0).to(factor)
             final[done] = delta.detach()[done]
             active = active & ~done
             progress(int(done.sum()))
             if not bool(active.any()):
                 break
             problem = problem.only(active)
-            delta.grad = grad
+            delta.grad = now.grad
             adam.step()
             _clamp(delta, self.clamp * norm)
-        return Targets(
-            (initial + final).double(), initial.double(), loss, torch.exp(-nll), steps, loss < self.stop_loss
-        )
+        values = (initial + final)[:, 0].double()
+        return Targets(values, initial[:, 0].double(), loss, torch.exp(-nll), steps, loss < self.stop_loss)
 
 
-def _clamp(delta: Tensor, radius: Float[Tensor, " n"]) -> None:
-    """Pull every row that left its ball back onto the sphere; Adam's moments are not reset, as in the official code."""
+def _clamp(delta: Float[Tensor, "n sites d_out"], radius: Float[Tensor, "n sites"]) -> None:
+    """Pull every vector that left its ball back onto the sphere; Adam's moments stay, as in the official code."""
     with torch.no_grad():
-        length = torch.linalg.vector_norm(delta, dim=1)
-        delta.mul_(torch.where(length > radius, radius / length, 1.0)[:, None])
+        length = torch.linalg.vector_norm(delta, dim=2)
+        delta.mul_(torch.where(length > radius, radius / length, 1.0)[..., None])
 
 
 def _require_finite(loss: Tensor, active: Tensor, batch: EditBatch, step: int) -> None:
@@ -151,26 +165,37 @@ def _require_finite(loss: Tensor, active: Tensor, batch: EditBatch, step: int) -
 
 
 @dataclass(frozen=True, eq=False)
+class _Evaluation:
+    """The objective at one delta, fact by fact; ``top``: all tokens of the target are the most likely ones."""
+
+    loss: Float[Tensor, " n"]
+    nll: Float[Tensor, " n"]
+    kl: Float[Tensor, " n"]
+    top: Bool[Tensor, " n"]
+    grad: Float[Tensor, "n sites d_out"]
+
+
+@dataclass(frozen=True, eq=False)
 class _Problem:
     """The objective of one batch, cut down to what depends on delta."""
 
     lm: LanguageModel
-    site: Site
+    sites: Sequence[Site]
     contexts: int
-    initial: Float[Tensor, "n d_out"]
+    initial: Float[Tensor, "n sites d_out"]
     prompts: list[Suffixes]
     essence: list[Suffixes]
     reference: list[Tensor]
 
     @classmethod
-    def prepare(cls, lm: LanguageModel, batch: EditBatch, site: Site, budget: int) -> _Problem:
+    def prepare(cls, lm: LanguageModel, batch: EditBatch, sites: Sequence[Site], budget: int) -> _Problem:
         rows = [row for variants in batch.rows for row in variants]
         width = len(batch.weights)
-        prompts, outputs = cut(lm, rows, [i // width for i in range(len(rows))], site, budget)
-        essence, _ = cut(lm, batch.essence, range(len(batch)), site, budget, read_first=True)
+        prompts, outputs = cut(lm, rows, [i // width for i in range(len(rows))], sites, budget)
+        essence, _ = cut(lm, batch.essence, range(len(batch)), sites, budget, read_first=True)
         initial = outputs[::width]  # h_0 is read on the bare prompt, the first of each request's rows
         initial = initial if initial.dtype == torch.float64 else initial.float()
-        problem = cls(lm, site, width, initial, prompts, essence, [])
+        problem = cls(lm, sites, width, initial, prompts, essence, [])
         with torch.no_grad():
             before = [problem._log_probs(part, torch.zeros_like(initial)) for part in essence]
         _require_agreement(lm, batch, essence, before)
@@ -186,33 +211,44 @@ class _Problem:
         )
 
     def evaluate(
-        self, settings: TargetOptimizer, delta: Tensor, norm: Tensor, *, with_grad: bool
-    ) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, "n d_out"]]:
-        """Loss, its NLL part and the gradient, summed over the groups of rows."""
-        nll, kl, grad = torch.zeros_like(norm), torch.zeros_like(norm), torch.zeros_like(delta)
+        self, settings: TargetOptimizer, delta: Tensor, norm: Tensor, factor: Tensor, *, with_grad: bool
+    ) -> _Evaluation:
+        """Loss (its NLL times ``factor``), parts and gradient, summed over the groups of rows."""
+        nll, kl, missed = (torch.zeros_like(factor) for _ in range(3))
+        grad = torch.zeros_like(delta)
         with torch.set_grad_enabled(with_grad):
             leaf = delta.requires_grad_(with_grad)
             for part in self.prompts:
-                _accumulate(nll, grad, leaf, part.fact, self._nll(part, leaf))
+                each, wrong = self._nll(part, leaf)
+                missed.index_add_(0, part.fact, wrong)
+                _accumulate(nll, grad, leaf, part.fact, each, factor[part.fact])
             for part, before in zip(self.essence, self.reference, strict=True):
                 now = self._log_probs(part, leaf)
                 divergence = (now.exp() * (now - before)).sum(1)
-                _accumulate(kl, grad, leaf, part.fact, settings.kl_factor * divergence)
-            decay = settings.weight_decay * torch.linalg.vector_norm(leaf, dim=1) / norm.square()
+                _accumulate(kl, grad, leaf, part.fact, divergence, settings.kl_factor)
+            length = torch.linalg.vector_norm(leaf, dim=2)
+            decay = settings.weight_decay * (length / norm.square()).sum(1)
             if with_grad:
                 grad += torch.autograd.grad(decay.sum(), leaf)[0]
-        return nll + kl + decay.detach(), nll, grad
+        loss = factor * nll + settings.kl_factor * kl + decay.detach()
+        return _Evaluation(loss, nll, kl, missed == 0, grad)
 
     def _log_probs(self, part: Suffixes, delta: Tensor) -> Float[Tensor, "read vocabulary"]:
-        logits = part.logits(self.lm, self.site, delta[part.fact])
+        logits = part.logits(self.lm, self.sites, delta[part.fact])
         return logits.to(delta.dtype).log_softmax(-1)
 
-    def _nll(self, part: Suffixes, delta: Tensor) -> Float[Tensor, " rows"]:
-        """Mean over the target's tokens, divided by the number of contexts: their sum over rows is the mean."""
-        logits = part.logits(self.lm, self.site, delta[part.fact]).to(delta.dtype)
+    def _nll(self, part: Suffixes, delta: Tensor) -> tuple[Float[Tensor, " rows"], Float[Tensor, " rows"]]:
+        """Mean over the target's tokens, divided by the number of contexts: their sum over rows is the mean.
+
+        Also the number of those tokens that are not the most likely ones.
+        """
+        logits = part.logits(self.lm, self.sites, delta[part.fact]).to(delta.dtype)
         each = torch.nn.functional.cross_entropy(logits, part.label, reduction="none")
+        wrong = (logits.detach().gather(1, part.label[:, None])[:, 0] < logits.detach().amax(1)).to(each)
         count = torch.bincount(part.row, minlength=len(part.fact))
-        return each.new_zeros(len(part.fact)).index_add(0, part.row, each) / count / self.contexts
+        sums = (each.new_zeros(len(part.fact)).index_add(0, part.row, value) for value in (each / self.contexts, wrong))
+        nll, missed = sums
+        return nll / count, missed
 
 
 @torch.no_grad()
@@ -235,8 +271,8 @@ def _require_agreement(lm: LanguageModel, batch: EditBatch, essence: list[Suffix
         )
 
 
-def _accumulate(total: Tensor, grad: Tensor, leaf: Tensor, fact: Tensor, value: Tensor) -> None:
-    """Add a group's rows to their facts' totals and, while gradients are on, its gradient to the gradient."""
+def _accumulate(total: Tensor, grad: Tensor, leaf: Tensor, fact: Tensor, value: Tensor, factor: Tensor | float) -> None:
+    """Add a group's rows to their facts' totals and, while gradients are on, the gradient of ``factor`` times them."""
     total.index_add_(0, fact, value.detach())
     if torch.is_grad_enabled():
-        grad += torch.autograd.grad(value.sum(), leaf)[0]
+        grad += torch.autograd.grad((factor * value).sum(), leaf)[0]

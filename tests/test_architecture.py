@@ -209,10 +209,10 @@ def test_other_families_suffixes_equal_full_passes(family, lm, requests):
     batch = encode_batch(wrapped, requests[:4], Contexts.of(["{}", "I am. {}"]))
     rows = [row for variants in batch.rows for row in variants]
     site = Site(0)
-    groups, _ = cut(wrapped, rows, range(len(rows)), site, 64)
+    groups, _ = cut(wrapped, rows, range(len(rows)), [site], 64)
     delta = torch.randn(len(rows), WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     for group in groups:
-        got = group.logits(wrapped, site, delta[group.fact])
+        got = group.logits(wrapped, [site], delta[group.fact, None])
         for line, row, column in zip(got, group.row.tolist(), group.column.tolist(), strict=True):
             fact = int(group.fact[row])
             full = torch.tensor([rows[fact].ids[:-1]])

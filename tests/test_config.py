@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from cakeflow_restrain import Prune, Rect
 
 from cakeflow import (
     Contexts,
@@ -22,6 +23,7 @@ from cakeflow import (
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
+from cakeflow.solvers import EqualityConstrained
 
 METHODS, MODELS = shipped("method"), shipped("model")
 PARTS = {
@@ -30,6 +32,25 @@ PARTS = {
     "memit_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
     "alphaedit": (Uniform(), Sequential(), NullSpace(LeastSquares(1.0)), True),
     "alphaedit_blue": (Endpoints(), Sequential(0.0, "self"), NullSpace(LeastSquares(1.0)), True),
+    "memit_seq_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), True),
+    "rome": (OneHot(), Sequential(), EqualityConstrained(), False),
+    "rome_official": (OneHot(), Sequential(), EqualityConstrained(at="bare"), False),
+    "emmet": (Uniform(), Sequential(), EqualityConstrained(), False),
+    "pmet": (Uniform(), Sequential(0.5), LeastSquares(), False),
+    "pmet_seq": (Uniform(), Sequential(0.5), LeastSquares(), True),
+    "pmet_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
+    "rect": (Uniform(), Sequential(), Rect(), False),
+    "rect_blue": (Endpoints(), Sequential(0.0, "self"), Rect(), False),
+    "prune": (Uniform(), Sequential(), Prune(), False),
+    "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
+    "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
+}
+"""Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
+OVER = {"cake": "alphaedit", "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet"}
+"""CAKE over a method: its weights, everything else as there."""
+TARGETS = {
+    "rome": {"role": "mlp_out", "clamp": 4.0},
+    "pmet": {"role": "mlp_out", "also": "attn_out", "ease": 0.1, "stop_kl": 0.01},
 }
 
 
@@ -54,7 +75,8 @@ def test_every_method_with_every_model(method, model):
     assert isinstance(module, EditModule)
     assert not hasattr(module, "lm")
     assert module.layers == numbers["layers"]
-    assert module.targets == TargetOptimizer(**numbers["targets"])
+    special = next((extra for part, extra in TARGETS.items() if part in method), {})
+    assert module.targets == TargetOptimizer(**numbers["targets"], **special)
     assert module.statistics == Statistics(**numbers["statistics"])
 
 
@@ -62,6 +84,18 @@ def test_every_method_with_every_model(method, model):
 def test_compositions(method):
     module = build(method)
     assert (module.weighter, module.allocator, module.solver, module.use_history) == PARTS[method]
+
+
+@pytest.mark.parametrize(("method", "base"), OVER.items())
+def test_cake_over_every_solver(method, base):
+    module = build(method)
+    assert isinstance(module.weighter, Scores)
+    assert module.weighter.tau == 0.1
+    assert (module.allocator, module.solver, module.use_history) == PARTS[base][1:]
+
+
+def test_every_recipe_is_pinned():
+    assert set(PARTS) | set(OVER) == set(METHODS)
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -20,7 +20,7 @@ def batch(lm, requests):
 @torch.no_grad()
 def plain(lm, batch, layer, anchor):
     """One row at a time, whole row, whole model."""
-    keys, values = [], []
+    keys, bares, values = [], [], []
     for variants in batch.rows:
         read = []
         for row in variants:
@@ -30,7 +30,8 @@ def plain(lm, batch, layer, anchor):
             values += [value[anchor][0, row.subject]] if len(read) == 1 else []
         bare, *others = read
         keys.append(bare / 2 + sum(others) / 10)
-    return torch.stack(keys), torch.stack(values)
+        bares.append(bare)
+    return torch.stack(keys), torch.stack(bares), torch.stack(values)
 
 
 @pytest.mark.parametrize("budget", [1, 30, 8192])
@@ -38,9 +39,10 @@ def plain(lm, batch, layer, anchor):
 def test_equals_full_passes_layer_by_layer(tiny, batch, layers, budget):
     reader, anchor = FactReader(tiny, batch, budget), Site(layers[-1])
     for layer in layers:
-        keys, values = reader.read(layer, anchor)
-        wanted_keys, wanted_values = plain(tiny, batch, layer, anchor)
+        keys, bare, values = reader.read(layer, anchor)
+        wanted_keys, wanted_bare, wanted_values = plain(tiny, batch, layer, anchor)
         torch.testing.assert_close(keys, wanted_keys, rtol=0, atol=1e-12)
+        torch.testing.assert_close(bare, wanted_bare, rtol=0, atol=1e-12)
         torch.testing.assert_close(values, wanted_values, rtol=0, atol=1e-12)
 
 
@@ -48,14 +50,15 @@ def test_sees_weights_that_were_changed_on_the_way(tiny, batch):
     reader, anchor = FactReader(tiny, batch), Site(4)
     generator = torch.Generator().manual_seed(0)
     for layer in (1, 2, 4):
-        stale, _ = plain(tiny, batch, layer, anchor)
+        stale, *_ = plain(tiny, batch, layer, anchor)
         if layer > 1:
             with torch.no_grad():
                 previous = tiny.weight(layer - 1 if layer == 2 else 2)
                 previous += 0.3 * torch.randn(previous.shape, dtype=previous.dtype, generator=generator)
-        keys, values = reader.read(layer, anchor)
-        wanted_keys, wanted_values = plain(tiny, batch, layer, anchor)
+        keys, bare, values = reader.read(layer, anchor)
+        wanted_keys, wanted_bare, wanted_values = plain(tiny, batch, layer, anchor)
         torch.testing.assert_close(keys, wanted_keys, rtol=0, atol=1e-12)
+        torch.testing.assert_close(bare, wanted_bare, rtol=0, atol=1e-12)
         torch.testing.assert_close(values, wanted_values, rtol=0, atol=1e-12)
         assert layer == 1 or not torch.allclose(keys, stale, atol=1e-3)
 
@@ -65,8 +68,8 @@ def test_values_at_the_layer_itself(tiny, batch, role):
     reader = FactReader(tiny, batch)
     for layer in (1, 4):
         anchor = Site(layer, role)
-        _, values = reader.read(layer, anchor)
-        torch.testing.assert_close(values, plain(tiny, batch, layer, anchor)[1], rtol=0, atol=1e-12)
+        *_, values = reader.read(layer, anchor)
+        torch.testing.assert_close(values, plain(tiny, batch, layer, anchor)[-1], rtol=0, atol=1e-12)
 
 
 def test_weights_of_the_mean(lm, batch):
@@ -74,7 +77,7 @@ def test_weights_of_the_mean(lm, batch):
     assert batch.weights == pytest.approx((0.5, *[0.1] * 5))
     bare = encode_batch(lm, batch.requests, Contexts())
     reader, anchor = FactReader(lm, bare), Site(3)
-    keys, _ = reader.read(3, anchor)
+    keys, *_ = reader.read(3, anchor)
     assert reader.others is None
     with torch.no_grad(), capture(lm, [Site(3, "mlp_out")], side="in") as seen:
         lm.model(input_ids=torch.tensor([bare.rows[2][0].ids]), use_cache=False)
@@ -82,9 +85,9 @@ def test_weights_of_the_mean(lm, batch):
 
 
 def test_float32_models_are_read_in_float64(lm, batch):
-    wanted, _ = FactReader(lm, batch).read(2, Site(2))
+    wanted, *_ = FactReader(lm, batch).read(2, Site(2))
     lm.model.float()
-    keys, values = FactReader(lm, batch).read(2, Site(2))
+    keys, _, values = FactReader(lm, batch).read(2, Site(2))
     assert keys.dtype == values.dtype == torch.float64
     torch.testing.assert_close(keys, wanted, rtol=0, atol=1e-5)
 
@@ -101,7 +104,7 @@ def test_a_stream_keeps_the_order_of_its_prompts(tiny):
 
 def test_reading_leaves_the_model_alone(tiny, batch):
     before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
-    keys, values = FactReader(tiny, batch).read(3, Site(4))
+    keys, _, values = FactReader(tiny, batch).read(3, Site(4))
     assert not keys.requires_grad
     assert not values.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())

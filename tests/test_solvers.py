@@ -1,16 +1,17 @@
 """The solves against a brute-force inverse: both forms, with and without history, and AlphaEdit's official formula."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from cakeflow import LayerProblem, LeastSquares, NullSpace
+from cakeflow import LayerProblem, LeastSquares, NullSpace, Update
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.history import KeyHistory
 from cakeflow.problem import Covariance
+from cakeflow.solvers import EqualityConstrained
 
 FORMS = ["dual", "primal", "auto"]
 CASES = settings(deadline=None, max_examples=60)
@@ -163,6 +164,68 @@ def test_auto_takes_the_smaller_system():
         assert torch.equal(auto, chosen)
 
 
+# ---- equality constraints ----
+
+
+@CASES
+@given(**COUNTS, ridge=st.sampled_from([0.0, 0.3]))
+def test_equality_gives_every_key_its_residual_with_the_smallest_change(ridge, **counts):
+    case = Case(**{**counts, "n": min(counts["n"], counts["d_in"])})
+    update = EqualityConstrained(LeastSquares(ridge)).solve(case.problem())
+    preserved = torch.linalg.inv(case.system(ridge) - case.K.T @ case.K)
+    gram = case.K @ preserved @ case.K.T
+    assume(float(torch.linalg.cond(gram)) < 1e8)
+    close(update.dense, case.R.T @ torch.linalg.inv(gram) @ case.K @ preserved, 1e-6)
+    close(update.dense @ case.K.T, case.R.T, 1e-6)
+
+
+@CASES
+@given(d_in=st.integers(2, 8), seed=st.integers(0, 999), weight=st.floats(0.1, 1e4))
+def test_one_fact_is_the_rank_one_update_of_rome(d_in, seed, weight):
+    case = Case(n=1, m=0, d_in=d_in, seed=seed, weight=weight)
+    u = torch.linalg.solve(case.C, case.K[0])
+    close(EqualityConstrained().solve(case.problem()).dense, torch.outer(case.R[0], u) / (case.K[0] @ u))
+
+
+def test_equality_is_the_limit_of_least_squares():
+    case = Case(weight=1e-9, m=0)
+    close(EqualityConstrained().solve(case.problem()).dense, LeastSquares().solve(case.problem()).dense, 1e-4)
+
+
+def test_equality_at_the_bare_keys():
+    """u from the mean key, exact at the bare one: ROME's code of 2022."""
+    case = Case(n=1, m=0)
+    bare = case.K + 0.1
+    update = EqualityConstrained(at="bare").solve(replace(case.problem(), bare=bare))
+    u = torch.linalg.solve(case.C, case.K[0])
+    close(update.dense, torch.outer(case.R[0], u) / (bare[0] @ u))
+    close(update.dense @ bare.T, case.R.T)
+
+
+def test_equality_inside_the_null_space():
+    case = Case(n=2, null=3)
+    dense = EqualityConstrained(NullSpace(LeastSquares(0.3), 0.02)).solve(case.problem()).dense
+    close(dense @ case.K.T, case.R.T)
+    assert float((dense @ case.U[:, case.null :]).abs().max()) < 1e-9
+
+
+@pytest.mark.parametrize("n", [2, 7])
+def test_keys_that_depend_on_each_other_are_refused(n):
+    case = Case(n=n)
+    keys = case.K.clone()
+    keys[1] = 2 * keys[0]
+    with pytest.raises(NumericalError, match="not independent"):
+        EqualityConstrained().solve(case.problem(K=keys))
+
+
+@dataclass(frozen=True)
+class Dense(LeastSquares):
+    """A solver that gives no factors."""
+
+    def solve(self, problem):
+        return Update(super().solve(problem).dense)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_singular_covariance_is_refused(form):
     case = Case(n=2, m=0)
@@ -192,6 +255,9 @@ def test_no_null_space_is_refused():
         (lambda: NullSpace(threshold=float("nan")), "threshold"),
         (lambda: LeastSquares(0.0).solve(Case().problem(covariance=False)), "needs ridge above 0"),
         (lambda: NullSpace(LeastSquares(0.0)).solve(Case().problem()), "needs ridge above 0"),
+        (lambda: EqualityConstrained(at="nowhere"), "at must be"),
+        (lambda: EqualityConstrained(at="bare").solve(Case().problem()), "keys of the bare prompts"),
+        (lambda: EqualityConstrained(Dense()).solve(Case().problem()), "no plain factors"),
     ],
 )
 def test_bad_settings(build, words):

@@ -12,6 +12,7 @@ from cakeflow.batch import Row, encode_batch
 from cakeflow.errors import EditError
 from cakeflow.model import LanguageModel
 from cakeflow.suffixes import before_targets, cut, first_changed
+from cakeflow.tap import capture
 
 CONTEXTS = Contexts.of(["{}", "Therefore, the answer is not that. {}", "I am. {}"])
 SITES = [Site(2), Site(0), Site(5), Site(3, "mlp_out"), Site(0, "mlp_out"), Site(2, "attn_out"), Site(5, "attn_out")]
@@ -22,33 +23,39 @@ def rows(lm, requests):
     return [row for variants in encode_batch(lm, requests[:5], CONTEXTS).rows for row in variants]
 
 
-def full_pass(lm, row, site, delta):
-    """The plain way: the whole row, every block, every position, one row at a time."""
+def full_pass(lm, row, sites, delta):
+    """Logits of the whole row with each site's delta added at the subject, and what the sites gave before that."""
+    handles = []
+    for site, each in zip(sites, delta, strict=True):
 
-    seen = []
+        def add(_module, _args, output, each=each):
+            value = output[0] if isinstance(output, tuple) else output
+            changed = value.clone()
+            changed[0, row.subject] += each
+            return (changed, *output[1:]) if isinstance(output, tuple) else changed
 
-    def add(_module, _args, output):
-        value = output[0] if isinstance(output, tuple) else output
-        seen.append(value)
-        changed = value.clone()
-        changed[0, row.subject] += delta
-        return (changed, *output[1:]) if isinstance(output, tuple) else changed
-
-    handle = lm.module(site).register_forward_hook(add)
+        handles.append(lm.module(site).register_forward_hook(add))
+    ids = torch.tensor([row.ids])
     with torch.no_grad():
-        logits = lm.model(input_ids=torch.tensor([row.ids]), use_cache=False).logits[0]
-    handle.remove()
-    return logits, seen[0][0, row.subject]
+        logits = lm.model(input_ids=ids, use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    held = []
+    for site in sites:
+        with torch.no_grad(), capture(lm, [site]) as output:
+            lm.model(input_ids=ids, use_cache=False)
+        held.append(output[site][0, row.subject])
+    return logits, torch.stack(held)
 
 
-def check(lm, rows, site, budget, *, read_first=False, tolerance=1e-9):
-    groups, outputs = cut(lm, rows, range(len(rows)), site, budget, read_first=read_first)
-    delta = torch.randn(len(rows), outputs.shape[1], dtype=outputs.dtype, generator=torch.Generator().manual_seed(3))
-    full = [full_pass(lm, row, site, delta[i]) for i, row in enumerate(rows)]
+def check(lm, rows, sites, budget, *, read_first=False, tolerance=1e-9):
+    groups, outputs = cut(lm, rows, range(len(rows)), sites, budget, read_first=read_first)
+    delta = torch.randn(outputs.shape, dtype=outputs.dtype, generator=torch.Generator().manual_seed(3))
+    full = [full_pass(lm, row, sites, delta[i]) for i, row in enumerate(rows)]
     torch.testing.assert_close(outputs, torch.stack([output for _, output in full]), rtol=0, atol=tolerance)
     seen = []
     for group in groups:
-        logits = group.logits(lm, site, delta[group.fact])
+        logits = group.logits(lm, sites, delta[group.fact])
         for line, i, column, label in zip(
             logits, group.fact[group.row].tolist(), group.column, group.label, strict=True
         ):
@@ -63,40 +70,44 @@ def check(lm, rows, site, budget, *, read_first=False, tolerance=1e-9):
 
 @pytest.mark.parametrize("site", SITES, ids=str)
 def test_equals_full_passes(tiny, rows, site):
-    check(tiny, rows, site, 1024)
+    check(tiny, rows, [site], 1024)
+
+
+def test_two_changes_in_one_block(tiny, rows):
+    check(tiny, rows, [Site(3, "mlp_out"), Site(3, "attn_out")], 1024)
 
 
 @pytest.mark.parametrize("budget", [1, 12, 40])
 def test_any_grouping_gives_the_same_numbers(tiny, rows, budget):
-    groups = check(tiny, rows, Site(2), budget)
+    groups = check(tiny, rows, [Site(2)], budget)
     assert len(groups) > 1
     assert all(group.tokens.numel() <= budget or len(group.tokens) == 1 for group in groups)
 
 
 def test_reading_at_the_subject_only(tiny, lm, requests):
     batch = encode_batch(lm, requests, CONTEXTS)
-    groups = check(tiny, list(batch.essence), Site(2), 1024, read_first=True)
+    groups = check(tiny, list(batch.essence), [Site(2)], 1024, read_first=True)
     assert {group.tokens.shape[1] for group in groups} == {1}
 
 
 def test_a_subject_at_the_very_start_has_no_prefix(tiny, requests):
     ids = tuple(tiny.tokenizer("Oslo lies in Norway and nowhere else")["input_ids"])
-    check(tiny, [Row(ids, 0, 3), Row(ids[:4], 0, 2)], Site(1), 1024)
+    check(tiny, [Row(ids, 0, 3), Row(ids[:4], 0, 2)], [Site(1)], 1024)
 
 
 def test_only_keeps_the_rows_of_the_facts_that_are_left(tiny, rows):
     facts = [i // 3 for i in range(len(rows))]
-    groups, _ = cut(tiny, rows, facts, Site(2), 60)
+    groups, _ = cut(tiny, rows, facts, [Site(2)], 60)
     kept = torch.tensor([True, False, True, False, False])
-    delta = torch.randn(5, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    delta = torch.randn(5, 1, 48, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     total = 0
     for group in groups:
         if not kept[group.fact].any():
             continue
         part = group.only(kept)
         read = kept[group.fact][group.row]
-        wanted = group.logits(tiny, Site(2), delta[group.fact])[read]
-        got = part.logits(tiny, Site(2), delta[part.fact])
+        wanted = group.logits(tiny, [Site(2)], delta[group.fact])[read]
+        got = part.logits(tiny, [Site(2)], delta[part.fact])
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
         assert torch.equal(part.label, group.label[read])
         assert part.only(kept) is part
@@ -106,16 +117,16 @@ def test_only_keeps_the_rows_of_the_facts_that_are_left(tiny, rows):
 
 def test_running_twice_gives_the_same_bits(tiny, rows):
     """What a pass appends to the prefix cache must be forgotten."""
-    group = cut(tiny, rows, range(len(rows)), Site(2), 1024)[0][0]
-    delta = torch.ones(len(group.fact), 48, dtype=torch.float64)
-    assert torch.equal(group.logits(tiny, Site(2), delta), group.logits(tiny, Site(2), delta))
+    group = cut(tiny, rows, range(len(rows)), [Site(2)], 1024)[0][0]
+    delta = torch.ones(len(group.fact), 1, 48, dtype=torch.float64)
+    assert torch.equal(group.logits(tiny, [Site(2)], delta), group.logits(tiny, [Site(2)], delta))
 
 
 def test_gradients_equal_those_of_full_passes(tiny, rows):
     site, row = Site(2), rows[4]
-    (group,), _ = cut(tiny, [row], [0], site, 1024)
+    (group,), _ = cut(tiny, [row], [0], [site], 1024)
     delta = torch.zeros(1, 48, dtype=torch.float64, requires_grad=True)
-    group.logits(tiny, site, delta).log_softmax(-1)[:, 7].sum().backward()
+    group.logits(tiny, [site], delta[:, None]).log_softmax(-1)[:, 7].sum().backward()
     fast, delta.grad = delta.grad, None
     hook = tiny.module(site).register_forward_hook(
         lambda _m, _a, out: out.index_put((torch.tensor([0]), torch.tensor([row.subject])), delta, accumulate=True)
@@ -128,7 +139,7 @@ def test_gradients_equal_those_of_full_passes(tiny, rows):
 
 def test_half_precision_stays_close(lm, rows):
     lm.model.to(torch.bfloat16)
-    check(lm, rows, Site(2), 1024, tolerance=0.25)
+    check(lm, rows, [Site(2)], 1024, tolerance=0.25)
 
 
 def test_first_changed():
@@ -158,4 +169,4 @@ def test_windowed_or_biased_attention_is_exact_or_refused(family, lm, rows):
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **EXTRA, **UNUSUAL[family])).double()
     with contextlib.suppress(EditError):
-        check(LanguageModel.wrap(model, lm.tokenizer), rows, Site(0), 1024, tolerance=1e-5)
+        check(LanguageModel.wrap(model, lm.tokenizer), rows, [Site(0)], 1024, tolerance=1e-5)

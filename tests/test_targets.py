@@ -18,60 +18,66 @@ CONTEXTS = Contexts.of(["{}", "Because of the high cost of living in. {}", "I am
 FAST = TargetOptimizer(steps=6, lr=0.3)
 
 
-def plain(lm, request, contexts, settings, layer):
-    """``compute_z`` from the papers, written without anything of the package but its module paths."""
-    tok, model = lm.tokenizer, lm.model
-    module = model.get_submodule(lm.architecture.path(Site(layer, settings.role)))
+def tokenised(tok, request, contexts):
+    """Ids, subject's last token and first target token of the request in every context."""
     prompt, end = request.prompt.replace("{}", request.subject), request.prompt.index("{}") + len(request.subject)
-    rows = []
     for template in contexts.templates:
-        front = template.index("{}")
         text = f"{template.replace('{}', prompt)} {request.target_new}"
         encoded = tok(text)
         target = encoded.char_to_token(len(text) - len(request.target_new) - 1)  # the space belongs to the target
-        rows.append((encoded["input_ids"], encoded.char_to_token(front + end - 1), target))
-    essence = tok(f"{request.subject} is a")
-    essence_row = (essence["input_ids"], essence.char_to_token(len(request.subject) - 1))
-    h0 = []
+        yield encoded["input_ids"], encoded.char_to_token(template.index("{}") + end - 1), target
 
-    def logits(ids, at, delta):
-        def hook(_module, _args, output):
+
+def added(model, modules, ids, at, deltas):
+    """Log-probabilities with a vector added to each module's output at one token, and what the modules gave there."""
+    seen, handles = {}, []
+    for number, module in enumerate(modules):
+
+        def hook(_module, _args, output, number=number):
             value = output[0] if isinstance(output, tuple) else output
-            h0.append(value[0, at].detach())
-            value = value + torch.nn.functional.one_hot(torch.tensor(at), len(ids))[None, :, None] * delta
+            seen[number] = value[0, at].detach()
+            value = value + torch.nn.functional.one_hot(torch.tensor(at), len(ids))[None, :, None] * deltas[number]
             return (value, *output[1:]) if isinstance(output, tuple) else value
 
-        handle = module.register_forward_hook(hook)
-        result = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+        handles.append(module.register_forward_hook(hook))
+    result = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
+    for handle in handles:
         handle.remove()
-        return result
+    return result, [seen[number] for number in range(len(modules))]
 
-    zero = torch.zeros(48, dtype=torch.float64)
+
+def plain(lm, request, contexts, settings, layer):
+    """``compute_z`` (and PMET's ``compute_zs``) from the papers, without anything of the package but module paths."""
+    roles = [role for role in (settings.role, settings.also) if role]
+    modules = [lm.model.get_submodule(lm.architecture.path(Site(layer, role))) for role in roles]
+    rows, essence = list(tokenised(lm.tokenizer, request, contexts)), lm.tokenizer(f"{request.subject} is a")
+    essence, last = essence["input_ids"], essence.char_to_token(len(request.subject) - 1)
+    deltas = [torch.zeros(48, dtype=torch.float64, requires_grad=True) for _ in modules]
     with torch.no_grad():
-        before = logits(*essence_row, zero)[essence_row[1]]
-        h0.clear()
-        logits(rows[0][0], rows[0][1], zero)
-    start = h0[0]
-    delta = zero.clone().requires_grad_()
-    adam = torch.optim.Adam([delta], lr=settings.lr)
+        before = added(lm.model, modules, essence, last, deltas)[0][last]
+        starts = added(lm.model, modules, *rows[0][:2], deltas)[1]
+    adam, factor = torch.optim.Adam(deltas, lr=settings.lr), 1.0
     for step in range(settings.steps):
-        nll = 0
+        nll, top = 0, True
         for ids, at, target in rows:
-            log_probs = logits(ids, at, delta)
-            nll = nll - torch.stack([log_probs[i - 1, ids[i]] for i in range(target, len(ids))]).mean() / len(rows)
-        now = logits(*essence_row, delta)[essence_row[1]]
+            log_probs = added(lm.model, modules, ids, at, deltas)[0][target - 1 : -1]
+            wanted = torch.tensor(ids[target:])
+            top &= bool((log_probs.argmax(-1) == wanted).all())
+            nll = nll + torch.nn.functional.nll_loss(log_probs, wanted) / len(rows)
+        now = added(lm.model, modules, essence, last, deltas)[0][last]
         divergence = (now.exp() * (now - before)).sum()
-        loss = nll + settings.kl_factor * divergence + settings.weight_decay * delta.norm() / start.norm() ** 2
-        if loss < settings.stop_loss or step == settings.steps - 1:
+        decay = sum(delta.norm() / start.norm() ** 2 for delta, start in zip(deltas, starts, strict=True))
+        loss = factor * nll + settings.kl_factor * divergence + settings.weight_decay * decay
+        factor = settings.ease if top else 1.0
+        if loss < settings.stop_loss or (top and divergence < settings.stop_kl) or step == settings.steps - 1:
             break
         adam.zero_grad()
         loss.backward()
         adam.step()
-        with torch.no_grad():
-            if delta.norm() > settings.clamp * start.norm():
-                delta.mul_(settings.clamp * start.norm() / delta.norm())
-    model.zero_grad()
-    return (start + delta).detach(), loss.detach(), torch.exp(-nll).detach(), step + 1
+        for delta, start in zip(deltas, starts, strict=True):
+            delta.data *= min(1.0, float(settings.clamp * start.norm() / delta.detach().norm()))
+    lm.model.zero_grad()
+    return (starts[0] + deltas[0]).detach(), loss.detach(), torch.exp(-nll).detach(), step + 1
 
 
 def relative(got, want):
@@ -91,6 +97,9 @@ def batch(lm, requests):
         ("block", 1, replace(FAST, stop_loss=5.8)),
         ("mlp_out", 3, FAST),
         ("attn_out", 2, replace(FAST, kl_factor=1.0, weight_decay=3.0)),
+        ("mlp_out", 3, replace(FAST, also="attn_out", clamp=2.0)),
+        ("mlp_out", 2, replace(FAST, also="attn_out", steps=30, lr=0.5, clamp=9.0, ease=0.1, stop_kl=0.5)),
+        ("block", 4, replace(FAST, steps=25, lr=0.5, clamp=9.0, ease=0.1, kl_factor=3.0)),
     ],
 )
 def test_equals_the_plain_reference(tiny, requests, role, layer, settings):

@@ -76,8 +76,8 @@ def single_layer_mismatch(walk: Any, edit: LayerEdit, layers: list[int]) -> Floa
         batch, anchor = _one(edit.batch, index), edit.turn.anchor
         reader, row = FactReader(walk.lm, batch), []
         for layer in layers:
-            keys, held = reader.read(layer, anchor)
-            problem = walk.problem(layer, keys, edit.missing[index, None])
+            keys, bare, held = reader.read(layer, anchor)
+            problem = walk.problem(layer, keys, edit.missing[index, None], bare)
             with walk.journal.trial() as step:
                 walk.journal.apply(step, layer, problem, walk.solver.solve(problem))
                 gained = reader.values(layer, anchor) - held

@@ -1,7 +1,8 @@
 """Solvers: closed-form weight changes. One abstract slot, leaves that compose by wrapping."""
 
 from cakeflow.solvers.base import Solver
+from cakeflow.solvers.equality import EqualityConstrained
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.null_space import NullSpace
 
-__all__ = ["LeastSquares", "NullSpace", "Solver"]
+__all__ = ["EqualityConstrained", "LeastSquares", "NullSpace", "Solver"]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+from jaxtyping import Float
+from torch import Tensor
+
 from cakeflow.problem import LayerProblem, Update
 
 
@@ -12,7 +15,7 @@ class Solver(ABC):
 
     Contract: pure (the same problem gives the same update; nothing but memos of the problem's history is touched),
     float64 in and out, no reference to a model. Subclasses are frozen dataclasses that override ``solve`` only; to
-    change another solver, wrap it.
+    change another solver, wrap it in one whose field is called ``inner``.
     """
 
     @abstractmethod
@@ -28,3 +31,15 @@ class Solver(ABC):
         Raises:
             NumericalError: If the system cannot be solved.
         """
+
+    def finish(
+        self, origin: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
+    ) -> Float[Tensor, "d_out d_in"]:
+        """What a layer's weight becomes when a run of edits ends; by default what an inner solver says, or as it is.
+
+        Args:
+            origin: The weight before any edit, in float64.
+            weight: The weight now, in float64.
+        """
+        inner = getattr(self, "inner", None)
+        return inner.finish(origin, weight) if isinstance(inner, Solver) else weight

@@ -29,20 +29,20 @@ class OneHot(Weighter):
     """One layer only: ROME.
 
     Attributes:
-        layer: Index of the block, which must be one of the candidates.
+        layer: Index of the block, which must be one of the candidates; None takes the middle one.
     """
 
-    layer: int
+    layer: int | None = None
 
     def check(self, layers: Sequence[int]) -> None:
         """See ``Weighter.check``."""
-        if self.layer not in layers:
+        if self.layer is not None and self.layer not in layers:
             raise ConfigError(f"OneHot: layer {self.layer} is not among the layers {list(layers)}")
 
     def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
         """See ``Weighter.weigh``."""
         self.check(layers)
-        return _indicator([self.layer], layers, lm)
+        return _indicator([layers[len(layers) // 2] if self.layer is None else self.layer], layers, lm)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,49 @@
+"""Damp the singular values of a run's whole change that stand out above the original weight's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow import LayerProblem, LeastSquares, Solver, Update
+from cakeflow.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Prune(Solver):
+    """``W_0 + D'`` when the run ends, D' the whole change with damped singular values (PRUNE, Ma et al. 2025, eq. 7).
+
+    Singular values above the largest of W_0, s_0, become ``log_base(s) - log_base(s_0) + s_0``.
+
+    Attributes:
+        inner: Any solver.
+        base: Of the logarithm; the paper also tries 2, 1.5 and 1.2.
+        double_add: Add D' to the edited weight, ``W_0 + D + D'``, as the code of AlphaEdit's and BLUE's repositories
+            does; published PRUNE numbers from there carry it.
+    """
+
+    inner: Solver = field(default_factory=LeastSquares)
+    base: float = math.e
+    double_add: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.base > 1:
+            raise ConfigError(f"Prune: base must be above 1, got {self.base}")
+
+    def solve(self, problem: LayerProblem) -> Update:
+        """See ``Solver.solve``."""
+        return self.inner.solve(problem)
+
+    def finish(
+        self, origin: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
+    ) -> Float[Tensor, "d_out d_in"]:
+        """See ``Solver.finish``."""
+        weight = self.inner.finish(origin, weight)
+        left, values, right = torch.linalg.svd(weight - origin, full_matrices=False)
+        limit = torch.linalg.matrix_norm(origin, 2)
+        damped = torch.where(values > limit, (values / limit).log() / math.log(self.base) + limit, values)
+        return (weight if self.double_add else origin) + (left * damped) @ right

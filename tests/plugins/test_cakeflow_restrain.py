@@ -1,0 +1,148 @@
+"""RECT and PRUNE on small matrices by hand, and in a fit: what the model gets is what they keep."""
+
+import copy
+import math
+
+import lightning as L
+import pytest
+import torch
+from cakeflow_restrain import Prune, Rect
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cakeflow import Contexts, EditDataModule, EditModule, LayerProblem, LeastSquares, NullSpace, TargetOptimizer
+from cakeflow.errors import ConfigError
+from cakeflow.keys import FactReader
+
+LAYERS = [1, 2, 4]
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(weight, seed=0):
+    d_out, d_in = weight.shape
+    return LayerProblem(randn(3, d_in, seed=seed), randn(3, d_out, seed=seed + 1), weight, weight)
+
+
+@given(st.integers(0, 99), st.sampled_from([0.05, 0.2, 0.4, 1.0]))
+def test_rect_keeps_the_largest_relative_changes(seed, keep):
+    weight = randn(4, 7, seed=seed + 50)
+    full = LeastSquares(1.0).solve(problem(weight, seed)).dense
+    update = Rect(LeastSquares(1.0), keep).solve(problem(weight, seed))
+    kept = update.kept.dense
+    assert torch.equal(update.dense, full)
+    chosen = kept != 0
+    assert torch.equal(kept[chosen], full[chosen])
+    dropped = int(28 * (1 - keep) + 1e-9)
+    assert int(chosen.sum()) == 28 - dropped + (dropped > 0)
+    ratio = (full / weight).abs()
+    assert dropped == 0 or ratio[chosen].min() >= ratio[~chosen].max()
+    masked = Rect(LeastSquares(1.0), keep, in_loop=True).solve(problem(weight, seed))
+    assert masked.kept is None
+    assert torch.equal(masked.dense, kept)
+
+
+def test_prune_by_hand():
+    """Singular values 2e and 1/2 above an original whose largest is 2: log(2e) - log(2) + 2 = 3, and 1/2 as it is."""
+    origin = torch.diag(torch.tensor([2.0, 1.0], dtype=torch.float64))
+    change = torch.tensor([[0.0, 2 * math.e], [0.5, 0.0]], dtype=torch.float64)
+    damped = torch.tensor([[0.0, 3.0], [0.5, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(Prune().finish(origin, origin + change), origin + damped)
+    torch.testing.assert_close(Prune(base=math.e**2).finish(origin, origin + change)[0, 1], damped[0, 1] - 0.5)
+    torch.testing.assert_close(Prune(double_add=True).finish(origin, origin + change), origin + change + damped)
+    assert torch.equal(NullSpace(Prune()).finish(origin, origin + change), Prune().finish(origin, origin + change))
+
+
+@pytest.mark.parametrize(
+    ("build", "words"),
+    [
+        (lambda: Rect(keep=0.0), "keep must lie"),
+        (lambda: Rect(keep=math.nan), "keep"),
+        (lambda: Prune(base=1.0), "base"),
+    ],
+)
+def test_bad_settings(build, words):
+    with pytest.raises(ConfigError, match=words):
+        build()
+
+
+# ---- in a fit ----
+
+
+def fit(lm, requests, quiet, solver, batch_size, kind=EditModule):
+    width = lm.oriented(0).shape[1]
+    module = kind(
+        lm,
+        LAYERS,
+        contexts=Contexts.of(["{}", "I am. {}"]),
+        targets=TargetOptimizer(steps=4, lr=0.3),
+        solver=solver,
+        history=False,
+        moments=dict.fromkeys(LAYERS, 1e-5 * torch.eye(width, dtype=torch.float64)),
+    )
+    trainer = L.Trainer(**quiet)
+    trainer.fit(module, train_dataloaders=EditDataModule(requests, batch_size).train_dataloader())
+    return module, trainer.callback_metrics
+
+
+def weights(lm):
+    return {layer: lm.oriented(layer).clone() for layer in LAYERS}
+
+
+class Watched(EditModule):
+    """Keeps the goal of the last batch."""
+
+    def _find_targets(self, batch, anchor, step):
+        found = super()._find_targets(batch, anchor, step)
+        self.seen, self.goal, self.anchor = batch, found.values, anchor
+        return found
+
+
+def test_rect_in_a_fit(tiny, requests, quiet):
+    before, other = weights(tiny), copy.deepcopy(tiny)
+    module, logged = fit(tiny, requests[:3], quiet, Rect(), 3, Watched)
+    fit(other, requests[:3], quiet, LeastSquares(), 3)
+    for layer in LAYERS:
+        full, got = other.oriented(layer) - before[layer], tiny.oriented(layer) - before[layer]
+        assert float((got != 0).double().mean()) == pytest.approx(0.4, abs=0.001)
+        torch.testing.assert_close(got, torch.where(got != 0, full, 0.0), rtol=0, atol=1e-12)
+        untouched = got == 0
+        assert torch.equal(tiny.oriented(layer)[untouched], before[layer][untouched])
+    left = module.goal - FactReader(tiny, module.seen).values(LAYERS[0], module.anchor)
+    assert float(logged["target/left"]) == pytest.approx(float(left.norm(dim=1).mean()), rel=1e-5)
+    module.journal.rollback()
+    assert all(torch.equal(tiny.oriented(layer), weight) for layer, weight in before.items())
+
+
+def test_a_mask_in_the_loop_is_seen_by_later_layers(lm, requests, quiet):
+    other = copy.deepcopy(lm)
+    fit(lm, requests[:3], quiet, Rect(in_loop=True), 3)
+    fit(other, requests[:3], quiet, Rect(), 3)
+    assert torch.equal(lm.oriented(LAYERS[0]), other.oriented(LAYERS[0]))
+    assert not torch.equal(lm.oriented(LAYERS[1]), other.oriented(LAYERS[1]))
+
+
+def test_prune_in_a_fit(tiny, requests, quiet):
+    with torch.no_grad():  # originals that are small beside the changes
+        for layer in LAYERS:
+            tiny.weight(layer).mul_(0.01)
+    before, other = weights(tiny), copy.deepcopy(tiny)
+    module, _ = fit(tiny, requests[:4], quiet, Prune(), 2)
+    fit(other, requests[:4], quiet, LeastSquares(), 2)
+    assert [len(step.requests) for step in module.journal] == [2, 2, 0]
+    for layer in LAYERS:
+        wanted = Prune().finish(before[layer], other.oriented(layer))
+        assert not torch.allclose(wanted, other.oriented(layer))
+        torch.testing.assert_close(tiny.oriented(layer), wanted, rtol=0, atol=1e-12)
+    assert len(module.journal.history(LAYERS[0])) == 4
+    module.journal.rollback(1)
+    assert all(torch.equal(tiny.oriented(layer), other.oriented(layer)) for layer in LAYERS)
+    module.journal.rollback()
+    assert all(torch.equal(tiny.oriented(layer), weight) for layer, weight in before.items())
+
+
+def test_a_plain_solver_adds_no_step(lm, requests, quiet):
+    module, _ = fit(lm, requests[:2], quiet, LeastSquares(), 1)
+    assert len(module.journal) == 2
