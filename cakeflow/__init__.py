@@ -16,3 +16,36 @@ from cakeflow.targets import TargetOptimizer
 from cakeflow.weighters import Endpoints, OneHot, Scores, Uniform, Weighter
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Allocator",
+    "Architecture",
+    "Contexts",
+    "EditDataModule",
+    "EditError",
+    "EditModule",
+    "EditRequest",
+    "EditScore",
+    "Editor",
+    "Efficacy",
+    "Endpoints",
+    "Generalization",
+    "LayerProblem",
+    "LeastSquares",
+    "NullSpace",
+    "OneHot",
+    "Probe",
+    "RequestError",
+    "Scores",
+    "Sequential",
+    "ShareAllocator",
+    "Solver",
+    "Specificity",
+    "Statistics",
+    "TargetOptimizer",
+    "Uniform",
+    "Update",
+    "Weighter",
+    "read_requests",
+    "shares_from_fractions",
+]

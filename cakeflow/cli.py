@@ -19,6 +19,7 @@ from cakeflow.editor import TRAINER_DEFAULTS, Run, default_logger, run_evaluate,
 from cakeflow.errors import EditError
 from cakeflow.generation import continuations
 from cakeflow.module import EditModule
+from cakeflow.plugins import load_plugins
 from cakeflow.report import metrics_table, texts_table, timings_table
 
 SHOWN = 5
@@ -92,6 +93,7 @@ def main(args: Sequence[str] | None = None) -> Any:
     try:
         if words[:1] and words[0] in COMMANDS:
             return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"cakeflow {words[0]}", as_positional=False)
+        load_plugins()
         cli = EditCLI(
             EditModule,
             EditDataModule,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from cakeflow.model import load_model
-from cakeflow.report import plot_trace, plot_weights, save_plot, trace_table
+from cakeflow.plugins import Plugin, find_plugins, load_plugins
+from cakeflow.report import plot_trace, plot_weights, plugins_table, save_plot, trace_table
 from cakeflow.tracing import CausalTrace, Trace, known_rows, propose_layers, read_facts
 from cakeflow.tracing.trace import require_layers
 from cakeflow.weighters.base import effective_layers
@@ -60,5 +63,15 @@ def run_trace(
     return found
 
 
-COMMANDS = {"trace": run_trace}
+def run_plugins() -> list[Plugin]:
+    """List the installed plugins: their short names, what they are, and which package brings them.
+
+    Raises:
+        PluginError: After the list, naming each plugin that cannot be used, and why.
+    """
+    Console().print(plugins_table(find_plugins()))
+    return load_plugins()
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {"trace": run_trace, "plugins": run_plugins}
 """Name -> function."""

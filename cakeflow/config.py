@@ -11,6 +11,7 @@ from jsonargparse import ArgumentParser
 
 from cakeflow.errors import ConfigError
 from cakeflow.module import EditModule
+from cakeflow.plugins import load_plugins
 
 
 def shipped(kind: str) -> dict[str, Path]:
@@ -47,6 +48,7 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
         raise ConfigError(f"EditModule has no {unknown[0]!r}; it has {', '.join(signature(EditModule).parameters)}")
     plain = {name: value for name, value in values.items() if isinstance(value, (str, int, float, bool, list, dict))}
     objects = {name: value for name, value in values.items() if name not in plain}
+    load_plugins()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(EditModule, "model")
     parser.add_argument("--config", action="config")

@@ -60,5 +60,9 @@ class ConfigError(EditError, ValueError):
     """A setting that names something unknown or contradicts another."""
 
 
+class PluginError(EditError, ImportError):
+    """Installed plugins that cannot be used."""
+
+
 class NumericalError(EditError, ArithmeticError):
     """A solve that failed or values that are not finite; the batch was taken back."""

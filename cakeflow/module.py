@@ -24,8 +24,9 @@ from cakeflow.batch import EditBatch, encode_batch
 from cakeflow.callbacks.base import EditCallback, LayerEdit
 from cakeflow.chain import ModelChain
 from cakeflow.contexts import Contexts, generate_contexts
+from cakeflow.contracts import checked_residual, checked_update, checked_weights
 from cakeflow.data.module import Records
-from cakeflow.errors import ConfigError, EditError, NumericalError, ShapeError
+from cakeflow.errors import ConfigError, EditError, NumericalError
 from cakeflow.history import KeyHistory
 from cakeflow.journal import EditStep, Journal
 from cakeflow.keys import FactReader
@@ -146,7 +147,8 @@ class EditModule(L.LightningModule):
         assert self.contexts is not None
         requests = records.requests
         batch = encode_batch(self.lm, requests, self.contexts)
-        weights = _checked(self.weighter.weigh(self.lm, batch, self.layers), batch, self.layers)
+        given = self.weighter.weigh(self.lm, batch, self.layers)
+        weights = checked_weights(self.weighter, given, len(batch), self.layers)
         self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
         with self.journal.batch(requests) as step:
             reader = FactReader(self.lm, batch)
@@ -159,9 +161,10 @@ class EditModule(L.LightningModule):
                 missing = wanted[turn.anchor].values - values
                 with self.phase("allocate"):
                     residual = self.allocator.allocate(missing, turn)
+                    residual = checked_residual(self.allocator, residual, missing, turn)
                 with self.phase("solve"):
                     problem = self.problem(turn.site.layer, keys, residual, bare)
-                    update = self.solver.solve(problem)
+                    update = checked_update(self.solver, self.solver.solve(problem), problem, turn.site.layer)
                 self._tell("on_layer_solved", LayerEdit(turn, batch, missing, problem, update))
                 with self.phase("solve"):
                     numbers = self.journal.apply(step, turn.site.layer, problem, update)
@@ -309,15 +312,3 @@ class EditModule(L.LightningModule):
 
 def _exact_metrics() -> tuple[Efficacy, Generalization, Specificity]:
     return Efficacy("exact"), Generalization("exact"), Specificity("exact")
-
-
-def _checked(weights: Tensor, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
-    """Hold a weighter to its contract."""
-    if tuple(weights.shape) not in ((len(layers),), (len(batch), len(layers))):
-        raise ShapeError(
-            f"weighter: expected weights (l = {len(layers)}) or (n = {len(batch)}, l = {len(layers)}), "
-            f"got {tuple(weights.shape)}"
-        )
-    if not bool(torch.isfinite(weights).all() and (weights >= 0).all() and (weights.amax(-1) > 0).all()):
-        raise ShapeError(f"weighter: weights must be finite, not negative and not all 0, got {weights.tolist()}")
-    return weights.double()

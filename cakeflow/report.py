@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cakeflow.errors import ConfigError
+from cakeflow.plugins import Plugin
 from cakeflow.tracing import PLACES, Trace
 
 
@@ -44,6 +45,16 @@ def texts_table(prompts: Sequence[str], wanted: Sequence[str], before: Sequence[
         table.add_column(name)
     for row in zip(prompts, wanted, before, after, strict=True):
         table.add_row(*(Text(" ".join(text.split())) for text in row))
+    return table
+
+
+def plugins_table(plugins: Sequence[Plugin]) -> Table:
+    """Installed plugins; what is wrong with one stands in the last column."""
+    table = Table(title="Plugins", title_justify="left")
+    for name in ("name", "slot", "class", "package", "problem"):
+        table.add_column(name, overflow="fold")
+    for plugin in plugins:
+        table.add_row(*map(Text, (plugin.name, plugin.slot, plugin.path, plugin.package, plugin.problem)))
     return table
 
 

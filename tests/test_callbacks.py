@@ -3,7 +3,6 @@
 import lightning as L
 import pytest
 import torch
-from dense import DenseChain
 from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional import kendall_rank_corrcoef
@@ -22,6 +21,7 @@ from cakeflow.callbacks import (
 from cakeflow.callbacks.alignment import alignment
 from cakeflow.callbacks.theory import alone, score_drift, sensitivity, weight_shift_bound
 from cakeflow.generation import continuations
+from cakeflow.testing import DenseChain
 from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import said_before
 
@@ -247,3 +247,29 @@ def test_alignment_is_kendalls_tau_b(n, layers, seed):
 def test_no_common_residual_no_alignment(lm, requests, quiet):
     logged = fit(lm, requests[:2], quiet, [ScoreAlignment()], allocator=Sequential(power=0, anchor="self"))
     assert "alignment" not in logged
+
+
+class StopAtDrift(EditCallback):
+    """Ends the run after the batch whose facts end further from their targets than ``limit``; see CONTRIBUTING.md."""
+
+    def __init__(self, limit):
+        self.limit = limit
+
+    def on_batch_edited(self, module, left):
+        if left.norm(dim=1).mean() > self.limit:
+            module.trainer.should_stop = True
+
+
+@pytest.mark.parametrize(("limit", "batches"), [(0.0, 1), (1e9, 3)])
+def test_a_callback_can_stop_a_run(lm, requests, quiet, limit, batches):
+    module = EditModule(
+        lm,
+        LAYERS,
+        contexts=Contexts(),
+        targets=TargetOptimizer(steps=2, lr=0.3),
+        solver=LeastSquares(1.0),
+        moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)),
+    )
+    trainer = L.Trainer(**{**quiet, "callbacks": [StopAtDrift(limit)]})
+    trainer.fit(module, train_dataloaders=EditDataModule(requests[:6], 2).train_dataloader())
+    assert len(module.journal) == batches

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from dense import DenseChain
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -10,6 +9,7 @@ from cakeflow.allocators import Jacobian, Sequential, Turn
 from cakeflow.allocators.jacobian import conjugate_gradients
 from cakeflow.architecture import Site
 from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.testing import DenseChain
 
 N, WIDTH = 3, 6
 

@@ -46,4 +46,5 @@ class Prune(Solver):
         left, values, right = torch.linalg.svd(weight - origin, full_matrices=False)
         limit = torch.linalg.matrix_norm(origin, 2)
         damped = torch.where(values > limit, (values / limit).log() / math.log(self.base) + limit, values)
-        return (weight if self.double_add else origin) + (left * damped) @ right
+        change: Tensor = (left * damped) @ right
+        return change + (weight if self.double_add else origin)

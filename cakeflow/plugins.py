@@ -1,0 +1,108 @@
+"""Plugins: classes that other packages add, found through the entry points of group ``cakeflow.plugins``.
+
+An entry is ``ClassName = module:ClassName``. Once imported, configs know the class by its short name; a full
+``class_path`` needs no entry point at all.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from dataclasses import dataclass, replace
+from importlib.metadata import EntryPoint, entry_points
+
+import lightning as L
+import torchmetrics
+
+from cakeflow.allocators import Allocator
+from cakeflow.errors import PluginError
+from cakeflow.solvers import Solver
+from cakeflow.tracing import Attribution
+from cakeflow.weighters import Weighter
+
+GROUP = "cakeflow.plugins"
+SLOTS: dict[str, type] = {
+    "weighter": Weighter,
+    "allocator": Allocator,
+    "solver": Solver,
+    "attribution": Attribution,
+    "metric": torchmetrics.Metric,
+    "callback": L.Callback,
+}
+"""What a plugin can be: slot -> base class."""
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """One entry point.
+
+    Attributes:
+        name: The short name in configs.
+        path: ``module:Class``.
+        package: Who brings it, with its version.
+        slot: Which of ``SLOTS`` it fills, or nothing.
+        problem: Why it cannot be used, or nothing.
+    """
+
+    name: str
+    path: str
+    package: str
+    slot: str = ""
+    problem: str = ""
+
+    def __str__(self) -> str:
+        return f"plugin {self.name} ({self.path}, from {self.package})"
+
+
+def find_plugins() -> list[Plugin]:
+    """Every installed plugin, imported and checked, in the order of their names."""
+    found = [_examine(entry) for entry in entry_points(group=GROUP)]
+    count = Counter(plugin.name for plugin in found) + Counter(
+        sorted({kind.__name__ for base in SLOTS.values() for kind in _subclasses(base) if _is_ours(kind)})
+    )
+    clash = "another one has the same name; rename one or uninstall its package"
+    checked = [replace(each, problem=each.problem or (clash if count[each.name] > 1 else "")) for each in found]
+    return sorted(checked, key=lambda plugin: (plugin.name, plugin.package))
+
+
+def load_plugins() -> list[Plugin]:
+    """Import every installed plugin, so that configs can name it.
+
+    Raises:
+        PluginError: Naming each plugin that cannot be used, and why.
+    """
+    found = find_plugins()
+    if bad := [plugin for plugin in found if plugin.problem]:
+        raise PluginError("\n  ".join(f"{plugin}: {plugin.problem}" for plugin in bad))
+    return found
+
+
+def _examine(entry: EntryPoint) -> Plugin:
+    package = f"{entry.dist.name} {entry.dist.version}" if entry.dist else "an unknown package"
+    plugin = Plugin(entry.name, entry.value, package)
+    try:
+        kind = entry.load()
+    except Exception as error:  # whatever a stranger's module does when it is imported
+        return replace(plugin, problem=f"cannot be imported: {type(error).__name__}: {error}; mend or uninstall it")
+    slots = [slot for slot, base in SLOTS.items() if inspect.isclass(kind) and issubclass(kind, base)]
+    if not slots:
+        bases = ", ".join(f"{base.__module__}.{base.__qualname__}" for base in SLOTS.values())
+        return replace(plugin, problem=f"is no subclass of any of {bases}")
+    if inspect.isabstract(kind):
+        missing = ", ".join(sorted(kind.__abstractmethods__))
+        return replace(plugin, slot=slots[0], problem=f"does not define {missing}")
+    if kind.__name__ != entry.name:
+        problem = (
+            f"its class is called {kind.__name__}; give the entry point that name, under which configs look for it"
+        )
+        return replace(plugin, slot=slots[0], problem=problem)
+    return replace(plugin, slot=slots[0])
+
+
+def _subclasses(base: type) -> set[type]:
+    children: list[type] = base.__subclasses__()
+    return {kind for child in children for kind in {child, *_subclasses(child)}}
+
+
+def _is_ours(kind: type) -> bool:
+    return kind.__module__.split(".")[0] == "cakeflow"

@@ -1,0 +1,193 @@
+"""Contracts of the slots as test classes: subclass one, give it your object, and pytest runs the rest.
+
+    from cakeflow.testing import AllocatorContract
+    from mylab import Halving
+
+    class TestHalving(AllocatorContract):
+        allocator = Halving()
+
+Everything runs offline on small random numbers and a tiny random model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from cakeflow.allocators import Allocator, Turn
+from cakeflow.architecture import Site
+from cakeflow.batch import EditBatch, encode_batch
+from cakeflow.contexts import Contexts
+from cakeflow.contracts import checked_residual, checked_update, checked_weights
+from cakeflow.history import KeyHistory
+from cakeflow.model import LanguageModel
+from cakeflow.problem import Covariance, LayerProblem
+from cakeflow.request import EditRequest
+from cakeflow.solvers import Solver
+from cakeflow.weighters import Weighter
+
+SEEDS = range(5)
+
+
+@dataclass(frozen=True)
+class DenseChain:
+    """A chain whose Jacobians are given matrices.
+
+    Attributes:
+        matrices: One per layer, n x d_out x d_out.
+    """
+
+    matrices: Sequence[Float[Tensor, "n d_out d_out"]]
+
+    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
+        """See ``Chain.pull``."""
+        return [torch.einsum("nij,ni->nj", matrix, covector) for matrix in self.matrices]
+
+    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
+        """See ``Chain.push``."""
+        pairs = zip(self.matrices, tangents, strict=True)
+        return torch.stack([torch.einsum("nij,nj->ni", matrix, tangent) for matrix, tangent in pairs]).sum(0)
+
+
+class AllocatorContract:
+    """What ``Allocator`` and ``ShareAllocator`` promise."""
+
+    allocator: ClassVar[Allocator]
+
+    def test_what_it_gives_fits_and_its_shares_keep_the_contract(self) -> None:
+        """Shape, finite numbers, shares in (0, 1], and the last layer takes the rest."""
+        for turn, missing in random_turns():
+            checked_residual(self.allocator, self.allocator.allocate(missing, turn), missing, turn)
+
+    def test_it_is_linear_in_the_residual(self) -> None:
+        """Twice the residual is twice the answer, and a sum gives the sum."""
+        for turn, missing in random_turns():
+            other = missing.flip(0).contiguous()
+            together = self.allocator.allocate(2 * missing + other, turn)
+            apart = 2 * self.allocator.allocate(missing, turn) + self.allocator.allocate(other, turn)
+            torch.testing.assert_close(together, apart, rtol=1e-2, atol=1e-3)
+
+    def test_it_is_pure(self) -> None:
+        """The same question gets the same answer, and nothing that it was given changes."""
+        for turn, missing in random_turns():
+            kept = missing.clone(), turn.weights.clone()
+            first, second = self.allocator.allocate(missing, turn), self.allocator.allocate(missing, turn)
+            assert torch.equal(first, second)
+            assert torch.equal(missing, kept[0])
+            assert torch.equal(turn.weights, kept[1])
+
+
+class SolverContract:
+    """What ``Solver`` promises."""
+
+    solver: ClassVar[Solver]
+
+    def test_what_it_gives_fits(self) -> None:
+        """Shape and finite numbers."""
+        for problem in random_problems():
+            checked_update(self.solver, self.solver.solve(problem), problem, 0)
+
+    def test_it_is_pure(self) -> None:
+        """The same problem gets the same update, and nothing of it changes."""
+        for problem in random_problems():
+            kept = [part.clone() for part in (problem.keys, problem.residual, problem.weight, problem.origin)]
+            assert torch.equal(self.solver.solve(problem).dense, self.solver.solve(problem).dense)
+            now = problem.keys, problem.residual, problem.weight, problem.origin
+            assert all(torch.equal(part, before) for part, before in zip(now, kept, strict=True))
+
+    def test_the_order_of_facts_is_irrelevant(self) -> None:
+        """Facts are a set."""
+        for problem in random_problems():
+            keys, residual = problem.keys.flip(0), problem.residual.flip(0)
+            bare = None if problem.bare is None else problem.bare.flip(0)
+            turned = self.solver.solve(replace(problem, keys=keys, residual=residual, bare=bare)).dense
+            torch.testing.assert_close(turned, self.solver.solve(problem).dense, rtol=1e-6, atol=1e-9)
+
+    def test_nothing_wanted_nothing_changed(self) -> None:
+        """A residual of 0 asks for no change."""
+        for problem in random_problems():
+            nothing = replace(problem, residual=torch.zeros_like(problem.residual))
+            assert float(self.solver.solve(nothing).dense.abs().max()) == 0
+
+    def test_the_end_of_a_run_keeps_the_shape(self) -> None:
+        """What ``finish`` makes of a weight fits in its place."""
+        for problem in random_problems():
+            update = checked_update(self.solver, self.solver.solve(problem), problem, 0)
+            ended = self.solver.finish(problem.origin, problem.weight + update.dense)
+            assert ended.shape == problem.weight.shape
+            assert bool(torch.isfinite(ended).all())
+
+
+class WeighterContract:
+    """What ``Weighter`` promises."""
+
+    weighter: ClassVar[Weighter]
+    layers: ClassVar[Sequence[int]] = (0, 1, 2)
+
+    def test_weights_fit_and_the_model_stays(self) -> None:
+        """Shape, sign, finite numbers; no bit of the model changes."""
+        lm = tiny_model()
+        before = {name: part.clone() for name, part in lm.model.state_dict().items()}
+        batch = tiny_batch(lm)
+        self.weighter.check(self.layers)
+        ready = self.weighter.prepare(lm, self.layers)
+        checked_weights(ready, ready.weigh(lm, batch, self.layers), len(batch), self.layers)
+        assert all(torch.equal(part, before[name]) for name, part in lm.model.state_dict().items())
+
+
+def random_turns() -> Iterator[tuple[Turn, Float[Tensor, "n d_out"]]]:
+    """Turns of several models' worth of layers, with weights for all facts and fact by fact, and what is missing."""
+    for seed in SEEDS:
+        gen = torch.Generator().manual_seed(seed)
+        n, width, layers = 3, 4, seed + 1
+        for shape in ((layers,), (n, layers)):
+            weights = torch.rand(shape, generator=gen, dtype=torch.float64) + 0.1
+            eye = torch.eye(width, dtype=torch.float64)
+            noise = 0.1 * torch.randn(layers, n, width, width, generator=gen, dtype=torch.float64)
+            matrices = [*(eye + each for each in noise[1:]), eye.expand(n, -1, -1)]
+            for index in range(layers):
+                turn = Turn(Site(index, "mlp_out"), Site(layers - 1), index, weights, DenseChain(matrices[index:]))
+                yield turn, torch.randn(n, width, generator=gen, dtype=torch.float64)
+
+
+def random_problems() -> Iterator[LayerProblem]:
+    """Problems with and without a history; some directions of the second moment are nearly null."""
+    for seed in SEEDS:
+        gen = torch.Generator().manual_seed(seed)
+        n, d_in, d_out = 3, 8, 5
+        normal = [torch.randn(rows, d_in, generator=gen, dtype=torch.float64) for rows in (n, 2, d_in, d_out)]
+        keys, seen, basis, weight = normal
+        vectors = torch.linalg.qr(basis).Q
+        values = torch.tensor([1e-4] * 4 + [1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+        covariance = Covariance((vectors * values) @ vectors.T, weight=2.0)
+        residual = torch.randn(n, d_out, generator=gen, dtype=torch.float64)
+        history = KeyHistory(seen) if seed % 2 else KeyHistory()
+        yield LayerProblem(keys, residual, weight, weight.clone(), covariance, history, keys + 0.1)
+
+
+def tiny_model() -> LanguageModel:
+    """A random GPT-2 of three blocks with a byte-level tokenizer, built offline."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    config = GPT2Config(vocab_size=257, n_positions=128, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
+    return LanguageModel.wrap(model, fast)
+
+
+def tiny_batch(lm: LanguageModel) -> EditBatch:
+    """Three facts as tokens."""
+    names = ("Ann", "Bob", "Cleo")
+    requests = [EditRequest(prompt="{} lives in", subject=name, target_new="Rome") for name in names]
+    return encode_batch(lm, requests, Contexts())

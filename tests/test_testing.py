@@ -1,0 +1,128 @@
+"""The contracts hold for what we ship, and catch those who break them."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from cakeflow_attribution import Noisy, Saliency, Shuffled
+from cakeflow_restrain import Prune, Rect
+
+from cakeflow import Endpoints, LeastSquares, NullSpace, OneHot, Scores, Sequential, ShareAllocator, Uniform, Update
+from cakeflow.allocators import Jacobian
+from cakeflow.errors import NumericalError, ShapeError
+from cakeflow.solvers import EqualityConstrained
+from cakeflow.testing import AllocatorContract, SolverContract, WeighterContract, tiny_batch, tiny_model
+
+SCORES = {0: 0.1, 1: 0.3, 2: 0.2}
+
+
+def holds(contract, only="test_", **given):
+    case = type("Case", (contract,), given)()
+    names = [name for name in dir(case) if name.startswith(only)]
+    assert names
+    for name in names:
+        getattr(case, name)()
+
+
+@pytest.mark.parametrize("allocator", [Sequential(), Sequential(0.5), Sequential(0.0, "self"), Jacobian(1e-8)], ids=str)
+def test_allocators(allocator):
+    holds(AllocatorContract, allocator=allocator)
+
+
+SOLVERS = [
+    LeastSquares(), LeastSquares(0.3, "primal"), NullSpace(), EqualityConstrained(), EqualityConstrained(at="bare"),
+    Rect(), Rect(in_loop=True), Prune(), Prune(NullSpace(), double_add=True), NullSpace(Rect(LeastSquares(1.0))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+def test_solvers(solver):
+    holds(SolverContract, solver=solver)
+
+
+@pytest.mark.parametrize(
+    "weighter",
+    [Uniform(), OneHot(), OneHot(2), Endpoints(), Scores(SCORES), Shuffled(SCORES), Noisy(SCORES),
+     Scores(attribution=Saliency(), score_source="per_request")],
+    ids=str,
+)  # fmt: skip
+def test_weighters(weighter):
+    holds(WeighterContract, weighter=weighter)
+
+
+@dataclass(frozen=True)
+class Half(ShareAllocator):
+    """Leaves something over."""
+
+    anchor: str = "last"
+
+    def shares(self, weights):
+        return torch.full_like(weights, 0.5)
+
+
+class Bent(Jacobian):
+    """Takes more the more is missing."""
+
+    def allocate(self, residual, turn):
+        return residual * residual.norm()
+
+
+@dataclass(frozen=True)
+class Squared(Sequential):
+    """Takes more than there is."""
+
+    def shares(self, weights):
+        return super().shares(weights) * 2
+
+
+class Growing(LeastSquares):
+    """Gives another answer each time."""
+
+    def solve(self, problem):
+        problem.residual.add_(1)
+        return super().solve(problem)
+
+
+class Turned(LeastSquares):
+    def solve(self, problem):
+        return Update(super().solve(problem).dense.T)
+
+
+class Broken(LeastSquares):
+    def solve(self, problem):
+        return Update(super().solve(problem).dense * float("nan"))
+
+
+class Negative(Uniform):
+    def weigh(self, lm, batch, layers):
+        return -super().weigh(lm, batch, layers)
+
+
+class Vandal(Uniform):
+    def weigh(self, lm, batch, layers):
+        lm.weight(0).data.add_(1)
+        return super().weigh(lm, batch, layers)
+
+
+@pytest.mark.parametrize(
+    ("contract", "only", "given", "error", "words"),
+    [
+        (AllocatorContract, "test_what", {"allocator": Half()}, ShapeError, "Half: the last layer must take all"),
+        (AllocatorContract, "test_it_is_linear", {"allocator": Bent()}, AssertionError, None),
+        (AllocatorContract, "test_what", {"allocator": Squared()}, ShapeError, r"Squared: shares must lie in \(0, 1\]"),
+        (SolverContract, "test_it_is_pure", {"solver": Growing()}, AssertionError, None),
+        (SolverContract, "test_what", {"solver": Turned()}, ShapeError, "Turned: layer 0 needs an update of shape"),
+        (SolverContract, "test_what", {"solver": Broken()}, NumericalError, "Broken: layer 0: the update has values"),
+        (WeighterContract, "test_", {"weighter": Negative()}, ShapeError, "Negative: weights must be finite"),
+        (WeighterContract, "test_", {"weighter": Vandal()}, AssertionError, None),
+    ],
+)
+def test_who_breaks_a_contract_is_named(contract, only, given, error, words):
+    with pytest.raises(error, match=words):
+        holds(contract, only, **given)
+
+
+def test_the_tiny_model_is_the_same_each_time():
+    one, other = tiny_model(), tiny_model()
+    assert one.fingerprint() == other.fingerprint()
+    assert tiny_batch(one) == tiny_batch(other)
