@@ -15,7 +15,7 @@ from cakeflow.architecture import Site
 from cakeflow.batch import EditBatch
 from cakeflow.errors import ArchitectureError
 from cakeflow.model import LanguageModel
-from cakeflow.suffixes import Suffixes, cut
+from cakeflow.suffixes import Suffixes, cut, take
 from cakeflow.tap import inject
 
 
@@ -86,7 +86,7 @@ class _Link:
         changes = [inject(lm, site, each, suffixes.origin) for site, each in zip(sites, added, strict=True)]
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                output = suffixes.output(lm, sites[-1], *changes)[:, 0]
+                output = take(suffixes.output(lm, sites[-1], *changes), suffixes.origin[:, None])[:, 0]
                 covector = torch.zeros_like(output, requires_grad=True)
                 pulled = torch.autograd.grad(output, added, covector, create_graph=True)
             link = cls(suffixes.fact, output, added, covector, pulled)

@@ -4,11 +4,13 @@ A change at one position of one block changes nothing below that block and nothi
 each row's *suffix* (from the injected token to the last token whose prediction counts) runs through the upper blocks
 only, attending to keys and values of its prefix that were computed once; logits are taken only where the objective
 reads them. Exact: the same numbers as a full pass, up to rounding (field of locate-then-edit methods: ROME's
-``compute_z`` runs everything at every step).
+``compute_z`` runs everything at every step). Attention whose positions come from the mask alone (ALiBi) cannot start in
+the middle; there a row's "suffix" is all of it, and only the blocks below are saved.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -53,7 +55,7 @@ def _prepend(prefix: Tensor, states: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class Suffixes:
-    """Rows of similar suffix length, ready to run again with something changed at their first position.
+    """Rows of similar suffix length, ready to run again with something changed at one position of each.
 
     Attributes:
         first: The block at which they start.
@@ -63,6 +65,7 @@ class Suffixes:
         hidden: What enters block ``first``.
         mask: Additive attention mask, suffix over (prefix, suffix).
         keys, values: Attention keys and values of the prefixes, one entry per block; copies of the rows share them.
+        origin: Column of every row at which changes are made.
         row, column: Where logits are read.
         label: The token that each of those positions should predict (-1: none).
     """
@@ -72,22 +75,18 @@ class Suffixes:
     tokens: Tensor
     positions: Int[Tensor, "rows time"]
     hidden: Float[Tensor, "rows time width"]
-    mask: Float[Tensor, "rows 1 time seen"]
+    mask: Float[Tensor, "rows 1 time seen"] | None
     keys: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
     values: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
+    origin: Int[Tensor, " rows"]
     row: Int[Tensor, " read"]
     column: Int[Tensor, " read"]
     label: Int[Tensor, " read"]
 
-    @property
-    def origin(self) -> Int[Tensor, " rows"]:
-        """Column 0 of every row: where changes are made."""
-        return torch.zeros_like(self.fact)
-
     def logits(
         self, lm: LanguageModel, sites: Sequence[Site], delta: Float[Tensor, "rows sites width"]
     ) -> Float[Tensor, "read vocabulary"]:
-        """Logits at (row, column) with ``delta`` added to the sites' outputs at each row's first position."""
+        """Logits at (row, column) with ``delta`` added to the sites' outputs at each row's origin."""
         return self.run(lm, *(inject(lm, site, delta[:, i], self.origin) for i, site in enumerate(sites)))
 
     def run(self, lm: LanguageModel, *changes: AbstractContextManager[None]) -> Float[Tensor, "read vocabulary"]:
@@ -112,6 +111,9 @@ class Suffixes:
 
     def _forward(self, lm: LanguageModel) -> Any:
         kind = "inputs_embeds" if self.tokens.is_floating_point() else "input_ids"
+        if self.mask is None:
+            seen_by_all = torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
+            return lm.model(attention_mask=seen_by_all, use_cache=False, **{kind: self.tokens})
         try:
             return lm.model(
                 position_ids=self.positions,
@@ -130,8 +132,9 @@ class Suffixes:
     def copies(self, count: int) -> Suffixes:
         """The same rows ``count`` times, one copy after the other."""
         offset = len(self.fact) * torch.arange(count, device=self.row.device).repeat_interleave(len(self.row))
-        names = ("fact", "tokens", "positions", "hidden", "mask", "row", "column", "label")
+        names = ("fact", "tokens", "positions", "hidden", "origin", "row", "column", "label")
         parts: dict[str, Any] = {name: torch.cat([getattr(self, name)] * count) for name in names}
+        parts["mask"] = None if self.mask is None else torch.cat([self.mask] * count)
         return replace(self, **{**parts, "row": parts["row"] + offset})
 
     def only(self, kept: Tensor) -> Suffixes:
@@ -142,8 +145,9 @@ class Suffixes:
         number = rows.cumsum(0) - 1
         read = rows[self.row]
         parts: dict[str, Any] = {
-            name: getattr(self, name)[rows] for name in ("fact", "tokens", "positions", "hidden", "mask")
+            name: getattr(self, name)[rows] for name in ("fact", "tokens", "positions", "hidden", "origin")
         }
+        parts["mask"] = None if self.mask is None else self.mask[rows]
         for name in ("keys", "values"):
             parts[name] = tuple(None if part is None else part[rows] for part in getattr(self, name))
         parts |= {"row": number[self.row[read]], "column": self.column[read], "label": self.label[read]}
@@ -157,12 +161,12 @@ class Recording:
     Attributes:
         tokens: What went in: ids, or embeddings.
         outputs: Outputs of the sites that were asked for.
-        cache: Attention keys and values, one entry per block.
+        cache: Attention keys and values, one entry per block; None where the attention cannot go on from them.
     """
 
     tokens: Tensor
     outputs: dict[Site, Float[Tensor, "rows time width"]]
-    cache: list[tuple[Tensor, Tensor]]
+    cache: list[tuple[Tensor, Tensor]] | None
 
     @classmethod
     @torch.no_grad()
@@ -173,7 +177,7 @@ class Recording:
         with capture(lm, sites) as outputs, capture(lm, [Site(lm.depth - 1)], stop=True):
             lm.model(attention_mask=seen_by_all, past_key_values=cache, use_cache=True, **{kind: tokens})
         layers: list[Any] = cache.layers
-        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers])
+        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if _resumes(lm) else None)
 
     def cut(
         self,
@@ -192,6 +196,8 @@ class Recording:
             fact: Which fact each row belongs to.
             reads: (row, column in the suffix, label) of the logits wanted.
         """
+        if self.cache is None:
+            return self._whole(first, start, width, fact, reads)
         prefix = int(start.max())
         columns = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(self.tokens.shape[1] - 1)
         entering = self.outputs[Site(max(first - 1, 0))]
@@ -206,10 +212,33 @@ class Recording:
             mask=_mask(start, prefix, width, entering.dtype),
             keys=tuple(None if keys is None else keys[:, :, :prefix].clone() for keys, _ in kept),
             values=tuple(None if values is None else values[:, :, :prefix].clone() for _, values in kept),
+            origin=torch.zeros_like(start),
             row=row,
             column=column,
             label=label,
         )
+
+    def _whole(
+        self,
+        first: int,
+        start: Int[Tensor, " rows"],
+        width: int,
+        fact: Int[Tensor, " rows"],
+        reads: Sequence[tuple[int, int, int]],
+    ) -> Suffixes:
+        """The same, but with every row from its beginning."""
+        columns = torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1)
+        row, column, label = torch.tensor(reads, device=start.device).T
+        entering, nothing = self.outputs[Site(max(first - 1, 0))], (None,) * 0
+        return Suffixes(
+            first, fact, self.tokens, columns, entering, None, nothing, nothing, start, row, column + start[row], label
+        )
+
+
+def _resumes(lm: LanguageModel) -> bool:
+    """Whether the attention can go on from cached keys at given positions (ALiBi counts them off a 2-D mask)."""
+    takes_positions = "position_ids" in inspect.signature(lm.model.forward).parameters
+    return takes_positions and not getattr(lm.model.config, "alibi", False)
 
 
 def take(values: Tensor, columns: Int[Tensor, "rows width"]) -> Tensor:

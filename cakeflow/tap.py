@@ -22,12 +22,35 @@ class _StopError(Exception):
     """Ends a forward pass once everything asked for has been seen."""
 
 
-def _first(value: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return value[0] if isinstance(value, tuple) else value
+def _first(value: Tensor | tuple[Tensor, ...], shape: torch.Size | None) -> Tensor:
+    """What flows, as rows x time x width, whether or not the block flattens it for its MLP (OPT does)."""
+    tensor = value[0] if isinstance(value, tuple) else value
+    return tensor if tensor.dim() == 3 or shape is None else tensor.unflatten(0, shape)
 
 
 def _with_first(value: Any, tensor: Tensor) -> Any:
+    """The same value with another tensor in it, in the shape that it had."""
+    old = value[0] if isinstance(value, tuple) else value
+    tensor = tensor.reshape(old.shape)
     return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+
+
+@contextmanager
+def _shapes(lm: LanguageModel, sites: Sequence[Site]) -> Iterator[dict[int, torch.Size]]:
+    """Rows and time of what enters the blocks of some sites, filled as the model runs."""
+    found: dict[int, torch.Size] = {}
+
+    def keep(layer: int) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+            found[layer] = (args[0] if args else kwargs["hidden_states"]).shape[:2]
+
+        return hook
+
+    with ExitStack() as stack:
+        for layer in {site.layer for site in sites if site.role != "block"}:
+            block = lm.module(Site(layer))
+            stack.callback(block.register_forward_pre_hook(keep(layer), with_kwargs=True).remove)
+        yield found
 
 
 @contextmanager
@@ -49,13 +72,15 @@ def capture(
 
     def keep(site: Site) -> Callable[..., None]:
         def hook(_module: nn.Module, *values: Any) -> None:  # (args) before the module runs, (args, output) after
-            seen[site] = _first(values[-1])
+            value = _first(values[-1], shapes.get(site.layer))
+            seen[site] = value.clone() if side == "out" else value  # Falcon adds to it in place
             if stop and site == sites[-1]:
                 raise _StopError
 
         return hook
 
     with ExitStack() as stack:
+        shapes = stack.enter_context(_shapes(lm, sites))
         for site in sites:
             module = lm.module(site)
             register = module.register_forward_pre_hook if side == "in" else module.register_forward_hook
@@ -69,14 +94,15 @@ def _put(lm: LanguageModel, site: Site, value: Tensor, places: tuple[Tensor, Ten
     """Put vectors at (rows, columns) of a module's output, in place of what is there or on top of it."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-        hidden = _first(output)
+        hidden = _first(output, shapes.get(site.layer))
         return _with_first(output, hidden.index_put(places, value.to(hidden.dtype), accumulate=add))
 
-    handle = lm.module(site).register_forward_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
+    with _shapes(lm, [site]) as shapes:
+        handle = lm.module(site).register_forward_hook(hook)
+        try:
+            yield
+        finally:
+            handle.remove()
 
 
 def inject(

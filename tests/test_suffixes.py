@@ -1,7 +1,5 @@
 """Suffix passes give the numbers of full passes: every site, any grouping, any subset of facts."""
 
-import contextlib
-
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -9,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cakeflow import Contexts
 from cakeflow.architecture import Site
 from cakeflow.batch import Row, encode_batch
-from cakeflow.errors import EditError
+from cakeflow.errors import ArchitectureError
 from cakeflow.model import LanguageModel
 from cakeflow.suffixes import before_targets, cut, first_changed
 from cakeflow.tap import capture
@@ -56,10 +54,9 @@ def check(lm, rows, sites, budget, *, read_first=False, tolerance=1e-9):
     seen = []
     for group in groups:
         logits = group.logits(lm, sites, delta[group.fact])
-        for line, i, column, label in zip(
-            logits, group.fact[group.row].tolist(), group.column, group.label, strict=True
-        ):
-            at = rows[i].subject + int(column)
+        steps = (group.column - group.origin[group.row]).tolist()
+        for line, i, step, label in zip(logits, group.fact[group.row].tolist(), steps, group.label, strict=True):
+            at = rows[i].subject + step
             assert int(label) == (-1 if read_first else rows[i].ids[at + 1])
             torch.testing.assert_close(line, full[i][0][at], rtol=0, atol=tolerance)
             seen.append((i, at))
@@ -156,17 +153,35 @@ def test_before_targets_from_the_subject_and_from_the_start(rows):
 
 
 EXTRA = {"vocab_size": 600, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
-UNUSUAL = {
+WINDOWED = {
     "mistral": {"intermediate_size": 40, "num_key_value_heads": 1, "sliding_window": 4},
     "gemma2": {"intermediate_size": 40, "num_key_value_heads": 1, "head_dim": 8, "sliding_window": 4},
-    "bloom": {},
 }
+ALIBI = {"bloom": {}, "falcon": {"alibi": True, "parallel_attn": False}, "mpt": {"n_heads": 2, "n_layers": 4}}
 
 
-@pytest.mark.parametrize("family", UNUSUAL)
-def test_windowed_or_biased_attention_is_exact_or_refused(family, lm, rows):
-    """A mask of our own leaves out a sliding window shorter than the row, and ALiBi; that must not pass silently."""
+def random(family, tokenizer, **changes):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **EXTRA, **UNUSUAL[family])).double()
-    with contextlib.suppress(EditError):
-        check(LanguageModel.wrap(model, lm.tokenizer), rows, [Site(0)], 1024, tolerance=1e-5)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**EXTRA, **changes})).double()
+    return LanguageModel.wrap(model, tokenizer)
+
+
+@pytest.mark.parametrize("family", WINDOWED)
+def test_a_window_shorter_than_the_row_is_refused(family, lm, rows):
+    """A mask of our own leaves it out; that must not pass silently."""
+    with pytest.raises(ArchitectureError, match="sliding attention window"):
+        check(random(family, lm.tokenizer, **WINDOWED[family]), rows, [Site(0)], 1024)
+
+
+@pytest.mark.parametrize("sites", [[Site(0)], [Site(2, "mlp_out"), Site(2, "attn_out")]], ids=str)
+@pytest.mark.parametrize("family", ALIBI)
+def test_attention_without_positions_runs_whole_rows(family, sites, lm, rows):
+    model = random(family, lm.tokenizer, **ALIBI[family])
+    groups = check(model, rows, sites, 1024, tolerance=1e-5)
+    assert all(group.mask is None for group in groups)
+    kept = torch.tensor([i % 3 == 0 for i in range(len(rows))])
+    delta = torch.ones(len(rows), len(sites), EXTRA["hidden_size"], dtype=torch.float64)
+    part, group = groups[0].only(kept), groups[0]
+    read = kept[group.fact][group.row]
+    wanted = group.logits(model, sites, delta[group.fact])[read]
+    torch.testing.assert_close(part.logits(model, sites, delta[part.fact]), wanted, rtol=0, atol=1e-5)

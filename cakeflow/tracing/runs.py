@@ -88,7 +88,7 @@ class Runs:
             entering = take(self.noisy.outputs[_entering(first)], suffixes.positions)
             hidden = torch.cat([hidden, *[entering] * firsts.count(first)])
             running = replace(suffixes.copies(len(begun)), first=first, hidden=hidden)
-            changes = self._restorations(at, begun, range(first - 1, following or self.lm.depth))
+            changes = self._restorations(at, suffixes.origin, begun, range(first - 1, following or self.lm.depth))
             if following is not None:
                 hidden = running.output(self.lm, Site(following - 1), *changes)
         found = torch.empty(len(spans), len(at), dtype=torch.float64)
@@ -96,7 +96,7 @@ class Runs:
         return found.T
 
     def _restorations(
-        self, at: Sequence[int], begun: Sequence[Sequence[Site]], layers: range
+        self, at: Sequence[int], origin: Int[Tensor, " runs"], begun: Sequence[Sequence[Site]], layers: range
     ) -> list[AbstractContextManager[None]]:
         """What puts clean outputs back into copies of the runs, one copy per span, in some layers."""
         count, facts = len(self.noisy.tokens), range(len(at))
@@ -107,7 +107,7 @@ class Runs:
             if copies:
                 rows = torch.cat([copy * count + every for copy in copies])
                 value = output[facts, at].repeat_interleave(self.draws, 0).repeat(len(copies), 1)
-                changes.append(restore(self.lm, site, value, rows, torch.zeros_like(rows)))
+                changes.append(restore(self.lm, site, value, rows, origin.repeat(len(copies))))
         return changes
 
     def _from(self, at: Sequence[int], first: int) -> Suffixes:
