@@ -99,11 +99,11 @@ def test_every_recipe_is_pinned():
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_cake_has_a_score_for_every_layer_of_every_model(model):
+def test_cake_has_a_score_for_every_layer_of_a_model_or_measures_all(model):
     module = build("cake", model)
     assert isinstance(module.weighter, Scores)
     assert module.weighter.tau == 0.1
-    assert set(module.layers) <= set(module.weighter.scores)
+    assert module.weighter.scores is None or set(module.layers) <= set(module.weighter.scores)
 
 
 def test_setup_is_what_loads():

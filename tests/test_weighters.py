@@ -103,7 +103,6 @@ def test_endpoints_of_one_layer(lm, batch):
     [
         (OneHot(7), r"layer 7 is not among the layers \[1, 2, 3, 4\]"),
         (Scores({1: 0.1, 2: 0.2}), r"no score for layers \[3, 4\]"),
-        (Scores(), r"no score for layers \[1, 2, 3, 4\]"),
     ],
 )
 def test_layers_that_do_not_fit_are_named(lm, batch, weighter, words):

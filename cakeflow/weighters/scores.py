@@ -63,8 +63,8 @@ class Scores(Weighter):
             section 3.2's boundary strategy). 0 leaves them as they are.
         score_source: ``global``, the mean over facts that the unedited model knows, as in the paper; or
             ``per_request``, on each request's own prompt, for the token that the model predicts there now.
-        attribution: What measures scores; a ``CausalTrace`` for ``per_request`` unless given. A trace with
-            ``noise=None`` takes its scale from the subjects of the batch.
+        attribution: What measures scores that are not given, before the first edit or per request; a ``CausalTrace``
+            unless given. A trace with ``noise=None`` takes its scale from the subjects that it sees.
     """
 
     scores: dict[int, float] | None = None
@@ -86,22 +86,22 @@ class Scores(Weighter):
 
     def check(self, layers: Sequence[int]) -> None:
         """See ``Weighter.check``."""
-        if self.score_source == "per_request" or (self.scores is None and self.attribution):
+        if self.score_source == "per_request" or self.scores is None:
             return
-        scores = self.scores or {}
+        scores = self.scores
         if missing := [layer for layer in layers if layer not in scores]:
             raise ConfigError(
                 f"Scores: no score for layers {missing}, only for {sorted(scores)}; give scores={{layer: score, ...}} "
-                "or an attribution that measures them"
+                "for all of them, or none, to have them measured"
             )
         if bad := [layer for layer in layers if not math.isfinite(scores[layer])]:
             raise ConfigError(f"Scores: the score of layer {bad[0]} is {scores[bad[0]]}; give finite scores")
 
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Scores:
         """Measure global scores that are not known; see ``Weighter.prepare``."""
-        if self.score_source == "per_request" or self.scores is not None or self.attribution is None:
+        if self.score_source == "per_request" or self.scores is not None:
             return self
-        known = replace(self, scores=known_scores(lm, self.attribution, layers))
+        known = replace(self, scores=known_scores(lm, self.attribution or CausalTrace(), layers))
         known.check(layers)
         return known
 

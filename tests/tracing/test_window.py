@@ -97,11 +97,12 @@ def test_scores_are_measured_on_the_unedited_model_before_the_first_edit(lm, req
 
 
 @pytest.mark.usefixtures("builtin")
-def test_no_known_fact_stops_before_anything_is_edited(lm, requests, quiet, monkeypatch):
+@pytest.mark.parametrize("weighter", [Scores(), Scores(attribution=CausalTrace())], ids=["default", "given"])
+def test_no_known_fact_stops_before_anything_is_edited(lm, requests, quiet, monkeypatch, weighter):
     monkeypatch.setattr("cakeflow.tracing.window.read_facts", lambda _source: [Fact("{} is a", "Ann", "qqqq")])
     before = lm.fingerprint()
     with pytest.raises(RequestError, match="knows none"):
-        fit(lm, requests, quiet, [1, 3], Scores(attribution=CausalTrace()))
+        fit(lm, requests, quiet, [1, 3], weighter)
     assert lm.fingerprint() == before
 
 
