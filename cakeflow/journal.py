@@ -152,15 +152,15 @@ class Journal(Sequence[EditStep]):
         """End a run: a step without requests for the layers whose weight a rule changes.
 
         Args:
-            rule: Takes a weight before any edit and now, d_out x d_in in float64; gives what it becomes.
+            rule: Takes a weight before any edit and now, d_out x d_in; gives what it becomes, or the latter as it is.
         """
         changes: dict[int, Tensor] = {}
         for layer in sorted({part.layer for step in self.steps for part in step.layers}):
-            master = self._masters.get(layer, self.lm.weight(layer)).detach().double()
+            master = self._masters.get(layer, self.lm.weight(layer)).detach()
             now = master.T if self._transposed(layer) else master
-            wanted = rule(self.origin(layer).double(), now)
+            wanted = rule(self.origin(layer), now)
             if wanted is not now:
-                changes[layer] = wanted - now
+                changes[layer] = wanted.double() - now
         if changes:
             with self.batch(()) as step:
                 for layer, change in changes.items():

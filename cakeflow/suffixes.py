@@ -197,7 +197,7 @@ class Recording:
             reads: (row, column in the suffix, label) of the logits wanted.
         """
         if self.cache is None:
-            return self._whole(first, start, width, fact, reads)
+            return self._whole(first, start, fact, reads)
         prefix = int(start.max())
         columns = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(self.tokens.shape[1] - 1)
         entering = self.outputs[Site(max(first - 1, 0))]
@@ -222,16 +222,24 @@ class Recording:
         self,
         first: int,
         start: Int[Tensor, " rows"],
-        width: int,
         fact: Int[Tensor, " rows"],
         reads: Sequence[tuple[int, int, int]],
     ) -> Suffixes:
         """The same, but with every row from its beginning."""
-        columns = torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1)
         row, column, label = torch.tensor(reads, device=start.device).T
-        entering, nothing = self.outputs[Site(max(first - 1, 0))], (None,) * 0
         return Suffixes(
-            first, fact, self.tokens, columns, entering, None, nothing, nothing, start, row, column + start[row], label
+            first=first,
+            fact=fact,
+            tokens=self.tokens,
+            positions=torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1),
+            hidden=self.outputs[Site(max(first - 1, 0))],
+            mask=None,
+            keys=(),
+            values=(),
+            origin=start,
+            row=row,
+            column=column + start[row],
+            label=label,
         )
 
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cakeflow import EditRequest
 from cakeflow.batch import Row
@@ -111,6 +111,13 @@ def tiny(request: pytest.FixtureRequest, _models: dict[str, LanguageModel]) -> L
 def lm(_models: dict[str, LanguageModel]) -> LanguageModel:
     """A fresh copy of the tiny GPT-2 in float64."""
     return copy.deepcopy(_models["gpt2"])
+
+
+def random_model(family: str, tokenizer: PreTrainedTokenizerBase, **config: Any) -> LanguageModel:
+    """A tiny random model of a family."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
+    return LanguageModel.wrap(model.float(), tokenizer)
 
 
 @pytest.fixture

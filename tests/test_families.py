@@ -3,13 +3,13 @@
 import lightning as L
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import random_model
 
 from cakeflow import Contexts, EditDataModule, EditModule, EditRequest, LeastSquares, TargetOptimizer
+from cakeflow.allocators import Jacobian
 from cakeflow.architecture import Site, is_transposed
 from cakeflow.batch import encode_batch
 from cakeflow.keys import FactReader
-from cakeflow.model import LanguageModel
 from cakeflow.scoring import score_targets
 from cakeflow.tap import capture, inject
 
@@ -35,10 +35,7 @@ FACTS = [EditRequest("Here comes {}", "Ann", "Rome"), EditRequest("A friend of {
 
 @pytest.fixture(params=FAMILIES)
 def family(request, lm):
-    torch.manual_seed(0)
-    name, changes = request.param.split(",")[0], FAMILIES[request.param]
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **{**COMMON, **changes}))
-    return LanguageModel.wrap(model.float(), lm.tokenizer)
+    return random_model(request.param.split(",")[0], lm.tokenizer, **{**COMMON, **FAMILIES[request.param]})
 
 
 @torch.no_grad()
@@ -65,7 +62,7 @@ def test_an_injected_value_changes_logits_from_its_position_on(family, role):
     assert all(not torch.allclose(changed[:, i], before[:, i], atol=1e-4) for i in range(at, ids.shape[1]))
 
 
-def edit(lm, requests, quiet):
+def edit(lm, requests, quiet, **changes):
     width = lm.oriented(0).shape[1]
     module = EditModule(
         lm,
@@ -74,6 +71,7 @@ def edit(lm, requests, quiet):
         contexts=Contexts(),
         targets=TargetOptimizer(steps=20, lr=0.5, clamp=30.0, kl_factor=0.0),
         moments=dict.fromkeys(LAYERS, 1e-9 * torch.eye(width, dtype=torch.float64)),
+        **changes,
     )
     L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
     return module
@@ -108,3 +106,10 @@ def test_padding_sides_agree(family, requests):
                 family.model(input_ids=torch.tensor([ids]))
             torch.testing.assert_close(found[-1][0][i], keys[Site(1, "mlp_out")][0, -1].double(), rtol=1e-4, atol=1e-5)
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_exact_allocation(family, quiet):
+    """Products with Jacobians need attention and MLP to be differentiated twice; they check themselves."""
+    low = chances(family, FACTS)
+    edit(family, FACTS, quiet, allocator=Jacobian(tolerance=1e-3))
+    assert bool((chances(family, FACTS) > low + 0.3).all())

@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import random_model
 
 from cakeflow import Contexts
 from cakeflow.architecture import Site
 from cakeflow.batch import Row, encode_batch
 from cakeflow.errors import ArchitectureError
-from cakeflow.model import LanguageModel
 from cakeflow.suffixes import before_targets, cut, first_changed
 from cakeflow.tap import capture
 
@@ -161,9 +160,9 @@ ALIBI = {"bloom": {}, "falcon": {"alibi": True, "parallel_attn": False}, "mpt": 
 
 
 def random(family, tokenizer, **changes):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **{**EXTRA, **changes})).double()
-    return LanguageModel.wrap(model, tokenizer)
+    lm = random_model(family, tokenizer, **{**EXTRA, **changes})
+    lm.model.double()
+    return lm
 
 
 @pytest.mark.parametrize("family", WINDOWED)

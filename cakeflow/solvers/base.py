@@ -38,8 +38,8 @@ class Solver(ABC):
         """What a layer's weight becomes when a run of edits ends; by default what an inner solver says, or as it is.
 
         Args:
-            origin: The weight before any edit, in float64.
-            weight: The weight now, in float64.
+            origin: The weight before any edit.
+            weight: The weight now, in float32 or float64; returned itself where nothing is to change.
         """
         inner = getattr(self, "inner", None)
         return inner.finish(origin, weight) if isinstance(inner, Solver) else weight

@@ -42,7 +42,7 @@ class Prune(Solver):
         self, origin: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
     ) -> Float[Tensor, "d_out d_in"]:
         """See ``Solver.finish``."""
-        weight = self.inner.finish(origin, weight)
+        origin, weight = origin.double(), self.inner.finish(origin, weight).double()
         left, values, right = torch.linalg.svd(weight - origin, full_matrices=False)
         limit = torch.linalg.matrix_norm(origin, 2)
         damped = torch.where(values > limit, (values / limit).log() / math.log(self.base) + limit, values)

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import random_model
 
 from cakeflow.architecture import Site
 from cakeflow.tracing import PLACES, CausalTrace
@@ -76,3 +77,17 @@ def test_restoring_the_last_block_at_the_end_of_the_prompt_restores_everything(t
     wanted = float(found.clean - found.corrupted)
     assert abs(wanted) > 1e-6
     assert found.scores[tiny.depth - 1] == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize("role", ["block", "mlp_out"])
+def test_models_that_cannot_go_on_from_cached_keys(lm, rows, tmp_path, role):
+    """ALiBi: whole rows run again, from the restored layer on."""
+    sizes = {"vocab_size": 600, "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 2}
+    bloom = random_model("bloom", lm.tokenizer, **sizes, initializer_range=0.5)
+    bloom.model.double()
+    trace = CausalTrace(role=role, draws=2, noise=0.5)
+    found = trace.run(bloom, rows, folder=tmp_path)
+    for i, row in enumerate(rows):
+        wanted = [plain(bloom, row, trace, 0.5, layer, row.subject)[2] for layer in range(bloom.depth)]
+        assert found.effects[i, LAST_SUBJECT].tolist() == pytest.approx(wanted, abs=1e-6)
+    assert float(found.effects.nan_to_num().abs().max()) > 1e-4
