@@ -30,6 +30,7 @@ from cakeflow.errors import ConfigError, EditError, NumericalError
 from cakeflow.history import KeyHistory
 from cakeflow.journal import EditStep, Journal
 from cakeflow.keys import FactReader
+from cakeflow.loss import WeightLoss
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
@@ -163,7 +164,7 @@ class EditModule(L.LightningModule):
                     residual = self.allocator.allocate(missing, turn)
                     residual = checked_residual(self.allocator, residual, missing, turn)
                 with self.phase("solve"):
-                    problem = self.problem(turn.site.layer, keys, residual, bare)
+                    problem = self.problem(turn.site.layer, batch, keys, residual, bare)
                     update = checked_update(self.solver, self.solver.solve(problem), problem, turn.site.layer)
                 self._tell("on_layer_solved", LayerEdit(turn, batch, missing, problem, update))
                 with self.phase("solve"):
@@ -275,8 +276,9 @@ class EditModule(L.LightningModule):
 
     def _find_targets(self, batch: EditBatch, anchor: Site, step: EditStep) -> Targets:
         bar = tqdm(total=len(batch), desc=f"target values, layer {anchor.layer}", unit="edit", delay=2, leave=False)
+        settings = self.targets if self.solver.needs_targets else replace(self.targets, steps=1)
         with self.phase("targets"), bar:
-            found = self.targets.optimize(self.lm, batch, anchor.layer, bar.update)
+            found = settings.optimize(self.lm, batch, anchor.layer, bar.update)
         numbers = {"loss": found.loss, "probability": found.probability, "steps": found.steps.double()}
         self.log_dict({f"target/{name}": value.mean() for name, value in numbers.items()}, batch_size=len(batch))
         rows = zip(*(value.tolist() for value in numbers.values()), strict=True)
@@ -287,9 +289,10 @@ class EditModule(L.LightningModule):
     def problem(
         self,
         layer: int,
+        batch: EditBatch,
         keys: Float[Tensor, "n d_in"],
         residual: Float[Tensor, "n d_out"],
-        bare: Float[Tensor, "n d_in"] | None = None,
+        bare: Float[Tensor, "n d_in"],
     ) -> LayerProblem:
         """What the solver is asked at a layer, under the weights and the history as they are now."""
         if not bool(torch.isfinite(keys).all() and torch.isfinite(residual).all()):
@@ -302,6 +305,7 @@ class EditModule(L.LightningModule):
             covariance=self.covariances[layer],
             seen=self.journal.history(layer) if self.use_history else KeyHistory(),
             bare=bare,
+            loss=WeightLoss(self.lm, batch, layer),
         )
 
     def _log_turn(self, turn: Turn, numbers: dict[str, float], size: int) -> None:

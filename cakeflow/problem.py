@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -87,6 +88,7 @@ class LayerProblem:
         covariance: Second moment of the keys to preserve, or None where a wrapper has dealt with them.
         seen: Keys of earlier edits, to preserve as well.
         bare: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
+        loss: The model's loss at ``weight + change`` and its gradient, for solvers that descend it.
 
     Raises:
         ShapeError: If the shapes do not fit together.
@@ -99,6 +101,7 @@ class LayerProblem:
     covariance: Covariance | None = None
     seen: KeyHistory = field(default_factory=KeyHistory)
     bare: Float[Tensor, "n d_in"] | None = None
+    loss: Callable[[Float[Tensor, "d_out d_in"]], tuple[float, Float[Tensor, "d_out d_in"]]] | None = None
 
     def __post_init__(self) -> None:
         (n, d_in), (d_out, width) = self.keys.shape, self.weight.shape

@@ -23,7 +23,7 @@ from cakeflow import (
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
-from cakeflow.solvers import EqualityConstrained
+from cakeflow.solvers import Descent, EqualityConstrained
 
 METHODS, MODELS = shipped("method"), shipped("model")
 PARTS = {
@@ -35,6 +35,7 @@ PARTS = {
     "memit_seq_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), True),
     "rome": (OneHot(), Sequential(), EqualityConstrained(), False),
     "rome_official": (OneHot(), Sequential(), EqualityConstrained(at="bare"), False),
+    "ft": (OneHot(), Sequential(), Descent(), False),
     "emmet": (Uniform(), Sequential(), EqualityConstrained(), False),
     "pmet": (Uniform(), Sequential(0.5), LeastSquares(), False),
     "pmet_seq": (Uniform(), Sequential(0.5), LeastSquares(), True),

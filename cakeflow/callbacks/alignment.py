@@ -77,7 +77,7 @@ def single_layer_mismatch(walk: Any, edit: LayerEdit, layers: list[int]) -> Floa
         reader, row = FactReader(walk.lm, batch), []
         for layer in layers:
             keys, bare, held = reader.read(layer, anchor)
-            problem = walk.problem(layer, keys, edit.missing[index, None], bare)
+            problem = walk.problem(layer, batch, keys, edit.missing[index, None], bare)
             with walk.journal.trial() as step:
                 walk.journal.apply(step, layer, problem, walk.solver.solve(problem))
                 gained = reader.values(layer, anchor) - held

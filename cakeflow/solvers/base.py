@@ -18,6 +18,12 @@ class Solver(ABC):
     change another solver, wrap it in one whose field is called ``inner``.
     """
 
+    @property
+    def needs_targets(self) -> bool:
+        """Whether keys and residuals are used: without them no target values are looked for."""
+        inner = getattr(self, "inner", None)
+        return inner.needs_targets if isinstance(inner, Solver) else True
+
     @abstractmethod
     def solve(self, problem: LayerProblem) -> Update:
         """Solve one layer.
