@@ -57,9 +57,8 @@ class Plugin:
 def find_plugins() -> list[Plugin]:
     """Every installed plugin, imported and checked, in the order of their names."""
     found = [_examine(entry) for entry in entry_points(group=GROUP)]
-    count = Counter(plugin.name for plugin in found) + Counter(
-        sorted({kind.__name__ for base in SLOTS.values() for kind in _subclasses(base) if _is_ours(kind)})
-    )
+    ours = {kind.__name__ for base in SLOTS.values() for kind in _subclasses(base) if _is_ours(kind)}
+    count = Counter([plugin.name for plugin in found] + list(ours))
     clash = "another one has the same name; rename one or uninstall its package"
     checked = [replace(each, problem=each.problem or (clash if count[each.name] > 1 else "")) for each in found]
     return sorted(checked, key=lambda plugin: (plugin.name, plugin.package))

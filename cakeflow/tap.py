@@ -73,7 +73,8 @@ def capture(
     def keep(site: Site) -> Callable[..., None]:
         def hook(_module: nn.Module, *values: Any) -> None:  # (args) before the module runs, (args, output) after
             value = _first(values[-1], shapes.get(site.layer))
-            seen[site] = value.clone() if side == "out" else value  # Falcon adds to it in place
+            copied = side == "out" and not value.requires_grad  # Falcon adds to it in place
+            seen[site] = value.clone() if copied else value
             if stop and site == sites[-1]:
                 raise _StopError
 
