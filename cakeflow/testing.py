@@ -60,6 +60,8 @@ class AllocatorContract:
     """What ``Allocator`` and ``ShareAllocator`` promise."""
 
     allocator: ClassVar[Allocator]
+    tolerance: ClassVar[float] = 1e-9
+    """Relative error of what should be linear; raise it for an allocator that solves iteratively."""
 
     def test_what_it_gives_fits_and_its_shares_keep_the_contract(self) -> None:
         """Shape, finite numbers, shares in (0, 1], and the last layer takes the rest."""
@@ -72,7 +74,7 @@ class AllocatorContract:
             other = missing.flip(0).contiguous()
             together = self.allocator.allocate(2 * missing + other, turn)
             apart = 2 * self.allocator.allocate(missing, turn) + self.allocator.allocate(other, turn)
-            torch.testing.assert_close(together, apart, rtol=1e-2, atol=1e-3)
+            torch.testing.assert_close(together, apart, rtol=self.tolerance, atol=self.tolerance)
 
     def test_it_is_pure(self) -> None:
         """The same question gets the same answer, and nothing that it was given changes."""

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from cakeflow import EditRequest
+from cakeflow import Contexts, EditDataModule, EditModule, EditRequest
 from cakeflow.batch import Row
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.request import parse_requests
@@ -111,6 +112,17 @@ def tiny(request: pytest.FixtureRequest, _models: dict[str, LanguageModel]) -> L
 def lm(_models: dict[str, LanguageModel]) -> LanguageModel:
     """A fresh copy of the tiny GPT-2 in float64."""
     return copy.deepcopy(_models["gpt2"])
+
+
+def fit_tiny(
+    lm: LanguageModel, layers: list[int], requests: list[EditRequest], quiet: dict[str, Any], scale: float, **parts: Any
+) -> EditModule:
+    """Edit all requests in one batch of bare prompts; the second moments are ``scale`` times the identity."""
+    moment = scale * torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)
+    parts = {"contexts": Contexts(), "moments": dict.fromkeys(layers, moment), **parts}
+    module = EditModule(lm, layers, **parts)
+    L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
+    return module
 
 
 def random_model(family: str, tokenizer: PreTrainedTokenizerBase, **config: Any) -> LanguageModel:

@@ -3,30 +3,17 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import lightning as L
 import pytest
 import torch
+from conftest import fit_tiny
 
-from cakeflow import Contexts, EditDataModule, EditModule, LeastSquares, Sequential, TargetOptimizer, Update
+from cakeflow import LeastSquares, Sequential, TargetOptimizer, Update
 from cakeflow.allocators import Turn
 from cakeflow.architecture import Site
 from cakeflow.contracts import checked_residual
 from cakeflow.errors import NumericalError, ShapeError
 
 LAYERS = [1, 2, 4]
-
-
-def fit(lm, requests, quiet, **changes):
-    width = lm.oriented(0).shape[1]
-    module = EditModule(
-        lm,
-        LAYERS,
-        contexts=Contexts(),
-        targets=TargetOptimizer(steps=2, lr=0.3),
-        moments=dict.fromkeys(LAYERS, torch.eye(width, dtype=torch.float64)),
-        **changes,
-    )
-    L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
 
 
 class Narrow(Sequential):
@@ -79,7 +66,7 @@ def test_the_class_is_named_and_nothing_stays(lm, requests, quiet, part, error, 
     Wrong.calls.clear()
     before = lm.fingerprint()
     with pytest.raises(error, match=words):
-        fit(lm, requests[:2], quiet, **part)
+        fit_tiny(lm, LAYERS, requests[:2], quiet, 1.0, targets=TargetOptimizer(steps=2, lr=0.3), **part)
     assert lm.fingerprint() == before
 
 

@@ -1,11 +1,10 @@
 """Every supported model family, as a tiny random model built offline: structure, hooks, one edit, and its undoing."""
 
-import lightning as L
 import pytest
 import torch
-from conftest import random_model
+from conftest import fit_tiny, random_model
 
-from cakeflow import Contexts, EditDataModule, EditModule, EditRequest, LeastSquares, TargetOptimizer
+from cakeflow import Contexts, EditRequest, LeastSquares, TargetOptimizer
 from cakeflow.allocators import Jacobian
 from cakeflow.architecture import Site, is_transposed
 from cakeflow.batch import encode_batch
@@ -63,18 +62,8 @@ def test_an_injected_value_changes_logits_from_its_position_on(family, role):
 
 
 def edit(lm, requests, quiet, **changes):
-    width = lm.oriented(0).shape[1]
-    module = EditModule(
-        lm,
-        LAYERS,
-        solver=LeastSquares(),
-        contexts=Contexts(),
-        targets=TargetOptimizer(steps=20, lr=0.5, clamp=30.0, kl_factor=0.0),
-        moments=dict.fromkeys(LAYERS, 1e-9 * torch.eye(width, dtype=torch.float64)),
-        **changes,
-    )
-    L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
-    return module
+    targets = TargetOptimizer(steps=20, lr=0.5, clamp=30.0, kl_factor=0.0)
+    return fit_tiny(lm, LAYERS, requests, quiet, 1e-9, solver=LeastSquares(), targets=targets, **changes)
 
 
 def chances(lm, requests):
