@@ -103,9 +103,7 @@ class Journal(Sequence[EditStep]):
             self._restore(len(self.steps), {part.layer for part in step.layers})
             raise
         self.steps.append(step)
-        if requests:
-            for part in step.layers:
-                self.history(part.layer).append(part.keys)
+        self._remember(step)
 
     @contextmanager
     def trial(self) -> Iterator[EditStep]:
@@ -123,16 +121,13 @@ class Journal(Sequence[EditStep]):
             Numbers to log: norms of the residual and of the update, alone and relative to the weight.
 
         Raises:
-            NumericalError: If the update is not finite; the weight is not touched.
+            NumericalError: If the edited weight is not finite.
         """
-        delta = update.dense
-        norm, residual = float(delta.norm()), float(problem.residual.norm(dim=1).mean())
+        norm, residual = update.norm(), float(problem.residual.norm(dim=1).mean())
         weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
-        if not torch.isfinite(delta).all():
-            raise NumericalError(f"layer {layer}: the update has values that are not finite; set ridge higher")
         numbers = {"residual": residual, "update": norm, "relative_update": norm / weight}
-        step.layers.append(LayerStep(layer, problem.keys, update, numbers))
-        self._add(layer, delta)
+        step.layers.append(LayerStep(layer, problem.keys.cpu(), update.to("cpu"), numbers))
+        self._add(layer, update)
         return numbers
 
     def settle(self, step: EditStep) -> bool:
@@ -143,8 +138,8 @@ class Journal(Sequence[EditStep]):
             self._restore(len(self.steps), {part.layer})
             kept = part.update.kept
             assert kept is not None
-            self._add(part.layer, kept.dense)
-            numbers = part.numbers | {"update": float(kept.dense.norm())}
+            self._add(part.layer, kept)
+            numbers = part.numbers | {"update": kept.norm()}
             step.layers[index] = replace(part, update=kept, numbers=numbers)
         return bool(chosen)
 
@@ -164,9 +159,9 @@ class Journal(Sequence[EditStep]):
         if changes:
             with self.batch(()) as step:
                 for layer, change in changes.items():
-                    numbers = {"update": float(change.norm())}
-                    step.layers.append(LayerStep(layer, change[:0], Update(change), numbers))
-                    self._add(layer, change)
+                    update = Update(change.cpu())
+                    step.layers.append(LayerStep(layer, update.right[:0], update, {"update": update.norm()}))
+                    self._add(layer, update)
 
     def rollback(self, steps: int | None = None) -> None:
         """Take back the last ``steps`` batches (default: all), bit for bit."""
@@ -175,8 +170,7 @@ class Journal(Sequence[EditStep]):
         del self.steps[kept:]
         self._history.clear()
         for step in self.steps:
-            for part in step.layers if step.requests else ():
-                self.history(part.layer).append(part.keys)
+            self._remember(step)
 
     def save(self, folder: Path) -> None:
         """Write the originals, every step's factors and keys, and a line of JSON per step."""
@@ -191,21 +185,27 @@ class Journal(Sequence[EditStep]):
     def _transposed(self, layer: int) -> bool:
         return is_transposed(self.lm.module(Site(layer, "mlp_out")))
 
+    def _remember(self, step: EditStep) -> None:
+        """Add a step's keys to the histories; those at a run's end have none."""
+        for part in step.layers if step.requests else ():
+            self.history(part.layer).append(part.keys.to(self.lm.device))
+
     @torch.no_grad()
-    def _add(self, layer: int, delta: Tensor) -> None:
+    def _add(self, layer: int, update: Update) -> None:
         weight = self.lm.weight(layer)
         if layer not in self.originals:
             self.originals[layer] = weight.detach().cpu().clone()
         if weight.dtype in (torch.float16, torch.bfloat16) and layer not in self._masters:
             self._masters[layer] = weight.detach().float()
         master = self._masters.get(layer, weight)
-        delta = delta.to(weight.device)
-        summed = master.double() + (delta.T if self._transposed(layer) else delta)
-        master.copy_(summed)  # one rounding per edit
+        oriented = master.T if self._transposed(layer) else master
+        for place, part in update.to(weight.device).rows():
+            oriented[place] = oriented[place].double() + part  # one rounding per edit
         weight.copy_(master)
         if not torch.isfinite(weight).all():
             raise NumericalError(
-                f"layer {layer}: the edited weight overflows {weight.dtype}; load the model in float32"
+                f"layer {layer}: the edited weight is not finite in {weight.dtype}; set ridge higher or load the model "
+                "in float32"
             )
 
     @torch.no_grad()
@@ -217,7 +217,7 @@ class Journal(Sequence[EditStep]):
             for step in self.steps[:kept]:
                 for part in step.layers:
                     if part.layer == layer:
-                        self._add(layer, part.update.dense)
+                        self._add(layer, part.update)
 
 
 def _tensors(step: EditStep) -> dict[str, Tensor]:

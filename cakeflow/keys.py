@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from jaxtyping import Float
@@ -66,6 +67,20 @@ class PromptStream:
         keys = torch.cat([key for key, _ in parts])[order]
         return keys, torch.cat([value for _, value in parts])[order] if value_site else None  # type: ignore[misc]
 
+    @torch.no_grad()
+    def mix(self, key_site: Site, weights: Float[Tensor, "n c"]) -> Float[Tensor, "n d_in"]:
+        """Weighted sums of keys in float64, of n groups of c rows; no more than one pass's keys are held at once."""
+        return reduce(torch.add, (self._mixed(chunk, key_site, weights) for chunk in self.chunks))
+
+    def _mixed(self, chunk: _Chunk, key_site: Site, weights: Float[Tensor, "n c"]) -> Float[Tensor, "n d_in"]:
+        """What the rows of one chunk add to the sums; as a product, because sums by index vary on GPUs."""
+        keys, _ = self._read(chunk, key_site, None)
+        group = torch.tensor(chunk.rows, device=weights.device)
+        mixing = weights.new_zeros(len(weights), len(group))
+        place = group // weights.shape[1], torch.arange(len(group), device=weights.device)
+        mixing[place] = weights[place[0], group % weights.shape[1]]
+        return mixing @ keys.double()
+
     def _read(self, chunk: _Chunk, key_site: Site, value_site: Site | None) -> tuple[Tensor, Tensor | None]:
         lm, rows = self.lm, torch.arange(len(chunk.rows), device=self.lm.device)
         below = [Site(key_site.layer - 1)] if key_site.layer > chunk.layer else []
@@ -118,8 +133,7 @@ class FactReader:
         keys = keys.double()
         mean = keys * self.weights[0]
         if self.others is not None:
-            grouped = self.others.read(site)[0].double().unflatten(0, (len(keys), -1))
-            mean = mean + torch.einsum("ncd,c->nd", grouped, self.weights[1:])
+            mean = mean + self.others.mix(site, self.weights[1:].expand(len(keys), -1))
         assert values is not None
         return mean, keys, values.double()
 

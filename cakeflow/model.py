@@ -75,6 +75,11 @@ class LanguageModel:
         return self.embedding.device
 
     @property
+    def sharded(self) -> bool:
+        """Whether the model is spread over several devices (``device_map``); its blocks then stay where they are."""
+        return len({parameter.device for parameter in self.model.parameters()}) > 1
+
+    @property
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
         return self.embedding.dtype
@@ -124,6 +129,11 @@ class LanguageModel:
                 f"layer {layer}: {type(module).__name__} has no floating-point weight to edit (quantized?); "
                 "load this layer dequantized"
             )
+        if weight.is_meta:
+            raise ArchitectureError(
+                f"layer {layer}: its weight is offloaded, so that a change would be lost; make room for this block in "
+                "device_map or max_memory, or load the model in bfloat16"
+            )
         return weight
 
     def oriented(self, layer: int) -> torch.Tensor:
@@ -138,6 +148,10 @@ class LanguageModel:
         above = tuple(self.architecture.block.format(i) + "." for i in range(layers or self.depth, self.depth))
         for name, tensor in sorted(self.model.state_dict().items()):
             if not name.startswith(above):
+                if tensor.is_meta:
+                    raise ArchitectureError(
+                        f"{name} is offloaded and cannot be read; make room for it in device_map or max_memory"
+                    )
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
                 digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()

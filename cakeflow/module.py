@@ -141,7 +141,6 @@ class EditModule(L.LightningModule):
                 raise ConfigError(f"layers {missing} were added after edits; their statistics need the unedited model")
             if missing:
                 self.covariances |= self.statistics.collect(self.lm, missing)
-            self.covariances = {layer: known.to(self.device) for layer, known in self.covariances.items()}
 
     def training_step(self, records: Records, _: int) -> None:
         """Edit one batch: all layers, or, if anything fails, none."""
@@ -272,7 +271,11 @@ class EditModule(L.LightningModule):
             raise ConfigError(f"layer {self.layers[-1]} is not in the model, which has blocks 0 to {lm.depth - 1}")
         for layer in self.layers:
             lm.weight(layer)
-        self.lm, self.model, self.journal = lm, lm.model, Journal(lm)
+        self.lm, self.journal = lm, Journal(lm)
+        if lm.sharded:  # out of the sight of Lightning, which moves every submodule to one device
+            self.__dict__["model"] = lm.model
+        else:
+            self.model = lm.model
 
     def _find_targets(self, batch: EditBatch, anchor: Site, step: EditStep) -> Targets:
         bar = tqdm(total=len(batch), desc=f"target values, layer {anchor.layer}", unit="edit", delay=2, leave=False)
@@ -300,9 +303,9 @@ class EditModule(L.LightningModule):
         return LayerProblem(
             keys,
             residual,
-            weight=self.lm.oriented(layer),
-            origin=self.journal.origin(layer),
-            covariance=self.covariances[layer],
+            weight=self.lm.oriented(layer).to(keys.device),
+            origin=self.journal.origin(layer).to(keys.device),
+            covariance=self.covariances[layer].to(keys.device),
             seen=self.journal.history(layer) if self.use_history else KeyHistory(),
             bare=bare,
             loss=WeightLoss(self.lm, batch, layer),

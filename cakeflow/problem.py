@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -36,6 +37,9 @@ class Covariance:
         if eigen is not None:  # columns contiguous, as eigh leaves them: products with some of them are then fastest
             self.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
 
+    def __len__(self) -> int:
+        return len(self.moment)
+
     @cached_property
     def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
         """Eigenvalues, ascending and not below 0, and eigenvectors as columns, in float64."""
@@ -43,11 +47,8 @@ class Covariance:
         return values.clamp_min(0), vectors
 
     def to(self, device: torch.device | str) -> Covariance:
-        """The same numbers on a device."""
-        if self.moment.device == torch.device(device):
-            return self
-        eigen = (self.eigen[0].to(device), self.eigen[1].to(device))
-        return Covariance(self.moment.to(device), self.weight, eigen, self.threshold)
+        """The same numbers on a device; each part is copied when it is first used, most solves need one of them."""
+        return self if self.moment.device == torch.device(device) else _Moved(self, device)
 
     def rank(self, threshold: float) -> int:
         """Number of directions whose second moment is below the threshold: the size of the null space."""
@@ -74,6 +75,26 @@ class Covariance:
                 f"{float(values[-1]):.1e}); collect more tokens or set ridge above 0"
             )
         return ((keys @ vectors) / scale) @ vectors.T
+
+
+class _Moved(Covariance):
+    """A covariance whose parts are copied to a device on first use."""
+
+    def __init__(self, source: Covariance, device: torch.device | str) -> None:
+        self.source, self.device = source, device
+        self.weight, self.threshold = source.weight, source.threshold
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def moment(self) -> Float[Tensor, "d_in d_in"]:  # type: ignore[override]
+        return self.source.moment.to(self.device)
+
+    @cached_property
+    def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+        values, vectors = self.source.eigen
+        return values.to(self.device), vectors.T.to(self.device).T
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +132,8 @@ class LayerProblem:
                 f"{tuple(self.keys.shape)}, {tuple(self.residual.shape)}, {tuple(self.weight.shape)}, "
                 f"{tuple(self.origin.shape)}"
             )
-        if self.covariance is not None and len(self.covariance.moment) != d_in:
-            raise ShapeError(f"covariance is {len(self.covariance.moment)} wide, the keys are {d_in} wide")
+        if self.covariance is not None and len(self.covariance) != d_in:
+            raise ShapeError(f"covariance is {len(self.covariance)} wide, the keys are {d_in} wide")
 
     def in_null_space(self, threshold: float) -> LayerProblem:
         """The same problem with every key projected on the null space of the covariance, which is then dropped."""
@@ -138,7 +159,24 @@ class Update:
     left: Float[Tensor, "n d_out"] | None = None
     kept: Update | None = None
 
-    @cached_property
+    @property
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """D."""
         return self.right if self.left is None else self.left.T @ self.right
+
+    def rows(self, count: int = 512) -> Iterator[tuple[slice, Float[Tensor, "rows d_in"]]]:
+        """D, some rows at a time: whole, it is the largest thing that an edit could hold."""
+        for start in range(0, self.right.shape[0] if self.left is None else self.left.shape[1], count):
+            some = slice(start, start + count)
+            yield some, (self.right[some] if self.left is None else self.left[:, some].T @ self.right)
+
+    def to(self, device: torch.device | str) -> Update:
+        """The same numbers on a device."""
+        left, kept = self.left, self.kept
+        return Update(
+            self.right.to(device), None if left is None else left.to(device), None if kept is None else kept.to(device)
+        )
+
+    def norm(self) -> float:
+        """Frobenius norm of D."""
+        return math.sqrt(sum(float(part.double().square().sum()) for _, part in self.rows()))

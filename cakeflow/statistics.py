@@ -28,6 +28,8 @@ from cakeflow.tap import capture
 
 log = logging.getLogger(__name__)
 
+FORMAT = 2
+"""Of the files: eigenvectors as rows."""
 SAVE_EVERY = 30.0
 """Seconds between saved partial sums."""
 
@@ -79,13 +81,13 @@ class Statistics:
         """
         windows = self._windows(lm)
         key = hashlib.sha256(windows.numpy().tobytes())
-        key.update(json.dumps([lm.fingerprint(max(layers) + 1), self.window, str(lm.dtype)]).encode())
+        key.update(json.dumps([lm.fingerprint(max(layers) + 1), self.window, str(lm.dtype), FORMAT]).encode())
         home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
         missing = [layer for layer in layers if not (home / f"layer-{layer}.safetensors").exists()]
         log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(layers))
         if missing:
             _collect(lm, missing, windows, home, max(1, self.batch_tokens // self.window))
-        return {layer: self._load(home / f"layer-{layer}.safetensors", lm.device) for layer in layers}
+        return {layer: self._load(home / f"layer-{layer}.safetensors") for layer in layers}
 
     def _windows(self, lm: LanguageModel) -> Int[Tensor, "windows window"]:
         """The corpus as rows of tokens, after whatever the tokenizer puts in front of a text."""
@@ -105,9 +107,9 @@ class Statistics:
         rows = [front + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)]
         return torch.tensor(rows)
 
-    def _load(self, path: Path, device: torch.device) -> Covariance:
-        tensors = load_file(path, device=str(device))
-        return self.covariance(tensors["moment"], (tensors["values"], tensors["vectors"]))
+    def _load(self, path: Path) -> Covariance:
+        tensors = load_file(path)  # mapped from disk: what is not used is not read
+        return self.covariance(tensors["moment"], (tensors["eigenvalues"], tensors["eigenvectors"].T))
 
     def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
         """A second moment with this model's weight and threshold."""
@@ -128,13 +130,14 @@ def _collect(
     done, sums, halves = _resume(partial, layers, lm.device)
     saved = time.monotonic()
     with tqdm(total=windows.numel(), desc="second moments", unit="token", initial=done * windows.shape[1]) as bar:
-        for batch in windows[done:].split(min(rows, -(-len(windows) // 2))):
+        rows = min(rows, -(-len(windows) // 2))
+        for batch in windows[done:].split(rows):
             for layer, outer in _outer_products(lm, layers, batch.to(lm.device)):
                 sums[layer] = sums.get(layer, 0) + outer.double()
             done += len(batch)
             bar.update(batch.numel())
-            if done <= len(windows) // 2 or not halves:
-                halves = {layer: total.clone() / (done * windows.shape[1]) for layer, total in sums.items()}
+            if not halves and done + rows > len(windows) // 2:
+                halves = {layer: (total / (done * windows.shape[1])).cpu() for layer, total in sums.items()}
             if time.monotonic() - saved > SAVE_EVERY:
                 _save_partial(partial, done, sums, halves)
                 saved = time.monotonic()
@@ -172,13 +175,13 @@ def _resume(
 ) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
     if not partial.exists():
         return 0, {}, {}
-    tensors = load_file(partial, device=str(device))
+    tensors = load_file(partial)
     if {f"sum/{layer}" for layer in layers} != {name for name in tensors if name.startswith("sum/")}:
         return 0, {}, {}
     done = int(tensors["done"])
     log.info("second moments: going on after %d windows", done)
-    sums, halves = ({layer: tensors[f"{kind}/{layer}"] for layer in layers} for kind in ("sum", "half"))
-    return done, sums, halves
+    sums = {layer: tensors[f"sum/{layer}"].to(device) for layer in layers}
+    return done, sums, {layer: tensors[f"half/{layer}"] for layer in layers if f"half/{layer}" in tensors}
 
 
 def _save_partial(partial: Path, done: int, sums: dict[int, Tensor], halves: dict[int, Tensor]) -> None:
@@ -194,4 +197,5 @@ def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], half: Float[Tensor, 
     values, vectors = Covariance(moment).eigen
     change = float(torch.linalg.matrix_norm(moment - half) / torch.linalg.matrix_norm(moment))
     log.info("second moments: %s changed by %.2f %% over the second half of the tokens", path.stem, 100 * change)
-    write_tensors(path, {"moment": moment, "values": values, "vectors": vectors}, {"change": repr(change)})
+    tensors = {"moment": moment, "eigenvalues": values, "eigenvectors": vectors.T}
+    write_tensors(path, tensors, {"change": repr(change)})

@@ -149,7 +149,7 @@ class Suffixes:
         }
         parts["mask"] = None if self.mask is None else self.mask[rows]
         for name in ("keys", "values"):
-            parts[name] = tuple(None if part is None else part[rows] for part in getattr(self, name))
+            parts[name] = tuple(None if part is None else part[rows.to(part.device)] for part in getattr(self, name))
         parts |= {"row": number[self.row[read]], "column": self.column[read], "label": self.label[read]}
         return replace(self, **parts)
 

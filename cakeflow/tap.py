@@ -1,7 +1,8 @@
 """Reading and changing what flows through a model: the only file that hooks or bypasses modules.
 
 Every function is a context manager that leaves the model as it found it on success, error and interrupt. Blocks may
-return tensors or tuples; batch comes first always; nothing is written in place.
+return tensors or tuples; batch comes first always; nothing is written in place. Whatever device a block lives on, what
+is captured comes to the model's input device, and what is put in goes where it is needed.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def capture(
         def hook(_module: nn.Module, *values: Any) -> None:  # (args) before the module runs, (args, output) after
             value = _first(values[-1], shapes.get(site.layer))
             copied = side == "out" and not value.requires_grad  # Falcon adds to it in place
-            seen[site] = value.clone() if copied else value
+            seen[site] = (value.clone() if copied else value).to(lm.device)
             if stop and site == sites[-1]:
                 raise _StopError
 
@@ -96,7 +97,8 @@ def _put(lm: LanguageModel, site: Site, value: Tensor, places: tuple[Tensor, Ten
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
         hidden = _first(output, shapes.get(site.layer))
-        return _with_first(output, hidden.index_put(places, value.to(hidden.dtype), accumulate=add))
+        there = tuple(index.to(hidden.device) for index in places)
+        return _with_first(output, hidden.index_put(there, value.to(hidden), accumulate=add))
 
     with _shapes(lm, [site]) as shapes:
         handle = lm.module(site).register_forward_hook(hook)
@@ -162,7 +164,8 @@ def narrow(lm: LanguageModel, rows: Int[Tensor, " kept"], columns: Int[Tensor, "
     """Compute logits only at the positions (row, column); they come back as 1 x kept x vocabulary."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (args[0][rows, columns][None], *args[1:])
+        hidden = args[0]
+        return (hidden[rows.to(hidden.device), columns.to(hidden.device)][None], *args[1:])
 
     handle = lm.head.register_forward_pre_hook(hook)
     try:

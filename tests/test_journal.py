@@ -138,7 +138,7 @@ def test_a_batch_that_fails_is_taken_back_whole(tiny, requests, dtype, error):
 
 def test_a_pass_that_is_not_finite_touches_nothing(lm, requests):
     before, journal = bits(lm), Journal(lm)
-    with pytest.raises(NumericalError, match="layer 3: the update has values that are not finite"):
+    with pytest.raises(NumericalError, match="layer 3: the edited weight is not finite"):
         edit(journal, requests[:2], 0, layers=(1, 3), last=float("inf"))
     assert same(lm, before)
     assert len(journal) == 0

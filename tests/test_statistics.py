@@ -195,7 +195,7 @@ def test_convergence_is_the_change_over_the_second_half(lm, settings, cache):
     path = next(cache.rglob("layer-1.safetensors"))
     half = direct(lm, 1, tokens=240)  # 12 of 25 windows, a whole number of batches
     assert convergence(path) == pytest.approx(float((found - half).norm() / found.norm()), rel=1e-9)
-    assert set(load_file(path)) == {"moment", "values", "vectors"}
+    assert set(load_file(path)) == {"moment", "eigenvalues", "eigenvectors"}
 
 
 def test_too_few_tokens_are_refused(lm, corpus):
