@@ -7,8 +7,8 @@ padding side never matters.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Int
@@ -59,6 +59,12 @@ class EditBatch:
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    def split(self, size: int) -> Iterator[EditBatch]:
+        """The facts in parts of at most ``size``."""
+        for start in range(0, len(self), size):
+            some = slice(start, start + size)
+            yield replace(self, requests=self.requests[some], rows=self.rows[some], essence=self.essence[some])
 
 
 def join(prompt: str, target: str) -> str:

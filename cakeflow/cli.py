@@ -20,7 +20,7 @@ from cakeflow.errors import EditError
 from cakeflow.generation import continuations
 from cakeflow.module import EditModule
 from cakeflow.plugins import load_plugins
-from cakeflow.report import metrics_table, texts_table, timings_table
+from cakeflow.report import metrics_table, phases_table, texts_table
 
 SHOWN = 5
 """Generations shown before and after."""
@@ -62,7 +62,7 @@ class EditCLI(LightningCLI):
         self.result = run = run_fit(self.trainer, model, datamodule)
         after = continuations(model.lm, prompts)
         console.print(metrics_table({"before": run.before, "after": run.after}))
-        console.print(timings_table(run.timings, len(datamodule.requests)))
+        console.print(phases_table(run.timings, run.peaks, len(datamodule.requests)))
         wanted = [request.target_new for request in datamodule.requests[:SHOWN]]
         console.print(texts_table(prompts, wanted, before, after))
         console.print(f"run folder: {run.folder}", soft_wrap=True)

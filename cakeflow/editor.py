@@ -42,6 +42,7 @@ class Run:
         before: Metrics of the model as it was, by name.
         after: Metrics of the edited model.
         timings: Seconds per phase.
+        peaks: Most memory in each phase beyond the unedited model, in bytes; nan where it cannot be known.
         logged: Everything that was logged while editing, as of the last batch: what ``report.plot_layers`` draws.
         journal: Every edit batch of this model so far.
         folder: Where metrics, config and journal lie, if the Trainer's logger has a folder.
@@ -50,6 +51,7 @@ class Run:
     before: dict[str, float]
     after: dict[str, float]
     timings: dict[str, float]
+    peaks: dict[str, float]
     logged: dict[str, float]
     journal: Journal
     folder: Path | None
@@ -187,6 +189,7 @@ def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:
 def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> Run:
     """Measure, edit, measure again and write the journal: what ``Editor.fit`` and ``cakeflow fit`` both do."""
     module.timings.clear()
+    module.peaks.clear()
     before = run_evaluate(trainer, module, data, "before") if evaluate else {}
     module.stage = "after"
     with _expected_warnings():
@@ -200,7 +203,8 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         module.journal.save(folder / "journal")
         write_text(folder / "run.json", json.dumps(module.describe(), indent=1, ensure_ascii=False))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return Run(before, _metrics(trainer, "after"), dict(module.timings), logged, module.journal, folder)
+    after, timings, peaks = _metrics(trainer, "after"), dict(module.timings), dict(module.peaks)
+    return Run(before, after, timings, peaks, logged, module.journal, folder)
 
 
 def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> dict[str, float]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +14,7 @@ from cakeflow.architecture import Site, is_transposed
 from cakeflow.batch import EditBatch, Row, pad, plan
 from cakeflow.model import LanguageModel
 from cakeflow.suffixes import before_targets
-from cakeflow.tap import capture, narrow, resume
+from cakeflow.tap import capture, frozen, narrow, resume
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,18 +64,7 @@ class WeightLoss:
         weight = self.lm.weight(self.layer).detach()
         moved = {name: weight + (change.T if is_transposed(self.lm.module(site)) else change)}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        with resume(self.lm, self.layer, hidden), narrow(self.lm, row, column), _frozen(self.lm):
+        with resume(self.lm, self.layer, hidden), narrow(self.lm, row, column), frozen(self.lm):
             logits = functional_call(self.lm.model, moved, (), inputs, tie_weights=False).logits[0]
         each = torch.nn.functional.cross_entropy(logits.float(), label, reduction="none")
         return each.new_zeros(len(rows)).index_add(0, row, each) / torch.bincount(row)
-
-
-@contextmanager
-def _frozen(lm: LanguageModel) -> Iterator[None]:
-    """No gradients for the model's own parameters."""
-    frozen = [(p, p.requires_grad_(False)) for p in lm.model.parameters() if p.requires_grad]
-    try:
-        yield
-    finally:
-        for parameter, _ in frozen:
-            parameter.requires_grad_(True)

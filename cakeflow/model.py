@@ -65,6 +65,11 @@ class LanguageModel:
         return int(self.model.config.num_hidden_layers)
 
     @property
+    def width(self) -> int:
+        """Width of the residual stream."""
+        return int(self.model.config.hidden_size)
+
+    @property
     def embedding(self) -> Tensor:
         """The token embeddings, vocabulary x width."""
         return cast(Tensor, self.model.get_input_embeddings().weight)

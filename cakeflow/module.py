@@ -31,6 +31,7 @@ from cakeflow.history import KeyHistory
 from cakeflow.journal import EditStep, Journal
 from cakeflow.keys import FactReader
 from cakeflow.loss import WeightLoss
+from cakeflow.memory import GIB, Footprint, PeakMemory
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
@@ -63,6 +64,9 @@ class EditModule(L.LightningModule):
         dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
         architecture: Module paths, where they cannot be found from the model.
         moments: Second moments that are known already, layer -> C; replaces ``statistics``.
+        memory_budget: Most memory in GiB that edits may take beyond the model: target values are looked for in parts
+            that fit, second moments in several passes, and a batch that fits in no way is refused. None keeps to 8 GiB
+            where there is a choice, and refuses nothing.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model.
@@ -84,6 +88,7 @@ class EditModule(L.LightningModule):
         dtype: str = "auto",
         architecture: Architecture | None = None,
         moments: Mapping[int, Tensor] | None = None,
+        memory_budget: float | None = None,
     ) -> None:
         super().__init__()
         self.layers: list[int] = []
@@ -95,7 +100,12 @@ class EditModule(L.LightningModule):
         self.covariances: dict[int, Covariance] = {
             layer: statistics.covariance(moment) for layer, moment in (moments or {}).items()
         }
+        if memory_budget is not None and not memory_budget > 0:
+            raise ConfigError(f"memory_budget must be above 0, got {memory_budget}")
+        self.budget = None if memory_budget is None else memory_budget * GIB
         self.timings: defaultdict[str, float] = defaultdict(float)
+        self.peaks: defaultdict[str, float] = defaultdict(float)
+        self._memory: PeakMemory | None = None
         self.stage = "after"
         self.fingerprint: str = ""
         self.metrics = MetricCollection(
@@ -124,38 +134,40 @@ class EditModule(L.LightningModule):
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
         self.model.eval()
         self.fingerprint = self.fingerprint or self.lm.fingerprint()
+        self._memory = self._memory or PeakMemory({parameter.device for parameter in self.model.parameters()})
         if self.contexts is None:
             self.contexts = generate_contexts(self.lm, self.seed)
-        count = 0
+        batches: list[EditBatch] = []
         for records in self.trainer.train_dataloader or ():
-            encode_batch(self.lm, records.requests, self.contexts, first=count)
-            count += len(records.requests)
+            batches.append(encode_batch(self.lm, records.requests, self.contexts, first=sum(map(len, batches))))
         with self.phase("trace"):
             if not self.layers:
                 proposal = locate(self.lm)
                 self._choose(proposal.layers, proposal.scores)
             self.weighter = self.weighter.prepare(self.lm, self.layers)
+        for number, batch in enumerate(batches):
+            self.foresee(batch, sum(map(len, batches[:number])))
         with self.phase("statistics"):
             missing = [layer for layer in self.layers if layer not in self.covariances]
             if missing and len(self.journal):
                 raise ConfigError(f"layers {missing} were added after edits; their statistics need the unedited model")
             if missing:
-                self.covariances |= self.statistics.collect(self.lm, missing)
+                self.covariances |= self.statistics.collect(self.lm, missing, budget=self.budget)
 
     def training_step(self, records: Records, _: int) -> None:
         """Edit one batch: all layers, or, if anything fails, none."""
         assert self.contexts is not None
-        requests = records.requests
-        batch = encode_batch(self.lm, requests, self.contexts)
+        batch = encode_batch(self.lm, records.requests, self.contexts)
         given = self.weighter.weigh(self.lm, batch, self.layers)
         weights = checked_weights(self.weighter, given, len(batch), self.layers)
         self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
-        with self.journal.batch(requests) as step:
-            reader = FactReader(self.lm, batch)
+        room = self.foresee(batch)
+        with self.journal.batch(batch.requests) as step:
+            reader = FactReader(self.lm, batch, room.passing)
             wanted: dict[Site, Targets] = {}
             for turn in self.turns(weights, batch):
                 if turn.anchor not in wanted:
-                    wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step)
+                    wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step, room)
                 with self.phase("keys"):
                     keys, bare, values = reader.read(turn.site.layer, turn.anchor)
                 missing = wanted[turn.anchor].values - values
@@ -170,10 +182,14 @@ class EditModule(L.LightningModule):
                     numbers = self.journal.apply(step, turn.site.layer, problem, update)
                 self._log_turn(turn, numbers, len(batch))
             if self.journal.settle(step):
-                reader = FactReader(self.lm, batch)
+                reader = FactReader(self.lm, batch, room.passing)
             left = wanted[turn.anchor].values - reader.values(turn.site.layer, turn.anchor)
             self.log("target/left", left.norm(dim=1).mean(), batch_size=len(batch))
             self._tell("on_batch_edited", left)
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log the most memory that was in use beyond the model so far, in GiB."""
+        self.log("memory/peak", max(self.peaks.values()) / GIB)
 
     def on_train_end(self) -> None:
         """What a solver does once, after all batches."""
@@ -240,11 +256,31 @@ class EditModule(L.LightningModule):
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Time a phase of the work: into ``timings`` (seconds) and the Trainer's profiler."""
-        start = time.perf_counter()
+        """Measure a phase: ``timings`` (seconds), ``peaks`` (bytes beyond the model) and the Trainer's profiler."""
+        start, memory = time.perf_counter(), self._memory
+        if memory is not None:
+            memory.restart()
         with self.trainer.profiler.profile(f"cakeflow/{name}"):  # type: ignore[attr-defined]
             yield
         self.timings[name] += time.perf_counter() - start
+        if memory is not None:
+            self.peaks[name] = max(self.peaks[name], memory.bytes())
+
+    def foresee(self, batch: EditBatch, waiting: int = 0) -> Footprint:
+        """The memory that a batch takes beyond the model, and how it keeps to the budget.
+
+        Args:
+            batch: The facts.
+            waiting: Facts that are edited before them, those of the journal aside.
+
+        Raises:
+            ConfigError: If the budget is too small.
+        """
+        seen = waiting + sum(len(step.requests) for step in self.journal) if self.use_history else 0
+        tokens, matrices = self.targets.token_budget, self.solver.held()
+        return Footprint.foresee(
+            self.lm, batch, self.layers, tokens=tokens, budget=self.budget, seen=seen, matrices=matrices
+        )
 
     def _tell(self, hook: str, news: LayerEdit | Tensor) -> None:
         """Call a hook of every watcher; what one cannot measure must not undo an edit."""
@@ -277,15 +313,17 @@ class EditModule(L.LightningModule):
         else:
             self.model = lm.model
 
-    def _find_targets(self, batch: EditBatch, anchor: Site, step: EditStep) -> Targets:
+    def _find_targets(self, batch: EditBatch, anchor: Site, step: EditStep, room: Footprint) -> Targets:
         bar = tqdm(total=len(batch), desc=f"target values, layer {anchor.layer}", unit="edit", delay=2, leave=False)
         settings = self.targets if self.solver.needs_targets else replace(self.targets, steps=1)
+        settings = replace(settings, token_budget=room.tokens)
         with self.phase("targets"), bar:
-            found = settings.optimize(self.lm, batch, anchor.layer, bar.update)
+            parts = [settings.optimize(self.lm, part, anchor.layer, bar.update) for part in batch.split(room.facts)]
+        found = Targets.join(parts)
         numbers = {"loss": found.loss, "probability": found.probability, "steps": found.steps.double()}
         self.log_dict({f"target/{name}": value.mean() for name, value in numbers.items()}, batch_size=len(batch))
         rows = zip(*(value.tolist() for value in numbers.values()), strict=True)
-        step.values[anchor.layer] = found.values
+        step.values[anchor.layer] = found.values.cpu()
         step.targets += [{"layer": anchor.layer, **dict(zip(numbers, row, strict=True))} for row in rows]
         return found
 

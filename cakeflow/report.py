@@ -27,14 +27,15 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]]) -> Table:
     return table
 
 
-def timings_table(timings: Mapping[str, float], edits: int) -> Table:
-    """Seconds per phase, in all and per edit; phases that took no time to speak of are left out."""
-    table = Table(title="Time", title_justify="left")
-    for name in ("phase", "seconds", "per edit"):
+def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits: int) -> Table:
+    """Seconds per phase, in all and per edit, and its peak memory beyond the model; idle phases are left out."""
+    table = Table(title="Time and memory", title_justify="left")
+    for name in ("phase", "seconds", "per edit", "peak GiB"):
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase, seconds in timings.items():
         if seconds >= 0.05:
-            table.add_row(phase, f"{seconds:.1f}", f"{seconds / edits:.2f}")
+            peak = peaks.get(phase, float("nan")) / 2**30
+            table.add_row(phase, f"{seconds:.1f}", f"{seconds / edits:.2f}", f"{peak:.2f}" if peak == peak else "")
     return table
 
 

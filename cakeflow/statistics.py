@@ -62,7 +62,9 @@ class Statistics:
             if not getattr(self, name) > 0:
                 raise ConfigError(f"statistics.{name} must be above 0, got {getattr(self, name)}")
 
-    def collect(self, lm: LanguageModel, layers: Sequence[int], folder: Path | None = None) -> dict[int, Covariance]:
+    def collect(
+        self, lm: LanguageModel, layers: Sequence[int], folder: Path | None = None, budget: float | None = None
+    ) -> dict[int, Covariance]:
         """Load the second moments from the cache, or collect what is missing in one pass over the corpus.
 
         The cache key is a hash of everything that decides the values: weights up to the last layer, tokenizer,
@@ -72,6 +74,7 @@ class Statistics:
             lm: The model, not edited.
             layers: Layers to cover.
             folder: Where to keep the files; by default under ``cache_folder()``.
+            budget: Most bytes beyond the model; where it does not hold all layers' sums, there are several passes.
 
         Returns:
             Layer -> covariance, with its eigenbasis.
@@ -85,8 +88,9 @@ class Statistics:
         home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
         missing = [layer for layer in layers if not (home / f"layer-{layer}.safetensors").exists()]
         log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(layers))
-        if missing:
-            _collect(lm, missing, windows, home, max(1, self.batch_tokens // self.window))
+        at_once = max(1, int(budget / 8 / _width(lm) ** 2) - 3) if budget else len(layers)
+        for start in range(0, len(missing), at_once):
+            _collect(lm, missing[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
         return {layer: self._load(home / f"layer-{layer}.safetensors") for layer in layers}
 
     def _windows(self, lm: LanguageModel) -> Int[Tensor, "windows window"]:
@@ -98,7 +102,7 @@ class Statistics:
         stream = token_stream(lm, read_texts(source), self.tokens)
         front: list[int] = lm.tokenizer("")["input_ids"]
         body = self.window - len(front)
-        width = lm.weight(0).numel() // lm.model.config.hidden_size
+        width = _width(lm)
         if len(stream) < max(body, width):
             raise StatisticsError(
                 f"corpus {source!r} has {len(stream)} tokens; at least {max(body, width)} are needed for keys "
@@ -114,6 +118,11 @@ class Statistics:
     def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
         """A second moment with this model's weight and threshold."""
         return Covariance(moment, self.cov_weight, eigen, self.null_threshold)
+
+
+def _width(lm: LanguageModel) -> int:
+    """Width of the keys."""
+    return lm.weight(0).numel() // lm.width
 
 
 def convergence(path: Path) -> float:
@@ -133,7 +142,7 @@ def _collect(
         rows = min(rows, -(-len(windows) // 2))
         for batch in windows[done:].split(rows):
             for layer, outer in _outer_products(lm, layers, batch.to(lm.device)):
-                sums[layer] = sums.get(layer, 0) + outer.double()
+                sums[layer] = sums[layer].add_(outer) if layer in sums else outer.double()
             done += len(batch)
             bar.update(batch.numel())
             if not halves and done + rows > len(windows) // 2:

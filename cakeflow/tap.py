@@ -172,3 +172,15 @@ def narrow(lm: LanguageModel, rows: Int[Tensor, " kept"], columns: Int[Tensor, "
         yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def frozen(lm: LanguageModel) -> Iterator[None]:
+    """Keep no gradients for the model's own parameters, nor what they would need."""
+    learning = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
+    lm.model.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

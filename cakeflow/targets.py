@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import get_args
 
 import torch
@@ -15,6 +15,7 @@ from cakeflow.batch import EditBatch
 from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
 from cakeflow.model import LanguageModel
 from cakeflow.suffixes import Suffixes, cut
+from cakeflow.tap import frozen
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +37,11 @@ class Targets:
     probability: Float[Tensor, " n"]
     steps: Int[Tensor, " n"]
     converged: Bool[Tensor, " n"]
+
+    @classmethod
+    def join(cls, parts: Sequence[Targets]) -> Targets:
+        """Those of several parts of a batch, in their order."""
+        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
 
 @dataclass(frozen=True)
@@ -111,13 +117,8 @@ class TargetOptimizer:
         """
         sites = [self.site(layer), *([Site(layer, self.also)] if self.also else [])]
         problem = _Problem.prepare(lm, batch, sites, self.token_budget)
-        frozen = [(p, p.requires_grad_(False)) for p in lm.model.parameters() if p.requires_grad]
-        try:
-            with torch.enable_grad():
-                return self._descend(problem, batch, progress)
-        finally:
-            for parameter, _ in frozen:
-                parameter.requires_grad_(True)
+        with frozen(lm), torch.enable_grad():
+            return self._descend(problem, batch, progress)
 
     def _descend(self, problem: _Problem, batch: EditBatch, progress: Callable[[int], object]) -> Targets:
         initial = problem.initial

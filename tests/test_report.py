@@ -10,12 +10,12 @@ from rich.console import Console
 from cakeflow.errors import ConfigError
 from cakeflow.report import (
     metrics_table,
+    phases_table,
     plot_layers,
     plot_trace,
     plot_weights,
     save_plot,
     texts_table,
-    timings_table,
     trace_table,
 )
 from cakeflow.tracing import PLACES, Trace
@@ -34,9 +34,10 @@ def test_metrics_are_percent_with_one_column_per_stage():
 
 
 def test_times_are_given_in_all_and_per_edit():
-    words = set(shown(timings_table({"targets": 8.0, "trace": 0.001}, edits=4)).replace("│", " ").split())
-    assert {"targets", "8.0", "2.00"} <= words
-    assert "trace" not in words
+    times, peaks = {"targets": 8.0, "trace": 0.001, "keys": 1.0}, {"targets": 3 * 2**29, "keys": float("nan")}
+    words = set(shown(phases_table(times, peaks, edits=4)).replace("│", " ").split())
+    assert {"targets", "8.0", "2.00", "1.50"} <= words
+    assert not {"trace", "nan"} & words
 
 
 def test_markup_in_a_text_is_shown_as_it_is():

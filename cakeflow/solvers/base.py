@@ -16,13 +16,24 @@ class Solver(ABC):
     Contract: pure (the same problem gives the same update; nothing but memos of the problem's history is touched),
     float64 in and out, no reference to a model. Subclasses are frozen dataclasses that override ``solve`` only; to
     change another solver, wrap it in one whose field is called ``inner``.
+
+    Attributes:
+        matrices: Float64 matrices as large as the weight that ``solve`` or ``finish`` holds at once, the inner solver's
+            aside; what the foreseen memory counts.
     """
+
+    matrices = 0  # no annotation: jsonargparse stumbles over ClassVar here
 
     @property
     def needs_targets(self) -> bool:
         """Whether keys and residuals are used: without them no target values are looked for."""
         inner = getattr(self, "inner", None)
         return inner.needs_targets if isinstance(inner, Solver) else True
+
+    def held(self) -> int:
+        """``matrices`` of this solver and those inside it."""
+        inner = getattr(self, "inner", None)
+        return self.matrices + (inner.held() if isinstance(inner, Solver) else 0)
 
     @abstractmethod
     def solve(self, problem: LayerProblem) -> Update:

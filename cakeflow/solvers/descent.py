@@ -24,6 +24,7 @@ class Descent(Solver):
         stop_loss: Mean negative log-likelihood at which it ends.
     """
 
+    matrices = 6
     steps: int = 25
     lr: float = 5e-4
     bound: float | None = 5e-4

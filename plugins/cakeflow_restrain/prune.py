@@ -26,6 +26,7 @@ class Prune(Solver):
             does; published PRUNE numbers from there carry it.
     """
 
+    matrices = 6
     inner: Solver = field(default_factory=LeastSquares)
     base: float = math.e
     double_add: bool = False

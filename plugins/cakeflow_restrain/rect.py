@@ -26,6 +26,7 @@ class Rect(Solver):
             so that what they made up for is not what is kept.
     """
 
+    matrices = 5
     inner: Solver = field(default_factory=LeastSquares)
     keep: float = 0.4
     in_loop: bool = False
