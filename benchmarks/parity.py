@@ -41,13 +41,14 @@ RECORDINGS = {
     "memit_blue": ["memit_blue"],
     "alphaedit": ["alphaedit", "alphaedit_seq"],
     "alphaedit_blue": ["alphaedit_blue"],
-    "cake": ["alphaedit", "alphaedit_seq"],
+    "cake_paper": ["alphaedit", "alphaedit_seq"],
     "pmet": ["pmet"],
     "pmet_seq": ["pmet_seq"],
     "rect": ["rect"],
     "rome_official": ["rome"],
 }
-"""Recipe -> recordings it must reproduce. CAKE has no official code to record: with tau -> infinity it is AlphaEdit."""
+"""Recipe -> recordings it must reproduce. CAKE has no official code to record: with tau -> infinity its
+paper's form is AlphaEdit."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def overrides(golden: Golden, recipe: str, layers: list[int]) -> dict[str, Any]:
         inner = {"class_path": "LeastSquares", "init_args": {"ridge": h["L2"]}}
         null_space = {"threshold": h["nullspace_threshold"], "inner": inner}
         values["solver"] = {"class_path": "NullSpace", "init_args": null_space}
-    if recipe == "cake":
+    if recipe == "cake_paper":
         scores = {layer: 0.1 * layer for layer in layers}
         values["weighter"] = {"class_path": "Scores", "init_args": {"scores": scores, "tau": float("inf")}}
     return values

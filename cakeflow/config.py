@@ -46,7 +46,7 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     """
     if unknown := sorted(set(values) - set(signature(EditModule).parameters)):
         raise ConfigError(f"EditModule has no {unknown[0]!r}; it has {', '.join(signature(EditModule).parameters)}")
-    plain = {name: value for name, value in values.items() if isinstance(value, (str, int, float, bool, list, dict))}
+    plain = {name: value for name, value in values.items() if _is_plain(value)}
     objects = {name: value for name, value in values.items() if name not in plain}
     load_plugins()
     parser = ArgumentParser(exit_on_error=False)
@@ -62,3 +62,10 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
         return kind(*args, **{**kwargs, **objects})
 
     return parser.instantiate(config, instantiators=[(make, EditModule, False)]).model  # type: ignore[no-any-return]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a config file could hold it."""
+    if isinstance(value, (list, dict)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (str, int, float))

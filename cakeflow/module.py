@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import MetricCollection
+from torchmetrics import Metric, MetricCollection
 from tqdm.auto import tqdm
 
 from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
@@ -64,6 +64,7 @@ class EditModule(L.LightningModule):
         dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
         architecture: Module paths, where they cannot be found from the model.
         moments: Second moments that are known already, layer -> C; replaces ``statistics``.
+        metrics: Further metrics of every evaluation, fed with ``PromptScores``; logged by class name in lower case.
         memory_budget: Most memory in GiB that edits may take beyond the model: target values are looked for in parts
             that fit, second moments in several passes, and a batch that fits in no way is refused. None keeps to 8 GiB
             where there is a choice, and refuses nothing.
@@ -88,6 +89,7 @@ class EditModule(L.LightningModule):
         dtype: str = "auto",
         architecture: Architecture | None = None,
         moments: Mapping[int, Tensor] | None = None,
+        metrics: Sequence[Metric] = (),
         memory_budget: float | None = None,
     ) -> None:
         super().__init__()
@@ -116,6 +118,13 @@ class EditModule(L.LightningModule):
             },
             compute_groups=False,
         )
+        for metric in metrics:
+            name = type(metric).__name__.lower()
+            if name in self.metrics:
+                raise ConfigError(
+                    f"there is a metric {name!r} already; give {type(metric).__name__} another class name"
+                )
+            self.metrics.add_metrics({name: metric})
         self._source, self._load_dtype, self._architecture = base, dtype, architecture
         if isinstance(base, LanguageModel):
             self._adopt(base)

@@ -11,6 +11,7 @@ Everything runs offline on small random numbers and a tiny random model.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -19,6 +20,7 @@ import torch
 from jaxtyping import Float
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from torchmetrics import Metric
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cakeflow.allocators import Allocator, Turn
@@ -30,6 +32,7 @@ from cakeflow.history import KeyHistory
 from cakeflow.model import LanguageModel
 from cakeflow.problem import Covariance, LayerProblem
 from cakeflow.request import EditRequest
+from cakeflow.scoring import PromptScores
 from cakeflow.solvers import Solver
 from cakeflow.weighters import Weighter
 
@@ -142,6 +145,61 @@ class WeighterContract:
         ready = self.weighter.prepare(lm, self.layers)
         checked_weights(ready, ready.weigh(lm, batch, self.layers), len(batch), self.layers)
         assert all(torch.equal(part, before[name]) for name, part in lm.model.state_dict().items())
+
+
+class MetricContract:
+    """What a metric promises: it sees ``PromptScores`` in parts, whole records at a time."""
+
+    metric: ClassVar[Metric]
+
+    def test_parts_add_up(self) -> None:
+        """Several updates, in any order, come to one update with everything."""
+        for scores in random_scores():
+            whole, parts = self.value(scores), [_records(scores, range(4)), _records(scores, range(4, 9))]
+            assert bool(torch.isfinite(whole).all())
+            torch.testing.assert_close(self.value(*parts), whole)
+            torch.testing.assert_close(self.value(*reversed(parts)), whole)
+
+    def test_a_reset_forgets(self) -> None:
+        """What was seen before a reset has no influence."""
+        metric = copy.deepcopy(self.metric)
+        for scores in random_scores():
+            metric.reset()
+            metric.update(**vars(scores))
+            torch.testing.assert_close(metric.compute(), self.value(scores))
+
+    def test_devices_join(self) -> None:
+        """The states of two processes reduce to that of one (``dist_reduce_fx``)."""
+        for scores in random_scores():
+            metric, other = copy.deepcopy(self.metric), copy.deepcopy(self.metric)
+            metric.update(**vars(_records(scores, range(4))))
+            other.update(**vars(_records(scores, range(4, 9))))
+            metric.merge_state(other)
+            torch.testing.assert_close(metric.compute(), self.value(scores))
+
+    def value(self, *parts: PromptScores) -> Tensor:
+        """The metric's value after some updates."""
+        metric = copy.deepcopy(self.metric)
+        metric.reset()
+        for part in parts:
+            metric.update(**vars(part))
+        return metric.compute()  # type: ignore[no-any-return]
+
+
+def random_scores() -> Iterator[PromptScores]:
+    """Scores of nine records with prompts of every kind; one record in three names no rival."""
+    for seed in SEEDS:
+        gen = torch.Generator().manual_seed(seed)
+        record = torch.arange(9).repeat_interleave(6)
+        kind = torch.tensor([0, 1, 1, 2, 2, 2]).repeat(9)
+        wanted, rival = -5 * torch.rand(2, 54, generator=gen)
+        rival[record % 3 == 2] = torch.nan
+        yield PromptScores(wanted, rival, torch.rand(54, generator=gen) > 0.5, record, kind)
+
+
+def _records(scores: PromptScores, some: range) -> PromptScores:
+    chosen = torch.tensor([int(each) in some for each in scores.record])
+    return PromptScores(**{name: value[chosen] for name, value in vars(scores).items()})
 
 
 def random_turns() -> Iterator[tuple[Turn, Float[Tensor, "n d_out"]]]:

@@ -4,12 +4,15 @@ from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cakeflow_restrain import Prune, Rect
+from torchmetrics import Metric
 
 from cakeflow import (
     Contexts,
     EditModule,
+    Efficacy,
     Endpoints,
     LeastSquares,
     NullSpace,
@@ -20,6 +23,7 @@ from cakeflow import (
     TargetOptimizer,
     Uniform,
 )
+from cakeflow.allocators import Jacobian
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
@@ -47,7 +51,10 @@ PARTS = {
     "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
-OVER = {"cake": "alphaedit", "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet"}
+OVER = {
+    "cake": "alphaedit", "cake_paper": "alphaedit",
+    "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet",
+}  # fmt: skip
 """CAKE over a method: its weights, everything else as there."""
 TARGETS = {
     "rome": {"role": "mlp_out", "clamp": 4.0},
@@ -92,7 +99,9 @@ def test_cake_over_every_solver(method, base):
     module = build(method)
     assert isinstance(module.weighter, Scores)
     assert module.weighter.tau == 0.1
-    assert (module.allocator, module.solver, module.use_history) == PARTS[base][1:]
+    _, allocator, *rest = PARTS[base]
+    assert [module.solver, module.use_history] == rest
+    assert module.allocator == (Jacobian() if method == "cake" else allocator)
 
 
 def test_every_recipe_is_pinned():
@@ -224,3 +233,29 @@ def test_broken_files_are_refused_by_name(text, tmp_path):
 def test_configs_hold_no_paths():
     for path in [*METHODS.values(), *MODELS.values()]:
         assert str(Path.home()) not in path.read_text()
+
+
+class Margin(Metric):
+    """A user's metric."""
+
+    full_state_update = False
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, wanted, rival, correct, record, kind):
+        self.total += self.scale * (wanted - rival).nansum()
+
+    def compute(self):
+        return self.total
+
+
+def test_further_metrics_by_name_or_as_objects():
+    named = build(metrics=[{"class_path": "test_config.Margin", "init_args": {"scale": 2.0}}])
+    assert named.metrics["margin"].scale == 2.0
+    assert build(metrics=[Margin()]).metrics["margin"].scale == 1.0
+    assert set(build().metrics) == set(named.metrics) - {"margin"}
+    with pytest.raises(ConfigError, match="there is a metric 'efficacy' already"):
+        build(metrics=[Efficacy()])

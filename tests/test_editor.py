@@ -53,7 +53,7 @@ def make(lm, quiet, method="alphaedit", **overrides):
     if "memit" not in method:
         inner = {"class_path": "LeastSquares", "init_args": {"ridge": 1e-4}}
         values["solver"] = {"class_path": "NullSpace", "init_args": {"threshold": 0.02, "inner": inner}}
-    if method == "cake":
+    if method.startswith("cake"):
         values["scores"] = {layer: 0.1 * layer for layer in LAYERS}
     chosen = {**values, **overrides}
     return Editor.from_pretrained(lm.model, method, tokenizer=lm.tokenizer, trainer=quiet, **chosen)
@@ -76,7 +76,9 @@ def editor(lm, quiet):
     return make(lm, quiet)
 
 
-@pytest.mark.parametrize("method", ["memit", "memit_seq", "memit_blue", "alphaedit", "alphaedit_blue", "cake"])
+@pytest.mark.parametrize(
+    "method", ["memit", "memit_seq", "memit_blue", "alphaedit", "alphaedit_blue", "cake", "cake_paper"]
+)
 def test_fit_raises_the_probability_of_the_targets(lm, quiet, method):
     before, probability = weights(lm), likelihood(lm, FACTS)
     editor = make(lm, quiet, method)

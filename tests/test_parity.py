@@ -21,7 +21,7 @@ RECORDINGS = [
     ("alphaedit", "alphaedit"),
     ("alphaedit", "alphaedit_seq"),
     ("alphaedit_blue", "alphaedit_blue"),
-    ("cake", "alphaedit_seq"),
+    ("cake_paper", "alphaedit_seq"),
     ("rect", "rect"),
     ("pmet", "pmet"),
     ("pmet_seq", "pmet_seq"),

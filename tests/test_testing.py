@@ -7,11 +7,32 @@ import torch
 from cakeflow_attribution import Noisy, Saliency, Shuffled
 from cakeflow_restrain import Prune, Rect
 
-from cakeflow import Endpoints, LeastSquares, NullSpace, OneHot, Scores, Sequential, ShareAllocator, Uniform, Update
+from cakeflow import (
+    EditScore,
+    Efficacy,
+    Endpoints,
+    Generalization,
+    LeastSquares,
+    NullSpace,
+    OneHot,
+    Scores,
+    Sequential,
+    ShareAllocator,
+    Specificity,
+    Uniform,
+    Update,
+)
 from cakeflow.allocators import Jacobian
 from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.solvers import EqualityConstrained
-from cakeflow.testing import AllocatorContract, SolverContract, WeighterContract, tiny_batch, tiny_model
+from cakeflow.testing import (
+    AllocatorContract,
+    MetricContract,
+    SolverContract,
+    WeighterContract,
+    tiny_batch,
+    tiny_model,
+)
 
 SCORES = {0: 0.1, 1: 0.3, 2: 0.2}
 
@@ -48,6 +69,29 @@ def test_solvers(solver):
 )  # fmt: skip
 def test_weighters(weighter):
     holds(WeighterContract, weighter=weighter)
+
+
+METRICS = [
+    kind(form) for kind in (Efficacy, Generalization, Specificity, EditScore) for form in ("probability", "exact")
+]
+
+
+@pytest.mark.parametrize("metric", METRICS, ids=lambda metric: f"{type(metric).__name__}-{metric.form}")
+def test_metrics(metric):
+    holds(MetricContract, metric=metric)
+
+
+class Forgetful(Efficacy):
+    """Counts the last update only."""
+
+    def update(self, **scores):
+        self.reset()
+        super().update(**scores)
+
+
+def test_a_metric_that_does_not_accumulate_is_caught():
+    with pytest.raises(AssertionError):
+        holds(MetricContract, "test_parts", metric=Forgetful())
 
 
 @dataclass(frozen=True)
