@@ -62,6 +62,7 @@ class EditModule(L.LightningModule):
         history: Whether earlier edits' keys are preserved as well (sequential editing).
         seed: Of the sampled contexts.
         dtype: Of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
+        model_kwargs: Further arguments of that function: ``device_map``, ``max_memory``, ``attn_implementation`` ...
         architecture: Module paths, where they cannot be found from the model.
         moments: Second moments that are known already, layer -> C; replaces ``statistics``.
         metrics: Further metrics of every evaluation, fed with ``PromptScores``; logged by class name in lower case.
@@ -87,6 +88,7 @@ class EditModule(L.LightningModule):
         history: bool = True,
         seed: int = 0,
         dtype: str = "auto",
+        model_kwargs: dict[str, Any] | None = None,
         architecture: Architecture | None = None,
         moments: Mapping[int, Tensor] | None = None,
         metrics: Sequence[Metric] = (),
@@ -125,7 +127,8 @@ class EditModule(L.LightningModule):
                     f"there is a metric {name!r} already; give {type(metric).__name__} another class name"
                 )
             self.metrics.add_metrics({name: metric})
-        self._source, self._load_dtype, self._architecture = base, dtype, architecture
+        self._source = base
+        self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
         if isinstance(base, LanguageModel):
             self._adopt(base)
 
@@ -134,7 +137,7 @@ class EditModule(L.LightningModule):
     def setup(self, stage: str | None = None) -> None:
         """Load the model, if it was given by name and is not here yet."""
         if not isinstance(self._source, LanguageModel):
-            self._source = load_model(self._source, dtype=self._load_dtype, architecture=self._architecture)
+            self._source = load_model(self._source, **self._loading)
             self._adopt(self._source)
 
     def on_train_start(self) -> None:

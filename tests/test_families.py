@@ -102,3 +102,19 @@ def test_exact_allocation(family, quiet):
     low = chances(family, FACTS)
     edit(family, FACTS, quiet, allocator=Jacobian(tolerance=1e-3))
     assert bool((chances(family, FACTS) > low + 0.3).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_half_precision_is_edited_and_taken_back_bit_for_bit(name, dtype, lm, quiet):
+    half = random_model(name, lm.tokenizer, **{**COMMON, **FAMILIES[name]})
+    half.model.to(dtype)
+    before, low = {key: part.clone() for key, part in half.model.state_dict().items()}, chances(half, FACTS)
+    module = edit(half, FACTS, quiet)
+    assert half.dtype == dtype
+    assert bool((chances(half, FACTS) > low + 0.3).all())
+    assert all(
+        step.dtype == torch.float64 for part in module.journal[0].layers for step in (part.keys, part.update.right)
+    )
+    module.journal.rollback()
+    assert all(torch.equal(part, before[key]) for key, part in half.model.state_dict().items())

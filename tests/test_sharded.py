@@ -74,3 +74,18 @@ def test_an_offloaded_layer_is_refused(tiny):
     with pytest.raises(ArchitectureError, match="is offloaded and cannot be read"):
         tiny.fingerprint()
     assert len(tiny.fingerprint(last)) == 64
+
+
+def test_a_device_map_by_name(workplace, lm):
+    """``device_map`` goes to transformers; what it puts on the disk cannot be edited, and says so before an edit."""
+    last = lm.depth - 1
+    names = ["transformer.wte", "transformer.wpe", "transformer.ln_f", "lm_head"]
+    names += [f"transformer.h.{i}" for i in range(last)]
+    places = {**dict.fromkeys(names, "cpu"), f"transformer.h.{last}": "disk"}
+    load = {"device_map": places, "offload_folder": str(workplace / "offload")}
+    module = EditModule(str(workplace / "model"), [1], model_kwargs=load)
+    module.setup()
+    assert module.lm.model.hf_device_map == places
+    assert torch.equal(module.lm.weight(1), lm.weight(1))
+    with pytest.raises(ArchitectureError, match=f"layer {last}: its weight is offloaded"):
+        EditModule(str(workplace / "model"), [1, last], model_kwargs=load).setup()
