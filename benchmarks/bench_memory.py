@@ -41,7 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 """What the published configs say of each model's shape."""
-PHASES = ("statistics", "targets", "keys", "solve")
+PHASES = ("statistics", "targets", "keys", "allocate", "solve")
 
 
 def facts(count: int) -> list[EditRequest]:

@@ -83,7 +83,7 @@ class TokenCost:
 
     def of_pass(self, row: Row, *, essence: bool = False) -> int:
         """A row's suffix in a pass with gradients."""
-        suffix, reads = (1, 1) if essence else (len(row.ids) - 1 - row.subject, len(row.ids) - row.target)
+        suffix, reads = (1, 1) if essence else (_suffix(row), len(row.ids) - row.target)
         return suffix * self.graph + (row.subject + suffix) * self.cache + reads * self.logits
 
     def of_search(self, rows: Sequence[Row]) -> int:
@@ -157,8 +157,9 @@ class Footprint:
         token = max(_per_token(cost, batch))
         fact = max(cost.of_search([*rows, end]) for rows, end in zip(batch.rows, batch.essence, strict=True))
         tokens = max(int(min(tokens, free / 2 / token)), max(_suffix(row) for rows in batch.rows for row in rows))
-        facts = ceil(n / ceil(n / max(1, int(min(n, (free - tokens * token) / fact)))))  # in parts of one size
-        targets = int(facts * fact + min(tokens, facts * suffix) * token)
+        facts = max(1, int(min(n, (free - hidden - tokens * token) / fact)))
+        facts = ceil(n / ceil(n / facts))  # in parts of one size
+        targets = int(hidden + facts * fact + min(tokens, facts * suffix) * token)
         found = cls(kept, hidden + passing * cost.through + 32 * n * d_in, targets, solve, facts, tokens, passing)
         if budget is not None and found.peak > budget:
             raise ConfigError(found._complaint(budget))
