@@ -122,8 +122,8 @@ class Plain(EditCallback):
 class Spied(EditModule):
     """Keeps the batch and the target values."""
 
-    def _find_targets(self, batch, anchor, step):
-        found = super()._find_targets(batch, anchor, step)
+    def _find_targets(self, batch, anchor, *rest):
+        found = super()._find_targets(batch, anchor, *rest)
         self.seen, self.goal = batch, found.values
         return found
 

@@ -38,7 +38,7 @@ def measure(sweep: Sweep, method: str) -> dict[str, float]:
 def main() -> None:
     """Measure, print, draw."""
     options = parser(__doc__)
-    options.add_argument("--method", default="cake")
+    options.add_argument("--method", default="cake_paper")
     options.add_argument("--figure", type=Path)
     args = options.parse_args()
     requests = read_requests(args.data)[args.first : args.first + args.records]

@@ -94,8 +94,8 @@ def weights(lm):
 class Watched(EditModule):
     """Keeps the goal of the last batch."""
 
-    def _find_targets(self, batch, anchor, step):
-        found = super()._find_targets(batch, anchor, step)
+    def _find_targets(self, batch, anchor, *rest):
+        found = super()._find_targets(batch, anchor, *rest)
         self.seen, self.goal, self.anchor = batch, found.values, anchor
         return found
 
