@@ -5,7 +5,7 @@
 
 Every recipe is run in a process of its own (``EditModule.peaks``; two steps per target value, which is when the peak is
 reached). Columns are the phases' peaks in GiB beyond the model, then their maximum, what ``EditModule.foresee`` said
-before the edit, and the whole, model included, as in table 11 of CAKE's paper. A row per budget runs the first recipe
+before the edit, and the whole, model included, as in table 11 of CAKE's paper. A row per budget runs ``alphaedit``
 within that many GiB. The foreseen rows take each model's shape on the meta device, the facts as SmolLM2's tokenizer
 cuts them, and the layers of the shipped model config.
 """
@@ -16,6 +16,7 @@ import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def measure(recipe: str, count: int, budget: float | None) -> dict[str, float]:
     trainer = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
     editor = Editor.from_pretrained("smollm2-135m", recipe, memory_budget=budget, trainer=trainer)
     module = editor.module
-    module.targets = type(module.targets)(**{**vars(module.targets), "steps": 2})
+    module.targets = replace(module.targets, steps=2)
     module.contexts = generate_contexts(module.lm)
     batch = encode_batch(module.lm, facts(count), module.contexts)
     foreseen = module.foresee(batch).peak

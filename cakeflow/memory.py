@@ -72,11 +72,10 @@ class TokenCost:
             lm.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         above: list[Any] = cache.layers[layer + 1 :]
         size = lm.embedding.element_size()
-        d_in = lm.module(Site(layer, "mlp_out")).get_parameter("weight").numel() // lm.width
         return cls(
             graph=sum(storage.nbytes() for storage in saved.values()) // tokens,
             cache=sum(each.keys.nbytes + each.values.nbytes for each in above) // tokens,
-            through=(3 * d_in + 8 * lm.width) * size,
+            through=(3 * lm.key_width(layer) + 8 * lm.width) * size,
             hidden=lm.width * size,
             logits=len(lm.embedding) * 7 * 4,
         )
@@ -146,7 +145,7 @@ class Footprint:
         """
         cost, n = TokenCost.above(lm, layers[-1]), len(batch)
         weights = [lm.module(Site(layer, "mlp_out")).get_parameter("weight") for layer in layers]
-        d_in, kept = weights[0].numel() // lm.width, sum(map(_kept, weights))
+        d_in, kept = lm.key_width(layers[0]), sum(map(_kept, weights))
         free = (SOFT if budget is None else budget) - kept
         prompts = sum(row.subject + 1 for rows in batch.rows for row in rows)
         hidden = prompts * cost.hidden

@@ -125,6 +125,10 @@ class LanguageModel:
         except AttributeError as error:
             raise ArchitectureError(f"no module {path!r} in {type(self.model).__name__}: {error}") from error
 
+    def key_width(self, layer: int) -> int:
+        """Width of the keys of a layer, of a model on the meta device as well."""
+        return self.module(Site(layer, "mlp_out")).get_parameter("weight").numel() // self.width
+
     def weight(self, layer: int) -> nn.Parameter:
         """The weight that an edit of this layer changes, in the layout the module keeps."""
         module = self.module(Site(layer, "mlp_out"))

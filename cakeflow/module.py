@@ -200,8 +200,8 @@ class EditModule(L.LightningModule):
             self._tell("on_batch_edited", left)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Log the most memory that was in use beyond the model so far, in GiB."""
-        self.log("memory/peak", max(self.peaks.values()) / GIB)
+        """Log the most memory that editing took beyond the model so far, in GiB."""
+        self.log("memory/peak", max(peak for phase, peak in self.peaks.items() if phase != "evaluation") / GIB)
 
     def on_train_end(self) -> None:
         """What a solver does once, after all batches."""

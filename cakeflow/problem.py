@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -179,4 +178,7 @@ class Update:
 
     def norm(self) -> float:
         """Frobenius norm of D."""
-        return math.sqrt(sum(float(part.double().square().sum()) for _, part in self.rows()))
+        if self.left is None:
+            return float(torch.linalg.vector_norm(self.right))
+        squared = ((self.left @ self.left.T) * (self.right @ self.right.T)).sum()  # D itself is far larger
+        return float(squared.clamp_min(0).sqrt())

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cakeflow.errors import ConfigError
+from cakeflow.memory import GIB
 from cakeflow.plugins import Plugin
 from cakeflow.tracing import PLACES, Trace
 
@@ -34,7 +35,7 @@ def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits
         table.add_column(name, justify="left" if name == "phase" else "right")
     for phase, seconds in timings.items():
         if seconds >= 0.05:
-            peak = peaks.get(phase, float("nan")) / 2**30
+            peak = peaks.get(phase, float("nan")) / GIB
             table.add_row(phase, f"{seconds:.1f}", f"{seconds / edits:.2f}", f"{peak:.2f}" if peak == peak else "")
     return table
 

@@ -88,7 +88,7 @@ class Statistics:
         home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
         missing = [layer for layer in layers if not (home / f"layer-{layer}.safetensors").exists()]
         log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(layers))
-        at_once = max(1, int(budget / 8 / _width(lm) ** 2) - 3) if budget else len(layers)
+        at_once = max(1, int(budget / 8 / lm.key_width(0) ** 2) - 3) if budget else len(layers)
         for start in range(0, len(missing), at_once):
             _collect(lm, missing[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
         return {layer: self._load(home / f"layer-{layer}.safetensors") for layer in layers}
@@ -102,7 +102,7 @@ class Statistics:
         stream = token_stream(lm, read_texts(source), self.tokens)
         front: list[int] = lm.tokenizer("")["input_ids"]
         body = self.window - len(front)
-        width = _width(lm)
+        width = lm.key_width(0)
         if len(stream) < max(body, width):
             raise StatisticsError(
                 f"corpus {source!r} has {len(stream)} tokens; at least {max(body, width)} are needed for keys "
@@ -118,11 +118,6 @@ class Statistics:
     def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
         """A second moment with this model's weight and threshold."""
         return Covariance(moment, self.cov_weight, eigen, self.null_threshold)
-
-
-def _width(lm: LanguageModel) -> int:
-    """Width of the keys."""
-    return lm.weight(0).numel() // lm.width
 
 
 def convergence(path: Path) -> float:

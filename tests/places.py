@@ -23,11 +23,7 @@ FREE = (*MOVES, Tensor.copy_)
 
 
 class Places(TorchFunctionMode):
-    """Labels of devices, and what follows from them; ``seen`` counts the results at each label."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: dict[str, int] = {}
+    """Labels of devices, and what follows from them."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,7 +46,6 @@ class Places(TorchFunctionMode):
             if each is args[0] and place(each) != here:
                 result = each = each.clone()
             each.__dict__["place"] = here
-            self.seen[here] = self.seen.get(here, 0) + 1
         return result
 
 

@@ -89,3 +89,14 @@ def test_a_device_map_by_name(workplace, lm):
     assert torch.equal(module.lm.weight(1), lm.weight(1))
     with pytest.raises(ArchitectureError, match=f"layer {last}: its weight is offloaded"):
         EditModule(str(workplace / "model"), [1, last], model_kwargs=load).setup()
+
+
+def test_places_that_meet_are_an_error():
+    """The guard guards: what CUDA refuses is refused, what it takes is taken, and a move changes the label only."""
+    with Places():
+        here, there = torch.ones(2, device="xla:0"), torch.ones(2, device="xla:1")
+        with pytest.raises(RuntimeError, match="add: tensors on"):
+            here + there
+        assert str((here + there.to(here)).device) == "xla:0"
+        assert str((here.sum() + there).device) == "xla:1"
+        assert str(there[:1].cpu().device) == "cpu"

@@ -25,15 +25,18 @@ class Solver(ABC):
     matrices = 0  # no annotation: jsonargparse stumbles over ClassVar here
 
     @property
+    def _inner(self) -> Solver | None:
+        inner = getattr(self, "inner", None)
+        return inner if isinstance(inner, Solver) else None
+
+    @property
     def needs_targets(self) -> bool:
         """Whether keys and residuals are used: without them no target values are looked for."""
-        inner = getattr(self, "inner", None)
-        return inner.needs_targets if isinstance(inner, Solver) else True
+        return self._inner.needs_targets if self._inner else True
 
     def held(self) -> int:
         """``matrices`` of this solver and those inside it."""
-        inner = getattr(self, "inner", None)
-        return self.matrices + (inner.held() if isinstance(inner, Solver) else 0)
+        return self.matrices + (self._inner.held() if self._inner else 0)
 
     @abstractmethod
     def solve(self, problem: LayerProblem) -> Update:
@@ -58,5 +61,4 @@ class Solver(ABC):
             origin: The weight before any edit.
             weight: The weight now, in float32 or float64; returned itself where nothing is to change.
         """
-        inner = getattr(self, "inner", None)
-        return inner.finish(origin, weight) if isinstance(inner, Solver) else weight
+        return self._inner.finish(origin, weight) if self._inner else weight
