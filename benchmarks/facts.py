@@ -21,10 +21,10 @@ def main() -> None:
     """Print one row per relation."""
     lm, facts = load_model("smollm2-135m"), builtin_facts()
     prompts = [fact.text for fact in facts]
-    true, known = score_targets(lm, prompts, [str(fact.target_true) for fact in facts])
+    true, right = score_targets(lm, prompts, [str(fact.target_true) for fact in facts])
     new, _ = score_targets(lm, prompts, [fact.target_new for fact in facts])
     rows = defaultdict(list)
-    for fact, preferred, said in zip(facts, (true > new).tolist(), known.tolist(), strict=True):
+    for fact, preferred, said in zip(facts, (true > new).tolist(), (right == 1).tolist(), strict=True):
         for name in (str(fact.relation), "all"):
             rows[name].append((float(preferred), float(said)))
     for name in [*(name for name in rows if name != "all"), "all"]:

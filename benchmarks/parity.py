@@ -1,11 +1,16 @@
-"""Compare every shipped recipe with numbers recorded from the official code.
+"""Compare every shipped recipe, and the evaluation, with numbers recorded from the official code.
 
     python benchmarks/parity.py --golden DIR
+    python benchmarks/parity.py --evaluation FILE --counterfact FILE --zsre FILE [--model smollm2-135m]
 
 DIR holds ``requests.json`` and ``tiny/``: per architecture a model folder, ``<arch>_golden.json`` (hyperparameters,
 contexts, batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Runs in the
 recorded type (float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or
 nothing was compared.
+
+The evaluation FILE holds, by case, the likelihoods and correctness flags of every CounterFact prompt, the flag of every
+zsRE token, and the n-gram entropy of some texts (``recording.py``); the other two hold the records. Exits 1 if a mean
+negative log-likelihood is off by more than 1e-4, or any flag differs.
 """
 
 from __future__ import annotations
@@ -20,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from recording import compare as compare_evaluation
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -137,12 +143,28 @@ def error(got: Tensor, want: Tensor) -> float:
 def main() -> int:
     """Compare everything that is recorded; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--golden", type=Path, required=True)
+    asked = parser.add_mutually_exclusive_group(required=True)
+    asked.add_argument("--golden", type=Path)
+    asked.add_argument("--evaluation", type=Path)
+    parser.add_argument("--counterfact", type=Path, help="records of the evaluation")
+    parser.add_argument("--zsre", type=Path, help="records of the evaluation, MEND's schema")
+    parser.add_argument("--model", default="smollm2-135m", help="the model that was evaluated")
     parser.add_argument("--json", type=Path, help="write the figures here")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
+    figures, failed = compare_evaluation(args) if args.evaluation else compare_methods(args)
+    if not figures:
+        print("nothing to compare")
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=1))
+    return int(failed)
+
+
+def compare_methods(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], bool]:
+    """Figures of every recipe that is recorded, and whether one is above its bar or nothing was compared."""
     requests = read_requests(args.golden / "requests.json")
-    figures, failed = {}, False
+    figures: dict[str, dict[str, float]] = {}
+    failed = False
     for path in sorted((args.golden / "tiny").glob("*_golden.json")):
         golden = Golden.read(path)
         for recipe in shipped("method"):
@@ -158,13 +180,9 @@ def main() -> int:
                 figures[f"{golden.name}/{recipe}/{recording}"] = worst
                 shown = "  ".join(f"{name} {value:.1e}" for name, value in worst.items())
                 print(f"{golden.name:8s} {recipe:15s} as {recording:15s} {shown}{'  ABOVE THE BAR' if bad else ''}")
-    if not figures:
-        print(f"nothing to compare in {args.golden / 'tiny'}")
-        return 1
-    print("worst " + ", ".join(f"{name} {max(f[name] for f in figures.values()):.1e}" for name in bars))
-    if args.json:
-        args.json.write_text(json.dumps(figures, indent=1))
-    return int(failed)
+    if figures:
+        print("worst " + ", ".join(f"{name} {max(f[name] for f in figures.values()):.1e}" for name in bars))
+    return figures, failed or not figures
 
 
 if __name__ == "__main__":

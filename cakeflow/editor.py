@@ -44,6 +44,7 @@ class Run:
         timings: Seconds per phase.
         peaks: Most memory in each phase beyond the unedited model, in bytes; nan where it cannot be known.
         logged: Everything that was logged while editing, as of the last batch: what ``report.plot_layers`` draws.
+        protocol: Names how the metrics were measured; numbers with different ones are not comparable.
         journal: Every edit batch of this model so far.
         folder: Where metrics, config and journal lie, if the Trainer's logger has a folder.
     """
@@ -53,6 +54,7 @@ class Run:
     timings: dict[str, float]
     peaks: dict[str, float]
     logged: dict[str, float]
+    protocol: str
     journal: Journal
     folder: Path | None
 
@@ -198,13 +200,22 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
             train_dataloaders=data.train_dataloader(),
             val_dataloaders=data.val_dataloader() if evaluate else None,
         )
-    folder = Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
+    after, timings, peaks = _metrics(trainer, "after"), dict(module.timings), dict(module.peaks)
+    folder = run_folder(trainer)
     if folder is not None:
         module.journal.save(folder / "journal")
-        write_text(folder / "run.json", json.dumps(module.describe(), indent=1, ensure_ascii=False))
+        if evaluate:
+            _write_outcomes(folder, "after", module)
+        found = {
+            "metrics": {"before": _without_nan(before), "after": _without_nan(after)},
+            "protocol": module.evaluation.id,
+            "edits": sum(len(step.requests) for step in module.journal),
+            "timings": timings,
+            "peaks": _without_nan(peaks),
+        }
+        write_text(folder / "run.json", json.dumps({**module.describe(), **found}, indent=1, ensure_ascii=False))
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    after, timings, peaks = _metrics(trainer, "after"), dict(module.timings), dict(module.peaks)
-    return Run(before, after, timings, peaks, logged, module.journal, folder)
+    return Run(before, after, timings, peaks, logged, module.evaluation.id, module.journal, folder)
 
 
 def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> dict[str, float]:
@@ -212,7 +223,26 @@ def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, s
     module.stage = stage
     with _expected_warnings():
         trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+    folder = run_folder(trainer)
+    if folder is not None:
+        _write_outcomes(folder, stage, module)
     return _metrics(trainer, stage)
+
+
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """Where a Trainer's logger keeps its files, if it does."""
+    return Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
+
+
+def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
+    """JSON knows no nan."""
+    return {name: None if value != value else value for name, value in numbers.items()}
+
+
+def _write_outcomes(folder: Path, stage: str, module: EditModule) -> None:
+    """What every record answered, one line each."""
+    lines = (json.dumps(row, ensure_ascii=False) for row in module.outcomes)
+    write_text(folder / f"{stage}.jsonl", "".join(f"{line}\n" for line in lines))
 
 
 def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:

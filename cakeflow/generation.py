@@ -2,38 +2,127 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import LogitsProcessor
 
 from cakeflow.batch import plan
 from cakeflow.model import LanguageModel
 
+STOPS = (".", "\n")
+"""Where an answer ends by itself, beside the end-of-text token."""
+
+
+class TopK(LogitsProcessor):
+    """Samples among the ``k`` most likely tokens, each row with noise of its own (the Gumbel-max form of sampling).
+
+    So what a row becomes depends on its seed only, neither on its neighbours in the batch nor on a global random state.
+
+    Args:
+        noise: Gumbel noise for each row and step.
+        start: Length of the rows before the first step.
+    """
+
+    def __init__(self, noise: Float[Tensor, "rows steps k"], start: int) -> None:
+        self.noise, self.start = noise, start
+
+    def __call__(
+        self, input_ids: Int[Tensor, "rows time"], scores: Float[Tensor, "rows vocabulary"]
+    ) -> Float[Tensor, "rows vocabulary"]:
+        """0 for the token drawn, minus infinity for all others."""
+        best, token = scores.float().topk(self.noise.shape[2])
+        drawn = token.gather(1, (best + self.noise[:, input_ids.shape[1] - self.start]).argmax(1, keepdim=True))
+        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+
+
+def gumbel(seeds: Sequence[int], steps: int, k: int) -> Float[Tensor, "rows steps k"]:
+    """Gumbel noise, each row from its own seed; a row's first steps do not depend on how many follow."""
+    rows = [torch.rand(steps, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
+    return -(-torch.stack(rows).clamp_min(1e-300).log()).log()
+
 
 @torch.no_grad()
-def continuations(lm: LanguageModel, prompts: Sequence[str], tokens: int = 12, budget: int = 4096) -> list[str]:
-    """Greedy continuation of each prompt; prompts of one length share a batch, so that nothing is padded.
+def continuations(
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    tokens: int = 12,
+    budget: int = 8192,
+    *,
+    total: bool = False,
+    top_k: int = 1,
+    seed: int = 0,
+) -> list[str]:
+    """Continuation of each prompt, all prompts in common batches with cached attention keys and values.
 
     Args:
         lm: The model.
         prompts: n prompts.
-        tokens: Most new tokens.
-        budget: Most prompt tokens in one batch.
+        tokens: Most new tokens, or most tokens in all (``total``).
+        budget: Most tokens in one batch, new ones included.
+        total: Whether ``tokens`` counts those of the prompt as well, as the official generation tests do.
+        top_k: Sample among so many most likely tokens; 1 is greedy, and equal prompts are then continued once.
+        seed: Of the sampling; every prompt and every repetition of it draws for itself.
 
     Returns:
-        n texts, special tokens left out.
+        n texts without their prompts, special tokens left out.
     """
-    ids = [lm.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    texts = [""] * len(prompts)
-    for group in plan([len(row) for row in ids], budget, slack=0):
-        batch = torch.tensor([ids[i] for i in group], device=lm.device)
-        output = lm.model.generate(  # type: ignore[operator]
-            input_ids=batch,
-            attention_mask=torch.ones_like(batch),
-            do_sample=False,
-            max_new_tokens=tokens,
-            pad_token_id=lm.tokenizer.eos_token_id,
-        )
-        for i, new in zip(group, output[:, batch.shape[1] :], strict=True):
-            texts[i] = str(lm.tokenizer.decode(new, skip_special_tokens=True))
-    return texts
+    rows = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    seen: Counter[tuple[int, ...]] = Counter()
+    keys = []
+    for row in rows:  # a row and its number among equal ones; greedily all of them are number 0
+        keys.append((row, seen[row]))
+        seen[row] += top_k > 1
+    asked = list(dict.fromkeys(keys))
+    rooms = [max(0, min(tokens, lm.longest) - len(row) if total else tokens) for row, _ in asked]
+    texts: dict[tuple[tuple[int, ...], int], str] = {}
+    with tqdm(total=len(asked), desc="generation", unit="text", delay=5, leave=False) as bar:
+        for group in plan([len(row) + room for (row, _), room in zip(asked, rooms, strict=True)], budget, slack=budget):
+            seeds = [_seed(seed, *asked[i]) for i in group]
+            found = _generate(lm, [asked[i][0] for i in group], max(rooms[i] for i in group), top_k, seeds)
+            for i, new in zip(group, found, strict=True):
+                texts[asked[i]] = str(lm.tokenizer.decode(new[: rooms[i]], skip_special_tokens=True))
+            bar.update(len(group))
+    return [texts[key] for key in keys]
+
+
+def _seed(seed: int, row: tuple[int, ...], number: int) -> int:
+    return int.from_bytes(hashlib.sha256(repr((seed, row, number)).encode()).digest()[:7], "big")
+
+
+def _generate(
+    lm: LanguageModel, rows: Sequence[tuple[int, ...]], tokens: int, top_k: int, seeds: Sequence[int]
+) -> Sequence[Tensor] | Int[Tensor, "rows tokens"]:
+    """New tokens of rows of different lengths, which are padded on the left: all end where the new tokens begin."""
+    if not tokens:
+        return [torch.empty(0, dtype=torch.long)] * len(rows)
+    width, end = max(map(len, rows)), lm.tokenizer.eos_token_id
+    ids = torch.tensor([[end] * (width - len(row)) + list(row) for row in rows], device=lm.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
+    draw = [TopK(gumbel(seeds, tokens, top_k).to(lm.device), width)] if top_k > 1 else []
+    output: Tensor = lm.model.generate(  # type: ignore[operator]
+        input_ids=ids,
+        attention_mask=mask,
+        do_sample=False,
+        repetition_penalty=1.0,
+        max_new_tokens=tokens,
+        pad_token_id=end,
+        logits_processor=draw,
+    )
+    return output[:, width:]
+
+
+def until_stop(text: str) -> str:
+    """A continuation up to where it ends by itself: the first full stop or line break, or the end of the text.
+
+    Example:
+        >>> until_stop(" Rome. It is old")
+        ' Rome'
+    """
+    ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
+    return text[: min(ends, default=len(text))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -93,6 +94,19 @@ class LanguageModel:
     def longest(self) -> int:
         """Most tokens that a text may have."""
         return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def places_tokens(self) -> bool:
+        """Whether tokens can be put at given positions under an explicit mask (ALiBi counts them off a 2-D mask)."""
+        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        return takes_positions and not getattr(self.model.config, "alibi", False)
+
+    def sees_all(self, tokens: int) -> bool:
+        """Whether no sliding window of the attention is shorter than a text of so many tokens."""
+        config = self.model.config
+        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+        window = window or getattr(config, "window_size", None)
+        return window is None or tokens <= window
 
     @property
     def head(self) -> nn.Module:

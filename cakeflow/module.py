@@ -15,7 +15,7 @@ import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torchmetrics import Metric, MetricCollection
+from torchmetrics import Metric
 from tqdm.auto import tqdm
 
 from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
@@ -27,15 +27,14 @@ from cakeflow.contexts import Contexts, generate_contexts
 from cakeflow.contracts import checked_residual, checked_update, checked_weights
 from cakeflow.data.module import Records
 from cakeflow.errors import ConfigError, EditError, NumericalError
+from cakeflow.evaluation import Evaluation
 from cakeflow.history import KeyHistory
 from cakeflow.journal import EditStep, Journal
 from cakeflow.keys import FactReader
 from cakeflow.loss import WeightLoss
 from cakeflow.memory import GIB, Footprint, PeakMemory
-from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
-from cakeflow.scoring import score_records
 from cakeflow.solvers import LeastSquares, Solver
 from cakeflow.statistics import Statistics
 from cakeflow.targets import TargetOptimizer, Targets
@@ -65,7 +64,9 @@ class EditModule(L.LightningModule):
         model_kwargs: Further arguments of that function: ``device_map``, ``max_memory``, ``attn_implementation`` ...
         architecture: Module paths, where they cannot be found from the model.
         moments: Second moments that are known already, layer -> C; replaces ``statistics``.
-        metrics: Further metrics of every evaluation, fed with ``PromptScores``; logged by class name in lower case.
+        evaluation: What is asked of the model when it is evaluated.
+        metrics: Further metrics of every evaluation, fed by the names of their arguments with what ``PromptScores``
+            has, ``texts`` and ``references``; logged by class name in lower case.
         memory_budget: Most memory in GiB that edits may take beyond the model: target values are looked for in parts
             that fit, second moments in several passes, and a batch that fits in no way is refused. None keeps to 8 GiB
             where there is a choice, and refuses nothing.
@@ -91,6 +92,7 @@ class EditModule(L.LightningModule):
         model_kwargs: dict[str, Any] | None = None,
         architecture: Architecture | None = None,
         moments: Mapping[int, Tensor] | None = None,
+        evaluation: Evaluation = Evaluation(),
         metrics: Sequence[Metric] = (),
         memory_budget: float | None = None,
     ) -> None:
@@ -112,21 +114,8 @@ class EditModule(L.LightningModule):
         self._memory: PeakMemory | None = None
         self.stage = "after"
         self.fingerprint: str = ""
-        self.metrics = MetricCollection(
-            {
-                **{type(m).__name__.lower(): m for m in (Efficacy(), Generalization(), Specificity())},
-                "editscore": EditScore(),
-                **{f"{type(m).__name__.lower()}_exact": m for m in _exact_metrics()},
-            },
-            compute_groups=False,
-        )
-        for metric in metrics:
-            name = type(metric).__name__.lower()
-            if name in self.metrics:
-                raise ConfigError(
-                    f"there is a metric {name!r} already; give {type(metric).__name__} another class name"
-                )
-            self.metrics.add_metrics({name: metric})
+        self.evaluation, self.metrics = evaluation, evaluation.metrics(metrics)
+        self.outcomes: list[dict[str, Any]] = []
         self._source = base
         self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
         if isinstance(base, LanguageModel):
@@ -210,16 +199,15 @@ class EditModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         """Start counting from nothing."""
         self.metrics.reset()
+        self.outcomes = []
 
     def validation_step(self, records: Records, _: int) -> None:
-        """Score the prompts of some records."""
+        """Ask about some records; what each one answered is kept in ``outcomes``."""
         with self.phase("evaluation"):
-            scores = score_records(self.lm, records.requests)
-            self.metrics.update(
-                *(part.to(self.device) for part in (scores.wanted, scores.rival, scores.correct)),
-                record=scores.record.to(self.device),
-                kind=scores.kind.to(self.device),
-            )
+            answers = self.evaluation.ask(self.lm, records.requests, first=len(self.outcomes))
+            self.outcomes += answers.rows(first=len(self.outcomes))
+            fields = answers.fields().items()
+            self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})
 
     def on_validation_epoch_end(self) -> None:
         """Log every metric under the stage's name (``before`` or ``after``)."""
@@ -240,6 +228,7 @@ class EditModule(L.LightningModule):
             "targets",
             "statistics",
             "contexts",
+            "evaluation",
         )
         settings = {name: getattr(self, name) for name in parts}
         return {
@@ -365,7 +354,3 @@ class EditModule(L.LightningModule):
         if isinstance(self.allocator, ShareAllocator):
             numbers["share"] = float(self.allocator.shares(turn.weights)[..., turn.index].mean())
         self.log_dict({f"layer{turn.site.layer}/{name}": value for name, value in numbers.items()}, batch_size=size)
-
-
-def _exact_metrics() -> tuple[Efficacy, Generalization, Specificity]:
-    return Efficacy("exact"), Generalization("exact"), Specificity("exact")

@@ -10,7 +10,6 @@ the middle; there a row's "suffix" is all of it, and only the blocks below are s
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -177,7 +176,7 @@ class Recording:
         with capture(lm, sites) as outputs, capture(lm, [Site(lm.depth - 1)], stop=True):
             lm.model(attention_mask=seen_by_all, past_key_values=cache, use_cache=True, **{kind: tokens})
         layers: list[Any] = cache.layers
-        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if _resumes(lm) else None)
+        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if lm.places_tokens else None)
 
     def cut(
         self,
@@ -243,12 +242,6 @@ class Recording:
         )
 
 
-def _resumes(lm: LanguageModel) -> bool:
-    """Whether the attention can go on from cached keys at given positions (ALiBi counts them off a 2-D mask)."""
-    takes_positions = "position_ids" in inspect.signature(lm.model.forward).parameters
-    return takes_positions and not getattr(lm.model.config, "alibi", False)
-
-
 def take(values: Tensor, columns: Int[Tensor, "rows width"]) -> Tensor:
     """The wanted columns of each row."""
     return values[torch.arange(len(columns), device=columns.device)[:, None], columns]
@@ -301,12 +294,9 @@ def cut(
 
 def _require_full_attention(lm: LanguageModel, longest: int) -> None:
     """Our masks let every token see all before it; a sliding window shorter than the text would be ignored."""
-    config = lm.model.config
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    window = window or getattr(config, "window_size", None)
-    if window is not None and longest > window:
+    if not lm.sees_all(longest):
         raise ArchitectureError(
-            f"a text of {longest} tokens is longer than the model's sliding attention window ({window}); "
+            f"a text of {longest} tokens is longer than the model's sliding attention window; "
             "shorten the prompt or the contexts"
         )
 

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import Metric, MetricCollection
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cakeflow.allocators import Allocator, Turn
@@ -165,15 +165,15 @@ class MetricContract:
         metric = copy.deepcopy(self.metric)
         for scores in random_scores():
             metric.reset()
-            metric.update(**vars(scores))
+            _feed(metric, scores)
             torch.testing.assert_close(metric.compute(), self.value(scores))
 
     def test_devices_join(self) -> None:
         """The states of two processes reduce to that of one (``dist_reduce_fx``)."""
         for scores in random_scores():
             metric, other = copy.deepcopy(self.metric), copy.deepcopy(self.metric)
-            metric.update(**vars(_records(scores, range(4))))
-            other.update(**vars(_records(scores, range(4, 9))))
+            _feed(metric, _records(scores, range(4)))
+            _feed(other, _records(scores, range(4, 9)))
             metric.merge_state(other)
             torch.testing.assert_close(metric.compute(), self.value(scores))
 
@@ -182,8 +182,13 @@ class MetricContract:
         metric = copy.deepcopy(self.metric)
         metric.reset()
         for part in parts:
-            metric.update(**vars(part))
+            _feed(metric, part)
         return metric.compute()  # type: ignore[no-any-return]
+
+
+def _feed(metric: Metric, scores: PromptScores) -> None:
+    """As evaluations do: each metric gets the fields that its ``update`` names."""
+    MetricCollection(metric).update(**vars(scores))
 
 
 def random_scores() -> Iterator[PromptScores]:
@@ -194,7 +199,8 @@ def random_scores() -> Iterator[PromptScores]:
         kind = torch.tensor([0, 1, 1, 2, 2, 2]).repeat(9)
         wanted, rival = -5 * torch.rand(2, 54, generator=gen)
         rival[record % 3 == 2] = torch.nan
-        yield PromptScores(wanted, rival, torch.rand(54, generator=gen) > 0.5, record, kind)
+        tokens, answered = torch.rand(54, generator=gen), torch.rand(54, generator=gen).round()
+        yield PromptScores(wanted, rival, tokens > 0.5, tokens, answered, record, kind)
 
 
 def _records(scores: PromptScores, some: range) -> PromptScores:

@@ -22,17 +22,17 @@ def plainly(lm, prompt, target):
     logits = lm.model(torch.tensor([ids])).logits[0, start - 1 : -1].double()
     wanted = torch.tensor(ids[start:])
     each = logits.log_softmax(-1).gather(1, wanted[:, None])
-    return float(each.mean()), bool((logits.argmax(-1) == wanted).all())
+    return float(each.mean()), float((logits.argmax(-1) == wanted).double().mean())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @pytest.mark.parametrize("budget", [1, 60, 8192])
 def test_scores_equal_one_plain_pass_per_prompt(tiny, dtype, budget):
     tiny.model.to(dtype)
-    scores, correct = score_targets(tiny, PROMPTS, TARGETS, budget)
+    scores, share = score_targets(tiny, PROMPTS, TARGETS, budget)
     wanted, hits = zip(*(plainly(tiny, *pair) for pair in zip(PROMPTS, TARGETS, strict=True)), strict=True)
     torch.testing.assert_close(scores.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-5)
-    assert correct.tolist() == list(hits)
+    assert share.tolist() == pytest.approx(hits)
 
 
 def greedy(lm, prompt, tokens):
@@ -52,8 +52,8 @@ def test_correct_needs_every_token(tiny):
     head.bias.data[token] = 9.0
     tiny.model.set_output_embeddings(head)
     assert greedy(tiny, "The sea is", 3) == "The sea is the the the"
-    scores, correct = score_targets(tiny, ["The sea is"] * 4, ["the the the", "the the a", "a the", "the"])
-    assert correct.tolist() == [True, False, False, True]
+    scores, share = score_targets(tiny, ["The sea is"] * 4, ["the the the", "the the a", "a the", "the"])
+    assert share.tolist() == pytest.approx([1, 2 / 3, 1 / 2, 1])
     all_right, last_wrong, _, one = scores.tolist()
     assert all_right == pytest.approx(one, abs=1e-6)
     assert last_wrong == pytest.approx(one - 9 / 3, abs=1e-5)
@@ -104,9 +104,9 @@ def test_records_become_prompts_in_order(tiny):
     assert found.record.tolist() == [record for record, *_ in ASKED]
     assert [KINDS[kind] for kind in found.kind] == [kind for _, kind, *_ in ASKED]
     for i, (_, _, prompt, wanted, rival) in enumerate(ASKED):
-        score, correct = plainly(tiny, prompt, wanted)
+        score, share = plainly(tiny, prompt, wanted)
         assert float(found.wanted[i]) == pytest.approx(score, abs=1e-5)
-        assert bool(found.correct[i]) == correct
+        assert (float(found.tokens[i]), bool(found.correct[i])) == (pytest.approx(share), share == 1)
         if rival is None:
             assert found.rival[i].isnan()
         else:

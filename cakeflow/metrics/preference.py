@@ -1,7 +1,8 @@
-"""Does the model prefer what it should? Efficacy, generalization and specificity of CounterFact (ROME, section 3.4).
+"""Does the model prefer what it should? Efficacy, generalization and specificity (ROME, section 3.4), in four forms.
 
-Protocol ``counterfact-v1``: mean log-probability per token of both targets, strict comparison; mean over the prompts
-of a record first, then over records. The exact form asks whether every token of the wanted target is the arg-max.
+``probability``: the wanted continuation has the higher mean log-probability per token, strictly (CounterFact's tables).
+``exact``: each of its tokens is the arg-max, teacher-forced. ``tokens``: the share of its tokens that are (zsRE's
+tables). ``answer``: it is what the model says when it answers freely. Prompts are averaged per record, then records.
 """
 
 from __future__ import annotations
@@ -16,16 +17,28 @@ from torchmetrics import Metric
 from cakeflow.errors import ConfigError
 from cakeflow.scoring import KINDS
 
-Form = Literal["probability", "exact"]
+Form = Literal["probability", "exact", "tokens", "answer"]
 
 
 def success(
-    wanted: Float[Tensor, " p"], rival: Float[Tensor, " p"], correct: Bool[Tensor, " p"], form: Form
+    form: Form,
+    wanted: Float[Tensor, " p"],
+    rival: Float[Tensor, " p"],
+    correct: Bool[Tensor, " p"],
+    tokens: Float[Tensor, " p"] | None = None,
+    answered: Float[Tensor, " p"] | None = None,
 ) -> Float[Tensor, " p"]:
-    """1 where a prompt succeeds, 0 where it fails, nan where it cannot be judged (no rival to compare with)."""
-    if form == "exact":
-        return correct.float()
-    return torch.where(rival.isnan(), torch.nan, (wanted > rival).float())
+    """Between 0 (a prompt fails) and 1 (it succeeds); nan where it cannot be judged (no rival, or nothing was asked).
+
+    Raises:
+        ConfigError: If what the form needs was not given.
+    """
+    if form == "probability":
+        return torch.where(rival.isnan(), torch.nan, (wanted > rival).float())
+    found = {"exact": correct, "tokens": tokens, "answer": answered}[form]
+    if found is None:
+        raise ConfigError(f"a metric of the form {form!r} was given nothing to judge; pass every field of PromptScores")
+    return found.float()
 
 
 def checked_form(form: Form) -> Form:
@@ -53,12 +66,11 @@ def record_means(value: Float[Tensor, " p"], record: Int[Tensor, " p"]) -> Float
     return (total / count)[count > 0]
 
 
-class PreferenceMetric(Metric):
-    """Share of records whose prompts of one kind get the wanted target.
+class Rates(Metric):
+    """Mean success of records' prompts, kind by kind: what the metrics below have in common.
 
     Args:
-        form: ``probability`` (the wanted target is more likely than its rival) or ``exact`` (it is the arg-max, token
-            by token).
+        form: What counts as success.
         kwargs: Passed on to ``torchmetrics.Metric``.
     """
 
@@ -67,15 +79,15 @@ class PreferenceMetric(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
     plot_upper_bound = 1.0
-    kind: ClassVar[str]
+    kinds: ClassVar[tuple[str, ...]] = KINDS
     total: Tensor
     records: Tensor
 
     def __init__(self, form: Form = "probability", **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.form = checked_form(form)
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("records", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("total", torch.zeros(len(self.kinds)), dist_reduce_fx="sum")
+        self.add_state("records", torch.zeros(len(self.kinds)), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -84,23 +96,27 @@ class PreferenceMetric(Metric):
         correct: Bool[Tensor, " p"],
         record: Int[Tensor, " p"],
         kind: Int[Tensor, " p"],
+        tokens: Float[Tensor, " p"] | None = None,
+        answered: Float[Tensor, " p"] | None = None,
     ) -> None:
         """Take in the prompts of whole records (see ``cakeflow.scoring.PromptScores``); other kinds are passed over."""
-        chosen = kind == KINDS.index(self.kind)
-        means = record_means(success(wanted, rival, correct, self.form)[chosen], record[chosen])
-        self.total += means.sum()
-        self.records += len(means)
+        value = success(self.form, wanted, rival, correct, tokens, answered)
+        for place, name in enumerate(self.kinds):
+            chosen = kind == KINDS.index(name)
+            means = record_means(value[chosen], record[chosen])
+            self.total[place] += means.sum()
+            self.records[place] += len(means)
 
     def compute(self) -> Float[Tensor, ""]:
         """Mean over records, in [0, 1]; nan if no record could be judged."""
-        return self.total / self.records
+        return (self.total / self.records).mean()
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one or several values; see ``torchmetrics.Metric``."""
         return self._plot(val, ax)
 
 
-class Efficacy(PreferenceMetric):
+class Efficacy(Rates):
     """Share of edits whose own prompt gives the new target rather than the true one (ES).
 
     Example:
@@ -111,16 +127,32 @@ class Efficacy(PreferenceMetric):
         tensor(0.5000)
     """
 
-    kind = "rewrite"
+    kinds = ("rewrite",)
 
 
-class Generalization(PreferenceMetric):
-    """The same for the paraphrases of the prompt (PS)."""
+class Generalization(Rates):
+    """The same for the paraphrases of the prompt (PS).
 
-    kind = "paraphrase"
+    Example:
+        >>> metric = Generalization("tokens")  # zsRE's paraphrase accuracy
+        >>> nothing, right = torch.tensor([torch.nan]), torch.tensor([False])
+        >>> metric.update(nothing, nothing, right, torch.tensor([0]), torch.tensor([1]), tokens=torch.tensor([0.75]))
+        >>> metric.compute()
+        tensor(0.7500)
+    """
+
+    kinds = ("paraphrase",)
 
 
-class Specificity(PreferenceMetric):
-    """Share of neighborhood prompts (other subjects, same relation) that still give their own answer (NS)."""
+class Specificity(Rates):
+    """Share of neighborhood prompts (other subjects, same relation) that still give their own answer (NS).
 
-    kind = "neighborhood"
+    Example:
+        >>> metric = Specificity("exact")
+        >>> metric.update(torch.zeros(2), torch.zeros(2), torch.tensor([True, False]),
+        ...               record=torch.tensor([0, 0]), kind=torch.tensor([2, 2]))
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    kinds = ("neighborhood",)

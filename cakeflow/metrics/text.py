@@ -1,0 +1,159 @@
+"""Does the model still write well? Fluency and consistency of free texts (ROME, section 3.4 and appendix D)."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from nltk.tokenize import NLTKWordTokenizer
+from sklearn.feature_extraction.text import TfidfVectorizer
+from torch import Tensor
+from torchmetrics import Metric
+
+from cakeflow.data import builtin_facts
+from cakeflow.errors import ConfigError
+
+WEIGHTS = {2: 2 / 3, 3: 4 / 3}
+"""Weight of the entropy of n-grams in the official code, whose mean (not sum) it takes."""
+
+
+def ngram_entropy(text: str, n: int) -> float:
+    """Entropy in bits of the frequencies of a text's word n-grams; 0 if it has none.
+
+    Example:
+        >>> ngram_entropy("to be or not to be", 2)  # five bigrams, "to be" twice
+        1.9219280948873623
+    """
+    words = NLTKWordTokenizer().tokenize(text)
+    counts = np.array(list(Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()), dtype=np.float64)
+    shares = counts / max(1.0, counts.sum())
+    return float(-(shares * np.log2(shares)).sum())
+
+
+def fluency(text: str) -> float:
+    """Weighted mean of bigram and trigram entropies, as the official code computes it (tables show it times 100).
+
+    CAKE's equation 49 prints the sum with the opposite sign. Words are split by NLTK's word tokenizer over
+    the whole text, which needs no download; the official code splits sentences first, so that a full stop inside a text
+    is a word of its own there.
+    """
+    return float(np.mean([weight * ngram_entropy(text, n) for n, weight in WEIGHTS.items()]))
+
+
+class _TextMean(Metric):
+    """Mean over records of a number in each; records without texts do not count."""
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    plot_lower_bound = 0.0
+    total: Tensor
+    records: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+        self.add_state("records", torch.tensor(0), dist_reduce_fx="sum")
+
+    def _add(self, values: Iterator[float]) -> None:
+        for value in values:
+            self.total += value
+            self.records += 1
+
+    def compute(self) -> Float[Tensor, ""]:
+        """Mean over records; nan if there was none."""
+        return self.total / self.records
+
+    def plot(self, val: Any = None, ax: Any = None) -> Any:
+        """Plot one or several values; see ``torchmetrics.Metric``."""
+        return self._plot(val, ax)
+
+
+class Fluency(_TextMean):
+    """Mean entropy of word n-grams of free texts about the subjects; repetition lowers it (GE).
+
+    Example:
+        >>> metric = Fluency()
+        >>> metric.update([["Lund is a city of Sweden .", "Lund , Lund , Lund , Lund"]])
+        >>> round(float(metric.compute()), 3)
+        1.695
+    """
+
+    def update(self, texts: Sequence[Sequence[str]]) -> None:
+        """Take in the free texts of some records, prompts included."""
+        self._add(float(np.mean([fluency(text) for text in each])) for each in texts if each)
+
+
+class Consistency(_TextMean):
+    """Similarity of what the model writes about a subject to texts about the new target (RS): cosine of TF-IDF vectors.
+
+    Args:
+        idf: ``.npy`` file with the official inverse document frequencies, with ``vocabulary``.
+        vocabulary: JSON file, word -> place in ``idf``.
+        corpus: Otherwise: texts, one a line, from which both are counted; by default the texts that ship with the
+            built-in facts.
+        kwargs: Passed on to ``torchmetrics.Metric``.
+
+    Raises:
+        ConfigError: If only one of ``idf`` and ``vocabulary`` is given, they do not fit, or a file is missing.
+
+    Example:
+        >>> metric = Consistency()
+        >>> metric.update([["He was born in Rome, the capital of Italy."]], ["Rome is the capital of Italy."])
+        >>> 0.5 < float(metric.compute()) < 1
+        True
+    """
+
+    plot_upper_bound = 1.0
+
+    def __init__(
+        self,
+        idf: str | Path | None = None,
+        vocabulary: str | Path | None = None,
+        corpus: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if (idf is None) != (vocabulary is None):
+            raise ConfigError("Consistency needs idf and vocabulary together, or neither")
+        for path in (idf, vocabulary, corpus):
+            if path is not None and not Path(path).is_file():
+                raise ConfigError(f"Consistency: no file {str(path)!r}")
+        if idf is not None and vocabulary is not None:
+            self.vectorizer = _shipped(Path(idf), Path(vocabulary))
+        elif corpus is not None:
+            self.vectorizer = TfidfVectorizer().fit(Path(corpus).read_text(encoding="utf-8").splitlines())
+        else:
+            self.vectorizer = TfidfVectorizer().fit([str(fact.reference) for fact in builtin_facts()])
+
+    def update(self, texts: Sequence[Sequence[str]], references: Sequence[str | None]) -> None:
+        """Take in the free texts of some records, and the text about each record's new target.
+
+        Records without texts or without a reference are passed over.
+        """
+        pairs = zip(texts, references, strict=True)
+        self._add(self._similarity(" ".join(each), reference) for each, reference in pairs if each and reference)
+
+    def _similarity(self, text: str, reference: str) -> float:
+        """Rows come out with norm 1, or 0 where no word is known."""
+        first, second = self.vectorizer.transform([text, reference])
+        return float(first.multiply(second).sum())
+
+
+def _shipped(idf: Path, vocabulary: Path) -> TfidfVectorizer:
+    """A vectoriser with given frequencies."""
+    try:
+        words, weights = json.loads(vocabulary.read_text(encoding="utf-8")), np.load(idf, allow_pickle=False)
+        vectorizer = TfidfVectorizer(vocabulary=words)
+        vectorizer.idf_ = weights.ravel()
+    except ValueError as error:
+        raise ConfigError(
+            f"Consistency: {idf} and {vocabulary} are not an idf vector and its words: {error}"
+        ) from error
+    return vectorizer
