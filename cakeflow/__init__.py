@@ -6,7 +6,7 @@ from cakeflow.contexts import Contexts
 from cakeflow.data import EditDataModule, read_requests
 from cakeflow.editor import Editor
 from cakeflow.errors import EditError, RequestError
-from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
+from cakeflow.evaluation import Evaluation
 from cakeflow.module import EditModule
 from cakeflow.problem import LayerProblem, Update
 from cakeflow.request import EditRequest, Probe
@@ -25,11 +25,9 @@ __all__ = [
     "EditError",
     "EditModule",
     "EditRequest",
-    "EditScore",
     "Editor",
-    "Efficacy",
     "Endpoints",
-    "Generalization",
+    "Evaluation",
     "LayerProblem",
     "LeastSquares",
     "NullSpace",
@@ -40,7 +38,6 @@ __all__ = [
     "Sequential",
     "ShareAllocator",
     "Solver",
-    "Specificity",
     "Statistics",
     "TargetOptimizer",
     "Uniform",

@@ -77,8 +77,8 @@ def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree
     last: Context = ()
     for context in sorted(set(contexts)):  # what begins a context stands somewhere before it, its siblings beside it
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(context, last, strict=False)))
-        goes_on = bool(trees) and shared == len(last)
-        if not goes_on and not (trees and len(trees[-1].ids) + len(context) - shared <= size):
+        fits = bool(trees) and (len(trees[-1].ids) + len(context) - shared <= size if size else shared == len(last))
+        if not fits:
             trees.append(PrefixTree())
             shared = 0
         path = trees[-1].extend(path[:shared], context[shared:])

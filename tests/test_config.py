@@ -12,7 +12,6 @@ from torchmetrics import Metric
 from cakeflow import (
     Contexts,
     EditModule,
-    Efficacy,
     Endpoints,
     LeastSquares,
     NullSpace,
@@ -27,6 +26,7 @@ from cakeflow.allocators import Jacobian
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
+from cakeflow.metrics import Efficacy
 from cakeflow.solvers import Descent, EqualityConstrained
 
 METHODS, MODELS = shipped("method"), shipped("model")

@@ -21,7 +21,7 @@ from cakeflow.scoring import score_targets
 
 LAYERS = [1, 2, 3]
 METRICS = {"efficacy", "generalization", "specificity", "editscore"}
-METRICS |= {f"{name}_exact" for name in ("efficacy", "generalization", "specificity")}
+METRICS |= {f"{name}_{form}" for name in ("efficacy", "generalization", "specificity") for form in ("exact", "tokens")}
 CONTEXTS = Contexts.of(["{}", "The sky is blue. {}"])
 FACTS = [
     EditRequest("The first letter of {}", subject, new, true, (Probe("paraphrase", f"What is said of {subject}"),))

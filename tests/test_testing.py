@@ -7,23 +7,10 @@ import torch
 from cakeflow_attribution import Noisy, Saliency, Shuffled
 from cakeflow_restrain import Prune, Rect
 
-from cakeflow import (
-    EditScore,
-    Efficacy,
-    Endpoints,
-    Generalization,
-    LeastSquares,
-    NullSpace,
-    OneHot,
-    Scores,
-    Sequential,
-    ShareAllocator,
-    Specificity,
-    Uniform,
-    Update,
-)
+from cakeflow import Endpoints, LeastSquares, NullSpace, OneHot, Scores, Sequential, ShareAllocator, Uniform, Update
 from cakeflow.allocators import Jacobian
 from cakeflow.errors import NumericalError, ShapeError
+from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.solvers import EqualityConstrained
 from cakeflow.testing import (
     AllocatorContract,

@@ -153,7 +153,5 @@ def _shipped(idf: Path, vocabulary: Path) -> TfidfVectorizer:
         vectorizer = TfidfVectorizer(vocabulary=words)
         vectorizer.idf_ = weights.ravel()
     except ValueError as error:
-        raise ConfigError(
-            f"Consistency: {idf} and {vocabulary} are not an idf vector and its words: {error}"
-        ) from error
+        raise ConfigError(f"Consistency: {idf} and {vocabulary} are no idf vector with its words: {error}") from error
     return vectorizer

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics import Metric, MetricCollection
 
-from cakeflow import Efficacy, Generalization, Specificity
+from cakeflow.metrics import Efficacy, Generalization, Specificity
 from cakeflow.metrics.preference import record_means
 from cakeflow.scoring import KINDS
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
-from cakeflow import EditScore, Efficacy, Generalization, Specificity
+from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.scoring import KINDS
 
 # (record, kind, succeeds by probability, is the arg-max): two records, worked by hand
