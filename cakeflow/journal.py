@@ -172,6 +172,22 @@ class Journal(Sequence[EditStep]):
         for step in self.steps:
             self._remember(step)
 
+    @contextmanager
+    def reverted(self) -> Iterator[None]:
+        """The unedited model for a while; then the edited one again, bit for bit."""
+        edited = {layer: self.lm.weight(layer).detach().clone() for layer in self.originals}
+        try:
+            for layer in edited:
+                self._write(layer, self.originals[layer])
+            yield
+        finally:
+            for layer, weight in edited.items():
+                self._write(layer, weight)
+
+    @torch.no_grad()
+    def _write(self, layer: int, weight: Tensor) -> None:
+        self.lm.weight(layer).copy_(weight)
+
     def save(self, folder: Path) -> None:
         """Write the originals, every step's factors and keys, and a line of JSON per step."""
         write_tensors(folder / "originals.safetensors", {str(layer): w for layer, w in self.originals.items()})
@@ -212,7 +228,7 @@ class Journal(Sequence[EditStep]):
     def _restore(self, kept: int, layers: set[int]) -> None:
         """The weights of ``layers`` as they were after the first ``kept`` steps: originals, then the same additions."""
         for layer in layers & set(self.originals):
-            self.lm.weight(layer).copy_(self.originals[layer])
+            self._write(layer, self.originals[layer])
             self._masters.pop(layer, None)
             for step in self.steps[:kept]:
                 for part in step.layers:

@@ -269,3 +269,28 @@ def test_any_sequence_leaves_the_state_of_the_committed_steps(lm, requests, dtyp
     finally:
         journal.rollback()
         assert same(lm, states[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_reverted_for_a_while(tiny, dtype):
+    """The unedited model inside, the edited one after, bit for bit, after an error too; edits then go on as if not."""
+    tiny.model.to(dtype)
+    before, journal = bits(tiny), Journal(tiny)
+    with journal.reverted():
+        assert same(tiny, before)
+    with journal.batch(()) as step:
+        apply(journal, step, 1, seed=0)
+        apply(journal, step, 3, seed=1)
+    edited = bits(tiny)
+    with journal.reverted():
+        assert same(tiny, before)
+    assert same(tiny, edited)
+    with suppress(RuntimeError), journal.reverted():
+        raise RuntimeError
+    assert same(tiny, edited)
+    with journal.batch(()) as step:
+        apply(journal, step, 1, seed=2)
+    journal.rollback(1)
+    assert same(tiny, edited)
+    journal.rollback()
+    assert same(tiny, before)

@@ -1,7 +1,18 @@
 """Callbacks around edits, for any Lightning Trainer."""
 
 from cakeflow.callbacks.alignment import ScoreAlignment
-from cakeflow.callbacks.base import EditCallback, LayerEdit
+from cakeflow.callbacks.base import EditCallback, LayerEdit, Milestones
+from cakeflow.callbacks.stream import NeutralText, Retention
 from cakeflow.callbacks.theory import ResidualDrift, ScoreDrift, WeightShiftBound
 
-__all__ = ["EditCallback", "LayerEdit", "ResidualDrift", "ScoreAlignment", "ScoreDrift", "WeightShiftBound"]
+__all__ = [
+    "EditCallback",
+    "LayerEdit",
+    "Milestones",
+    "NeutralText",
+    "ResidualDrift",
+    "Retention",
+    "ScoreAlignment",
+    "ScoreDrift",
+    "WeightShiftBound",
+]
