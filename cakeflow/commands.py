@@ -102,6 +102,8 @@ def run_facts(
     """
     if out.is_dir():
         raise ConfigError(f"out={str(out)!r} is a folder; name a .json or .jsonl file")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
     console = Console()
     asking = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
     known, asked = known_facts(load_model(model), asking, limit)

@@ -80,6 +80,7 @@ def test_facts_are_written_as_a_trace_reads_them(folder, capsys, name):
     ("change", "words"),
     [
         (["--out", "."], "is a folder"),
+        (["--limit", "0"], "at least 1"),
         (["--data", "nothing.json"], "nothing.json"),
         (["--split", "train"], "no splits"),
         (["--prompts", "['{} is']"], "prompts and subjects"),

@@ -20,7 +20,7 @@ SOURCES = (
     "give 'builtin', a .json or .jsonl file (also .gz), a folder with a data set, a URL of such a file (http://... or "
     "https://...), or a data set of the hub as 'owner/name'"
 )
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE_NAME = re.compile(r".*\.jsonl?(\.gz)?")
 _GZIP = b"\x1f\x8b"
 _PATIENCE = 10.0
@@ -81,7 +81,7 @@ def read_entries(source: Any, split: str | None = None) -> list[Any]:
 def _named(source: str | Path, split: str | None) -> list[Any]:
     """The entries of a file, a folder, a URL or a data set of the hub; a path object is never one of the latter two."""
     name, path = str(source), Path(source)
-    if path.is_dir():
+    if name and path.is_dir():  # the path of no name is the current folder
         return _load_folder(path, split)
     remote = isinstance(source, str)
     if remote and not path.is_file() and _HUB_NAME.fullmatch(name) and not _FILE_NAME.fullmatch(name):

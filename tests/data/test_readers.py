@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import threading
 import time
 from functools import partial
@@ -157,11 +158,11 @@ def test_builtin_by_name():
     assert read_requests("builtin") == builtin_facts()
 
 
-@pytest.mark.parametrize("name", ["missing.json", "missing/a.jsonl.gz", "builtin2"])
+@pytest.mark.parametrize("name", ["missing.json", "missing/a.jsonl.gz", "builtin2", "./none", "../none", ""])
 def test_missing_file(name, tmp_path, monkeypatch):
     """Neither a path object nor a file's name is taken for a data set of the hub."""
     monkeypatch.chdir(tmp_path)
-    for source in (name, tmp_path / name, Path("owner/set")):
+    for source in (name, tmp_path / "no" / name, Path("owner/set")):
         with pytest.raises(ConfigError, match=r"no file or folder .* give 'builtin', a .json .* 'owner/name'"):
             read_requests(source)
 
@@ -289,6 +290,21 @@ def test_a_hub_that_cannot_be_reached_is_said_quickly(offline, monkeypatch):
     ):
         read_requests("owner/set")
     assert time.monotonic() - start < 10
+
+
+def test_without_a_network_the_hubs_data_sets_come_from_the_cache(tmp_path, monkeypatch):
+    """A data set is prepared from a file and put where datasets keeps those that it has from the hub."""
+    path = write_records(tmp_path / "a.jsonl", COUNTERFACT)
+    datasets.load_dataset("json", data_files=str(path), cache_dir=tmp_path / "prepared")
+    (arrow,) = (tmp_path / "prepared").rglob("json-train.arrow")
+    place = tmp_path / "cached" / "owner___set" / "default" / "0.0.0" / arrow.parent.name
+    shutil.copytree(arrow.parent, place)
+    (place / arrow.name).rename(place / "set-train.arrow")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    assert read_requests("owner/set") == read_requests("owner/set", "train") == read_requests(COUNTERFACT)
+    with pytest.raises(ConfigError, match="test"):
+        read_requests("owner/set", "test")
 
 
 # ---- bad files ----
