@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,21 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from cakeflow.errors import ConfigError
+from cakeflow.files import write_text
 from cakeflow.model import load_model
 from cakeflow.plugins import Plugin, find_plugins, load_plugins
 from cakeflow.report import plot_trace, plot_weights, plugins_table, save_plot, trace_table
-from cakeflow.tracing import CausalTrace, Trace, known_rows, propose_layers, read_facts
+from cakeflow.tracing import (
+    CausalTrace,
+    KnownFact,
+    Trace,
+    known_facts,
+    known_rows,
+    open_facts,
+    propose_layers,
+    read_facts,
+)
 from cakeflow.tracing.trace import require_layers
 from cakeflow.weighters.base import effective_layers
 from cakeflow.weighters.scores import Normalization, score_weights
@@ -27,6 +39,7 @@ def run_trace(
     tau: float = 0.1,
     normalization: Normalization = "none",
     trace: CausalTrace = CausalTrace(),
+    split: str | None = None,
 ) -> Trace:
     """Find out which layers recall what a model knows: scores, heat map and weights.
 
@@ -34,15 +47,17 @@ def run_trace(
 
     Args:
         model: An embedded name, a hub id, a folder or a GGUF file.
-        data: ``builtin``, or a JSON or JSONL file of known facts (ROME's schema) or of requests with a true target.
+        data: ``builtin``, or a file, URL, folder or hub data set of known facts (ROME's schema) or of requests with a
+            true target.
         layers: Layers to trace; all by default.
         out: Folder for the results.
         limit: Most facts to trace.
         tau: Temperature of the weights shown.
         normalization: Of the scores, before the weights.
         trace: How it is done.
+        split: Of a data set that has several.
     """
-    console, facts, lm = Console(), read_facts(data), load_model(model)
+    console, facts, lm = Console(), read_facts(data, split), load_model(model)
     traced = require_layers(lm, layers or ())
     known, asked = known_rows(lm, facts, limit)
     console.print(f"the model knows {len(known)} of {asked} facts; the others are left out")
@@ -63,6 +78,42 @@ def run_trace(
     return found
 
 
+def run_facts(
+    model: str = "smollm2-135m",
+    data: str = "builtin",
+    split: str | None = None,
+    prompts: list[str] | None = None,
+    subjects: list[str] | None = None,
+    out: Path = Path("runs/known_facts.json"),
+    limit: int | None = None,
+) -> list[KnownFact]:
+    """Write down which facts a model states by itself, in ROME's ``known_1000`` schema: ``cakeflow trace`` reads it.
+
+    Args:
+        model: An embedded name, a hub id, a folder or a GGUF file.
+        data: Facts to ask for: ``builtin``, or a file, URL, folder or hub data set of known facts (ROME's schema) or of
+            requests with a true target.
+        split: Of a data set that has several.
+        prompts: Texts with one ``{}`` each, asked about every subject instead of ``data``: the first name that the
+            model gives is taken for the answer, right or wrong.
+        subjects: What the prompts are about.
+        out: The file; with the suffix ``.jsonl`` one fact a line, otherwise one JSON list.
+        limit: Most facts to write.
+    """
+    if out.is_dir():
+        raise ConfigError(f"out={str(out)!r} is a folder; name a .json or .jsonl file")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit must be at least 1, got {limit}")
+    console = Console()
+    asking = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
+    known, asked = known_facts(load_model(model), asking, limit)
+    entries = [each.to_dict(number) for number, each in enumerate(known)]
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    write_text(out, lines if out.suffix == ".jsonl" else json.dumps(entries, ensure_ascii=False, indent=1))
+    console.print(f"the model states {len(known)} of {asked} facts by itself; written to {out}", soft_wrap=True)
+    return known
+
+
 def run_plugins() -> list[Plugin]:
     """List the installed plugins: their short names, what they are, and which package brings them.
 
@@ -73,5 +124,5 @@ def run_plugins() -> list[Plugin]:
     return load_plugins()
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"trace": run_trace, "plugins": run_plugins}
+COMMANDS: dict[str, Callable[..., Any]] = {"trace": run_trace, "facts": run_facts, "plugins": run_plugins}
 """Name -> function."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -40,6 +40,7 @@ class EditRequest:
         probes: Prompts for evaluation only; editing never looks at them.
         relation: Name of the relation; with the subject it tells contradictions apart (default: the prompt).
         reference: A text about the new target, for text metrics.
+        case_id: Name of the record in its data set, by which a published order picks it.
 
     Example:
         >>> EditRequest("{} plays the sport of", "LeBron James", "tennis").text
@@ -53,6 +54,7 @@ class EditRequest:
     probes: tuple[Probe, ...] = ()
     relation: str | None = None
     reference: str | None = None
+    case_id: int | str | None = None
 
     @property
     def text(self) -> str:
@@ -70,10 +72,12 @@ class EditRequest:
 
 
 def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: int = 0) -> list[EditRequest]:
-    """Check a whole list and return it as requests.
+    """Check every entry of a list and return them as requests.
+
+    Whether they can all be edited together is asked of those that are chosen: see ``contradictions``.
 
     Args:
-        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND).
+        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); fields of None are missing.
         first: Index that error messages give to the first entry.
 
     Returns:
@@ -94,8 +98,6 @@ def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: in
         requests.append(request)
     if not requests and not problems:
         problems.append(Problem(first, "requests", [], "give at least one request"))
-    if not problems:
-        problems += _contradictions(requests, first)
     if problems:
         raise RequestError(problems)
     return requests
@@ -111,19 +113,24 @@ class _BadEntryError(Exception):
 def _from_mapping(entry: object) -> EditRequest:
     if not isinstance(entry, Mapping):
         raise _BadEntryError("entry", entry, "give an EditRequest or a mapping with prompt, subject and target_new")
+    # a data set gives each record every column
+    entry = {name: value for name, value in entry.items() if value is not None}
     if "requested_rewrite" in entry:
         return _from_counterfact(entry)
-    if "src" in entry and "answers" in entry:
+    if "src" in entry:
         return _from_zsre(entry)
     return _from_own(entry)
 
 
 def _from_own(entry: Mapping[str, Any]) -> EditRequest:
-    known = {field.name for field in fields(EditRequest)}
-    if unknown := sorted(set(entry) - known - {"case_id"}, key=str):
+    known, needed = {field.name for field in fields(EditRequest)}, ("prompt", "subject", "target_new")
+    if not set(needed) & set(entry):
+        remedy = "missing; every request needs prompt, subject and target_new, or CounterFact's or zsRE's (MEND) fields"
+        raise _BadEntryError("prompt", None, f"{remedy}; found {sorted(map(str, entry))}")
+    if unknown := sorted(set(entry) - known, key=str):
         raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
     values = {name: entry[name] for name in known & set(entry)}
-    for name in ("prompt", "subject", "target_new"):
+    for name in needed:
         if name not in values:
             raise _BadEntryError(name, None, "missing; every request needs prompt, subject and target_new")
     probes = values.pop("probes", None) or ()
@@ -171,6 +178,7 @@ def _from_counterfact(entry: Mapping[str, Any]) -> EditRequest:
         target_true=_need(rewrite, "target_true", "str"),
         probes=tuple(Probe(kind, text) for kind, name in kinds for text in _texts(entry, name)),
         relation=rewrite.get("relation_id"),
+        case_id=entry.get("case_id"),
     )
 
 
@@ -186,7 +194,8 @@ def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
     if entry.get("loc") and entry.get("loc_ans"):
         asked = entry["loc"] + "?" if isinstance(entry["loc"], str) else entry["loc"]
         probes.append(Probe("neighborhood", asked, entry["loc_ans"]))
-    return EditRequest(question.replace(subject, "{}", 1), subject, answers[0], probes=tuple(probes))
+    prompt = question.replace(subject, "{}", 1)
+    return EditRequest(prompt, subject, answers[0], probes=tuple(probes), case_id=entry.get("case_id"))
 
 
 def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
@@ -195,10 +204,9 @@ def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
         yield from _text_faults(name, getattr(request, name))
     for name in ("target_true", "relation", "reference"):
         yield from _text_faults(name, getattr(request, name), optional=True)
-    if isinstance(request.prompt, str) and request.prompt.count("{}") != 1:
-        yield "prompt", request.prompt, f"needs exactly one {{}} for the subject, found {request.prompt.count('{}')}"
-    if isinstance(request.subject, str) and request.subject != request.subject.strip():
-        yield "subject", request.subject, "remove the white space around it"
+    if request.case_id is not None and type(request.case_id) not in (int, str):
+        yield "case_id", request.case_id, "must be an integer or a text"
+    yield from _prompt_faults(request)
     if request.target_new == request.target_true:
         yield "target_new", request.target_new, "equals target_true; there is nothing to edit"
     if not isinstance(request.probes, tuple) or not all(isinstance(probe, Probe) for probe in request.probes):
@@ -206,6 +214,13 @@ def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
     else:
         for probe in request.probes:
             yield from _probe_faults(probe)
+
+
+def _prompt_faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
+    if isinstance(request.prompt, str) and request.prompt.count("{}") != 1:
+        yield "prompt", request.prompt, f"needs exactly one {{}} for the subject, found {request.prompt.count('{}')}"
+    if isinstance(request.subject, str) and request.subject != request.subject.strip():
+        yield "subject", request.subject, "remove the white space around it"
 
 
 def _text_faults(name: str, value: object, *, optional: bool = False) -> Iterator[tuple[str, object, str]]:
@@ -225,12 +240,32 @@ def _probe_faults(probe: Probe) -> Iterator[tuple[str, object, str]]:
     yield from _text_faults("probes.expected", probe.expected, optional=True)
 
 
-def _contradictions(requests: list[EditRequest], first: int) -> Iterator[Problem]:
-    """Same subject and relation with two different new targets: no weights can satisfy both."""
-    seen: dict[tuple[str, str], tuple[int, str]] = {}
-    for index, request in enumerate(requests, first):
-        key = (request.subject, request.relation or request.prompt)
-        other, target = seen.setdefault(key, (index, request.target_new))
+def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None = None) -> list[Problem]:
+    """The requests that contradict an earlier one: no weights can satisfy both.
+
+    Two requests contradict each other if they have the same subject and relation (the prompt stands for a relation that
+    is missing) and different new targets. Each is compared with the first one of its subject and relation, so without
+    those that are named here the others agree.
+
+    Args:
+        requests: Requests.
+        among: Indices of those that are to be edited, in their sequence; by default all as they stand.
+
+    Returns:
+        One problem for each, by its index in ``requests``.
+
+    Example:
+        >>> ends = [EditRequest("{} flows into", "Elbe", sea) for sea in ("the Baltic Sea", "the Black Sea")]
+        >>> [problem.index for problem in contradictions(ends)], [p.index for p in contradictions(ends, [1, 0])]
+        ([1], [0])
+    """
+    problems: list[Problem] = []
+    seen: dict[tuple[str, str], int] = {}
+    for index in range(len(requests)) if among is None else among:
+        request = requests[index]
+        other = seen.setdefault((request.subject, request.relation or request.prompt), index)
+        target = requests[other].target_new
         if target.strip() != request.target_new.strip():
             remedy = f"contradicts entry {other} (same subject and relation, target {target!r}); keep one of them"
-            yield Problem(index, "target_new", request.target_new, remedy)
+            problems.append(Problem(index, "target_new", request.target_new, remedy))
+    return problems

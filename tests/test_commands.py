@@ -5,8 +5,9 @@ import json
 import pytest
 
 from cakeflow.cli import main
+from cakeflow.data.readers import read_entries
 from cakeflow.generation import continuations
-from cakeflow.tracing import Trace
+from cakeflow.tracing import Trace, read_facts
 
 
 @pytest.fixture
@@ -54,6 +55,52 @@ def test_bad_input_ends_with_a_message(folder, capsys, change, words):
         main(["trace", "--model", str(folder / "model"), "--data", str(folder / "known.json"), *change])
     assert stop.value.code == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["mine/stated.json", "stated.jsonl"])
+def test_facts_are_written_as_a_trace_reads_them(folder, capsys, name):
+    asked = json.loads((folder / "known.json").read_text())
+    (folder / "asked.json").write_text(json.dumps([*asked, {**asked[0], "attribute": "qqqq"}]))
+    model = ["--model", str(folder / "model")]
+    known = main(["facts", *model, "--data", str(folder / "asked.json"), "--out", name])
+    assert f"states {len(known)} of 6 facts by itself; written to {name}" in " ".join(capsys.readouterr().out.split())
+    entries = read_entries(folder / name)
+    assert [entry["known_id"] for entry in entries] == list(range(len(known)))
+    assert {"subject", "template", "attribute", "prompt"} <= set(entries[0])
+    assert read_facts(folder / name) == [each.fact for each in known]
+    traces = [
+        main(["trace", *model, "--data", str(folder / data), "--trace.draws", "2", "--out", f"found-{number}"])
+        for number, data in enumerate(["asked.json", name])
+    ]
+    assert (traces[0].clean == traces[1].clean).all()
+    assert traces[0].scores == traces[1].scores
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (["--out", "."], "is a folder"),
+        (["--limit", "0"], "at least 1"),
+        (["--data", "nothing.json"], "nothing.json"),
+        (["--split", "train"], "no splits"),
+        (["--prompts", "['{} is']"], "prompts and subjects"),
+        (["--prompts", "[is]", "--subjects", "[Ann]"], "exactly one {}"),
+    ],
+)
+def test_bad_input_of_facts_is_refused_before_a_model_loads(folder, capsys, monkeypatch, change, words):
+    monkeypatch.setattr("cakeflow.commands.load_model", lambda *_: pytest.fail("loaded"))
+    with pytest.raises(SystemExit) as stop:
+        main(["facts", *change])
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+def test_facts_of_which_none_is_stated_leave_no_file(folder, capsys):
+    words = ["--prompts", "['{} is']", "--subjects", "[Ann, Bob]"]  # a random model names nothing
+    with pytest.raises(SystemExit):
+        main(["facts", "--model", str(folder / "model"), *words, "--out", "stated.json"])
+    assert "knows none" in capsys.readouterr().err
+    assert not (folder / "stated.json").exists()
 
 
 def test_no_known_fact(folder, capsys):

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakeflow.errors import EditError, RequestError
-from cakeflow.request import EditRequest, Probe, parse_requests
+from cakeflow.request import EditRequest, Probe, contradictions, parse_requests
 
 OWN = {
     "case_id": 7,
@@ -86,6 +86,7 @@ def test_own_schema_keeps_every_field():
         ),
         "mouth",
         "The Black Sea lies between Europe and Asia.",
+        7,
     )
     assert request.text == "The river Elbe flows into"
     assert request.text[: request.subject_end] == "The river Elbe"
@@ -94,7 +95,7 @@ def test_own_schema_keeps_every_field():
 def test_counterfact_schema():
     (request,) = parse_requests([COUNTERFACT])
     assert (request.text, request.target_new, request.target_true) == ("The Blue Tower was built in", "1900", "1889")
-    assert request.relation == "P571"
+    assert (request.relation, request.case_id) == ("P571", 3)
     assert [(probe.kind, probe.prompt) for probe in request.probes] == [
         ("paraphrase", "Work on The Blue Tower ended in"),
         ("neighborhood", "The Red Tower was built in"),
@@ -107,7 +108,7 @@ def test_counterfact_schema():
 def test_zsre_schema_takes_the_gold_answer_as_new_target():
     (request,) = parse_requests([ZSRE])
     assert (request.prompt, request.subject) == ("Which school did {} attend?", "Anna Berg")
-    assert (request.target_new, request.target_true) == ("Uppsala", None)
+    assert (request.target_new, request.target_true, request.case_id) == ("Uppsala", None, None)
     assert request.probes == (
         Probe("paraphrase", "Where did Anna Berg study?"),
         Probe("neighborhood", "nq question: how deep is the lake?", "40 metres"),
@@ -174,7 +175,12 @@ MALFORMED = [
     (own(probes=[{"kind": "paraphrase", "prompt": None}]), "probes.prompt"),
     (own(probes=[{"kind": "paraphrase", "prompt": "x", "expected": ""}]), "probes.expected"),
     (own(probes=[{"kind": "paraphrase", "prompt": "x", "expected": 4}]), "probes.expected"),
-    ({1: 2}, "1"),
+    ({1: 2}, "prompt"),
+    (own(extra=1), "extra"),
+    (own(case_id=True), "case_id"),
+    (own(case_id=7.0), "case_id"),
+    (own(case_id=[7]), "case_id"),
+    (nested(COUNTERFACT, ["case_id"], {}), "case_id"),
     (own(subject="Elbe\ud800"), "subject"),  # half a surrogate pair, as JSON escapes allow: no tokenizer takes it
     (EditRequest("{} is", "c", "d", probes=None), "probes"),
     (EditRequest("{} is", "c", "d", probes=({"kind": "paraphrase", "prompt": "x"},)), "probes"),
@@ -189,6 +195,8 @@ MALFORMED = [
     (nested(ZSRE, ["subject"], ...), "subject"),
     (nested(ZSRE, ["src"], 5), "subject"),
     (nested(ZSRE, ["answers"], []), "answers"),
+    (nested(ZSRE, ["answers"], None), "answers"),
+    (nested(ZSRE, ["answers"], ...), "answers"),
     (nested(ZSRE, ["answers"], "Uppsala"), "answers"),
     (nested(ZSRE, ["answers"], [1]), "target_new"),
     (nested(ZSRE, ["rephrase"], ["x"]), "probes.prompt"),
@@ -256,17 +264,42 @@ def test_empty_list_is_refused():
     ],
 )
 def test_contradictions(second, contradicts):
-    if not contradicts:
-        assert len(parse_requests([OWN, second])) == 2
-        return
-    with pytest.raises(RequestError, match="contradicts entry 0") as caught:
-        parse_requests([OWN, own(subject="Oder"), second])
-    assert [(problem.index, problem.field) for problem in caught.value.problems] == [(2, "target_new")]
+    found = contradictions(parse_requests([OWN, own(subject="Rhine"), second]))
+    assert [(problem.index, problem.field) for problem in found] == ([(2, "target_new")] if contradicts else [])
+    assert all("contradicts entry 0" in problem.remedy for problem in found)
 
 
 def test_without_a_relation_the_prompt_tells_contradictions():
-    with pytest.raises(RequestError, match="contradicts entry 0"):
-        parse_requests([own(relation=...), own(relation=..., target_new="the Baltic Sea")])
+    requests = parse_requests([own(relation=...), own(relation=..., target_new="the Baltic Sea")])
+    assert [problem.index for problem in contradictions(requests)] == [1]
+
+
+def test_contradictions_among_some_requests_in_their_sequence():
+    requests = parse_requests([own(target_new=sea) for sea in ("the Baltic Sea", "the Black Sea", "the Red Sea")])
+    (problem,) = contradictions(requests, [2, 0])
+    assert problem.index == 0
+    assert "contradicts entry 2" in problem.remedy
+    assert contradictions(requests, [1]) == []
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_fields_of_none_are_missing_as_when_a_data_set_holds_several_schemas(name):
+    columns = dict.fromkeys({*OWN, *COUNTERFACT, *ZSRE})
+    assert parse_requests([columns | SCHEMAS[name]]) == parse_requests([SCHEMAS[name]])
+
+
+def test_an_entry_of_no_schema_is_told_its_fields():
+    with pytest.raises(RequestError, match=r"CounterFact's or zsRE's .* found \['label', 'text'\]"):
+        parse_requests([{"text": "a", "label": 1}])
+
+
+@pytest.mark.parametrize("case", [0, 7, "7", "a-3"])
+def test_case_ids_are_kept_and_tell_no_requests_apart(case):
+    entries = [own(case_id=case), nested(COUNTERFACT, ["case_id"], case), {**ZSRE, "case_id": case}]
+    requests = parse_requests(entries)
+    assert [request.case_id for request in requests] == [case] * 3
+    assert [request.to_dict()["case_id"] for request in requests] == [case] * 3
+    assert contradictions(parse_requests([own(case_id=1), own(case_id=2, target_new="the Baltic Sea")]))
 
 
 @pytest.mark.parametrize("name", SCHEMAS)
@@ -344,6 +377,7 @@ PROBES = st.builds(Probe, st.sampled_from(["paraphrase", "neighborhood", "genera
         probes=st.lists(PROBES, max_size=3).map(tuple),
         relation=st.none() | TEXT,
         reference=st.none() | TEXT,
+        case_id=st.none() | st.integers() | TEXT,
     )
 )
 def test_round_trip_of_any_good_request(request):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import random
 from typing import Any
 
 import lightning as L
 from torch.utils.data import DataLoader
 
 from cakeflow.data.readers import read_requests
+from cakeflow.data.selection import Conflicts, Order, select
 from cakeflow.errors import ConfigError
 from cakeflow.request import EditRequest
 
@@ -25,17 +25,29 @@ class Records:
 
 
 class EditDataModule(L.LightningDataModule):
-    """Feeds requests to an ``EditModule``.
+    """Feeds requests to an ``EditModule``: reads them all, chooses some (see ``selection.select``), makes batches.
+
+    The sequence of the steps: read and check every entry; order or shuffle; drop conflicts; limit; batch.
 
     Args:
         source: See ``read_requests``.
-        batch_size: Edits in one batch; None puts all in one.
+        batch_size: Edits in one batch, the batches one after another: 1 edits fact by fact, None all in one batch.
         limit: Use only the first so many requests.
-        shuffle_seed: Shuffle before limiting, with this seed; None keeps the order.
+        shuffle_seed: Shuffle before limiting, with this seed: a sample, or another permutation; None keeps the order.
         eval_batch_size: Records scored together.
+        split: Of a data set that has several.
+        order: Case ids of exactly the records to edit, in their sequence, or a file with them.
+        conflicts: What to do about records that contradict each other: ``error``, or ``drop`` all but the first.
 
     Raises:
-        RequestError: If a request is bad; the whole list is checked here, before any model is loaded.
+        ConfigError: If a setting is out of its range, or names records that are not there.
+        RequestError: If a request is bad or contradicts another one that is edited. Everything is checked here, before
+            any model is loaded.
+
+    Example:
+        >>> data = EditDataModule("builtin", batch_size=10, limit=25, shuffle_seed=1)
+        >>> [len(batch.requests) for batch in data.train_dataloader()]
+        [10, 10, 5]
     """
 
     def __init__(
@@ -45,15 +57,15 @@ class EditDataModule(L.LightningDataModule):
         limit: int | None = None,
         shuffle_seed: int | None = None,
         eval_batch_size: int = 16,
+        split: str | None = None,
+        order: Order | None = None,
+        conflicts: Conflicts = "error",
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("limit", limit), ("eval_batch_size", eval_batch_size)):
+        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
-        requests = read_requests(source)
-        if shuffle_seed is not None:
-            random.Random(shuffle_seed).shuffle(requests)
-        self.requests = requests[:limit]
+        self.requests = select(read_requests(source, split), order, shuffle_seed, conflicts, limit)
         self.batch_size = batch_size or len(self.requests)
         self.eval_batch_size = eval_batch_size
 

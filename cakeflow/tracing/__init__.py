@@ -1,7 +1,7 @@
 """Locating facts: causal traces of what a model knows."""
 
 from cakeflow.tracing.attribution import Attribution
-from cakeflow.tracing.facts import Fact, known_rows, read_facts
+from cakeflow.tracing.facts import Fact, KnownFact, known_facts, known_rows, open_facts, read_facts
 from cakeflow.tracing.result import PLACES, Trace
 from cakeflow.tracing.trace import CausalTrace
 from cakeflow.tracing.window import Proposal, known_scores, locate, propose_layers
@@ -11,11 +11,14 @@ __all__ = [
     "Attribution",
     "CausalTrace",
     "Fact",
+    "KnownFact",
     "Proposal",
     "Trace",
+    "known_facts",
     "known_rows",
     "known_scores",
     "locate",
+    "open_facts",
     "propose_layers",
     "read_facts",
 ]

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from cakeflow.data import builtin_facts
-from cakeflow.request import parse_requests
+from cakeflow.request import contradictions, parse_requests
 
 FACTS = builtin_facts()
 TRUTH = {(fact.relation, fact.subject): fact.target_true for fact in FACTS}
@@ -41,6 +41,7 @@ def test_first_records_cover_many_relations():
 
 def test_list_passes_the_checks_and_has_no_contradictions():
     assert parse_requests(FACTS) == FACTS
+    assert contradictions(FACTS) == []
 
 
 def test_order_is_deterministic():

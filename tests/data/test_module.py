@@ -1,5 +1,8 @@
 """The data module: batches, limits and order."""
 
+import json
+
+import datasets
 import lightning as L
 import pytest
 
@@ -9,6 +12,11 @@ from cakeflow.errors import ConfigError, RequestError
 from cakeflow.request import EditRequest
 
 REQUESTS = [EditRequest("{} is number", f"Item {i}", str(i)) for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cached")
 
 
 def numbers(loader):
@@ -72,6 +80,26 @@ def test_sizes_below_one(name, value):
 def test_bad_requests_are_refused_at_once():
     with pytest.raises(RequestError, match="entry 10, prompt"):
         EditDataModule([*REQUESTS, EditRequest("none", "a", "b")], limit=2)
+
+
+def test_only_what_is_edited_must_agree():
+    clash = EditRequest("{} is number", "Item 3", "33")
+    assert EditDataModule([*REQUESTS, clash], limit=10).requests == REQUESTS
+    with pytest.raises(RequestError, match=r"entry 10, .*contradicts entry 3"):
+        EditDataModule([*REQUESTS, clash])
+    assert EditDataModule([clash, *REQUESTS], conflicts="drop", limit=4).requests == [clash, *REQUESTS[:3]]
+
+
+def test_order_and_split_reach_the_reader(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, count in (("train", 10), ("test", 4)):
+        lines = [json.dumps({**request.to_dict(), "case_id": i}) for i, request in enumerate(REQUESTS[:count])]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    data = EditDataModule(folder, split="test", order=[3, 0], batch_size=1)
+    assert numbers(data.train_dataloader()) == [[3], [0]]
+    with pytest.raises(ConfigError, match="no record has 9"):
+        EditDataModule(folder, split="test", order=[9])
 
 
 def test_missing_source():

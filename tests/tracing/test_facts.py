@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cakeflow import EditRequest, RequestError
 from cakeflow.generation import continuations
-from cakeflow.tracing import Fact, known_rows, read_facts
-from cakeflow.tracing.facts import said_before, trace_row
+from cakeflow.tracing import Fact, KnownFact, known_facts, known_rows, open_facts, read_facts
+from cakeflow.tracing.facts import first_name, said_before, trace_row
 
 KNOWN = {"subject": "Zoe", "template": "{} lives in", "attribute": "Rome", "prompt": "Zoe lives in", "known_id": 1}
 
@@ -56,6 +58,53 @@ def test_known_facts_are_those_that_the_model_states(lm):
     assert known_rows(lm, facts, limit=1) == (rows[:1], facts.index(wanted[0]) + 1)
 
 
+def test_what_is_written_is_read_and_asked_again(lm):
+    names = ["Ann", "Lake Como", "Danielle", "Rome"]
+    said = continuations(lm, [f"The sea of {name} is" for name in names], 8)
+    facts = [Fact("The sea of {} is", name, text.split()[0]) for name, text in zip(names, said, strict=True)]
+    known, asked = known_facts(lm, facts)
+    assert (len(known), asked) == (4, 4)
+    again = read_facts([each.to_dict(number) for number, each in enumerate(known)])
+    assert again == facts
+    assert known_facts(lm, again) == (known, asked)
+
+
+def test_romes_schema_has_the_words_before_the_object_in_the_prompt():
+    """Record 0 of ROME's file is like this."""
+    known = KnownFact(Fact("{} flows through the city", "The Elbe", "Dresden"), " of Dresden. It", "of")
+    assert known.to_dict(3) == {
+        "known_id": 3,
+        "subject": "The Elbe",
+        "attribute": "Dresden",
+        "template": "{} flows through the city",
+        "prediction": " of Dresden. It",
+        "prompt": "The Elbe flows through the city of",
+    }
+
+
+@given(st.text(alphabet="aA É.,\n'é", max_size=12))
+def test_a_first_name_is_said_before_any_other(text):
+    name = first_name(text)
+    if name:
+        assert said_before(text, name) is not None
+        assert not text.endswith(name) or text.count(name) > 1
+        assert name[0] in "AÉ"
+
+
+@pytest.mark.real
+def test_open_facts_take_the_models_own_answer(smollm2):
+    facts = open_facts(["The capital of {} is", "{} is a"], ["France", "Japan"])
+    assert [(fact.prompt, fact.subject) for fact in facts] == [
+        (prompt, name) for name in ("France", "Japan") for prompt in ("The capital of {} is", "{} is a")
+    ]
+    known, asked = known_facts(smollm2, facts)
+    assert asked == 4
+    answers = {each.fact.subject: each.fact.object for each in known if "capital" in each.fact.prompt}
+    assert answers == {"France": "Paris", "Japan": "Tokyo"}
+    again = read_facts([each.to_dict(number) for number, each in enumerate(known)])
+    assert known_rows(smollm2, again) == (known_rows(smollm2, facts)[0], len(known))
+
+
 # ---- reading ----
 
 
@@ -89,6 +138,16 @@ def test_a_bad_entry_is_named(entry, field):
     with pytest.raises(RequestError, match=field) as error:
         read_facts([KNOWN, entry])
     assert {problem.index for problem in error.value.problems} == {1}
+
+
+def test_requests_that_contradict_each_other_may_both_be_traced():
+    requests = [EditRequest("{} is", "Ann", new, "small") for new in ("tall", "old")]
+    assert read_facts(requests) == [Fact("{} is", "Ann", "small")] * 2
+
+
+def test_white_space_at_the_ends_is_left_out():
+    """A file of known facts would lose it."""
+    assert read_facts([EditRequest("{} is ", "Ann", "tall", " small")]) == [Fact("{} is", "Ann", "small")]
 
 
 def test_requests_without_a_true_target_are_no_facts():

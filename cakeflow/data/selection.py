@@ -1,0 +1,117 @@
+"""Which records of a data set are edited, and in which sequence."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, get_args
+
+from cakeflow.data.readers import parse_entries, read_text
+from cakeflow.errors import ConfigError, RequestError
+from cakeflow.request import EditRequest, contradictions
+
+Conflicts = Literal["error", "drop"]
+"""What to do about records that contradict each other."""
+Order = Sequence[int | str] | str | Path
+"""A published order: case ids, or a file with them (``.json``: one list; any other: one id a line)."""
+
+log = logging.getLogger(__name__)
+
+
+def select(
+    requests: Sequence[EditRequest],
+    order: Order | None = None,
+    shuffle_seed: int | None = None,
+    conflicts: Conflicts = "error",
+    limit: int | None = None,
+) -> list[EditRequest]:
+    """Choose records: bring them into order or shuffle them, then drop conflicts, then take the first ``limit``.
+
+    So a limit of N gives N records without conflicts, and the selection of a smaller limit begins that of a larger one.
+
+    Args:
+        requests: All records, in the sequence of their source.
+        order: Case ids of exactly the records to edit, in their sequence (``20953`` and ``"20953"`` are one id).
+        shuffle_seed: Of a permutation, where no order is given.
+        conflicts: ``error`` refuses a selection with records that contradict each other (``request.contradictions``);
+            ``drop`` leaves out those that contradict an earlier one, and logs how many.
+        limit: Most records to take.
+
+    Returns:
+        The chosen records in sequence.
+
+    Raises:
+        ConfigError: If a setting is out of its range, or the order names unknown or ambiguous ids, or one twice.
+        RequestError: Naming every chosen record that contradicts an earlier one, by its place in the source.
+
+    Example:
+        >>> seas = {1: "the Baltic Sea", 2: "the Black Sea", 3: "the Red Sea"}
+        >>> records = [EditRequest("{} ends in", "Elbe", sea, case_id=case) for case, sea in seas.items()]
+        >>> [record.target_new for record in select(records, order=[3, 1], conflicts="drop")]
+        ['the Red Sea']
+    """
+    if conflicts not in get_args(Conflicts):
+        raise ConfigError(f"data.conflicts must be one of {', '.join(get_args(Conflicts))}, got {conflicts!r}")
+    if limit is not None and limit < 1:
+        raise ConfigError(f"data.limit must be at least 1, got {limit}")
+    if order is not None and shuffle_seed is not None:
+        raise ConfigError("data.order and data.shuffle_seed both say in which sequence to edit; give one of them")
+    chosen = list(range(len(requests))) if order is None else _places(requests, read_order(order))
+    if shuffle_seed is not None:
+        random.Random(shuffle_seed).shuffle(chosen)
+    if conflicts == "drop":
+        dropped = {problem.index for problem in contradictions(requests, chosen)}
+        log.info("%d of %d records contradict an earlier one and are left out", len(dropped), len(chosen))
+        chosen = [index for index in chosen if index not in dropped]
+    chosen = chosen[:limit]
+    if problems := contradictions(requests, chosen):
+        raise RequestError(problems)
+    return [requests[index] for index in chosen]
+
+
+def read_order(order: Order) -> list[int | str]:
+    """The case ids of a published order.
+
+    Raises:
+        ConfigError: If there is no such file, it holds no id, or something that is none.
+        RequestError: If a ``.json`` file is broken, naming the line.
+    """
+    if isinstance(order, (str, Path)):
+        path = Path(order)
+        if not path.is_file():
+            raise ConfigError(f"data.order: no file {str(path)!r}; give case ids, or a file with them")
+        text = read_text(path)
+        lines = [line.strip() for line in text.split("\n") if line.strip()]
+        order = parse_entries(text, str(path), path.name) if ".json" in path.suffixes else lines
+    ids = list(order)
+    if bad := [case for case in ids if isinstance(case, bool) or not isinstance(case, (int, str))]:
+        raise ConfigError(f"data.order must hold case ids, integers or texts; found {_some(bad)}")
+    if not ids:
+        raise ConfigError("data.order is empty; name at least one case id")
+    return ids
+
+
+def _places(requests: Sequence[EditRequest], order: Sequence[int | str]) -> list[int]:
+    """Where the records of an order are."""
+    places: defaultdict[str, list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        if request.case_id is not None:
+            places[str(request.case_id)].append(index)
+    if not places:
+        raise ConfigError("data.order names records by case_id, and no record here has one; use limit or shuffle_seed")
+    ids = [str(case) for case in order]
+    faults = {
+        "no record has": [case for case in dict.fromkeys(ids) if case not in places],
+        "named more than once": [case for case, count in Counter(ids).items() if count > 1],
+        "several records have": [case for case in dict.fromkeys(ids) if len(places.get(case, ())) > 1],
+    }
+    if found := [f"{fault} {_some(cases)}" for fault, cases in faults.items() if cases]:
+        raise ConfigError(f"data.order, case ids: {'; '.join(found)}")
+    return [places[case][0] for case in ids]
+
+
+def _some(values: Sequence[object], most: int = 10) -> str:
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
