@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.architecture import Architecture
 from cakeflow.config import build_module, find_config, shipped
-from cakeflow.data import EditDataModule, read_requests
+from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.files import write_text
 from cakeflow.journal import Journal
@@ -143,7 +143,7 @@ class Editor:
         Raises:
             RequestError: Listing every bad request; the model is not touched.
         """
-        data = EditDataModule(read_requests(requests), batch_size)
+        data = EditDataModule(requests, batch_size)
         return run_fit(self.trainer(), self.module, data, evaluate=evaluate)
 
     def evaluate(self, requests: Any, batch_size: int = 16) -> dict[str, float]:
@@ -156,7 +156,7 @@ class Editor:
         Returns:
             Metric name -> value.
         """
-        data = EditDataModule(read_requests(requests), eval_batch_size=batch_size)
+        data = EditDataModule(requests, eval_batch_size=batch_size)
         return run_evaluate(self.trainer(), self.module, data, "now")
 
     def rollback(self, steps: int | None = None) -> None:
@@ -220,6 +220,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
 
 def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> dict[str, float]:
     """Score the records through the Trainer and log the metrics as ``stage/...``."""
+    module.check_records(data.requests)
     module.stage = stage
     with _expected_warnings():
         trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)

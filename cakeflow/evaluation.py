@@ -54,7 +54,7 @@ class Answers:
             numbers = {name: None if column[place] != column[place] else column[place] for name, column in columns}
             asked = {"kind": KINDS[kind], "prompt": prompt, "wanted": wanted, "rival": rival}
             scored[record].append({**asked, **numbers})
-        names = ("prompt", "subject", "target_new", "target_true", "relation")
+        names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation")
         for index, (request, texts) in enumerate(zip(self.records, self.texts, strict=True)):
             said = zip(free_prompts(request), texts, strict=False)
             yield {

@@ -25,6 +25,7 @@ from cakeflow.callbacks.base import EditCallback, LayerEdit
 from cakeflow.chain import ModelChain
 from cakeflow.contexts import Contexts, generate_contexts
 from cakeflow.contracts import checked_residual, checked_update, checked_weights
+from cakeflow.data import check_fields
 from cakeflow.data.module import Records
 from cakeflow.errors import ConfigError, EditError, NumericalError
 from cakeflow.evaluation import Evaluation
@@ -35,6 +36,7 @@ from cakeflow.loss import WeightLoss
 from cakeflow.memory import GIB, Footprint, PeakMemory
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
+from cakeflow.request import EditRequest
 from cakeflow.solvers import LeastSquares, Solver
 from cakeflow.statistics import Statistics
 from cakeflow.targets import TargetOptimizer, Targets
@@ -115,6 +117,9 @@ class EditModule(L.LightningModule):
         self.stage = "after"
         self.fingerprint: str = ""
         self.evaluation, self.metrics = evaluation, evaluation.metrics(metrics)
+        self._asked = {type(metric).__name__.lower() for metric in metrics} | (
+            {"fluency"} if evaluation.texts_every else set()
+        )
         self.outcomes: list[dict[str, Any]] = []
         self._source = base
         self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
@@ -266,6 +271,15 @@ class EditModule(L.LightningModule):
         self.timings[name] += time.perf_counter() - start
         if memory is not None:
             self.peaks[name] = max(self.peaks[name], memory.bytes())
+
+    def check_records(self, requests: Sequence[EditRequest]) -> None:
+        """Whether the metrics can judge these records.
+
+        Raises:
+            ConfigError: If one that was asked for can judge none of them.
+        """
+        needs = {name: getattr(metric, "needs", ()) for name, metric in self.metrics.items()}
+        check_fields(requests, needs, self._asked)
 
     def foresee(self, batch: EditBatch, waiting: int = 0) -> Footprint:
         """The memory that a batch takes beyond the model, and how it keeps to the budget.

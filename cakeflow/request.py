@@ -178,6 +178,7 @@ def _from_counterfact(entry: Mapping[str, Any]) -> EditRequest:
         target_true=_need(rewrite, "target_true", "str"),
         probes=tuple(Probe(kind, text) for kind, name in kinds for text in _texts(entry, name)),
         relation=rewrite.get("relation_id"),
+        reference=entry.get("reference"),
         case_id=entry.get("case_id"),
     )
 

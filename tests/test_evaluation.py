@@ -69,8 +69,8 @@ def test_rows_hold_every_prompt(tiny):
     assert [row["index"] for row in rows] == [7, 8, 9, 10, 11]
     asked = iter(enumerate(questions(RECORDS)))
     for record, row in zip(RECORDS, rows, strict=True):
-        assert {name: row[name] for name in ("prompt", "subject", "target_new", "relation")} == {
-            name: getattr(record, name) for name in ("prompt", "subject", "target_new", "relation")
+        assert {name: row[name] for name in ("case_id", "prompt", "subject", "target_new", "relation")} == {
+            name: getattr(record, name) for name in ("case_id", "prompt", "subject", "target_new", "relation")
         }
         for entry in row["prompts"]:
             place, question = next(asked)
@@ -123,6 +123,22 @@ def test_ids_differ_where_numbers_would():
 def test_bad_values(name, value):
     with pytest.raises(ConfigError, match=f"{name}.* got"):
         Evaluation(**{name: value})
+
+
+def test_metrics_that_can_judge_nothing_are_an_error_before_anything_is_asked(lm, quiet, caplog):
+    """Free texts of records without prompts for them; the default metrics are only left out of the table."""
+    bare = [{"prompt": "{} is in", "subject": "Lund", "target_new": "Peru"}]
+    module = EditModule(lm, [1], evaluation=Evaluation(texts_every=1))
+    with pytest.raises(ConfigError, match="no record can feed fluency: generation is missing in 1 of 1 records"):
+        Editor(module, quiet).fit(bare)
+    assert not len(module.journal)
+    found = Editor(EditModule(lm, [1]), quiet).evaluate(bare)
+    assert math.isnan(found["specificity"])
+    assert not [record for record in caplog.records if record.name.startswith("cakeflow.data")]
+    Editor(EditModule(lm, [1]), quiet).evaluate([*bare, RECORDS[0]])
+    (said,) = [record.message for record in caplog.records if record.name.startswith("cakeflow.data")]
+    assert "efficacy: target_true is missing in 1 of 2 records" in said
+    assert "efficacy_exact" not in said
 
 
 def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):

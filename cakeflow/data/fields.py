@@ -54,8 +54,8 @@ def check_fields(
     Args:
         requests: The records that will be scored.
         needs: Metric -> the fields that a record must have, all of them, for this metric to judge it.
-        asked: Metrics that the user named: one that can judge no record at all is an error. Of the others, as of those
-            that can judge some records only, a warning is logged.
+        asked: Metrics that the user named: one that can judge no record at all is an error. The others are passed over
+            then; of every metric that can judge some records only, a warning is logged.
 
     Raises:
         ConfigError: Naming each such metric, and the fields that are missing.
@@ -66,8 +66,9 @@ def check_fields(
         lacking = missing_fields(requests, fields)
         if lacking:
             counts = ", ".join(f"{field} is missing in {len(records)}" for field, records in lacking.items())
-            nothing = metric in asked and len(set.union(*lacking.values())) == len(requests)
-            (useless if nothing else short).append(f"{metric}: {counts} of {len(requests)} records")
+            nothing = len(set.union(*lacking.values())) == len(requests)
+            if metric in asked or not nothing:
+                (useless if nothing else short).append(f"{metric}: {counts} of {len(requests)} records")
     if useless:
         raise ConfigError(f"no record can feed {'; '.join(useless)}; add the fields, or leave the metric out")
     if short:

@@ -7,10 +7,11 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
-from cakeflow.data.readers import read_requests
+from cakeflow.data.readers import read_entries
 from cakeflow.data.selection import Conflicts, Order, select
+from cakeflow.data.snippets import with_references
 from cakeflow.errors import ConfigError
-from cakeflow.request import EditRequest
+from cakeflow.request import EditRequest, parse_requests
 
 
 class Records:
@@ -38,6 +39,7 @@ class EditDataModule(L.LightningDataModule):
         split: Of a data set that has several.
         order: Case ids of exactly the records to edit, in their sequence, or a file with them.
         conflicts: What to do about records that contradict each other: ``error``, or ``drop`` all but the first.
+        snippets: ``attribute_snippets.json`` of the official code, for ``Consistency`` (``snippets.with_references``).
 
     Raises:
         ConfigError: If a setting is out of its range, or names records that are not there.
@@ -60,12 +62,15 @@ class EditDataModule(L.LightningDataModule):
         split: str | None = None,
         order: Order | None = None,
         conflicts: Conflicts = "error",
+        snippets: str | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
-        self.requests = select(read_requests(source, split), order, shuffle_seed, conflicts, limit)
+        entries = read_entries(source, split)
+        requests = parse_requests(with_references(entries, snippets) if snippets else entries)
+        self.requests = select(requests, order, shuffle_seed, conflicts, limit)
         self.batch_size = batch_size or len(self.requests)
         self.eval_batch_size = eval_batch_size
 

@@ -89,6 +89,11 @@ class Rates(Metric):
         self.add_state("total", torch.zeros(len(self.kinds)), dist_reduce_fx="sum")
         self.add_state("records", torch.zeros(len(self.kinds)), dist_reduce_fx="sum")
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Fields of a record without which it cannot be judged (``cakeflow.data.fields``)."""
+        return (*(name for name in self.kinds if name != "rewrite"), *["target_true"][: self.form == "probability"])
+
     def update(
         self,
         wanted: Float[Tensor, " p"],

@@ -85,6 +85,8 @@ class Fluency(_TextMean):
         1.695
     """
 
+    needs = ("generation",)
+
     def update(self, texts: Sequence[Sequence[str]]) -> None:
         """Take in the free texts of some records, prompts included."""
         self._add(float(np.mean([fluency(text) for text in each])) for each in texts if each)
@@ -111,6 +113,7 @@ class Consistency(_TextMean):
     """
 
     plot_upper_bound = 1.0
+    needs = ("generation", "reference")
 
     def __init__(
         self,

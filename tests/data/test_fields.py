@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cakeflow import Evaluation
 from cakeflow.data import builtin_facts, check_fields, missing_fields
 from cakeflow.data.fields import FIELDS
 from cakeflow.errors import ConfigError
@@ -55,6 +56,22 @@ def test_one_warning_names_metric_field_and_count(caplog):
     assert "efficacy: target_true is missing in 2 of 5 records" in record.message
     assert "generalization: paraphrase is missing in 1, target_true is missing in 2 of 5 records" in record.message
     assert "specificity_exact: neighborhood is missing in 1 of 5 records" in record.message
+
+
+def test_nothing_is_said_of_a_metric_that_nobody_asked_for_and_no_record_feeds(caplog):
+    check_fields([BARE, BARE], NEEDS)
+    assert caplog.records == []
+
+
+def test_metrics_name_what_they_need():
+    """A record with just these fields is judged, with one less it is not."""
+    needs = {name: metric.needs for name, metric in Evaluation(texts_every=1).metrics().items()}
+    assert needs["efficacy"] == ("target_true",)
+    assert needs["efficacy_exact"] == ()
+    assert needs["editscore"] == ("paraphrase", "neighborhood", "target_true")
+    assert needs["specificity_tokens"] == ("neighborhood",)
+    assert needs["consistency"] == ("generation", "reference")
+    assert {field for fields in needs.values() for field in fields} == set(FIELDS)
 
 
 def test_nothing_is_said_of_full_records(caplog):
