@@ -39,7 +39,6 @@ class PromptScores:
     kind: Int[Tensor, " p"]
 
 
-@torch.no_grad()
 def score_targets(
     lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], budget: int = 8192
 ) -> tuple[Float[Tensor, " p"], Bool[Tensor, " p"]]:
@@ -59,6 +58,14 @@ def score_targets(
     """
     rows = encode_prompts(lm.tokenizer, prompts, targets)
     _check_rows(lm, rows, prompts, targets)
+    return score_rows(lm, rows, budget)
+
+
+@torch.no_grad()
+def score_rows(
+    lm: LanguageModel, rows: Sequence[Row], budget: int = 8192
+) -> tuple[Float[Tensor, " p"], Bool[Tensor, " p"]]:
+    """``score_targets`` of p texts that are tokens already; every row has a target, after at least one token."""
     scores, correct = torch.zeros(len(rows)), torch.zeros(len(rows), dtype=torch.bool)
     texts, text_of = _shared([row.ids[:-1] for row in rows])
     for group in plan([len(text) for text in texts], budget, slack=256):
