@@ -71,13 +71,19 @@ def score_targets(
     Raises:
         RequestError: If a target has no token, or a text is longer than the model can read.
     """
-    return _means(lm, _checked(lm, joint_reads(lm.tokenizer, prompts, targets), prompts, targets), budget)
+    return score_reads(lm, _checked(lm, joint_reads(lm.tokenizer, prompts, targets), prompts, targets), budget)
 
 
-def _means(
-    lm: LanguageModel, questions: Sequence[Sequence[Read]], budget: int
+def score_reads(
+    lm: LanguageModel, questions: Sequence[Sequence[Read]], budget: int = 4096
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
-    """Mean log-probability and share of hits of each question's reads."""
+    """Mean log-probability and share of hits of each question.
+
+    Args:
+        lm: The model.
+        questions: q lists of what was read and what should come next.
+        budget: Most tokens in one forward pass.
+    """
     contexts, labels = zip(*chain.from_iterable(questions), strict=True) if questions else ((), ())
     logprobs, hits = predict(lm, contexts, labels, budget)
     owner = torch.tensor([index for index, reads in enumerate(questions) for _ in reads], dtype=torch.long)
@@ -127,7 +133,7 @@ def score_records(
         texts, targets = [*texts, *prompts], [*targets, *wanted]
     else:
         reads = joint_reads(lm.tokenizer, texts, targets)
-    scores, hits = _means(lm, _checked(lm, reads, texts, targets), budget)
+    scores, hits = score_reads(lm, _checked(lm, reads, texts, targets), budget)
     count = len(asked)
     rival = torch.full((count,), torch.nan)
     rival[torch.tensor(known, dtype=torch.long)] = scores[count : count + len(known)]

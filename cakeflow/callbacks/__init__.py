@@ -1,5 +1,6 @@
 """Callbacks around edits, for any Lightning Trainer."""
 
+from cakeflow.callbacks.ability import GeneralAbility, plot_ability
 from cakeflow.callbacks.alignment import ScoreAlignment
 from cakeflow.callbacks.base import EditCallback, LayerEdit, Milestones
 from cakeflow.callbacks.stream import NeutralText, Retention
@@ -7,6 +8,7 @@ from cakeflow.callbacks.theory import ResidualDrift, ScoreDrift, WeightShiftBoun
 
 __all__ = [
     "EditCallback",
+    "GeneralAbility",
     "LayerEdit",
     "Milestones",
     "NeutralText",
@@ -15,4 +17,5 @@ __all__ = [
     "ScoreAlignment",
     "ScoreDrift",
     "WeightShiftBound",
+    "plot_ability",
 ]

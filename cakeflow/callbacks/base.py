@@ -52,7 +52,8 @@ class Milestones(L.Callback):
     """A callback that measures the unedited model, the model after every few batches, and the final one.
 
     Subclasses override ``measure``. What it returns is logged as ``{name}/...`` together with ``{name}/edits``, the
-    number of facts edited so far; the step is the number of batches. The same rows are kept in ``rows``.
+    number of facts edited so far; the step is the number of batches. The same rows are kept in ``rows``, where those of
+    a further run follow.
 
     Args:
         every: Batches between measurements.
@@ -79,7 +80,7 @@ class Milestones(L.Callback):
     ) -> None:
         """Measure the model as it is, once every request was checked."""
         if batch_idx == 0:
-            self.rows.clear()
+            self._seen = -1  # whatever an earlier run saw
             self._measure(trainer, pl_module)
 
     def on_train_batch_end(
@@ -98,7 +99,7 @@ class Milestones(L.Callback):
         self._measure(trainer, pl_module)
 
     def _measure(self, trainer: L.Trainer, module: Any) -> None:
-        if self.rows and len(module.journal) == self._seen:
+        if len(module.journal) == self._seen:
             return
         with module.phase("evaluation"):
             numbers = self.measure(module)
