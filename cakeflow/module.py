@@ -121,6 +121,7 @@ class EditModule(L.LightningModule):
             {"fluency"} if evaluation.texts_every else set()
         )
         self.outcomes: list[dict[str, Any]] = []
+        self._finished = False
         self._source = base
         self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
         if isinstance(base, LanguageModel):
@@ -138,6 +139,7 @@ class EditModule(L.LightningModule):
         """Everything that is measured on the unedited model, once every request was seen to fit it."""
         if self.trainer.max_epochs != 1:
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
+        self._finished = False
         self.model.eval()
         self.fingerprint = self.fingerprint or self.lm.fingerprint()
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.model.parameters()})
@@ -194,12 +196,20 @@ class EditModule(L.LightningModule):
             self._tell("on_batch_edited", left)
 
     def on_train_batch_end(self, *_: Any) -> None:
-        """Log the most memory that editing took beyond the model so far, in GiB."""
+        """Log the most memory that editing took beyond the model so far, in GiB; after the last batch, finish."""
         self.log("memory/peak", max(peak for phase, peak in self.peaks.items() if phase != "evaluation") / GIB)
+        if self.trainer.is_last_batch:  # before the last validation, which must see what the run leaves behind
+            self._finish()
 
     def on_train_end(self) -> None:
+        """Finish a run that was stopped earlier."""
+        self._finish()
+
+    def _finish(self) -> None:
         """What a solver does once, after all batches."""
-        self.journal.finish(self.solver.finish)
+        if not self._finished:
+            self.journal.finish(self.solver.finish)
+        self._finished = True
 
     def on_validation_epoch_start(self) -> None:
         """Start counting from nothing."""

@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+from dataclasses import dataclass
 
 import lightning as L
 import pytest
@@ -18,6 +19,7 @@ from cakeflow.errors import ConfigError
 from cakeflow.journal import Journal
 from cakeflow.model import load_model
 from cakeflow.scoring import score_targets
+from cakeflow.solvers import LeastSquares
 
 LAYERS = [1, 2, 3]
 METRICS = {"efficacy", "generalization", "specificity", "editscore"}
@@ -345,3 +347,33 @@ def test_real_model_states_five_facts_by_default(smollm2, quiet, tmp_path, caplo
     finally:
         editor.rollback()
     assert smollm2.fingerprint() == before
+
+
+@dataclass(frozen=True)
+class TakesItAllBack(LeastSquares):
+    """A solver whose last word is the weight as it was."""
+
+    def finish(self, origin, weight):
+        """See ``Solver.finish``."""
+        return origin
+
+
+def test_after_is_what_the_run_leaves_behind(lm, quiet):
+    """Metrics are taken after a solver's last word, not before it."""
+    run = make(lm, quiet, method="memit", solver=TakesItAllBack()).fit(FACTS[:3])
+    assert run.after == pytest.approx(run.before, nan_ok=True)
+    assert len(run.journal) == 2
+    edited = make(copy.deepcopy(lm), quiet, method="memit", solver=LeastSquares()).fit(FACTS[:3])
+    assert edited.after != pytest.approx(edited.before, nan_ok=True)
+
+
+def test_a_run_that_is_stopped_has_its_last_word_too(lm, quiet):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    before = lm.weight(2).detach().clone()
+    editor = make(lm, {**quiet, "callbacks": [Stop()], "min_epochs": 0}, method="memit", solver=TakesItAllBack())
+    run = editor.fit(FACTS[:3], batch_size=1, evaluate=False)
+    assert len(run.journal) == 2  # one batch of three, and the last word
+    torch.testing.assert_close(lm.weight(2).detach(), before, rtol=0, atol=1e-12)

@@ -19,13 +19,16 @@ import lightning as L
 import torch
 from safetensors.torch import load_file
 
-from cakeflow import Contexts, EditModule, Editor, EditRequest, TargetOptimizer, read_requests
+from cakeflow import Contexts, EditModule, Editor, EditRequest, Evaluation, TargetOptimizer, read_requests
 from cakeflow.batch import EditBatch
 from cakeflow.callbacks import EditCallback, LayerEdit
+from cakeflow.evaluation import Answers
 from cakeflow.files import write_tensors, write_text
+from cakeflow.metrics import Consistency
 from cakeflow.metrics.preference import record_means, success
+from cakeflow.metrics.text import fluency
 from cakeflow.model import LanguageModel, cache_folder, load_model
-from cakeflow.scoring import KINDS, score_records
+from cakeflow.scoring import KINDS
 from cakeflow.targets import Targets
 from cakeflow.weighters.base import effective_layers
 
@@ -80,6 +83,8 @@ class Sweep:
         path: Where rows are kept as JSON; those that it holds are not run again.
         batch_size: Edits in a batch; all by default.
         lm: The model, unedited; loaded by default.
+        config: Its config: a shipped name, or a YAML file.
+        evaluation: What is asked of it after every row.
     """
 
     def __init__(
@@ -90,8 +95,10 @@ class Sweep:
         path: Path | None = None,
         batch_size: int | None = None,
         lm: LanguageModel | None = None,
+        config: str = "smollm2-135m",
+        evaluation: Evaluation = Evaluation(),
     ) -> None:
-        self.lm = lm or load_model("smollm2-135m")
+        self.lm, self.config, self.evaluation = lm or load_model(config), config, evaluation
         self.requests, self.batch_size = requests, batch_size
         self.statistics = {"source": corpus, "tokens": tokens} if corpus else {}
         self.contexts: Contexts | None = None
@@ -115,7 +122,8 @@ class Sweep:
             self.lm.model,
             method,
             tokenizer=self.lm.tokenizer,
-            config="smollm2-135m",
+            config=self.config,
+            evaluation=self.evaluation,
             trainer={"logger": False, "callbacks": list(callbacks)},
             **setting,
         )
@@ -127,12 +135,13 @@ class Sweep:
         return self.judge(self.editor("memit", {}).module)
 
     def run(self, method: str, setting: dict[str, Any]) -> Row:
-        """Outcomes after all batches; the model is as before when this returns."""
-        watcher = Watcher()
+        """Outcomes after all batches; the model is as before when this returns. A setting may name its batch size."""
+        watcher, setting = Watcher(), dict(setting)
+        size = setting.pop("batch_size", self.batch_size)
         editor = self.editor(method, setting, watcher)
         module = editor.module
         try:
-            run = editor.fit(self.requests, self.batch_size, evaluate=False)
+            run = editor.fit(self.requests, size, evaluate=False)
             self.contexts = self.contexts or module.contexts
             seconds = sum(run.timings[phase] for phase in ("keys", "allocate", "solve")) + sum(module.targets.spent)
             row = self.judge(module)
@@ -142,23 +151,40 @@ class Sweep:
         return {**row, "n_eff": n_eff, "seconds_per_edit": seconds / len(self.requests)}
 
     def judge(self, module: EditModule) -> Row:
-        """Metrics, and each record's outcomes: success, and the margin of the wanted target in log-probability."""
+        """Metrics, and each record's outcomes.
+
+        Of each kind of prompt: success, the margin of the wanted target in log-probability, the share of right tokens;
+        of the records with free texts their fluency and consistency.
+        """
         module.setup()
-        scores = score_records(self.lm, self.requests)
+        found = self.evaluation.ask(self.lm, self.requests)
         module.metrics.reset()
-        numbers = scores.wanted, scores.rival, scores.correct
-        module.metrics.update(*numbers, record=scores.record, kind=scores.kind)
+        module.metrics.update(**found.fields())
         row: Row = {name: float(value) for name, value in module.metrics.compute().items()}
-        outcomes = {"": success(*numbers, "probability"), "_margin": scores.wanted - scores.rival}
+        scores = found.scores
+        hits = success("probability", scores.wanted, scores.rival, scores.correct)
+        outcomes = {"": hits, "_margin": scores.wanted - scores.rival, "_tokens": scores.tokens}
         row["records"] = {
-            kind + ending: [
-                round(value, 4)
-                for value in record_means(each[scores.kind == index], scores.record[scores.kind == index]).tolist()
-            ]
+            kind + ending: _rounded(record_means(each[scores.kind == index], scores.record[scores.kind == index]))
             for index, kind in enumerate(KINDS)
             for ending, each in outcomes.items()
         }
+        row["records"] |= {name: _rounded(each) for name, each in texts_by_record(found).items()}
         return row
+
+
+def texts_by_record(found: Answers) -> dict[str, torch.Tensor]:
+    """Fluency and consistency of every record that has free texts (and a reference)."""
+    told = [(texts, record.reference) for texts, record in zip(found.texts, found.records, strict=True) if texts]
+    near = Consistency()
+    return {
+        "fluency": torch.tensor([sum(map(fluency, texts)) / len(texts) for texts, _ in told]),
+        "consistency": torch.tensor([float(near([texts], [reference])) for texts, reference in told if reference]),
+    }
+
+
+def _rounded(values: torch.Tensor) -> list[float]:
+    return [round(value, 4) for value in values.tolist()]
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

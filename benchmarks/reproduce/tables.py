@@ -1,0 +1,196 @@
+"""The tables of CAKE's paper that compare metrics, by one command each.
+
+    python benchmarks/reproduce/tables.py table1 --counterfact FILE --zsre FILE --corpus valid.txt test.txt
+    python benchmarks/reproduce/tables.py table1 --scale full --model gpt2-xl --counterfact FILE --zsre FILE
+
+``tables.yaml`` holds arms, data sets and what the paper reports. At the embedded scale SmolLM2-135M is edited, 100
+records per seed in batches of 50; the full scale is the paper's, 2,000 in batches of 100, on the models of
+``configs/model``. Every seed draws its own records. The official protocol is used throughout, with free texts for every
+tenth record (``--texts-every 1``: all, as in the paper). Figures are means over the records of all seeds, with 95 %
+intervals (1.96 standard errors). Rows are kept in ``tables.json`` under ``--out`` and not run again, whichever table
+asks; beside it ``TABLE.csv``, ``.md`` and ``.png``. Consistency needs ``--snippets``: the official file, or that of
+``snippets.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+import yaml
+from sweep import Row, Sweep
+
+from cakeflow import EditDataModule, EditRequest, Evaluation
+from cakeflow.config import find_config
+from cakeflow.model import LanguageModel, load_model
+from cakeflow.report import save_plot
+
+SCALES = {"embedded": (100, 50), "full": (2000, 100)}
+"""Records of a seed, and edits in a batch."""
+COLUMNS = {
+    "counterfact": {
+        "Eff": ("rewrite", 100), "Gen": ("paraphrase", 100), "Spe": ("neighborhood", 100),
+        "Flu": ("fluency", 100), "Cons": ("consistency", 100),
+    },
+    "zsre": {"Eff": ("rewrite_tokens", 100), "Gen": ("paraphrase_tokens", 100), "Spe": ("neighborhood_tokens", 100)},
+}  # fmt: skip
+"""Data set -> column of the table -> outcome of each record, and its scale."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean over n records, with the half width of its 95 % interval."""
+
+    mean: float
+    half: float
+    n: int
+
+    @classmethod
+    def of(cls, rows: list[Row], outcome: str, scale: float) -> Cell:
+        """Over the records of all seeds."""
+        found = [value for row in rows for value in row["records"].get(outcome, ())]
+        values = scale * torch.tensor(found, dtype=torch.float64)
+        if len(values) < 2:
+            return cls(float("nan"), float("nan"), len(values))
+        return cls(float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5, len(values))
+
+    def __str__(self) -> str:
+        return "" if self.mean != self.mean else f"{self.mean:.1f} ± {self.half:.1f}"
+
+
+def draw(args: argparse.Namespace, data: str, seed: int) -> list[EditRequest]:
+    """The records of a seed; those that contradict others are left out."""
+    module = EditDataModule(
+        str(getattr(args, data)),
+        limit=args.records,
+        shuffle_seed=seed,
+        conflicts="drop",
+        snippets=args.snippets if data == "counterfact" else None,
+    )
+    return module.requests
+
+
+def setting_of(arm: dict[str, Any], layers: list[int]) -> dict[str, Any]:
+    """An arm's setting on a model: ``layer: last`` stands for the last layer that is edited."""
+    weighter = arm.get("weighter", {})
+    if weighter.get("init_args", {}).get("layer") == "last":
+        arm = {**arm, "weighter": {**weighter, "init_args": {"layer": layers[-1]}}}
+    return arm
+
+
+def run_all(args: argparse.Namespace, table: dict[str, Any], lm: LanguageModel) -> dict[tuple[str, str], list[Row]]:
+    """(data, arm) -> a row per seed."""
+    rows: dict[tuple[str, str], list[Row]] = {}
+    for data in table["data"]:
+        for seed in args.seeds:
+            texts = args.texts_every if data == "counterfact" else 0
+            evaluation = Evaluation(protocol="official", texts_every=texts)
+            requests, path = draw(args, data, seed), args.out / "tables.json"
+            row = Sweep(requests, args.corpus, args.tokens, path, args.batch_size, lm, args.model, evaluation)
+            layers = row.editor("memit", {}).module.layers
+            prefix = f"{args.model}, {data}, {len(requests)} in batches of {args.batch_size}, seed {seed}"
+            arms = {"unedited": {}, **{name: table["arms"][name] for name in args.arms or table["arms"]}}
+            for name, arm in arms.items():
+                setting = setting_of(arm, layers)
+                found = row(f"{prefix}, {json.dumps(setting, sort_keys=True)}", **setting)
+                rows.setdefault((data, name), []).append(found)
+                line = "  ".join(f"{c} {Cell.of([found], *w)}" for c, w in COLUMNS[data].items())
+                print(f"{prefix}, {name:24s} {line}", flush=True)
+    return rows
+
+
+def lines(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]]) -> Iterator[dict[str, str]]:
+    """The table's rows, column by column."""
+    for arm in dict.fromkeys(arm for _, arm in rows):
+        line = {"method": arm}
+        for data in table["data"]:
+            found = rows.get((data, arm), [])
+            line |= {f"{data} {name}": str(Cell.of(found, *which)) for name, which in COLUMNS[data].items()}
+            if arm != "unedited" and found:
+                line[f"{data} N_eff"] = f"{sum(row['n_eff'] for row in found) / len(found):.3f}"
+                line[f"{data} s/edit"] = f"{sum(row['seconds_per_edit'] for row in found) / len(found):.2f}"
+        yield line
+
+
+def write(args: argparse.Namespace, table: dict[str, Any], rows: dict[tuple[str, str], list[Row]]) -> None:
+    """CSV, Markdown and figure."""
+    ours = list(lines(table, rows))
+    names = list(dict.fromkeys(name for line in ours for name in line))
+    with (args.out / f"{args.table}.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(ours)
+    batches, seeds = f"{args.records} records in batches of {args.batch_size}", max(map(len, rows.values()))
+    text = [f"{table['title']}: {args.model}, {batches}, {seeds} seed(s)", ""]
+    text += markdown(names, [[line.get(name, "") for name in names] for line in ours])
+    for model, arms in table["paper"].items():
+        cells = [
+            [arm, *(" / ".join(map(str, numbers.get(d, ()))) for d in table["data"])] for arm, numbers in arms.items()
+        ]
+        text += ["", f"The paper, {model}:", "", *markdown(["method", *table["data"]], cells)]
+    (args.out / f"{args.table}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
+    print("\n".join(text))
+    figure(table, rows, args.out / f"{args.table}.png")
+
+
+def markdown(names: list[str], cells: list[list[str]]) -> list[str]:
+    """A table."""
+    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *cells)]
+
+
+def figure(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], path: Path) -> None:
+    """Every column as a panel, arms below each other, with intervals."""
+    columns = [(data, name, which) for data in table["data"] for name, which in COLUMNS[data].items()]
+    cells = {c: {arm: Cell.of(found, *c[2]) for (data, arm), found in rows.items() if data == c[0]} for c in columns}
+    panels = {column: found for column, found in cells.items() if any(cell.n > 1 for cell in found.values())}
+    arms = list(dict.fromkeys(arm for _, arm in rows))
+    size = (1.5 + 1.9 * len(panels), 1 + 0.3 * len(arms))
+    _, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="tight")
+    for ax, ((data, name, _), found) in zip(axes[0], panels.items(), strict=True):
+        for place, arm in enumerate(arms):
+            color = "grey" if arm == "unedited" else "tab:blue"
+            ax.errorbar(found[arm].mean, place, xerr=found[arm].half, fmt="o", markersize=4, color=color)
+        ax.set(title=f"{data}\n{name}", yticks=range(len(arms)), yticklabels=arms)
+    ax.invert_yaxis()
+    save_plot(ax, path)
+
+
+def main() -> None:
+    """Run what is missing, then write the table."""
+    here = Path(__file__)
+    tables = yaml.safe_load(here.with_name("tables.yaml").read_text())
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("table", choices=tables)
+    options.add_argument("--scale", choices=SCALES, default="embedded")
+    options.add_argument("--model", default="smollm2-135m", help="a model config: shipped name, or YAML file")
+    options.add_argument("--counterfact", type=Path)
+    options.add_argument("--zsre", type=Path)
+    options.add_argument("--snippets", help="attribute_snippets.json")
+    options.add_argument("--corpus", nargs="+", help="texts for the second moments; default: sampled from the model")
+    options.add_argument("--tokens", type=int, default=98_304, help="of the second moments")
+    options.add_argument("--records", type=int, help="of each seed")
+    options.add_argument("--batch-size", type=int)
+    options.add_argument("--texts-every", type=int, default=10, help="records between free texts; 0: none")
+    options.add_argument("--seeds", type=int, nargs="+", default=[0])
+    options.add_argument("--arms", nargs="+", help="only these; default: all")
+    options.add_argument("--out", type=Path, default=here.with_name("results"))
+    args = options.parse_args()
+    table = tables[args.table]
+    if missing := [data for data in table["data"] if getattr(args, data) is None]:
+        options.error(f"{args.table} needs --{missing[0]} FILE")
+    records, batch = SCALES[args.scale]
+    args.records, args.batch_size = args.records or records, args.batch_size or batch
+    base = yaml.safe_load(find_config("model", args.model).read_text())["model"].get("base", "smollm2-135m")
+    args.out.mkdir(parents=True, exist_ok=True)
+    write(args, table, run_all(args, table, load_model(base)))
+
+
+if __name__ == "__main__":
+    main()
