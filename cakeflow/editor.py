@@ -200,6 +200,9 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
             train_dataloaders=data.train_dataloader(),
             val_dataloaders=data.val_dataloader() if evaluate else None,
         )
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if evaluate and module.evaluated != len(module.journal):  # the last validation came before the last batch
+        run_evaluate(trainer, module, data, "after")
     after, timings, peaks = _metrics(trainer, "after"), dict(module.timings), dict(module.peaks)
     folder = run_folder(trainer)
     if folder is not None:
@@ -209,12 +212,11 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         found = {
             "metrics": {"before": _without_nan(before), "after": _without_nan(after)},
             "protocol": module.evaluation.id,
-            "edits": sum(len(step.requests) for step in module.journal),
+            "edits": module.journal.edits,
             "timings": timings,
             "peaks": _without_nan(peaks),
         }
         write_text(folder / "run.json", json.dumps({**module.describe(), **found}, indent=1, ensure_ascii=False))
-    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     return Run(before, after, timings, peaks, logged, module.evaluation.id, module.journal, folder)
 
 

@@ -82,6 +82,11 @@ class Journal(Sequence[EditStep]):
     def __len__(self) -> int:
         return len(self.steps)
 
+    @property
+    def edits(self) -> int:
+        """Facts edited so far."""
+        return sum(len(step.requests) for step in self.steps)
+
     def history(self, layer: int) -> KeyHistory:
         """Keys of all committed batches at a layer."""
         return self._history.setdefault(layer, KeyHistory())

@@ -121,6 +121,7 @@ class EditModule(L.LightningModule):
             {"fluency"} if evaluation.texts_every else set()
         )
         self.outcomes: list[dict[str, Any]] = []
+        self.evaluated = -1
         self._finished = False
         self._source = base
         self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
@@ -225,7 +226,9 @@ class EditModule(L.LightningModule):
             self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})
 
     def on_validation_epoch_end(self) -> None:
-        """Log every metric under the stage's name (``before`` or ``after``)."""
+        """Log every metric under the stage's name (``before`` or ``after``), and how many edits it follows."""
+        self.log("edits", float(self.journal.edits))
+        self.evaluated = len(self.journal)
         self.log_dict({f"{self.stage}/{name}": value for name, value in self.metrics.compute().items()})
 
     def configure_optimizers(self) -> None:
@@ -301,7 +304,7 @@ class EditModule(L.LightningModule):
         Raises:
             ConfigError: If the budget is too small.
         """
-        seen = waiting + sum(len(step.requests) for step in self.journal) if self.use_history else 0
+        seen = waiting + self.journal.edits if self.use_history else 0
         tokens, matrices = self.targets.token_budget, self.solver.held()
         return Footprint.foresee(
             self.lm, batch, self.layers, tokens=tokens, budget=self.budget, seen=seen, matrices=matrices

@@ -1,5 +1,6 @@
 """Evaluations: what is asked, what is answered, and what a run folder keeps of it."""
 
+import csv
 import json
 import math
 from dataclasses import replace
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import SumMetric
 
-from cakeflow import EditModule, Editor, EditRequest, Evaluation, Probe
+from cakeflow import Contexts, EditModule, Editor, EditRequest, Evaluation, Probe
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation import free_prompts, plain
@@ -161,3 +162,19 @@ def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):
     for name, value in about["metrics"]["after"].items():
         assert value == run.after[name] or (value is None and math.isnan(run.after[name]))
     assert about["timings"].keys() >= {"evaluation", "targets", "solve"}
+
+
+def test_evaluation_during_a_stream(lm, tmp_path, quiet):
+    """Every second batch and at the end; each row says how many edits it follows."""
+    module = EditModule(lm, [1], moments={1: torch.eye(lm.key_width(1))}, contexts=Contexts())
+    module.targets = replace(module.targets, steps=2)
+    trainer = {**quiet, "logger": CSVLogger(tmp_path), "val_check_interval": 2}
+    run = Editor(module, trainer).fit(RECORDS, batch_size=1)
+    with (run.folder / "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["before/efficacy"] or row["after/efficacy"]]
+    seen = [(float(row["edits"]), bool(row["after/efficacy"])) for row in rows]
+    assert seen == [(0, False), (2, True), (4, True), (5, True)]
+    assert float(rows[-1]["after/efficacy_exact"]) == pytest.approx(run.after["efficacy_exact"])
+    scores = score_records(lm, RECORDS)
+    assert run.after["efficacy_exact"] == pytest.approx(float(scores.correct[scores.kind == 0].float().mean()))
+    assert {"n_eff", "layer1/share", "target/loss"} <= set(run.logged)

@@ -103,8 +103,8 @@ class Milestones(L.Callback):
             return
         with module.phase("evaluation"):
             numbers = self.measure(module)
-        self._seen, edits = len(module.journal), sum(len(step.requests) for step in module.journal)
-        row = {f"{self.name}/{key}": value for key, value in {"edits": float(edits), **numbers}.items()}
+        self._seen = len(module.journal)
+        row = {f"{self.name}/{key}": value for key, value in {"edits": float(module.journal.edits), **numbers}.items()}
         self.rows.append(row)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in row.items()})
         for logger in trainer.loggers:  # not module.log, which would date the first row as the batch that follows it
