@@ -1,0 +1,190 @@
+"""Streams of edits, as in figures 3, 5 and 7 of CAKE's paper: what is left of the model as they go on.
+
+    python benchmarks/reproduce/streams.py figure3 --data COUNTERFACT --corpus valid.txt test.txt --ability DIR
+    python benchmarks/reproduce/streams.py figure5 --data ZSRE --corpus valid.txt test.txt
+    python benchmarks/reproduce/streams.py figure7 --data COUNTERFACT --corpus valid.txt test.txt
+
+``figure3``: general ability (weighted F1) every so many edits. ``figure5``: drift of each layer, and accumulated, over
+100 single edits. ``figure7``: quality of all edits so far, edited one by one. Each method starts from the unedited
+model and gets the same records in the same order. At the embedded scale streams are shorter than in the paper (3,000
+edits in batches of 100; 100 edits; 100 to 5,000 edits): ``--scale full`` has its numbers, ``--edits`` any. A stream
+that was interrupted starts anew; methods that are done are kept in ``FIGURE.json`` under ``--out``, beside the figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import matplotlib.pyplot as plt
+import yaml
+from sweep import Sweep
+
+from cakeflow import EditDataModule, Evaluation
+from cakeflow.callbacks import GeneralAbility, Milestones, ResidualDrift
+from cakeflow.config import find_config
+from cakeflow.files import write_text
+from cakeflow.model import load_model
+from cakeflow.report import save_plot
+
+Points = list[dict[str, float]]
+
+
+class Quality(Milestones):
+    """Metrics of all records edited so far."""
+
+    name = "quality"
+
+    def measure(self, module: Any) -> dict[str, float]:
+        """See ``Milestones``."""
+        records = [request for step in module.journal for request in step.requests]
+        if not records:
+            return {}
+        metrics = module.evaluation.metrics()
+        metrics.update(**module.evaluation.ask(module.lm, records).fields())
+        return {name: float(value) for name, value in metrics.compute().items()}
+
+
+class Drift(Milestones):
+    """Drift of each layer in the last batch, from what ``ResidualDrift`` logs."""
+
+    name = "layers"
+
+    def measure(self, module: Any) -> dict[str, float]:
+        """See ``Milestones``."""
+        logged = module.trainer.callback_metrics
+        return {name: float(value) for name, value in logged.items() if re.fullmatch(r"layer\d+/drift", name)}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One figure.
+
+    Attributes:
+        methods: Label -> recipe.
+        scales: Edits, edits in a batch, edits between measurements; by scale.
+        watch: Callbacks, the first of which keeps the figure's rows.
+        draw: Draws the rows of each method.
+    """
+
+    methods: Mapping[str, str]
+    scales: Mapping[str, tuple[int, int, int]]
+    watch: Callable[[argparse.Namespace, int], list[L.Callback]]
+    draw: Callable[[Mapping[str, Points], Path], None]
+
+
+def draw_curves(names: Mapping[str, str]) -> Callable[[Mapping[str, Points], Path], None]:
+    """Panels over the number of edits: column of the rows -> title."""
+
+    def draw(points: Mapping[str, Points], path: Path) -> None:
+        found = {name: title for name, title in names.items() if any(name in row for p in points.values() for row in p)}
+        _, axes = plt.subplots(1, len(found), figsize=(2.8 * len(found), 2.8), squeeze=False, layout="tight")
+        for ax, (name, title) in zip(axes[0], found.items(), strict=True):
+            edits = name.split("/")[0] + "/edits"
+            for label, rows in points.items():
+                shown = [row for row in rows if name in row]
+                errors = [196 * row.get(f"{name}_stderr", 0) for row in shown]
+                values = [100 * row[name] for row in shown]
+                ax.errorbar([row[edits] for row in shown], values, errors, fmt="o-", markersize=3, label=label)
+            ax.set(title=title, xlabel="edits")
+        axes[0][0].legend(fontsize="x-small")
+        save_plot(axes[0][0], path)
+
+    return draw
+
+
+def draw_drift(points: Mapping[str, Points], path: Path) -> None:
+    """Drift per layer as bars, accumulated over layers as lines; means over the stream."""
+    ax = plt.figure(figsize=(5, 3), layout="tight").gca()
+    other, width = ax.twinx(), 0.8 / len(points)
+    for place, (label, rows) in enumerate(points.items()):
+        matches = [re.fullmatch(r"layers/layer(\d+)/drift", name) for row in rows for name in row]
+        found = {int(match[1]): match[0] for match in matches if match}
+        layers = sorted(found)
+        names = [found[layer] for layer in layers]
+        means = [sum(row[n] for row in rows if n in row) / sum(n in row for row in rows) for n in names]
+        total = [sum(means[: i + 1]) for i in range(len(means))]
+        other.bar([layer + (place - 1) * width for layer in layers], means, width, color=f"C{place}", alpha=0.5)
+        ax.plot(layers, total, "o-", color=f"C{place}", label=label)
+    ax.set(xlabel="layer", ylabel="cumulative drift", xticks=layers)
+    other.set_ylabel("drift per layer (bars)")
+    ax.legend(fontsize="small")
+    save_plot(ax, path)
+
+
+SEQUENTIAL = {"MEMIT": "memit", "AlphaEdit": "alphaedit", "AlphaEdit_BLUE": "alphaedit_blue", "CAKE": "cake_paper"}
+RATES = ("efficacy", "generalization", "specificity")
+QUALITY = {f"quality/{name}{ending}": f"{name}{ending}" for name in RATES for ending in ("", "_tokens")}
+TASKS = {f"ability/{task}/f1": f"{task}, F1" for task in ("sst2", "mmlu", "mrpc", "cola", "rte", "nli")}
+STREAMS = {
+    "figure3": Stream(
+        {**SEQUENTIAL, "PRUNE": "prune", "RECT": "rect", "CAKE, exact": "cake"},
+        {"embedded": (200, 50, 50), "full": (3000, 100, 500)},
+        lambda args, every: [GeneralAbility(args.ability, every=every, limit=args.limit)],
+        draw_curves(TASKS),
+    ),
+    "figure5": Stream(
+        {"MEMIT": "memit", "AlphaEdit": "alphaedit", "CAKE": "cake_paper"},
+        {"embedded": (100, 1, 1), "full": (100, 1, 1)},
+        lambda args, every: [Drift(every), ResidualDrift()],
+        draw_drift,
+    ),
+    "figure7": Stream(
+        SEQUENTIAL,
+        {"embedded": (100, 1, 25), "full": (5000, 1, 500)},
+        lambda args, every: [Quality(every)],
+        draw_curves(QUALITY),
+    ),
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the methods that are missing, then draw."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("figure", choices=STREAMS)
+    options.add_argument("--scale", choices=("embedded", "full"), default="embedded")
+    options.add_argument("--model", default="smollm2-135m", help="a model config: shipped name, or YAML file")
+    options.add_argument("--data", required=True)
+    options.add_argument("--corpus", nargs="+", help="texts for the second moments")
+    options.add_argument("--tokens", type=int, default=98_304)
+    options.add_argument("--ability", type=Path, help="folder of the local tasks (figure 3)")
+    options.add_argument("--limit", type=int, default=100, help="items of each task")
+    options.add_argument("--edits", type=int)
+    options.add_argument("--seed", type=int, default=0, help="of the records and their order")
+    options.add_argument("--methods", nargs="+", help="only these; default: all")
+    options.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
+    args = options.parse_args()
+    stream = STREAMS[args.figure]
+    edits, size, every = stream.scales[args.scale]
+    edits = args.edits or edits
+    records = EditDataModule(args.data, limit=edits, shuffle_seed=args.seed, conflicts="drop").requests
+    base = yaml.safe_load(find_config("model", args.model).read_text())["model"].get("base", "smollm2-135m")
+    sweep = Sweep(records, args.corpus, args.tokens, None, size, load_model(base), args.model, Evaluation("official"))
+    path = args.out / f"{args.figure}.json"
+    run = f"{args.model}, {Path(args.data).name}, {edits} in batches of {size}, seed {args.seed}"
+    kept: dict[str, Points] = json.loads(path.read_text()) if path.exists() else {}
+    for label in args.methods or stream.methods:
+        key = f"{run}, {label}"
+        if key not in kept:
+            watchers = stream.watch(args, every // size)
+            editor = sweep.editor(stream.methods[label], {}, *watchers)
+            try:
+                editor.fit(records, size, evaluate=False)
+            finally:
+                editor.rollback()
+            sweep.contexts = editor.module.contexts
+            kept[key] = watchers[0].rows
+            write_text(path, json.dumps(kept, indent=1))
+        print(f"{key}: {kept[key][-1]}", flush=True)
+    shown = {label: kept[f"{run}, {label}"] for label in stream.methods if f"{run}, {label}" in kept}
+    stream.draw(shown, path.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
