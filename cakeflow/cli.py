@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
@@ -73,6 +74,15 @@ class EditCLI(LightningCLI):
         Console().print(metrics_table({"now": self.result}))
 
 
+class _CommandParser(ArgumentParser):
+    """Takes ``runs`` as the words that are left (``cakeflow compare RUN RUN``), where a list would be one word."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if args == ("runs",):
+            kwargs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": kwargs["help"]}
+        return super().add_argument(*args, **kwargs)
+
+
 def run() -> None:
     """The console script: what ``main`` returns is for Python, not for the shell's exit status."""
     main()
@@ -92,7 +102,8 @@ def main(args: Sequence[str] | None = None) -> Any:
     words = sys.argv[1:] if args is None else list(args)
     try:
         if words[:1] and words[0] in COMMANDS:
-            return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"cakeflow {words[0]}", as_positional=False)
+            command = COMMANDS[words[0]]
+            return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
         load_plugins()
         cli = EditCLI(
             EditModule,
