@@ -10,9 +10,8 @@ from typing import Any
 
 from cakeflow.memory import GIB
 from cakeflow.report.folder import RunFolder
-from cakeflow.report.intervals import Interval
+from cakeflow.report.intervals import Interval, estimate, number
 from cakeflow.report.views import method, peak_memory, run_changes, seconds_per_edit
-from cakeflow.report.words import estimate, number
 
 
 def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:

@@ -16,6 +16,9 @@ Z = 1.959963984540054
 """Standard errors to either side that hold 95 % of a normal distribution."""
 KINDS = {"efficacy": "rewrite", "generalization": "paraphrase", "specificity": "neighborhood"}
 """Metric -> kind of prompt."""
+SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in ("", "_exact")}
+"""Metrics that are shares, shown in percent; those of plugins may be anything."""
+UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
 @dataclass(frozen=True)
@@ -80,3 +83,25 @@ def harmonic(parts: Sequence[Values]) -> Values:
         known = ~np.isnan(part)
         values[known] += score**2 / (len(parts) * mean**2) * (part[known] - mean) * size / known.sum()
     return values
+
+
+def number(value: float | None, spec: str = ".4g") -> str:
+    """A number, or a dash for none.
+
+    Example:
+        >>> number(0.000123456), number(2, "+.1f"), number(float("nan")) == UNKNOWN
+        ('0.0001235', '+2.0', True)
+    """
+    return UNKNOWN if value is None or value != value else format(value, spec).replace("-", MINUS)
+
+
+def estimate(name: str, interval: Interval, sign: str = "") -> str:
+    """A metric with half the width of its interval, in percent if it is a share.
+
+    Example:
+        >>> estimate("efficacy", Interval(0.975, 0.0484)), estimate("efficacy", Interval(0.1), "+")
+        ('97.5 ± 4.8', '+10.0')
+    """
+    scale, spec = (100, ".1f") if name in SHARES else (1, ".4g")
+    mean = number(scale * interval.mean, sign + spec)
+    return mean if interval.half != interval.half else f"{mean} ± {number(scale * interval.half, spec)}"

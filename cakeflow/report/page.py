@@ -19,7 +19,7 @@ from cakeflow.memory import GIB
 from cakeflow.report import views
 from cakeflow.report.figures import by_layer, plot_ability, plot_layers, plot_losses, svg
 from cakeflow.report.folder import RunFolder
-from cakeflow.report.words import estimate, number
+from cakeflow.report.intervals import estimate, number
 
 METRICS = {
     "efficacy": ("Efficacy", "edited prompts that get the new target"),
@@ -102,13 +102,15 @@ def _layers(run: RunFolder) -> dict[str, Any]:
     names = dict.fromkeys(key.split("/", 1)[1] for row in rows for key in row if "/" in key)
     ordered = [*(name for name in PER_LAYER if name in names), *(name for name in names if name not in PER_LAYER)]
     last = {name: by_layer(rows[-1], name) for name in ordered}
-    drawn = [rows[index * (len(rows) - 1) // (MOST_BATCHES - 1)] for index in range(MOST_BATCHES)]
+    drawn = rows
+    if len(rows) > MOST_BATCHES:
+        drawn = [rows[place * (len(rows) - 1) // (MOST_BATCHES - 1)] for place in range(MOST_BATCHES)]
     figures = {
         name: _figure(
             f"layers-{place}",
             f"{name} by layer: {', '.join(f'layer {layer} {number(value)}' for layer, value in last[name].items())}",
             PER_LAYER.get(name, ""),
-            _layer_plot(rows if len(rows) <= MOST_BATCHES else drawn, name),
+            _layer_plot(drawn, name),
         )
         for place, name in enumerate(ordered)
     }
@@ -128,8 +130,10 @@ def _layer_plot(rows: Sequence[Mapping[str, float]], name: str) -> Callable[[Axe
 def _figures(run: RunFolder) -> dict[str, Any]:
     """Target losses, and the general ability curve of each of its metrics."""
     losses, curves = views.losses(run), views.ability_curves(run)
-    words = "; ".join(f"layer {layer}: {_summary(values)}" for layer, values in losses.items())
-    loss = _figure("losses", f"Loss of every edit's target value, {words}", "", lambda ax: plot_losses(losses, ax))
+    loss = None
+    if losses:
+        words = "; ".join(f"layer {layer}: {_summary(values)}" for layer, values in losses.items())
+        loss = _figure("losses", f"Loss of every edit's target value, {words}", "", lambda ax: plot_losses(losses, ax))
     ability = {
         metric: _figure(
             f"ability-{place}",
@@ -139,7 +143,7 @@ def _figures(run: RunFolder) -> dict[str, Any]:
         )
         for place, (metric, tasks) in enumerate(curves.items())
     }
-    return {"loss": loss if losses else None, "ability": ability, "curves": curves}
+    return {"loss": loss, "ability": ability, "curves": curves}
 
 
 def _ability_plot(tasks: Mapping[str, Sequence[tuple[float, float, float]]]) -> Callable[[Axes], object]:

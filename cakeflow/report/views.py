@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import TypeVar
 
 from cakeflow.report.folder import EditRecord, PromptResult, RecordResult, RunFolder
 from cakeflow.report.intervals import KINDS, Interval, record_values
 
-Part = TypeVar("Part")
 EDITING = ("targets", "keys", "allocate", "solve")
 """Phases that every edit batch goes through; the others come once per run or per evaluation."""
 NOTHING = Interval(math.nan)
@@ -25,6 +23,11 @@ class Change:
     before: Interval
     after: Interval
     difference: Interval
+
+    @property
+    def known(self) -> bool:
+        """Whether there is a number at either stage."""
+        return not (math.isnan(self.before.mean) and math.isnan(self.after.mean))
 
 
 def metric_changes(
@@ -47,7 +50,7 @@ def metric_changes(
         if paired and name in values["after"] and not math.isnan(sides["after"].half):
             difference = Interval.of(values["after"][name] - values["before"][name])
         changes[name] = Change(**sides, difference=difference)
-    return {name: change for name, change in changes.items() if change != Change(NOTHING, NOTHING, NOTHING)}
+    return {name: change for name, change in changes.items() if change.known}
 
 
 def run_changes(run: RunFolder) -> dict[str, Change]:
@@ -154,11 +157,9 @@ def _view(
         old, new = (record.of_kind(kind) if record else [] for record in (before, after))
         if old or new:
             view.tallies[kind] = Tally(_hits(old), _hits(new), max(len(old), len(new)))
-            view.prompts[kind] = list(_pairs(old, new, lambda prompt: (prompt.prompt, prompt.wanted)))
-    texts = (record.generations if record else () for record in (before, after))
-    for earlier, later in _pairs(*texts, key=lambda text: text[0]):
-        prompt, _ = later or earlier or ("", "")
-        view.texts.append((prompt, earlier and earlier[1], later and later[1]))
+            view.prompts[kind] = _pairs(old, new)
+    earlier, later = (dict(record.generations) if record else {} for record in (before, after))
+    view.texts.extend((prompt, earlier.get(prompt), later.get(prompt)) for prompt in later | earlier)
     return view
 
 
@@ -167,12 +168,11 @@ def _hits(prompts: Sequence[PromptResult]) -> int | None:
 
 
 def _pairs(
-    before: Sequence[Part], after: Sequence[Part], key: Callable[[Part], object]
-) -> Iterator[tuple[Part | None, Part | None]]:
-    """What belongs together; what has no partner stands alone."""
-    old, new = ({key(part): part for part in parts} for parts in (before, after))
-    for name in new | old:
-        yield old.get(name), new.get(name)
+    before: Sequence[PromptResult], after: Sequence[PromptResult]
+) -> list[tuple[PromptResult | None, PromptResult | None]]:
+    """The same prompt at both stages; what has no partner stands alone."""
+    old, new = ({(prompt.prompt, prompt.wanted): prompt for prompt in prompts} for prompts in (before, after))
+    return [(old.get(asked), new.get(asked)) for asked in new | old]
 
 
 def layer_rows(run: RunFolder) -> list[dict[str, float]]:

@@ -5,7 +5,6 @@ import random
 
 import pytest
 
-HOSTILE = "<script>alert('x')</script> & \"quotes\" $x_1$ {{ 7 * 7 }} \ud83d\ude00"
 RELATIONS = {"P103": "The mother tongue of {} is", "P19": "{} was born in", None: "{} plays the sport of"}
 
 
@@ -79,19 +78,30 @@ def write_run(folder, size=12, batch=4, neighbors=3, change=lambda record: recor
         write_lines(folder / f"{stage}.jsonl", records)
     (folder / "config.yaml").write_text("model:\n  base: tiny  # a comment\n  layers: [5, 7, 9]\n")
     info = {
-        "model": {"source": "lab/tiny-model", "fingerprint_before": "ab12", "dtype": "torch.float32", "architecture": {"block": "h.{}"}},
-        "settings": {"layers": [5, 7, 9], "seed": 0, "weighter": "Scores(scores={5: 0.1}, tau=0.1)", "allocator": "Jacobian(damping=0.0)", "solver": "NullSpace(inner=LeastSquares(ridge=10), threshold=0.02)"},
+        "model": {"source": "lab/tiny-model", "fingerprint_before": "ab12", "dtype": "torch.float32"},
+        "settings": {
+            "layers": [5, 7, 9],
+            "weighter": "Scores(scores={5: 0.1}, tau=0.1)",
+            "allocator": "Jacobian(damping=0.0)",
+            "solver": "NullSpace(inner=LeastSquares(ridge=10), threshold=0.02)",
+        },
         "versions": {"cakeflow": "0.1.0", "torch": "2.13.0"},
         "protocol": "clean-v1",
         "metrics": {"before": {"efficacy": 0.125, "margin": -2.5}, "after": {"efficacy": 0.875, "margin": 1.5}},
         "timings": {"evaluation": 30.0, "targets": 20.0, "keys": 4.0, "solve": 0.5},
         "peaks": {"evaluation": 3 * 2**30, "targets": 2**29, "keys": None, "solve": 2**28},
         "edits": size,
-    }  # fmt: skip
+    }
     (folder / "run.json").write_text(json.dumps(info))
     return folder
 
 
 @pytest.fixture
-def run_folder(tmp_path):
-    return write_run(tmp_path / "run")
+def make_run(tmp_path):
+    """Writes a run folder of a name: ``make_run("a", size=3)``."""
+    return lambda name="run", **settings: write_run(tmp_path / name, **settings)
+
+
+@pytest.fixture
+def run_folder(make_run):
+    return make_run()

@@ -39,7 +39,7 @@
   const edits = [...list.children].map((item) => ({
     item,
     details: item.querySelector("details"),
-    text: item.querySelector("summary").textContent.toLowerCase(),
+    text: all(".fact, .relation", item).map((part) => part.textContent.toLowerCase()).join(" "),
   }));
   controls.hidden = false;
   controls.addEventListener("submit", (event) => event.preventDefault());
