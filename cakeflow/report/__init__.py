@@ -1,7 +1,7 @@
 """What people look at: tables for the terminal, plots, the page of a run, and runs side by side."""
 
 from cakeflow.report.comparison import compare_runs, to_csv, to_markdown
-from cakeflow.report.figures import plot_ability, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
+from cakeflow.report.figures import plot_curves, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.page import render_page
 from cakeflow.report.tables import metrics_table, phases_table, plugins_table, runs_table, texts_table, trace_table
@@ -11,7 +11,7 @@ __all__ = [
     "compare_runs",
     "metrics_table",
     "phases_table",
-    "plot_ability",
+    "plot_curves",
     "plot_layers",
     "plot_losses",
     "plot_trace",

@@ -108,18 +108,18 @@ def plot_losses(losses: Mapping[int, Sequence[float]], ax: Axes | None = None) -
     return ax
 
 
-def plot_ability(curves: Mapping[str, Sequence[tuple[float, float, float]]], ax: Axes | None = None) -> Axes:
-    """What the model can do beside the edited facts, while it is edited; bars are standard errors.
+def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], ax: Axes | None = None) -> Axes:
+    """What was measured along the edits: a line each, with 95 % intervals.
 
     Args:
-        curves: Task -> (step, value, standard error) of every measurement.
+        curves: Label -> (edits so far, value, standard error) of every measurement.
         ax: Where to draw.
     """
     ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
-    for task, points in curves.items():
-        steps, values, errors = zip(*points, strict=True)
-        ax.errorbar(steps, values, yerr=errors, marker="o", markersize=4, capsize=3, label=task)
-    ax.set_xlabel("step")
+    for label, points in curves.items():
+        edits, values, errors = zip(*points, strict=True)
+        ax.errorbar(edits, values, [1.96 * error for error in errors], fmt="o-", markersize=4, capsize=3, label=label)
+    ax.set_xlabel("edits")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.legend(fontsize="small")
     return ax

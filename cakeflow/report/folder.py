@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -29,22 +30,26 @@ class PromptResult:
         wanted_logprob: Mean log-probability per token of ``wanted``, natural logarithm.
         rival_logprob: The same of ``rival``.
         correct: Whether every token of ``wanted`` is the arg-max.
+        tokens: Share of its tokens that are.
+        answered: 1 where the model gives it when it answers freely, else 0; None where it was not asked to.
     """
 
     kind: str
     prompt: str
     wanted: str
     rival: str | None
-    wanted_logprob: float
+    wanted_logprob: float | None
     rival_logprob: float | None
     correct: bool
+    tokens: float | None = None
+    answered: float | None = None
 
     @property
     def success(self) -> bool | None:
-        """Whether ``wanted`` is more likely than ``rival``; None without a rival."""
-        if self.rival_logprob is None or self.rival_logprob != self.rival_logprob:
+        """Whether ``wanted`` is more likely than ``rival``; None without a rival, False if it is not a number."""
+        if self.rival_logprob is None:
             return None
-        return self.wanted_logprob > self.rival_logprob
+        return self.wanted_logprob is not None and self.wanted_logprob > self.rival_logprob
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +152,7 @@ class RunFolder:
     def metrics(self, stage: str) -> dict[str, float]:
         """The metrics of a stage, ``before`` or ``after``, as the run logged them."""
         if stage in self.info.get("metrics", {}):
-            return dict(self.info["metrics"][stage])
+            return {name: math.nan if value is None else value for name, value in self.info["metrics"][stage].items()}
         rows = (
             {k.removeprefix(f"{stage}/"): v for k, v in row.items() if k.startswith(f"{stage}/")} for row in self.log
         )
@@ -215,9 +220,11 @@ def _prompt(entry: Mapping[str, Any], where: str) -> PromptResult:
         "prompt": (str,),
         "wanted": (str,),
         "rival": MAYBE_TEXT,
-        "wanted_logprob": NUMBER,
+        "wanted_logprob": MAYBE_NUMBER,
         "rival_logprob": MAYBE_NUMBER,
         "correct": (bool,),
+        "tokens": MAYBE_NUMBER,
+        "answered": MAYBE_NUMBER,
     }
     return PromptResult(**{name: _get(entry, name, kind, where) for name, kind in kinds.items()})
 

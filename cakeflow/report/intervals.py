@@ -16,7 +16,9 @@ Z = 1.959963984540054
 """Standard errors to either side that hold 95 % of a normal distribution."""
 KINDS = {"efficacy": "rewrite", "generalization": "paraphrase", "specificity": "neighborhood"}
 """Metric -> kind of prompt."""
-SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in ("", "_exact")}
+FORMS = {"": "success", "_exact": "correct", "_tokens": "tokens", "_answer": "answered"}
+"""Ending of a metric's name -> what it asks of a prompt (see ``cakeflow.metrics.preference``)."""
+SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS}
 """Metrics that are shares, shown in percent; those of plugins may be anything."""
 UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
@@ -46,21 +48,21 @@ class Interval:
 def record_values(records: Sequence[RecordResult]) -> dict[str, Values]:
     """Metric -> value of every record, nan where it cannot be judged.
 
-    A record's value is the mean over its prompts of the metric's kind. ``_exact`` marks the exact form; ``editscore``
-    is what ``harmonic`` makes of the three others.
+    A record's value is the mean over its prompts of the metric's kind; ``editscore`` is what ``harmonic`` makes of the
+    three others.
     """
     found = {}
-    for form in ("", "_exact"):
+    for form, field in FORMS.items():
         for metric, kind in KINDS.items():
-            means = (_mean(record, kind, exact=bool(form)) for record in records)
+            means = (_mean(record, kind, field) for record in records)
             found[metric + form] = np.fromiter(means, np.float64, len(records))
         if not form:
             found["editscore"] = harmonic([found[metric] for metric in KINDS])
     return found
 
 
-def _mean(record: RecordResult, kind: str, *, exact: bool) -> float:
-    outcomes = (prompt.correct if exact else prompt.success for prompt in record.of_kind(kind))
+def _mean(record: RecordResult, kind: str, field: str) -> float:
+    outcomes = (getattr(prompt, field) for prompt in record.of_kind(kind))
     judged = [outcome for outcome in outcomes if outcome is not None]
     return sum(judged) / len(judged) if judged else math.nan
 

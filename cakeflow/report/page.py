@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 
 from cakeflow.memory import GIB
 from cakeflow.report import views
-from cakeflow.report.figures import by_layer, plot_ability, plot_layers, plot_losses, svg
+from cakeflow.report.figures import by_layer, plot_curves, plot_layers, plot_losses, svg
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.intervals import estimate, number
 
@@ -128,26 +128,26 @@ def _layer_plot(rows: Sequence[Mapping[str, float]], name: str) -> Callable[[Axe
 
 
 def _figures(run: RunFolder) -> dict[str, Any]:
-    """Target losses, and the general ability curve of each of its metrics."""
-    losses, curves = views.losses(run), views.ability_curves(run)
+    """Target losses, and what was measured along the edits."""
+    losses, curves = views.losses(run), views.milestones(run)
     loss = None
     if losses:
         words = "; ".join(f"layer {layer}: {_summary(values)}" for layer, values in losses.items())
         loss = _figure("losses", f"Loss of every edit's target value, {words}", "", lambda ax: plot_losses(losses, ax))
-    ability = {
-        metric: _figure(
-            f"ability-{place}",
-            "; ".join(_course(task, points) for task, points in tasks.items()),
-            "bars are standard errors",
-            _ability_plot(tasks),
+    along = {
+        title: _figure(
+            f"along-{place}",
+            "; ".join(_course(label, points) for label, points in lines.items()),
+            "bars are 95 % intervals" if any(point[2] == point[2] for line in lines.values() for point in line) else "",
+            _curve_plot(lines),
         )
-        for place, (metric, tasks) in enumerate(curves.items())
+        for place, (title, lines) in enumerate(curves.items())
     }
-    return {"loss": loss, "ability": ability, "curves": curves}
+    return {"loss": loss, "along": along, "curves": curves}
 
 
-def _ability_plot(tasks: Mapping[str, Sequence[tuple[float, float, float]]]) -> Callable[[Axes], object]:
-    return lambda ax: plot_ability(tasks, ax)
+def _curve_plot(lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> Callable[[Axes], object]:
+    return lambda ax: plot_curves(lines, ax)
 
 
 def _summary(values: Sequence[float]) -> str:
@@ -157,8 +157,8 @@ def _summary(values: Sequence[float]) -> str:
     return f"median {number(median(known))}, from {number(min(known))} to {number(max(known))}"
 
 
-def _course(task: str, points: Sequence[tuple[float, float, float]]) -> str:
-    return f"{task}: " + ", ".join(f"{number(value)} at step {number(step)}" for step, value, _ in points)
+def _course(label: str, points: Sequence[tuple[float, float, float]]) -> str:
+    return f"{label}: " + ", ".join(f"{number(value)} after {number(edits)} edits" for edits, value, _ in points)
 
 
 def _phases(run: RunFolder) -> list[dict[str, Any]]:

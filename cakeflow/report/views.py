@@ -181,15 +181,25 @@ def layer_rows(run: RunFolder) -> list[dict[str, float]]:
     return [row for row in rows if row]
 
 
-def ability_curves(run: RunFolder) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
-    """Metric -> task -> (step, value, standard error) of every measurement (``ability/{task}/{metric}``)."""
+def milestones(run: RunFolder) -> dict[str, dict[str, list[tuple[float, float, float]]]]:
+    """What was measured along the edits, ability, retention and so on: plot -> line -> points.
+
+    Callbacks log ``{name}/edits`` and, beside it, ``{name}/{metric}`` or ``{name}/{task}/{metric}``, perhaps with a
+    ``_stderr``: a plot per name and metric, with a line per task.
+
+    Returns:
+        Points are edits so far, value and standard error (nan where there is none).
+    """
     found: dict[str, dict[str, list[tuple[float, float, float]]]] = {}
     for row in run.log:
-        for name, value in row.items():
-            if name.startswith("ability/") and name.count("/") > 1 and not name.endswith("_stderr"):
-                task, metric = name.removeprefix("ability/").rsplit("/", 1)
-                point = row.get("step", math.nan), value, row.get(f"{name}_stderr", math.nan)
-                found.setdefault(metric, {}).setdefault(task, []).append(point)
+        for key, value in row.items():
+            name, _, rest = key.partition("/")
+            edits = row.get(f"{name}/edits")
+            if edits is None or rest == "edits" or key.endswith("_stderr"):
+                continue
+            task, _, metric = rest.rpartition("/")
+            point = edits, value, row.get(f"{key}_stderr", math.nan)
+            found.setdefault(f"{name} {metric}", {}).setdefault(task or metric, []).append(point)
     return found
 
 

@@ -1,5 +1,6 @@
 """A run folder written by hand, in the format that a fit writes; every number in it is known."""
 
+import csv
 import json
 import random
 
@@ -9,8 +10,8 @@ RELATIONS = {"P103": "The mother tongue of {} is", "P19": "{} was born in", None
 
 
 def prompt(kind, text, wanted, rival, scores, correct=False):
-    names = ("kind", "prompt", "wanted", "rival", "wanted_logprob", "rival_logprob", "correct", "tokens")
-    return dict(zip(names, (kind, text, wanted, rival, *scores, correct, float(correct)), strict=True))
+    names = ("kind", "prompt", "wanted", "rival", "wanted_logprob", "rival_logprob", "correct", "tokens", "answered")
+    return dict(zip(names, (kind, text, wanted, rival, *scores, correct, 0.5 + correct / 2, None), strict=True))
 
 
 def record(index, stage, draw, neighbors):
@@ -39,43 +40,44 @@ def write_lines(path, entries):
     path.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
 
 
+def write_log(path, batches, batch):
+    """A row per batch, and before it what a callback measured; cells of other rows stay empty."""
+    draw, rows, names = random.Random(0), [], ("share", "drift", "residual", "update", "relative_update")
+    for step in range(batches):
+        ability = {
+            "ability/edits": step * batch,
+            "ability/cloze/acc": 0.5 - 0.01 * step,
+            "ability/cloze/acc_stderr": 0.02,
+        }
+        rows.append({**ability, "neutral/edits": step * batch, "neutral/perplexity": 20 + step, "step": step})
+        layers = {f"layer{layer}/{name}": round(draw.uniform(0.1, 1), 6) for layer in (5, 7, 9) for name in names}
+        rows.append({**layers, "epoch": 0, "step": step, "n_eff": 3.0, "target/loss": 0.25, "target/left": 0.5})
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, sorted({name for row in rows for name in row}))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_journal(path, records, batch):
+    steps = []
+    for start in range(0, len(records), batch):
+        part = records[start : start + batch]
+        names = ("prompt", "subject", "target_new", "target_true", "relation")
+        requests = [{name: entry[name] for name in names} for entry in part]
+        losses = [0.5 / (start + place) for place in range(1, len(part) + 1)]
+        targets = [{"layer": 9, "loss": loss, "probability": 0.9, "steps": 20.0} for loss in losses]
+        steps.append({"file": f"step-{start:05d}.safetensors", "requests": requests, "targets": targets, "layers": {}})
+    write_lines(path, steps)
+
+
 def write_run(folder, size=12, batch=4, neighbors=3, change=lambda record: record):
     """A run of ``size`` edits; ``change`` may alter every record before and after."""
-    stages = {
-        stage: [change(record(index, stage, random.Random(f"{stage}{index}"), neighbors)) for index in range(size)]
-        for stage in ("before", "after")
-    }
-    draw, steps, rows = random.Random(0), [], []
-    for start in range(0, size, batch):
-        part = stages["after"][start : start + batch]
-        requests = [{n: r[n] for n in ("prompt", "subject", "target_new", "target_true", "relation")} for r in part]
-        targets = [
-            {"layer": 9, "loss": 0.5 / (index + 1), "probability": 0.9, "steps": 20.0}
-            for index in range(start, start + len(part))
-        ]
-        steps.append({"file": f"step-{start:05d}.safetensors", "requests": requests, "targets": targets, "layers": {}})
-        layers = {
-            f"layer{n}/{name}": round(draw.uniform(0.1, 1), 6)
-            for n in (5, 7, 9)
-            for name in ("share", "drift", "residual", "update", "relative_update")
-        }
-        step = len(rows)
-        ability = {
-            "ability/cloze/accuracy": 0.5 - 0.01 * step,
-            "ability/cloze/accuracy_stderr": 0.02,
-            "ability/text/perplexity": 20 + step,
-        }
-        rows.append(
-            {**layers, **ability, "epoch": 0, "step": step, "n_eff": 3.0, "target/loss": 0.25, "target/left": 0.5}
-        )
-    names = list(rows[0])
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "metrics.csv").write_text(
-        "\n".join(",".join(str(row.get(n, "")) for n in names) for row in [dict(zip(names, names, strict=True)), *rows])
-    )
-    write_lines(folder / "journal" / "journal.jsonl", steps)
-    for stage, records in stages.items():
+    for stage in ("before", "after"):
+        records = [change(record(index, stage, random.Random(f"{stage}{index}"), neighbors)) for index in range(size)]
         write_lines(folder / f"{stage}.jsonl", records)
+    write_journal(folder / "journal" / "journal.jsonl", records, batch)
+    write_log(folder / "metrics.csv", -(-size // batch), batch)
     (folder / "config.yaml").write_text("model:\n  base: tiny  # a comment\n  layers: [5, 7, 9]\n")
     info = {
         "model": {"source": "lab/tiny-model", "fingerprint_before": "ab12", "dtype": "torch.float32"},

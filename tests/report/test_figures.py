@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cakeflow.errors import ConfigError
-from cakeflow.report import plot_ability, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
+from cakeflow.report import plot_curves, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
 from cakeflow.report.figures import svg
 from cakeflow.tracing import PLACES, Trace
 
@@ -68,18 +68,18 @@ def test_few_losses_are_points_and_many_have_a_running_median():
     plt.close("all")
 
 
-def test_ability_has_a_line_and_bars_per_task():
-    ax = plot_ability({"cloze": [(0, 0.5, 0.1), (2, 0.25, 0.05)], "text": [(0, 20.0, float("nan"))]})
+def test_curves_have_a_line_each_with_intervals():
+    ax = plot_curves({"cloze": [(0, 0.5, 0.1), (2, 0.25, 0.05)], "text": [(0, 20.0, float("nan"))]})
     (line, _, (bars,)), _ = ax.containers
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 2], [0.5, 0.25])
-    assert bars.get_segments()[1][:, 1] == pytest.approx([0.2, 0.3])
+    assert bars.get_segments()[1][:, 1] == pytest.approx([0.25 - 1.96 * 0.05, 0.25 + 1.96 * 0.05])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cloze", "text"]
     plt.close("all")
 
 
 def test_an_svg_is_the_same_twice_and_takes_ids_and_colors_from_the_page():
     def draw(ax):
-        plot_ability({"<b>$x$": [(0, 1.0, 0.1)], "other": [(1, 2.0, 0.1)]}, ax)
+        plot_curves({"<b>$x$": [(0, 1.0, 0.1)], "other": [(1, 2.0, 0.1)]}, ax)
 
     text = svg(draw, "one")
     assert text == svg(draw, "one")

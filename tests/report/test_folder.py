@@ -16,7 +16,7 @@ def test_everything_is_read(run_folder):
     assert run.after[5].target_true is None
     assert run.after[5].prompts[0].success is None
     assert run.after[0].generations[0][0] == "Person 0 is known for"
-    assert run.log[2]["step"] == 2
+    assert run.log[2]["step"] == 1
     assert run.config.startswith("model:")
     assert run.metrics("after") == {"efficacy": 0.875, "margin": 1.5}
 
@@ -105,3 +105,15 @@ def test_a_folder_that_is_no_run_folder_is_told_where_runs_are(run_folder):
         RunFolder.read(run_folder.parent)
     with pytest.raises(RunFolderError, match="cakeflow fit printed"):
         RunFolder.read(run_folder / "journal")
+
+
+def test_a_log_probability_that_is_no_number_fails(run_folder):
+    path = run_folder / "after.jsonl"
+    spoil(path, 1, lambda line: json.dumps(broken(json.loads(line))))
+    prompt = RunFolder.read(run_folder).after[0].prompts[0]
+    assert (prompt.wanted_logprob, prompt.success) == (None, False)
+
+
+def broken(record):
+    record["prompts"][0]["wanted_logprob"] = None
+    return record

@@ -115,11 +115,11 @@ def test_relations_edits_layers_targets_and_costs(run_folder, page):
             assert number(prompt.wanted_logprob, ".2f") in texts["edits"]
     assert "work that before editing" in texts["edits"]
     assert "work that after editing" in texts["edits"]
-    for name, value in run.log[-1].items():
+    for name, value in run.log[-1].items():  # the last batch
         if name.startswith("layer"):
             assert number(value) in texts["layers"], name
-    assert "0.48 ± 0.02" in texts["ability"]
-    assert "perplexity" in texts["ability"]
+    assert "ability acccloze80.48 ± 0.039" in texts["ability"]
+    assert "neutral perplexityperplexity822" in texts["ability"]
     for shown in ("targets", "20.00", "37 %", "1.667", "0.500"):
         assert shown in texts["cost"]
     assert "# a comment" in texts["config"]
@@ -146,7 +146,7 @@ def test_everything_from_the_run_is_escaped(make_run):
     info = hostile(info | {"model": info["model"] | {HOSTILE: HOSTILE}}) | named
     (folder / "run.json").write_text(json.dumps(info))
     table = (folder / "metrics.csv").read_text()
-    (folder / "metrics.csv").write_text(table.replace("cloze", "<script>x</script>$y").replace("drift", "<b>$z"))
+    (folder / "metrics.csv").write_text(table.replace("cloze", "<script>x<_script>$y").replace("drift", "<b>$z"))
     (folder / "config.yaml").write_text("model: </pre><script>alert(1)</script>\n")
     page = Page(render_page(RunFolder.read(folder)))
     clean = Page(render_page(RunFolder.read(make_run("clean"))))

@@ -8,10 +8,10 @@ import pytest
 
 from cakeflow.report import RunFolder
 from cakeflow.report.views import (
-    ability_curves,
     edit_views,
     losses,
     method,
+    milestones,
     peak_memory,
     relations,
     run_changes,
@@ -85,10 +85,11 @@ def test_the_same_fact_twice_takes_two_entries(run_folder):
 
 
 def test_curves_losses_and_costs(run):
-    curves = ability_curves(run)
-    assert set(curves) == {"accuracy", "perplexity"}
-    assert curves["accuracy"]["cloze"][2] == (2, 0.48, 0.02)
-    assert math.isnan(curves["perplexity"]["text"][0][2])
+    curves = milestones(run)
+    assert set(curves) == {"ability acc", "neutral perplexity"}
+    assert curves["ability acc"]["cloze"] == [(0, 0.5, 0.02), (4, 0.49, 0.02), (8, 0.48, 0.02)]
+    assert [point[:2] for point in curves["neutral perplexity"]["perplexity"]] == [(0, 20), (4, 21), (8, 22)]
+    assert math.isnan(curves["neutral perplexity"]["perplexity"][0][2])
     assert losses(run) == {9: [0.5 / number for number in range(1, 13)]}
     assert seconds_per_edit(run) == pytest.approx(24.5 / 12)
     assert peak_memory(run) == 2**29
@@ -101,3 +102,15 @@ def test_unknown_costs_are_nan(run_folder):
     run = RunFolder.read(run_folder)
     assert math.isnan(seconds_per_edit(run))
     assert math.isnan(peak_memory(run))
+
+
+def test_metrics_that_are_null_are_left_out(run_folder):
+    info = json.loads((run_folder / "run.json").read_text())
+    metrics = {"before": {"margin": None, "fluency": None}, "after": {"margin": 1.5, "fluency": None}}
+    (run_folder / "run.json").write_text(json.dumps(info | {"metrics": metrics}))
+    changes = run_changes(RunFolder.read(run_folder))
+    assert math.isnan(changes["margin"].before.mean)
+    assert changes["margin"].after.mean == 1.5
+    assert "fluency" not in changes
+    assert "efficacy_answer" not in changes
+    assert changes["generalization_tokens"].after.mean == 0.5
