@@ -57,6 +57,7 @@ def page(run_folder):
 
 
 def words(text):
+    """A text with its white space evened out."""
     return " ".join(text.split())
 
 
@@ -181,6 +182,15 @@ def test_a_run_that_was_not_evaluated_says_so_and_shows_the_rest(run_folder):
     assert "Nothing per layer" in texts["layers"]
     assert "No target losses" in texts["targets"]
     assert "Not measured" in texts["ability"]
+
+
+def test_shares_and_drift_that_were_not_logged_are_missed(run_folder):
+    assert "No shares" not in Page(render_page(RunFolder.read(run_folder))).texts["layers"]
+    table = (run_folder / "metrics.csv").read_text()
+    (run_folder / "metrics.csv").write_text(table.replace("/share", "/left_alone").replace("/drift", "/mismatch"))
+    text = Page(render_page(RunFolder.read(run_folder))).texts["layers"]
+    for words in ("No shares", "No drift", "left_alone", "mismatch"):
+        assert words in text
 
 
 @pytest.mark.parametrize("missing", ["before", "after"])
