@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import auto_cli
+from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
@@ -61,7 +62,7 @@ class EditCLI(LightningCLI):
         before = continuations(model.lm, prompts)
         self.result = run = run_fit(self.trainer, model, datamodule)
         after = continuations(model.lm, prompts)
-        console.print(metrics_table({"before": run.before, "after": run.after}))
+        console.print(metrics_table({"before": run.before, "after": run.after}, run.protocol))
         console.print(phases_table(run.timings, run.peaks, len(datamodule.requests)))
         wanted = [request.target_new for request in datamodule.requests[:SHOWN]]
         console.print(texts_table(prompts, wanted, before, after))
@@ -70,7 +71,16 @@ class EditCLI(LightningCLI):
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Measure the model as it is."""
         self.result = run_evaluate(self.trainer, model, datamodule, "now")
-        Console().print(metrics_table({"now": self.result}))
+        Console().print(metrics_table({"now": self.result}, model.evaluation.id))
+
+
+class _CommandParser(ArgumentParser):
+    """Takes ``runs`` as the words that are left (``cakeflow compare RUN RUN``), where a list would be one word."""
+
+    def add_argument(self, *args: Any, **kwargs: Any) -> Any:
+        if args == ("runs",):
+            kwargs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": kwargs["help"]}
+        return super().add_argument(*args, **kwargs)
 
 
 def run() -> None:
@@ -92,7 +102,8 @@ def main(args: Sequence[str] | None = None) -> Any:
     words = sys.argv[1:] if args is None else list(args)
     try:
         if words[:1] and words[0] in COMMANDS:
-            return auto_cli(COMMANDS[words[0]], args=words[1:], prog=f"cakeflow {words[0]}", as_positional=False)
+            command = COMMANDS[words[0]]
+            return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
         load_plugins()
         cli = EditCLI(
             EditModule,

@@ -14,7 +14,19 @@ from cakeflow.errors import ConfigError
 from cakeflow.files import write_text
 from cakeflow.model import load_model
 from cakeflow.plugins import Plugin, find_plugins, load_plugins
-from cakeflow.report import plot_trace, plot_weights, plugins_table, save_plot, trace_table
+from cakeflow.report import (
+    RunFolder,
+    compare_runs,
+    plot_trace,
+    plot_weights,
+    plugins_table,
+    render_page,
+    runs_table,
+    save_plot,
+    to_csv,
+    to_markdown,
+    trace_table,
+)
 from cakeflow.tracing import (
     CausalTrace,
     KnownFact,
@@ -124,5 +136,49 @@ def run_plugins() -> list[Plugin]:
     return load_plugins()
 
 
-COMMANDS: dict[str, Callable[..., Any]] = {"trace": run_trace, "facts": run_facts, "plugins": run_plugins}
+def run_report(run: Path, out: Path | None = None) -> Path:
+    """Write a run as one HTML page, which needs no network: metrics, every edit, layers, costs, config.
+
+    Args:
+        run: A run folder.
+        out: The page; ``report.html`` in the run folder by default.
+
+    Raises:
+        RunFolderError: If the folder is none of a run, or has a broken file.
+    """
+    out = out or run / "report.html"
+    write_text(out, render_page(RunFolder.read(run)))
+    Console().print(f"written to {out}", soft_wrap=True, markup=False)
+    return out
+
+
+def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None = None) -> list[dict[str, Any]]:
+    """Show runs side by side: metrics after editing with 95 % intervals over records, time and memory.
+
+    Args:
+        runs: Run folders.
+        csv: A file for one line per run, with the intervals' bounds.
+        markdown: A file for the table.
+
+    Raises:
+        RunFolderError: If a folder is none of a run, or has a broken file.
+    """
+    rows, console = compare_runs([RunFolder.read(run) for run in runs]), Console()
+    console.print(runs_table(rows))
+    if len({row["protocol"] for row in rows}) > 1:
+        console.print("these runs were measured under different protocols: their metrics cannot be compared")
+    for path, write in ((csv, to_csv), (markdown, to_markdown)):
+        if path is not None:
+            write_text(path, write(rows))
+            console.print(f"written to {path}", soft_wrap=True, markup=False)
+    return rows
+
+
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "trace": run_trace,
+    "facts": run_facts,
+    "plugins": run_plugins,
+    "report": run_report,
+    "compare": run_compare,
+}
 """Name -> function."""

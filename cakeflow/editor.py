@@ -212,7 +212,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         found = {
             "metrics": {"before": _without_nan(before), "after": _without_nan(after)},
             "protocol": module.evaluation.id,
-            "edits": module.journal.edits,
+            "edits": len(data.requests),
             "timings": timings,
             "peaks": _without_nan(peaks),
         }

@@ -60,6 +60,10 @@ class ConfigError(EditError, ValueError):
     """A setting that names something unknown or contradicts another."""
 
 
+class RunFolderError(EditError, ValueError):
+    """A run folder that is none, or that has a broken file."""
+
+
 class PluginError(EditError, ImportError):
     """Installed plugins that cannot be used."""
 

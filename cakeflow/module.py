@@ -124,6 +124,7 @@ class EditModule(L.LightningModule):
         self.evaluated = -1
         self._finished = False
         self._source = base
+        self._name = base.model.name_or_path if isinstance(base, LanguageModel) else str(base)
         self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
         if isinstance(base, LanguageModel):
             self._adopt(base)
@@ -251,7 +252,7 @@ class EditModule(L.LightningModule):
         settings = {name: getattr(self, name) for name in parts}
         return {
             "model": {
-                "source": self._source if isinstance(self._source, str) else self.model.name_or_path,
+                "source": self._name,
                 "fingerprint_before": self.fingerprint,
                 "dtype": str(self.lm.dtype),
                 "architecture": asdict(self.lm.architecture),

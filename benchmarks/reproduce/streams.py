@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,12 @@ import yaml
 from sweep import Sweep
 
 from cakeflow import EditDataModule, Evaluation
+from cakeflow.ability import TASKS
 from cakeflow.callbacks import GeneralAbility, Milestones, ResidualDrift
 from cakeflow.config import find_config
 from cakeflow.files import write_text
 from cakeflow.model import load_model
-from cakeflow.report import save_plot
+from cakeflow.report import curves_of, plot_curves, save_plot
 
 Points = list[dict[str, float]]
 
@@ -79,21 +80,19 @@ class Stream:
     draw: Callable[[Mapping[str, Points], Path], None]
 
 
-def draw_curves(names: Mapping[str, str]) -> Callable[[Mapping[str, Points], Path], None]:
-    """Panels over the number of edits: column of the rows -> title."""
+def draw_curves(names: Sequence[str]) -> Callable[[Mapping[str, Points], Path], None]:
+    """A panel per column of the rows, over the number of edits, with a line per method."""
 
     def draw(points: Mapping[str, Points], path: Path) -> None:
-        found = {name: title for name, title in names.items() if any(name in row for p in points.values() for row in p)}
-        _, axes = plt.subplots(1, len(found), figsize=(2.8 * len(found), 2.8), squeeze=False, layout="tight")
-        for ax, (name, title) in zip(axes[0], found.items(), strict=True):
-            edits = name.split("/")[0] + "/edits"
-            for label, rows in points.items():
-                shown = [row for row in rows if name in row]
-                errors = [196 * row.get(f"{name}_stderr", 0) for row in shown]
-                values = [100 * row[name] for row in shown]
-                ax.errorbar([row[edits] for row in shown], values, errors, fmt="o-", markersize=3, label=label)
-            ax.set(title=title, xlabel="edits")
-        axes[0][0].legend(fontsize="x-small")
+        found: dict[str, dict[str, Any]] = {}
+        for label, rows in points.items():
+            for plot, lines in curves_of(rows).items():
+                for line, values in lines.items():
+                    found.setdefault(f"{plot.split()[0]}/{line}/{plot.split()[1]}", {})[label] = values
+        shown = [name for name in names if name in found]
+        _, axes = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), squeeze=False, layout="tight")
+        for ax, name in zip(axes[0], shown, strict=True):
+            plot_curves(found[name], ax).set_title(name.split("/")[1])
         save_plot(axes[0][0], path)
 
     return draw
@@ -120,14 +119,14 @@ def draw_drift(points: Mapping[str, Points], path: Path) -> None:
 
 SEQUENTIAL = {"MEMIT": "memit", "AlphaEdit": "alphaedit", "AlphaEdit_BLUE": "alphaedit_blue", "CAKE": "cake_paper"}
 RATES = ("efficacy", "generalization", "specificity")
-QUALITY = {f"quality/{name}{ending}": f"{name}{ending}" for name in RATES for ending in ("", "_tokens")}
-TASKS = {f"ability/{task}/f1": f"{task}, F1" for task in ("sst2", "mmlu", "mrpc", "cola", "rte", "nli")}
+QUALITY = [f"quality/{name}{form}/{name}{form}" for name in RATES for form in ("", "_tokens")]
+F1 = [f"ability/{task}/f1" for task in TASKS]
 STREAMS = {
     "figure3": Stream(
         {**SEQUENTIAL, "PRUNE": "prune", "RECT": "rect", "CAKE, exact": "cake"},
         {"embedded": (200, 50, 50), "full": (3000, 100, 500)},
         lambda args, every: [GeneralAbility(args.ability, every=every, limit=args.limit)],
-        draw_curves(TASKS),
+        draw_curves(F1),
     ),
     "figure5": Stream(
         {"MEMIT": "memit", "AlphaEdit": "alphaedit", "CAKE": "cake_paper"},

@@ -1,6 +1,6 @@
 """Callbacks around edits, for any Lightning Trainer."""
 
-from cakeflow.callbacks.ability import GeneralAbility, plot_ability
+from cakeflow.callbacks.ability import GeneralAbility
 from cakeflow.callbacks.alignment import ScoreAlignment
 from cakeflow.callbacks.base import EditCallback, LayerEdit, Milestones
 from cakeflow.callbacks.stream import NeutralText, Retention
@@ -17,5 +17,4 @@ __all__ = [
     "ScoreAlignment",
     "ScoreDrift",
     "WeightShiftBound",
-    "plot_ability",
 ]

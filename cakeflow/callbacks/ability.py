@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cakeflow.ability import TASKS, load_tasks, score_tasks
 from cakeflow.callbacks.base import Milestones
-from cakeflow.errors import ConfigError
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 log = logging.getLogger(__name__)
 
@@ -22,8 +16,8 @@ log = logging.getLogger(__name__)
 class GeneralAbility(Milestones):
     """General ability before, during and after a run (AlphaEdit and CAKE, figure 3).
 
-    Logs ``ability/{task}/{metric}`` and ``ability/{task}/{metric}_stderr`` (see ``general_ability``); ``rows`` are what
-    ``plot_ability`` draws.
+    Logs ``ability/{task}/{metric}`` and ``ability/{task}/{metric}_stderr`` (see ``general_ability``);
+    ``report.plot_curves(report.curves_of(callback.rows)["ability f1"])`` is the figure.
 
     Args:
         data: Folder of the local tasks; see ``general_ability``.
@@ -53,29 +47,3 @@ class GeneralAbility(Milestones):
         shown = [f"{name.removesuffix('/acc')} {value:.3f}" for name, value in numbers.items() if name.endswith("/acc")]
         log.info("accuracy: %s", ", ".join(shown))
         return numbers
-
-
-def plot_ability(rows: Sequence[Mapping[str, float]], ax: Axes | None = None, metric: str = "f1") -> Axes:
-    """A metric of each task over the number of edits, with 95 % intervals (CAKE, figure 3).
-
-    Args:
-        rows: What ``GeneralAbility`` logged, e.g. its ``rows``.
-        ax: Where to draw; a new figure by default.
-        metric: Which metric.
-
-    Raises:
-        ConfigError: If no task has this metric.
-    """
-    names = [name for name in dict.fromkeys(chain.from_iterable(rows)) if name.endswith(f"/{metric}")]
-    if not names:
-        raise ConfigError(f"nothing was logged as 'ability/{{task}}/{metric}'; add the callback GeneralAbility")
-    import matplotlib.pyplot as plt  # slow, and every run imports the callbacks
-
-    ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
-    for name in names:
-        edits, values = [row["ability/edits"] for row in rows], [row[name] for row in rows]
-        errors = [1.96 * row.get(f"{name}_stderr", math.nan) for row in rows]
-        ax.errorbar(edits, values, errors, fmt="o-", capsize=2, label=name.split("/")[1])
-    ax.set(xlabel="edits", ylabel=metric)
-    ax.legend(fontsize="small")
-    return ax

@@ -1,49 +1,15 @@
-"""The tables that people look at."""
+"""The plots, and how they get into a page."""
 
-import io
+import re
 
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from rich.console import Console
 
 from cakeflow.errors import ConfigError
-from cakeflow.report import (
-    metrics_table,
-    phases_table,
-    plot_layers,
-    plot_trace,
-    plot_weights,
-    save_plot,
-    texts_table,
-    trace_table,
-)
+from cakeflow.report import plot_curves, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
+from cakeflow.report.figures import svg
 from cakeflow.tracing import PLACES, Trace
-
-
-def shown(table):
-    console = Console(width=120, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue()
-
-
-def test_metrics_are_percent_with_one_column_per_stage():
-    lines = shown(metrics_table({"before": {"efficacy": 0.125}, "after": {"efficacy": 1.0}})).splitlines()
-    row = next(line for line in lines if "efficacy" in line)
-    assert row.index("12.5") < row.index("100.0")
-
-
-def test_times_are_given_in_all_and_per_edit():
-    times, peaks = {"targets": 8.0, "trace": 0.001, "keys": 1.0}, {"targets": 3 * 2**29, "keys": float("nan")}
-    words = set(shown(phases_table(times, peaks, edits=4)).replace("│", " ").split())
-    assert {"targets", "8.0", "2.00", "1.50"} <= words
-    assert not {"trace", "nan"} & words
-
-
-def test_markup_in_a_text_is_shown_as_it_is():
-    text = shown(texts_table(["[bold]x[/] is"], ["[red]"], ["a [/b]"], ["c"]))
-    assert "[bold]x[/] is" in text
-    assert "a [/b]" in text
 
 
 def trace(places):
@@ -51,13 +17,6 @@ def trace(places):
     effects[:, places] = torch.rand(4, len(places), 3, dtype=torch.float64)
     settings = {"layers": [2, 3, 5], "role": "mlp_out", "window": 1}
     return Trace(torch.ones(4).double(), torch.zeros(4).double(), effects, settings)
-
-
-def test_a_trace_is_a_row_per_layer():
-    found = trace([2])
-    lines = shown(trace_table(found, {2: 0.5, 3: 0.25})).splitlines()
-    row = next(line for line in lines if line.replace("│", " ").split()[:1] == ["3"])
-    assert row.replace("│", " ").split() == ["3", f"{found.scores[3]:.4f}", f"{found.errors[3]:.4f}", "0.2500"]
 
 
 @pytest.mark.parametrize("places", [[2], [0, 2, 5]])
@@ -97,3 +56,42 @@ def test_what_was_not_logged_is_named():
     with pytest.raises(ConfigError, match="mismatch"):
         plot_layers({"layer1/drift": 1.0}, ["mismatch"])
     plt.close("all")
+
+
+def test_few_losses_are_points_and_many_have_a_running_median():
+    ax = plot_losses({3: [0.5, 0.25], 7: [1.0, 2.0]})
+    assert [list(line.get_ydata()) for line in ax.get_lines()] == [[0.5, 0.25], [1.0, 2.0]]
+    values = [1.0] * 100 + [9.0] + [1.0] * 99
+    each, middle = plot_losses({3: values}).get_lines()
+    assert list(each.get_ydata()) == values
+    assert set(middle.get_ydata()) == {1.0}
+    plt.close("all")
+
+
+def test_curves_have_a_line_each_with_intervals():
+    ax = plot_curves({"cloze": [(0, 0.5, 0.1), (2, 0.25, 0.05)], "text": [(0, 20.0, float("nan"))]})
+    (line, _, (bars,)), _ = ax.containers
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 2], [0.5, 0.25])
+    assert bars.get_segments()[1][:, 1] == pytest.approx([0.25 - 1.96 * 0.05, 0.25 + 1.96 * 0.05])
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cloze", "text"]
+    plt.close("all")
+
+
+def test_an_svg_is_the_same_twice_and_takes_ids_and_colors_from_the_page():
+    def draw(ax):
+        plot_curves({"<b>$x$": [(0, 1.0, 0.1)], "other": [(1, 2.0, 0.1)]}, ax)
+
+    text = svg(draw, "one")
+    assert text == svg(draw, "one")
+    assert text.startswith("<svg")
+    assert "&lt;b&gt;$x$" in text
+    assert not re.search(r"<(metadata|style|script|b)\b|#[0-9a-f]{6}|font-family", text)
+    assert {"var(--series-1)", "var(--series-2)", "currentColor"} <= set(
+        re.findall(r"var\(--series-.\)|currentColor", text)
+    )
+    names = [set(re.findall(r'\bid="([^"]*)"', each)) for each in (text, svg(draw, "two"))]
+    assert len(names[0]) > 5
+    assert names[0].isdisjoint(names[1])
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', text)) <= names[0]
+    assert not plt.get_fignums()
+    assert plt.rcParams["text.parse_math"]

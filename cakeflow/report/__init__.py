@@ -1,0 +1,36 @@
+"""What people look at: tables for the terminal, plots, the page of a run, and runs side by side."""
+
+from cakeflow.report.comparison import compare_runs, to_csv, to_markdown
+from cakeflow.report.figures import (
+    curves_of,
+    plot_curves,
+    plot_layers,
+    plot_losses,
+    plot_trace,
+    plot_weights,
+    save_plot,
+)
+from cakeflow.report.folder import RunFolder
+from cakeflow.report.page import render_page
+from cakeflow.report.tables import metrics_table, phases_table, plugins_table, runs_table, texts_table, trace_table
+
+__all__ = [
+    "RunFolder",
+    "compare_runs",
+    "curves_of",
+    "metrics_table",
+    "phases_table",
+    "plot_curves",
+    "plot_layers",
+    "plot_losses",
+    "plot_trace",
+    "plot_weights",
+    "plugins_table",
+    "render_page",
+    "runs_table",
+    "save_plot",
+    "texts_table",
+    "to_csv",
+    "to_markdown",
+    "trace_table",
+]

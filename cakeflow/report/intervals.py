@@ -1,0 +1,109 @@
+"""Metrics of single records, and what they say about the mean: 95 % intervals from the standard error over records."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cakeflow.report.folder import RecordResult
+
+Values = NDArray[np.float64]
+Z = 1.959963984540054
+"""Standard errors to either side that hold 95 % of a normal distribution."""
+KINDS = {"efficacy": "rewrite", "generalization": "paraphrase", "specificity": "neighborhood"}
+"""Metric -> kind of prompt."""
+FORMS = {"": "success", "_exact": "correct", "_tokens": "tokens", "_answer": "answered"}
+"""Ending of a metric's name -> what it asks of a prompt (see ``cakeflow.metrics.preference``)."""
+SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS}
+"""Metrics that are shares, shown in percent; those of plugins may be anything."""
+UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean and half the width of its 95 % interval; nan where fewer than two records could be judged."""
+
+    mean: float
+    half: float = math.nan
+
+    @classmethod
+    def of(cls, values: Values) -> Interval:
+        """Mean over the records that are not nan.
+
+        Example:
+            >>> Interval.of(np.array([1.0, 0.0, np.nan, 1.0, 0.0]))
+            Interval(mean=0.5, half=0.565...)
+        """
+        known = values[~np.isnan(values)]
+        if not len(known):
+            return cls(math.nan)
+        half = Z * known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
+        return cls(float(known.mean()), float(half))
+
+
+def record_values(records: Sequence[RecordResult]) -> dict[str, Values]:
+    """Metric -> value of every record, nan where it cannot be judged.
+
+    A record's value is the mean over its prompts of the metric's kind; ``editscore`` is what ``harmonic`` makes of the
+    three others.
+    """
+    found = {}
+    for form, field in FORMS.items():
+        for metric, kind in KINDS.items():
+            means = (_mean(record, kind, field) for record in records)
+            found[metric + form] = np.fromiter(means, np.float64, len(records))
+        if not form:
+            found["editscore"] = harmonic([found[metric] for metric in KINDS])
+    return found
+
+
+def _mean(record: RecordResult, kind: str, field: str) -> float:
+    outcomes = (getattr(prompt, field) for prompt in record.of_kind(kind))
+    judged = [outcome for outcome in outcomes if outcome is not None]
+    return sum(judged) / len(judged) if judged else math.nan
+
+
+def harmonic(parts: Sequence[Values]) -> Values:
+    """Per-record values whose mean is the harmonic mean of the parts' means, and whose spread is its (delta method).
+
+    ``S = k / sum_j 1/m_j`` has ``dS/dm_j = S^2 / (k m_j^2)``; record i of N moves ``m_j`` by ``(x_ij - m_j) / n_j``.
+
+    Returns:
+        One value per record; all nan if a part could not be judged, all 0 if a part's mean is 0.
+    """
+    means = np.array([Interval.of(part).mean for part in parts])
+    size = len(parts[0])
+    if np.isnan(means).any() or not means.all():
+        return np.full(size, means.prod())
+    score = len(parts) / (1 / means).sum()
+    values = np.full(size, score)
+    for part, mean in zip(parts, means, strict=True):
+        known = ~np.isnan(part)
+        values[known] += score**2 / (len(parts) * mean**2) * (part[known] - mean) * size / known.sum()
+    return values
+
+
+def number(value: float | None, spec: str = ".4g") -> str:
+    """A number, or a dash for none.
+
+    Example:
+        >>> number(0.000123456), number(2, "+.1f"), number(float("nan")) == UNKNOWN
+        ('0.0001235', '+2.0', True)
+    """
+    return UNKNOWN if value is None or value != value else format(value, spec).replace("-", MINUS)
+
+
+def estimate(name: str, interval: Interval, sign: str = "") -> str:
+    """A metric with half the width of its interval, in percent if it is a share.
+
+    Example:
+        >>> estimate("efficacy", Interval(0.975, 0.0484)), estimate("efficacy", Interval(0.1), "+")
+        ('97.5 ± 4.8', '+10.0')
+    """
+    scale, spec = (100, ".1f") if name in SHARES else (1, ".4g")
+    mean = number(scale * interval.mean, sign + spec)
+    return mean if interval.half != interval.half else f"{mean} ± {number(scale * interval.half, spec)}"

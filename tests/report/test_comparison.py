@@ -1,0 +1,85 @@
+"""Runs side by side: the numbers, the table, CSV and Markdown."""
+
+import csv
+import json
+import math
+import statistics
+
+import pytest
+
+from cakeflow.cli import main
+from cakeflow.report import RunFolder, compare_runs, to_markdown
+
+
+def expected(folder, kind):
+    """Mean and bounds of a metric, from the lines of after.jsonl alone."""
+    rates = []
+    for line in (folder / "after.jsonl").read_text().splitlines():
+        asked = [prompt for prompt in json.loads(line)["prompts"] if prompt["kind"] == kind]
+        judged = [prompt["wanted_logprob"] > prompt["rival_logprob"] for prompt in asked if prompt["rival_logprob"]]
+        rates += [sum(judged) / len(judged)] if judged else []
+    mean, half = statistics.fmean(rates), 1.959964 * statistics.stdev(rates) / math.sqrt(len(rates))
+    return mean, mean - half, mean + half
+
+
+@pytest.fixture
+def folders(make_run):
+    return [make_run("first"), make_run("second", size=7)]
+
+
+def test_the_command_shows_and_writes_the_runs(folders, tmp_path, capsys):
+    files = ["--csv", str(tmp_path / "runs.csv"), "--markdown", str(tmp_path / "runs.md")]
+    main(["compare", *map(str, folders), *files])
+    printed = capsys.readouterr().out
+    with (tmp_path / "runs.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["run"] for row in rows] == [str(folder) for folder in folders]
+    for row, folder, size in zip(rows, folders, (12, 7), strict=True):
+        for metric, kind in (
+            ("efficacy", "rewrite"),
+            ("generalization", "paraphrase"),
+            ("specificity", "neighborhood"),
+        ):
+            found = [float(row[metric + bound]) for bound in ("", "_low", "_high")]
+            assert found == pytest.approx(expected(folder, kind), abs=1e-6)
+        assert (row["edits"], row["model"], row["protocol"]) == (str(size), "lab/tiny-model", "clean-v1")
+        assert row["method"] == "Scores + Jacobian + NullSpace(LeastSquares)"
+        assert float(row["seconds_per_edit"]) == pytest.approx(24.5 / size)
+        assert float(row["peak_GiB"]) == 0.5
+        assert (float(row["margin"]), row["margin_low"]) == (1.5, "")
+        mean, low, _ = expected(folder, "paraphrase")
+        shown = f"{100 * mean:.1f} ± {100 * (mean - low):.1f}"
+        assert shown in printed
+        assert shown in (tmp_path / "runs.md").read_text()
+    assert "different protocols" not in printed
+
+
+def test_runs_of_different_protocols_are_not_passed_off_as_comparable(folders, capsys):
+    info = json.loads((folders[0] / "run.json").read_text())
+    (folders[0] / "run.json").write_text(json.dumps(info | {"protocol": "other-v2"}))
+    main(["compare", *map(str, folders)])
+    assert "different protocols" in capsys.readouterr().out
+
+
+def test_a_run_that_tells_less_has_gaps(folders):
+    info = json.loads((folders[1] / "run.json").read_text())
+    (folders[1] / "run.json").write_text(json.dumps({name: info[name] for name in ("model", "settings", "versions")}))
+    (folders[1] / "after.jsonl").unlink()
+    full, poor = compare_runs([RunFolder.read(folder) for folder in folders])
+    assert list(full) == list(poor)
+    assert math.isnan(poor["efficacy"].mean)
+    assert math.isnan(poor["seconds per edit"])
+    assert poor["edits"] == 7
+
+
+def test_markup_in_a_name_is_shown_as_it_is(make_run):
+    folder = make_run("[red]a|b")
+    table = to_markdown(compare_runs([RunFolder.read(folder)]))
+    assert "[red]a\\|b" in table.splitlines()[0]
+
+
+def test_no_run_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["compare", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "no run.json" in " ".join(capsys.readouterr().err.split())

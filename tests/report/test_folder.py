@@ -1,0 +1,119 @@
+"""Reading a run folder back, and refusing a broken one by file, line and remedy."""
+
+import json
+
+import pytest
+
+from cakeflow.errors import RunFolderError
+from cakeflow.report import RunFolder
+
+
+def test_everything_is_read(run_folder):
+    run = RunFolder.read(run_folder)
+    assert (len(run.before), len(run.after), len(run.edits), run.size) == (12, 12, 12, 12)
+    assert [edit.batch for edit in run.edits] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [edit.targets[0].loss for edit in run.edits] == [0.5 / n for n in range(1, 13)]
+    assert run.after[5].target_true is None
+    assert run.after[5].prompts[0].success is None
+    assert run.after[0].generations[0][0] == "Person 0 is known for"
+    assert run.log[2]["step"] == 1
+    assert run.config.startswith("model:")
+    assert run.metrics("after") == {"efficacy": 0.875, "margin": 1.5}
+
+
+def test_targets_at_several_layers_go_to_their_requests(run_folder):
+    fact = {"prompt": "{} is", "subject": "Ann", "target_new": "here"}
+    targets = [
+        {"layer": layer, "loss": loss, "probability": 0.5, "steps": 3}
+        for layer, loss in ((3, 1), (3, 2), (7, 3), (7, 4))
+    ]
+    step = {"requests": [fact, fact | {"subject": "Bob"}], "targets": targets}
+    (run_folder / "journal" / "journal.jsonl").write_text(json.dumps(step))
+    found = [[(target.layer, target.loss) for target in edit.targets] for edit in RunFolder.read(run_folder).edits]
+    assert found == [[(3, 1), (7, 3)], [(3, 2), (7, 4)]]
+
+
+def test_a_journal_of_several_runs_gives_the_last_runs_edits(run_folder):
+    info = json.loads((run_folder / "run.json").read_text())
+    (run_folder / "run.json").write_text(json.dumps(info | {"edits": 5}))
+    assert [edit.subject for edit in RunFolder.read(run_folder).edits] == [f"Person {n}" for n in range(7, 12)]
+
+
+def test_an_older_run_has_its_metrics_in_the_log(run_folder):
+    info = json.loads((run_folder / "run.json").read_text())
+    for name in ("metrics", "edits", "protocol", "timings", "peaks"):
+        del info[name]
+    (run_folder / "run.json").write_text(json.dumps(info))
+    (run_folder / "metrics.csv").write_text("before/efficacy,after/efficacy,step\n0.25,,0\n,0.75,1\n")
+    for name in ("before.jsonl", "after.jsonl"):
+        (run_folder / name).unlink()
+    run = RunFolder.read(run_folder)
+    assert (run.before, run.after, run.size) == (None, None, 12)
+    assert (run.metrics("before"), run.metrics("after")) == ({"efficacy": 0.25}, {"efficacy": 0.75})
+
+
+def spoil(path, number, change):
+    """Change line ``number``, from 1, of a file."""
+    lines = path.read_text().split("\n")
+    lines[number - 1] = change(lines[number - 1])
+    path.write_text("\n".join(lines))
+
+
+def without(*names):
+    return lambda line: json.dumps({key: value for key, value in json.loads(line).items() if key not in names})
+
+
+@pytest.mark.parametrize(
+    ("file", "number", "change", "words"),
+    [
+        ("run.json", 1, lambda line: line[:-3], ["run.json", "delete the file"]),
+        ("run.json", 1, lambda line: "[]", ["run.json", "expected an object, found list"]),
+        ("run.json", 1, without("settings"), ["settings = 'None'", "expected dict"]),
+        ("run.json", 1, lambda line: json.dumps(json.loads(line) | {"edits": "many"}), ["edits = 'many'", "int"]),
+        (
+            "run.json",
+            1,
+            lambda line: json.dumps(json.loads(line) | {"timings": {"keys": "x"}}),
+            ["timings, keys = 'x'"],
+        ),
+        ("after.jsonl", 3, lambda line: line[:40], ["after.jsonl, line 3", "run the edit again"]),
+        ("before.jsonl", 12, without("subject"), ["before.jsonl, line 12", "subject", "expected str"]),
+        ("after.jsonl", 1, lambda line: line.replace('"wanted_logprob": -', '"wanted_logprob": "a', 1), ["line 1"]),
+        ("after.jsonl", 2, lambda line: line.replace('"correct": true', '"correct": 1'), ["line 2, prompts", "bool"]),
+        ("after.jsonl", 2, lambda line: line.replace('"text":', '"words":'), ["line 2, generations", "text"]),
+        ("journal/journal.jsonl", 2, without("targets"), ["journal.jsonl, line 2", "targets"]),
+        ("metrics.csv", 3, lambda line: "high" + line, ["metrics.csv, line 3", "high"]),
+        ("metrics.csv", 3, lambda line: line + ",1,2", ["metrics.csv, line 3"]),
+    ],
+)
+def test_a_broken_file_is_named_with_its_line(run_folder, file, number, change, words):
+    spoil(run_folder / file, number, change)
+    with pytest.raises(RunFolderError) as error:
+        RunFolder.read(run_folder)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bytes_that_are_no_text(run_folder):
+    (run_folder / "after.jsonl").write_bytes(b"\x80\x04K\x01.")
+    with pytest.raises(RunFolderError, match=r"after.jsonl.*utf-8"):
+        RunFolder.read(run_folder)
+
+
+def test_a_folder_that_is_no_run_folder_is_told_where_runs_are(run_folder):
+    with pytest.raises(RunFolderError, match=r"no run.json; give one of .*run"):
+        RunFolder.read(run_folder.parent)
+    with pytest.raises(RunFolderError, match="cakeflow fit printed"):
+        RunFolder.read(run_folder / "journal")
+
+
+def test_a_log_probability_that_is_no_number_fails(run_folder):
+    path = run_folder / "after.jsonl"
+    spoil(path, 1, lambda line: json.dumps(broken(json.loads(line))))
+    prompt = RunFolder.read(run_folder).after[0].prompts[0]
+    assert (prompt.wanted_logprob, prompt.success) == (None, False)
+
+
+def broken(record):
+    record["prompts"][0]["wanted_logprob"] = None
+    return record

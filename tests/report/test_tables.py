@@ -1,0 +1,58 @@
+"""The tables of the terminal."""
+
+import io
+
+import torch
+from rich.console import Console
+
+from cakeflow.report import metrics_table, phases_table, texts_table, trace_table
+from cakeflow.tracing import PLACES, Trace
+
+
+def shown(table):
+    console = Console(width=120, file=io.StringIO())
+    console.print(table)
+    return console.file.getvalue()
+
+
+def test_metrics_are_percent_with_one_column_per_stage():
+    lines = shown(metrics_table({"before": {"efficacy": 0.125}, "after": {"efficacy": 1.0}})).splitlines()
+    row = next(line for line in lines if "efficacy" in line)
+    assert row.index("12.5") < row.index("100.0")
+
+
+def test_metrics_that_nothing_could_judge_are_left_out():
+    nan = float("nan")
+    columns = {"before": {"efficacy": nan, "fluency": nan}, "after": {"efficacy": nan, "fluency": 6.145}}
+    text = shown(metrics_table(columns, "official-v1"))
+    assert "official-v1" in text
+    assert "efficacy" not in text
+    row = next(line for line in text.splitlines() if "fluency" in line)
+    assert row.index("nan") < row.index("614.5")
+
+
+def test_times_are_given_in_all_and_per_edit():
+    times, peaks = {"targets": 8.0, "trace": 0.001, "keys": 1.0}, {"targets": 3 * 2**29, "keys": float("nan")}
+    words = set(shown(phases_table(times, peaks, edits=4)).replace("│", " ").split())
+    assert {"targets", "8.0", "2.00", "1.50"} <= words
+    assert not {"trace", "nan"} & words
+
+
+def test_markup_in_a_text_is_shown_as_it_is():
+    text = shown(texts_table(["[bold]x[/] is"], ["[red]"], ["a [/b]"], ["c"]))
+    assert "[bold]x[/] is" in text
+    assert "a [/b]" in text
+
+
+def trace(places):
+    effects = torch.full((4, len(PLACES), 3), torch.nan, dtype=torch.float64)
+    effects[:, places] = torch.rand(4, len(places), 3, dtype=torch.float64)
+    settings = {"layers": [2, 3, 5], "role": "mlp_out", "window": 1}
+    return Trace(torch.ones(4).double(), torch.zeros(4).double(), effects, settings)
+
+
+def test_a_trace_is_a_row_per_layer():
+    found = trace([2])
+    lines = shown(trace_table(found, {2: 0.5, 3: 0.25})).splitlines()
+    row = next(line for line in lines if line.replace("│", " ").split()[:1] == ["3"])
+    assert row.replace("│", " ").split() == ["3", f"{found.scores[3]:.4f}", f"{found.errors[3]:.4f}", "0.2500"]

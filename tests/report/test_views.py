@@ -1,0 +1,116 @@
+"""What the page and the comparison are computed from."""
+
+import json
+import math
+import statistics
+
+import pytest
+
+from cakeflow.report import RunFolder
+from cakeflow.report.figures import curves_of
+from cakeflow.report.views import (
+    edit_views,
+    losses,
+    method,
+    peak_memory,
+    relations,
+    run_changes,
+    seconds_per_edit,
+)
+
+
+@pytest.fixture
+def run(run_folder):
+    return RunFolder.read(run_folder)
+
+
+def test_records_tell_metrics_with_intervals_and_the_log_tells_the_others(run):
+    changes = run_changes(run)
+    assert changes["efficacy"].after.mean != 0.875
+    assert changes["efficacy"].before.half > 0.1
+    assert (changes["margin"].before.mean, changes["margin"].difference.mean) == (-2.5, 4.0)
+    assert math.isnan(changes["margin"].after.half)
+
+
+def test_the_difference_is_taken_record_by_record(run):
+    pairs = [(old.prompts[0], new.prompts[0]) for old, new in zip(run.before, run.after, strict=True)]
+    steps = [int(new.success) - int(old.success) for old, new in pairs if old.success is not None]
+    found = run_changes(run)["efficacy"].difference
+    assert found.mean == pytest.approx(statistics.fmean(steps))
+    assert found.half == pytest.approx(1.959964 * statistics.stdev(steps) / math.sqrt(len(steps)), rel=1e-6)
+
+
+def test_other_records_after_have_a_difference_without_interval(run):
+    run.after.pop()
+    found = run_changes(run)["efficacy"]
+    assert found.difference.mean == pytest.approx(found.after.mean - found.before.mean)
+    assert math.isnan(found.difference.half)
+
+
+def test_relations_cover_every_record_once(run):
+    found = relations(run)
+    assert sum(relation.count for relation in found) == len(run.after)
+    assert {relation.name for relation in found} == {"P103", "P19", "{} plays the sport of"}
+
+
+def test_an_edit_has_its_record_and_its_entry_in_the_journal(run):
+    view = edit_views(run)[5]
+    assert (view.number, view.fact.subject, view.edit.subject) == (6, "Person 5", "Person 5")
+    assert (view.tallies["rewrite"].before, view.tallies["rewrite"].after, view.tallies["rewrite"].total) == (0, 1, 1)
+    assert "neighborhood" not in view.tallies
+    assert [[part.prompt for part in pair] for pair in view.prompts["paraphrase"]] == [
+        [f"Note {number}. {view.fact.subject} plays the sport of"] * 2 for number in (0, 1)
+    ]
+    ((prompt, old, new),) = view.texts
+    assert prompt == "Person 5 is known for"
+    assert old.startswith(" work that before")
+    assert new.startswith(" work that after")
+
+
+def test_edits_without_records_and_records_without_edits_are_both_shown(run):
+    del run.before[3:], run.after[3:], run.edits[:2]
+    views = edit_views(run)
+    assert [view.number for view in views] == list(range(1, 13))
+    assert [view.edit is None for view in views] == [True, True] + [False] * 10
+    assert views[-1].fact.subject == "Person 11"
+    assert views[-1].tallies == {}
+
+
+def test_the_same_fact_twice_takes_two_entries(run_folder):
+    for name in ("before.jsonl", "after.jsonl", "journal/journal.jsonl"):
+        path = run_folder / name
+        path.write_text(path.read_text().replace("Person 3", "Person 0"))  # both of relation P103
+    views = edit_views(RunFolder.read(run_folder))
+    assert [views[place].edit.targets[0].loss for place in (0, 3)] == [0.5, 0.125]
+
+
+def test_curves_losses_and_costs(run):
+    curves = curves_of(run.log)
+    assert set(curves) == {"ability acc", "neutral perplexity"}
+    assert curves["ability acc"]["cloze"] == [(0, 0.5, 0.02), (4, 0.49, 0.02), (8, 0.48, 0.02)]
+    assert [point[:2] for point in curves["neutral perplexity"]["perplexity"]] == [(0, 20), (4, 21), (8, 22)]
+    assert math.isnan(curves["neutral perplexity"]["perplexity"][0][2])
+    assert losses(run) == {9: [0.5 / number for number in range(1, 13)]}
+    assert seconds_per_edit(run) == pytest.approx(24.5 / 12)
+    assert peak_memory(run) == 2**29
+    assert method(run) == "Scores + Jacobian + NullSpace(LeastSquares)"
+
+
+def test_unknown_costs_are_nan(run_folder):
+    info = json.loads((run_folder / "run.json").read_text())
+    (run_folder / "run.json").write_text(json.dumps(info | {"timings": {"evaluation": 3.0}, "peaks": {"keys": None}}))
+    run = RunFolder.read(run_folder)
+    assert math.isnan(seconds_per_edit(run))
+    assert math.isnan(peak_memory(run))
+
+
+def test_metrics_that_are_null_are_left_out(run_folder):
+    info = json.loads((run_folder / "run.json").read_text())
+    metrics = {"before": {"margin": None, "fluency": None}, "after": {"margin": 1.5, "fluency": None}}
+    (run_folder / "run.json").write_text(json.dumps(info | {"metrics": metrics}))
+    changes = run_changes(RunFolder.read(run_folder))
+    assert math.isnan(changes["margin"].before.mean)
+    assert changes["margin"].after.mean == 1.5
+    assert "fluency" not in changes
+    assert "efficacy_answer" not in changes
+    assert changes["generalization_tokens"].after.mean == 0.5
