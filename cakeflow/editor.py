@@ -19,6 +19,7 @@ from cakeflow.architecture import Architecture
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
+from cakeflow.evaluation import check_texts
 from cakeflow.files import write_text
 from cakeflow.journal import Journal
 from cakeflow.model import LanguageModel
@@ -192,7 +193,10 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     """Measure, edit, measure again and write the journal: what ``Editor.fit`` and ``cakeflow fit`` both do."""
     module.timings.clear()
     module.peaks.clear()
-    before = run_evaluate(trainer, module, data, "before") if evaluate else {}
+    before: dict[str, float] = {}
+    if evaluate:
+        before = run_evaluate(trainer, module, data, "before")
+        check_texts(module.outcomes)
     module.stage = "after"
     with _expected_warnings():
         trainer.fit(

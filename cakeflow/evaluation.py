@@ -155,6 +155,23 @@ class Evaluation:
         return [[prompt + next(said) for prompt in each] for each in prompts]
 
 
+def check_texts(rows: Sequence[dict[str, Any]]) -> None:
+    """Whether a model writes anything, asked of the unedited one before the expensive work.
+
+    Args:
+        rows: Of ``Answers.rows``.
+
+    Raises:
+        ConfigError: If it was asked for free texts, and every one of them is blank.
+    """
+    texts = [each["text"] for row in rows for each in row["generations"]]
+    if texts and not any(text.strip() for text in texts):
+        raise ConfigError(
+            f"the model wrote nothing after any of {len(texts)} prompts, so its texts say nothing of an edit; look at the "
+            "end-of-text token of its generation config, or set evaluation.texts_every to 0"
+        )
+
+
 def free_prompts(record: EditRequest) -> list[str]:
     """The prompts of a record from which free texts start."""
     return [probe.prompt for probe in record.probes if probe.kind == "generation"]
@@ -175,7 +192,7 @@ def plain(text: str) -> str:
         'hague'
     """
     words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
-    return " ".join(word for word in words if word not in ("a", "an", "the"))
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
 
 
 def _rates(form: Any) -> tuple[Metric, ...]:

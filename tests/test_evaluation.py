@@ -142,6 +142,24 @@ def test_metrics_that_can_judge_nothing_are_an_error_before_anything_is_asked(lm
     assert "efficacy_exact" not in said
 
 
+def test_a_model_that_writes_nothing_is_an_error_before_the_edit(lm, quiet):
+    """Its first token always ends the text."""
+    head = torch.nn.Linear(lm.head.in_features, lm.head.out_features, dtype=lm.dtype)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    head.bias.data[lm.tokenizer.eos_token_id] = 90.0
+    lm.model.set_output_embeddings(head)
+    module = EditModule(lm, [1], evaluation=Evaluation(texts_every=1, top_k=1))
+    with pytest.raises(ConfigError, match="wrote nothing after any of 10 prompts"):
+        Editor(module, quiet).fit(RECORDS)
+    assert not len(module.journal)
+
+
+def test_plain_keeps_what_is_an_article_only():
+    assert plain("The") == "the" != plain("A")
+    assert plain("a U.S. state") == "us state"
+
+
 def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):
     """Before and after, one line per record, whatever the batches; the metrics follow from them."""
     module = EditModule(lm, [1], moments={1: torch.eye(lm.key_width(1))}, evaluation=EVERYTHING)
