@@ -167,8 +167,8 @@ def check_texts(rows: Sequence[dict[str, Any]]) -> None:
     texts = [each["text"] for row in rows for each in row["generations"]]
     if texts and not any(text.strip() for text in texts):
         raise ConfigError(
-            f"the model wrote nothing after any of {len(texts)} prompts, so its texts say nothing of an edit; look at the "
-            "end-of-text token of its generation config, or set evaluation.texts_every to 0"
+            f"the model wrote nothing after any of {len(texts)} prompts, so its texts say nothing of an edit; look at "
+            "the end-of-text token of its generation config, or set evaluation.texts_every to 0"
         )
 
 
