@@ -4,6 +4,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,10 @@ from conftest import ARCHITECTURES
 from safetensors.torch import load_file, save_file
 
 from cakeflow import read_requests
+from cakeflow.data import builtin_facts
+from cakeflow.metrics.text import fluency
+from cakeflow.model import load_model
+from cakeflow.scoring import KINDS, score_records
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "parity.py"
 BARS = {"gpt2": (1e-10, 1e-6), "llama": (1e-5, 1e-4)}
@@ -31,11 +36,13 @@ RECORDINGS = [
 
 @pytest.fixture(scope="module")
 def parity():
+    sys.path.insert(0, str(SCRIPT.parent))  # as when it is run
     spec = importlib.util.spec_from_file_location("parity", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     sys.modules["parity"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
+    sys.path.remove(str(SCRIPT.parent))
     del sys.modules["parity"]
 
 
@@ -102,4 +109,53 @@ def test_main_exits_1_where_nothing_was_compared(parity, golden, tmp_path, monke
     shutil.copy(golden / "requests.json", tmp_path)
     (tmp_path / "tiny").mkdir()
     monkeypatch.setattr(sys, "argv", ["parity.py", "--golden", str(tmp_path)])
+    assert parity.main() == 1
+
+
+def recorded_evaluation(lm, records, folder):
+    """What the official code would have recorded of a tiny model, by plain passes; CounterFact, zsRE and a text."""
+    scores = score_records(lm, records, "official")
+    cases = []
+    for index, record in enumerate(records):
+        case = {"case_id": record.case_id}
+        for number, kind in enumerate(KINDS):
+            chosen = (scores.record == index) & (scores.kind == number)
+            sides = (("target_new", "target_true"), ("target_true", "target_new"))[number == 2]
+            pairs = zip(scores.wanted[chosen].tolist(), scores.rival[chosen].tolist(), strict=True)
+            case[f"{kind}_prompts_probs"] = [{sides[0]: -wanted, sides[1]: -rival} for wanted, rival in pairs]
+            case[f"{kind}_prompts_correct"] = scores.correct[chosen].tolist()
+        cases.append(case)
+    texts = {"texts": ["a b a b", "a b c d"], "ngram_entropy": (fluency("a b a b") + fluency("a b c d")) / 2}
+    path = folder / "recording.json"
+    path.write_text(json.dumps({"counterfact": cases, "fluency": [texts]}))
+    (folder / "records.json").write_text(json.dumps([record.to_dict() for record in records]))
+    return path
+
+
+@pytest.mark.parametrize("spoil", ["nothing", "nll", "flag", "entropy"])
+def test_the_evaluation_exits_1_where_numbers_differ(parity, lm, tmp_path, monkeypatch, capsys, spoil):
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    records = [replace(record, case_id=number) for number, record in enumerate(builtin_facts()[:3])]
+    path = recorded_evaluation(load_model(tmp_path / "model"), records, tmp_path)
+    recording = json.loads(path.read_text())
+    if spoil == "nll":
+        recording["counterfact"][1]["paraphrase_prompts_probs"][0]["target_new"] += 2e-4
+    elif spoil == "flag":
+        recording["counterfact"][2]["neighborhood_prompts_correct"][0] ^= True
+    elif spoil == "entropy":
+        recording["fluency"][0]["ngram_entropy"] += 1e-6
+    path.write_text(json.dumps(recording))
+    words = ["--evaluation", path, "--counterfact", tmp_path / "records.json", "--model", tmp_path / "model"]
+    monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, words)])
+    assert parity.main() == int(spoil != "nothing")
+    assert "counterfact" in capsys.readouterr().out
+
+
+def test_an_evaluation_with_nothing_to_compare_exits_1(parity, lm, tmp_path, monkeypatch):
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "recording.json").write_text("{}")
+    words = ["--evaluation", str(tmp_path / "recording.json"), "--model", str(tmp_path / "model")]
+    monkeypatch.setattr(sys, "argv", ["parity.py", *words])
     assert parity.main() == 1
