@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from typing import Generic, TypeVar
 
 import torch
@@ -17,11 +17,15 @@ T = TypeVar("T")
 
 
 class _Rows:
-    """A matrix that rows are added to; its memory doubles when full, so that adding copies the new rows only."""
+    """A matrix that rows are added to; its memory doubles when full, so that adding copies the new rows only.
+
+    Remembers which rows came together: what is derived from them group by group has the same bits whenever it is done.
+    """
 
     def __init__(self) -> None:
         self._memory: Tensor | None = None
         self._size = 0
+        self._ends: list[int] = []
 
     def __len__(self) -> int:
         return self._size
@@ -35,6 +39,14 @@ class _Rows:
             self._memory = memory
         self._memory[self._size : end] = rows
         self._size = end
+        self._ends.append(end)
+
+    def since(self, start: int) -> Iterator[Tensor]:
+        """The rows from ``start`` on, as they came."""
+        for end in self._ends:
+            if end > start:
+                yield self.rows[start:end]
+                start = end
 
     @property
     def rows(self) -> Tensor:
@@ -151,21 +163,21 @@ class KeyHistory:
             keys: Keys of the batch in hand, no part of the history yet.
         """
         child, last = self._derived.setdefault(name, (KeyHistory(), _Last(transform)))
-        if len(child) < len(self):
-            child.append(last(self._rows.rows[len(child) :]))
+        for fresh in self._rows.since(len(child)):
+            child.append(last(fresh))
         return child, last(keys)
 
     def factor(self, name: Hashable, transform: Map) -> GramFactor:
         """The Gram factor under the symmetric map ``transform``, grown to all rows."""
         factor = self._factors.setdefault(name, GramFactor(transform))
-        if len(factor) < len(self):
-            factor.grow(self._rows.rows[len(factor) :])
+        for fresh in self._rows.since(len(factor)):
+            factor.grow(fresh)
         return factor
 
     def outer(self) -> Float[Tensor, "d_in d_in"] | float:
         """Sum of the keys' outer products (0 where there are none), extended when rows are added."""
         done, total = self._outer
-        if done < len(self):
-            fresh = self._rows.rows[done:]
-            self._outer = len(self), total + fresh.T @ fresh
-        return self._outer[1]
+        for fresh in self._rows.since(done):
+            total = total + fresh.T @ fresh
+        self._outer = len(self), total
+        return total
