@@ -10,18 +10,19 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentParser, auto_cli
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
 
 from cakeflow.commands import COMMANDS
 from cakeflow.data import EditDataModule
-from cakeflow.editor import TRAINER_DEFAULTS, Run, default_logger, run_evaluate, run_fit, with_progress_bar
-from cakeflow.errors import EditError
+from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
+from cakeflow.errors import ConfigError, EditError
 from cakeflow.generation import continuations
 from cakeflow.module import EditModule
 from cakeflow.plugins import load_plugins
 from cakeflow.report import metrics_table, phases_table, texts_table
+from cakeflow.run import Run, run_evaluate, run_fit
 
 SHOWN = 5
 """Generations shown before and after."""
@@ -46,11 +47,17 @@ class EditCLI(LightningCLI):
             "evaluate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
         }
 
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """The run folder: an interrupted run goes on when its command is given again."""
+        parser.add_argument("--run", type=str | None, default=None, help="run folder; an interrupted run there goes on")
+
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer with a progress bar that leaves room for ours, and a run folder unless the user says otherwise."""
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
-            config["logger"] = default_logger()
+            config["logger"] = default_logger(self._get(self.config_init, "run"))
+        elif self._get(self.config_init, "run") is not None:
+            raise ConfigError("--run names a folder, and so does trainer.logger; leave out one of them")
         config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
         return super().instantiate_trainer(**kwargs)
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +15,10 @@ from cakeflow.architecture import Architecture
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
-from cakeflow.evaluation import check_texts
-from cakeflow.files import write_text
 from cakeflow.journal import Journal
 from cakeflow.model import LanguageModel
 from cakeflow.module import EditModule
+from cakeflow.run import Run, run_evaluate, run_fit
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
@@ -33,31 +28,6 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 """What editing needs of a Trainer; everything else is the user's choice."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What one ``fit`` did.
-
-    Attributes:
-        before: Metrics of the model as it was, by name.
-        after: Metrics of the edited model.
-        timings: Seconds per phase.
-        peaks: Most memory in each phase beyond the unedited model, in bytes; nan where it cannot be known.
-        logged: Everything that was logged while editing, as of the last batch: what ``report.plot_layers`` draws.
-        protocol: Names how the metrics were measured; numbers with different ones are not comparable.
-        journal: Every edit batch of this model so far.
-        folder: Where metrics, config and journal lie, if the Trainer's logger has a folder.
-    """
-
-    before: dict[str, float]
-    after: dict[str, float]
-    timings: dict[str, float]
-    peaks: dict[str, float]
-    logged: dict[str, float]
-    protocol: str
-    journal: Journal
-    folder: Path | None
 
 
 class Editor:
@@ -129,7 +99,9 @@ class Editor:
         """Every edit batch so far."""
         return self.module.journal
 
-    def fit(self, requests: Any, batch_size: int | None = None, *, evaluate: bool = True) -> Run:
+    def fit(
+        self, requests: Any, batch_size: int | None = None, *, evaluate: bool = True, run: str | Path | None = None
+    ) -> Run:
         """Edit facts in place: when this returns, ``editor.model`` states them.
 
         Args:
@@ -137,15 +109,18 @@ class Editor:
                 ``datasets.Dataset``.
             batch_size: Edits in one batch; None edits all at once.
             evaluate: Whether to measure before and after.
+            run: The run folder, where the Trainer's logger has none of its own. If it holds an interrupted run of the
+                same experiment, that goes on: the result is, bit for bit, that of a run without interruption.
 
         Returns:
             Metrics, timings, journal and run folder.
 
         Raises:
             RequestError: Listing every bad request; the model is not touched.
+            ResumeError: If the folder holds another run, saying what differs, or a finished one.
         """
         data = EditDataModule(requests, batch_size)
-        return run_fit(self.trainer(), self.module, data, evaluate=evaluate)
+        return run_fit(self.trainer(run), self.module, data, evaluate=evaluate)
 
     def evaluate(self, requests: Any, batch_size: int = 16) -> dict[str, float]:
         """Metrics of the model as it is now.
@@ -160,25 +135,51 @@ class Editor:
         data = EditDataModule(requests, eval_batch_size=batch_size)
         return run_evaluate(self.trainer(), self.module, data, "now")
 
-    def rollback(self, steps: int | None = None) -> None:
-        """Take back the last ``steps`` edit batches (default: all), bit for bit."""
-        self.journal.rollback(steps)
+    def load(self, run: str | Path) -> None:
+        """Edit the unedited model as a run did, finished or not: the same bits, in seconds.
+
+        Raises:
+            ResumeError: If this is another model, or has edits.
+            LedgerError: If the run's files are not those that were written.
+        """
+        self.journal.load(Path(run) / "journal")
+
+    def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
+        """Take back the last ``steps`` edit batches (default: all), or one by its number; bit for bit."""
+        self.journal.rollback(steps, batch=batch)
+
+    def reverted(self) -> AbstractContextManager[None]:
+        """The unedited model for a while: ``with editor.reverted(): ...``."""
+        return self.journal.reverted()
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the edited model and its tokenizer in the Hugging Face format (safetensors)."""
         self.model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
 
-    def trainer(self) -> L.Trainer:
-        """A Trainer with the arguments given to this editor."""
-        chosen = {**TRAINER_DEFAULTS, "logger": default_logger(), **self._trainer}
+    def trainer(self, run: str | Path | None = None) -> L.Trainer:
+        """A Trainer with the arguments given to this editor.
+
+        Args:
+            run: The run folder.
+
+        Raises:
+            ConfigError: If the arguments have a logger with a folder of its own.
+        """
+        if run is not None and self._trainer.get("logger") not in (None, True):
+            raise ConfigError(
+                f"run={str(run)!r}, but the Trainer's logger has a folder of its own; leave out one of them"
+            )
+        chosen = {**TRAINER_DEFAULTS, "logger": default_logger(run), **self._trainer}
         chosen["callbacks"] = with_progress_bar(chosen.get("callbacks"), chosen.get("enable_progress_bar"))
         return L.Trainer(**chosen)
 
 
-def default_logger() -> CSVLogger:
-    """Metrics as CSV under ``runs/cakeflow/version_N``, which is also the run folder."""
-    return CSVLogger("runs", name="cakeflow")
+def default_logger(run: str | Path | None = None) -> CSVLogger:
+    """Metrics as CSV in the run folder: the one that is named, or ``runs/cakeflow/version_N``."""
+    if run is None:
+        return CSVLogger("runs", name="cakeflow")
+    return CSVLogger(Path(run).parent, name="", version=Path(run).name)
 
 
 def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:
@@ -187,89 +188,3 @@ def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:
     if enabled is not False and not any(isinstance(callback, ProgressBar) for callback in chosen):
         chosen.append(TQDMProgressBar())
     return chosen
-
-
-def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> Run:
-    """Measure, edit, measure again and write the journal: what ``Editor.fit`` and ``cakeflow fit`` both do."""
-    module.timings.clear()
-    module.peaks.clear()
-    before: dict[str, float] = {}
-    if evaluate:
-        before = run_evaluate(trainer, module, data, "before")
-        check_texts(module.outcomes)
-    module.stage = "after"
-    with _expected_warnings():
-        trainer.fit(
-            module,
-            train_dataloaders=data.train_dataloader(),
-            val_dataloaders=data.val_dataloader() if evaluate else None,
-        )
-    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    if evaluate and module.evaluated != len(module.journal):  # the last validation came before the last batch
-        run_evaluate(trainer, module, data, "after")
-    after, timings, peaks = _metrics(trainer, "after"), dict(module.timings), dict(module.peaks)
-    folder = run_folder(trainer)
-    if folder is not None:
-        module.journal.save(folder / "journal")
-        if evaluate:
-            _write_outcomes(folder, "after", module)
-        found = {
-            "metrics": {"before": _without_nan(before), "after": _without_nan(after)},
-            "protocol": module.evaluation.id,
-            "edits": len(data.requests),
-            "timings": timings,
-            "peaks": _without_nan(peaks),
-        }
-        write_text(folder / "run.json", json.dumps({**module.describe(), **found}, indent=1, ensure_ascii=False))
-    return Run(before, after, timings, peaks, logged, module.evaluation.id, module.journal, folder)
-
-
-def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> dict[str, float]:
-    """Score the records through the Trainer and log the metrics as ``stage/...``."""
-    module.check_records(data.requests)
-    module.stage = stage
-    with _expected_warnings():
-        trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
-    folder = run_folder(trainer)
-    if folder is not None:
-        _write_outcomes(folder, stage, module)
-    return _metrics(trainer, stage)
-
-
-def run_folder(trainer: L.Trainer) -> Path | None:
-    """Where a Trainer's logger keeps its files, if it does."""
-    return Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
-
-
-def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no nan."""
-    return {name: None if value != value else value for name, value in numbers.items()}
-
-
-def _write_outcomes(folder: Path, stage: str, module: EditModule) -> None:
-    """What every record answered, one line each."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in module.outcomes)
-    write_text(folder / f"{stage}.jsonl", "".join(f"{line}\n" for line in lines))
-
-
-def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:
-    prefix = f"{stage}/"
-    return {
-        name.removeprefix(prefix): float(v) for name, v in trainer.callback_metrics.items() if name.startswith(prefix)
-    }
-
-
-@contextmanager
-def _expected_warnings() -> Iterator[None]:
-    """Silences what Lightning rightly says of training and is meant here: no optimizer, no workers, evaluation mode."""
-    with warnings.catch_warnings():
-        for message in (
-            "configure_optimizers",
-            "does not have many workers",
-            "in eval mode",
-            "have no `val_dataloader`",
-            "training_step. returned",
-            ".isinstance.treespec, LeafSpec",
-        ):
-            warnings.filterwarnings("ignore", message=f".*{message}")
-        yield

@@ -64,6 +64,14 @@ class RunFolderError(EditError, ValueError):
     """A run folder that is none, or that has a broken file."""
 
 
+class LedgerError(RunFolderError):
+    """A ledger that was changed after it was written, or files that are not those it tells of."""
+
+
+class ResumeError(EditError, ValueError):
+    """A run that cannot go on where it stopped, because something differs."""
+
+
 class PluginError(EditError, ImportError):
     """Installed plugins that cannot be used."""
 

@@ -1,11 +1,12 @@
-"""What was done to the weights: applied step by step, taken back bit for bit, written to disk."""
+"""What was done to the weights: applied batch by batch, whole or not at all, and taken back bit for bit."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
@@ -13,53 +14,29 @@ import torch
 from torch import Tensor
 
 from cakeflow.architecture import Site, is_transposed
-from cakeflow.errors import NumericalError
-from cakeflow.files import write_tensors, write_text
+from cakeflow.errors import ConfigError, NumericalError, ResumeError
+from cakeflow.files import uninterrupted
 from cakeflow.history import KeyHistory
 from cakeflow.model import LanguageModel
 from cakeflow.problem import LayerProblem, Update
+from cakeflow.record import EditStep, LayerStep, Record, circumstances, request_hash, tensor_hash
 from cakeflow.request import EditRequest
 
-
-@dataclass(frozen=True, eq=False)
-class LayerStep:
-    """What one batch did to one layer.
-
-    Attributes:
-        layer: Index of the block.
-        keys: n x d_in, the keys that were used.
-        update: The change, as factors where it has low rank.
-        numbers: Share, residual and update norms, as logged.
-    """
-
-    layer: int
-    keys: Tensor
-    update: Update
-    numbers: dict[str, float]
-
-
-@dataclass(eq=False)
-class EditStep:
-    """What one edit batch did.
-
-    Attributes:
-        requests: The facts.
-        layers: One entry per edited layer, in order.
-        targets: Per request: loss, probability and steps of its target value.
-        values: Anchor layer -> target values, n x d_out.
-    """
-
-    requests: tuple[EditRequest, ...]
-    layers: list[LayerStep] = field(default_factory=list)
-    targets: list[dict[str, float]] = field(default_factory=list)
-    values: dict[int, Tensor] = field(default_factory=dict)
+UNLIKE = "come out otherwise than recorded: another machine, library or number of threads; edit again there"
 
 
 class Journal(Sequence[EditStep]):
     """The committed edit batches of one model, oldest first, and the only code that changes its weights.
 
     Originals of every touched weight are kept as they were: undoing restores them, because W + D - D is not W in
-    floating point. Weights in half precision get a float32 master that collects the changes.
+    floating point. Weights in half precision get a float32 master that collects the changes. ``sys.audit`` events named
+    ``cakeflow.journal`` mark the moments at which a batch could fail.
+
+    Attributes:
+        steps: The batches.
+        originals: Layer -> its weight before any edit, as the module has it.
+        record: Where all of it is kept on disk, if it is.
+        pending: The batch that is being made, if one is.
 
     Args:
         lm: The model.
@@ -69,8 +46,11 @@ class Journal(Sequence[EditStep]):
         self.lm = lm
         self.steps: list[EditStep] = []
         self.originals: dict[int, Tensor] = {}
+        self.record: Record | None = None
+        self.pending: EditStep | None = None
         self._masters: dict[int, Tensor] = {}
         self._history: dict[int, KeyHistory] = {}
+        self._count = 0
 
     @overload
     def __getitem__(self, index: int) -> EditStep: ...
@@ -85,7 +65,7 @@ class Journal(Sequence[EditStep]):
     @property
     def edits(self) -> int:
         """Facts edited so far."""
-        return sum(len(step.requests) for step in self.steps)
+        return sum(len(step.hashes) for step in self.steps)
 
     def history(self, layer: int) -> KeyHistory:
         """Keys of all committed batches at a layer."""
@@ -100,15 +80,34 @@ class Journal(Sequence[EditStep]):
 
     @contextmanager
     def batch(self, requests: Sequence[EditRequest]) -> Iterator[EditStep]:
-        """A batch in the making: committed as a whole when the body ends, taken back as a whole if it raises."""
-        step = EditStep(tuple(requests))
+        """A batch in the making: committed as a whole when the body ends, taken back as a whole if it raises.
+
+        When this returns, the batch is on disk if the journal is kept there.
+        """
+        step, known = EditStep(tuple(requests)), set(self.originals)
+        self.pending = step
         try:
             yield step
+            with uninterrupted():
+                self._commit(step, known)
         except BaseException:
-            self._restore(len(self.steps), {part.layer for part in step.layers})
+            if step.number < 0:
+                with uninterrupted():
+                    self._take_back(step, known)
             raise
-        self.steps.append(step)
-        self._remember(step)
+        finally:
+            self.pending = None
+
+    def recall(self, requests: Sequence[EditRequest]) -> EditStep | None:
+        """Do again what the interrupted run that is kept here did next, if that was a batch.
+
+        Raises:
+            ResumeError: If it was one of other requests, or does not lead to the same weights here.
+        """
+        step = self.record.next_step(tuple(map(request_hash, requests))) if self.record else None
+        if step is not None:
+            self._replay(step)
+        return step
 
     @contextmanager
     def trial(self) -> Iterator[EditStep]:
@@ -117,7 +116,7 @@ class Journal(Sequence[EditStep]):
         try:
             yield step
         finally:
-            self._restore(len(self.steps), {part.layer for part in step.layers})
+            self._restore({part.layer for part in step.layers})
 
     def apply(self, step: EditStep, layer: int, problem: LayerProblem, update: Update) -> dict[str, float]:
         """Add an update to a layer's weight and note it in the step.
@@ -131,8 +130,7 @@ class Journal(Sequence[EditStep]):
         norm, residual = update.norm(), float(problem.residual.norm(dim=1).mean())
         weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
         numbers = {"residual": residual, "update": norm, "relative_update": norm / weight}
-        step.layers.append(LayerStep(layer, problem.keys.cpu(), update.to("cpu"), numbers))
-        self._add(layer, update)
+        self._change(step, LayerStep(layer, problem.keys.cpu(), update.to("cpu"), numbers))
         return numbers
 
     def settle(self, step: EditStep) -> bool:
@@ -140,7 +138,7 @@ class Journal(Sequence[EditStep]):
         chosen = [index for index, part in enumerate(step.layers) if part.update.kept is not None]
         for index in chosen:
             part = step.layers[index]
-            self._restore(len(self.steps), {part.layer})
+            self._restore({part.layer})
             kept = part.update.kept
             assert kept is not None
             self._add(part.layer, kept)
@@ -154,6 +152,8 @@ class Journal(Sequence[EditStep]):
         Args:
             rule: Takes a weight before any edit and now, d_out x d_in; gives what it becomes, or the latter as it is.
         """
+        if self.recall(()):
+            return
         changes: dict[int, Tensor] = {}
         for layer in sorted({part.layer for step in self.steps for part in step.layers}):
             master = self._masters.get(layer, self.lm.weight(layer)).detach()
@@ -165,14 +165,47 @@ class Journal(Sequence[EditStep]):
             with self.batch(()) as step:
                 for layer, change in changes.items():
                     update = Update(change.cpu())
-                    step.layers.append(LayerStep(layer, update.right[:0], update, {"update": update.norm()}))
-                    self._add(layer, update)
+                    self._change(step, LayerStep(layer, update.right[:0], update, {"update": update.norm()}))
 
-    def rollback(self, steps: int | None = None) -> None:
-        """Take back the last ``steps`` batches (default: all), bit for bit."""
-        kept = 0 if steps is None else max(0, len(self.steps) - steps)
-        self._restore(kept, set(self.originals))
-        del self.steps[kept:]
+    def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
+        """Take back the last ``steps`` batches (default: all), or one named batch; bit for bit.
+
+        Args:
+            steps: How many.
+            batch: Number of one batch (``EditStep.number``): the weights become what they would be without its change,
+                later ones, as they were found, put on top again.
+
+        Raises:
+            ConfigError: If there is no such batch, or both are given.
+        """
+        if batch is not None and (steps is not None or batch not in [step.number for step in self.steps]):
+            known = ", ".join(str(step.number) for step in self.steps) or "none"
+            raise ConfigError(f"no single batch {batch} to take back; there are {known}")
+        kept = self.steps[: 0 if steps is None else max(0, len(self.steps) - steps)]
+        if batch is not None:
+            kept = [step for step in self.steps if step.number != batch]
+        with uninterrupted():
+            self._keep(kept)
+
+    def _keep(self, kept: list[EditStep]) -> None:
+        """Have only these steps left, in memory and on disk, or, if that fails, all that there are."""
+        before, gone = self.steps, [step for step in self.steps if step not in kept]
+        layers = {part.layer for step in gone for part in step.layers}
+        afresh = kept != before[: len(kept)]  # later batches now stand on other weights
+        try:
+            self._become(kept, layers, afresh=afresh)
+            sys.audit("cakeflow.journal", "rollback")
+            if self.record and gone:
+                hashes = {layer: tensor_hash(self.lm.weight(layer)) for layer in sorted(layers)}
+                self.record.rollback([step.number for step in gone], hashes)
+        except BaseException:
+            self._become(before, layers, afresh=afresh)
+            raise
+
+    def _become(self, steps: list[EditStep], layers: set[int], *, afresh: bool = False) -> None:
+        """The state after these steps; ``layers`` are those in which it differs from the present one."""
+        self.steps = list(steps)
+        self._restore(layers, afresh=afresh)
         self._history.clear()
         for step in self.steps:
             self._remember(step)
@@ -194,22 +227,133 @@ class Journal(Sequence[EditStep]):
         self.lm.weight(layer).copy_(weight)
 
     def save(self, folder: Path) -> None:
-        """Write the originals, every step's factors and keys, and a line of JSON per step."""
-        write_tensors(folder / "originals.safetensors", {str(layer): w for layer, w in self.originals.items()})
-        lines = []
-        for number, step in enumerate(self.steps):
-            name = f"step-{number:05d}.safetensors"
-            write_tensors(folder / name, _tensors(step))
-            lines.append(json.dumps(_summary(step, name), ensure_ascii=False))
-        write_text(folder / "journal.jsonl", "".join(line + "\n" for line in lines))
+        """Write an account of all batches into a folder of its own.
+
+        Raises:
+            ConfigError: If there is one already.
+        """
+        record = Record(folder)
+        if record.tape:
+            raise ConfigError(f"{folder} holds a journal already; choose another folder")
+        self._tell(record)
+
+    def keep(self, record: Record, run: Mapping[str, Any]) -> None:
+        """Keep the journal in a folder from now on, batch by batch.
+
+        What a folder holds of batches before its run is done again at once, the run's own by ``recall``.
+
+        Args:
+            record: Where.
+            run: What decides the outcome of the run that begins.
+
+        Raises:
+            ResumeError: If the folder holds another run, or a finished one.
+        """
+        kinds = [entry.kind for entry in record.tape]
+        if "end" in kinds or "rollback" in kinds:
+            raise ResumeError(f"{record.folder} holds a finished run; start this one in another folder")
+        if kinds and self.steps:
+            raise ResumeError(f"{record.folder} holds a run; to go on with it, start with the unedited model")
+        self.record = record
+        self._tell(record)
+        while record.tape and record.tape[0].kind == "batch":
+            self._replay(record.read_step(record.tape.popleft()))
+        record.note("run", {**run, **circumstances()})
+
+    def load(self, folder: Path) -> None:
+        """Do again every batch that a folder tells of and that was not taken back; the journal is kept there from now.
+
+        Raises:
+            ResumeError: If there are edits already, the model is another one, or other weights come out here.
+            LedgerError: If the account is broken.
+        """
+        if self.steps:
+            raise ResumeError(f"{len(self.steps)} batches were edited already; load into the unedited model")
+        record = Record(folder)
+        record.note("model", self.base)
+        record.tape.clear()
+        try:
+            for step in record.steps():
+                self._replay(step, check=False)
+            self._check(record.weights(), str(folder))
+        except BaseException:
+            self.rollback()
+            raise
+        self.record, self._count = record, record.count
+
+    @cached_property
+    def base(self) -> dict[str, str]:
+        """Which model this is: hash and type of its weights before any edit."""
+        with self.reverted():
+            return {"fingerprint": self.lm.fingerprint(), "dtype": str(self.lm.dtype)}
+
+    def _tell(self, record: Record) -> None:
+        """Tell a record what was done so far."""
+        record.note("model", self.base)
+        known: set[int] = set()
+        for step in self.steps if not record.tape else ():
+            layers = {part.layer for part in step.layers} - known
+            record.commit(step, step.number, {layer: self.originals[layer] for layer in layers})
+            known |= layers
+
+    def _commit(self, step: EditStep, known: set[int]) -> None:
+        """Settle a batch; whatever can fail comes before the record's last word."""
+        sys.audit("cakeflow.journal", "commit")
+        for part in step.layers:
+            step.after[part.layer] = tensor_hash(self.lm.weight(part.layer))
+        self._remember(step)
+        sys.audit("cakeflow.journal", "remembered")
+        if self.record:
+            fresh = {layer: tensor for layer, tensor in self.originals.items() if layer not in known}
+            self.record.commit(step, self._count, fresh)
+        step.number = self._count
+        self._count += 1
+        self.steps.append(step)
+
+    def _take_back(self, step: EditStep, known: set[int]) -> None:
+        """Undo what a batch that failed did until then."""
+        self._become(self.steps, {part.layer for part in step.layers})
+        for layer in set(self.originals) - known:
+            del self.originals[layer]
+            self._masters.pop(layer, None)
+
+    def _replay(self, step: EditStep, *, check: bool = True) -> None:
+        """Do a recorded batch again, or nothing of it."""
+        known = set(self.originals)
+        try:
+            for part in step.layers:
+                self._add(part.layer, part.update)
+            if check:
+                self._check(step.after, f"batch {step.number}")
+            self._remember(step)
+        except BaseException:
+            with uninterrupted():
+                self._take_back(step, known)
+            raise
+        self.steps.append(step)
+        self._count = max(self._count, step.number + 1)
+
+    def _check(self, hashes: Mapping[int, str], what: str) -> None:
+        differing = [layer for layer, told in hashes.items() if tensor_hash(self.lm.weight(layer)) != told]
+        if differing:
+            raise ResumeError(f"{what}: the weights of layers {differing} {UNLIKE}")
 
     def _transposed(self, layer: int) -> bool:
         return is_transposed(self.lm.module(Site(layer, "mlp_out")))
 
     def _remember(self, step: EditStep) -> None:
         """Add a step's keys to the histories; those at a run's end have none."""
-        for part in step.layers if step.requests else ():
-            self.history(part.layer).append(part.keys.to(self.lm.device))
+        for part in step.layers:
+            if len(part.keys):
+                self.history(part.layer).append(part.keys.to(self.lm.device))
+
+    def _change(self, step: EditStep, part: LayerStep) -> None:
+        """Note a layer's change in a batch, then make it."""
+        step.before[part.layer] = tensor_hash(self.lm.weight(part.layer))
+        step.layers.append(part)
+        sys.audit("cakeflow.journal", f"layer {part.layer}")
+        self._add(part.layer, part.update)
+        sys.audit("cakeflow.journal", f"layer {part.layer} changed")
 
     @torch.no_grad()
     def _add(self, layer: int, update: Update) -> None:
@@ -230,30 +374,18 @@ class Journal(Sequence[EditStep]):
             )
 
     @torch.no_grad()
-    def _restore(self, kept: int, layers: set[int]) -> None:
-        """The weights of ``layers`` as they were after the first ``kept`` steps: originals, then the same additions."""
+    def _restore(self, layers: set[int], *, afresh: bool = False) -> None:
+        """The weights of ``layers`` as they are after all steps: originals, then the same additions.
+
+        ``afresh`` takes the steps' hashes again.
+        """
         for layer in layers & set(self.originals):
             self._write(layer, self.originals[layer])
             self._masters.pop(layer, None)
-            for step in self.steps[:kept]:
+            for step in self.steps:
                 for part in step.layers:
                     if part.layer == layer:
+                        before = tensor_hash(self.lm.weight(layer)) if afresh else ""
                         self._add(layer, part.update)
-
-
-def _tensors(step: EditStep) -> dict[str, Tensor]:
-    tensors = {f"{layer}/target": values for layer, values in step.values.items()}
-    for part in step.layers:
-        tensors |= {f"{part.layer}/keys": part.keys, f"{part.layer}/right": part.update.right}
-        if part.update.left is not None:
-            tensors[f"{part.layer}/left"] = part.update.left
-    return tensors
-
-
-def _summary(step: EditStep, name: str) -> dict[str, Any]:
-    return {
-        "file": name,
-        "requests": [request.to_dict() for request in step.requests],
-        "targets": step.targets,
-        "layers": {part.layer: part.numbers for part in step.layers},
-    }
+                        if afresh:
+                            step.before[layer], step.after[layer] = before, tensor_hash(self.lm.weight(layer))

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
@@ -30,12 +32,13 @@ from cakeflow.data.module import Records
 from cakeflow.errors import ConfigError, EditError, NumericalError
 from cakeflow.evaluation import Evaluation
 from cakeflow.history import KeyHistory
-from cakeflow.journal import EditStep, Journal
+from cakeflow.journal import Journal
 from cakeflow.keys import FactReader
 from cakeflow.loss import WeightLoss
 from cakeflow.memory import GIB, Footprint, PeakMemory
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
+from cakeflow.record import EditStep, Record, request_hash, run_folder
 from cakeflow.request import EditRequest
 from cakeflow.solvers import LeastSquares, Solver
 from cakeflow.statistics import Statistics
@@ -43,6 +46,12 @@ from cakeflow.targets import TargetOptimizer, Targets
 from cakeflow.tracing import locate
 from cakeflow.weighters import Scores, Uniform, Weighter
 from cakeflow.weighters.base import effective_layers
+
+SETTINGS = (
+    "layers", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
+    "evaluation",
+)  # fmt: skip
+"""Attributes of a module that decide the outcome of its edits, beside the model."""
 
 
 class EditModule(L.LightningModule):
@@ -72,6 +81,7 @@ class EditModule(L.LightningModule):
         memory_budget: Most memory in GiB that edits may take beyond the model: target values are looked for in parts
             that fit, second moments in several passes, and a batch that fits in no way is refused. None keeps to 8 GiB
             where there is a choice, and refuses nothing.
+        record_texts: Whether the run folder's ledger has the texts of the requests; it always has their hashes.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model.
@@ -97,6 +107,7 @@ class EditModule(L.LightningModule):
         evaluation: Evaluation = Evaluation(),
         metrics: Sequence[Metric] = (),
         memory_budget: float | None = None,
+        record_texts: bool = True,
     ) -> None:
         super().__init__()
         self.layers: list[int] = []
@@ -115,7 +126,6 @@ class EditModule(L.LightningModule):
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self._memory: PeakMemory | None = None
         self.stage = "after"
-        self.fingerprint: str = ""
         self.evaluation, self.metrics = evaluation, evaluation.metrics(metrics)
         self._asked = {type(metric).__name__.lower() for metric in metrics} | (
             {"fluency"} if evaluation.texts_every else set()
@@ -124,7 +134,8 @@ class EditModule(L.LightningModule):
         self.evaluated = -1
         self._finished = False
         self._source = base
-        self._name = base.model.name_or_path if isinstance(base, LanguageModel) else str(base)
+        self.name = base.model.name_or_path if isinstance(base, LanguageModel) else str(base)
+        self.record_texts, self._given = record_texts, self.settings()
         self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
         if isinstance(base, LanguageModel):
             self._adopt(base)
@@ -143,8 +154,16 @@ class EditModule(L.LightningModule):
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
         self._finished = False
         self.model.eval()
-        self.fingerprint = self.fingerprint or self.lm.fingerprint()
+        folder, record = run_folder(self.trainer), self.journal.record
+        if folder and (record is None or record.folder != folder / "journal"):
+            loader = self.trainer.train_dataloader
+            asked = [request for records in loader or () for request in records.requests]
+            self.keep(folder / "journal", asked, getattr(loader, "batch_size", None))
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.model.parameters()})
+        with self.journal.reverted():
+            self._prepare()
+
+    def _prepare(self) -> None:
         if self.contexts is None:
             self.contexts = generate_contexts(self.lm, self.seed)
         batches: list[EditBatch] = []
@@ -159,20 +178,25 @@ class EditModule(L.LightningModule):
             self.foresee(batch, sum(map(len, batches[:number])))
         with self.phase("statistics"):
             missing = [layer for layer in self.layers if layer not in self.covariances]
-            if missing and len(self.journal):
-                raise ConfigError(f"layers {missing} were added after edits; their statistics need the unedited model")
             if missing:
                 self.covariances |= self.statistics.collect(self.lm, missing, budget=self.budget)
 
     def training_step(self, records: Records, _: int) -> None:
+        """Edit a batch; one that an interrupted run did already is done again as recorded."""
+        if told := self.journal.recall(records.requests):
+            self.log_dict(told.numbers, batch_size=len(told.hashes))
+        else:
+            self.edit(records.requests)
+
+    def edit(self, requests: Sequence[EditRequest]) -> None:
         """Edit one batch: all layers, or, if anything fails, none."""
         assert self.contexts is not None
-        batch = encode_batch(self.lm, records.requests, self.contexts)
+        batch = encode_batch(self.lm, requests, self.contexts)
         given = self.weighter.weigh(self.lm, batch, self.layers)
         weights = checked_weights(self.weighter, given, len(batch), self.layers)
-        self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
         room = self.foresee(batch)
         with self.journal.batch(batch.requests) as step:
+            self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
             reader = FactReader(self.lm, batch, room.passing)
             wanted: dict[Site, Targets] = {}
             for turn in self.turns(weights, batch):
@@ -230,37 +254,46 @@ class EditModule(L.LightningModule):
         """Log every metric under the stage's name (``before`` or ``after``), and how many edits it follows."""
         self.log("edits", float(self.journal.edits))
         self.evaluated = len(self.journal)
-        self.log_dict({f"{self.stage}/{name}": value for name, value in self.metrics.compute().items()})
+        found = {name: float(value) for name, value in self.metrics.compute().items()}
+        self.log_dict({f"{self.stage}/{name}": value for name, value in found.items()})
+        if self.journal.record and self.stage in ("before", "after"):
+            told = {"stage": self.stage, "edits": self.journal.edits, "protocol": self.evaluation.id, "metrics": found}
+            self.journal.record.note("evaluation", told)
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        """Lightning's; what is logged while a batch is made becomes part of its account."""
+        if self.journal.pending is not None:
+            value = self.journal.pending.numbers[name] = float(value)
+        super().log(name, value, *args, **kwargs)
+
+    def keep(self, folder: Path, requests: Sequence[EditRequest], batch_size: int | None) -> None:
+        """Keep the journal in a folder from now on: see ``Journal.keep``.
+
+        Args:
+            folder: Where; a run that was interrupted there goes on.
+            requests: All that are edited in this run.
+            batch_size: Edits in a batch.
+        """
+        data = hashlib.sha256("".join(map(request_hash, requests)).encode()).hexdigest()
+        run = {
+            "model": self.name,
+            "settings": self._given,
+            "edits": len(requests),
+            "batch_size": batch_size,
+            "data": data,
+        }
+        self.setup()
+        self.journal.keep(Record(folder, texts=self.record_texts), run)
 
     def configure_optimizers(self) -> None:
         """None: weights change by closed form."""
 
-    def describe(self) -> dict[str, Any]:
-        """Everything that decides the outcome of a run, as JSON-ready data."""
-        parts = (
-            "layers",
-            "seed",
-            "use_history",
-            "weighter",
-            "allocator",
-            "solver",
-            "targets",
-            "statistics",
-            "contexts",
-            "evaluation",
-        )
-        settings = {name: getattr(self, name) for name in parts}
+    def settings(self) -> dict[str, Any]:
+        """What decides the outcome, as JSON-ready data; no object's address, which is another one in every process."""
+        values = {name: getattr(self, name) for name in SETTINGS}
         return {
-            "model": {
-                "source": self._name,
-                "fingerprint_before": self.fingerprint,
-                "dtype": str(self.lm.dtype),
-                "architecture": asdict(self.lm.architecture),
-            },
-            "settings": {
-                name: value if isinstance(value, (int, list)) else repr(value) for name, value in settings.items()
-            },
-            "versions": {name: version(name) for name in ("cakeflow", "torch", "transformers", "lightning")},
+            name: value if isinstance(value, (int, list)) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+            for name, value in values.items()
         }
 
     # ---- the parts of the walk ----

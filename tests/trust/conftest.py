@@ -1,0 +1,67 @@
+"""Tiny edits in three batches, with everything that they touch in sight."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cakeflow import Contexts, EditModule, Editor, LeastSquares, NullSpace, TargetOptimizer
+from cakeflow.model import LanguageModel
+from cakeflow.record import tensor_hash
+
+LAYERS = [1, 3]
+
+
+def module_of(lm: LanguageModel, **changes: Any) -> EditModule:
+    """An edit module that needs no statistics."""
+    width = lm.oriented(0).shape[1]
+    moment = torch.diag(torch.linspace(0, 0.04, width, dtype=torch.float64))
+    parts = {
+        "layers": LAYERS,
+        "contexts": Contexts(),
+        "targets": TargetOptimizer(steps=3, lr=0.3),
+        "solver": NullSpace(LeastSquares(0.5)),
+        "moments": dict.fromkeys(LAYERS, moment),
+    }
+    return EditModule(lm, **{**parts, **changes})
+
+
+def editor_of(lm: LanguageModel, trainer: dict[str, Any] | None = None, **changes: Any) -> Editor:
+    """An editor over it, quiet but for its run folder."""
+    quiet = {"enable_progress_bar": False, "accelerator": "cpu"}
+    return Editor(module_of(lm, **changes), {**quiet, **(trainer or {})})
+
+
+def state(lm: LanguageModel, module: EditModule) -> dict[str, str]:
+    """Hashes of every parameter and of every layer's key history."""
+    found = {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
+    for layer in range(lm.depth):
+        keys = module.journal.history(layer).keys
+        found[f"history {layer}"] = "" if keys is None else tensor_hash(keys)
+    return found
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Hashes of all files below a folder."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every moment is the same: what two runs write can then be compared byte by byte."""
+    from cakeflow import ledger
+
+    class Clock(ledger.datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> Clock:
+            return cls(2026, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(ledger, "datetime", Clock)

@@ -1,0 +1,135 @@
+"""A batch is done whole or not at all, in memory and on disk, wherever it is stopped."""
+
+import signal
+
+import pytest
+import torch
+from cakeflow_restrain import Prune, Rect
+
+from cakeflow import LeastSquares
+from cakeflow.errors import NumericalError
+from cakeflow.ledger import read_entries
+from cakeflow.solvers import Solver
+
+from .conftest import LAYERS, content, editor_of, state
+from .stops import STOPS
+
+ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def editor(tiny, request, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    tiny.model.to(request.param)
+    return editor_of(tiny)
+
+
+def one_batch(editor, requests):
+    """A batch through the journal, as a training step makes one, without a Trainer."""
+    journal = editor.journal
+    with journal.batch(requests) as step:
+        for layer in LAYERS:
+            weight = editor.module.lm.oriented(layer).double()
+            keys = torch.randn(len(requests), weight.shape[1], dtype=torch.float64)
+            residual = torch.randn(len(requests), weight.shape[0], dtype=torch.float64) / 10
+            problem = editor.module.problem(layer, None, keys, residual, keys)
+            journal.apply(step, layer, problem, LeastSquares(1.0).solve(problem))
+
+
+def test_every_moment_of_a_batch_is_a_place_to_fail(editor, requests, tmp_path):
+    """The moments are counted by a batch that goes through; then one batch fails at each of them, in each way."""
+    lm, module = editor.module.lm, editor.module
+    editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+    with STOPS.at(-1, None):
+        one_batch(editor, requests[2:4])
+    moments = list(STOPS.seen)
+    assert len(moments) >= 12
+    assert {event for event, *_ in moments} == {"cakeflow.journal", "cakeflow.files"}
+    before, files = state(lm, module), content(tmp_path / "run")
+    for place, moment in enumerate(moments):
+        for error in ERRORS:
+            with pytest.raises(error), STOPS.at(place, error):
+                one_batch(editor, requests[4:6])
+            assert STOPS.seen[-1][:2] == moment[:2] or len(STOPS.seen) > place
+            assert state(lm, module) == before, moment
+            assert content(tmp_path / "run") == files, moment
+            assert len(editor.journal) == 2
+    one_batch(editor, requests[4:6])
+    assert len(editor.journal) == 3
+    assert [
+        entry.body["batch"] for entry in read_entries(tmp_path / "run/journal/ledger.jsonl") if entry.kind == "batch"
+    ] == [0, 1, 2]
+    editor.rollback()
+    assert state(lm, module) != before
+
+
+def test_every_moment_of_a_rollback_is_a_place_to_fail(editor, requests, tmp_path):
+    """As many times over as there are moments: edit, fail to take back, take back."""
+    lm, wanted, places = editor.module.lm, None, [-1, 0]
+    for number, place in enumerate(places):
+        fresh = editor_of(lm)
+        fresh.fit(requests[:6], 2, evaluate=False, run=tmp_path / f"run-{number}")
+        before, files = state(lm, fresh.module), content(tmp_path / f"run-{number}")
+        if place >= 0:
+            with pytest.raises(RuntimeError), STOPS.at(place, RuntimeError):
+                fresh.rollback(batch=1)
+            assert state(lm, fresh.module) == before
+            assert content(tmp_path / f"run-{number}") == files
+        with STOPS.at(-1, None):
+            fresh.rollback(batch=1)
+        places += range(1, len(STOPS.seen)) if number == 0 else []
+        wanted = wanted or state(lm, fresh.module)
+        assert state(lm, fresh.module) == wanted != before
+        fresh.journal.rollback()
+    assert len(places) >= 4
+
+
+class Failing(LeastSquares):
+    """A solver that fails in the second batch."""
+
+    def solve(self, problem):
+        if len(problem.seen):
+            raise torch.OutOfMemoryError("no memory left")
+        return super().solve(problem)
+
+
+@pytest.mark.parametrize("wrap", [lambda s: s, Rect, Prune], ids=["plain", "rect", "prune"])
+def test_a_fit_that_fails_in_its_second_batch_keeps_the_first(lm, requests, tmp_path, wrap):
+    editor = editor_of(lm, solver=wrap(Failing(0.5)))
+    before = state(lm, editor.module)
+    with pytest.raises(torch.OutOfMemoryError):
+        editor.fit(requests[:5], 2, evaluate=False, run=tmp_path / "run")
+    assert [step.requests for step in editor.journal] == [tuple(requests[:2])]
+    editor.rollback()
+    assert state(lm, editor.module) == before
+
+
+def test_ctrl_c_waits_until_a_commit_is_through(lm, requests, tmp_path):
+    """A real signal in the middle of it: the batch is committed, then the interrupt is raised."""
+    editor = editor_of(lm)
+    editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+    with STOPS.at(-1, None):
+        one_batch(editor, requests[2:4])
+    start = next(place for place, moment in enumerate(STOPS.seen) if moment[1] == "commit")
+    for number, place in enumerate(range(start, len(STOPS.seen)), 3):
+        with pytest.raises(KeyboardInterrupt), STOPS.at(place, signal.SIGINT):
+            one_batch(editor, requests[4:6])
+        assert len(editor.journal) == number
+        entries = read_entries(tmp_path / "run/journal/ledger.jsonl")
+        assert sum(entry.kind == "batch" for entry in entries) == number
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_weight_that_is_not_finite_leaves_nothing(lm, requests, tmp_path):
+    class Wild(Solver):
+        def solve(self, problem):
+            update = LeastSquares(0.5).solve(problem)
+            return type(update)(update.right, update.left * float("inf"))
+
+    editor = editor_of(lm)
+    before = state(lm, editor.module)
+    editor.module.solver = Wild()
+    with pytest.raises(NumericalError):
+        editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+    assert state(lm, editor.module) == before
+    assert [entry.kind for entry in read_entries(tmp_path / "run/journal/ledger.jsonl")] == ["model", "run"]
