@@ -82,11 +82,13 @@ class EditCLI(LightningCLI):
 
 
 class _CommandParser(ArgumentParser):
-    """Takes ``runs`` as the words that are left (``cakeflow compare RUN RUN``), where a list would be one word."""
+    """Takes ``runs`` as the words that are left (``compare RUN RUN``), where a list would be one word, and ``-n``."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if args == ("runs",):
             kwargs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": kwargs["help"]}
+        if args == ("--n",):
+            args = ("-n", "--n")
         return super().add_argument(*args, **kwargs)
 
 

@@ -10,13 +10,17 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from cakeflow.errors import ConfigError
+from cakeflow.audit import Audit, replay, verify
+from cakeflow.errors import ConfigError, LedgerError
 from cakeflow.files import write_text
+from cakeflow.journal import Journal
+from cakeflow.ledger import Entry
 from cakeflow.model import load_model
 from cakeflow.plugins import Plugin, find_plugins, load_plugins
 from cakeflow.report import (
     RunFolder,
     compare_runs,
+    ledger_table,
     plot_trace,
     plot_weights,
     plugins_table,
@@ -174,11 +178,92 @@ def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None
     return rows
 
 
+def run_log(run: Path) -> list[Entry]:
+    """Show who did what to a model, and when: the ledger of a run.
+
+    Args:
+        run: A run folder.
+
+    Raises:
+        RunFolderError: If it is none.
+        LedgerError: If the ledger was changed after it was written.
+    """
+    found = verify(run)
+    if not found.entries and found.faults:
+        raise LedgerError(found.faults[0])
+    Console().print(ledger_table(found.entries))
+    return found.entries
+
+
+def run_verify(run: Path, head: str | None = None) -> Audit:
+    """Check every hash of a run: the chain of its ledger, its files, and that its weights follow on one another.
+
+    Args:
+        run: A run folder.
+        head: The hash that the ledger's last entry must have, if it was noted: only that shows missing last entries.
+
+    Raises:
+        LedgerError: Naming every entry that is not as it was written.
+    """
+    found, console = verify(run, head), Console()
+    if found.faults:
+        raise LedgerError("\n  ".join([f"{run}: {len(found.faults)} fault(s)", *found.faults]))
+    console.print(f"{run}: {len(found.entries)} entries and all files are as they were written", soft_wrap=True)
+    console.print(f"head {found.head}", soft_wrap=True)
+    if found.unknown:
+        console.print(f"files that no entry tells of: {', '.join(found.unknown)}", soft_wrap=True, markup=False)
+    return found
+
+
+def run_replay(run: Path, model: str | None = None) -> Journal:
+    """Do a run's batches again from the unedited model: every weight must come out as recorded, bit for bit.
+
+    Args:
+        run: A run folder.
+        model: The unedited model, where it is not found under the name that the run was started with.
+
+    Raises:
+        ResumeError: If the model is another one, or a batch leads to other weights.
+        LedgerError: If the ledger or a file is not what was written.
+    """
+    journal = replay(run, model)
+    layers = sorted({part.layer for step in journal for part in step.layers})
+    told = f"{len(journal)} batches, {journal.edits} edits in layers {layers}: every weight comes out as recorded"
+    Console().print(f"{run}: {told}", soft_wrap=True, markup=False)
+    return journal
+
+
+def run_rollback(run: Path, n: int | None = None, batch: int | None = None, model: str | None = None) -> Journal:
+    """Take back a run's last batches, or one of them; the ledger gets an entry, and the files stay for the record.
+
+    Args:
+        run: A run folder.
+        n: How many batches; all by default.
+        batch: Number of one batch instead, as ``cakeflow log`` shows it.
+        model: As for ``cakeflow replay``.
+
+    Raises:
+        ConfigError: If there is no such batch.
+        ResumeError: If the model is another one, or a batch leads to other weights.
+    """
+    if n is not None and n < 1:
+        raise ConfigError(f"n must be at least 1 batch, got {n}")
+    journal = replay(run, model)
+    before = len(journal)
+    journal.rollback(n, batch=batch)
+    Console().print(f"{run}: {before - len(journal)} batches taken back, {len(journal)} left", soft_wrap=True)
+    return journal
+
+
 COMMANDS: dict[str, Callable[..., Any]] = {
     "trace": run_trace,
     "facts": run_facts,
     "plugins": run_plugins,
     "report": run_report,
     "compare": run_compare,
+    "log": run_log,
+    "verify": run_verify,
+    "replay": run_replay,
+    "rollback": run_rollback,
 }
 """Name -> function."""

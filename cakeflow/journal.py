@@ -17,6 +17,7 @@ from cakeflow.architecture import Site, is_transposed
 from cakeflow.errors import ConfigError, NumericalError, ResumeError
 from cakeflow.files import uninterrupted
 from cakeflow.history import KeyHistory
+from cakeflow.ledger import Entry
 from cakeflow.model import LanguageModel
 from cakeflow.problem import LayerProblem, Update
 from cakeflow.record import EditStep, LayerStep, Record, circumstances, request_hash, tensor_hash
@@ -273,13 +274,21 @@ class Journal(Sequence[EditStep]):
         record.note("model", self.base)
         record.tape.clear()
         try:
-            for step in record.steps():
-                self._replay(step, check=False)
-            self._check(record.weights(), str(folder))
+            for entry in record.ledger.entries:
+                self._again(record, entry)
         except BaseException:
-            self.rollback()
+            self._become([], set(self.originals))
             raise
-        self.record, self._count = record, record.count
+        self.record = record
+
+    def _again(self, record: Record, entry: Entry) -> None:
+        """Do again what an entry tells of."""
+        if entry.kind == "batch":
+            self._replay(record.read_step(entry))
+        elif entry.kind == "rollback":
+            gone, layers = record.taken_back(entry)
+            self._become([step for step in self.steps if step.number not in gone], set(layers), afresh=True)
+            self._check(layers, f"entry {entry.number}, rollback")
 
     @cached_property
     def base(self) -> dict[str, str]:
@@ -317,14 +326,13 @@ class Journal(Sequence[EditStep]):
             del self.originals[layer]
             self._masters.pop(layer, None)
 
-    def _replay(self, step: EditStep, *, check: bool = True) -> None:
+    def _replay(self, step: EditStep) -> None:
         """Do a recorded batch again, or nothing of it."""
         known = set(self.originals)
         try:
             for part in step.layers:
                 self._add(part.layer, part.update)
-            if check:
-                self._check(step.after, f"batch {step.number}")
+            self._check(step.after, f"batch {step.number}")
             self._remember(step)
         except BaseException:
             with uninterrupted():

@@ -48,9 +48,8 @@ class Entry:
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
-    """JSON in one form only: sorted names, no spaces, UTF-8; numbers must be finite."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-    return text.encode()
+    """JSON in one form only: sorted names, no spaces, ASCII; numbers must be finite."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 
 def finite(value: Any) -> Any:

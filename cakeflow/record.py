@@ -8,6 +8,7 @@ import platform
 import sys
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from cakeflow.errors import LedgerError, ResumeError
+from cakeflow.errors import EditError, LedgerError, ResumeError
 from cakeflow.files import digest, write_tensors
 from cakeflow.ledger import Entry, Ledger, canonical
 from cakeflow.problem import Update
@@ -167,32 +168,11 @@ class Record:
         self._require_end_of_tape()
         self.ledger.append("rollback", {"batches": list(batches), "layers": hashes, **circumstances()})
 
-    def steps(self) -> Iterator[EditStep]:
-        """The batches that were not taken back.
-
-        Raises:
-            LedgerError: If a file or an entry is broken.
-        """
-        gone = {number for entry in self._of("rollback") for number in entry.body.get("batches", ())}
-        for entry in self._of("batch"):
-            if entry.body.get("batch") not in gone:
-                yield self.read_step(entry)
-
-    def weights(self) -> dict[int, str]:
-        """Layer -> hash of its weight after all that is told."""
-        found: dict[int, str] = {}
-        for entry in self.ledger.entries:
-            layers = entry.body.get("layers", {}) if entry.kind in ("batch", "rollback") else {}
-            found |= {int(n): told["after"] if entry.kind == "batch" else told for n, told in layers.items()}
-        return found
-
-    @property
-    def count(self) -> int:
-        """Batches that were ever committed: the number of the next one."""
-        return max((entry.body["batch"] + 1 for entry in self._of("batch")), default=0)
-
-    def _of(self, kind: str) -> list[Entry]:
-        return [entry for entry in self.ledger.entries if entry.kind == kind]
+    def taken_back(self, entry: Entry) -> tuple[list[int], dict[int, str]]:
+        """Numbers of the batches that a rollback took back, and the hashes of the weights that changed by it."""
+        with self._as_written(entry):
+            batches, layers = entry.body["batches"], entry.body["layers"].items()
+            return [int(number) for number in batches], {int(layer): str(told) for layer, told in layers}
 
     def _require_end_of_tape(self) -> None:
         if self.tape:
@@ -223,8 +203,22 @@ class Record:
         Raises:
             LedgerError: As ``read``.
         """
-        names = [name for name in entry.body["files"] if name.startswith("original-")]
-        return {int(layer): tensor for name in names for layer, tensor in self.read(entry, name).items()}
+        with self._as_written(entry):
+            names = [name for name in entry.body["files"] if name.startswith("original-")]
+            return {int(layer): tensor for name in names for layer, tensor in self.read(entry, name).items()}
+
+    @contextmanager
+    def _as_written(self, entry: Entry) -> Iterator[None]:
+        """Whatever else an entry holds than what we write is an error of the ledger."""
+        try:
+            yield
+        except EditError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            where = f"{self.folder / LEDGER}, entry {entry.number}"
+            raise LedgerError(
+                f"{where}: not what cakeflow writes of a {entry.kind} ({error!r}); {FROM_A_COPY}"
+            ) from error
 
     def read(self, entry: Entry, name: str) -> dict[str, Tensor]:
         """A file of tensors that an entry tells of.

@@ -148,7 +148,7 @@ def workplace(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     return tmp_path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def requests() -> list[EditRequest]:
     """The 12 golden requests."""
     return parse_requests(json.loads((GOLDEN / "requests.json").read_text(encoding="utf-8")))

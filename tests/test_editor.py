@@ -17,6 +17,7 @@ from cakeflow.data import builtin_facts
 from cakeflow.editor import Run
 from cakeflow.errors import ConfigError
 from cakeflow.journal import Journal
+from cakeflow.ledger import read_entries
 from cakeflow.model import load_model
 from cakeflow.scoring import score_targets
 from cakeflow.solvers import LeastSquares
@@ -253,8 +254,9 @@ def test_any_callback_and_logger_works(lm, quiet, requests):
 def test_logger_with_a_folder_gets_the_journal(lm, quiet, requests, tmp_path):
     run = make(lm, {**quiet, "logger": CSVLogger(tmp_path, name="mine")}).fit(requests[:2])
     assert run.folder == tmp_path / "mine" / "version_0"
-    lines = (run.folder / "journal" / "journal.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [entry["subject"] for entry in json.loads(lines[0])["requests"]] == ["The Eiffel Tower", "Australia"]
+    entries = list(read_entries(run.folder / "journal" / "ledger.jsonl"))
+    assert [entry.kind for entry in entries] == ["model", "run", "evaluation", "batch", "evaluation", "end"]
+    assert [entry["subject"] for entry in entries[3].body["requests"]] == ["The Eiffel Tower", "Australia"]
     assert (run.folder / "metrics.csv").is_file()
 
 

@@ -1,6 +1,5 @@
 """What was done can be taken back bit for bit, in any type, at any time, and lands on disk in plain formats."""
 
-import json
 from contextlib import suppress
 
 import pytest
@@ -10,8 +9,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from cakeflow import LayerProblem, Update
-from cakeflow.errors import NumericalError
+from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.journal import Journal
+from cakeflow.ledger import read_entries
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
@@ -199,7 +199,7 @@ def test_save_takes_updates_that_share_memory_with_the_keys(lm, requests, tmp_pa
     with journal.batch(requests[:2]) as step:
         journal.apply(step, 3, LayerProblem(update.right, update.left, weight, weight), update)
     journal.save(tmp_path)
-    tensors = load_file(tmp_path / "step-00000.safetensors")
+    tensors = load_file(tmp_path / "batch-00000.safetensors")
     assert torch.equal(tensors["3/keys"], tensors["3/right"])
 
 
@@ -216,19 +216,20 @@ def test_save_writes_plain_files(tiny, requests, tmp_path):
         problem = LayerProblem(torch.ones(1, dense.shape[1]), torch.ones(1, 48), weight, weight)
         journal.apply(step, 3, problem, Update(dense))
     journal.save(tmp_path)
-    journal.save(tmp_path)  # again, over it
-    lines = [json.loads(line) for line in (tmp_path / "journal.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [len(line["requests"]) for line in lines] == [6, 6, 1]
-    assert lines[1]["requests"][2]["subject"] == "Frédéric Chopin"
-    assert lines[0]["targets"] == [{"layer": 3, "loss": 0.5}]
-    assert set(lines[0]["layers"]["3"]) == {"residual", "update", "relative_update"}
-    assert torch.equal(load_file(tmp_path / "originals.safetensors")["3"], original)
+    with pytest.raises(ConfigError, match="holds a journal already"):
+        journal.save(tmp_path)
+    told = [entry.body for entry in read_entries(tmp_path / "ledger.jsonl") if entry.kind == "batch"]
+    assert [len(body["requests"]) for body in told] == [6, 6, 1]
+    assert told[1]["requests"][2]["subject"] == "Frédéric Chopin"
+    assert told[0]["targets"] == [{"layer": 3, "loss": 0.5}]
+    assert set(told[0]["layers"]["3"]["numbers"]) == {"residual", "update", "relative_update"}
+    assert torch.equal(load_file(tmp_path / "original-00003.safetensors")["3"], original)
     total = torch.zeros_like(dense)
-    for line in lines:
-        tensors = load_file(tmp_path / line["file"])
+    for number in range(3):
+        tensors = load_file(tmp_path / f"batch-{number:05d}.safetensors")
         assert "3/keys" in tensors
         total += tensors["3/left"].T @ tensors["3/right"] if "3/left" in tensors else tensors["3/right"]
-    assert torch.equal(load_file(tmp_path / lines[0]["file"])["3/target"], torch.ones(6, 48))
+    assert torch.equal(load_file(tmp_path / "batch-00000.safetensors")["3/target"], torch.ones(6, 48))
     oriented = original if original.shape == total.shape else original.T
     torch.testing.assert_close(oriented + total, tiny.oriented(3), rtol=0, atol=1e-12)
 

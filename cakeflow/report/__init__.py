@@ -12,12 +12,21 @@ from cakeflow.report.figures import (
 )
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.page import render_page
-from cakeflow.report.tables import metrics_table, phases_table, plugins_table, runs_table, texts_table, trace_table
+from cakeflow.report.tables import (
+    ledger_table,
+    metrics_table,
+    phases_table,
+    plugins_table,
+    runs_table,
+    texts_table,
+    trace_table,
+)
 
 __all__ = [
     "RunFolder",
     "compare_runs",
     "curves_of",
+    "ledger_table",
     "metrics_table",
     "phases_table",
     "plot_curves",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import RunFolderError
+from cakeflow.ledger import read_entries
 
 NUMBER = (int, float)
 MAYBE_TEXT = (str, type(None))
@@ -88,7 +89,7 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class EditRecord:
-    """One request as the journal has it: the number of its batch, from 1, and a target per anchor layer."""
+    """One request as the ledger has it: the number of its batch, from 1, and a target per anchor layer."""
 
     batch: int
     prompt: str
@@ -113,7 +114,7 @@ class RunFolder:
         info: ``run.json``: model, settings, versions and, of newer runs, metrics, timings, peaks, protocol, edits.
         before: Records as the unedited model answered them; None if they were not written.
         after: The same of the edited model.
-        edits: Every request in the journal, in order.
+        edits: Every request that the run edited, in order.
         log: Rows of ``metrics.csv``, empty cells left out.
         config: The YAML that the run was started with; empty if there is none.
         written: When ``run.json`` was written.
@@ -143,7 +144,7 @@ class RunFolder:
             info=info,
             before=_read_records(path / "before.jsonl"),
             after=_read_records(path / "after.jsonl"),
-            edits=_read_journal(path / "journal" / "journal.jsonl", info.get("edits")),
+            edits=_read_journal(path / "journal" / "ledger.jsonl"),
             log=_read_log(path / "metrics.csv"),
             config=next((text for text in texts if text.strip() not in ("", "{}")), ""),
             written=datetime.fromtimestamp(place.stat().st_mtime, timezone.utc),
@@ -189,11 +190,16 @@ def _read_records(path: Path) -> list[RecordResult] | None:
     return [_record(entry, where) for where, entry in _lines(path)] if path.is_file() else None
 
 
-def _read_journal(path: Path, size: int | None) -> list[EditRecord]:
-    """The journal's requests; of a model that was edited by several runs, the last run's ``size``."""
-    steps = enumerate(_lines(path), 1)
-    edits = [edit for batch, (where, entry) in steps for edit in _step(entry, batch, where)]
-    return edits if size is None else edits[max(0, len(edits) - size) :]
+def _read_journal(path: Path) -> list[EditRecord]:
+    """The requests of the run's own batches, those taken back left out; none where their texts were not kept."""
+    entries = list(read_entries(path)) if path.is_file() else []
+    own = max((entry.number for entry in entries if entry.kind == "run"), default=0)
+    gone = {number for entry in entries if entry.kind == "rollback" for number in entry.body.get("batches", ())}
+    edits: list[EditRecord] = []
+    batches = (entry for entry in entries[own:] if entry.kind == "batch" and entry.body.get("batch") not in gone)
+    for number, entry in enumerate(batches, 1):
+        edits += _step({"requests": [], **entry.body}, number, f"{path}, entry {entry.number}")
+    return edits
 
 
 def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:

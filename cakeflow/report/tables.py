@@ -8,6 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cakeflow.ledger import Entry
 from cakeflow.memory import GIB
 from cakeflow.plugins import Plugin
 from cakeflow.report.comparison import shown
@@ -81,3 +82,36 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         else:
             table.add_row(name, *map(Text, texts))
     return table
+
+
+def ledger_table(entries: Sequence[Entry]) -> Table:
+    """Who did what, and when; the first digits of each entry's hash."""
+    table = Table(title="Ledger", title_justify="left")
+    for name in ("entry", "time (UTC)", "what", "details", "who", "hash"):
+        table.add_column(name, overflow="fold", justify="right" if name == "entry" else "left")
+    who = ""
+    for entry in entries:
+        who = str(entry.body.get("who", who))
+        cells = (entry.time[:19].replace("T", " "), entry.kind, _details(entry.kind, entry.body), who, entry.hash[:12])
+        table.add_row(str(entry.number), *map(Text, cells))
+    return table
+
+
+def _details(kind: str, body: Mapping[str, Any]) -> str:
+    if kind == "batch":
+        facts = [f"{each.get('subject')} -> {each.get('target_new')}" for each in body.get("requests", ())]
+        more = ", ..." if len(facts) > 3 else ""
+        edits = len(body.get("hashes", ()))
+        return f"batch {body.get('batch')}, {edits} edits" + (f": {', '.join(facts[:3])}{more}" if facts else "")
+    if kind == "rollback":
+        return f"batches {', '.join(map(str, body.get('batches', ())))} taken back"
+    if kind == "evaluation":
+        rates = {name: body.get("metrics", {}).get(name) for name in ("efficacy", "generalization", "specificity")}
+        found = [f"{name} {100 * value:.1f}" for name, value in rates.items() if isinstance(value, float)]
+        return f"{body.get('stage')}, {body.get('edits')} edits: {', '.join(found)}"
+    known = {
+        "model": f"{str(body.get('fingerprint'))[:12]}, {body.get('dtype')}",
+        "run": f"{body.get('model')}, {body.get('edits')} edits in batches of {body.get('batch_size')}",
+        "end": f"{len(body.get('files', ()))} files",
+    }
+    return known.get(kind, "")

@@ -6,6 +6,8 @@ import random
 
 import pytest
 
+from cakeflow.ledger import Ledger
+
 RELATIONS = {"P103": "The mother tongue of {} is", "P19": "{} was born in", None: "{} plays the sport of"}
 
 
@@ -66,8 +68,17 @@ def write_journal(path, records, batch):
         requests = [{name: entry[name] for name in names} for entry in part]
         losses = [0.5 / (start + place) for place in range(1, len(part) + 1)]
         targets = [{"layer": 9, "loss": loss, "probability": 0.9, "steps": 20.0} for loss in losses]
-        steps.append({"file": f"step-{start:05d}.safetensors", "requests": requests, "targets": targets, "layers": {}})
-    write_lines(path, steps)
+        steps.append({"batch": len(steps), "requests": requests, "targets": targets, "layers": {}})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_ledger(path, steps)
+
+
+def write_ledger(path, steps):
+    path.unlink(missing_ok=True)
+    ledger = Ledger(path)
+    ledger.append("run", {})
+    for step in steps:
+        ledger.append("batch", step)
 
 
 def write_run(folder, size=12, batch=4, neighbors=3, change=lambda record: record):
@@ -76,7 +87,7 @@ def write_run(folder, size=12, batch=4, neighbors=3, change=lambda record: recor
     for stage in ("before", "after"):
         records = [change(record(index, stage, random.Random(f"{stage}{index}"), neighbors)) for index in range(size)]
         write_lines(folder / f"{stage}.jsonl", records)
-    write_journal(folder / "journal" / "journal.jsonl", records, batch)
+    write_journal(folder / "journal" / "ledger.jsonl", records, batch)
     write_log(folder / "metrics.csv", -(-size // batch), batch)
     (folder / "config.yaml").write_text("model:\n  base: tiny  # a comment\n  layers: [5, 7, 9]\n")
     info = {

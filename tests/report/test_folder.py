@@ -5,7 +5,10 @@ import json
 import pytest
 
 from cakeflow.errors import RunFolderError
+from cakeflow.ledger import Ledger
 from cakeflow.report import RunFolder
+
+from .conftest import write_ledger
 
 
 def test_everything_is_read(run_folder):
@@ -28,15 +31,24 @@ def test_targets_at_several_layers_go_to_their_requests(run_folder):
         for layer, loss in ((3, 1), (3, 2), (7, 3), (7, 4))
     ]
     step = {"requests": [fact, fact | {"subject": "Bob"}], "targets": targets}
-    (run_folder / "journal" / "journal.jsonl").write_text(json.dumps(step))
+    write_ledger(run_folder / "journal" / "ledger.jsonl", [step])
     found = [[(target.layer, target.loss) for target in edit.targets] for edit in RunFolder.read(run_folder).edits]
     assert found == [[(3, 1), (7, 3)], [(3, 2), (7, 4)]]
 
 
-def test_a_journal_of_several_runs_gives_the_last_runs_edits(run_folder):
-    info = json.loads((run_folder / "run.json").read_text())
-    (run_folder / "run.json").write_text(json.dumps(info | {"edits": 5}))
-    assert [edit.subject for edit in RunFolder.read(run_folder).edits] == [f"Person {n}" for n in range(7, 12)]
+def test_a_ledger_that_goes_on_from_an_earlier_run_gives_the_own_edits_without_those_taken_back(run_folder):
+    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
+    fact = {"prompt": "{} is", "subject": "Ann", "target_new": "here"}
+    ledger.append("run", {})
+    for number, name in enumerate(("Ann", "Bob", "Cid"), 3):
+        ledger.append("batch", {"batch": number, "requests": [fact | {"subject": name}], "targets": []})
+    ledger.append("rollback", {"batches": [4]})
+    assert [edit.subject for edit in RunFolder.read(run_folder).edits] == ["Ann", "Cid"]
+
+
+def test_without_texts_there_are_no_edits_to_show(run_folder):
+    write_ledger(run_folder / "journal" / "ledger.jsonl", [{"batch": 0, "targets": [], "hashes": ["ab"]}])
+    assert RunFolder.read(run_folder).edits == []
 
 
 def test_an_older_run_has_its_metrics_in_the_log(run_folder):
@@ -81,7 +93,13 @@ def without(*names):
         ("after.jsonl", 1, lambda line: line.replace('"wanted_logprob": -', '"wanted_logprob": "a', 1), ["line 1"]),
         ("after.jsonl", 2, lambda line: line.replace('"correct": true', '"correct": 1'), ["line 2, prompts", "bool"]),
         ("after.jsonl", 2, lambda line: line.replace('"text":', '"words":'), ["line 2, generations", "text"]),
-        ("journal/journal.jsonl", 2, without("targets"), ["journal.jsonl, line 2", "targets"]),
+        ("journal/ledger.jsonl", 2, without("kind"), ["ledger.jsonl, entry 1", "kind"]),
+        (
+            "journal/ledger.jsonl",
+            3,
+            lambda line: line.replace("Person", "person"),
+            ["entry 2", "does not have its hash"],
+        ),
         ("metrics.csv", 3, lambda line: "high" + line, ["metrics.csv, line 3", "high"]),
         ("metrics.csv", 3, lambda line: line + ",1,2", ["metrics.csv, line 3"]),
     ],

@@ -6,6 +6,7 @@ import statistics
 
 import pytest
 
+from cakeflow.ledger import read_entries
 from cakeflow.report import RunFolder
 from cakeflow.report.figures import curves_of
 from cakeflow.report.views import (
@@ -17,6 +18,8 @@ from cakeflow.report.views import (
     run_changes,
     seconds_per_edit,
 )
+
+from .conftest import write_ledger
 
 
 @pytest.fixture
@@ -77,9 +80,13 @@ def test_edits_without_records_and_records_without_edits_are_both_shown(run):
 
 
 def test_the_same_fact_twice_takes_two_entries(run_folder):
-    for name in ("before.jsonl", "after.jsonl", "journal/journal.jsonl"):
+    for name in ("before.jsonl", "after.jsonl"):
         path = run_folder / name
         path.write_text(path.read_text().replace("Person 3", "Person 0"))  # both of relation P103
+    path = run_folder / "journal" / "ledger.jsonl"
+    steps = [entry.body for entry in read_entries(path) if entry.kind == "batch"]
+    steps[0]["requests"][3]["subject"] = "Person 0"
+    write_ledger(path, steps)
     views = edit_views(RunFolder.read(run_folder))
     assert [views[place].edit.targets[0].loss for place in (0, 3)] == [0.5, 0.125]
 
