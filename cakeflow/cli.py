@@ -10,14 +10,15 @@ from typing import Any
 
 import lightning as L
 from jsonargparse import ArgumentParser, auto_cli
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from cakeflow.commands import COMMANDS
 from cakeflow.data import EditDataModule
 from cakeflow.editor import TRAINER_DEFAULTS, Run, default_logger, run_evaluate, run_fit, with_progress_bar
-from cakeflow.errors import EditError
+from cakeflow.errors import ConfigError, EditError
 from cakeflow.generation import continuations
 from cakeflow.module import EditModule
 from cakeflow.plugins import load_plugins
@@ -45,6 +46,13 @@ class EditCLI(LightningCLI):
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
             "evaluate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
         }
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read options and configs; of configs that are no YAML at all, jsonargparse says so for most, not for all."""
+        try:
+            super().parse_arguments(parser, args)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise ConfigError(f"a config file cannot be read: {error}; look at the files after --config") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer with a progress bar that leaves room for ours, and a run folder unless the user says otherwise."""
@@ -118,6 +126,6 @@ def main(args: Sequence[str] | None = None) -> Any:
             args=None if args is None else words,
         )
     except EditError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     return cli.result

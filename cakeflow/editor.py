@@ -16,10 +16,12 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.architecture import Architecture
+from cakeflow.batch import encode_batch
 from cakeflow.config import build_module, find_config, shipped
+from cakeflow.contexts import Contexts
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
-from cakeflow.evaluation import check_texts
+from cakeflow.evaluation import check_texts, warn_of_known
 from cakeflow.files import write_text
 from cakeflow.journal import Journal
 from cakeflow.model import LanguageModel
@@ -195,8 +197,10 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     module.peaks.clear()
     before: dict[str, float] = {}
     if evaluate:
+        encode_batch(module.lm, data.requests, module.contexts or Contexts())  # refuses what cannot be edited
         before = run_evaluate(trainer, module, data, "before")
         check_texts(module.outcomes)
+        warn_of_known(module.outcomes)
     module.stage = "after"
     with _expected_warnings():
         trainer.fit(

@@ -362,7 +362,9 @@ def test_records_with_one_bad_place_raise_nothing_but_request_errors(place, valu
     assert all(parse_requests([request.to_dict()]) == [request] for request in requests)
 
 
-TEXT = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() == text and "{}" not in text)
+TEXT = st.text(min_size=1, max_size=12).filter(
+    lambda text: text.strip() == text and "{}" not in text and any(map(str.isprintable, text))
+)
 PROBES = st.builds(Probe, st.sampled_from(["paraphrase", "neighborhood", "generation"]), TEXT, st.none() | TEXT)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 import random
+import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from cakeflow.data.readers import parse_entries, read_text
-from cakeflow.errors import ConfigError, RequestError
+from cakeflow.data.readers import exists, parse_entries, read_text
+from cakeflow.errors import ConfigError, RequestError, listed
 from cakeflow.request import EditRequest, contradictions
 
 Conflicts = Literal["error", "drop"]
@@ -69,7 +70,21 @@ def select(
     chosen = chosen[:limit]
     if problems := contradictions(requests, chosen):
         raise RequestError(problems)
+    _warn_of_repetitions(requests, chosen)
     return [requests[index] for index in chosen]
+
+
+def _warn_of_repetitions(requests: Sequence[EditRequest], chosen: Sequence[int]) -> None:
+    """Published files may state a fact twice, and their tables count it twice: so this is no error."""
+    seen: dict[tuple[str, str, str], int] = {}
+    edits = {index: (requests[index].prompt, requests[index].subject, requests[index].target_new) for index in chosen}
+    repeated = [f"{index} (as {seen[edit]})" for index, edit in edits.items() if seen.setdefault(edit, index) != index]
+    if repeated:
+        warnings.warn(
+            f"entries that repeat an earlier one, prompt, subject and target_new: {listed(repeated)}; each counts once "
+            "more in the edit and in the metrics, leave them out if that is not meant",
+            stacklevel=3,
+        )
 
 
 def read_order(order: Order) -> list[int | str]:
@@ -81,14 +96,14 @@ def read_order(order: Order) -> list[int | str]:
     """
     if isinstance(order, (str, Path)):
         path = Path(order)
-        if not path.is_file():
-            raise ConfigError(f"data.order: no file {str(path)!r}; give case ids, or a file with them")
+        if not exists(path):
+            raise ConfigError(f"data.order: no file {str(path)[:300]!r}; give case ids, or a file with them")
         text = read_text(path)
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         order = parse_entries(text, str(path), path.name) if ".json" in path.suffixes else lines
     ids = list(order)
     if bad := [case for case in ids if isinstance(case, bool) or not isinstance(case, (int, str))]:
-        raise ConfigError(f"data.order must hold case ids, integers or texts; found {_some(bad)}")
+        raise ConfigError(f"data.order must hold case ids, integers or texts; found {listed(bad)}")
     if not ids:
         raise ConfigError("data.order is empty; name at least one case id")
     return ids
@@ -108,10 +123,6 @@ def _places(requests: Sequence[EditRequest], order: Sequence[int | str]) -> list
         "named more than once": [case for case, count in Counter(ids).items() if count > 1],
         "several records have": [case for case in dict.fromkeys(ids) if len(places.get(case, ())) > 1],
     }
-    if found := [f"{fault} {_some(cases)}" for fault, cases in faults.items() if cases]:
+    if found := [f"{fault} {listed(cases)}" for fault, cases in faults.items() if cases]:
         raise ConfigError(f"data.order, case ids: {'; '.join(found)}")
     return [places[case][0] for case in ids]
-
-
-def _some(values: Sequence[object], most: int = 10) -> str:
-    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
