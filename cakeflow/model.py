@@ -209,7 +209,8 @@ def load_model(
             source = _converted(source)
             copied = f"; its copy in the cache, {str(source)!r}, is made again once it is deleted"
         name = str(source if source.exists() else base)
-        model, found = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
+        model, found = loaded
         if absent := sorted(found["missing_keys"]):
             raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
         tokenizer = AutoTokenizer.from_pretrained(name)

@@ -117,7 +117,7 @@ def _problems(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked]
             remedy = f"has no token of its own after {prompt[-40:]!r}; give another one, or leave the entry out"
             problems.setdefault((record, names[1], target), Problem(record, names[1], target, remedy))
         elif len(each[-1][0]) >= lm.longest:
-            remedy = f"longer, with its target, than the model's {lm.longest} positions; shorten it or leave it out"
+            remedy = f"longer than the model's {lm.longest} positions, with its target; shorten it or leave it out"
             problems.setdefault((record, names[0], prompt), Problem(record, names[0], prompt, remedy))
     return [*problems.values()]
 

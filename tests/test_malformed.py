@@ -137,7 +137,7 @@ REQUESTS = [
     entry("long-prompt", own(prompt=LONG + "{} is"), "prompt", "longer than the model's"),
     entry("long-subject", own(subject=LONG + "end"), "prompt", "longer than the model's"),
     entry("long-target", own(subject="Oder", target_new=LONG), "prompt", "longer than the model's"),
-    entry("long-probe", probe(prompt=LONG), "probes.prompt", "longer, with its target, than the model's"),
+    entry("long-probe", probe(prompt=LONG), "probes.prompt", "positions, with its target; shorten it"),
     # Unicode
     entry("lone-surrogate", own(subject="Elbe\ud83d"), "subject", "give valid Unicode text"),
     entry("lone-surrogate-in-a-probe", probe(prompt="\udc00 is"), "probes.prompt", "give valid Unicode text"),
@@ -333,7 +333,7 @@ def test_what_the_model_says_already_and_what_is_said_twice_are_warned_of_once(e
     texts = [str(each.message) for each in caught]
     (repeated,) = [text for text in texts if "repeat an earlier one" in text]
     (already,) = [text for text in texts if "gives already" in text]
-    assert ": 2 (as 0), 3 (as 1);" in repeated
+    assert ": 2 (as 0), 3 (as 1) (numbered" in repeated
     assert ": 1, 3 (numbered" in already
 
 

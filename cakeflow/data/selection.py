@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import random
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,21 +69,7 @@ def select(
     chosen = chosen[:limit]
     if problems := contradictions(requests, chosen):
         raise RequestError(problems)
-    _warn_of_repetitions(requests, chosen)
     return [requests[index] for index in chosen]
-
-
-def _warn_of_repetitions(requests: Sequence[EditRequest], chosen: Sequence[int]) -> None:
-    """Published files may state a fact twice, and their tables count it twice: so this is no error."""
-    seen: dict[tuple[str, str, str], int] = {}
-    edits = {index: (requests[index].prompt, requests[index].subject, requests[index].target_new) for index in chosen}
-    repeated = [f"{index} (as {seen[edit]})" for index, edit in edits.items() if seen.setdefault(edit, index) != index]
-    if repeated:
-        warnings.warn(
-            f"entries that repeat an earlier one, prompt, subject and target_new: {listed(repeated)}; each counts once "
-            "more in the edit and in the metrics, leave them out if that is not meant",
-            stacklevel=3,
-        )
 
 
 def read_order(order: Order) -> list[int | str]:
