@@ -159,17 +159,17 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
 def _check_lengths(
     lm: LanguageModel, requests: Sequence[EditRequest], rows: tuple[tuple[Row, ...], ...], first: int
 ) -> None:
-    limit = lm.longest
-    problems = []
+    problems: list[Problem] = []
     for index, (request, variants) in enumerate(zip(requests, rows, strict=True), first):
-        if any(row.target >= len(row.ids) or row.target <= row.subject for row in variants):
-            problems.append(
-                Problem(index, "target_new", request.target_new, "has no token of its own after the prompt")
-            )
-        if any(row.subject < 0 for row in variants):
-            problems.append(Problem(index, "subject", request.subject, "the tokenizer gives it no token"))
-        if max(len(row.ids) for row in variants) > limit:
-            problems.append(Problem(index, "prompt", request.prompt, f"longer than the model's {limit} positions"))
+        longest = max(len(row.ids) for row in variants)
+        lost = any(row.subject < 0 for row in variants)
+        untold = any(row.target >= len(row.ids) or row.target <= row.subject for row in variants)
+        faults = (
+            (untold, "target_new", "has no token of its own after the prompt; give another target"),
+            (lost, "subject", "the tokenizer gives it no token; write it otherwise"),
+            (longest > lm.longest, "prompt", f"longer than the model's {lm.longest} positions; shorten it"),
+        )
+        problems += [Problem(index, field, getattr(request, field), remedy) for found, field, remedy in faults if found]
     if problems:
         raise RequestError(problems)
 

@@ -13,6 +13,7 @@ from jsonargparse import ArgumentParser, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from cakeflow.commands import COMMANDS
 from cakeflow.data import EditDataModule
@@ -50,6 +51,13 @@ class EditCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The run folder: an interrupted run goes on when its command is given again."""
         parser.add_argument("--run", type=str | None, default=None, help="run folder; an interrupted run there goes on")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Read options and configs; of configs that are no YAML at all, jsonargparse says so for most, not for all."""
+        try:
+            super().parse_arguments(parser, args)
+        except (UnicodeDecodeError, RecursionError) as error:
+            raise ConfigError(f"a config file cannot be read: {error}; look at the files after --config") from error
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer with a progress bar that leaves room for ours, and a run folder unless the user says otherwise."""
@@ -127,6 +135,6 @@ def main(args: Sequence[str] | None = None) -> Any:
             args=None if args is None else words,
         )
     except EditError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {error}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     return cli.result

@@ -6,6 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 
+def listed(values: Sequence[object], most: int = 10) -> str:
+    """Values in a row, for a message: the first ``most`` of them, and how many more there are.
+
+    Example:
+        >>> listed([3, 5, 8], most=2)
+        '3, 5 and 1 more'
+    """
+    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
 class EditError(Exception):
     """Base of every error that cakeflow raises on purpose."""
 
@@ -27,7 +37,10 @@ class Problem:
     remedy: str
 
     def __str__(self) -> str:
-        shown = repr(self.value)
+        try:
+            shown = repr(self.value)
+        except Exception:  # nested too deeply, a number of too many digits, or an object that cannot say what it is
+            shown = f"a {type(self.value).__name__} that cannot be shown"
         return f"entry {self.index}, {self.field} = {shown[:77] + '...' if len(shown) > 80 else shown}: {self.remedy}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torchmetrics import Metric, MetricCollection
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, listed
 from cakeflow.generation import continuations, until_stop
 from cakeflow.metrics import Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.model import LanguageModel
@@ -169,6 +170,21 @@ def check_texts(rows: Sequence[dict[str, Any]]) -> None:
         raise ConfigError(
             f"the model wrote nothing after any of {len(texts)} prompts, so its texts say nothing of an edit; look at "
             "the end-of-text token of its generation config, or set evaluation.texts_every to 0"
+        )
+
+
+def warn_of_known(rows: Sequence[dict[str, Any]]) -> None:
+    """Warn of the records whose new target the unedited model gives already: there is nothing to edit in them.
+
+    Args:
+        rows: Of ``Answers.rows``.
+    """
+    known = [row["index"] for row in rows if any(p["kind"] == "rewrite" and p["correct"] for p in row["prompts"])]
+    if known:
+        warnings.warn(
+            f"records whose target_new the model gives already, before any edit: {listed(known)} (numbered from 0, in "
+            "the order of the edits); there is nothing to edit in them, leave them out or count them apart",
+            stacklevel=3,
         )
 
 

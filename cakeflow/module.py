@@ -40,6 +40,7 @@ from cakeflow.model import LanguageModel, load_model
 from cakeflow.problem import Covariance, LayerProblem
 from cakeflow.record import EditStep, Record, request_hash, run_folder
 from cakeflow.request import EditRequest
+from cakeflow.scoring import check_records
 from cakeflow.solvers import LeastSquares, Solver
 from cakeflow.statistics import Statistics
 from cakeflow.targets import TargetOptimizer, Targets
@@ -320,13 +321,16 @@ class EditModule(L.LightningModule):
             self.peaks[name] = max(self.peaks[name], memory.bytes())
 
     def check_records(self, requests: Sequence[EditRequest]) -> None:
-        """Whether the metrics can judge these records.
+        """Whether the metrics can judge these records, and the model can read them.
 
         Raises:
-            ConfigError: If one that was asked for can judge none of them.
+            ConfigError: If a metric that was asked for can judge none of them.
+            RequestError: If a text is too long, or a target has no token.
         """
         needs = {name: getattr(metric, "needs", ()) for name, metric in self.metrics.items()}
         check_fields(requests, needs, self._asked)
+        self.setup()
+        check_records(self.lm, requests)
 
     def foresee(self, batch: EditBatch, waiting: int = 0) -> Footprint:
         """The memory that a batch takes beyond the model, and how it keeps to the budget.

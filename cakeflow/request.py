@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
@@ -9,6 +10,8 @@ from typing import Any, Literal, get_args
 from cakeflow.errors import Problem, RequestError
 
 ProbeKind = Literal["paraphrase", "neighborhood", "generation"]
+_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Unicode categories of characters that show nothing: white space, controls, zero-width marks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,9 @@ def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: in
     Whether they can all be edited together is asked of those that are chosen: see ``contradictions``.
 
     Args:
-        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); fields of None are missing.
+        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); fields of None are missing. In
+            our own, a prompt without ``{}`` that contains the subject exactly once is given in full: it becomes a
+            template.
         first: Index that error messages give to the first entry.
 
     Returns:
@@ -130,6 +135,14 @@ def _from_own(entry: Mapping[str, Any]) -> EditRequest:
     if unknown := sorted(set(entry) - known, key=str):
         raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
     values = {name: entry[name] for name in known & set(entry)}
+    prompt, subject = values.get("prompt"), values.get("subject")
+    if (
+        isinstance(prompt, str)
+        and isinstance(subject, str)
+        and "{}" not in prompt
+        and len(_starts(prompt, subject)) == 1
+    ):
+        values["prompt"] = prompt.replace(subject, "{}")
     for name in needed:
         if name not in values:
             raise _BadEntryError(name, None, "missing; every request needs prompt, subject and target_new")
@@ -188,7 +201,7 @@ def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
     question, subject = _need(entry, "src"), _need(entry, "subject")
     answers = _texts(entry, "answers")
     if not isinstance(question, str) or not isinstance(subject, str) or subject not in question:
-        raise _BadEntryError("subject", subject, "the subject must occur in src")
+        raise _BadEntryError("subject", subject, f"the subject must occur in src{_normal_form(question, subject)}")
     if not answers:
         raise _BadEntryError("answers", answers, "give at least one answer")
     probes = [Probe("paraphrase", text) for text in [entry.get("rephrase")] if text]
@@ -197,6 +210,26 @@ def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
         probes.append(Probe("neighborhood", asked, entry["loc_ans"]))
     prompt = question.replace(subject, "{}", 1)
     return EditRequest(prompt, subject, answers[0], probes=tuple(probes), case_id=entry.get("case_id"))
+
+
+def _starts(text: str, part: str) -> list[int]:
+    """Where a part begins in a text, overlapping occurrences too; a blank one is nowhere."""
+    return [at for at in range(len(text)) if text.startswith(part, at)] if part.strip() else []
+
+
+def _canonical(text: str) -> str:
+    """What tells texts apart to a reader: neither white space around them nor how their accents are written."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
+def _normal_form(text: object, part: object) -> str:
+    """The end of a remedy where only the Unicode normal form keeps a part from being found in a text."""
+    if isinstance(text, str) and isinstance(part, str) and part.strip() and _canonical(part) in _canonical(text):
+        return (
+            "; it does once both are in one Unicode normal form (NFC against NFD: the same letters, other code "
+            "points): apply unicodedata.normalize('NFC', ...) to both"
+        )
+    return ""
 
 
 def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
@@ -208,7 +241,8 @@ def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
     if request.case_id is not None and type(request.case_id) not in (int, str):
         yield "case_id", request.case_id, "must be an integer or a text"
     yield from _prompt_faults(request)
-    if request.target_new == request.target_true:
+    new, true = request.target_new, request.target_true
+    if isinstance(new, str) and isinstance(true, str) and _canonical(new) == _canonical(true):
         yield "target_new", request.target_new, "equals target_true; there is nothing to edit"
     if not isinstance(request.probes, tuple) or not all(isinstance(probe, Probe) for probe in request.probes):
         yield "probes", request.probes, "must be a tuple of Probe"
@@ -219,16 +253,32 @@ def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
 
 def _prompt_faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
     if isinstance(request.prompt, str) and request.prompt.count("{}") != 1:
-        yield "prompt", request.prompt, f"needs exactly one {{}} for the subject, found {request.prompt.count('{}')}"
+        yield "prompt", request.prompt, _slot_remedy(request.prompt, request.subject)
     if isinstance(request.subject, str) and request.subject != request.subject.strip():
         yield "subject", request.subject, "remove the white space around it"
+
+
+def _slot_remedy(prompt: str, subject: object) -> str:
+    """What to do about a prompt that does not have its one ``{}``."""
+    count = prompt.count("{}")
+    remedy = f"needs exactly one {{}} for the subject, found {count}"
+    if count:
+        return f"{remedy}; write braces that are part of the text as {{ }}"
+    if not isinstance(subject, str) or not subject.strip():
+        return remedy
+    places = len(_starts(prompt, subject))
+    if places > 1:
+        return f"{remedy}; the subject occurs {places} times: put {{}} where it is meant"
+    if places == 1:
+        return f"{remedy}; put it in place of the subject"
+    return f"{remedy}, and the subject does not occur either{_normal_form(prompt, subject)}"
 
 
 def _text_faults(name: str, value: object, *, optional: bool = False) -> Iterator[tuple[str, object, str]]:
     if not isinstance(value, str):
         if value is not None or not optional:
             yield name, value, "must be a string"
-    elif not value.strip():
+    elif all(unicodedata.category(character) in _UNSEEN for character in value):
         yield name, value, "must not be empty or blank"
     elif any("\ud800" <= character <= "\udfff" for character in value):
         yield name, value, "has a lone surrogate; give valid Unicode text"
@@ -245,8 +295,9 @@ def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None 
     """The requests that contradict an earlier one: no weights can satisfy both.
 
     Two requests contradict each other if they have the same subject and relation (the prompt stands for a relation that
-    is missing) and different new targets. Each is compared with the first one of its subject and relation, so without
-    those that are named here the others agree.
+    is missing) and different new targets; white space around a text and its Unicode normal form make no difference.
+    Each is compared with the first one of its subject and relation, so without those that are named here the others
+    agree.
 
     Args:
         requests: Requests.
@@ -264,9 +315,9 @@ def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None 
     seen: dict[tuple[str, str], int] = {}
     for index in range(len(requests)) if among is None else among:
         request = requests[index]
-        other = seen.setdefault((request.subject, request.relation or request.prompt), index)
+        other = seen.setdefault((_canonical(request.subject), _canonical(request.relation or request.prompt)), index)
         target = requests[other].target_new
-        if target.strip() != request.target_new.strip():
+        if _canonical(target) != _canonical(request.target_new):
             remedy = f"contradicts entry {other} (same subject and relation, target {target!r}); keep one of them"
             problems.append(Problem(index, "target_new", request.target_new, remedy))
     return problems

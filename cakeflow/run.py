@@ -13,8 +13,10 @@ from typing import Any
 
 import lightning as L
 
+from cakeflow.batch import encode_batch
+from cakeflow.contexts import Contexts
 from cakeflow.data import EditDataModule
-from cakeflow.evaluation import check_texts
+from cakeflow.evaluation import check_texts, warn_of_known
 from cakeflow.files import digest, write_text
 from cakeflow.journal import Journal
 from cakeflow.module import EditModule
@@ -61,6 +63,10 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     """
     module.timings.clear()
     module.peaks.clear()
+    module.setup()
+    encode_batch(module.lm, data.requests, module.contexts or Contexts())  # refuses what cannot be edited
+    if evaluate:
+        module.check_records(data.requests)
     folder = run_folder(trainer)
     if folder is not None:
         module.keep(folder / "journal", data.requests, data.batch_size)
@@ -68,6 +74,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     if evaluate:
         before = run_evaluate(trainer, module, data, "before")
         check_texts(module.outcomes)
+        warn_of_known(module.outcomes)
     module.stage = "after"
     with _expected_warnings(), _told_how_to_go_on(module, folder):
         trainer.fit(

@@ -17,8 +17,19 @@ from cakeflow.protocols import Protocol, Read, joint_reads, official_reads, offi
 from cakeflow.request import EditRequest
 from cakeflow.tree import predict
 
+CHECKED_AT_ONCE = 256
+"""Records whose texts are tokenised together when all are checked."""
 KINDS = ("rewrite", "paraphrase", "neighborhood")
 """What a scored prompt is; ``PromptScores.kind`` indexes this."""
+
+
+class Asked(NamedTuple):
+    """A prompt with one continuation, and what they are called in messages."""
+
+    record: int
+    prompt: str
+    target: str
+    names: tuple[str, str] = ("prompt", "target")
 
 
 class Question(NamedTuple):
@@ -71,7 +82,8 @@ def score_targets(
     Raises:
         RequestError: If a target has no token, or a text is longer than the model can read.
     """
-    return score_reads(lm, _checked(lm, joint_reads(lm.tokenizer, prompts, targets), prompts, targets), budget)
+    asked = [Asked(index, *pair) for index, pair in enumerate(zip(prompts, targets, strict=True))]
+    return score_reads(lm, _checked(lm, joint_reads(lm.tokenizer, prompts, targets), asked), budget)
 
 
 def score_reads(
@@ -92,18 +104,53 @@ def score_reads(
     return means[0], means[1]
 
 
-def _checked(
-    lm: LanguageModel, reads: list[list[Read]], prompts: Sequence[str], targets: Sequence[str]
-) -> list[list[Read]]:
-    problems = []
-    for index, (each, prompt, target) in enumerate(zip(reads, prompts, targets, strict=True)):
-        if not each or not each[0][0]:
-            problems.append(Problem(index, "target", target, f"has no token of its own after {prompt[-40:]!r}"))
-        elif len(each[-1][0]) >= lm.longest:
-            problems.append(Problem(index, "prompt", prompt, f"longer than the model's {lm.longest} positions"))
-    if problems:
+def _checked(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked]) -> list[list[Read]]:
+    if problems := _problems(lm, reads, asked):
         raise RequestError(problems)
     return reads
+
+
+def _problems(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked]) -> list[Problem]:
+    problems: dict[tuple[int, str, str], Problem] = {}  # a target that many prompts share is named once
+    for each, (record, prompt, target, names) in zip(reads, asked, strict=True):
+        if not each or not each[0][0]:
+            remedy = f"has no token of its own after {prompt[-40:]!r}; give another one, or leave the entry out"
+            problems.setdefault((record, names[1], target), Problem(record, names[1], target, remedy))
+        elif len(each[-1][0]) >= lm.longest:
+            remedy = f"longer than the model's {lm.longest} positions, with its target; shorten it or leave it out"
+            problems.setdefault((record, names[0], prompt), Problem(record, names[0], prompt, remedy))
+    return [*problems.values()]
+
+
+def _asked(records: Sequence[EditRequest], first: int = 0) -> list[Asked]:
+    """Every prompt of records with each of its continuations, all that are right before any that are rivals."""
+    found: list[list[Asked]] = [[], []]
+    for index, kind, prompt, *targets in questions(records):
+        of = {records[index].target_true: "target_true", records[index].target_new: "target_new"}
+        for some, target in zip(found, targets, strict=True):
+            if target is not None:
+                names = ("probes.prompt" if kind else "prompt", of.get(target, "probes.expected"))
+                some.append(Asked(first + index, prompt, target, names))
+    return found[0] + found[1]
+
+
+def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:
+    """Whether a model can be asked everything about some records; only its tokenizer is used.
+
+    Args:
+        lm: The model.
+        records: The records, probes included.
+
+    Raises:
+        RequestError: Naming every record with a prompt that is too long or a continuation without a token.
+    """
+    problems: list[Problem] = []
+    for first in range(0, len(records), CHECKED_AT_ONCE):
+        asked = _asked(records[first : first + CHECKED_AT_ONCE], first)
+        reads = joint_reads(lm.tokenizer, [each.prompt for each in asked], [each.target for each in asked])
+        problems += _problems(lm, reads, asked)
+    if problems:
+        raise RequestError(problems)
 
 
 def score_records(
@@ -121,20 +168,20 @@ def score_records(
         One entry per prompt, in the order of ``questions``.
 
     Raises:
-        RequestError: As in ``score_targets``.
+        RequestError: As in ``check_records``.
     """
-    asked = list(questions(records))
-    record, kind, prompts, wanted, rivals = zip(*asked, strict=True)
+    record, kind, prompts, wanted, rivals = zip(*questions(records), strict=True)
     known = [i for i, rival in enumerate(rivals) if rival is not None]
-    texts, targets = [*prompts, *(prompts[i] for i in known)], [*wanted, *(rivals[i] for i in known)]
+    asked = _asked(records)
+    texts, targets = [each.prompt for each in asked], [each.target for each in asked]
     if protocol == "official":
         singly = official_token_reads(lm.tokenizer, prompts, wanted, [KINDS[each] == "neighborhood" for each in kind])
         reads = [*official_reads(lm.tokenizer, texts, targets), *singly]
-        texts, targets = [*texts, *prompts], [*targets, *wanted]
+        asked += asked[: len(prompts)]
     else:
         reads = joint_reads(lm.tokenizer, texts, targets)
-    scores, hits = score_reads(lm, _checked(lm, reads, texts, targets), budget)
-    count = len(asked)
+    scores, hits = score_reads(lm, _checked(lm, reads, asked), budget)
+    count = len(prompts)
     rival = torch.full((count,), torch.nan)
     rival[torch.tensor(known, dtype=torch.long)] = scores[count : count + len(known)]
     tokens = hits[-count:] if protocol == "official" else hits[:count]

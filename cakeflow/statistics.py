@@ -6,14 +6,14 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -80,18 +80,22 @@ class Statistics:
             Layer -> covariance, with its eigenbasis.
 
         Raises:
-            StatisticsError: If the corpus is unreadable or has fewer tokens than the keys are wide.
+            StatisticsError: If the corpus is unreadable or has fewer tokens than the keys are wide, or a file in the
+                cache is damaged; none is replaced without a word, because it may have cost hours.
         """
         windows = self._windows(lm)
         key = hashlib.sha256(windows.numpy().tobytes())
         key.update(json.dumps([lm.fingerprint(max(layers) + 1), self.window, str(lm.dtype), FORMAT]).encode())
         home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
-        missing = [layer for layer in layers if not (home / f"layer-{layer}.safetensors").exists()]
+        paths = {layer: home / f"layer-{layer}.safetensors" for layer in layers}
+        known = {layer: self._load(path, lm.key_width(layer)) for layer, path in paths.items() if path.exists()}
+        missing = [layer for layer in layers if layer not in known]
         log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(layers))
         at_once = max(1, int(budget / 8 / lm.key_width(0) ** 2) - 3) if budget else len(layers)
         for start in range(0, len(missing), at_once):
             _collect(lm, missing[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
-        return {layer: self._load(home / f"layer-{layer}.safetensors") for layer in layers}
+        known |= {layer: self._load(paths[layer], lm.key_width(layer)) for layer in missing}
+        return {layer: known[layer] for layer in layers}
 
     def _windows(self, lm: LanguageModel) -> Int[Tensor, "windows window"]:
         """The corpus as rows of tokens, after whatever the tokenizer puts in front of a text."""
@@ -111,8 +115,8 @@ class Statistics:
         rows = [front + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)]
         return torch.tensor(rows)
 
-    def _load(self, path: Path) -> Covariance:
-        tensors = load_file(path)  # mapped from disk: what is not used is not read
+    def _load(self, path: Path, width: int) -> Covariance:
+        tensors = _read(path, {"moment": (width, width), "eigenvalues": (width,), "eigenvectors": (width, width)})
         return self.covariance(tensors["moment"], (tensors["eigenvalues"], tensors["eigenvectors"].T))
 
     def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
@@ -121,9 +125,40 @@ class Statistics:
 
 
 def convergence(path: Path) -> float:
-    """Relative change of C over the second half of its tokens, ``|C - C_half| / |C|``, read from a layer's file."""
-    with safe_open(path, "pt") as handle:
-        return float(handle.metadata()["change"])
+    """Relative change of C over the second half of its tokens, ``|C - C_half| / |C|``, read from a layer's file.
+
+    Raises:
+        StatisticsError: If the file is damaged.
+    """
+    try:
+        with safe_open(path, "pt") as handle:
+            return float(handle.metadata()["change"])
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """The tensors of a file of ours, mapped from disk: what is not used is not read.
+
+    Args:
+        path: The file.
+        shapes: Of the tensors that it must have.
+
+    Raises:
+        StatisticsError: If it is damaged.
+    """
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    for name, shape in shapes.items():
+        if name not in tensors or tensors[name].shape != shape or not tensors[name].is_floating_point():
+            raise _damaged(path, f"no {name} of shape {shape}")
+    return tensors
+
+
+def _damaged(path: Path, reason: object) -> StatisticsError:
+    return StatisticsError(f"{path} is damaged ({reason}); delete it, it is made again")
 
 
 def _collect(
@@ -179,8 +214,9 @@ def _resume(
 ) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
     if not partial.exists():
         return 0, {}, {}
-    tensors = load_file(partial)
-    if {f"sum/{layer}" for layer in layers} != {name for name in tensors if name.startswith("sum/")}:
+    tensors = _read(partial, {})
+    wanted = {"done", *(f"sum/{layer}" for layer in layers)}
+    if wanted != {name for name in tensors if not name.startswith("half/")}:
         return 0, {}, {}
     done = int(tensors["done"])
     log.info("second moments: going on after %d windows", done)

@@ -43,6 +43,16 @@ CASES = {
     "repeated-after": EditRequest("{} is Paris and Paris is in", "Paris", "Spain"),
     "in-context": EditRequest("The {} is", "sky", "green"),
     "subject-in-target": EditRequest("{} is", "Rome", "Rome in Italy"),
+    "hebrew": EditRequest("{} היא בירת", "ירושלים", "צרפת"),
+    "hebrew-end": EditRequest("בירת הנורווגים היא {}", "אוסלו", "העיר"),
+    "arabic-vowels": EditRequest("عاصمة {} هي", "مِصْر", "القاهرة"),
+    "right-to-left-within": EditRequest("The city of {} is in", "حيفا (Haifa)", "نرويج"),
+    "direction-marks": EditRequest("The city \u2067{}\u2069 is in", "\u200fمصر\u200e", "\u202bنرويج\u202c"),
+    "devanagari": EditRequest("{} की राजधानी", "क्षत्रिय", "दिल्ली"),
+    "family": EditRequest("The sign {}👍🏽 stands for", "👩‍👩‍👧‍👦", "👨🏾‍🚀"),
+    "flags": EditRequest("{}🇩🇪 play", "🇳🇴🏴󠁧󠁢󠁷󠁬󠁳󠁿", "🏳️‍🌈"),
+    "keycap-before": EditRequest("1️⃣{} is", "❤️‍🔥", "❤️"),
+    "braces-around": EditRequest('{"{{}}": {"is": [] }} means', "{x}", "{y}"),
     "digits": EditRequest("{} plus 1 is", "12345", "12 346"),
 }
 
@@ -114,6 +124,12 @@ def test_subject_and_target_are_found(name, variant):
         text = join(prompt, request.target_new)
         assert prompt[start + request.subject_end - len(request.subject) :].startswith(request.subject)
         check(variant.tokenizer, row, text, start + request.subject_end, len(prompt))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", CASES)
+def test_subject_and_target_are_found_by_the_real_tokenizer(name, smollm2):
+    test_subject_and_target_are_found(name, smollm2)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -97,6 +97,20 @@ def test_bad_requests_end_with_status_2_and_name_every_entry(folder, monkeypatch
     assert "entry 1, prompt" in message
 
 
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_what_the_model_cannot_read_is_named_before_it_is_measured(command, folder, monkeypatch, capsys):
+    monkeypatch.setattr("cakeflow.evaluation.Evaluation.ask", lambda *_: pytest.fail("records were scored"))
+    facts = [
+        {"prompt": "{} lives in", "subject": name, "target_new": "Rome"} for name in ("Ann", "word " * 999 + "end")
+    ]
+    (folder / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(folder, command, "--data.eval_batch_size=1"))
+    assert stop.value.code == 2
+    assert "entry 1, prompt = " in capsys.readouterr().err
+    assert not (folder / "runs" / "cakeflow" / "version_0" / "before.jsonl").exists()
+
+
 def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
     words = ["--model.statistics.source", str(folder / "corpus.txt"), "--model.statistics.tokens", "2048",
              "--model.statistics.window", "64", "--model.solver.init_args.threshold", "10",

@@ -27,6 +27,20 @@ def test_each_is_what_the_model_says_alone(tiny, tokens, budget):
     assert got == [alone(tiny, prompt, tokens) for prompt in PROMPTS]
 
 
+def test_a_text_ends_where_the_models_positions_do(lm):
+    """However long it may become, and whatever runs beside it."""
+    long = " ".join(["sea"] * lm.longest)
+    ids = lm.tokenizer(long)["input_ids"][: lm.longest - 3]
+    near, room = lm.tokenizer.decode(ids), lm.longest - len(ids)
+    for prompts in ([near], [long], [near, "Ann", long]):
+        for total in (False, True):
+            got = continuations(lm, prompts, lm.longest if total else 6, total=total, budget=10 * lm.longest)
+            wanted = {near: alone(lm, near, room), long: ""}
+            assert [text for prompt, text in zip(prompts, got, strict=True) if prompt != "Ann"] == [
+                wanted[prompt] for prompt in prompts if prompt != "Ann"
+            ]
+
+
 def test_total_counts_the_prompt(tiny):
     room = [12 - len(tiny.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     assert min(room) < max(room)

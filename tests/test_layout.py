@@ -171,7 +171,8 @@ def test_every_module_has_tests(core):
 
 def test_every_test_file_has_a_module():
     plugins = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
-    stems = {path.stem for path in CORE} | PARTS | {"layout", "parity", "families", "sharded", "template"} | plugins
+    further = {"layout", "parity", "families", "sharded", "template", "malformed"}
+    stems = {path.stem for path in CORE} | PARTS | further | plugins
     assert plugins <= {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "plugins").glob("test_*.py")}
     for path in (ROOT / "tests").rglob("test_*.py"):
         assert path.stem.removeprefix("test_") in stems, name(path)

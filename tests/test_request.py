@@ -134,6 +134,29 @@ def test_probes_may_be_missing_none_or_objects():
         assert parse_requests([own(probes=probes)])[0].probes == wanted
 
 
+@pytest.mark.parametrize(
+    ("prompt", "subject", "template"),
+    [
+        ("The river Elbe flows into", "Elbe", "The river {} flows into"),
+        ("Elbe", "Elbe", "{}"),
+        ('{"river": "Elbe", "ends": ', "Elbe", '{"river": "{}", "ends": '),
+        ("The {name} of {Elbe} is", "{Elbe}", "The {name} of {} is"),
+        ("بلد حيفا في", "حيفا", "بلد {} في"),
+        ("👩‍👧 means", "👩‍👧", "{} means"),
+    ],
+)
+def test_a_prompt_given_in_full_becomes_a_template(prompt, subject, template):
+    (request,) = parse_requests([own(prompt=prompt, subject=subject)])
+    assert (request.prompt, request.text) == (template, prompt)
+    assert request.text[: request.subject_end].endswith(subject)
+
+
+def test_a_template_wins_over_a_subject_that_occurs_too():
+    (request,) = parse_requests([own(prompt="The Elbe, I mean {}, flows into")])
+    assert request.text == "The Elbe, I mean Elbe, flows into"
+    assert request.subject_end == len("The Elbe, I mean Elbe")
+
+
 MALFORMED = [
     ("a string", "entry"),
     (None, "entry"),
@@ -362,7 +385,23 @@ def test_records_with_one_bad_place_raise_nothing_but_request_errors(place, valu
     assert all(parse_requests([request.to_dict()]) == [request] for request in requests)
 
 
-TEXT = st.text(min_size=1, max_size=12).filter(lambda text: text.strip() == text and "{}" not in text)
+LETTERS = st.text("abé\u0301{} 🙂\u200dא", min_size=1, max_size=6)
+
+
+@given(LETTERS, LETTERS, LETTERS)
+def test_a_prompt_in_full_is_taken_only_where_its_subject_is_certain(before, subject, after):
+    prompt = before + subject + after
+    requests, _ = outcome([own(prompt=prompt, subject=subject)])
+    places = [at for at in range(len(prompt)) if prompt[at:].startswith(subject)]
+    slots, seen = prompt.count("{}"), subject.strip(" \u200d") != "" and subject == subject.strip()
+    assert bool(requests) == (seen and (slots or len(places)) == 1)
+    if requests and not slots:
+        assert (requests[0].text, requests[0].subject_end) == (prompt, places[0] + len(subject))
+
+
+TEXT = st.text(min_size=1, max_size=12).filter(
+    lambda text: text.strip() == text and "{}" not in text and any(map(str.isprintable, text))
+)
 PROBES = st.builds(Probe, st.sampled_from(["paraphrase", "neighborhood", "generation"]), TEXT, st.none() | TEXT)
 
 

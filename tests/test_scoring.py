@@ -6,7 +6,7 @@ from tokenizers import normalizers
 
 from cakeflow import EditRequest, Probe, RequestError
 from cakeflow.data import builtin_facts
-from cakeflow.scoring import KINDS, score_records, score_targets
+from cakeflow.scoring import KINDS, check_records, score_records, score_targets
 
 PROMPTS = ["The capital of Peru is", "A", "日本の首都は", "It is said that a very long sentence about the sea"]
 PROMPTS += ["Who is ", "The sign 🙂 means", "Rome, Rome, Rome is called '"]
@@ -143,6 +143,30 @@ def test_targets_without_a_token_are_refused(lm, targets):
     backend.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
     with pytest.raises(RequestError, match="no token of its own"):
         score_records(lm, [EditRequest("{} is", "Lund", target) for target in targets])
+
+
+def test_every_record_that_cannot_be_asked_is_named_by_its_place(lm, monkeypatch):
+    """Whatever part it is checked in, and a target that several prompts share once."""
+    monkeypatch.setattr("cakeflow.scoring.CHECKED_AT_ONCE", 2)
+    backend = lm.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
+    long = "word " * lm.longest + "is"
+    records = [
+        EditRequest("{} is", "Lund", "big", "☃", (Probe("neighborhood", "Rome is"), Probe("paraphrase", "It is"))),
+        EditRequest("{} is", "Lund", "big", "old", (Probe("neighborhood", "Rome is", "☃☃"),)),
+        EditRequest("{} is", "Lund", "big", "old", (Probe("generation", long),)),
+        EditRequest("{} is", "Lund", "☃", None, (Probe("paraphrase", "It is"), Probe("paraphrase", "Rome is"))),
+        EditRequest("{} is", "Lund", "big", "old", (Probe("paraphrase", long), Probe("generation", long))),
+    ]
+    wanted = [(0, "target_true"), (1, "probes.expected"), (3, "target_new"), (4, "probes.prompt")]
+    with pytest.raises(RequestError) as caught:
+        check_records(lm, records)
+    assert [(problem.index, problem.field) for problem in caught.value.problems] == wanted
+    for protocol in ("clean", "official"):
+        with pytest.raises(RequestError) as caught:
+            score_records(lm, [records[2], records[1]], protocol)
+        assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, "probes.expected")]
+    check_records(lm, [records[2]])
 
 
 @pytest.mark.real

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -10,7 +12,7 @@ from torch.utils.data import DataLoader
 from cakeflow.data.readers import read_entries
 from cakeflow.data.selection import Conflicts, Order, select
 from cakeflow.data.snippets import with_references
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, listed
 from cakeflow.request import EditRequest, parse_requests
 
 
@@ -71,6 +73,7 @@ class EditDataModule(L.LightningDataModule):
         entries = read_entries(source, split)
         requests = parse_requests(with_references(entries, snippets) if snippets else entries)
         self.requests = select(requests, order, shuffle_seed, conflicts, limit)
+        _warn_of_repetitions(self.requests)
         self.batch_size = batch_size or len(self.requests)
         self.eval_batch_size = eval_batch_size
 
@@ -84,3 +87,16 @@ class EditDataModule(L.LightningDataModule):
 
     def _loader(self, size: int) -> DataLoader[EditRequest]:
         return DataLoader(self.requests, batch_size=size, collate_fn=Records)  # type: ignore[arg-type]
+
+
+def _warn_of_repetitions(requests: Sequence[EditRequest]) -> None:
+    """Published files may state a fact twice, and their tables count it twice: so this is no error."""
+    seen: dict[tuple[str, str, str], int] = {}
+    edits = [(request.prompt, request.subject, request.target_new) for request in requests]
+    repeated = [f"{i} (as {seen[edit]})" for i, edit in enumerate(edits) if seen.setdefault(edit, i) != i]
+    if repeated:
+        warnings.warn(
+            f"records that repeat an earlier one, prompt, subject and target_new: {listed(repeated)} (numbered from 0, "
+            "in the order of the edits); each counts once more in edit and metrics, leave it out if that is not meant",
+            stacklevel=3,
+        )

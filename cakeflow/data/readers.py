@@ -13,7 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from cakeflow.data.builtin import builtin_facts
-from cakeflow.errors import ConfigError, Problem, RequestError
+from cakeflow.errors import ConfigError, Problem, RequestError, listed
 from cakeflow.request import EditRequest, parse_requests
 
 SOURCES = (
@@ -23,6 +23,8 @@ SOURCES = (
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE_NAME = re.compile(r".*\.jsonl?(\.gz)?")
 _GZIP = b"\x1f\x8b"
+LARGEST = 1 << 29
+"""Most bytes of a file, unpacked: ten times the largest one of the field."""
 _PATIENCE = 10.0
 """Seconds that the hub has for its first answer."""
 
@@ -73,7 +75,7 @@ def read_entries(source: Any, split: str | None = None) -> list[Any]:
         return [*builtin_facts()]
     if isinstance(source, (EditRequest, Mapping)):
         return [source]
-    if not isinstance(source, Iterable):
+    if isinstance(source, (bytes, bytearray)) or not isinstance(source, Iterable):
         raise ConfigError(f"requests must be named, a list or a data set, got {type(source).__name__}; {SOURCES}")
     return list(source)
 
@@ -81,10 +83,10 @@ def read_entries(source: Any, split: str | None = None) -> list[Any]:
 def _named(source: str | Path, split: str | None) -> list[Any]:
     """The entries of a file, a folder, a URL or a data set of the hub; a path object is never one of the latter two."""
     name, path = str(source), Path(source)
-    if name and path.is_dir():  # the path of no name is the current folder
+    if name and exists(path) and path.is_dir():  # the path of no name is the current folder
         return _load_folder(path, split)
     remote = isinstance(source, str)
-    if remote and not path.is_file() and _HUB_NAME.fullmatch(name) and not _FILE_NAME.fullmatch(name):
+    if remote and not exists(path) and _HUB_NAME.fullmatch(name) and not _FILE_NAME.fullmatch(name):
         return _load_hub(name, split)
     _refuse_split(split, name)
     if remote and name.startswith(("http://", "https://")):
@@ -92,23 +94,38 @@ def _named(source: str | Path, split: str | None) -> list[Any]:
     return parse_entries(read_text(path), name, name)
 
 
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; what the system takes for no name at all is none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # e.g. requests pasted in place of their file's name
+        return False
+
+
 def read_text(path: Path, name: str = "") -> str:
-    """The text of a file, unpacked if it is a gzip file.
+    """The text of a file, unpacked if it is a gzip file, without a byte order mark.
 
     Args:
         path: The file.
         name: What messages call it; its path by default.
 
     Raises:
-        ConfigError: If there is no such file, or it is not UTF-8.
+        ConfigError: If there is no such file, it is not UTF-8, or it has more than ``LARGEST`` bytes.
     """
-    if not path.is_file():
-        raise ConfigError(f"no file or folder {str(path)!r}; {SOURCES}")
+    if not exists(path) or not path.is_file():
+        raise ConfigError(f"no file or folder {str(path)[:300]!r}; {SOURCES}")
     try:
-        raw = path.read_bytes()
-        return (gzip.decompress(raw) if raw.startswith(_GZIP) else raw).decode("utf-8")
+        with path.open("rb") as file:
+            packed = file.read(len(_GZIP)) == _GZIP
+        with gzip.open(path) if packed else path.open("rb") as handle:
+            raw = handle.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise ConfigError(f"{name or path} has more than {LARGEST >> 20} MiB of text; give it in parts")
+        return raw.decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigError(f"{name or path} cannot be read as UTF-8 text: {error}") from error
+        raise ConfigError(
+            f"{name or path} cannot be read as UTF-8 text: {error}; save it as such, or fetch it again"
+        ) from error
 
 
 def parse_entries(text: str, name: str, path: str) -> list[Any]:
@@ -129,13 +146,24 @@ def parse_entries(text: str, name: str, path: str) -> list[Any]:
     return entries if isinstance(entries, list) else [entries]
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a field that is given twice, ``json`` would keep the last without a word."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError(f"one object gives a field twice: {listed([name for name, _ in pairs])}")
+    return found
+
+
 def _parse_line(name: str, number: int, line: str) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line, object_pairs_hook=_object)
     except json.JSONDecodeError as error:
         at = number + error.lineno - 1
         remedy = f"broken JSON in {name}, line {at}, column {error.colno}: {error.msg}"
         raise RequestError([Problem(at, "line", line.split("\n")[error.lineno - 1][:80], remedy)]) from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, too many digits, a field given twice
+        remedy = f"JSON in {name}, line {number} or below, that cannot be requests: {error}"
+        raise RequestError([Problem(number, "line", line[:80], remedy)]) from error
 
 
 def _fetch(url: str) -> Path:

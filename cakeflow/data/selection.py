@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from cakeflow.data.readers import parse_entries, read_text
-from cakeflow.errors import ConfigError, RequestError
+from cakeflow.data.readers import exists, parse_entries, read_text
+from cakeflow.errors import ConfigError, RequestError, listed
 from cakeflow.request import EditRequest, contradictions
 
 Conflicts = Literal["error", "drop"]
@@ -81,14 +81,14 @@ def read_order(order: Order) -> list[int | str]:
     """
     if isinstance(order, (str, Path)):
         path = Path(order)
-        if not path.is_file():
-            raise ConfigError(f"data.order: no file {str(path)!r}; give case ids, or a file with them")
+        if not exists(path):
+            raise ConfigError(f"data.order: no file {str(path)[:300]!r}; give case ids, or a file with them")
         text = read_text(path)
         lines = [line.strip() for line in text.split("\n") if line.strip()]
         order = parse_entries(text, str(path), path.name) if ".json" in path.suffixes else lines
     ids = list(order)
     if bad := [case for case in ids if isinstance(case, bool) or not isinstance(case, (int, str))]:
-        raise ConfigError(f"data.order must hold case ids, integers or texts; found {_some(bad)}")
+        raise ConfigError(f"data.order must hold case ids, integers or texts; found {listed(bad)}")
     if not ids:
         raise ConfigError("data.order is empty; name at least one case id")
     return ids
@@ -108,10 +108,6 @@ def _places(requests: Sequence[EditRequest], order: Sequence[int | str]) -> list
         "named more than once": [case for case, count in Counter(ids).items() if count > 1],
         "several records have": [case for case in dict.fromkeys(ids) if len(places.get(case, ())) > 1],
     }
-    if found := [f"{fault} {_some(cases)}" for fault, cases in faults.items() if cases]:
+    if found := [f"{fault} {listed(cases)}" for fault, cases in faults.items() if cases]:
         raise ConfigError(f"data.order, case ids: {'; '.join(found)}")
     return [places[case][0] for case in ids]
-
-
-def _some(values: Sequence[object], most: int = 10) -> str:
-    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")

@@ -28,7 +28,7 @@ def with_references(entries: Sequence[Any], path: str | Path) -> Iterator[Any]:
             for relation, targets in snippets.items()
             for target, found in targets.items()
         }
-    except (ValueError, AttributeError, TypeError, KeyError) as error:
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{path}: not relation -> target -> list of {{name, text}}: {error!r}") from error
     for entry in entries:
         reference = texts.get(_target(entry))
@@ -39,4 +39,5 @@ def _target(entry: Any) -> tuple[Any, Any]:
     """Relation and new target of an entry of CounterFact, by their ids."""
     rewrite = entry.get("requested_rewrite") if isinstance(entry, Mapping) else None
     new = rewrite.get("target_new") if isinstance(rewrite, Mapping) else None
-    return (rewrite.get("relation_id"), new.get("id")) if rewrite and isinstance(new, Mapping) else (None, None)
+    ids = (rewrite.get("relation_id"), new.get("id")) if rewrite and isinstance(new, Mapping) else ()
+    return ids if ids and all(isinstance(each, str) for each in ids) else (None, None)

@@ -65,11 +65,11 @@ class Ledger:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._known: dict[str, Effect] = {}
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         self._torn = bool(text) and not text.endswith("\n")
         for line in text.split("\n"):
-            with suppress(json.JSONDecodeError):  # the line that was being written when a process died
-                entry = json.loads(line)
+            with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
+                entry = json.loads(line)  # a line that was being written when a process died is traced again
                 fact = entry.pop("fact")
                 self._known[fact] = Effect(**entry)
 
@@ -175,5 +175,5 @@ class Trace:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             return cls.of([Effect(**entry) for entry in content["effects"]], content["settings"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"{path} is no saved trace: {error}") from error

@@ -33,6 +33,7 @@ def snippets(tmp_path):
 
 def test_texts_are_joined_by_relation_and_target(snippets):
     entries = [entry(0, "P103", "Q1860"), entry(1, "P103", "Q150"), entry(2, "P17", "Q2"), {"prompt": "{}"}, "odd"]
+    entries += [entry(3, ["P103"], {}), {"requested_rewrite": ["P103"]}]
     found = list(with_references(entries, snippets))
     assert found[0] == {**entries[0], "reference": "Ann speaks English. So does Bob."}
     assert found[1:] == entries[1:]
@@ -46,7 +47,9 @@ def test_references_reach_the_records(snippets, tmp_path):
     assert [request.reference for request in EditDataModule(str(path)).requests] == [None, None]
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"P1": []}', '{"P1": {"Q1": [{"name": "x"}]}}', '{"P1": {"Q1": 3}}'])
+@pytest.mark.parametrize(
+    "text", ["[]", "{", "[" * 100_000, '{"P1": []}', '{"P1": {"Q1": [{"name": "x"}]}}', '{"P1": {"Q1": 3}}']
+)
 def test_another_form_is_refused(tmp_path, text):
     path = tmp_path / "snippets.json"
     path.write_text(text)

@@ -1,0 +1,516 @@
+"""What users and disks get wrong: refused by name before the model runs, and the model stays as it is."""
+
+import copy
+import gzip
+import json
+import struct
+import unicodedata
+import warnings
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from tokenizers import normalizers
+
+from cakeflow import Contexts, Editor, EditRequest, Probe
+from cakeflow.cli import main
+from cakeflow.config import build_module
+from cakeflow.data import read_requests, readers
+from cakeflow.errors import ConfigError, EditError, RequestError, StatisticsError
+from cakeflow.model import load_model
+from cakeflow.request import parse_requests
+from cakeflow.statistics import Statistics, convergence
+
+GOOD = {"prompt": "The river {} flows into", "subject": "Elbe", "target_new": "the Black Sea"}
+COUNTERFACT = {
+    "case_id": 3,
+    "requested_rewrite": {
+        "prompt": "{} was built in",
+        "relation_id": "P571",
+        "target_new": {"str": "1900", "id": "Q1"},
+        "target_true": {"str": "1889", "id": "Q2"},
+        "subject": "The Blue Tower",
+    },
+    "paraphrase_prompts": ["Work on The Blue Tower ended in"],
+    "neighborhood_prompts": ["The Red Tower was built in"],
+    "generation_prompts": ["The Blue Tower is"],
+}
+ZSRE = {"subject": "Anna Berg", "src": "Where did Anna Berg study?", "answers": ["Uppsala"], "loc": "a", "loc_ans": "b"}
+SCHEMAS = [GOOD, COUNTERFACT, ZSRE]
+LONG = "word " * 3000
+NAN, INFINITY = float("nan"), float("inf")
+
+
+def own(**changes):
+    return {**GOOD, **changes}
+
+
+def probe(**changes):
+    return own(subject="Oder", probes=[{"kind": "paraphrase", "prompt": "The mouth of the Elbe lies at", **changes}])
+
+
+def decomposed(text):
+    return unicodedata.normalize("NFD", text)
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+@dataclass(frozen=True)
+class Case:
+    """A source, and what its refusal must say; the index is that of the entry, or the line of a file from 1."""
+
+    name: str
+    source: Any
+    field: str
+    remedy: str
+    index: int = 1
+
+
+def entry(name, bad, field, remedy):
+    """A bad entry after a good one."""
+    return Case(name, [GOOD, bad], field, remedy)
+
+
+REQUESTS = [
+    # types
+    entry("text-for-an-entry", "The Elbe flows into the Black Sea", "entry", "give an EditRequest or a mapping"),
+    entry("list-for-an-entry", [GOOD], "entry", "give an EditRequest or a mapping"),
+    entry("none-for-an-entry", None, "entry", "give an EditRequest or a mapping"),
+    entry("bytes", own(subject=b"Elbe"), "subject", "must be a string"),
+    entry("integer", own(target_new=1900), "target_new", "must be a string"),
+    entry("nan", own(target_new=NAN), "target_new", "must be a string"),
+    entry("infinity", own(subject=-INFINITY), "subject", "must be a string"),
+    entry("nan-for-a-missing-text", own(target_true=NAN), "target_true", "must be a string"),
+    entry("boolean", own(prompt=True), "prompt", "must be a string"),
+    entry("list-for-a-text", own(target_new=["the Black Sea"]), "target_new", "must be a string"),
+    entry("nested-too-deeply", own(subject=nested(100_000)), "subject", "must be a string"),
+    entry("too-many-digits", own(subject=10**5000), "subject", "must be a string"),
+    entry("boolean-case-id", own(case_id=True), "case_id", "an integer or a text"),
+    entry("nan-case-id", own(case_id=NAN), "case_id", "an integer or a text"),
+    entry("relation-by-number", own(relation=31), "relation", "must be a string"),
+    # empty and blank
+    entry("empty-entry", {}, "prompt", "every request needs prompt, subject and target_new"),
+    entry("empty-prompt", own(prompt=""), "prompt", "must not be empty or blank"),
+    entry("empty-subject", own(subject=""), "subject", "must not be empty or blank"),
+    entry("blank-subject", own(subject=" \t\n"), "subject", "must not be empty or blank"),
+    entry("zero-width-subject", own(subject="\u200b\ufeff"), "subject", "must not be empty or blank"),
+    entry("control-characters", own(target_new="\x00\x07"), "target_new", "must not be empty or blank"),
+    entry("empty-target", own(target_new=""), "target_new", "must not be empty or blank"),
+    entry("empty-reference", own(reference=""), "reference", "must not be empty or blank"),
+    entry("space-around-the-subject", own(subject="Elbe "), "subject", "remove the white space"),
+    entry("missing-subject", own(subject=None), "subject", "missing"),
+    # the place of the subject
+    entry("no-place", own(prompt="The river flows into"), "prompt", "found 0, and the subject does not occur"),
+    entry("two-places", own(prompt="{} and {} meet in"), "prompt", "found 2; write braces that are part of the text"),
+    entry("json-in-the-prompt", own(prompt='{"a": {}, "b": {}} of {} is'), "prompt", "found 3; write braces"),
+    entry("named-place", own(prompt="The river {name} flows into"), "prompt", "found 0, and the subject does not"),
+    entry("subject-twice", own(prompt="The Elbe, or Elbe, is"), "prompt", "occurs 2 times: put {} where it is meant"),
+    entry("subject-twice-overlapping", own(prompt="A banana is", subject="ana"), "prompt", "occurs 2 times"),
+    entry("subject-in-other-letters", own(prompt="The elbe flows into"), "prompt", "the subject does not occur either"),
+    entry("composed-prompt-decomposed-subject", own(prompt="Die Würm fließt in", subject=decomposed("Würm")), "prompt",
+          "once both are in one Unicode normal form (NFC against NFD"),
+    entry("decomposed-prompt-composed-subject", own(prompt=decomposed("In Malmö"), subject="Malmö"), "prompt",
+          "unicodedata.normalize('NFC'"),
+    entry("zsre-in-two-normal-forms", {**ZSRE, "subject": "Åsa", "src": decomposed("Where was Åsa?")}, "subject",
+          "must occur in src; it does once both are in one Unicode normal form"),
+    entry("object-in-full", EditRequest("The Elbe flows into", "Elbe", "it"), "prompt", "in place of the subject"),
+    # targets
+    entry("nothing-to-edit", own(target_true="the Black Sea "), "target_new", "there is nothing to edit"),
+    entry("nothing-to-edit-in-two-normal-forms", own(target_new="Malmö", target_true=decomposed("Malmö")), "target_new",
+          "there is nothing to edit"),
+    entry("zero-token-target", own(subject="Oder", target_new="☃"), "target_new", "no token of its own"),
+    entry("zero-token-subject", own(prompt="{} is", subject="☃"), "subject", "the tokenizer gives it no token"),
+    entry("zero-token-answer", probe(kind="neighborhood", prompt="The Oder ends in", expected="☃☃"), "probes.expected",
+          "no token of its own"),
+    entry("zero-token-true-target", own(subject="Oder", target_true="☃"), "target_true", "no token of its own"),
+    # too long
+    entry("long-prompt", own(prompt=LONG + "{} is"), "prompt", "longer than the model's"),
+    entry("long-subject", own(subject=LONG + "end"), "prompt", "longer than the model's"),
+    entry("long-target", own(subject="Oder", target_new=LONG), "prompt", "longer than the model's"),
+    entry("long-probe", probe(prompt=LONG), "probes.prompt", "positions, with its target; shorten it"),
+    # Unicode
+    entry("lone-surrogate", own(subject="Elbe\ud83d"), "subject", "give valid Unicode text"),
+    entry("lone-surrogate-in-a-probe", probe(prompt="\udc00 is"), "probes.prompt", "give valid Unicode text"),
+    # contradictions
+    entry("contradiction", own(target_new="the Red Sea"), "target_new", "contradicts entry 0"),
+    Case("contradiction-in-two-normal-forms",
+         [own(subject="Würm"), own(subject=decomposed("Würm"), target_new="the Red Sea")], "target_new",
+         "contradicts entry 0"),
+    # fields and probes
+    entry("unknown-field", own(target="the Black Sea"), "target", "unknown field; known: case_id, probes, prompt"),
+    entry("fields-of-something-else", {"text": "a", "label": 1}, "prompt", "found ['label', 'text']"),
+    entry("one-probe-for-a-list", own(probes={"kind": "paraphrase", "prompt": "x"}), "probes", "give a list of"),
+    entry("probe-as-text", own(probes=["The Elbe ends in"]), "probes", "a probe has kind, prompt"),
+    entry("probe-with-an-unknown-field", probe(answer="x"), "probes", "a probe has kind, prompt"),
+    entry("probe-of-no-kind", probe(kind="rewrite"), "probes.kind", "must be one of paraphrase, neighborhood"),
+    entry("probe-with-a-number", probe(expected=4), "probes.expected", "must be a string"),
+    entry("probes-as-dictionaries", EditRequest("{} is", "c", "d", probes=({"kind": "x"},)), "probes", "a tuple"),
+    entry("counterfact-target-as-text", {"requested_rewrite": {"prompt": "{} is", "subject": "x", "target_new": "y"}},
+          "target_new.str", "missing in this schema"),
+    entry("counterfact-prompts-as-text", {**COUNTERFACT, "paraphrase_prompts": "one"}, "paraphrase_prompts",
+          "give a list of prompts"),
+    entry("zsre-without-answers", {**ZSRE, "answers": []}, "answers", "at least one answer"),
+    entry("zsre-about-somebody-else", {**ZSRE, "subject": "Nils"}, "subject", "must occur in src"),
+    # lists
+    Case("empty-list", [], "requests", "give at least one request", index=0),
+]  # fmt: skip
+
+LINE = json.dumps(GOOD).encode()
+BROKEN = [
+    ("broken.json", b'[\n {"prompt": "{} is"},\n {"prompt": oops}\n]', 3, "line 3, column 13"),
+    ("broken.jsonl", LINE + b"\n\n" + LINE[:-1], 3, "line 3, column"),
+    ("empty.json", b"", 1, "line 1, column 1"),
+    ("cut.json", b"[" + LINE + b",\n", 2, "line 2"),
+    ("lines.json", LINE + b"\n" + LINE, 2, "line 2, column 1: Extra data"),
+    ("python.json", b"[{'prompt': '{} is'}]", 1, "property name enclosed in double quotes"),
+    ("control.json", b'["a\x01"]', 1, "Invalid control character"),
+    ("deep.json", b"[" * 100_000, 1, "recursion depth"),
+    ("deep.jsonl", LINE + b"\n" + b'{"a":' * 100_000, 2, "recursion depth"),
+    ("digits.json", b'[{"case_id": ' + b"9" * 5000 + b"}]", 1, "Exceeds the limit"),
+    ("twice.jsonl", LINE + b'\n{"prompt": "{} is", "subject": "a", "subject": "b"}', 2, "gives a field twice"),
+    ("table.csv", b"prompt,subject,target_new\n{} is,a,b\n", 1, "line 1, column 1"),
+    ("facts.yaml", b'!!python/object/apply:os.system ["touch marker"]', 1, "line 1, column 1"),
+]
+UNREADABLE = [
+    ("latin.json", '[{"prompt": "Malmö"}]'.encode("latin-1"), "cannot be read as UTF-8"),
+    ("utf16.json", LINE.decode().encode("utf-16"), "cannot be read as UTF-8"),
+    ("cut.json.gz", gzip.compress(LINE)[:-6], "Compressed file ended"),
+    ("damaged.jsonl.gz", gzip.compress(LINE)[:12] + b"\xff" * 20, "cannot be read"),
+    ("checksum.json.gz", gzip.compress(LINE)[:-8] + b"\0" * 8, "CRC check failed"),
+    ("picture.json", b"\x89PNG\r\n\x1a\n\x00", "cannot be read as UTF-8"),
+    ("large.json", b" " * 3000 + LINE, "more than"),
+    ("bomb.json.gz", gzip.compress(b" " * 100_000), "more than"),
+]
+ENTRIES = [  # files whose JSON is fine and whose entries are not
+    ("nan.json", b'[{"prompt": NaN, "subject": "Elbe", "target_new": "it"}]', "prompt", "must be a string"),
+    ("infinity.jsonl", LINE.replace(b'"Elbe"', b"-Infinity"), "subject", "must be a string"),
+    ("number.json", b"5", "entry", "give an EditRequest or a mapping"),
+    ("empty-list.json", b"[]", "requests", "give at least one request"),
+    ("blank.jsonl", b"\n \n", "requests", "give at least one request"),
+    ("list.jsonl", b"[" + LINE + b"]", "entry", "give an EditRequest or a mapping"),
+    ("surrogate.json", LINE.replace(b"Elbe", b"Elbe\\ud83d"), "subject", "valid Unicode"),
+]
+SOURCES = [
+    (None, "got NoneType"),
+    (True, "got bool"),
+    (2.5, "got float"),
+    (LINE, "got bytes"),
+    (json.dumps([GOOD] * 9), "no file or folder"),  # requests where their file's name should be
+    ("facts\0.json", "no file or folder"),
+    ("no-such-file.json", "no file or folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def editor(_models):
+    """An editor of a tiny model whose tokenizer drops one character."""
+    lm = copy.deepcopy(_models["gpt2"])
+    lm.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Replace("☃", ""), normalizers.Strip()]
+    )
+    moment = torch.eye(lm.key_width(1), dtype=torch.float64)
+    trainer = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    return Editor.from_pretrained(
+        lm.model, "memit", tokenizer=lm.tokenizer, layers=[1], moments={1: moment}, trainer=trainer,
+        contexts=Contexts.of(["{}", "It rained. {}"]), targets={"steps": 2},
+    )  # fmt: skip
+
+
+@pytest.fixture
+def untouched(editor):
+    """The editor, whose model must neither run nor change."""
+    before, runs = editor.module.lm.fingerprint(), []
+    handle = editor.model.register_forward_pre_hook(lambda *_: runs.append(1))
+    yield editor
+    handle.remove()
+    assert not runs
+    assert editor.module.lm.fingerprint() == before
+    assert not len(editor.journal)
+
+
+def refused(editor, source):
+    with pytest.raises(RequestError, match="nothing was changed") as caught:
+        editor.fit(source)
+    assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
+    return caught.value.problems
+
+
+def says(problems, field, remedy):
+    """Whether one of the problems is this one."""
+    found = [problem for problem in problems if problem.field == field and remedy in problem.remedy]
+    return bool(found)
+
+
+def test_what_the_tables_start_from_is_good():
+    assert len(parse_requests(SCHEMAS)) == 3
+    assert len({case.name for case in REQUESTS}) == len(REQUESTS)
+
+
+@pytest.mark.parametrize("case", REQUESTS, ids=lambda case: case.name)
+def test_malformed_requests(case, untouched):
+    problems = refused(untouched, case.source)
+    assert {problem.index for problem in problems} == {case.index}
+    assert says(problems, case.field, case.remedy)
+
+
+def test_all_faults_of_all_entries_are_named_at_once_whatever_finds_them(untouched):
+    faults = [own(subject="Oder", target_new="☃"), GOOD, own(subject=LONG + "end"), own(prompt="{} is", subject="☃")]
+    problems = refused(untouched, faults)
+    assert [(problem.index, problem.field) for problem in problems] == [
+        (0, "target_new"), (2, "prompt"), (3, "subject"),
+    ]  # fmt: skip
+    probes = [own(probes=[Probe("paraphrase", LONG)]), own(subject="Oder", probes=[Probe("paraphrase", LONG)] * 2)]
+    assert [problem.index for problem in refused(untouched, probes)] == [0, 1]
+
+
+@pytest.mark.parametrize(("name", "content", "line", "remedy"), BROKEN, ids=[case[0] for case in BROKEN])
+def test_broken_files(name, content, line, remedy, untouched, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    (problem,) = refused(untouched, tmp_path / name)
+    assert (problem.index, problem.field) == (line, "line")
+    assert remedy in problem.remedy
+    assert name in problem.remedy
+    assert not (tmp_path / "marker").exists()
+
+
+@pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE, ids=[case[0] for case in UNREADABLE])
+def test_unreadable_files(name, content, reason, untouched, tmp_path, monkeypatch):
+    monkeypatch.setattr(readers, "LARGEST", 2048)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"{name} .*{reason}"):
+        untouched.fit(tmp_path / name)
+
+
+@pytest.mark.parametrize(("name", "content", "field", "remedy"), ENTRIES, ids=[case[0] for case in ENTRIES])
+def test_files_with_malformed_entries(name, content, field, remedy, untouched, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    problems = refused(untouched, tmp_path / name)
+    assert {problem.index for problem in problems} == {0}
+    assert says(problems, field, remedy)
+
+
+@pytest.mark.parametrize(("source", "reason"), SOURCES, ids=range(len(SOURCES)))
+def test_what_is_no_source(source, reason, untouched):
+    with pytest.raises(ConfigError, match=reason):
+        untouched.fit(source)
+
+
+def test_a_byte_order_mark_is_no_fault(tmp_path):
+    for name, text in (("a.json", f"[{LINE.decode()}]"), ("a.jsonl", LINE.decode())):
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+        assert read_requests(tmp_path / name) == read_requests(GOOD)
+
+
+# ---- what is no error: a warning ----
+
+
+@torch.no_grad()
+def said(editor, prompt):
+    """The token that the model gives next."""
+    return editor.tokenizer.decode(
+        int(editor.model(**editor.tokenizer(prompt, return_tensors="pt")).logits[0, -1].argmax())
+    )
+
+
+def test_what_the_model_says_already_and_what_is_said_twice_are_warned_of_once(editor):
+    name, token = next((name, token) for name in map(str, range(999)) if (token := said(editor, name))[0] == " ")
+    known = {"prompt": "{}", "subject": name, "target_new": token}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        editor.fit([GOOD, known, GOOD, known])
+    editor.rollback()
+    texts = [str(each.message) for each in caught]
+    (repeated,) = [text for text in texts if "repeat an earlier one" in text]
+    (already,) = [text for text in texts if "gives already" in text]
+    assert ": 2 (as 0), 3 (as 1) (numbered" in repeated
+    assert ": 1, 3 (numbered" in already
+
+
+# ---- files of ours and of others ----
+
+PACKED = struct.pack("<Q", 2) + b"{}"
+OVERLAP = json.dumps({n: {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]} for n in ("moment", "eigenvalues")})
+POISONED = {
+    "garbage": b"\xff" * 500,
+    "empty": b"",
+    "header-beyond-the-file": struct.pack("<Q", 1 << 40) + b"{}",
+    "header-of-no-json": struct.pack("<Q", 4) + b"{{{{",
+    "overlapping": struct.pack("<Q", len(OVERLAP)) + OVERLAP.encode() + b"\0" * 8,
+    "pickle": b"\x80\x04cos\nsystem\n",
+    "without-tensors": PACKED,
+}
+
+
+@pytest.fixture
+def statistics(lm, tmp_path):
+    """Settings whose statistics lie in a folder, and the file of the one layer."""
+    (tmp_path / "corpus.txt").write_text("the sea was calm and every small boat came home before night " * 30)
+    found = Statistics(tmp_path / "corpus.txt", tokens=300, window=20)
+    found.collect(lm, [2], tmp_path / "kept")
+    return found, next((tmp_path / "kept").rglob("layer-2.safetensors"))
+
+
+@pytest.mark.parametrize("name", [*POISONED, "cut", "other-shape"])
+def test_poisoned_statistics_are_named_and_made_again_once_deleted(name, lm, statistics, tmp_path):
+    settings, path = statistics
+    good = path.read_bytes()
+    path.write_bytes(POISONED.get(name, good[:-100]))
+    if name == "other-shape":
+        save_file({part: torch.ones(3, 3) for part in ("moment", "eigenvalues", "eigenvectors")}, path)
+    with pytest.raises(StatisticsError, match=rf"{path} is damaged .*; delete it, it is made again"):
+        settings.collect(lm, [1, 2], tmp_path / "kept")
+    assert not path.with_name("layer-1.safetensors").exists()  # nothing was collected before the fault was seen
+    with pytest.raises(StatisticsError, match="is damaged"):
+        convergence(path)
+    path.unlink()
+    settings.collect(lm, [2], tmp_path / "kept")
+    assert path.read_bytes() == good
+
+
+def test_poisoned_partial_sums_are_named(lm, statistics, tmp_path):
+    settings, path = statistics
+    partial = path.with_name("partial.safetensors")
+    partial.write_bytes(POISONED["garbage"])
+    with pytest.raises(StatisticsError, match=r"partial.safetensors is damaged"):
+        settings.collect(lm, [1, 2], tmp_path / "kept")
+    save_file({"sum/1": torch.ones(2, 2)}, partial)  # not all that there must be: begun again
+    assert sorted(settings.collect(lm, [1, 2], tmp_path / "kept")) == [1, 2]
+
+
+@pytest.mark.parametrize("name", POISONED)
+@pytest.mark.parametrize("file", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_poisoned_models_are_named(name, file, lm, tmp_path):
+    lm.model.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / file).write_bytes(POISONED[name])
+    with pytest.raises(ConfigError, match=rf"model '{tmp_path}' is neither .* that loads here: "):
+        load_model(tmp_path)
+
+
+def test_pickled_weights_are_not_executed(lm, tmp_path):
+    lm.model.config.save_pretrained(tmp_path)
+    lm.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(f"cos\nsystem\n(S'touch {tmp_path}/marker'\ntR.".encode())
+    with pytest.raises(ConfigError, match="that loads here"):
+        load_model(tmp_path)
+    assert not (tmp_path / "marker").exists()
+
+
+TAGS = ("object/apply:os.system", "object/new:os.system", "object:os.system", "name:os.system", "module:os")
+CONFIGS = {
+    **{tag: f'model: {{layers: !!python/{tag} ["touch marker"]}}'.encode() for tag in TAGS},
+    "utf16": "model: {}".encode("utf-16"),
+    "deep": b"model: {layers: " + b"[" * 2000 + b"]" * 2000 + b"}",
+    "unclosed": b"model: {layers: [1, 2",
+    "tab": b"model:\n\tlayers: [1]",
+    "control": b"model: \0",
+    "list": b"- model",
+    "scalar": b"5",
+    "nan": b"model: {layers: [.nan]}",
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_poisoned_configs(name, tmp_path, monkeypatch, capsys):
+    """The command line ends with status 2, nothing of it is executed, and no model is loaded."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["cakeflow"])
+    monkeypatch.setattr("cakeflow.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(CONFIGS[name])
+    with pytest.raises(ConfigError, match=r"mine.yaml"):
+        build_module([path])
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", f"--config={path}", "--data.source=missing.json"])
+    assert stop.value.code == 2
+    assert "error" in capsys.readouterr().err
+    assert not (tmp_path / "marker").exists()
+
+
+def test_what_looks_like_markup_is_shown_as_it_is(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["cakeflow"])
+    (tmp_path / "a.json").write_text(json.dumps(own(subject="[/bold] ")))
+    with pytest.raises(SystemExit):
+        main(["fit", "--model.layers=[1]", "--data.source", str(tmp_path / "a.json")])
+    assert "subject = '[/bold] ': remove the white space" in capsys.readouterr().err
+
+
+# ---- fuzzing ----
+
+ODD = ["{}", "{{}}", "{name}", " ", "Elbe", "é", "e\u0301", "\ud800", "\u200f", Probe("paraphrase", "x"), NAN]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.binary(max_size=4) | st.sampled_from(ODD) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+def places(value, path=()):
+    """Every path into nested data."""
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path] * bool(path) + [place for key, inner in items for place in places(inner, (*path, key))]
+
+
+def put(record, path, value):
+    """Replace a place, unless an earlier change has taken it away."""
+    with suppress(TypeError, LookupError):
+        for step in path[:-1]:
+            record = record[step]
+        record[path[-1]] = value
+
+
+@st.composite
+def mutated(draw):
+    """A good record of any schema with some places replaced, at any depth."""
+    record = copy.deepcopy(draw(st.sampled_from(SCHEMAS)))
+    for path, value in draw(st.lists(st.tuples(st.sampled_from(places(record)), VALUES), max_size=3)):
+        put(record, path, value)
+    return record
+
+
+def outcome(source):
+    """Requests, or our error; anything else gets out."""
+    try:
+        return read_requests(source)
+    except EditError as error:
+        return error
+
+
+@settings(max_examples=400)
+@given(st.lists(mutated() | VALUES, max_size=3) | VALUES)
+def test_whatever_comes_as_requests_only_our_errors_get_out(source):
+    found = outcome(source)
+    assert str(found)
+    for request in found if isinstance(found, list) else ():
+        assert request.text[: request.subject_end].endswith(request.subject)
+        assert parse_requests([request.to_dict()]) == [request]
+
+
+@st.composite
+def damaged(draw):
+    """A good file with some bytes replaced, taken out or put in, packed or not, before or after."""
+    lines = [json.dumps(record, ensure_ascii=draw(st.booleans())).encode() for record in SCHEMAS]
+    content = b"\n".join(lines) if draw(st.booleans()) else b"[" + b",\n".join(lines) + b"]"
+    content = gzip.compress(content) if (early := draw(st.booleans())) else content
+    for _ in range(draw(st.integers(0, 3))):
+        at = draw(st.integers(0, len(content)))
+        content = content[:at] + draw(st.binary(max_size=4)) + content[at + draw(st.integers(0, 4)) :]
+    return content if early or draw(st.booleans()) else gzip.compress(content)
+
+
+@settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.binary(max_size=60) | damaged(), st.sampled_from(["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"]))
+def test_whatever_is_in_a_file_only_our_errors_get_out(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    assert str(outcome(tmp_path / name))
