@@ -1,18 +1,21 @@
 """A batch is done whole or not at all, in memory and on disk, wherever it is stopped."""
 
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from cakeflow_restrain import Prune, Rect
+from stops import STOPS
+from tiny_runs import LAYERS, content, editor_of, state
 
 from cakeflow import LeastSquares
 from cakeflow.errors import NumericalError
 from cakeflow.ledger import read_entries
 from cakeflow.solvers import Solver
-
-from .conftest import LAYERS, content, editor_of, state
-from .stops import STOPS
 
 ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
 
@@ -133,3 +136,14 @@ def test_a_weight_that_is_not_finite_leaves_nothing(lm, requests, tmp_path):
         editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
     assert state(lm, editor.module) == before
     assert [entry.kind for entry in read_entries(tmp_path / "run/journal/ledger.jsonl")] == ["model", "run"]
+
+
+def test_killed_processes_lose_nothing_that_was_acknowledged(lm, tmp_path):
+    """The short form of ``python tests/crash.py --kills 200``."""
+    lm.model.float().save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    words = [sys.executable, str(Path(__file__).with_name("crash.py")), "--kills", "20", "--model", tmp_path / "model"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
+    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "20 kills" in done.stdout

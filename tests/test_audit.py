@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from test_ledger import JSON
+from tiny_runs import content, editor_of, state
 
 from cakeflow.audit import replay, verify
 from cakeflow.cli import main
@@ -14,9 +16,6 @@ from cakeflow.errors import EditError, LedgerError, ResumeError, RunFolderError
 from cakeflow.journal import Journal
 from cakeflow.ledger import Ledger, read_entries
 from cakeflow.record import Record
-
-from .conftest import content, editor_of, state
-from .test_ledger import JSON
 
 
 @pytest.fixture(scope="module")

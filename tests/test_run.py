@@ -7,13 +7,12 @@ import lightning as L
 import pytest
 import torch
 from cakeflow_restrain import Prune, Rect
+from tiny_runs import LAYERS, content, editor_of, module_of, state
 
-from cakeflow import EditDataModule, EditModule, Evaluation, LeastSquares, NullSpace, TargetOptimizer
+from cakeflow import EditDataModule, EditModule, Evaluation, LeastSquares, NullSpace, TargetOptimizer, ledger
 from cakeflow.callbacks import EditCallback, Retention
 from cakeflow.errors import LedgerError, ResumeError
 from cakeflow.ledger import read_entries
-
-from .conftest import LAYERS, content, editor_of, module_of, state
 
 SOLVERS = {
     "null space": NullSpace(LeastSquares(0.5)),
@@ -21,6 +20,18 @@ SOLVERS = {
     "rect": Rect(LeastSquares(0.5)),
     "prune": Prune(LeastSquares(0.5)),
 }
+
+
+@pytest.fixture(autouse=True)
+def _one_clock(monkeypatch):
+    """Every moment is the same: what two runs write can then be compared byte by byte."""
+
+    class Clock(ledger.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(ledger, "datetime", Clock)
 
 
 class StopAfter(L.Callback):

@@ -6,7 +6,6 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from cakeflow import Contexts, EditModule, Editor, LeastSquares, NullSpace, TargetOptimizer
@@ -52,16 +51,3 @@ def content(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-@pytest.fixture(autouse=True)
-def _one_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every moment is the same: what two runs write can then be compared byte by byte."""
-    from cakeflow import ledger
-
-    class Clock(ledger.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Clock:
-            return cls(2026, 1, 1, tzinfo=tz)
-
-    monkeypatch.setattr(ledger, "datetime", Clock)
