@@ -41,9 +41,7 @@ def verify(run: Path, head: str | None = None) -> Audit:
     Raises:
         RunFolderError: If there is no ledger.
     """
-    path = run / "journal" / LEDGER
-    if not path.is_file():
-        raise RunFolderError(f"{run} is no run folder: it has no journal/{LEDGER}; give the folder that a fit printed")
+    path = ledger_of(run)
     try:
         record = Record(path.parent)
     except LedgerError as error:
@@ -95,6 +93,18 @@ def _breaks(record: Record, entries: list[Entry]) -> Iterator[str]:
             return  # what follows cannot be followed
 
 
+def ledger_of(run: Path) -> Path:
+    """The ledger of a run folder.
+
+    Raises:
+        RunFolderError: If there is none.
+    """
+    path = run / "journal" / LEDGER
+    if not path.is_file():
+        raise RunFolderError(f"{run} is no run folder: it has no journal/{LEDGER}; give the folder that a fit printed")
+    return path
+
+
 def base_of(run: Path, name: str | None = None) -> LanguageModel:
     """The unedited model of a run.
 
@@ -103,9 +113,10 @@ def base_of(run: Path, name: str | None = None) -> LanguageModel:
         name: The model's name or folder, where it is not at hand under the one that the run was started with.
 
     Raises:
-        LedgerError: If the ledger names none.
+        RunFolderError: If there is no ledger.
+        LedgerError: If it names no model.
     """
-    told = {entry.kind: entry.body for entry in Record(run / "journal").ledger.entries}
+    told = {entry.kind: entry.body for entry in Record(ledger_of(run).parent).ledger.entries}
     name = name or told.get("run", {}).get("model")
     if not isinstance(name, str):
         raise LedgerError(f"{run}: the ledger names no model; name the unedited model: --model NAME")

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cakeflow.audit import Audit, replay, verify
 from cakeflow.errors import ConfigError, LedgerError
+from cakeflow.export.commands import run_apply, run_export
 from cakeflow.files import write_text
 from cakeflow.journal import Journal
 from cakeflow.ledger import Entry
@@ -265,5 +266,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": run_verify,
     "replay": run_replay,
     "rollback": run_rollback,
+    "export": run_export,
+    "apply": run_apply,
 }
 """Name -> function."""

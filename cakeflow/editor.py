@@ -15,6 +15,7 @@ from cakeflow.architecture import Architecture
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
+from cakeflow.export import Format, export
 from cakeflow.journal import Journal
 from cakeflow.model import LanguageModel
 from cakeflow.module import EditModule
@@ -152,10 +153,16 @@ class Editor:
         """The unedited model for a while: ``with editor.reverted(): ...``."""
         return self.journal.reverted()
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Write the edited model and its tokenizer in the Hugging Face format (safetensors)."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> None:
+        """Write the edited model, its tokenizer and a model card in the Hugging Face format: ``export`` as a model."""
+        self.export(folder, overwrite=overwrite)
+
+    def export(self, folder: str | Path, format: Format = "model", *, overwrite: bool = False) -> Path:
+        """Write the edited model whole (``model``), as a ``delta`` to its base, or as a ``lora`` adapter.
+
+        See ``cakeflow.export.export``.
+        """
+        return export(self.journal, folder, format, overwrite=overwrite)
 
     def trainer(self, run: str | Path | None = None) -> L.Trainer:
         """A Trainer with the arguments given to this editor.

@@ -85,6 +85,10 @@ class ResumeError(EditError, ValueError):
     """A run that cannot go on where it stopped, because something differs."""
 
 
+class ExportError(EditError, ValueError):
+    """An export that cannot be made, that was changed, or that does not belong to the model."""
+
+
 class PluginError(EditError, ImportError):
     """Installed plugins that cannot be used."""
 

