@@ -13,7 +13,9 @@ from cakeflow.weights import EditedWeights
 def draw(lm, layer, seed=0):
     generator = torch.Generator().manual_seed(seed)
     d_out, d_in = lm.oriented(layer).shape
-    return Update(torch.randn(2, d_in, generator=generator).double(), torch.randn(2, d_out, generator=generator).double())
+    return Update(
+        torch.randn(2, d_in, generator=generator).double(), torch.randn(2, d_out, generator=generator).double()
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
