@@ -89,6 +89,10 @@ class ExportError(EditError, ValueError):
     """An export that cannot be made, that was changed, or that does not belong to the model."""
 
 
+class PolicyError(EditError, PermissionError):
+    """Edits that a policy does not allow, or whose outcome breaks it."""
+
+
 class PluginError(EditError, ImportError):
     """Installed plugins that cannot be used."""
 

@@ -132,6 +132,7 @@ class EditModule(L.LightningModule):
             {"fluency"} if evaluation.texts_every else set()
         )
         self.outcomes: list[dict[str, Any]] = []
+        self.measured: dict[str, dict[str, float]] = {}
         self.evaluated = -1
         self._finished = False
         self._source = base
@@ -255,7 +256,7 @@ class EditModule(L.LightningModule):
         """Log every metric under the stage's name (``before`` or ``after``), and how many edits it follows."""
         self.log("edits", float(self.journal.edits))
         self.evaluated = len(self.journal)
-        found = {name: float(value) for name, value in self.metrics.compute().items()}
+        self.measured[self.stage] = found = {name: float(value) for name, value in self.metrics.compute().items()}
         self.log_dict({f"{self.stage}/{name}": value for name, value in found.items()})
         if self.journal.record and self.stage in ("before", "after"):
             told = {"stage": self.stage, "edits": self.journal.edits, "protocol": self.evaluation.id, "metrics": found}

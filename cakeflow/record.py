@@ -106,7 +106,7 @@ class Record:
     def __init__(self, folder: Path, *, texts: bool = True) -> None:
         self.folder, self.texts = folder, texts
         self.ledger = Ledger(folder / LEDGER)
-        self.tape: deque[Entry] = deque(self.ledger.entries)
+        self.tape = deque(entry for entry in self.ledger.entries if entry.kind != "policy")
 
     def note(self, kind: str, body: Mapping[str, Any]) -> None:
         """Write an entry, unless it comes next on the tape: then it must say the same of what matters.

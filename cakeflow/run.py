@@ -16,6 +16,7 @@ import lightning as L
 from cakeflow.batch import encode_batch
 from cakeflow.contexts import Contexts
 from cakeflow.data import EditDataModule
+from cakeflow.errors import PolicyError
 from cakeflow.evaluation import check_texts, warn_of_known
 from cakeflow.files import digest, write_text
 from cakeflow.journal import Journal
@@ -63,6 +64,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     """
     module.timings.clear()
     module.peaks.clear()
+    module.measured.clear()
     module.setup()
     encode_batch(module.lm, data.requests, module.contexts or Contexts())  # refuses what cannot be edited
     if evaluate:
@@ -132,8 +134,8 @@ def _told_how_to_go_on(module: EditModule, folder: Path | None) -> Iterator[None
     """Say what is safe when a run stops early."""
     try:
         yield
-    except BaseException:
-        if folder is not None:
+    except BaseException as error:
+        if folder is not None and not isinstance(error, PolicyError):
             done = len(module.journal)
             log.warning("stopped: %d batches are done and kept; the same command with run=%s goes on", done, folder)
         raise

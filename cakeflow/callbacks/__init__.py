@@ -3,6 +3,7 @@
 from cakeflow.callbacks.ability import GeneralAbility
 from cakeflow.callbacks.alignment import ScoreAlignment
 from cakeflow.callbacks.base import EditCallback, LayerEdit, Milestones
+from cakeflow.callbacks.policy import Policy, PolicyGuard
 from cakeflow.callbacks.stream import NeutralText, Retention
 from cakeflow.callbacks.theory import ResidualDrift, ScoreDrift, WeightShiftBound
 
@@ -12,6 +13,8 @@ __all__ = [
     "LayerEdit",
     "Milestones",
     "NeutralText",
+    "Policy",
+    "PolicyGuard",
     "ResidualDrift",
     "Retention",
     "ScoreAlignment",

@@ -112,6 +112,7 @@ def _details(kind: str, body: Mapping[str, Any]) -> str:
     known = {
         "model": f"{str(body.get('fingerprint'))[:12]}, {body.get('dtype')}",
         "run": f"{body.get('model')}, {body.get('edits')} edits in batches of {body.get('batch_size')}",
+        "policy": "; ".join([str(body.get("outcome")), *map(str, body.get("faults", ()))]),
         "end": f"{len(body.get('files', ()))} files",
     }
     return known.get(kind, "")
