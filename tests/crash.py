@@ -24,6 +24,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from conftest import GOLDEN, unpack
 from stops import STOPS
 from tiny_runs import editor_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,11 +153,13 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--kills", type=int, default=20)
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--model", required=True, help="a folder with a tiny model; tests/test_record.py makes one")
     args = options.parse_args()
     torch.set_num_threads(1)
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(args.model), AutoTokenizer.from_pretrained(args.model)
-    found = storm(LanguageModel.wrap(model, tokenizer), args.kills, args.seed)
+    with tempfile.TemporaryDirectory() as place:
+        unpack("llama", Path(place))
+        model = AutoModelForCausalLM.from_pretrained(Path(place) / "llama", dtype=torch.float32)
+        lm = LanguageModel.wrap(copy.deepcopy(model), AutoTokenizer.from_pretrained(GOLDEN / "tokenizer"))
+    found = storm(lm, args.kills, args.seed)
     sys.stdout.write(f"{found['kills']} kills, {found['finished']} runs finished in spite of them; nothing lost\n")
 
 
