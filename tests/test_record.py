@@ -1,5 +1,6 @@
 """A batch is done whole or not at all, in memory and on disk, wherever it is stopped."""
 
+import copy
 import os
 import signal
 import subprocess
@@ -39,31 +40,37 @@ def one_batch(editor, requests):
             journal.apply(step, layer, problem, LeastSquares(1.0).solve(problem))
 
 
-def test_every_moment_of_a_batch_is_a_place_to_fail(editor, requests, tmp_path):
+def begun(lm, requests, folder, earlier):
+    """An editor whose journal is kept, after so many batches."""
+    editor = editor_of(lm)
+    editor.module.keep(folder / "journal", requests, None)
+    for number in range(earlier):
+        one_batch(editor, requests[2 * number : 2 * number + 2])
+    return editor
+
+
+@pytest.mark.parametrize(("earlier", "least"), [(0, 18), (2, 12)])
+def test_every_moment_of_a_batch_is_a_place_to_fail(editor, requests, tmp_path, earlier, least):
     """The moments are counted by a batch that goes through; then one batch fails at each of them, in each way."""
-    lm, module = editor.module.lm, editor.module
-    editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+    lm = editor.module.lm
     with STOPS.at(-1, None):
-        one_batch(editor, requests[2:4])
-    moments = list(STOPS.seen)
-    assert len(moments) >= 12
-    assert {event for event, *_ in moments} == {"cakeflow.journal", "cakeflow.files"}
-    before, files = state(lm, module), content(tmp_path / "run")
-    for place, moment in enumerate(moments):
+        one_batch(counted := begun(copy.deepcopy(lm), requests, tmp_path / "count", earlier), requests[4:6])
+    first = max(place for place, moment in enumerate(STOPS.seen[:-1]) if moment[1:] == ("layer 1",))
+    moments = STOPS.seen[first:]
+    assert len(moments) == least
+    assert len(counted.journal) == earlier + 1
+    editor = begun(lm, requests, tmp_path / "run", earlier)
+    before, files = state(lm, editor.module), content(tmp_path / "run")
+    for place in range(len(moments)):
         for error in ERRORS:
             with pytest.raises(error), STOPS.at(place, error):
                 one_batch(editor, requests[4:6])
-            assert STOPS.seen[-1][:2] == moment[:2] or len(STOPS.seen) > place
-            assert state(lm, module) == before, moment
-            assert content(tmp_path / "run") == files, moment
-            assert len(editor.journal) == 2
+            assert [moment[:2] for moment in STOPS.seen][: place + 1] == [moment[:2] for moment in moments][: place + 1]
+            assert state(lm, editor.module) == before, moments[place]
+            assert content(tmp_path / "run") == files, moments[place]
+            assert len(editor.journal) == earlier
     one_batch(editor, requests[4:6])
-    assert len(editor.journal) == 3
-    assert [
-        entry.body["batch"] for entry in read_entries(tmp_path / "run/journal/ledger.jsonl") if entry.kind == "batch"
-    ] == [0, 1, 2]
-    editor.rollback()
-    assert state(lm, module) != before
+    assert [step.number for step in editor.journal] == list(range(earlier + 1))
 
 
 def test_every_moment_of_a_rollback_is_a_place_to_fail(editor, requests, tmp_path):
