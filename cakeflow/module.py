@@ -12,7 +12,6 @@ from importlib.metadata import version
 from typing import Any, Literal
 
 import lightning as L
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
@@ -24,10 +23,10 @@ from cakeflow.batch import EditBatch, encode_batch
 from cakeflow.callbacks.base import EditCallback, LayerEdit
 from cakeflow.chain import ModelChain
 from cakeflow.contexts import Contexts, generate_contexts
-from cakeflow.contracts import checked_residual, checked_update, checked_weights
+from cakeflow.contracts import checked_facts, checked_residual, checked_weights, naming, solved
 from cakeflow.data import check_fields
 from cakeflow.data.module import Records
-from cakeflow.errors import ConfigError, EditError, NumericalError
+from cakeflow.errors import ConfigError, EditError
 from cakeflow.evaluation import Evaluation
 from cakeflow.history import KeyHistory
 from cakeflow.journal import EditStep, Journal
@@ -72,9 +71,11 @@ class EditModule(L.LightningModule):
         memory_budget: Most memory in GiB that edits may take beyond the model: target values are looked for in parts
             that fit, second moments in several passes, and a batch that fits in no way is refused. None keeps to 8 GiB
             where there is a choice, and refuses nothing.
+        max_relative_update: Largest update of a layer by one batch, in norms of its weight; a larger one has run away,
+            and the batch is taken back. Healthy ones are below 0.2 (SmolLM2, shipped recipes).
 
     Raises:
-        ConfigError: If the layers are not ascending or not in the model.
+        ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class EditModule(L.LightningModule):
         evaluation: Evaluation = Evaluation(),
         metrics: Sequence[Metric] = (),
         memory_budget: float | None = None,
+        max_relative_update: float = 10.0,
     ) -> None:
         super().__init__()
         self.layers: list[int] = []
@@ -108,8 +110,10 @@ class EditModule(L.LightningModule):
         self.covariances: dict[int, Covariance] = {
             layer: statistics.covariance(moment) for layer, moment in (moments or {}).items()
         }
-        if memory_budget is not None and not memory_budget > 0:
-            raise ConfigError(f"memory_budget must be above 0, got {memory_budget}")
+        for name, limit in (("memory_budget", memory_budget), ("max_relative_update", max_relative_update)):
+            if limit is not None and not limit > 0:
+                raise ConfigError(f"{name} must be above 0, got {limit}")
+        self.max_relative_update, self._before = max_relative_update, 0
         self.budget = None if memory_budget is None else memory_budget * GIB
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
@@ -141,7 +145,7 @@ class EditModule(L.LightningModule):
         """Everything that is measured on the unedited model, once every request was seen to fit it."""
         if self.trainer.max_epochs != 1:
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
-        self._finished = False
+        self._finished, self._before = False, self.journal.edits
         self.model.eval()
         self.fingerprint = self.fingerprint or self.lm.fingerprint()
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.model.parameters()})
@@ -167,7 +171,7 @@ class EditModule(L.LightningModule):
     def training_step(self, records: Records, _: int) -> None:
         """Edit one batch: all layers, or, if anything fails, none."""
         assert self.contexts is not None
-        batch = encode_batch(self.lm, records.requests, self.contexts)
+        batch = encode_batch(self.lm, records.requests, self.contexts, first=self.journal.edits - self._before)
         given = self.weighter.weigh(self.lm, batch, self.layers)
         weights = checked_weights(self.weighter, given, len(batch), self.layers)
         self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
@@ -180,15 +184,17 @@ class EditModule(L.LightningModule):
                     wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step, room)
                 with self.phase("keys"):
                     keys, bare, values = reader.read(turn.site.layer, turn.anchor)
-                missing = wanted[turn.anchor].values - values
-                with self.phase("allocate"):
+                missing = checked_facts(
+                    "what is missing at the anchor is", wanted[turn.anchor].values - values, batch, turn.anchor.layer
+                )
+                with self.phase("allocate"), naming(turn.site.layer, batch):
                     residual = self.allocator.allocate(missing, turn)
                     residual = checked_residual(self.allocator, residual, missing, turn)
                 with self.phase("solve"):
                     problem = self.problem(turn.site.layer, batch, keys, residual, bare)
-                    update = checked_update(self.solver, self.solver.solve(problem), problem, turn.site.layer)
+                    update = solved(self.solver, problem, turn.site.layer, batch, self.max_relative_update)
                 self._tell("on_layer_solved", LayerEdit(turn, batch, missing, problem, update))
-                with self.phase("solve"):
+                with self.phase("solve"), naming(turn.site.layer, batch):
                     numbers = self.journal.apply(step, turn.site.layer, problem, update)
                 self._log_turn(turn, numbers, len(batch))
             if self.journal.settle(step):
@@ -349,6 +355,7 @@ class EditModule(L.LightningModule):
         with self.phase("targets"), bar:
             parts = [settings.optimize(self.lm, part, anchor.layer, bar.update) for part in batch.split(room.facts)]
         found = Targets.join(parts)
+        checked_facts("target values are", found.values, batch, anchor.layer)
         numbers = {"loss": found.loss, "probability": found.probability, "steps": found.steps.double()}
         self.log_dict({f"target/{name}": value.mean() for name, value in numbers.items()}, batch_size=len(batch))
         rows = zip(*(value.tolist() for value in numbers.values()), strict=True)
@@ -365,8 +372,8 @@ class EditModule(L.LightningModule):
         bare: Float[Tensor, "n d_in"],
     ) -> LayerProblem:
         """What the solver is asked at a layer, under the weights and the history as they are now."""
-        if not bool(torch.isfinite(keys).all() and torch.isfinite(residual).all()):
-            raise NumericalError(f"layer {layer}: keys or residuals are not finite; load the model in float32")
+        for each in (keys, bare):
+            checked_facts("keys are", each, batch, layer)
         return LayerProblem(
             keys,
             residual,

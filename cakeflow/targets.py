@@ -113,14 +113,14 @@ class TargetOptimizer:
             Target values at ``self.site(layer)``.
 
         Raises:
-            NumericalError: If a loss is not finite; the message names the request.
+            NumericalError: If a loss is not finite, or did not fall; the message names the request.
         """
         sites = [self.site(layer), *([Site(layer, self.also)] if self.also else [])]
         problem = _Problem.prepare(lm, batch, sites, self.token_budget)
         with frozen(lm), torch.enable_grad():
-            return self._descend(problem, batch, progress)
+            return self._descend(problem, batch, layer, progress)
 
-    def _descend(self, problem: _Problem, batch: EditBatch, progress: Callable[[int], object]) -> Targets:
+    def _descend(self, problem: _Problem, batch: EditBatch, layer: int, progress: Callable[[int], object]) -> Targets:
         initial = problem.initial
         norm = torch.linalg.vector_norm(initial, dim=2)
         delta = torch.zeros_like(initial, requires_grad=True)
@@ -128,12 +128,15 @@ class TargetOptimizer:
         final, factor = delta.detach().clone(), torch.ones_like(norm[:, 0])
         loss, nll, steps = torch.zeros_like(factor), torch.zeros_like(factor), torch.zeros_like(factor).long()
         active = torch.ones_like(factor).bool()
+        start, stated = nll, active
         for step in range(self.steps):
             last = step == self.steps - 1
             now = problem.evaluate(self, delta.detach(), norm, factor, with_grad=not last)
-            _require_finite(now.loss, active, batch, step)
+            _require_finite(now.loss, active, batch, layer, step)
+            start = now.nll if step == 0 else start
             steps += active
             loss, nll = torch.where(active, now.loss, loss), torch.where(active, now.nll, nll)
+            stated = torch.where(active, now.top, stated)
             done = active & ((now.loss < self.stop_loss) | (now.top & (now.kl < self.stop_kl)) | last)
             factor = torch.where(now.top, self.ease, 1.0).to(factor)
             final[done] = delta.detach()[done]
@@ -145,6 +148,7 @@ class TargetOptimizer:
             delta.grad = now.grad
             adam.step()
             _clamp(delta, self.clamp * norm)
+        _require_fallen(start, nll, steps, stated, batch, layer)
         values = (initial + final)[:, 0].double()
         return Targets(values, initial[:, 0].double(), loss, torch.exp(-nll), steps, loss < self.stop_loss)
 
@@ -156,12 +160,27 @@ def _clamp(delta: Float[Tensor, "n sites d_out"], radius: Float[Tensor, "n sites
         delta.mul_(torch.where(length > radius, radius / length, 1.0)[..., None])
 
 
-def _require_finite(loss: Tensor, active: Tensor, batch: EditBatch, step: int) -> None:
+def _require_finite(loss: Tensor, active: Tensor, batch: EditBatch, layer: int, step: int) -> None:
     if bool((bad := active & ~torch.isfinite(loss)).any()):
         index = int(bad.nonzero()[0, 0])
         raise NumericalError(
-            f"request {index} ({batch.requests[index].text!r}): the loss of its target value is {float(loss[index])} "
-            f"at step {step}; lower targets.lr or load the model in float32"
+            f"{batch.name([index])}: the loss of its target value at layer {layer} is {float(loss[index])} at step "
+            f"{step}; lower targets.lr or load the model in float32"
+        )
+
+
+def _require_fallen(start: Tensor, end: Tensor, steps: Tensor, stated: Tensor, batch: EditBatch, layer: int) -> None:
+    """A search that led away from its fact must not become an edit, though the official code goes on.
+
+    Compared is the NLL, which is all of the loss at the start; KL and decay may grow as it falls. A fact that needed no
+    search is excused, and one that the model states at the value found: it may have stated it before, its NLL near 0.
+    """
+    if bool((bad := ~((end < start) | stated | (steps == 1))).any()):
+        index = int(bad.nonzero()[0, 0])
+        raise NumericalError(
+            f"{batch.name([index])}: the search for its target value at layer {layer} did not lower the target's NLL "
+            f"({float(start[index]):.4g} before, {float(end[index]):.4g} after {int(steps[index])} steps); lower "
+            "targets.lr, targets.kl_factor or targets.weight_decay, or leave the request out"
         )
 
 

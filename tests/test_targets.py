@@ -1,6 +1,7 @@
 """Target values against a plain reference (one request, one row, every block at a time) and the official numbers."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -257,3 +258,26 @@ def test_half_precision_models_get_targets_in_float64(lm, batch):
 def test_bad_settings(name, value):
     with pytest.raises(ConfigError, match=rf"targets\.{name} must be above 0"):
         TargetOptimizer(**{name: value})
+
+
+def test_a_search_that_did_not_help_its_fact_is_refused(lm, requests):
+    batch, still = encode_batch(lm, requests[:2], CONTEXTS, first=20), replace(FAST, lr=1e-30)
+    with pytest.raises(NumericalError) as caught:
+        still.optimize(lm, batch, 3)
+    assert str(caught.value).startswith(
+        f"request 20 ({requests[0].text!r}): the search for its target value at layer 3"
+    )
+    before, after = re.search(r"\(([\d.]+) before, ([\d.]+) after 6 steps\)", str(caught.value)).groups()
+    assert float(before) == float(after) > 0
+    assert replace(still, steps=1).optimize(lm, batch, 3).steps.tolist() == [1, 1]  # nothing was searched
+
+
+def test_a_fact_that_the_model_states_already_may_keep_its_loss(lm, requests):
+    batch = encode_batch(lm, requests[:1], Contexts())
+    row = batch.rows[0][0]
+    with torch.no_grad():
+        likely = lm.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].argmax()
+    batch = replace(batch, rows=((replace(row, ids=(*row.ids[: row.target], int(likely))),),))
+    found = replace(FAST, lr=1e-30).optimize(lm, batch, 3)
+    assert found.steps.tolist() == [6]
+    assert torch.equal(found.values, found.initial)
