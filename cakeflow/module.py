@@ -102,6 +102,7 @@ class EditModule(L.LightningModule):
     ) -> None:
         super().__init__()
         self.layers: list[int] = []
+        self.strict_loading = False  # a checkpoint has the edited weights only
         self.weighter, self.allocator, self.solver = weighter, allocator, solver
         if layers != "auto":
             self._choose(layers, scores)
@@ -238,24 +239,19 @@ class EditModule(L.LightningModule):
         self.evaluated = len(self.journal)
         self.log_dict({f"{self.stage}/{name}": value for name, value in self.metrics.compute().items()})
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep the edited weights only: the others are the model's own."""
+        sites = [Site(layer, "mlp_out") for layer in sorted(self.journal.originals)]
+        names = {f"model.{self.lm.architecture.path(site)}.weight": self.lm.weight(site.layer) for site in sites}
+        checkpoint["state_dict"] = {name: weight.detach() for name, weight in names.items()}
+
     def configure_optimizers(self) -> None:
         """None: weights change by closed form."""
 
     def describe(self) -> dict[str, Any]:
         """Everything that decides the outcome of a run, as JSON-ready data."""
-        parts = (
-            "layers",
-            "seed",
-            "use_history",
-            "weighter",
-            "allocator",
-            "solver",
-            "targets",
-            "statistics",
-            "contexts",
-            "evaluation",
-        )
-        settings = {name: getattr(self, name) for name in parts}
+        parts = "layers seed use_history weighter allocator solver targets statistics contexts evaluation"
+        settings = {name: getattr(self, name) for name in parts.split()}
         return {
             "model": {
                 "source": self._name,

@@ -260,24 +260,41 @@ def test_bad_settings(name, value):
         TargetOptimizer(**{name: value})
 
 
-def test_a_search_that_did_not_help_its_fact_is_refused(lm, requests):
-    batch, still = encode_batch(lm, requests[:2], CONTEXTS, first=20), replace(FAST, lr=1e-30)
-    with pytest.raises(NumericalError) as caught:
-        still.optimize(lm, batch, 3)
-    assert str(caught.value).startswith(
-        f"request 20 ({requests[0].text!r}): the search for its target value at layer 3"
-    )
-    before, after = re.search(r"\(([\d.]+) before, ([\d.]+) after 6 steps\)", str(caught.value)).groups()
-    assert float(before) == float(after) > 0
-    assert replace(still, steps=1).optimize(lm, batch, 3).steps.tolist() == [1, 1]  # nothing was searched
-
-
-def test_a_fact_that_the_model_states_already_may_keep_its_loss(lm, requests):
-    batch = encode_batch(lm, requests[:1], Contexts())
+def asking_for(lm, request, rank, **place):
+    """A batch of one fact whose target is the model's own next token, of some rank."""
+    batch = encode_batch(lm, [request], Contexts(), **place)
     row = batch.rows[0][0]
     with torch.no_grad():
-        likely = lm.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].argmax()
-    batch = replace(batch, rows=((replace(row, ids=(*row.ids[: row.target], int(likely))),),))
+        likely = lm.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].topk(rank + 1).indices[rank]
+    return replace(batch, rows=((replace(row, ids=(*row.ids[: row.target], int(likely))),),))
+
+
+def test_a_search_that_leads_away_from_its_fact_is_refused(lm, requests):
+    """The second most likely token, and a KL term that rewards any change."""
+    batch = asking_for(lm, requests[0], 1, first=20)
+    with pytest.raises(NumericalError) as caught:
+        replace(FAST, kl_factor=-1e4, clamp=9.0, lr=1.0).optimize(lm, batch, 3)
+    words = (
+        r"request (\d+) \((.*)\): the search .* at layer 3 did not lower .* \(([\d.]+) before, ([\d.]+) after 6 steps"
+    )
+    index, text, before, after = re.match(words, str(caught.value)).groups()
+    assert (index, text) == ("20", repr(requests[0].text))
+    assert float(after) > float(before) + 0.1
+
+
+def test_a_search_that_got_nowhere_is_logged(lm, requests, caplog):
+    batch, still = encode_batch(lm, requests[:2], CONTEXTS, first=20), replace(FAST, lr=1e-30)
+    assert torch.equal(still.optimize(lm, batch, 3).values, replace(still, steps=1).optimize(lm, batch, 3).values)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # one step is no search
+    for i, message in enumerate(caplog.messages):
+        assert message.startswith(
+            f"request {20 + i} ({requests[i].text!r}): the search for its target value at layer 3"
+        )
+
+
+def test_a_fact_that_the_model_states_already_may_keep_its_loss(lm, requests, caplog):
+    batch = asking_for(lm, requests[0], 0)
     found = replace(FAST, lr=1e-30).optimize(lm, batch, 3)
+    assert not caplog.records
     assert found.steps.tolist() == [6]
     assert torch.equal(found.values, found.initial)
