@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
-from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -79,6 +80,13 @@ class SafeCheckpointIO(CheckpointIO):
     def remove_checkpoint(self, path: str | Path) -> None:
         """Delete a checkpoint, if it is there."""
         Path(path).unlink(missing_ok=True)
+
+
+def with_safe_checkpoints(trainer: L.Trainer) -> L.Trainer:
+    """The same Trainer, writing such checkpoints instead of pickled ones, unless the user chose a ``CheckpointIO``."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
+    return trainer
 
 
 def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> dict[str, Any]:

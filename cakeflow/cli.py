@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
 
+from cakeflow.checkpoint import with_safe_checkpoints
 from cakeflow.commands import COMMANDS
 from cakeflow.data import EditDataModule
 from cakeflow.editor import TRAINER_DEFAULTS, Run, default_logger, run_evaluate, run_fit, with_progress_bar
@@ -52,7 +53,7 @@ class EditCLI(LightningCLI):
         if config.get("logger") in (None, True):
             config["logger"] = default_logger()
         config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
-        return super().instantiate_trainer(**kwargs)
+        return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit, and show what changed."""

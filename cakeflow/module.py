@@ -21,6 +21,7 @@ from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
 from cakeflow.architecture import Architecture, Site
 from cakeflow.batch import EditBatch, encode_batch
 from cakeflow.callbacks.base import EditCallback, LayerEdit
+from cakeflow.callbacks.no_trace import NoTrace
 from cakeflow.chain import ModelChain
 from cakeflow.contexts import Contexts, generate_contexts
 from cakeflow.contracts import checked_facts, checked_residual, checked_weights, naming, solved
@@ -136,6 +137,10 @@ class EditModule(L.LightningModule):
 
     # ---- Lightning's hooks, in the order in which they run ----
 
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Every Trainer gets ``NoTrace``, once."""
+        return [] if any(isinstance(each, NoTrace) for each in self.trainer.callbacks) else [NoTrace()]  # type: ignore[attr-defined]
+
     def setup(self, stage: str | None = None) -> None:
         """Load the model, if it was given by name and is not here yet."""
         if not isinstance(self._source, LanguageModel):
@@ -147,7 +152,6 @@ class EditModule(L.LightningModule):
         if self.trainer.max_epochs != 1:
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
         self._finished, self._before = False, self.journal.edits
-        self.model.eval()
         self.fingerprint = self.fingerprint or self.lm.fingerprint()
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.model.parameters()})
         if self.contexts is None:

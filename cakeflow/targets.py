@@ -290,7 +290,7 @@ def _require_agreement(lm: LanguageModel, batch: EditBatch, essence: list[Suffix
     index = max(range(len(batch)), key=lambda i: batch.essence[i].subject)
     row = batch.essence[index]
     ids = torch.tensor([row.ids[: row.subject + 1]], device=lm.device)
-    full = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+    full = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
     (ours,) = (value[part.fact == index] for part, value in zip(essence, found, strict=True) if index in part.fact)
     difference = float((full.to(ours.dtype).log_softmax(-1) - ours[0]).abs().mean())
     if not difference <= torch.finfo(lm.dtype).eps ** (1 / 3):
