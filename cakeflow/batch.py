@@ -72,8 +72,8 @@ class EditBatch:
         """The facts in parts of at most ``size``."""
         for start in range(0, len(self), size):
             some = slice(start, start + size)
-            parts = {"requests": self.requests[some], "rows": self.rows[some], "essence": self.essence[some]}
-            yield replace(self, first=self.first + start, **parts)
+            rows, essence = self.rows[some], self.essence[some]
+            yield replace(self, requests=self.requests[some], rows=rows, essence=essence, first=self.first + start)
 
 
 def join(prompt: str, target: str) -> str:

@@ -116,7 +116,7 @@ def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
     Raises:
         ValueError: If it is no node.
     """
-    ((kind, content),) = node.items() if isinstance(node, dict) and len(node) == 1 else [("", None)]
+    kind, content = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else ("", node)
     if kind == "tensor":
         return tensors.pop(content)
     if kind == "dict":

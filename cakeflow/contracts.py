@@ -47,7 +47,7 @@ def naming(layer: int, batch: EditBatch) -> Iterator[None]:
     """Numerical errors of the body get layer and requests in front, which solvers do not know."""
     try:
         yield
-    except (NumericalError, torch.linalg.LinAlgError) as error:
+    except (NumericalError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         message = str(error).removeprefix(f"layer {layer}: ")
         raise NumericalError(f"layer {layer}, {batch.name(range(len(batch)))}: {message}") from error
 

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cakeflow import Contexts, EditDataModule, EditModule, TargetOptimizer
 from cakeflow.architecture import Site
-from cakeflow.checkpoint import FORMAT, SafeCheckpointIO
+from cakeflow.checkpoint import FORMAT, SafeCheckpointIO, with_safe_checkpoints
 from cakeflow.errors import ConfigError, RunFolderError
 
 IO = SafeCheckpointIO()
@@ -142,3 +143,9 @@ def test_a_trainer_writes_small_files_without_pickle_and_reads_them(tiny, reques
     assert torch.equal(
         tiny.weight(4), found["state_dict"][f"model.{tiny.architecture.path(Site(4, 'mlp_out'))}.weight"]
     )
+
+
+def test_a_trainer_gets_these_checkpoints_unless_the_user_chose_others(quiet):
+    assert type(with_safe_checkpoints(L.Trainer(**quiet)).strategy.checkpoint_io) is SafeCheckpointIO
+    chosen = AsyncCheckpointIO(SafeCheckpointIO())
+    assert with_safe_checkpoints(L.Trainer(**quiet, plugins=[chosen])).strategy.checkpoint_io is chosen
