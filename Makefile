@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIT := $(BIN)/cakeflow fit --config configs/method/cake.yaml --config configs/model/smollm2-135m.yaml --config configs/data/builtin.yaml
 
-.PHONY: demo small-demo test lint types setup clean
+.PHONY: demo small-demo test lint types audit setup clean
 
 demo: setup  ## edit 40 built-in facts in SmolLM2-135M with CAKE
 	$(FIT)
@@ -19,6 +19,9 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+audit: setup  ## known vulnerabilities of what is installed, where the network allows it
+	$(BIN)/python .ci/audit
 
 setup: .venv/ready
 

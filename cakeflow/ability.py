@@ -19,7 +19,6 @@ import numpy.typing as npt
 import torch
 import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch import nn
 
 from cakeflow.data.readers import read_entries
 from cakeflow.errors import ConfigError, Problem, RequestError
@@ -159,7 +158,7 @@ def score_tasks(lm: LanguageModel, tasks: Mapping[str, Any], limit: int | None =
         task.set_fewshot_seed(0)  # the same examples in every evaluation
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    with _quiet(), _modes_kept(lm.model):
+    with _quiet(), lm.evaluating():
         harness = _harness(lm)
         found = evaluate(harness, dict(tasks), limit=limit, bootstrap_iters=DRAWS)
     numbers: dict[str, float] = {}
@@ -217,17 +216,6 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
-
-
-@contextmanager
-def _modes_kept(model: nn.Module) -> Iterator[None]:
-    """lm-eval switches to evaluation; every module goes back to the mode it was in."""
-    modes = {module: module.training for module in model.modules()}
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @dataclass(frozen=True)

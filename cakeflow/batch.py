@@ -7,8 +7,8 @@ padding side never matters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Int
@@ -50,21 +50,30 @@ class EditBatch:
         rows: For each request its prompt in every context, target included; the bare prompt first.
         essence: For each request the prompt "{subject} is a".
         weights: Weight of each context in the mean key; sums to 1.
+        first: Place of the first request in the run, for error messages.
     """
 
     requests: tuple[EditRequest, ...]
     rows: tuple[tuple[Row, ...], ...]
     essence: tuple[Row, ...]
     weights: tuple[float, ...]
+    first: int = field(default=0, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    def name(self, facts: Iterable[int]) -> str:
+        """How errors name some of the facts, given by their places in the batch; of many, the first three."""
+        places = list(facts)
+        shown = [f"request {self.first + i} ({self.requests[i].text!r})" for i in places[:3]]
+        return ", ".join(shown) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
     def split(self, size: int) -> Iterator[EditBatch]:
         """The facts in parts of at most ``size``."""
         for start in range(0, len(self), size):
             some = slice(start, start + size)
-            yield replace(self, requests=self.requests[some], rows=self.rows[some], essence=self.essence[some])
+            rows, essence = self.rows[some], self.essence[some]
+            yield replace(self, requests=self.requests[some], rows=rows, essence=essence, first=self.first + start)
 
 
 def join(prompt: str, target: str) -> str:
@@ -153,7 +162,7 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
         [len(request.subject) for request in requests],
         [len(ESSENCE) - 2 + len(request.subject) for request in requests],
     )
-    return EditBatch(tuple(requests), rows, tuple(essence), contexts.weights)
+    return EditBatch(tuple(requests), rows, tuple(essence), contexts.weights, first)
 
 
 def _check_lengths(

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from cakeflow.checkpoint import with_safe_checkpoints
 from cakeflow.commands import COMMANDS
 from cakeflow.data import EditDataModule
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
@@ -67,7 +68,7 @@ class EditCLI(LightningCLI):
         elif self._get(self.config_init, "run") is not None:
             raise ConfigError("--run names a folder, and so does trainer.logger; leave out one of them")
         config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
-        return super().instantiate_trainer(**kwargs)
+        return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit, and show what changed."""

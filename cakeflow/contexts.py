@@ -72,7 +72,8 @@ def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Con
         The bare prompt, and a group with the five sampled texts, each followed by ``". {}"``.
     """
     texts = []
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), lm.evaluating():
         torch.manual_seed(seed)
         for word in SEEDS:
             encoded = lm.tokenizer(word, return_tensors="pt").to(lm.device)

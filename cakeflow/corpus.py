@@ -132,7 +132,8 @@ def sampled_corpus(
         return path
     length = -(-tokens // len(openings))
     samples: list[str] = []
-    with torch.random.fork_rng(devices=[lm.device] if lm.device.type == "cuda" else []), torch.no_grad():
+    devices = [lm.device] if lm.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), lm.evaluating():
         torch.manual_seed(seed)
         for start in range(0, len(openings), SAMPLED_TOGETHER):
             samples += _sample(lm, openings[start : start + SAMPLED_TOGETHER], length, progress)

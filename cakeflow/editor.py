@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.architecture import Architecture
+from cakeflow.checkpoint import with_safe_checkpoints
 from cakeflow.config import build_module, find_config, shipped
 from cakeflow.data import EditDataModule
 from cakeflow.errors import ConfigError
@@ -179,7 +180,7 @@ class Editor:
             )
         chosen = {**TRAINER_DEFAULTS, "logger": default_logger(run), **self._trainer}
         chosen["callbacks"] = with_progress_bar(chosen.get("callbacks"), chosen.get("enable_progress_bar"))
-        return L.Trainer(**chosen)
+        return with_safe_checkpoints(L.Trainer(**chosen))
 
 
 def default_logger(run: str | Path | None = None) -> CSVLogger:

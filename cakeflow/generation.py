@@ -112,15 +112,16 @@ def _generate(
     ids = torch.tensor([[end] * (width - len(row)) + list(row) for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
     draw = [TopK(gumbel(seeds, tokens, top_k).to(lm.device), width)] if top_k > 1 else []
-    output: Tensor = lm.model.generate(  # type: ignore[operator]
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        repetition_penalty=1.0,
-        max_new_tokens=tokens,
-        pad_token_id=end,
-        logits_processor=draw,
-    )
+    with lm.evaluating():
+        output: Tensor = lm.model.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=mask,
+            do_sample=False,
+            repetition_penalty=1.0,
+            max_new_tokens=tokens,
+            pad_token_id=end,
+            logits_processor=draw,
+        )
     return output[:, width:]
 
 

@@ -74,7 +74,8 @@ class GramFactor:
     """The inverse of ``I + K M K^T`` for a growing set of keys K and a fixed symmetric map M, as a whitened matrix.
 
     With ``L L^T = I + K M K^T`` (Cholesky) the rows of ``Y = L^-1 K M`` are all that is kept: what older keys take away
-    from new ones is ``K_new Y^T Y``. New rows of Y are a by-product of the solve in which their keys were new.
+    from new ones is ``K_new Y^T Y``. New rows of Y are a by-product of the solve in which their keys were new. Where
+    the factorisation fails no jitter is added: it would be a ridge that nobody asked for, so an error ends the batch.
 
     Args:
         transform: M, applied to keys as rows.

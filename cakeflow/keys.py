@@ -92,7 +92,7 @@ class PromptStream:
             capture(lm, [key_site], side="in", stop=value_site is None) as keys,
             capture(lm, [Site(value_site.layer)] if value_site else [], stop=True),
         ):
-            lm.model(input_ids=chunk.ids, attention_mask=torch.ones_like(chunk.ids), use_cache=False)
+            lm(input_ids=chunk.ids, attention_mask=torch.ones_like(chunk.ids), use_cache=False)
         if below:
             chunk.layer, chunk.hidden = key_site.layer, entering[below[0]]
         value = values[value_site][rows, chunk.last] if value_site else None

@@ -53,7 +53,7 @@ class WeightLoss:
             ids = pad([row.ids[:-1] for row in chosen], self.lm.device)
             below = Site(max(self.layer - 1, 0))
             with torch.no_grad(), capture(self.lm, [below], stop=True) as seen:
-                self.lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+                self.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             found.append((chosen, ids, seen[below]))
         return found
 
@@ -64,7 +64,7 @@ class WeightLoss:
         weight = self.lm.weight(self.layer).detach()
         moved = {name: weight + (change.T if is_transposed(self.lm.module(site)) else change)}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        with resume(self.lm, self.layer, hidden), narrow(self.lm, row, column), frozen(self.lm):
+        with resume(self.lm, self.layer, hidden), narrow(self.lm, row, column), frozen(self.lm), self.lm.evaluating():
             logits = functional_call(self.lm.model, moved, (), inputs, tie_weights=False).logits[0]
         each = torch.nn.functional.cross_entropy(logits.float(), label, reduction="none")
         return each.new_zeros(len(rows)).index_add(0, row, each) / torch.bincount(row)

@@ -69,7 +69,7 @@ class TokenCost:
             inject(lm, Site(layer), delta, torch.zeros(1, dtype=torch.long, device=lm.device)),
             capture(lm, [Site(lm.depth - 1)], stop=True),
         ):
-            lm.model(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+            lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
         above: list[Any] = cache.layers[layer + 1 :]
         size = lm.embedding.element_size()
         return cls(

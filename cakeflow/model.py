@@ -7,6 +7,8 @@ import importlib.util
 import inspect
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,7 +33,7 @@ class LanguageModel:
     """A causal language model, its tokenizer and where things are in it.
 
     Attributes:
-        model: The Hugging Face model, in evaluation mode.
+        model: The Hugging Face model, in whatever mode it is: ``lm(...)`` runs it in evaluation mode.
         tokenizer: Its fast tokenizer.
         architecture: Module paths.
     """
@@ -58,10 +60,27 @@ class LanguageModel:
                 "load the model with attn_implementation='sdpa'"
             )
         found = architecture or find_architecture(model)
-        wrapped = cls(model.eval(), tokenizer, found)
+        wrapped = cls(model, tokenizer, found)
         for role in ("block", "mlp_out", "attn_out"):
             wrapped.module(Site(0, role))
         return wrapped
+
+    def __call__(self, **inputs: Any) -> Any:
+        """A forward pass of the model, in evaluation mode."""
+        with self.evaluating():
+            return self.model(**inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Evaluation mode for a while; then every module is in its own mode again."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
 
     @property
     def depth(self) -> int:
@@ -125,7 +144,7 @@ class LanguageModel:
         try:
             with torch.no_grad():
                 one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-                self.model(input_ids=one, attention_mask=one, use_cache=False)
+                self(input_ids=one, attention_mask=one, use_cache=False)
         finally:
             handle.remove()
         return kinds[0]

@@ -192,7 +192,7 @@ def _outer_products(
     """Sum of k k^T over the tokens of a batch, layer by layer; the forward pass stops after the last layer."""
     sites = [Site(layer, "mlp_out") for layer in sorted(layers)]
     with capture(lm, sites, side="in", stop=True) as seen:
-        lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     for site in sites:
         keys = seen[site].flatten(0, 1)
         keys = keys if keys.dtype == torch.float64 else keys.float()

@@ -112,9 +112,9 @@ class Suffixes:
         kind = "inputs_embeds" if self.tokens.is_floating_point() else "input_ids"
         if self.mask is None:
             seen_by_all = torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
-            return lm.model(attention_mask=seen_by_all, use_cache=False, **{kind: self.tokens})
+            return lm(attention_mask=seen_by_all, use_cache=False, **{kind: self.tokens})
         try:
-            return lm.model(
+            return lm(
                 position_ids=self.positions,
                 attention_mask=self.mask,
                 past_key_values=_FrozenPrefix(self.keys, self.values),
@@ -174,7 +174,7 @@ class Recording:
         cache, kind = DynamicCache(), "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         seen_by_all = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
         with capture(lm, sites) as outputs, capture(lm, [Site(lm.depth - 1)], stop=True):
-            lm.model(attention_mask=seen_by_all, past_key_values=cache, use_cache=True, **{kind: tokens})
+            lm(attention_mask=seen_by_all, past_key_values=cache, use_cache=True, **{kind: tokens})
         layers: list[Any] = cache.layers
         return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if lm.places_tokens else None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import get_args
@@ -16,6 +17,11 @@ from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
 from cakeflow.model import LanguageModel
 from cakeflow.suffixes import Suffixes, cut
 from cakeflow.tap import frozen
+
+log = logging.getLogger(__name__)
+
+WORSE = 0.1
+"""Rise of a target's negative log-likelihood, in nats, that a search must not end with: a tenth less likely."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,14 +119,14 @@ class TargetOptimizer:
             Target values at ``self.site(layer)``.
 
         Raises:
-            NumericalError: If a loss is not finite; the message names the request.
+            NumericalError: If a loss is not finite, or a search made its target less likely; the request is named.
         """
         sites = [self.site(layer), *([Site(layer, self.also)] if self.also else [])]
         problem = _Problem.prepare(lm, batch, sites, self.token_budget)
         with frozen(lm), torch.enable_grad():
-            return self._descend(problem, batch, progress)
+            return self._descend(problem, batch, layer, progress)
 
-    def _descend(self, problem: _Problem, batch: EditBatch, progress: Callable[[int], object]) -> Targets:
+    def _descend(self, problem: _Problem, batch: EditBatch, layer: int, progress: Callable[[int], object]) -> Targets:
         initial = problem.initial
         norm = torch.linalg.vector_norm(initial, dim=2)
         delta = torch.zeros_like(initial, requires_grad=True)
@@ -128,12 +134,15 @@ class TargetOptimizer:
         final, factor = delta.detach().clone(), torch.ones_like(norm[:, 0])
         loss, nll, steps = torch.zeros_like(factor), torch.zeros_like(factor), torch.zeros_like(factor).long()
         active = torch.ones_like(factor).bool()
+        start, stated = nll, active
         for step in range(self.steps):
             last = step == self.steps - 1
             now = problem.evaluate(self, delta.detach(), norm, factor, with_grad=not last)
-            _require_finite(now.loss, active, batch, step)
+            _require_finite(now.loss, active, batch, layer, step)
+            start = now.nll if step == 0 else start
             steps += active
             loss, nll = torch.where(active, now.loss, loss), torch.where(active, now.nll, nll)
+            stated = torch.where(active, now.top, stated)
             done = active & ((now.loss < self.stop_loss) | (now.top & (now.kl < self.stop_kl)) | last)
             factor = torch.where(now.top, self.ease, 1.0).to(factor)
             final[done] = delta.detach()[done]
@@ -145,6 +154,7 @@ class TargetOptimizer:
             delta.grad = now.grad
             adam.step()
             _clamp(delta, self.clamp * norm)
+        _require_fallen(start, nll, steps, stated, batch, layer)
         values = (initial + final)[:, 0].double()
         return Targets(values, initial[:, 0].double(), loss, torch.exp(-nll), steps, loss < self.stop_loss)
 
@@ -156,13 +166,31 @@ def _clamp(delta: Float[Tensor, "n sites d_out"], radius: Float[Tensor, "n sites
         delta.mul_(torch.where(length > radius, radius / length, 1.0)[..., None])
 
 
-def _require_finite(loss: Tensor, active: Tensor, batch: EditBatch, step: int) -> None:
+def _require_finite(loss: Tensor, active: Tensor, batch: EditBatch, layer: int, step: int) -> None:
     if bool((bad := active & ~torch.isfinite(loss)).any()):
         index = int(bad.nonzero()[0, 0])
         raise NumericalError(
-            f"request {index} ({batch.requests[index].text!r}): the loss of its target value is {float(loss[index])} "
-            f"at step {step}; lower targets.lr or load the model in float32"
+            f"{batch.name([index])}: the loss of its target value at layer {layer} is {float(loss[index])} at step "
+            f"{step}; lower targets.lr or load the model in float32"
         )
+
+
+def _require_fallen(start: Tensor, end: Tensor, steps: Tensor, stated: Tensor, batch: EditBatch, layer: int) -> None:
+    """A search that led away from its fact must not become an edit, though the official code goes on.
+
+    Compared is the NLL, which is all of the loss at the start; KL and decay may grow as it falls. A search that merely
+    got nowhere is logged: the official recordings on random models have such. A fact that the model states at the value
+    found is fine: it may have stated it before, its NLL near 0.
+    """
+    for index in (~stated & (steps > 1) & (end >= start)).nonzero()[:, 0].tolist():
+        message = (
+            f"{batch.name([index])}: the search for its target value at layer {layer} did not lower the target's NLL "
+            f"({float(start[index]):.4g} before, {float(end[index]):.4g} after {int(steps[index])} steps); lower "
+            "targets.lr, targets.kl_factor or targets.weight_decay, or leave the request out"
+        )
+        if float(end[index] - start[index]) > WORSE:
+            raise NumericalError(message)
+        log.warning(message)
 
 
 @dataclass(frozen=True, eq=False)
@@ -262,7 +290,7 @@ def _require_agreement(lm: LanguageModel, batch: EditBatch, essence: list[Suffix
     index = max(range(len(batch)), key=lambda i: batch.essence[i].subject)
     row = batch.essence[index]
     ids = torch.tensor([row.ids[: row.subject + 1]], device=lm.device)
-    full = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+    full = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
     (ours,) = (value[part.fact == index] for part, value in zip(essence, found, strict=True) if index in part.fact)
     difference = float((full.to(ours.dtype).log_softmax(-1) - ours[0]).abs().mean())
     if not difference <= torch.finfo(lm.dtype).eps ** (1 / 3):

@@ -249,7 +249,7 @@ def tiny_model() -> LanguageModel:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    return LanguageModel.wrap(model, fast)
+    return LanguageModel.wrap(model.eval(), fast)
 
 
 def tiny_batch(lm: LanguageModel) -> EditBatch:

@@ -112,7 +112,7 @@ def predict(
         ends = torch.tensor([(row, place[contexts[index]][1]) for row, index in chosen], device=lm.device)
         ends, read = ends.unique(dim=0, return_inverse=True)  # one row of logits for all labels of a context
         with narrow(lm, *ends.T):
-            logits = lm.model(**_inputs(lm, [trees[tree] for tree in group], branching), use_cache=False).logits[0]
+            logits = lm(**_inputs(lm, [trees[tree] for tree in group], branching), use_cache=False).logits[0]
         where = torch.tensor([index for _, index in chosen])
         label = torch.tensor([labels[index] for _, index in chosen], device=lm.device)
         of_label = logits[read, label].float() - logits.float().logsumexp(-1)[read]

@@ -129,7 +129,7 @@ def random_model(family: str, tokenizer: PreTrainedTokenizerBase, **config: Any)
     """A tiny random model of a family."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
-    return LanguageModel.wrap(model.float(), tokenizer)
+    return LanguageModel.wrap(model.float().eval(), tokenizer)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from cakeflow.checkpoint import SafeCheckpointIO
 from cakeflow.cli import main, run
 from cakeflow.config import shipped
 
@@ -114,7 +115,8 @@ def test_what_the_model_cannot_read_is_named_before_it_is_measured(command, fold
 def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
     words = ["--model.statistics.source", str(folder / "corpus.txt"), "--model.statistics.tokens", "2048",
              "--model.statistics.window", "64", "--model.solver.init_args.threshold", "10",
-             "--model.solver.init_args.inner.init_args.ridge", "0.01", "--model.targets.lr", "0.5"]  # fmt: skip
+             "--model.solver.init_args.inner.init_args.ridge", "0.01", "--model.targets.lr", "0.5",
+             "--trainer.enable_checkpointing", "true"]  # fmt: skip
     done = main(arguments(folder, "fit", *words))
     printed = capsys.readouterr().out
     assert done.after["efficacy"] >= done.before["efficacy"]
@@ -127,6 +129,8 @@ def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
     assert "before/efficacy" in header
     assert "after/efficacy" in header
     assert "layer1/share" in header
+    (checkpoint,) = done.folder.rglob("*.ckpt")
+    assert SafeCheckpointIO().load_checkpoint(checkpoint)["global_step"] == 1
     assert "Contexts" in json.loads((done.folder / "run.json").read_text())["settings"]["contexts"]
 
 

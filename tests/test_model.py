@@ -35,10 +35,12 @@ def test_folder_loads_with_its_own_type(tiny, tmp_path):
     assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
 
 
-def test_wrap_sets_evaluation_mode_and_finds_the_architecture(tiny):
+def test_wrap_leaves_the_mode_and_finds_the_architecture(tiny):
     tiny.model.train()
+    tiny.module(Site(1)).eval()
+    modes = [module.training for module in tiny.model.modules()]
     wrapped = LanguageModel.wrap(tiny.model, tiny.tokenizer)
-    assert not wrapped.model.training
+    assert [module.training for module in tiny.model.modules()] == modes
     assert wrapped.architecture == tiny.architecture
     assert (wrapped.depth, wrapped.dtype, wrapped.device) == (6, torch.float64, torch.device("cpu"))
     assert wrapped.head is tiny.model.get_output_embeddings()
@@ -156,3 +158,20 @@ def test_embedded_model_loads_and_loads_again_from_the_cache(smollm2):
     assert (second.depth, second.dtype) == (30, torch.float32)
     ids = second.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert second.tokenizer.decode(second.model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_call_runs_the_model_without_dropout_and_gives_its_modes_back(lm):
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = lm.model(input_ids=ids).logits
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    lm.model.train()
+    lm.module(Site(1)).eval()
+    modes = [module.training for module in lm.model.modules()]
+    assert torch.equal(lm(input_ids=ids).logits, wanted)
+    with lm.evaluating():
+        assert not any(module.training for module in lm.model.modules())
+    with pytest.raises(KeyboardInterrupt), lm.evaluating():
+        raise KeyboardInterrupt
+    assert [module.training for module in lm.model.modules()] == modes

@@ -1,6 +1,7 @@
 """Target values against a plain reference (one request, one row, every block at a time) and the official numbers."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -257,3 +258,40 @@ def test_half_precision_models_get_targets_in_float64(lm, batch):
 def test_bad_settings(name, value):
     with pytest.raises(ConfigError, match=rf"targets\.{name} must be above 0"):
         TargetOptimizer(**{name: value})
+
+
+def test_a_search_that_leads_away_from_its_fact_is_refused(lm, requests):
+    """A decay that outweighs the fact; the model is surer of itself than a random one, so that it shows."""
+    with torch.no_grad():
+        lm.model.get_submodule(lm.architecture.final_norm).weight.mul_(4)
+    batch = encode_batch(lm, requests[:4], CONTEXTS, first=20)
+    with pytest.raises(NumericalError) as caught:
+        replace(FAST, steps=4, lr=3.0, clamp=50.0, weight_decay=5e3).optimize(lm, batch, 1)
+    words = (
+        r"request (\d+) \((.*)\): the search .* at layer 1 did not lower .* \(([\d.]+) before, ([\d.]+) after 4 steps"
+    )
+    index, text, before, after = re.match(words, str(caught.value)).groups()
+    assert text == repr(requests[int(index) - 20].text)
+    assert float(after) > float(before) + 0.1
+
+
+def test_a_search_that_got_nowhere_is_logged(lm, requests, caplog):
+    batch, still = encode_batch(lm, requests[:2], CONTEXTS, first=20), replace(FAST, lr=1e-30)
+    assert torch.equal(still.optimize(lm, batch, 3).values, replace(still, steps=1).optimize(lm, batch, 3).values)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * 2  # one step is no search
+    for i, message in enumerate(caplog.messages):
+        assert message.startswith(
+            f"request {20 + i} ({requests[i].text!r}): the search for its target value at layer 3"
+        )
+
+
+def test_a_fact_that_the_model_states_already_may_keep_its_loss(lm, requests, caplog):
+    batch = encode_batch(lm, requests[:1], Contexts())
+    row = batch.rows[0][0]
+    with torch.no_grad():
+        likely = lm.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].argmax()
+    batch = replace(batch, rows=((replace(row, ids=(*row.ids[: row.target], int(likely))),),))
+    found = replace(FAST, lr=1e-30).optimize(lm, batch, 3)
+    assert not caplog.records
+    assert found.steps.tolist() == [6]
+    assert torch.equal(found.values, found.initial)

@@ -142,7 +142,7 @@ class Vandal(Uniform):
         (AllocatorContract, "test_what", {"allocator": Squared()}, ShapeError, r"Squared: shares must lie in \(0, 1\]"),
         (SolverContract, "test_it_is_pure", {"solver": Growing()}, AssertionError, None),
         (SolverContract, "test_what", {"solver": Turned()}, ShapeError, "Turned: layer 0 needs an update of shape"),
-        (SolverContract, "test_what", {"solver": Broken()}, NumericalError, "Broken: layer 0: the update has values"),
+        (SolverContract, "test_what", {"solver": Broken()}, NumericalError, "layer 0: .*Broken: the update has values"),
         (WeighterContract, "test_", {"weighter": Negative()}, ShapeError, "Negative: weights must be finite"),
         (WeighterContract, "test_", {"weighter": Vandal()}, AssertionError, None),
     ],

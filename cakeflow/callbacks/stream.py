@@ -103,5 +103,5 @@ class NeutralText(Milestones):
 
     def _predictions(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         """Log-probabilities of the token after each but the last."""
-        logits: torch.Tensor = module.lm.model(input_ids=ids, use_cache=False).logits[:, :-1]
+        logits: torch.Tensor = module.lm(input_ids=ids, use_cache=False).logits[:, :-1]
         return logits.float().log_softmax(-1).cpu()

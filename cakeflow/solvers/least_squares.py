@@ -56,6 +56,7 @@ def _dual(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
 
 
 def _primal(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
+    """Cholesky factor of A as it is: jitter would be a ridge that nobody asked for, so a failure is an error."""
     keys = problem.keys
     system = keys.T @ keys
     system += problem.seen.outer()

@@ -246,6 +246,6 @@ def predicted_rows(lm: LanguageModel, batch: EditBatch, budget: int = 8192) -> l
         ids = pad([rows[i].ids[: rows[i].target] for i in group], lm.device)
         ends = torch.tensor([rows[i].target - 1 for i in group], device=lm.device)
         with narrow(lm, torch.arange(len(group), device=lm.device), ends):
-            logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+            logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
         said |= dict(zip(group, logits.argmax(-1).tolist(), strict=True))
     return [replace(row, ids=(*row.ids[: row.target], said[i])) for i, row in enumerate(rows)]

@@ -51,7 +51,7 @@ class Runs:
         ids = pad([row.ids[: row.target] for row in rows], lm.device)
         sites = sorted({site for span in spans for site in span}, key=lambda site: site.layer)
         with capture(lm, sites) as outputs:
-            logits = lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+            logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         clean = _chance(logits[range(len(rows)), [row.target - 1 for row in rows]], _answers(rows, ids.device))
         embeds = lm.model.get_input_embeddings()(ids)
         noisy = (embeds[:, None] + noise.to(embeds)).flatten(0, 1)

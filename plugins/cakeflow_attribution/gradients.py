@@ -118,7 +118,7 @@ def states(
     seen_by_all = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
     with torch.enable_grad(), capture(lm, sites) as seen, narrow(lm, every, last):
         inputs = inputs.detach().requires_grad_()
-        logits = lm.model(inputs_embeds=inputs, attention_mask=seen_by_all, use_cache=False).logits[0]
+        logits = lm(inputs_embeds=inputs, attention_mask=seen_by_all, use_cache=False).logits[0]
         value = logits.double().log_softmax(-1)[every, answer]
         value = value.exp() if metric == "probability" else value
         gradients = torch.autograd.grad(value.sum(), [seen[site] for site in sites])

@@ -81,6 +81,7 @@ def fit(lm, requests, quiet, solver, batch_size, kind=EditModule):
         solver=solver,
         history=False,
         moments=dict.fromkeys(LAYERS, 1e-5 * torch.eye(width, dtype=torch.float64)),
+        max_relative_update=float("inf"),
     )
     trainer = L.Trainer(**quiet)
     trainer.fit(module, train_dataloaders=EditDataModule(requests, batch_size).train_dataloader())
