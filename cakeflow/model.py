@@ -258,12 +258,13 @@ def _embedded_file(name: str) -> Path:
 
 def _converted(gguf: Path) -> Path:
     """A safetensors copy of a GGUF file in the cache, made once: loading it again takes a second, not fifteen."""
-    key = hashlib.sha256(gguf.read_bytes()).hexdigest()[:16]
+    key = hashlib.sha256(gguf.read_bytes() + b"unquantized").hexdigest()[:16]
     folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
     if not (folder / "tokenizer.json").exists():
         hf_logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        fresh = AutoModelForCausalLM.from_config(model.config)  # a model read from GGUF refuses to be saved itself
+        del model.config.quantization_config  # it is not quantized any more, and would refuse to be saved
+        fresh = AutoModelForCausalLM.from_config(model.config)
         fresh.load_state_dict(model.state_dict())
         fresh.generation_config = model.generation_config
         fresh.save_pretrained(folder)

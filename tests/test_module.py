@@ -325,8 +325,8 @@ def test_precisions_of_the_trainer(lm, requests, quiet, build, precision):
     assert all(torch.isfinite(p).all() for p in lm.model.parameters())
     assert all(part.keys.dtype == torch.float64 for step in module.journal for part in step.layers)
     if precision == "bf16-true":
-        assert module.journal._masters[1].dtype == torch.float32
-        assert torch.equal(module.journal._masters[1].bfloat16(), lm.weight(1))
+        assert module.journal.weights._masters[1].dtype == torch.float32
+        assert torch.equal(module.journal.weights._masters[1].bfloat16(), lm.weight(1))
     edited = lm.weight(1).clone()
     module.journal.rollback()
     assert not torch.equal(lm.weight(1), edited)
