@@ -245,6 +245,11 @@ class Journal(Sequence[EditStep]):
         self._tell(record)
         while record.tape and record.tape[0].kind == "batch":
             self._replay(record.read_step(record.tape.popleft()))
+        if record.earlier != len(self.steps):
+            raise ResumeError(
+                f"{record.folder} was to go on from {record.earlier} earlier batches and has {len(self.steps)}: it was "
+                "stopped while they were copied; edit those first, then start this run in another folder"
+            )
         record.note("run", {**run, **circumstances()})
 
     def load(self, folder: Path) -> None:
@@ -286,9 +291,9 @@ class Journal(Sequence[EditStep]):
 
     def _tell(self, record: Record) -> None:
         """Tell a record what was done so far."""
-        record.note("model", self.base)
+        record.note("model", {**self.base, "earlier": len(self.steps)})
         known: set[int] = set()
-        for step in self.steps if not record.tape else ():
+        for step in self.steps:
             layers = {part.layer for part in step.layers} - known
             record.commit(step, step.number, {layer: self.originals[layer] for layer in layers})
             known |= layers

@@ -28,6 +28,8 @@ from cakeflow.request import EditRequest, parse_requests
 
 PACKAGES = ("cakeflow", "torch", "transformers", "lightning")
 LEDGER = "ledger.jsonl"
+INCIDENTAL = ("who", "versions", "threads", "earlier")
+"""What may differ when a run goes on."""
 FROM_A_COPY = "take it from a copy"
 
 
@@ -174,6 +176,11 @@ class Record:
             batches, layers = entry.body["batches"], entry.body["layers"].items()
             return [int(number) for number in batches], {int(layer): str(told) for layer, told in layers}
 
+    @property
+    def earlier(self) -> int:
+        """How many batches of earlier runs the record begins with."""
+        return int(self.ledger.entries[0].body.get("earlier", 0))
+
     def _require_end_of_tape(self) -> None:
         if self.tape:
             raise ResumeError(
@@ -257,7 +264,7 @@ def run_folder(trainer: L.Trainer) -> Path | None:
 def _differences(told: Any, now: Any, name: str = "") -> list[str]:
     """What differs between two bodies, in words; circumstances aside."""
     if isinstance(told, dict) and isinstance(now, Mapping):
-        names = [part for part in {**told, **now} if part not in ("who", "versions", "threads")]
+        names = [part for part in {**told, **now} if part not in INCIDENTAL]
         return [line for n in names for line in _differences(told.get(n), now.get(n), f"{name}.{n}" if name else n)]
     told, now = (list(part) if isinstance(part, tuple) else part for part in (told, now))
     return [] if told == now else [f"{name} was {_short(told)}, is {_short(now)}"]

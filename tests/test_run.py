@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import lightning as L
 import pytest
@@ -223,6 +224,11 @@ def test_a_second_run_has_the_first_ones_batches_and_goes_on_too(lm, requests, t
     editor.fit(requests[4:8], 2, run=tmp_path / "second")
     wanted = state(lm, editor.module)
     lines = (tmp_path / "second/journal/ledger.jsonl").read_bytes().splitlines(keepends=True)
+    for copied in (1, 2):  # model, and one of the two earlier batches
+        shutil.copytree(tmp_path / "second", tmp_path / f"torn-{copied}")
+        (tmp_path / f"torn-{copied}/journal/ledger.jsonl").write_bytes(b"".join(lines[:copied]))
+        with pytest.raises(ResumeError, match=f"2 earlier batches and has {copied - 1}"):
+            editor_of(copy.deepcopy(unedited)).fit(requests[4:8], 2, run=tmp_path / f"torn-{copied}")
     batches = [place for place, line in enumerate(lines) if b'"kind":"batch"' in line]
     assert len(batches) == 4
     (tmp_path / "second/journal/ledger.jsonl").write_bytes(b"".join(lines[: batches[2] + 1]))
