@@ -120,12 +120,11 @@ def cut(path: Path, size: int) -> None:
 
 def digest(path: Path) -> str:
     """SHA-256 of a file's content."""
+    found = hashlib.sha256()
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if sys.version_info >= (3, 11) else _digest(file.read())
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+        while chunk := file.read(2**20):
+            found.update(chunk)
+    return found.hexdigest()
 
 
 @contextmanager
