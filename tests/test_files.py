@@ -74,7 +74,7 @@ def test_tensors_round_trip_with_views_and_metadata(tmp_path):
 def test_lines_are_added_whole_or_not_at_all(tmp_path):
     path = tmp_path / "lines"
     append_line(path, b"one")
-    with pytest.raises(OSError, match="full"), STOPS.at(1, Full):
+    with pytest.raises(OSError, match="full"), STOPS.at(1, FullError):
         append_line(path, b"two")
     assert [moment[1] for moment in STOPS.seen] == ["append", "appended"]
     assert path.read_bytes() == b"one\n"
@@ -83,7 +83,7 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path):
     assert path.read_bytes() == b"one\n"
 
 
-class Full(OSError):
+class FullError(OSError):
     def __init__(self):
         super().__init__("the disk is full")
 
@@ -101,7 +101,7 @@ def test_a_folder_appears_whole_and_replaces_nothing_unasked(tmp_path):
 
     def half(folder):
         fill("half")(folder)
-        raise Full
+        raise FullError
 
     with pytest.raises(OSError, match="full"):
         write_folder(path, half, overwrite=True)
