@@ -205,7 +205,7 @@ def test_fingerprint_sees_weights_up_to_a_layer_tokenizer_and_nothing_above(lm):
 @pytest.mark.parametrize("family", ["qwen2", "gpt_neox", "opt", "mistral"])
 def test_other_families_suffixes_equal_full_passes(family, lm, requests):
     """The suffix pass relies on masks, positions and cache as each family handles them."""
-    wrapped = LanguageModel.wrap(build(family, vocab_size=600).double(), lm.tokenizer)
+    wrapped = LanguageModel.wrap(build(family, vocab_size=600).double().eval(), lm.tokenizer)
     batch = encode_batch(wrapped, requests[:4], Contexts.of(["{}", "I am. {}"]))
     rows = [row for variants in batch.rows for row in variants]
     site = Site(0)

@@ -3,16 +3,17 @@
 import pytest
 
 from cakeflow import errors
-from cakeflow.errors import EditError, NumericalError, PluginError, Problem, RequestError
+from cakeflow.errors import EditError, NumericalError, PluginError, PolicyError, Problem, RequestError
 
 FAMILY = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+PYTHON = {NumericalError: ArithmeticError, PluginError: ImportError, PolicyError: PermissionError}
 
 
 @pytest.mark.parametrize("kind", FAMILY)
 def test_one_base_and_a_python_kind(kind):
     assert issubclass(kind, EditError)
     if kind is not EditError:
-        assert issubclass(kind, {NumericalError: ArithmeticError, PluginError: ImportError}.get(kind, ValueError))
+        assert issubclass(kind, PYTHON.get(kind, ValueError))
 
 
 def test_problem_names_entry_field_value_and_remedy():
