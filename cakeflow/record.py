@@ -194,15 +194,8 @@ class Record:
         Raises:
             LedgerError: If a file is not the one that was written, or the entry is none of a batch.
         """
-        try:
+        with self._as_written(entry):
             return _step(entry.body, self.read(entry, f"batch-{entry.body['batch']:05d}.safetensors"))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            if isinstance(error, LedgerError):
-                raise
-            where = f"{self.folder / LEDGER}, entry {entry.number}"
-            raise LedgerError(
-                f"{where}: not what cakeflow writes of a batch ({error!r}); take it from a copy"
-            ) from error
 
     def originals(self, entry: Entry) -> dict[int, Tensor]:
         """The originals that were written together with a batch.
