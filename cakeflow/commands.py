@@ -160,6 +160,8 @@ def run_report(run: Path, out: Path | None = None) -> Path:
 def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None = None) -> list[dict[str, Any]]:
     """Show runs side by side: metrics after editing with 95 % intervals over records, time and memory.
 
+    Runs of the same records under one protocol are also compared record by record with the first one.
+
     Args:
         runs: Run folders.
         csv: A file for one line per run, with the intervals' bounds.

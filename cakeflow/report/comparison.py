@@ -10,17 +10,23 @@ from typing import Any
 
 from cakeflow.memory import GIB
 from cakeflow.report.folder import RunFolder
-from cakeflow.report.intervals import Interval, estimate, number
+from cakeflow.report.intervals import Interval, estimate, number, paired
 from cakeflow.report.views import method, peak_memory, run_changes, seconds_per_edit
+
+DELTA = "\N{GREEK CAPITAL LETTER DELTA} "
+"""Before the name of a metric: its difference from the first run."""
 
 
 def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     """One row per run: what it was, what it took, and its metrics after editing.
 
     Returns:
-        Text, numbers (nan where the run does not tell) and, per metric that any run has, an ``Interval``.
+        Text, numbers (nan where the run does not tell), per metric that any run has an ``Interval`` and, under its name
+        after a delta, the difference from the first run: paired by record, where both have the same ones.
     """
-    after = [{name: change.after for name, change in run_changes(run).items()} for run in runs]
+    after = [
+        {name: change.after for name, change in run_changes(run).items()} | differences(runs[0], run) for run in runs
+    ]
     names = dict.fromkeys(name for metrics in after for name in metrics)
     return [
         {
@@ -35,6 +41,14 @@ def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
         }
         for run, metrics in zip(runs, after, strict=True)
     ]
+
+
+def differences(first: RunFolder, run: RunFolder) -> dict[str, Interval]:
+    """Delta and metric -> difference of a run from the first, paired by record; nothing if they cannot be compared."""
+    if run is first or run.info.get("protocol") != first.info.get("protocol"):
+        return {}
+    found = paired(first.after or (), run.after or ())
+    return {DELTA + name: value for name, value in found.items() if not math.isnan(value.mean)}
 
 
 def shown(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
@@ -61,13 +75,14 @@ def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def _text(name: str, value: Any) -> str:
     if isinstance(value, Interval):
-        return estimate(name, value)
+        return estimate(name.removeprefix(DELTA), value, "+" if name.startswith(DELTA) else "")
     return number(value, ".3f") if isinstance(value, float) else str(value)
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    for name, value in row.items():
+    for label, value in row.items():
+        name = label.replace(DELTA, "delta_")
         if isinstance(value, Interval):
             found |= {name: value.mean, f"{name}_low": value.mean - value.half, f"{name}_high": value.mean + value.half}
         else:

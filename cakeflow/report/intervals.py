@@ -61,6 +61,14 @@ def record_values(records: Sequence[RecordResult]) -> dict[str, Values]:
     return found
 
 
+def paired(first: Sequence[RecordResult], second: Sequence[RecordResult]) -> dict[str, Interval]:
+    """Metric -> what the second side has more than the first, taken record by record; nothing if the records differ."""
+    if [(record.index, record.key) for record in first] != [(record.index, record.key) for record in second]:
+        return {}
+    less, more = record_values(first), record_values(second)
+    return {name: Interval.of(more[name] - less[name]) for name in more}
+
+
 def _mean(record: RecordResult, kind: str, field: str) -> float:
     outcomes = (getattr(prompt, field) for prompt in record.of_kind(kind))
     judged = [outcome for outcome in outcomes if outcome is not None]

@@ -11,7 +11,7 @@ from rich.text import Text
 from cakeflow.ledger import Entry
 from cakeflow.memory import GIB
 from cakeflow.plugins import Plugin
-from cakeflow.report.comparison import shown
+from cakeflow.report.comparison import DELTA, shown
 from cakeflow.tracing import Trace
 
 
@@ -81,6 +81,8 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
                 table.add_column(Text(text), overflow="fold")
         else:
             table.add_row(name, *map(Text, texts))
+        if name.startswith(DELTA):
+            table.caption = f"{DELTA.strip()}: difference from the first run, paired by record"
     return table
 
 

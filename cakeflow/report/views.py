@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from itertools import groupby
 
 from cakeflow.report.folder import EditRecord, PromptResult, RecordResult, RunFolder
-from cakeflow.report.intervals import KINDS, Interval, record_values
+from cakeflow.report.intervals import KINDS, Interval, paired, record_values
 
 EDITING = ("targets", "keys", "allocate", "solve")
 """Phases that every edit batch goes through; the others come once per run or per evaluation."""
@@ -37,8 +37,7 @@ def metric_changes(
 
     The difference of the same records is taken record by record.
     """
-    values = {"before": record_values(before), "after": record_values(after)}
-    paired = [(record.index, record.key) for record in before] == [(record.index, record.key) for record in after]
+    values, differences = {"before": record_values(before), "after": record_values(after)}, paired(before, after)
     names = dict.fromkeys([*values["after"], *logged.get("before", {}), *logged.get("after", {})])
     changes = {}
     for name in names:
@@ -46,9 +45,9 @@ def metric_changes(
         for stage, side in sides.items():
             if math.isnan(side.mean):
                 sides[stage] = Interval(logged.get(stage, {}).get(name, math.nan))
-        difference = Interval(sides["after"].mean - sides["before"].mean)
-        if paired and name in values["after"] and not math.isnan(sides["after"].half):
-            difference = Interval.of(values["after"][name] - values["before"][name])
+        difference = differences.get(name, NOTHING)
+        if math.isnan(difference.half):
+            difference = Interval(sides["after"].mean - sides["before"].mean)
         changes[name] = Change(**sides, difference=difference)
     return {name: change for name, change in changes.items() if change.known}
 

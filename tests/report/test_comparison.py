@@ -54,11 +54,45 @@ def test_the_command_shows_and_writes_the_runs(folders, tmp_path, capsys):
     assert "different protocols" not in printed
 
 
-def test_runs_of_different_protocols_are_not_passed_off_as_comparable(folders, capsys):
+def successes(folder, kind):
+    """Share of each record's prompts of a kind that succeed; None where none can be judged."""
+    for line in (folder / "after.jsonl").read_text().splitlines():
+        asked = [p for p in json.loads(line)["prompts"] if p["kind"] == kind and p["rival_logprob"]]
+        yield statistics.fmean(p["wanted_logprob"] > p["rival_logprob"] for p in asked) if asked else None
+
+
+def test_runs_of_the_same_records_are_compared_record_by_record(make_run, tmp_path, capsys):
+    def worse(record):
+        for prompt in record["prompts"]:
+            if record["index"] % 3 == 0 and prompt["kind"] != "neighborhood":
+                prompt["wanted_logprob"] = -9.0
+        return record
+
+    folders = [make_run("one"), make_run("two", change=worse), make_run("three", size=5)]
+    main(["compare", *map(str, folders), "--csv", str(tmp_path / "runs.csv")])
+    printed = capsys.readouterr().out
+    rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
+    pairs = zip(*(successes(folder, "paraphrase") for folder in folders[:2]), strict=True)
+    found = [second - first for first, second in pairs if first is not None]
+    half = 1.959964 * statistics.stdev(found) / math.sqrt(len(found))
+    mean = statistics.fmean(found)
+    names = ("delta_generalization", "delta_generalization_low", "delta_generalization_high")
+    assert mean < 0
+    assert [float(rows[1][name]) for name in names] == pytest.approx([mean, mean - half, mean + half], abs=1e-6)
+    assert float(rows[1]["delta_specificity"]) == 0
+    assert [rows[0][names[0]], rows[2][names[0]]] == ["", ""]
+    assert f"\N{MINUS SIGN}{-100 * mean:.1f} ± {100 * half:.1f}" in printed
+    assert "paired by record" in printed
+
+
+def test_runs_of_different_protocols_are_not_passed_off_as_comparable(folders, make_run, capsys):
+    make_run("third")
     info = json.loads((folders[0] / "run.json").read_text())
     (folders[0] / "run.json").write_text(json.dumps(info | {"protocol": "other-v2"}))
-    main(["compare", *map(str, folders)])
-    assert "different protocols" in capsys.readouterr().out
+    main(["compare", str(folders[0]), str(folders[0].parent / "third")])
+    printed = capsys.readouterr().out
+    assert "different protocols" in printed
+    assert "\N{GREEK CAPITAL LETTER DELTA}" not in printed
 
 
 def test_a_run_that_tells_less_has_gaps(folders):
