@@ -137,7 +137,7 @@ def write(args: argparse.Namespace, table: dict[str, Any], rows: dict[tuple[str,
         text += ["", f"The paper, {model}:", "", *markdown(["method", *table["data"]], cells)]
     (args.out / f"{args.table}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
     print("\n".join(text))
-    figure(table, rows, args.out / f"{args.table}.png")
+    (times if table.get("timed") else figure)(table, rows, args.out / f"{args.table}.png")
 
 
 def markdown(names: list[str], cells: list[list[str]]) -> list[str]:
@@ -158,6 +158,17 @@ def figure(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], path: 
             color = "grey" if arm == "unedited" else "tab:blue"
             ax.errorbar(found[arm].mean, place, xerr=found[arm].half, fmt="o", markersize=4, color=color)
         ax.set(title=f"{data}\n{name}", yticks=range(len(arms)), yticklabels=arms)
+    ax.invert_yaxis()
+    save_plot(ax, path)
+
+
+def times(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], path: Path) -> None:
+    """Seconds per edit, a panel per data set."""
+    _, axes = plt.subplots(1, len(table["data"]), figsize=(7, 2), sharey=True, squeeze=False, layout="tight")
+    for ax, data in zip(axes[0], table["data"], strict=True):
+        found = {arm: row for (source, arm), (row, *_) in rows.items() if source == data and arm != "unedited"}
+        ax.barh(list(found), [row["seconds_per_edit"] for row in found.values()])
+        ax.set(title=data, xlabel="seconds per edit")
     ax.invert_yaxis()
     save_plot(ax, path)
 
