@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 import pytest
 import torch
 from cakeflow_restrain import Prune, Rect
-from huggingface_hub import ModelCard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -17,12 +16,10 @@ from tiny_runs import LAYERS, content, editor_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cakeflow import EditModule, Editor, EditRequest, LayerProblem, LeastSquares, Update
-from cakeflow.errors import ConfigError, EditError, ExportError, LedgerError, RunFolderError
+from cakeflow.errors import ConfigError, EditError, ExportError, RunFolderError
 from cakeflow.export import Manifest, apply_delta
-from cakeflow.export.card import escape, model_card
 from cakeflow.export.commands import run_apply, run_export
 from cakeflow.files import digest
-from cakeflow.ledger import Entry
 from cakeflow.model import load_model
 from cakeflow.record import tensor_hash
 from cakeflow.request import parse_requests
@@ -370,77 +367,6 @@ def test_only_our_error_gets_out_of_any_file(tmp_path, data):
     (tmp_path / "manifest.json").write_bytes(data)
     with pytest.raises(ExportError):
         Manifest.read(tmp_path)
-
-
-HOSTILE = "---\n# x <script>alert(1)</script> | `````\n```\n[a](javascript:b) \u202e\x1b[31m {{ x }}"
-
-
-def test_the_card_tells_all_and_takes_no_text_for_markup(lm, requests, tmp_path):
-    lm.model.name_or_path = HOSTILE
-    first = EditRequest("{} plays", "Ann", HOSTILE, target_true="tennis")
-    editor = editor_of(lm)
-    run = editor.fit([first, *requests[1:4]], 2, run=tmp_path / "run")
-    editor.save_pretrained(tmp_path / "out")
-    text = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    card = ModelCard(text)
-    assert card.data.tags == ["knowledge-editing", "cakeflow"]
-    assert "base_model" not in card.data.to_dict()
-    head = editor.journal.record.ledger.head
-    for wanted in (head, editor.journal.base["fingerprint"], "solver: NullSpace(", run.protocol.split("-")[0],
-                   "batches of 2", *(f"{value:.4g}" for value in run.after.values() if value == value)):  # fmt: skip
-        assert wanted in text
-    for line in text.splitlines():
-        assert line.startswith('{"prompt"') or "<script>" not in line
-        assert "\u202e" not in line
-        assert "\x1b" not in line
-    fences = [line for line in text.splitlines() if line.startswith("```")]
-    assert fences == ["```", "```", "``````", "``````"]
-    assert len([line for line in text.splitlines() if line == "---"]) == 2
-    shown = [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
-    assert [entry["target_new"] for entry in shown] == [first.target_new, *(r.target_new for r in requests[1:4])]
-    table = [line for line in text.splitlines() if line.startswith("| metric")]
-    assert table == ["| metric | before, 0 edits | after, 4 edits |"]
-
-
-def test_the_card_keeps_to_what_the_ledger_has(lm, requests, tmp_path):
-    lm.model.name_or_path = "owner/model-1"
-    many = [EditRequest("{} is", f"subject {number}", "b") for number in range(53)]
-    for name, changes in (("texts", {}), ("hashes", {"record_texts": False})):
-        fresh = copy.deepcopy(lm)
-        editor = editor_of(fresh, **changes)
-        editor.fit(many, evaluate=False, run=tmp_path / name)
-        editor.save_pretrained(tmp_path / f"{name}-out")
-    told, hashes = ((tmp_path / f"{name}-out/README.md").read_text() for name in ("texts", "hashes"))
-    assert told.count("subject ") == 50
-    assert "and 3 more" in told
-    assert "subject " not in hashes
-    assert "not their texts" in hashes
-    assert "Nothing was measured" in told
-    assert "in batches of 53" in told
-    assert ModelCard(told).data.base_model == "owner/model-1"
-    quiet = editor_of(copy.deepcopy(lm), {"logger": False})
-    quiet.fit(requests[:2], evaluate=False)
-    quiet.save_pretrained(tmp_path / "bare")
-    assert "No ledger is at hand" in (tmp_path / "bare/README.md").read_text()
-
-
-@given(kind=st.sampled_from(["run", "evaluation", "batch"]), body=st.dictionaries(st.text(), JSON, max_size=3))
-def test_a_ledger_of_another_form_gives_our_error(kind, body):
-    manifest = Manifest("model", "base", "0" * 64, "torch.float32", 1, "", {})
-    run = Entry(0, "run", "", {"versions": {}, "batch_size": None, "settings": {}}, "")
-    assert "in one batch" in model_card(manifest, [run])
-    with suppress(LedgerError):
-        model_card(manifest, [run, Entry(1, kind, "", body, "")])
-        assert kind == "batch"  # one without texts is sound
-
-
-@given(text=st.text())
-def test_escaped_text_has_no_markup_left(text):
-    found = escape(text)
-    assert found.isprintable()
-    for place, sign in enumerate(found):
-        if sign in "<>|`*_[]()#&~$":
-            assert found[place - 1] == "\\"
 
 
 def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
