@@ -6,6 +6,8 @@ import copy
 import importlib.util
 import json
 import shutil
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -167,6 +169,14 @@ def quiet() -> dict[str, Any]:
         "logger": False,
         "accelerator": "cpu",
     }
+
+
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Python's own answer to an interrupt, which a job started in the background does not have."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -120,6 +120,7 @@ def test_digest_is_that_of_the_content(tmp_path):
     assert digest(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_is_held_back(tmp_path):
     done = []
 

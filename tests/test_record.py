@@ -114,6 +114,7 @@ def test_a_fit_that_fails_in_its_second_batch_keeps_the_first(lm, requests, tmp_
     assert state(lm, editor.module) == before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_waits_until_a_commit_is_through(lm, requests, tmp_path):
     """A real signal in the middle of it: the batch is committed, then the interrupt is raised."""
     editor = editor_of(lm)
