@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor
 
 from cakeflow.batch import plan
+from cakeflow.memory import GIB
 from cakeflow.model import LanguageModel
 
 STOPS = (".", "\n")
@@ -52,7 +53,7 @@ def continuations(
     lm: LanguageModel,
     prompts: Sequence[str],
     tokens: int = 12,
-    budget: int = 8192,
+    budget: int | None = None,
     *,
     total: bool = False,
     top_k: int = 1,
@@ -64,7 +65,7 @@ def continuations(
         lm: The model.
         prompts: n prompts.
         tokens: Most new tokens, or most tokens in all (``total``).
-        budget: Most tokens in one batch, new ones included.
+        budget: Most tokens in one batch, new ones included; by default those whose keys and values take a GiB.
         total: Whether ``tokens`` counts those of the prompt as well, as the official generation tests do.
         top_k: Sample among so many most likely tokens; 1 is greedy, and equal prompts are then continued once.
         seed: Of the sampling; every prompt and every repetition of it draws for itself.
@@ -72,6 +73,7 @@ def continuations(
     Returns:
         n texts without their prompts, special tokens left out; they end where the model's positions do.
     """
+    budget = budget or max(1, GIB // _cached(lm))
     rows = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     seen: Counter[tuple[int, ...]] = Counter()
     keys = []
@@ -90,6 +92,13 @@ def continuations(
                     texts[asked[i]] = str(lm.tokenizer.decode(new[: rooms[i]], skip_special_tokens=True))
                 bar.update(len(part))
     return [texts[key] for key in keys]
+
+
+def _cached(lm: LanguageModel) -> int:
+    """Bytes of a token's keys and values in all blocks."""
+    config, heads = lm.model.config, int(lm.model.config.num_attention_heads)
+    width = int(getattr(config, "head_dim", None) or lm.width // heads)
+    return 2 * lm.depth * int(getattr(config, "num_key_value_heads", None) or heads) * width * lm.dtype.itemsize
 
 
 def _within(group: list[int], lengths: Sequence[int], rooms: Sequence[int], longest: int) -> list[list[int]]:

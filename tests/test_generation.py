@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow.generation import TopK, continuations, gumbel, until_stop
+from cakeflow.generation import TopK, _cached, continuations, gumbel, until_stop
 
 PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
 
@@ -25,6 +25,12 @@ def alone(lm, prompt, tokens):
 def test_each_is_what_the_model_says_alone(tiny, tokens, budget):
     got = continuations(tiny, PROMPTS, tokens, budget)
     assert got == [alone(tiny, prompt, tokens) for prompt in PROMPTS]
+
+
+def test_a_gib_of_keys_and_values_is_that(tiny):
+    with torch.no_grad():
+        kept = tiny.model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
+    assert 7 * _cached(tiny) == sum(part.nbytes for layer in kept.layers for part in (layer.keys, layer.values))
 
 
 def test_a_text_ends_where_the_models_positions_do(lm):

@@ -204,7 +204,7 @@ def test_every_module_has_tests(core):
 
 def test_every_test_file_has_a_module():
     plugins = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
-    further = {"layout", "parity", "families", "sharded", "template", "malformed"}
+    further = {"layout", "parity", "families", "sharded", "template", "malformed", "poisoned"}
     stems = {path.stem for path in CORE} | PARTS | further | plugins
     assert plugins <= {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "plugins").glob("test_*.py")}
     for path in (ROOT / "tests").rglob("test_*.py"):
