@@ -7,8 +7,9 @@
 ``figure3``: general ability (weighted F1) every so many edits. ``figure5``: drift of each layer, and accumulated, over
 100 single edits. ``figure7``: quality of all edits so far, edited one by one. Each method starts from the unedited
 model and gets the same records in the same order. At the embedded scale streams are shorter than in the paper (3,000
-edits in batches of 100; 100 edits; 100 to 5,000 edits): ``--scale full`` has its numbers, ``--edits`` any. A stream
-that was interrupted starts anew; methods that are done are kept in ``FIGURE.json`` under ``--out``, beside the figure.
+edits in batches of 100; 100 edits; 100 to 5,000 edits): ``--scale full`` has its numbers; ``--edits``, ``--batch-size``
+and ``--every`` take any. A stream that was interrupted starts anew; methods that are done are kept in ``FIGURE.json``
+under ``--out``, beside the figure.
 """
 
 from __future__ import annotations
@@ -93,6 +94,8 @@ def draw_curves(names: Sequence[str]) -> Callable[[Mapping[str, Points], Path], 
         _, axes = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), squeeze=False, layout="tight")
         for ax, name in zip(axes[0], shown, strict=True):
             plot_curves(found[name], ax).set_title(name.split("/")[1])
+            ax.get_legend().remove()
+        axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         save_plot(axes[0][0], path)
 
     return draw
@@ -155,18 +158,20 @@ def main() -> None:
     options.add_argument("--ability", type=Path, help="folder of the local tasks (figure 3)")
     options.add_argument("--limit", type=int, default=100, help="items of each task")
     options.add_argument("--edits", type=int)
+    options.add_argument("--batch-size", type=int)
+    options.add_argument("--every", type=int, help="edits between measurements")
     options.add_argument("--seed", type=int, default=0, help="of the records and their order")
     options.add_argument("--methods", nargs="+", help="only these; default: all")
     options.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     args = options.parse_args()
     stream = STREAMS[args.figure]
-    edits, size, every = stream.scales[args.scale]
-    edits = args.edits or edits
+    given = args.edits, args.batch_size, args.every
+    edits, size, every = (own or usual for own, usual in zip(given, stream.scales[args.scale], strict=True))
     records = EditDataModule(args.data, limit=edits, shuffle_seed=args.seed, conflicts="drop").requests
     base = yaml.safe_load(find_config("model", args.model).read_text())["model"].get("base", "smollm2-135m")
     sweep = Sweep(records, args.corpus, args.tokens, None, size, load_model(base), args.model, Evaluation("official"))
     path = args.out / f"{args.figure}.json"
-    run = f"{args.model}, {Path(args.data).name}, {edits} in batches of {size}, seed {args.seed}"
+    run = f"{args.model}, {Path(args.data).name}, {edits} in batches of {size}, seen every {every}, seed {args.seed}"
     kept: dict[str, Points] = json.loads(path.read_text()) if path.exists() else {}
     for label in args.methods or stream.methods:
         key = f"{run}, {label}"
