@@ -115,7 +115,8 @@ def lines(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]]) -> Iter
             line |= {f"{data} {name}": str(Cell.of(found, *which)) for name, which in COLUMNS[data].items()}
             if arm != "unedited" and found:
                 line[f"{data} N_eff"] = f"{sum(row['n_eff'] for row in found) / len(found):.3f}"
-                line[f"{data} s/edit"] = f"{sum(row['seconds_per_edit'] for row in found) / len(found):.2f}"
+                if table.get("timed"):
+                    line[f"{data} s/edit"] = f"{sum(row['seconds_per_edit'] for row in found) / len(found):.2f}"
         yield line
 
 
