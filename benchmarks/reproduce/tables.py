@@ -141,6 +141,22 @@ def write(args: argparse.Namespace, table: dict[str, Any], rows: dict[tuple[str,
     (times if table.get("timed") else figure)(table, rows, args.out / f"{args.table}.png")
 
 
+def differences(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], base: str) -> list[str]:
+    """What each arm has more than another one, taken record by record, with 95 % intervals, as a Markdown table."""
+    columns = [(data, name, *which) for data in table["data"] for name, which in COLUMNS[data].items()]
+    cells = []
+    for arm in dict.fromkeys(arm for _, arm in rows):
+        line = [arm]
+        for data, _, outcome, scale in columns:
+            pairs = zip(rows[data, arm], rows[data, base], strict=True)
+            less = [
+                [a - b for a, b in zip(*(r["records"].get(outcome, ()) for r in pair), strict=True)] for pair in pairs
+            ]
+            line.append(str(Cell.of([{"records": {outcome: found}} for found in less], outcome, scale)))
+        cells.append(line)
+    return markdown([f"less {base}", *(f"{data} {name}" for data, name, *_ in columns)], cells)
+
+
 def markdown(names: list[str], cells: list[list[str]]) -> list[str]:
     """A table."""
     return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *cells)]
@@ -192,6 +208,7 @@ def main() -> None:
     options.add_argument("--texts-every", type=int, default=10, help="records between free texts; 0: none")
     options.add_argument("--seeds", type=int, nargs="+", default=[0])
     options.add_argument("--arms", nargs="+", help="only these; default: all")
+    options.add_argument("--against", help="also print differences from this arm, paired by record")
     options.add_argument("--out", type=Path, default=here.with_name("results"))
     args = options.parse_args()
     table = tables[args.table]
@@ -201,7 +218,10 @@ def main() -> None:
     args.records, args.batch_size = args.records or records, args.batch_size or batch
     base = yaml.safe_load(find_config("model", args.model).read_text())["model"].get("base", "smollm2-135m")
     args.out.mkdir(parents=True, exist_ok=True)
-    write(args, table, run_all(args, table, load_model(base)))
+    rows = run_all(args, table, load_model(base))
+    write(args, table, rows)
+    if args.against:
+        print("\n".join(differences(table, rows, args.against)))
 
 
 if __name__ == "__main__":
