@@ -67,5 +67,5 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
 def _is_plain(value: object) -> bool:
     """Whether a config file could hold it."""
     if isinstance(value, (list, dict)):
-        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
+        return all(part is None or _is_plain(part) for part in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, (str, int, float))

@@ -179,7 +179,9 @@ class Record:
     @property
     def earlier(self) -> int:
         """How many batches of earlier runs the record begins with."""
-        return int(self.ledger.entries[0].body.get("earlier", 0))
+        first = self.ledger.entries[0]
+        with self._as_written(first):
+            return int(first.body.get("earlier", 0))
 
     def _require_end_of_tape(self) -> None:
         if self.tape:

@@ -181,6 +181,11 @@ def test_parts_by_class_name():
     assert isinstance(module.solver, LeastSquares)
 
 
+def test_null_in_a_part_is_a_value_like_others():
+    module = build("ft", solver={"class_path": "Descent", "init_args": {"bound": None, "steps": 3}})
+    assert module.solver == Descent(steps=3, bound=None)
+
+
 def test_later_files_win(tmp_path):
     mine = tmp_path / "mine.yaml"
     mine.write_text("model: {layers: [2, 4], solver: {class_path: LeastSquares, init_args: {ridge: 3.0}}}")

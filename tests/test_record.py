@@ -14,8 +14,9 @@ from stops import STOPS
 from tiny_runs import LAYERS, content, editor_of, state
 
 from cakeflow import LeastSquares
-from cakeflow.errors import NumericalError
-from cakeflow.ledger import read_entries
+from cakeflow.errors import LedgerError, NumericalError
+from cakeflow.ledger import Ledger, read_entries
+from cakeflow.record import Record
 from cakeflow.solvers import Solver
 
 ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
@@ -153,3 +154,10 @@ def test_killed_processes_lose_nothing_that_was_acknowledged(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "20 kills" in done.stdout
+
+
+@pytest.mark.parametrize("told", ["two", None, [2]])
+def test_a_forged_number_of_earlier_batches_is_named(tmp_path, told):
+    Ledger(tmp_path / "ledger.jsonl").append("model", {"earlier": told})
+    with pytest.raises(LedgerError, match=r"entry 0: not what cakeflow writes of a model"):
+        _ = Record(tmp_path).earlier

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 import yaml
-from sweep import Row, Sweep, parser
-from torch import Tensor
+from sweep import Row, Sweep, interval, outcomes, parser
 
 from cakeflow import read_requests
 from cakeflow.model import load_model
@@ -50,15 +48,9 @@ def sweep_all(args: Any, arms: dict[str, dict[str, Any]]) -> Rows:
     return rows
 
 
-def outcomes(rows: list[Row], name: str) -> Tensor:
-    """One outcome of all records of all seeds."""
-    return torch.tensor([value for row in rows for value in row["records"][name]], dtype=torch.float64)
-
-
 def difference(rows: list[Row], base: list[Row], name: str) -> tuple[float, float]:
     """Mean paired difference and the half width of its 95 % interval."""
-    gap = outcomes(rows, name) - outcomes(base, name)
-    return float(gap.mean()), 1.96 * float(gap.std()) / len(gap) ** 0.5
+    return interval(outcomes(rows, name) - outcomes(base, name))
 
 
 def table(rows: Rows) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -181,6 +182,18 @@ def texts_by_record(found: Answers) -> dict[str, torch.Tensor]:
         "fluency": torch.tensor([sum(map(fluency, texts)) / len(texts) for texts, _ in told]),
         "consistency": torch.tensor([float(near([texts], [reference])) for texts, reference in told if reference]),
     }
+
+
+def outcomes(rows: list[Row], name: str) -> torch.Tensor:
+    """One outcome of all records of all seeds; empty where it was not asked for."""
+    return torch.tensor([value for row in rows for value in row["records"].get(name, ())], dtype=torch.float64)
+
+
+def interval(values: torch.Tensor) -> tuple[float, float]:
+    """Mean and half the width of its 95 % interval; nan of fewer than two values."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    return float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

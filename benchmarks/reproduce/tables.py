@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
-import torch
 import yaml
-from sweep import Row, Sweep
+from sweep import Row, Sweep, interval, outcomes
 
 from cakeflow import EditDataModule, EditRequest, Evaluation
 from cakeflow.config import find_config
@@ -53,13 +52,10 @@ class Cell:
     n: int
 
     @classmethod
-    def of(cls, rows: list[Row], outcome: str, scale: float) -> Cell:
-        """Over the records of all seeds."""
-        found = [value for row in rows for value in row["records"].get(outcome, ())]
-        values = scale * torch.tensor(found, dtype=torch.float64)
-        if len(values) < 2:
-            return cls(float("nan"), float("nan"), len(values))
-        return cls(float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5, len(values))
+    def of(cls, rows: list[Row], outcome: str, scale: float, base: list[Row] | None = None) -> Cell:
+        """Over the records of all seeds; with a base, how far they are from it, record by record."""
+        values = outcomes(rows, outcome) - (outcomes(base, outcome) if base else 0)
+        return cls(*interval(scale * values), len(values))
 
     def __str__(self) -> str:
         return "" if self.mean != self.mean else f"{self.mean:.1f} ± {self.half:.1f}"
@@ -142,19 +138,13 @@ def write(args: argparse.Namespace, table: dict[str, Any], rows: dict[tuple[str,
 
 
 def differences(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], base: str) -> list[str]:
-    """What each arm has more than another one, taken record by record, with 95 % intervals, as a Markdown table."""
-    columns = [(data, name, *which) for data in table["data"] for name, which in COLUMNS[data].items()]
-    cells = []
-    for arm in dict.fromkeys(arm for _, arm in rows):
-        line = [arm]
-        for data, _, outcome, scale in columns:
-            pairs = zip(rows[data, arm], rows[data, base], strict=True)
-            less = [
-                [a - b for a, b in zip(*(r["records"].get(outcome, ()) for r in pair), strict=True)] for pair in pairs
-            ]
-            line.append(str(Cell.of([{"records": {outcome: found}} for found in less], outcome, scale)))
-        cells.append(line)
-    return markdown([f"less {base}", *(f"{data} {name}" for data, name, *_ in columns)], cells)
+    """How far each arm is from another one, paired by record, as a Markdown table."""
+    columns = [(data, name, which) for data in table["data"] for name, which in COLUMNS[data].items()]
+    cells = [
+        [arm, *(str(Cell.of(rows[data, arm], *which, rows[data, base])) for data, _, which in columns)]
+        for arm in dict.fromkeys(arm for _, arm in rows)
+    ]
+    return markdown([f"less {base}", *(f"{data} {name}" for data, name, _ in columns)], cells)
 
 
 def markdown(names: list[str], cells: list[list[str]]) -> list[str]:
@@ -214,6 +204,8 @@ def main() -> None:
     table = tables[args.table]
     if missing := [data for data in table["data"] if getattr(args, data) is None]:
         options.error(f"{args.table} needs --{missing[0]} FILE")
+    if args.against not in (None, *(args.arms or table["arms"])):
+        options.error(f"{args.table} has no arm {args.against!r}; it has {', '.join(args.arms or table['arms'])}")
     records, batch = SCALES[args.scale]
     args.records, args.batch_size = args.records or records, args.batch_size or batch
     base = yaml.safe_load(find_config("model", args.model).read_text())["model"].get("base", "smollm2-135m")
