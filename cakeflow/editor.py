@@ -178,7 +178,9 @@ class Editor:
             raise ConfigError(
                 f"run={str(run)!r}, but the Trainer's logger has a folder of its own; leave out one of them"
             )
-        chosen = {**TRAINER_DEFAULTS, "logger": default_logger(run), **self._trainer}
+        chosen = {**TRAINER_DEFAULTS, **self._trainer}
+        if chosen.get("logger") in (None, True):
+            chosen["logger"] = default_logger(run)
         chosen["callbacks"] = with_progress_bar(chosen.get("callbacks"), chosen.get("enable_progress_bar"))
         return with_safe_checkpoints(L.Trainer(**chosen))
 

@@ -268,6 +268,12 @@ def test_without_arguments_the_trainer_logs_under_runs(lm, requests, tmp_path, m
     assert isinstance(make(lm, None).trainer(), L.Trainer)
 
 
+@pytest.mark.parametrize("logger", [None, True])
+def test_a_named_run_folder_is_used_whatever_way_the_default_logger_is_asked_for(lm, requests, tmp_path, logger):
+    editor = make(lm, {"accelerator": "cpu", "logger": logger})
+    assert editor.fit(requests[:1], evaluate=False, run=tmp_path / "named").folder == tmp_path / "named"
+
+
 def test_several_epochs_are_refused_before_anything_changes(lm, quiet, requests):
     before = weights(lm)
     with pytest.raises(ConfigError, match="max_epochs is 2"):

@@ -5,7 +5,8 @@
 Every method edits the case study's fact and then the same records, in batches. ``figure4``: hidden states of prompts
 about other records, at their last token behind the last edited layer, before and after, put into the plane by t-SNE;
 beside it a number that t-SNE cannot distort, the mean relative shift ``|after - before| / |before|``. Case study: what
-the model says about the first fact, greedily. Writes ``figure4.png``, ``aftermath.json`` and ``case.md`` to ``--out``.
+the model says about the first fact, greedily. Writes ``figure4.png``, ``aftermath.json``, and texts and shifts as
+``case.csv`` and ``case.md`` to ``--out``.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 import yaml
 from sklearn.manifold import TSNE
-from sweep import Sweep
+from sweep import Sweep, write_table
 from torch import Tensor
 
 from cakeflow import EditDataModule, EditRequest
@@ -99,13 +100,15 @@ def main() -> None:
         found[label] = {"case": text, "shift": float(shift)}
         print(f"{label}: shift {float(shift):.4f}; {ASKED}{text}", flush=True)
     write_text(args.out / "aftermath.json", json.dumps(found, indent=1, ensure_ascii=False))
-    cells = [(label, ASKED + " ".join(row["case"].split("\n")), f"{row['shift']:.4f}") for label, row in found.items()]
-    lines = [
-        "| method | text | shift of other prompts |",
-        "| --- | --- | --- |",
-        *(f"| {' | '.join(c)} |" for c in cells),
+    rows = [
+        {
+            "method": label,
+            "text": ASKED + " ".join(row["case"].split("\n")),
+            "shift of other prompts": f"{row['shift']:.4f}",
+        }
+        for label, row in found.items()
     ]
-    write_text(args.out / "case.md", "\n".join(lines) + "\n")
+    write_table(args.out / "case.md", f"{args.model}, {len(sweep.requests)} in batches of {args.batch_size}", rows)
     draw(before, after, args.out / "figure4.png")
 
 

@@ -8,15 +8,18 @@
 100 single edits. ``figure7``: quality of all edits so far, edited one by one. Each method starts from the unedited
 model and gets the same records in the same order. At the embedded scale streams are shorter than in the paper (3,000
 edits in batches of 100; 100 edits; 100 to 5,000 edits): ``--scale full`` has its numbers; ``--edits``, ``--batch-size``
-and ``--every`` take any. A stream that was interrupted starts anew; methods that are done are kept in ``FIGURE.json``
-under ``--out``, beside the figure.
+and ``--every`` take any. Methods that are done are kept in ``FIGURE.json`` under ``--out``, beside the figure; one that
+was interrupted goes on where it stopped, and measures the batches before again (figure 5, whose drift is only there
+while a batch is edited, starts anew).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +28,7 @@ from typing import Any
 import lightning as L
 import matplotlib.pyplot as plt
 import yaml
-from sweep import Sweep
+from sweep import Sweep, write_table
 
 from cakeflow import EditDataModule, Evaluation
 from cakeflow.ability import TASKS
@@ -73,12 +76,14 @@ class Stream:
         scales: Edits, edits in a batch, edits between measurements; by scale.
         watch: Callbacks, the first of which keeps the figure's rows.
         draw: Draws the rows of each method.
+        resumes: Whether a batch can be measured again by its weights alone.
     """
 
     methods: Mapping[str, str]
     scales: Mapping[str, tuple[int, int, int]]
     watch: Callable[[argparse.Namespace, int], list[L.Callback]]
     draw: Callable[[Mapping[str, Points], Path], None]
+    resumes: bool = True
 
 
 def draw_curves(names: Sequence[str]) -> Callable[[Mapping[str, Points], Path], None]:
@@ -136,6 +141,7 @@ STREAMS = {
         {"embedded": (100, 1, 1), "full": (100, 1, 1)},
         lambda args, every: [Drift(every), ResidualDrift()],
         draw_drift,
+        resumes=False,
     ),
     "figure7": Stream(
         SEQUENTIAL,
@@ -177,16 +183,19 @@ def main() -> None:
         key = f"{run}, {label}"
         if key not in kept:
             watchers = stream.watch(args, every // size)
-            editor = sweep.editor(stream.methods[label], {}, *watchers)
-            try:
-                editor.fit(records, size, evaluate=False)
-            finally:
-                editor.rollback()
-            sweep.contexts = editor.module.contexts
+            editor = sweep.editor(stream.methods[label], {}, *watchers, logger=stream.resumes)
+            folder = args.out / "runs" / hashlib.sha256(key.encode()).hexdigest()[:12]
+            editor.fit(records, size, evaluate=False, run=folder if stream.resumes else None)
+            editor.rollback()
             kept[key] = watchers[0].rows
             write_text(path, json.dumps(kept, indent=1))
+            shutil.rmtree(folder, ignore_errors=True)
         print(f"{key}: {kept[key][-1]}", flush=True)
     shown = {label: kept[f"{run}, {label}"] for label in stream.methods if f"{run}, {label}" in kept}
+    rows = [
+        {"method": label, **{name: f"{v:.4g}" for name, v in row.items()}} for label in shown for row in shown[label]
+    ]
+    write_table(path, run, rows)
     stream.draw(shown, path.with_suffix(".png"))
 
 

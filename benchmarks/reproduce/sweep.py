@@ -7,11 +7,13 @@ two rows on the same records can be compared record by record.
 from __future__ import annotations
 
 import argparse
+import csv
 import hashlib
+import io
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,7 +117,7 @@ class Sweep:
                 write_text(self.path, f"{{\n{lines}\n}}\n")
         return self.rows[name]
 
-    def editor(self, method: str, setting: dict[str, Any], *callbacks: L.Callback) -> Editor:
+    def editor(self, method: str, setting: dict[str, Any], *callbacks: L.Callback, logger: bool = False) -> Editor:
         """An editor with a setting's overrides, whose targets and contexts outlive it."""
         setting = {"contexts": self.contexts, **setting}
         setting["statistics"] = {**self.statistics, **setting.get("statistics", {})}
@@ -125,7 +127,7 @@ class Sweep:
             tokenizer=self.lm.tokenizer,
             config=self.config,
             evaluation=self.evaluation,
-            trainer={"logger": False, "callbacks": list(callbacks)},
+            trainer={"logger": logger, "callbacks": list(callbacks)},
             **setting,
         )
         editor.module.targets = Remembered(**asdict(editor.module.targets))
@@ -194,6 +196,24 @@ def interval(values: torch.Tensor) -> tuple[float, float]:
     if len(values) < 2:
         return math.nan, math.nan
     return float(values.mean()), 1.96 * float(values.std()) / len(values) ** 0.5
+
+
+def write_table(path: Path, title: str, rows: Sequence[Mapping[str, str]], more: Sequence[str] = ()) -> None:
+    """Print rows, and write them as CSV and, with more lines below them, as Markdown; empty columns are left out."""
+    names = list(dict.fromkeys(name for row in rows for name, text in row.items() if text))
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, names, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path.with_suffix(".csv"), buffer.getvalue())
+    text = "\n".join([title, "", *markdown(names, [[row.get(name, "") for name in names] for row in rows]), *more])
+    write_text(path.with_suffix(".md"), f"{text}\n")
+    print(text)
+
+
+def markdown(names: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+    """A table's lines."""
+    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *cells)]
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

@@ -8,14 +8,13 @@ records per seed in batches of 50; the full scale is the paper's, 2,000 in batch
 ``configs/model``. Every seed draws its own records. The official protocol is used throughout, with free texts for every
 tenth record (``--texts-every 1``: all, as in the paper). Figures are means over the records of all seeds, with 95 %
 intervals (1.96 standard errors). Rows are kept in ``tables.json`` under ``--out`` and not run again, whichever table
-asks; beside it ``TABLE.csv``, ``.md`` and ``.png``. Consistency needs ``--snippets``: the official file, or that of
-``snippets.py``.
+asks (those of table 3, which are timed, in a file of their own); beside it ``TABLE.csv``, ``.md`` and ``.png``.
+Consistency needs ``--snippets``: the official file, or that of ``snippets.py``.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import yaml
-from sweep import Row, Sweep, interval, outcomes
+from sweep import Row, Sweep, interval, markdown, outcomes, write_table
 
 from cakeflow import EditDataModule, EditRequest, Evaluation
 from cakeflow.config import find_config
@@ -88,7 +87,7 @@ def run_all(args: argparse.Namespace, table: dict[str, Any], lm: LanguageModel) 
         for seed in args.seeds:
             texts = args.texts_every if data == "counterfact" else 0
             evaluation = Evaluation(protocol="official", texts_every=texts)
-            requests, path = draw(args, data, seed), args.out / "tables.json"
+            requests, path = draw(args, data, seed), args.out / f"{args.table if table.get('timed') else 'tables'}.json"
             row = Sweep(requests, args.corpus, args.tokens, path, args.batch_size, lm, args.model, evaluation)
             layers = row.editor("memit", {}).module.layers
             prefix = f"{args.model}, {data}, {len(requests)} in batches of {args.batch_size}, seed {seed}"
@@ -118,22 +117,15 @@ def lines(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]]) -> Iter
 
 def write(args: argparse.Namespace, table: dict[str, Any], rows: dict[tuple[str, str], list[Row]]) -> None:
     """CSV, Markdown and figure."""
-    ours = list(lines(table, rows))
-    names = list(dict.fromkeys(name for line in ours for name in line))
-    with (args.out / f"{args.table}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(ours)
     batches, seeds = f"{args.records} records in batches of {args.batch_size}", max(map(len, rows.values()))
-    text = [f"{table['title']}: {args.model}, {batches}, {seeds} seed(s)", ""]
-    text += markdown(names, [[line.get(name, "") for name in names] for line in ours])
+    reported = []
     for model, arms in table["paper"].items():
         cells = [
             [arm, *(" / ".join(map(str, numbers.get(d, ()))) for d in table["data"])] for arm, numbers in arms.items()
         ]
-        text += ["", f"The paper, {model}:", "", *markdown(["method", *table["data"]], cells)]
-    (args.out / f"{args.table}.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    print("\n".join(text))
+        reported += ["", f"The paper, {model}:", "", *markdown(["method", *table["data"]], cells)]
+    title = f"{table['title']}: {args.model}, {batches}, {seeds} seed(s)"
+    write_table(args.out / args.table, title, list(lines(table, rows)), reported)
     (times if table.get("timed") else figure)(table, rows, args.out / f"{args.table}.png")
 
 
@@ -145,11 +137,6 @@ def differences(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], b
         for arm in dict.fromkeys(arm for _, arm in rows)
     ]
     return markdown([f"less {base}", *(f"{data} {name}" for data, name, _ in columns)], cells)
-
-
-def markdown(names: list[str], cells: list[list[str]]) -> list[str]:
-    """A table."""
-    return [f"| {' | '.join(line)} |" for line in (names, ["---"] * len(names), *cells)]
 
 
 def figure(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], path: Path) -> None:
