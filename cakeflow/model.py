@@ -83,6 +83,11 @@ class LanguageModel:
                 module.training = True
 
     @property
+    def name(self) -> str:
+        """Where the model was loaded from, or its class where it was built."""
+        return str(self.model.name_or_path) or type(self.model).__name__
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return int(self.model.config.num_hidden_layers)

@@ -126,7 +126,7 @@ class EditModule(MeasuredModule):
         self.budget = None if memory_budget is None else memory_budget * GIB
         self._finished = False
         self._source = base
-        self.name = base.model.name_or_path if isinstance(base, LanguageModel) else str(base)
+        self.name = base.name if isinstance(base, LanguageModel) else str(base)
         self.record_texts, self._given = record_texts, self.settings()
         self._loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
         if isinstance(base, LanguageModel):

@@ -35,6 +35,12 @@ def test_folder_loads_with_its_own_type(tiny, tmp_path):
     assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
 
 
+def test_a_model_that_was_loaded_from_nowhere_is_named_by_its_class(lm):
+    assert lm.name == lm.model.config._name_or_path
+    lm.model.name_or_path = ""
+    assert lm.name == "GPT2LMHeadModel"
+
+
 def test_wrap_leaves_the_mode_and_finds_the_architecture(tiny):
     tiny.model.train()
     tiny.module(Site(1)).eval()

@@ -325,6 +325,8 @@ def test_browser_on_a_phone(visit, scheme):
     assert page.evaluate("document.documentElement.scrollWidth") == 360
     wide = "[...document.querySelectorAll('.scroll')].filter(each => each.scrollWidth > each.clientWidth).length"
     assert page.evaluate(wide) > 0
+    captions = "[...document.querySelectorAll('caption')].map(each => each.getBoundingClientRect().right)"
+    assert max(page.evaluate(captions)) < 360
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == (
         "rgb(247, 247, 249)" if scheme == "light" else "rgb(20, 21, 27)"
     )
