@@ -151,7 +151,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], ax: 
         ax.errorbar(edits, values, [1.96 * error for error in errors], fmt="o-", markersize=4, capsize=3, label=label)
     ax.set_xlabel("edits")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)  # above: lines fill the plot
     return ax
 
 
