@@ -7,6 +7,7 @@ import importlib.util
 import json
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,18 @@ def tiny(request: pytest.FixtureRequest, _models: dict[str, LanguageModel]) -> L
 def lm(_models: dict[str, LanguageModel]) -> LanguageModel:
     """A fresh copy of the tiny GPT-2 in float64."""
     return copy.deepcopy(_models["gpt2"])
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any connection fails the test."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
 def fit_tiny(

@@ -8,7 +8,17 @@ import pytest
 import torch
 from conftest import fit_tiny
 
-from cakeflow import Contexts, EditDataModule, EditModule, LeastSquares, Sequential, Solver, TargetOptimizer, Update
+from cakeflow import (
+    Contexts,
+    EditDataModule,
+    EditModule,
+    LeastSquares,
+    Sequential,
+    Solver,
+    TargetOptimizer,
+    Update,
+    Weighter,
+)
 from cakeflow.allocators import Turn
 from cakeflow.architecture import Site
 from cakeflow.contracts import checked_residual
@@ -73,6 +83,33 @@ def test_the_class_is_named_and_nothing_stays(lm, requests, quiet, part, error, 
     before = lm.fingerprint()
     with pytest.raises(error, match=words):
         fit_tiny(lm, LAYERS, requests[:2], quiet, 1.0, targets=TargetOptimizer(steps=2, lr=0.3), **part)
+    assert lm.fingerprint() == before
+
+
+class Bad(Weighter):
+    def __init__(self, weights):
+        self.weights = weights
+
+    def weigh(self, lm, batch, layers):
+        return torch.tensor(self.weights)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [1.0, 1.0],
+        [[1.0, 1.0, 1.0]],
+        [1.0, float("nan"), 1.0],
+        [1.0, -1.0, 1.0],
+        [0.0, 0.0, 0.0],
+        [1.0, float("inf"), 1.0],
+        [[1.0, 1.0, 1.0]] * 5 + [[0.0, 0.0, 0.0]],
+    ],
+)
+def test_a_weighter_that_breaks_its_contract_is_refused(lm, requests, quiet, weights):
+    before = lm.fingerprint()
+    with pytest.raises(ShapeError, match=r"test_contracts.Bad: .*weights"):
+        fit_tiny(lm, LAYERS, requests[:6], quiet, 1.0, targets=TargetOptimizer(steps=2, lr=0.3), weighter=Bad(weights))
     assert lm.fingerprint() == before
 
 

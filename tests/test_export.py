@@ -15,14 +15,13 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import LAYERS, content, editor_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cakeflow import EditModule, Editor, EditRequest, LayerProblem, LeastSquares, Update
+from cakeflow import EditRequest, LeastSquares
 from cakeflow.errors import ConfigError, EditError, ExportError, RunFolderError
 from cakeflow.export import Manifest, apply_delta
 from cakeflow.export.commands import run_apply, run_export
 from cakeflow.files import digest
 from cakeflow.model import load_model
 from cakeflow.record import tensor_hash
-from cakeflow.request import parse_requests
 from cakeflow.solvers import Descent
 
 FORMATS = ("model", "delta", "lora")
@@ -394,28 +393,3 @@ def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
         run_export(tmp_path / "nothing", tmp_path / "out")
     assert not (tmp_path / "nothing").exists()
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.real
-def test_the_embedded_model_can_be_saved_and_patched(smollm2, tmp_path):
-    """It comes from a quantized file, which transformers would refuse to save."""
-    editor = Editor(EditModule(smollm2, [9]))
-    ids = torch.tensor([smollm2.tokenizer("The river Elbe flows into")["input_ids"]])
-    before = logits(editor.model, ids)
-    weight = smollm2.oriented(9)
-    change = Update(torch.ones(1, weight.shape[1], dtype=torch.float64), torch.ones(1, weight.shape[0]).double() / 100)
-    try:
-        with editor.journal.batch(parse_requests([{"prompt": "{} is", "subject": "It", "target_new": "so"}])) as step:
-            problem = LayerProblem(change.right, change.left, weight.double(), weight.double())
-            editor.journal.apply(step, 9, problem, change)
-        editor.save_pretrained(tmp_path / "whole")
-        editor.export(tmp_path / "delta", "delta")
-        edited = logits(editor.model, ids)
-        assert not torch.equal(edited, before)
-        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), ids), edited)
-        fresh = load_model("smollm2-135m")
-        apply_delta(fresh, tmp_path / "delta")
-        assert torch.equal(logits(fresh.model, ids), edited)
-    finally:
-        editor.rollback()
-    assert torch.equal(logits(editor.model, ids), before)

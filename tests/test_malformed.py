@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from records import COUNTERFACT
 from tokenizers import normalizers
 
 from cakeflow import Contexts, Editor, EditRequest, Probe
@@ -21,19 +22,6 @@ from cakeflow.errors import ConfigError, EditError, RequestError
 from cakeflow.request import parse_requests
 
 GOOD = {"prompt": "The river {} flows into", "subject": "Elbe", "target_new": "the Black Sea"}
-COUNTERFACT = {
-    "case_id": 3,
-    "requested_rewrite": {
-        "prompt": "{} was built in",
-        "relation_id": "P571",
-        "target_new": {"str": "1900", "id": "Q1"},
-        "target_true": {"str": "1889", "id": "Q2"},
-        "subject": "The Blue Tower",
-    },
-    "paraphrase_prompts": ["Work on The Blue Tower ended in"],
-    "neighborhood_prompts": ["The Red Tower was built in"],
-    "generation_prompts": ["The Blue Tower is"],
-}
 ZSRE = {"subject": "Anna Berg", "src": "Where did Anna Berg study?", "answers": ["Uppsala"], "loc": "a", "loc_ans": "b"}
 SCHEMAS = [GOOD, COUNTERFACT, ZSRE]
 LONG = "word " * 3000

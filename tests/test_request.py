@@ -1,75 +1,12 @@
 """Requests: three schemas, and every fault of a whole list reported at once, by index and field."""
 
-import copy
 import json
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from records import COUNTERFACT, OWN, SCHEMAS, ZSRE, nested, own
 
 from cakeflow.errors import EditError, RequestError
 from cakeflow.request import EditRequest, Probe, contradictions, parse_requests
-
-OWN = {
-    "case_id": 7,
-    "prompt": "The river {} flows into",
-    "subject": "Elbe",
-    "target_new": "the Black Sea",
-    "target_true": "the North Sea",
-    "probes": [
-        {"kind": "paraphrase", "prompt": "The mouth of the Elbe lies at"},
-        {"kind": "neighborhood", "prompt": "The river Weser flows into", "expected": "the sea"},
-        {"kind": "generation", "prompt": "Ships on the Elbe"},
-    ],
-    "relation": "mouth",
-    "reference": "The Black Sea lies between Europe and Asia.",
-}
-COUNTERFACT = {
-    "case_id": 3,
-    "requested_rewrite": {
-        "prompt": "{} was built in",
-        "relation_id": "P571",
-        "target_new": {"str": "1900", "id": "Q1"},
-        "target_true": {"str": "1889", "id": "Q2"},
-        "subject": "The Blue Tower",
-    },
-    "paraphrase_prompts": ["Work on The Blue Tower ended in"],
-    "neighborhood_prompts": ["The Red Tower was built in", "The Green Tower was built in"],
-    "attribute_prompts": ["ignored"],
-    "generation_prompts": ["The Blue Tower is"],
-}
-ZSRE = {
-    "subject": "Anna Berg",
-    "src": "Which school did Anna Berg attend?",
-    "pred": "a guess",
-    "rephrase": "Where did Anna Berg study?",
-    "alt": "a wrong answer",
-    "answers": ["Uppsala", "Uppsala University"],
-    "loc": "nq question: how deep is the lake",
-    "loc_ans": "40 metres",
-    "cond": "a >> b || c",
-}
-SCHEMAS = {"own": OWN, "counterfact": COUNTERFACT, "zsre": ZSRE}
-
-
-def own(**changes):
-    """Our schema with some fields replaced; ``...`` removes one."""
-    entry = {**OWN, **changes}
-    return {name: value for name, value in entry.items() if value is not ...}
-
-
-def nested(record, path, value):
-    """A copy of the record with one place replaced, or removed by ``...``."""
-    record = copy.deepcopy(record)
-    *way, last = path
-    place = record
-    for step in way:
-        place = place[step]
-    if value is ...:
-        del place[last]
-    else:
-        place[last] = value
-    return record
 
 
 def test_own_schema_keeps_every_field():
@@ -334,91 +271,3 @@ def test_to_dict_is_json_and_reads_back(name):
 def test_to_dict_leaves_empty_fields_out():
     request = EditRequest("{} is", "a", "b")
     assert request.to_dict() == {"prompt": "{} is", "subject": "a", "target_new": "b"}
-
-
-NAMES = sorted({*OWN, *COUNTERFACT, *COUNTERFACT["requested_rewrite"], *ZSRE, "kind", "expected", "str"})
-SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8) | st.just("{}")
-JUNK = st.recursive(
-    SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=4)
-        | st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=4), inner, max_size=6)
-        | st.dictionaries(st.integers(), inner, max_size=2)
-    ),
-    max_leaves=12,
-)
-
-
-def places(value, path=()):
-    """Every path into nested data."""
-    found = [path] if path else []
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return found + [place for key, inner in items for place in places(inner, (*path, key))]
-
-
-PLACES = [(name, path) for name, record in SCHEMAS.items() for path in places(record)]
-
-
-def outcome(entries):
-    """Requests, or the problems they have; anything else escapes."""
-    try:
-        return parse_requests(entries), ()
-    except RequestError as error:
-        return [], error.problems
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.lists(JUNK, max_size=4))
-def test_junk_raises_nothing_but_request_errors(entries):
-    requests, problems = outcome(entries)
-    assert bool(requests) != bool(problems)
-    assert len(requests) in (0, len(entries))
-    assert all(0 <= problem.index < max(1, len(entries)) for problem in problems)
-
-
-@settings(deadline=None, max_examples=400)
-@given(st.sampled_from(PLACES), JUNK | st.just(...))
-def test_records_with_one_bad_place_raise_nothing_but_request_errors(place, value):
-    name, path = place
-    requests, problems = outcome([nested(SCHEMAS[name], path, value)])
-    assert bool(requests) != bool(problems)
-    assert all(parse_requests([request.to_dict()]) == [request] for request in requests)
-
-
-LETTERS = st.text("abé\u0301{} 🙂\u200dא", min_size=1, max_size=6)
-
-
-@given(LETTERS, LETTERS, LETTERS)
-def test_a_prompt_in_full_is_taken_only_where_its_subject_is_certain(before, subject, after):
-    prompt = before + subject + after
-    requests, _ = outcome([own(prompt=prompt, subject=subject)])
-    places = [at for at in range(len(prompt)) if prompt[at:].startswith(subject)]
-    slots, seen = prompt.count("{}"), subject.strip(" \u200d") != "" and subject == subject.strip()
-    assert bool(requests) == (seen and (slots or len(places)) == 1)
-    if requests and not slots:
-        assert (requests[0].text, requests[0].subject_end) == (prompt, places[0] + len(subject))
-
-
-TEXT = st.text(min_size=1, max_size=12).filter(
-    lambda text: text.strip() == text and "{}" not in text and any(map(str.isprintable, text))
-)
-PROBES = st.builds(Probe, st.sampled_from(["paraphrase", "neighborhood", "generation"]), TEXT, st.none() | TEXT)
-
-
-@settings(deadline=None)
-@given(
-    st.builds(
-        EditRequest,
-        prompt=TEXT.map("{} ".__add__),
-        subject=TEXT,
-        target_new=TEXT.map("new ".__add__),
-        target_true=st.none() | TEXT.map("old ".__add__),
-        probes=st.lists(PROBES, max_size=3).map(tuple),
-        relation=st.none() | TEXT,
-        reference=st.none() | TEXT,
-        case_id=st.none() | st.integers() | TEXT,
-    )
-)
-def test_round_trip_of_any_good_request(request):
-    assert parse_requests([request.to_dict()]) == [request]
-    assert request.text[: request.subject_end] == request.subject
