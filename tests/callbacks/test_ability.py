@@ -6,7 +6,6 @@ import sys
 from dataclasses import dataclass
 
 import lightning as L
-import matplotlib as mpl
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
@@ -18,10 +17,7 @@ from cakeflow.callbacks import GeneralAbility
 from cakeflow.cli import main
 from cakeflow.config import shipped
 from cakeflow.model import LanguageModel
-from cakeflow.report import curves_of, plot_curves
 from cakeflow.solvers import Solver
-
-mpl.use("Agg")
 
 LAYERS = [1, 2, 3]
 
@@ -124,13 +120,3 @@ data: {{source: "{workplace / "facts.json"}", batch_size: 1}}
     assert {"ability/cola/acc", "ability/rte/mcc_stderr", "ability/edits"} <= set(done.logged)
     with (done.folder / "metrics.csv").open() as file:
         assert [row["ability/edits"] for row in csv.DictReader(file) if row["ability/edits"]] == ["0.0", "1.0", "2.0"]
-
-
-def test_the_plot_shows_each_task_with_its_interval():
-    rows = [{"ability/edits": n, "ability/rte/f1": 0.5 - n / 100, "ability/rte/f1_stderr": 0.1} for n in (0.0, 10.0)]
-    ax = plot_curves(curves_of([{**row, "ability/cola/f1": 0.3} for row in rows])["ability f1"])
-    (line, *_), *_ = ax.containers
-    assert line.get_xydata().tolist() == [[0, 0.5], [10, 0.4]]
-    (low, high) = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
-    assert (low, high) == (pytest.approx(0.5 - 0.196), pytest.approx(0.5 + 0.196))
-    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["rte", "cola"]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from cakeflow.errors import ConfigError
-from cakeflow.report import plot_curves, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
+from cakeflow.report import curves_of, plot_curves, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
 from cakeflow.report.figures import svg
 from cakeflow.tracing import PLACES, Trace
 
@@ -74,6 +74,17 @@ def test_curves_have_a_line_each_with_intervals():
     assert (list(line.get_xdata()), list(line.get_ydata())) == ([0, 2], [0.5, 0.25])
     assert bars.get_segments()[1][:, 1] == pytest.approx([0.25 - 1.96 * 0.05, 0.25 + 1.96 * 0.05])
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["cloze", "text"]
+    plt.close("all")
+
+
+def test_general_ability_is_a_line_per_task_with_its_interval():
+    rows = [{"ability/edits": n, "ability/rte/f1": 0.5 - n / 100, "ability/rte/f1_stderr": 0.1} for n in (0.0, 10.0)]
+    ax = plot_curves(curves_of([{**row, "ability/cola/f1": 0.3} for row in rows])["ability f1"])
+    (line, *_), *_ = ax.containers
+    assert line.get_xydata().tolist() == [[0, 0.5], [10, 0.4]]
+    (low, high) = ax.containers[0].lines[2][0].get_segments()[0][:, 1]
+    assert (low, high) == (pytest.approx(0.5 - 0.196), pytest.approx(0.5 + 0.196))
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["rte", "cola"]
     plt.close("all")
 
 
