@@ -99,6 +99,7 @@ def draw_curves(names: Sequence[str]) -> Callable[[Mapping[str, Points], Path], 
         _, axes = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), squeeze=False, layout="tight")
         for ax, name in zip(axes[0], shown, strict=True):
             plot_curves(found[name], ax).set_title(name.split("/")[1])
+            ax.locator_params(axis="x", nbins=4)
             ax.get_legend().remove()
         axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
         save_plot(axes[0][0], path)
