@@ -7,7 +7,8 @@ from cakeflow.callbacks import EditCallback
 from cakeflow.errors import NumericalError
 
 
-def test_stages_outcomes_and_phases(lm, requests, tmp_path):
+def test_stages_outcomes_and_phases(lm, requests, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # evaluate logs under runs/
     editor = editor_of(lm)
     module = editor.module
     run = editor.fit(requests[:3], run=tmp_path / "run")
