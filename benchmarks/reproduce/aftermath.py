@@ -6,18 +6,21 @@ Every method edits the case study's fact and then the same records, in batches. 
 about other records, at their last token behind the last edited layer, before and after, put into the plane by t-SNE;
 beside it a number that t-SNE cannot distort, the mean relative shift ``|after - before| / |before|``. Case study: what
 the model says about the first fact, greedily. Writes ``figure4.png``, ``aftermath.json``, and texts and shifts as
-``case.csv`` and ``case.md`` to ``--out``.
+``case.csv`` and ``case.md`` to ``--out``. Interrupted, it goes on with the method where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
 import yaml
+from safetensors.torch import load_file
 from sklearn.manifold import TSNE
 from sweep import Sweep, write_table
 from torch import Tensor
@@ -26,7 +29,7 @@ from cakeflow import EditDataModule, EditRequest
 from cakeflow.architecture import Site
 from cakeflow.batch import pad, plan
 from cakeflow.config import find_config
-from cakeflow.files import write_text
+from cakeflow.files import write_tensors, write_text
 from cakeflow.generation import continuations
 from cakeflow.model import LanguageModel, load_model
 from cakeflow.report import save_plot
@@ -87,15 +90,18 @@ def main() -> None:
     layer = sweep.editor("memit", {}).module.layers[-1]
     before, after = states(lm, prompts, layer), {}
     found = {"unedited": {"case": continuations(lm, [ASKED], 100)[0], "shift": 0.0}}
+    given = f"{args.model}, {Path(args.data).name}, {args.records} in batches of {args.batch_size}, seed {args.seed}"
+    folder = args.out / "runs" / hashlib.sha256(f"{given}, {args.prompts}".encode()).hexdigest()[:12]
     for label, method in METHODS.items():
-        editor = sweep.editor(method, {})
-        try:
+        kept = folder / f"{method}.safetensors"
+        if not kept.exists():
+            editor = sweep.editor(method, {})
             editor.fit(sweep.requests, args.batch_size, evaluate=False)
-            after[label] = states(lm, prompts, layer)
-            text = continuations(lm, [ASKED], 100)[0]
-        finally:
+            text = torch.tensor(list(continuations(lm, [ASKED], 100)[0].encode()))
+            write_tensors(kept, {"states": states(lm, prompts, layer), "text": text})
             editor.rollback()
-        sweep.contexts = editor.module.contexts
+        row = load_file(kept)
+        after[label], text = row["states"], bytes(row["text"].tolist()).decode()
         shift = ((after[label] - before).norm(dim=1) / before.norm(dim=1)).mean()
         found[label] = {"case": text, "shift": float(shift)}
         print(f"{label}: shift {float(shift):.4f}; {ASKED}{text}", flush=True)
@@ -110,6 +116,7 @@ def main() -> None:
     ]
     write_table(args.out / "case.md", f"{args.model}, {len(sweep.requests)} in batches of {args.batch_size}", rows)
     draw(before, after, args.out / "figure4.png")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
