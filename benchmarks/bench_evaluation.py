@@ -19,11 +19,12 @@ from paired import alternate, parser, report
 from torch import Tensor
 
 from cakeflow import EditRequest, read_requests
-from cakeflow.batch import encode_prompts
-from cakeflow.evaluation import free_prompts
-from cakeflow.generation import continuations
-from cakeflow.model import LanguageModel, load_model
-from cakeflow.scoring import questions, score_records
+from cakeflow.evaluation.evaluation import free_prompts
+from cakeflow.evaluation.scoring import questions, score_records
+from cakeflow.forward.generation import continuations
+from cakeflow.forward.tokens import encode_prompts
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 
 TOTAL = 100
 """Tokens of a text, prompt included."""

@@ -18,19 +18,20 @@ from pathlib import Path
 
 import torch
 import yaml
+from cakeflow_theory.theory import sensitivity
 from torch import Tensor
 
 from cakeflow import TargetOptimizer, Uniform
 from cakeflow.allocators import Allocator, Jacobian, Sequential, Turn
-from cakeflow.architecture import Site
-from cakeflow.batch import EditBatch, encode_batch
-from cakeflow.callbacks.theory import sensitivity
-from cakeflow.chain import ModelChain
-from cakeflow.config import find_config
-from cakeflow.contexts import Contexts
+from cakeflow.core.config import find_config
 from cakeflow.data import builtin_facts
-from cakeflow.keys import FactReader
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.data.contexts import Contexts
+from cakeflow.forward.jacobian import ModelChain
+from cakeflow.forward.keys import FactReader
+from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 
 
 class Counting(ModelChain):

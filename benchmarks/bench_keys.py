@@ -18,12 +18,13 @@ from paired import alternate, parser, report
 from torch import Tensor
 
 from cakeflow import TargetOptimizer
-from cakeflow.architecture import Site
-from cakeflow.batch import EditBatch, encode_batch
-from cakeflow.contexts import generate_contexts
 from cakeflow.data import builtin_facts
-from cakeflow.keys import FactReader
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.forward.generation import generate_contexts
+from cakeflow.forward.keys import FactReader
+from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 
 LAYERS = [9, 10, 11, 12, 13]
 TOLERANCE = 1e-4

@@ -25,12 +25,14 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cakeflow import Editor, EditRequest
-from cakeflow.batch import encode_batch
-from cakeflow.config import find_config
-from cakeflow.contexts import generate_contexts
+from cakeflow.core.config import find_config
+from cakeflow.core.memory import Footprint
 from cakeflow.data import builtin_facts
-from cakeflow.memory import GIB, Footprint
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.forward.generation import generate_contexts
+from cakeflow.forward.packing import GIB
+from cakeflow.forward.tokens import encode_batch
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 
 RECIPES = ["alphaedit", "cake", "memit", "pmet", "rect", "prune", "rome", "emmet", "alphaedit_blue", "ft"]
 SHAPES: dict[str, dict[str, Any]] = {

@@ -21,10 +21,11 @@ from paired import alternate, parser, report
 from torch import Tensor
 
 from cakeflow import Statistics
-from cakeflow import statistics as collector
-from cakeflow.architecture import Site
+from cakeflow.core import statistics as collector
 from cakeflow.data import builtin_facts
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 
 LAYERS = [9, 10, 11, 12, 13]
 TOLERANCE = 1e-6

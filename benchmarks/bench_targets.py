@@ -23,10 +23,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from cakeflow import Contexts, TargetOptimizer
-from cakeflow.batch import EditBatch, encode_batch
 from cakeflow.data import builtin_facts
-from cakeflow.model import LanguageModel, load_model
-from cakeflow.targets import Targets
+from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
+from cakeflow.targets.gradient import Targets
 
 CONTEXTS = Contexts.of(
     [

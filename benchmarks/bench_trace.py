@@ -19,9 +19,10 @@ import torch
 from paired import alternate, parser, report
 from torch import Tensor, nn
 
-from cakeflow.architecture import Site
-from cakeflow.batch import Row
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.forward.tokens import Row
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 from cakeflow.tracing import CausalTrace, Trace, known_rows, read_facts
 from cakeflow.tracing.result import LAST_SUBJECT, PLACES, place_of
 from cakeflow.tracing.trace import noise_of

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cakeflow import Contexts, Editor, Statistics, read_requests
-from cakeflow.config import shipped
+from cakeflow.core.config import shipped
 
 BARS = {"gpt2": (1e-10, 1e-6), "llama": (1e-5, 1e-4)}
 """Architecture -> bars for target values and weight changes; the official norms and softmax of llama run in float32.

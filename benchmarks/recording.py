@@ -9,13 +9,15 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cakeflow.data.readers import read_entries
+from cakeflow.data.request import EditRequest
+from cakeflow.data.schemas import parse_requests
+from cakeflow.data.sources import read_entries
+from cakeflow.evaluation.protocols import official_token_reads
+from cakeflow.evaluation.scoring import KINDS, questions, score_records
+from cakeflow.forward.prefix_tree import predict
 from cakeflow.metrics.text import fluency
-from cakeflow.model import LanguageModel, load_model
-from cakeflow.protocols import official_token_reads
-from cakeflow.request import EditRequest, parse_requests
-from cakeflow.scoring import KINDS, questions, score_records
-from cakeflow.tree import predict
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 
 BARS = {"nll": 1e-4, "flags": 0, "entropy": 1e-9}
 """Largest difference of a mean negative log-likelihood, number of unequal flags, largest difference of an entropy."""

@@ -1,18 +1,19 @@
 """cakeflow: knowledge editing for transformer language models."""
 
 from cakeflow.allocators import Allocator, Sequential, ShareAllocator, shares_from_fractions
-from cakeflow.architecture import Architecture
-from cakeflow.contexts import Contexts
-from cakeflow.data import EditDataModule, read_requests
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.core.statistics import Statistics
+from cakeflow.data import read_requests
+from cakeflow.data.contexts import Contexts
+from cakeflow.data.request import EditRequest, Probe
 from cakeflow.editor import Editor
 from cakeflow.errors import EditError, RequestError
-from cakeflow.evaluation import Evaluation
-from cakeflow.module import EditModule
-from cakeflow.problem import LayerProblem, Update
-from cakeflow.request import EditRequest, Probe
+from cakeflow.evaluation.evaluation import Evaluation
+from cakeflow.models.architecture import Architecture
 from cakeflow.solvers import LeastSquares, NullSpace, Solver
-from cakeflow.statistics import Statistics
-from cakeflow.targets import TargetOptimizer
+from cakeflow.solvers.problem import LayerProblem, Update
+from cakeflow.targets.gradient import TargetOptimizer
 from cakeflow.weighters import Endpoints, OneHot, Scores, Uniform, Weighter
 
 __version__ = "0.1.0"

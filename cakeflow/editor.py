@@ -11,16 +11,16 @@ from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cakeflow.architecture import Architecture
-from cakeflow.checkpoint import with_safe_checkpoints
-from cakeflow.config import build_module, find_config, shipped
-from cakeflow.data import EditDataModule
+from cakeflow.core.checkpoint import with_safe_checkpoints
+from cakeflow.core.config import build_module, find_config, shipped
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.core.run import Run, run_evaluate, run_fit
 from cakeflow.errors import ConfigError
 from cakeflow.export import Format, export
-from cakeflow.journal import Journal
-from cakeflow.model import LanguageModel
-from cakeflow.module import EditModule
-from cakeflow.run import Run, run_evaluate, run_fit
+from cakeflow.journal.journal import Journal
+from cakeflow.models.architecture import Architecture
+from cakeflow.models.language import LanguageModel
 
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,

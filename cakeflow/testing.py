@@ -24,16 +24,17 @@ from torchmetrics import Metric, MetricCollection
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from cakeflow.allocators import Allocator, Turn
-from cakeflow.architecture import Site
-from cakeflow.batch import EditBatch, encode_batch
-from cakeflow.contexts import Contexts
-from cakeflow.contracts import checked_residual, checked_update, checked_weights
-from cakeflow.history import KeyHistory
-from cakeflow.model import LanguageModel
-from cakeflow.problem import Covariance, LayerProblem
-from cakeflow.request import EditRequest
-from cakeflow.scoring import PromptScores
+from cakeflow.core.contracts import checked_residual, checked_update, checked_weights
+from cakeflow.data.contexts import Contexts
+from cakeflow.data.request import EditRequest
+from cakeflow.evaluation.scoring import PromptScores
+from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Solver
+from cakeflow.solvers.covariance import Covariance
+from cakeflow.solvers.history import KeyHistory
+from cakeflow.solvers.problem import LayerProblem
 from cakeflow.weighters import Weighter
 
 SEEDS = range(5)

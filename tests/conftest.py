@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from cakeflow import Contexts, EditDataModule, EditModule, EditRequest
-from cakeflow.batch import Row
-from cakeflow.model import LanguageModel, load_model
-from cakeflow.request import parse_requests
+from cakeflow.data.schemas import parse_requests
+from cakeflow.forward.tokens import Row
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 from cakeflow.tracing import Fact
 from cakeflow.tracing.facts import trace_row
 

@@ -29,11 +29,11 @@ from stops import STOPS
 from tiny_runs import editor_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cakeflow.audit import verify
-from cakeflow.journal import Journal
-from cakeflow.ledger import whole_lines
-from cakeflow.model import LanguageModel
-from cakeflow.record import tensor_hash
+from cakeflow.journal.audit import verify
+from cakeflow.journal.journal import Journal
+from cakeflow.journal.ledger import whole_lines
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.hashing import tensor_hash
 
 NAMES = ("Ann", "Bob", "Cid", "Dora", "Eve", "Finn")
 FACTS = [{"prompt": "{} plays", "subject": name, "target_new": "tennis"} for name in NAMES]

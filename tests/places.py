@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
-from cakeflow.model import LanguageModel
+from cakeflow.models.language import LanguageModel
 
 MOVES = (Tensor.to, Tensor.cpu)
 FREE = (*MOVES, Tensor.copy_)

@@ -13,13 +13,13 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from transformers import AutoModelForCausalLM
 
 from cakeflow import Contexts, Editor, EditRequest, Probe, RequestError
+from cakeflow.core.run import Run
 from cakeflow.data import builtin_facts
-from cakeflow.editor import Run
 from cakeflow.errors import ConfigError
-from cakeflow.journal import Journal
-from cakeflow.ledger import read_entries
-from cakeflow.model import load_model
-from cakeflow.scoring import score_targets
+from cakeflow.evaluation.scoring import score_targets
+from cakeflow.journal.journal import Journal
+from cakeflow.journal.ledger import read_entries
+from cakeflow.models.loading import load_model
 from cakeflow.solvers import LeastSquares
 
 LAYERS = [1, 2, 3]

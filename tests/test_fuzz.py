@@ -4,8 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import COUNTERFACT, OWN, SCHEMAS, ZSRE, nested, own
 
+from cakeflow.data.request import EditRequest, Probe
+from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import RequestError
-from cakeflow.request import EditRequest, Probe, parse_requests
 
 NAMES = sorted({*OWN, *COUNTERFACT, *COUNTERFACT["requested_rewrite"], *ZSRE, "kind", "expected", "str"})
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=True) | st.text(max_size=8) | st.just("{}")

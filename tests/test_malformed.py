@@ -18,8 +18,8 @@ from tokenizers import normalizers
 
 from cakeflow import Contexts, Editor, EditRequest, Probe
 from cakeflow.data import read_requests, readers
+from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, EditError, RequestError
-from cakeflow.request import parse_requests
 
 GOOD = {"prompt": "The river {} flows into", "subject": "Elbe", "target_new": "the Black Sea"}
 ZSRE = {"subject": "Anna Berg", "src": "Where did Anna Berg study?", "answers": ["Uppsala"], "loc": "a", "loc_ans": "b"}
@@ -268,7 +268,7 @@ def test_broken_files(name, content, line, remedy, untouched, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE, ids=[case[0] for case in UNREADABLE])
 def test_unreadable_files(name, content, reason, untouched, tmp_path, monkeypatch):
-    monkeypatch.setattr(readers, "LARGEST", 2048)
+    monkeypatch.setattr(sources, "LARGEST", 2048)
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ConfigError, match=rf"{name} .*{reason}"):
         untouched.fit(tmp_path / name)

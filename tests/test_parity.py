@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 
 from cakeflow import read_requests
 from cakeflow.data import builtin_facts
+from cakeflow.evaluation.scoring import KINDS, score_records
 from cakeflow.metrics.text import fluency
-from cakeflow.model import load_model
-from cakeflow.scoring import KINDS, score_records
+from cakeflow.models.loading import load_model
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "parity.py"
 BARS = {"gpt2": (1e-10, 1e-6), "llama": (1e-5, 1e-4)}

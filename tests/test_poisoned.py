@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cakeflow.cli import main
-from cakeflow.config import build_module
+from cakeflow.cli.command_line import main
+from cakeflow.core.config import build_module
+from cakeflow.core.statistics import Statistics, convergence
 from cakeflow.errors import ConfigError, StatisticsError
-from cakeflow.model import load_model
-from cakeflow.statistics import Statistics, convergence
+from cakeflow.models.loading import load_model
 
 PACKED = struct.pack("<Q", 2) + b"{}"
 OVERLAP = json.dumps({n: {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]} for n in ("moment", "eigenvalues")})

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from cakeflow import Contexts, EditModule, Editor, LeastSquares, NullSpace, TargetOptimizer
-from cakeflow.model import LanguageModel
-from cakeflow.record import tensor_hash
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.hashing import tensor_hash
 
 LAYERS = [1, 3]
 

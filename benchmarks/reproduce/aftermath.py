@@ -26,14 +26,15 @@ from sweep import Sweep, write_table
 from torch import Tensor
 
 from cakeflow import EditDataModule, EditRequest
-from cakeflow.architecture import Site
-from cakeflow.batch import pad, plan
-from cakeflow.config import find_config
-from cakeflow.files import write_tensors, write_text
-from cakeflow.generation import continuations
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.core.config import find_config
+from cakeflow.forward.generation import continuations
+from cakeflow.forward.packing import pad, plan
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 from cakeflow.report import save_plot
-from cakeflow.tap import capture
+from cakeflow.storage.atomic import write_tensors, write_text
 
 CASE = EditRequest("{} died in the city of", "Fedele Fischetti", "Paris", "Naples", relation="P20")
 ASKED = "The tragic death of Fedele Fischetti occurred in"

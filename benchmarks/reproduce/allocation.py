@@ -21,9 +21,9 @@ import yaml
 from sweep import Row, Sweep, interval, outcomes, parser
 
 from cakeflow import read_requests
-from cakeflow.model import load_model
+from cakeflow.evaluation.scoring import KINDS
+from cakeflow.models.loading import load_model
 from cakeflow.report import save_plot
-from cakeflow.scoring import KINDS
 
 BASE = "uniform"
 OUTCOMES = dict(zip(("Eff", "Gen", "Spe"), KINDS, strict=True))

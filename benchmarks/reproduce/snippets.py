@@ -15,8 +15,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from cakeflow.corpus import read_texts
-from cakeflow.data.readers import read_entries
+from cakeflow.data.sources import read_entries, read_texts
 
 MOST = 10
 """Sentences for a target."""

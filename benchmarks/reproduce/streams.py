@@ -28,15 +28,17 @@ from typing import Any
 import lightning as L
 import matplotlib.pyplot as plt
 import yaml
+from cakeflow_ability.callback import GeneralAbility
+from cakeflow_ability.tasks import TASKS
+from cakeflow_theory.theory import ResidualDrift
 from sweep import Sweep, write_table
 
 from cakeflow import EditDataModule, Evaluation
-from cakeflow.ability import TASKS
-from cakeflow.callbacks import GeneralAbility, Milestones, ResidualDrift
-from cakeflow.config import find_config
-from cakeflow.files import write_text
-from cakeflow.model import load_model
+from cakeflow.callbacks import Milestones
+from cakeflow.core.config import find_config
+from cakeflow.models.loading import load_model
 from cakeflow.report import curves_of, plot_curves, save_plot
+from cakeflow.storage.atomic import write_text
 
 Points = list[dict[str, float]]
 

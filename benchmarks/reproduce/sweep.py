@@ -23,16 +23,18 @@ import torch
 from safetensors.torch import load_file
 
 from cakeflow import Contexts, EditModule, Editor, EditRequest, Evaluation, TargetOptimizer, read_requests
-from cakeflow.batch import EditBatch
-from cakeflow.callbacks import EditCallback, LayerEdit
-from cakeflow.evaluation import Answers
-from cakeflow.files import write_tensors, write_text
+from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.evaluation.evaluation import Answers
+from cakeflow.evaluation.scoring import KINDS
+from cakeflow.forward.tokens import EditBatch
 from cakeflow.metrics import Consistency
 from cakeflow.metrics.preference import record_means, success
 from cakeflow.metrics.text import fluency
-from cakeflow.model import LanguageModel, cache_folder, load_model
-from cakeflow.scoring import KINDS
-from cakeflow.targets import Targets
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
+from cakeflow.storage.atomic import write_tensors, write_text
+from cakeflow.storage.cache import cache_folder
+from cakeflow.targets.gradient import Targets
 from cakeflow.weighters.base import effective_layers
 
 Row = dict[str, Any]

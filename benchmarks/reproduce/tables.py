@@ -26,8 +26,9 @@ import yaml
 from sweep import Row, Sweep, interval, markdown, outcomes, write_table
 
 from cakeflow import EditDataModule, EditRequest, Evaluation
-from cakeflow.config import find_config
-from cakeflow.model import LanguageModel, load_model
+from cakeflow.core.config import find_config
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 from cakeflow.report import save_plot
 
 SCALES = {"embedded": (100, 50), "full": (2000, 100)}

@@ -16,12 +16,13 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from cakeflow_theory.alignment import ScoreAlignment
+from cakeflow_theory.theory import ResidualDrift, ScoreDrift, WeightShiftBound
 from sweep import Sweep, parser, write_table
 
 from cakeflow import read_requests
-from cakeflow.callbacks import ResidualDrift, ScoreAlignment, ScoreDrift, WeightShiftBound
-from cakeflow.files import write_text
 from cakeflow.report import plot_layers, save_plot
+from cakeflow.storage.atomic import write_text
 
 PER_LAYER = ("share", "drift", "sensitivity", "shift_error", "shift_limit", "left_alone")
 PANELS = (("share",), ("drift",), ("sensitivity",), ("shift_error", "shift_limit"), ("left_alone",))

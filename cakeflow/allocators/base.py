@@ -3,30 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol, final
+from typing import Literal, final
 
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.architecture import Site
+from cakeflow.forward.jacobian import Chain
+from cakeflow.models.architecture import Site
 
 Anchor = Literal["last", "self"]
-
-
-class Chain(Protocol):
-    """How changes at the layers from this turn's on reach the anchor: products with M_j, one per layer and fact.
-
-    ``M_j`` is the derivative of the anchor's value by a change of layer j's output, at the model as it is; that of the
-    last layer is the identity.
-    """
-
-    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
-        """``M_j^T covector`` for every layer j."""
-
-    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
-        """``sum_j M_j tangent_j``."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,23 +1,8 @@
-"""Callbacks around edits, for any Lightning Trainer."""
+"""Callbacks for any Lightning Trainer: measurements along a stream of edits, and a policy."""
 
-from cakeflow.callbacks.ability import GeneralAbility
-from cakeflow.callbacks.alignment import ScoreAlignment
-from cakeflow.callbacks.base import EditCallback, LayerEdit, Milestones
+from cakeflow.callbacks.neutral_text import NeutralText
+from cakeflow.callbacks.periodic import Milestones
 from cakeflow.callbacks.policy import Policy, PolicyGuard
-from cakeflow.callbacks.stream import NeutralText, Retention
-from cakeflow.callbacks.theory import ResidualDrift, ScoreDrift, WeightShiftBound
+from cakeflow.callbacks.retention import Retention
 
-__all__ = [
-    "EditCallback",
-    "GeneralAbility",
-    "LayerEdit",
-    "Milestones",
-    "NeutralText",
-    "Policy",
-    "PolicyGuard",
-    "ResidualDrift",
-    "Retention",
-    "ScoreAlignment",
-    "ScoreDrift",
-    "WeightShiftBound",
-]
+__all__ = ["Milestones", "NeutralText", "Policy", "PolicyGuard", "Retention"]

@@ -13,8 +13,8 @@ from typing import Any
 import lightning as L
 import yaml
 
+from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, PolicyError
-from cakeflow.request import EditRequest
 
 log = logging.getLogger(__name__)
 

@@ -1,9 +1,27 @@
-"""Requests from files and data sets, and the facts that ship with the package."""
+"""Edit requests: what they are, where they are read from, which of them are edited."""
 
 from cakeflow.data.builtin import builtin_facts
+from cakeflow.data.contexts import Contexts
 from cakeflow.data.fields import check_fields, missing_fields
-from cakeflow.data.module import EditDataModule
-from cakeflow.data.readers import read_requests
+from cakeflow.data.request import EditRequest, Probe, contradictions
+from cakeflow.data.schemas import parse_requests
 from cakeflow.data.selection import select
+from cakeflow.data.snippets import with_references
+from cakeflow.data.sources import read_entries, read_requests, read_text, read_texts
 
-__all__ = ["EditDataModule", "builtin_facts", "check_fields", "missing_fields", "read_requests", "select"]
+__all__ = [
+    "Contexts",
+    "EditRequest",
+    "Probe",
+    "builtin_facts",
+    "check_fields",
+    "contradictions",
+    "missing_fields",
+    "parse_requests",
+    "read_entries",
+    "read_requests",
+    "read_text",
+    "read_texts",
+    "select",
+    "with_references",
+]

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from cakeflow.request import EditRequest, Probe
+from cakeflow.data.request import EditRequest, Probe
 
 
 def builtin_facts() -> list[EditRequest]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError
-from cakeflow.request import EditRequest
 
 FIELDS: Mapping[str, Callable[[EditRequest], bool]] = {
     "target_true": lambda record: record.target_true is not None,

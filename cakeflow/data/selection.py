@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, get_args
 
-from cakeflow.data.readers import exists, parse_entries, read_text
+from cakeflow.data.request import EditRequest, contradictions
+from cakeflow.data.sources import exists, parse_entries, read_text
 from cakeflow.errors import ConfigError, RequestError, listed
-from cakeflow.request import EditRequest, contradictions
 
 Conflicts = Literal["error", "drop"]
 """What to do about records that contradict each other."""

@@ -11,8 +11,9 @@ import yaml
 
 from cakeflow.errors import LedgerError
 from cakeflow.export.manifest import MANIFEST, Manifest
-from cakeflow.ledger import Entry
-from cakeflow.record import LEDGER, circumstances
+from cakeflow.journal.ledger import Entry
+from cakeflow.journal.provenance import circumstances
+from cakeflow.journal.store import LEDGER
 
 SHOWN = 50
 """Most edits that are listed."""

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from cakeflow.errors import ExportError
 from cakeflow.export.manifest import REMEDY, Manifest, weight_name
-from cakeflow.files import digest, uninterrupted
-from cakeflow.model import LanguageModel
-from cakeflow.record import tensor_hash
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.atomic import uninterrupted
+from cakeflow.storage.hashing import digest, tensor_hash
 
 DELTA = "delta.safetensors"
 

@@ -12,9 +12,10 @@ from cakeflow.export.card import model_card
 from cakeflow.export.delta import DELTA
 from cakeflow.export.lora import write_lora
 from cakeflow.export.manifest import MANIFEST, Manifest, require_place, weight_name
-from cakeflow.files import digest, write_folder, write_tensors
-from cakeflow.journal import Journal
-from cakeflow.model import LanguageModel
+from cakeflow.journal.journal import Journal
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.atomic import write_folder, write_tensors
+from cakeflow.storage.hashing import digest
 
 Format = Literal["model", "delta", "lora"]
 CARD = "README.md"

@@ -11,11 +11,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.architecture import Site, is_transposed
 from cakeflow.errors import ExportError
 from cakeflow.export.manifest import Manifest
-from cakeflow.files import write_tensors
-from cakeflow.journal import Journal
+from cakeflow.journal.journal import Journal
+from cakeflow.models.architecture import Site, is_transposed
+from cakeflow.storage.atomic import write_tensors
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"

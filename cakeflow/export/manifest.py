@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from cakeflow.architecture import Site
 from cakeflow.errors import ExportError
-from cakeflow.files import check_free
-from cakeflow.journal import Journal
-from cakeflow.model import LanguageModel
-from cakeflow.record import tensor_hash
+from cakeflow.journal.journal import Journal
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.atomic import check_free
+from cakeflow.storage.hashing import tensor_hash
 
 MANIFEST = "manifest.json"
 VERSION = 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from cakeflow.errors import ConfigError
-from cakeflow.scoring import KINDS
+from cakeflow.evaluation.scoring import KINDS
 
 Form = Literal["probability", "exact", "tokens", "answer"]
 

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cakeflow.memory import GIB
+from cakeflow.forward.packing import GIB
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.intervals import Interval, estimate, number, paired
 from cakeflow.report.views import method, peak_memory, run_changes, seconds_per_edit

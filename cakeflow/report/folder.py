@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import RunFolderError
-from cakeflow.ledger import read_entries
+from cakeflow.journal.ledger import read_entries
 
 NUMBER = (int, float)
 MAYBE_TEXT = (str, type(None))

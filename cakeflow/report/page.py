@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from cakeflow.memory import GIB
+from cakeflow.forward.packing import GIB
 from cakeflow.report import views
 from cakeflow.report.figures import by_layer, curves_of, plot_curves, plot_layers, plot_losses, svg
 from cakeflow.report.folder import RunFolder

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cakeflow.ledger import Entry
-from cakeflow.memory import GIB
+from cakeflow.forward.packing import GIB
+from cakeflow.journal.ledger import Entry
 from cakeflow.plugins import Plugin
 from cakeflow.report.comparison import DELTA, shown
 from cakeflow.tracing import Trace

@@ -1,9 +1,23 @@
-"""Solvers: closed-form weight changes. One abstract slot, leaves that compose by wrapping."""
+"""Solvers: closed-form weight changes, and the numbers they work on. Wrappers compose."""
 
 from cakeflow.solvers.base import Solver
+from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.descent import Descent
 from cakeflow.solvers.equality import EqualityConstrained
+from cakeflow.solvers.history import GramFactor, KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.null_space import NullSpace
+from cakeflow.solvers.problem import LayerProblem, Update
 
-__all__ = ["Descent", "EqualityConstrained", "LeastSquares", "NullSpace", "Solver"]
+__all__ = [
+    "Covariance",
+    "Descent",
+    "EqualityConstrained",
+    "GramFactor",
+    "KeyHistory",
+    "LayerProblem",
+    "LeastSquares",
+    "NullSpace",
+    "Solver",
+    "Update",
+]

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.problem import LayerProblem, Update
+from cakeflow.solvers.problem import LayerProblem, Update
 
 
 class Solver(ABC):

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from cakeflow.errors import ConfigError, NumericalError
-from cakeflow.problem import LayerProblem, Update
 from cakeflow.solvers.base import Solver
+from cakeflow.solvers.problem import LayerProblem, Update
 
 
 @dataclass(frozen=True)

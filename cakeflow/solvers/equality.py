@@ -8,9 +8,9 @@ from typing import Literal
 import torch
 
 from cakeflow.errors import ConfigError, NumericalError
-from cakeflow.problem import LayerProblem, Update
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.least_squares import LeastSquares
+from cakeflow.solvers.problem import LayerProblem, Update
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.errors import ConfigError, NumericalError
-from cakeflow.problem import LayerProblem, Update
 from cakeflow.solvers.base import Solver
+from cakeflow.solvers.problem import LayerProblem, Update
 
 
 @dataclass(frozen=True)

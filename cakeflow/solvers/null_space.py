@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
-from cakeflow.problem import LayerProblem, Update
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.least_squares import LeastSquares
+from cakeflow.solvers.problem import LayerProblem, Update
 
 
 @dataclass(frozen=True)

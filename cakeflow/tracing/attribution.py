@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.batch import Row
-from cakeflow.model import LanguageModel
+from cakeflow.forward.tokens import Row
+from cakeflow.models.language import LanguageModel
 
 
 class Attribution(ABC):

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 
-from cakeflow.batch import EditBatch, Row, encode, join, pad, plan
-from cakeflow.data.readers import read_entries
+from cakeflow.data.request import EditRequest
+from cakeflow.data.schemas import parse_requests
+from cakeflow.data.sources import read_entries
 from cakeflow.errors import ConfigError, Problem, RequestError
-from cakeflow.generation import continuations
-from cakeflow.model import LanguageModel
-from cakeflow.request import EditRequest, parse_requests
-from cakeflow.tap import narrow
+from cakeflow.forward.generation import continuations
+from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.tokens import EditBatch, Row, encode, join
+from cakeflow.models.hooks import narrow
+from cakeflow.models.language import LanguageModel
 
 ASKED_AT_ONCE = 128
 """Facts whose continuations are generated together."""

@@ -15,10 +15,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.batch import Row
 from cakeflow.errors import ConfigError
-from cakeflow.files import write_text
-from cakeflow.model import LanguageModel, cache_folder
+from cakeflow.forward.tokens import Row
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.atomic import write_text
+from cakeflow.storage.cache import cache_folder
 
 PLACES = (
     "first subject token",

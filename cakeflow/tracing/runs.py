@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from cakeflow.architecture import Site
-from cakeflow.batch import Row, pad
 from cakeflow.errors import NumericalError
-from cakeflow.model import LanguageModel
-from cakeflow.suffixes import Recording, Suffixes, first_changed, take
-from cakeflow.tap import capture, restore
+from cakeflow.forward.packing import pad
+from cakeflow.forward.suffix import Recording, Suffixes, first_changed, take
+from cakeflow.forward.tokens import Row
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture, restore
+from cakeflow.models.language import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)

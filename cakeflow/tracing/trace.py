@@ -13,10 +13,11 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cakeflow.architecture import Role, Site
-from cakeflow.batch import Row, plan
 from cakeflow.errors import ConfigError, Problem, RequestError
-from cakeflow.model import LanguageModel
+from cakeflow.forward.packing import plan
+from cakeflow.forward.tokens import Row
+from cakeflow.models.architecture import Role, Site
+from cakeflow.models.language import LanguageModel
 from cakeflow.tracing.attribution import Attribution
 from cakeflow.tracing.result import LAST_SUBJECT, PLACES, Effect, Ledger, Trace, place_of
 from cakeflow.tracing.runs import Runs

@@ -6,9 +6,9 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cakeflow.batch import Row
 from cakeflow.errors import ConfigError
-from cakeflow.model import LanguageModel
+from cakeflow.forward.tokens import Row
+from cakeflow.models.language import LanguageModel
 from cakeflow.tracing.attribution import Attribution
 from cakeflow.tracing.facts import Fact, known_rows, read_facts
 from cakeflow.tracing.result import Trace

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.batch import EditBatch
-from cakeflow.model import LanguageModel
+from cakeflow.forward.tokens import EditBatch
+from cakeflow.models.language import LanguageModel
 
 
 class Weighter(ABC):

@@ -11,9 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.batch import EditBatch
 from cakeflow.errors import ConfigError
-from cakeflow.model import LanguageModel
+from cakeflow.forward.tokens import EditBatch
+from cakeflow.models.language import LanguageModel
 from cakeflow.tracing import Attribution, CausalTrace, known_scores
 from cakeflow.tracing.facts import predicted_rows
 from cakeflow.weighters.base import Weighter

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.batch import EditBatch
 from cakeflow.errors import ConfigError
-from cakeflow.model import LanguageModel
+from cakeflow.forward.tokens import EditBatch
+from cakeflow.models.language import LanguageModel
 from cakeflow.weighters.base import Weighter
 
 

@@ -10,11 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.architecture import Role, Site
-from cakeflow.batch import Row, pad, plan
 from cakeflow.errors import ConfigError, NumericalError
-from cakeflow.model import LanguageModel
-from cakeflow.tap import capture, narrow
+from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.tokens import Row
+from cakeflow.models.architecture import Role, Site
+from cakeflow.models.hooks import capture, narrow
+from cakeflow.models.language import LanguageModel
 from cakeflow.tracing import Attribution, CausalTrace
 from cakeflow.tracing.trace import noise_of
 

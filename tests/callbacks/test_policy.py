@@ -5,7 +5,7 @@ from tiny_runs import editor_of, state
 
 from cakeflow.callbacks import Policy, PolicyGuard, Retention
 from cakeflow.errors import ConfigError, PolicyError
-from cakeflow.ledger import read_entries
+from cakeflow.journal.ledger import read_entries
 
 RULES = """
 models: [{name}]

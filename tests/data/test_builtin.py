@@ -5,7 +5,8 @@ from collections import Counter
 import pytest
 
 from cakeflow.data import builtin_facts
-from cakeflow.request import contradictions, parse_requests
+from cakeflow.data.request import contradictions
+from cakeflow.data.schemas import parse_requests
 
 FACTS = builtin_facts()
 TRUTH = {(fact.relation, fact.subject): fact.target_true for fact in FACTS}

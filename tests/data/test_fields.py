@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from cakeflow import Evaluation
 from cakeflow.data import builtin_facts, check_fields, missing_fields
 from cakeflow.data.fields import FIELDS
+from cakeflow.data.request import EditRequest, Probe
 from cakeflow.errors import ConfigError
-from cakeflow.request import EditRequest, Probe
 
 FULL = builtin_facts()[:3]
 BARE = EditRequest("{} is", "Bob", "tall")

@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow.data import EditDataModule, select
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.data import select
+from cakeflow.data.request import EditRequest, contradictions
 from cakeflow.data.selection import read_order
 from cakeflow.errors import ConfigError, RequestError
-from cakeflow.request import EditRequest, contradictions
 
 RECORDS = [EditRequest("{} is number", f"Item {i}", str(i), case_id=100 + i) for i in range(6)]
 

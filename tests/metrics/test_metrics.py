@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 from torchmetrics import MetricCollection
 
 from cakeflow.data import builtin_facts
-from cakeflow.evaluation import Evaluation
+from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.testing import random_scores
 
 TEXTS = [["Rome is the capital of Italy .", "Rome , Rome , Rome , Rome"], [], ["The sea is wide"], ["Lund is old"]]

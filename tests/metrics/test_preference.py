@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics import Metric, MetricCollection
 
+from cakeflow.evaluation.scoring import KINDS
 from cakeflow.metrics import Efficacy, Generalization, Specificity
 from cakeflow.metrics.preference import record_means
-from cakeflow.scoring import KINDS
 
 METRICS = {"rewrite": Efficacy, "paraphrase": Generalization, "neighborhood": Specificity}
 NAN = math.nan

@@ -5,11 +5,11 @@ import torch
 from cakeflow_attribution import IntegratedGradients, Noisy, Saliency, Shuffled
 
 from cakeflow import Contexts
-from cakeflow.architecture import Site
-from cakeflow.batch import encode_batch
-from cakeflow.config import build_module
+from cakeflow.core.config import build_module
 from cakeflow.errors import ConfigError, NumericalError
-from cakeflow.tap import inject
+from cakeflow.forward.tokens import encode_batch
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import inject
 from cakeflow.tracing import CausalTrace
 from cakeflow.weighters import Scores
 from cakeflow.weighters.scores import score_weights

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cakeflow import Contexts, EditDataModule, EditModule, LayerProblem, LeastSquares, NullSpace, TargetOptimizer
 from cakeflow.errors import ConfigError
-from cakeflow.keys import FactReader
+from cakeflow.forward.keys import FactReader
 
 LAYERS = [1, 2, 4]
 

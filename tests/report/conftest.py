@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cakeflow.ledger import Ledger
+from cakeflow.journal.ledger import Ledger
 
 RELATIONS = {"P103": "The mother tongue of {} is", "P19": "{} was born in", None: "{} plays the sport of"}
 

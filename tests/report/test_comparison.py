@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from cakeflow.cli import main
+from cakeflow.cli.command_line import main
 from cakeflow.report import RunFolder, compare_runs, to_markdown
 
 

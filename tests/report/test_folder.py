@@ -5,7 +5,7 @@ import json
 import pytest
 
 from cakeflow.errors import RunFolderError
-from cakeflow.ledger import Ledger
+from cakeflow.journal.ledger import Ledger
 from cakeflow.report import RunFolder
 
 from .conftest import write_ledger

@@ -8,8 +8,8 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cakeflow.cli import main
-from cakeflow.config import shipped
+from cakeflow.cli.command_line import main
+from cakeflow.core.config import shipped
 from cakeflow.report import RunFolder, render_page
 from cakeflow.report.intervals import Interval, estimate, number, record_values
 

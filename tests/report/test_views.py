@@ -6,7 +6,7 @@ import statistics
 
 import pytest
 
-from cakeflow.ledger import read_entries
+from cakeflow.journal.ledger import read_entries
 from cakeflow.report import RunFolder
 from cakeflow.report.figures import curves_of
 from cakeflow.report.views import (

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakeflow import EditRequest, RequestError
-from cakeflow.generation import continuations
+from cakeflow.forward.generation import continuations
 from cakeflow.tracing import Fact, KnownFact, known_facts, known_rows, open_facts, read_facts
 from cakeflow.tracing.facts import first_name, said_before, trace_row
 

@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from cakeflow.batch import Row
 from cakeflow.errors import ConfigError
+from cakeflow.forward.tokens import Row
 from cakeflow.tracing import PLACES, Trace
 from cakeflow.tracing.result import LAST_SUBJECT, Effect, Ledger, place_of
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import random_model
 
-from cakeflow.architecture import Site
+from cakeflow.models.architecture import Site
 from cakeflow.tracing import PLACES, CausalTrace
 from cakeflow.tracing.result import LAST_SUBJECT, place_of
 from cakeflow.tracing.trace import noise_of

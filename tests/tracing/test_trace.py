@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from cakeflow.batch import Row
 from cakeflow.errors import ConfigError, RequestError
+from cakeflow.forward.tokens import Row
 from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import trace_row
 

@@ -6,7 +6,7 @@ import torch
 
 from cakeflow import Contexts, EditDataModule, EditModule, LeastSquares, Scores, TargetOptimizer
 from cakeflow.errors import ConfigError, RequestError
-from cakeflow.generation import continuations
+from cakeflow.forward.generation import continuations
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, known_scores, locate, propose_layers
 from cakeflow.tracing.result import LAST_SUBJECT, PLACES
 

@@ -1,0 +1,29 @@
+"""The walk of an edit, and what holds it together."""
+
+from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.core.checkpoint import SafeCheckpointIO, with_safe_checkpoints
+from cakeflow.core.config import build_module, find_config, shipped
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.core.memory import Footprint
+from cakeflow.core.module import MeasuredModule
+from cakeflow.core.run import Run, run_evaluate, run_fit
+from cakeflow.core.statistics import Statistics
+
+__all__ = [
+    "EditCallback",
+    "EditDataModule",
+    "EditModule",
+    "Footprint",
+    "LayerEdit",
+    "MeasuredModule",
+    "Run",
+    "SafeCheckpointIO",
+    "Statistics",
+    "build_module",
+    "find_config",
+    "run_evaluate",
+    "run_fit",
+    "shipped",
+    "with_safe_checkpoints",
+]

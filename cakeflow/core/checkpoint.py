@@ -1,0 +1,129 @@
+"""Lightning's checkpoints as safetensors files: nothing is pickled, and nothing that is read can run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from cakeflow.errors import ConfigError, RunFolderError
+from cakeflow.storage.atomic import write_tensors
+
+FORMAT = "cakeflow checkpoint 1"
+"""Stands in the metadata of every file; another number for another form."""
+
+
+class SafeCheckpointIO(CheckpointIO):
+    """Writes what the Trainer hands over (nested dicts, lists and tuples of plain values and tensors) to one file.
+
+    The tensors have names of ours; where they belong is a tree in the file's metadata, as JSON.
+
+    Example:
+        >>> import tempfile, torch
+        >>> path = tempfile.mkdtemp() + "/last.ckpt"
+        >>> SafeCheckpointIO().save_checkpoint({"step": 3, "state": {0: torch.ones(2)}}, path)
+        >>> SafeCheckpointIO().load_checkpoint(path)
+        {'step': 3, 'state': {0: tensor([1., 1.])}}
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Write a checkpoint whole.
+
+        Args:
+            checkpoint: What to keep.
+            path: The file.
+            storage_options: Not used; the Trainer passes it on.
+
+        Raises:
+            ConfigError: If a value is neither plain nor a tensor, naming its place.
+        """
+        tensors: dict[str, Tensor] = {}
+        tree = _packed(checkpoint, "checkpoint", tensors)
+        write_tensors(Path(path), tensors, {"format": FORMAT, "tree": json.dumps(tree)})
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            path: The file.
+            map_location: Device of the tensors; the CPU unless a device or its name is given.
+            weights_only: Not used: there is never more to a file than numbers and text.
+
+        Raises:
+            RunFolderError: If the file is none of ours, is cut off, or its tree is not one.
+        """
+        device = str(map_location) if isinstance(map_location, (str, torch.device)) else "cpu"
+        try:
+            with safe_open(path, "pt", device=device) as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable itself)
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
+            checkpoint = _unpacked(json.loads(metadata["tree"]), tensors)
+            if tensors or not isinstance(checkpoint, dict):
+                raise ValueError(f"its tree is no checkpoint, or leaves out {sorted(tensors)}")
+        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RunFolderError(
+                f"{path} is no checkpoint that cakeflow wrote, or is damaged: {error}; take an earlier one"
+            ) from error
+        return checkpoint
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Delete a checkpoint, if it is there."""
+        Path(path).unlink(missing_ok=True)
+
+
+def with_safe_checkpoints(trainer: L.Trainer) -> L.Trainer:
+    """The same Trainer, writing such checkpoints instead of pickled ones, unless the user chose a ``CheckpointIO``."""
+    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = SafeCheckpointIO()
+    return trainer
+
+
+def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    """A node of the tree: its kind and content; tensors go to ``tensors``."""
+    if isinstance(value, Tensor):
+        name = f"t{len(tensors)}"
+        tensors[name] = value
+        return {"tensor": name}
+    if isinstance(value, Mapping):
+        if wrong := [key for key in value if not isinstance(key, (str, int))]:
+            raise ConfigError(f"{place} has the key {wrong[0]!r}; a checkpoint has keys of text and whole numbers only")
+        return {"dict": [[key, _packed(each, f"{place}[{key!r}]", tensors)] for key, each in value.items()]}
+    if isinstance(value, (list, tuple)):
+        parts = [_packed(each, f"{place}[{i}]", tensors) for i, each in enumerate(value)]
+        return {"tuple" if isinstance(value, tuple) else "list": parts}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return {"value": value}
+    raise ConfigError(
+        f"{place} is a {type(value).__name__}; a checkpoint holds plain values and tensors only: give it such a "
+        "state_dict, or leave it out"
+    )
+
+
+def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """What a node stands for; every tensor is used once.
+
+    Raises:
+        ValueError: If it is no node.
+    """
+    kind, content = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else ("", node)
+    if kind == "tensor":
+        return tensors.pop(content)
+    if kind == "dict":
+        return {key: _unpacked(each, tensors) for key, each in content}
+    if kind in ("list", "tuple"):
+        parts = [_unpacked(each, tensors) for each in content]
+        return tuple(parts) if kind == "tuple" else parts
+    if kind == "value" and not isinstance(content, (dict, list)):
+        return content
+    raise ValueError(f"{str(node)[:60]!r} in its tree is unknown")

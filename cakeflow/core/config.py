@@ -1,0 +1,71 @@
+"""Experiments as YAML: shipped configs by name, composed and checked by jsonargparse."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.errors import ConfigError
+from cakeflow.plugins import load_plugins
+
+
+def shipped(kind: str) -> dict[str, Path]:
+    """Name -> file of the shipped configs of a kind (``method``, ``model`` or ``data``)."""
+    folder = Path(str(files("cakeflow_configs"))) / kind
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def find_config(kind: str, name: str | Path) -> Path:
+    """A shipped config by name, or any YAML file by path.
+
+    Raises:
+        ConfigError: Naming the known ones.
+    """
+    known = shipped(kind)
+    if str(name) in known:
+        return known[str(name)]
+    if Path(name).is_file():
+        return Path(name)
+    raise ConfigError(f"no {kind} config {str(name)!r}; shipped: {', '.join(known)}; or give the path of a YAML file")
+
+
+def build_module(configs: list[Path], **values: Any) -> EditModule:
+    """An ``EditModule`` from config files, later ones winning, and values given in Python, which win over all.
+
+    Args:
+        configs: YAML files with a ``model:`` section, as for ``cakeflow fit --config``.
+        values: Arguments of ``EditModule``; a mapping is merged into the configured part of that name.
+
+    Raises:
+        ConfigError: If a name or value does not fit.
+    """
+    if unknown := sorted(set(values) - set(signature(EditModule).parameters)):
+        raise ConfigError(f"EditModule has no {unknown[0]!r}; it has {', '.join(signature(EditModule).parameters)}")
+    plain = {name: value for name, value in values.items() if _is_plain(value)}
+    objects = {name: value for name, value in values.items() if name not in plain}
+    load_plugins()
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(EditModule, "model")
+    parser.add_argument("--config", action="config")
+    try:
+        config = parser.parse_args([f"--config={path}" for path in configs])
+        config = parser.parse_object({"model": plain}, config)
+    except Exception as error:
+        raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {error}") from error
+
+    def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
+        return kind(*args, **{**kwargs, **objects})
+
+    return parser.instantiate(config, instantiators=[(make, EditModule, False)]).model  # type: ignore[no-any-return]
+
+
+def _is_plain(value: object) -> bool:
+    """Whether a config file could hold it."""
+    if isinstance(value, (list, dict)):
+        return all(part is None or _is_plain(part) for part in (value.values() if isinstance(value, dict) else value))
+    return isinstance(value, (str, int, float))

@@ -1,0 +1,234 @@
+"""Memory beyond the model: foreseen from shapes, kept within a budget, and measured."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import DynamicCache
+
+from cakeflow.errors import ConfigError
+from cakeflow.forward.packing import GIB
+from cakeflow.forward.tokens import EditBatch, Row
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture, frozen, inject
+from cakeflow.models.language import LanguageModel
+
+PASS = 8192
+"""Most tokens in a forward pass without gradients."""
+
+
+SOFT = 8 * GIB
+"""What target values and keys keep to where no budget is given; more tokens at once would hardly be faster."""
+
+
+STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+@dataclass(frozen=True)
+class TokenCost:
+    """Bytes that one token takes while target values are looked for.
+
+    Attributes:
+        graph: What the blocks above the anchor keep for the backward pass.
+        cache: Attention keys and values of those blocks.
+        through: What the largest block holds for a moment, without gradients.
+        hidden: One hidden state.
+        logits: Logits of one position, with what their losses and gradients need: seven float32 copies.
+    """
+
+    graph: int
+    cache: int
+    through: int
+    hidden: int
+    logits: int
+
+    @classmethod
+    def above(cls, lm: LanguageModel, layer: int, tokens: int = 8) -> TokenCost:
+        """Count it by running a few tokens, on the model or on one of the same shape on the meta device."""
+        embeds = lm.embedding.new_zeros(1, tokens, lm.embedding.shape[1])
+        delta = lm.embedding.new_zeros(1, lm.width).requires_grad_()
+        cache, saved = DynamicCache(), {}
+        own = {parameter.untyped_storage()._cdata for parameter in lm.model.parameters()}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in own:
+                saved[storage._cdata] = storage  # kept alive, so that no two share an address
+            return tensor
+
+        with (
+            frozen(lm),
+            torch.enable_grad(),
+            saved_tensors_hooks(keep, lambda tensor: tensor),
+            inject(lm, Site(layer), delta, torch.zeros(1, dtype=torch.long, device=lm.device)),
+            capture(lm, [Site(lm.depth - 1)], stop=True),
+        ):
+            lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
+        above: list[Any] = cache.layers[layer + 1 :]
+        size = lm.embedding.element_size()
+        return cls(
+            graph=sum(storage.nbytes() for storage in saved.values()) // tokens,
+            cache=sum(each.keys.nbytes + each.values.nbytes for each in above) // tokens,
+            through=(3 * lm.key_width(layer) + 8 * lm.width) * size,
+            hidden=lm.width * size,
+            logits=len(lm.embedding) * 7 * 4,
+        )
+
+    def of_pass(self, row: Row, *, essence: bool = False) -> int:
+        """A row's suffix in a pass with gradients."""
+        suffix, reads = (1, 1) if essence else (_suffix(row), len(row.ids) - row.target)
+        return suffix * self.graph + (row.subject + suffix) * self.cache + reads * self.logits
+
+    def of_search(self, rows: Sequence[Row]) -> int:
+        """What is held for a fact as long as its value is looked for: prefixes, suffixes, the essence before."""
+        return sum(row.subject * self.cache + 2 * len(row.ids) * self.hidden for row in rows) + self.logits // 7
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one edit batch takes beyond the model, in bytes.
+
+    Attributes:
+        kept: As long as the edits last: originals and, for half precision, float32 masters.
+        keys: While keys are read.
+        targets: While target values are looked for.
+        solve: While a layer is solved.
+        facts: How many facts' values are looked for together.
+        tokens: Most suffix tokens in a pass with gradients.
+        passing: Most tokens in a pass without.
+    """
+
+    kept: int
+    keys: int
+    targets: int
+    solve: int
+    facts: int
+    tokens: int
+    passing: int
+
+    @property
+    def peak(self) -> int:
+        """The most at one time."""
+        return self.kept + max(self.keys, self.targets, self.solve)
+
+    @classmethod
+    def foresee(
+        cls,
+        lm: LanguageModel,
+        batch: EditBatch,
+        layers: Sequence[int],
+        *,
+        tokens: int,
+        budget: float | None = None,
+        seen: int = 0,
+        matrices: int = 0,
+    ) -> Footprint:
+        """Foresee a batch's peak, having chosen what fits into the budget.
+
+        Args:
+            lm: The model; shapes suffice, so that it may be on the meta device.
+            batch: n facts.
+            layers: Layers that are edited.
+            tokens: Most suffix tokens in a pass with gradients (``TargetOptimizer.token_budget``).
+            budget: Most bytes beyond the model; None keeps to ``SOFT`` where there is a choice, and refuses nothing.
+            seen: Facts edited before whose keys are preserved.
+            matrices: Float64 matrices as large as a weight that the solver holds (``Solver.matrices``).
+
+        Raises:
+            ConfigError: If the budget is too small whatever is chosen, saying for what.
+        """
+        cost, n = TokenCost.above(lm, layers[-1]), len(batch)
+        weights = [lm.module(Site(layer, "mlp_out")).get_parameter("weight") for layer in layers]
+        d_in, kept = lm.key_width(layers[0]), sum(map(_kept, weights))
+        free = (SOFT if budget is None else budget) - kept
+        prompts = sum(row.subject + 1 for rows in batch.rows for row in rows)
+        hidden = prompts * cost.hidden
+        passing = int(max(256, min(PASS, prompts, free / 4 / cost.through)))
+        squares = 1 if n + seen <= d_in else 5  # eigenvectors of C; C, the system and its factor in the primal form
+        solve = hidden + 8 * d_in * (squares * d_in + 8 * n + 4 * seen) + matrices * 8 * weights[0].numel()
+        suffix = sum(map(_suffix, (row for rows in batch.rows for row in rows))) / n
+        token = max(_per_token(cost, batch))
+        fact = max(cost.of_search([*rows, end]) for rows, end in zip(batch.rows, batch.essence, strict=True))
+        tokens = max(int(min(tokens, free / 2 / token)), max(_suffix(row) for rows in batch.rows for row in rows))
+        facts = max(1, int(min(n, (free - hidden - tokens * token) / fact)))
+        facts = ceil(n / ceil(n / facts))  # in parts of one size
+        targets = int(hidden + facts * fact + min(tokens, facts * suffix) * token)
+        found = cls(kept, hidden + passing * cost.through + 32 * n * d_in, targets, solve, facts, tokens, passing)
+        if budget is not None and found.peak > budget:
+            raise ConfigError(found._complaint(budget))
+        return found
+
+    def _complaint(self, budget: float) -> str:
+        parts = {"reading keys": self.keys, "finding one target value": self.targets, "solving a layer": self.solve}
+        worst = max(parts, key=parts.__getitem__)
+        remedy = "use shorter or fewer contexts" if worst.startswith("finding") else "edit fewer facts in a batch"
+        return (
+            f"memory_budget is {budget / GIB:.3g} GiB, but {worst} takes about {self.peak / GIB:.3g} GiB beyond the "
+            f"model; {remedy}, or raise memory_budget"
+        )
+
+
+def _kept(weight: Tensor) -> int:
+    """An original and a master; on GPUs originals are kept in the host's memory."""
+    master = 4 * weight.numel() if weight.dtype in (torch.float16, torch.bfloat16) else 0
+    return master + (weight.nbytes if weight.device.type == "cpu" else 0)
+
+
+def _suffix(row: Row) -> int:
+    return len(row.ids) - 1 - row.subject
+
+
+def _per_token(cost: TokenCost, batch: EditBatch) -> Iterator[float]:
+    """Bytes per suffix token of each row in a pass with gradients."""
+    yield from (cost.of_pass(row) / _suffix(row) for rows in batch.rows for row in rows)
+    yield from (cost.of_pass(row, essence=True) for row in batch.essence)
+
+
+class PeakMemory:
+    """The most memory in use at one time beyond what is in use now, on the devices of a model.
+
+    On GPUs what PyTorch's allocator holds; on the CPU the process's resident memory, where Linux counts it, else nan.
+
+    Args:
+        devices: Where to look.
+    """
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self.gpus = [device for device in devices if device.type == "cuda"]
+        self.base = self._now()
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        for gpu in self.gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        with suppress(OSError):  # where Linux's files are missing or locked, the peak is that of the whole process
+            if not self.gpus:
+                RESET.write_text("5")
+
+    def bytes(self) -> float:
+        """The peak since ``restart``, beyond the beginning."""
+        if self.gpus:
+            return sum(torch.cuda.max_memory_allocated(gpu) for gpu in self.gpus) - self.base
+        return _status("VmHWM") - self.base
+
+    def _now(self) -> float:
+        if self.gpus:
+            return float(sum(torch.cuda.memory_allocated(gpu) for gpu in self.gpus))
+        return _status("VmRSS")
+
+
+def _status(name: str) -> float:
+    """A line of Linux's account of this process, in bytes."""
+    if sys.platform != "linux":
+        return float("nan")
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
+    return float(lines[name].split()[0]) * 1024

@@ -1,0 +1,148 @@
+"""Records of known data sets as edit requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any
+
+from cakeflow.data.request import EditRequest, Probe, ProbeKind, _faults, _normal_form, _starts
+from cakeflow.errors import Problem, RequestError
+
+
+def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: int = 0) -> list[EditRequest]:
+    """Check every entry of a list and return them as requests.
+
+    Whether they can all be edited together is asked of those that are chosen: see ``contradictions``.
+
+    Args:
+        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); fields of None are missing. In
+            our own, a prompt without ``{}`` that contains the subject exactly once is given in full: it becomes a
+            template.
+        first: Index that error messages give to the first entry.
+
+    Returns:
+        One request per entry, in order.
+
+    Raises:
+        RequestError: Listing every fault of every entry.
+    """
+    problems: list[Problem] = []
+    requests: list[EditRequest] = []
+    for index, entry in enumerate(entries, first):
+        try:
+            request = entry if isinstance(entry, EditRequest) else _from_mapping(entry)
+        except _BadEntryError as bad:
+            problems.append(Problem(index, bad.field, bad.value, bad.remedy))
+            continue
+        problems += (Problem(index, *fault) for fault in _faults(request))
+        requests.append(request)
+    if not requests and not problems:
+        problems.append(Problem(first, "requests", [], "give at least one request"))
+    if problems:
+        raise RequestError(problems)
+    return requests
+
+
+class _BadEntryError(Exception):
+    """An entry that cannot even be read as a request."""
+
+    def __init__(self, field: str, value: object, remedy: str) -> None:
+        self.field, self.value, self.remedy = field, value, remedy
+
+
+def _from_mapping(entry: object) -> EditRequest:
+    if not isinstance(entry, Mapping):
+        raise _BadEntryError("entry", entry, "give an EditRequest or a mapping with prompt, subject and target_new")
+    # a data set gives each record every column
+    entry = {name: value for name, value in entry.items() if value is not None}
+    if "requested_rewrite" in entry:
+        return _from_counterfact(entry)
+    if "src" in entry:
+        return _from_zsre(entry)
+    return _from_own(entry)
+
+
+def _from_own(entry: Mapping[str, Any]) -> EditRequest:
+    known, needed = {field.name for field in fields(EditRequest)}, ("prompt", "subject", "target_new")
+    if not set(needed) & set(entry):
+        remedy = "missing; every request needs prompt, subject and target_new, or CounterFact's or zsRE's (MEND) fields"
+        raise _BadEntryError("prompt", None, f"{remedy}; found {sorted(map(str, entry))}")
+    if unknown := sorted(set(entry) - known, key=str):
+        raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
+    values = {name: entry[name] for name in known & set(entry)}
+    prompt, subject = values.get("prompt"), values.get("subject")
+    if (
+        isinstance(prompt, str)
+        and isinstance(subject, str)
+        and "{}" not in prompt
+        and len(_starts(prompt, subject)) == 1
+    ):
+        values["prompt"] = prompt.replace(subject, "{}")
+    for name in needed:
+        if name not in values:
+            raise _BadEntryError(name, None, "missing; every request needs prompt, subject and target_new")
+    probes = values.pop("probes", None) or ()
+    if isinstance(probes, (str, Mapping)) or not isinstance(probes, Iterable):
+        raise _BadEntryError("probes", probes, "give a list of {kind, prompt, expected}")
+    return EditRequest(**values, probes=tuple(_probe(probe) for probe in probes))
+
+
+def _probe(value: object) -> Probe:
+    if isinstance(value, Probe):
+        return value
+    if not isinstance(value, Mapping) or not {"kind", "prompt"} <= set(value) <= {"kind", "prompt", "expected"}:
+        raise _BadEntryError("probes", value, "a probe has kind, prompt and, optionally, expected")
+    return Probe(**value)
+
+
+def _need(entry: Mapping[str, Any], *path: str) -> Any:
+    value: Any = entry
+    for name in path:
+        if not isinstance(value, Mapping) or name not in value:
+            raise _BadEntryError(".".join(path), None, "missing in this schema")
+        value = value[name]
+    return value
+
+
+def _texts(entry: Mapping[str, Any], name: str) -> list[str]:
+    value = entry.get(name) or []
+    if not isinstance(value, (list, tuple)):
+        raise _BadEntryError(name, value, "give a list of prompts")
+    return list(value)
+
+
+def _from_counterfact(entry: Mapping[str, Any]) -> EditRequest:
+    """One record of CounterFact (ROME, Meng et al. 2022), single or multi."""
+    rewrite = _need(entry, "requested_rewrite")
+    kinds: tuple[tuple[ProbeKind, str], ...] = (
+        ("paraphrase", "paraphrase_prompts"),
+        ("neighborhood", "neighborhood_prompts"),
+        ("generation", "generation_prompts"),
+    )
+    return EditRequest(
+        prompt=_need(rewrite, "prompt"),
+        subject=_need(rewrite, "subject"),
+        target_new=_need(rewrite, "target_new", "str"),
+        target_true=_need(rewrite, "target_true", "str"),
+        probes=tuple(Probe(kind, text) for kind, name in kinds for text in _texts(entry, name)),
+        relation=rewrite.get("relation_id"),
+        reference=entry.get("reference"),
+        case_id=entry.get("case_id"),
+    )
+
+
+def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
+    """One record of zsRE in MEND's schema: the new target is the gold answer, as in the official evaluation."""
+    question, subject = _need(entry, "src"), _need(entry, "subject")
+    answers = _texts(entry, "answers")
+    if not isinstance(question, str) or not isinstance(subject, str) or subject not in question:
+        raise _BadEntryError("subject", subject, f"the subject must occur in src{_normal_form(question, subject)}")
+    if not answers:
+        raise _BadEntryError("answers", answers, "give at least one answer")
+    probes = [Probe("paraphrase", text) for text in [entry.get("rephrase")] if text]
+    if entry.get("loc") and entry.get("loc_ans"):
+        asked = entry["loc"] + "?" if isinstance(entry["loc"], str) else entry["loc"]
+        probes.append(Probe("neighborhood", asked, entry["loc_ans"]))
+    prompt = question.replace(subject, "{}", 1)
+    return EditRequest(prompt, subject, answers[0], probes=tuple(probes), case_id=entry.get("case_id"))

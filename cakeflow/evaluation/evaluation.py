@@ -1,0 +1,215 @@
+"""What is asked of a model when edits are evaluated, and what it answered."""
+
+from __future__ import annotations
+
+import string
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torchmetrics import Metric, MetricCollection
+
+from cakeflow.data.request import EditRequest
+from cakeflow.errors import ConfigError, listed
+from cakeflow.evaluation.protocols import Protocol, checked_protocol
+from cakeflow.evaluation.scoring import KINDS, PromptScores, Question, questions, score_records
+from cakeflow.forward.generation import continuations, until_stop
+from cakeflow.metrics import Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
+from cakeflow.models.language import LanguageModel
+
+COLUMNS = {
+    "wanted_logprob": "wanted",
+    "rival_logprob": "rival",
+    "correct": "correct",
+    "tokens": "tokens",
+    "answered": "answered",
+}
+"""What ``Answers.rows`` says of each prompt -> field of ``PromptScores``; null where it is nan."""
+
+
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model answered about some records.
+
+    Attributes:
+        records: The records.
+        scores: Of their prompts.
+        texts: The free texts of each record, prompts included; none where they were not asked for.
+    """
+
+    records: Sequence[EditRequest]
+    scores: PromptScores
+    texts: Sequence[Sequence[str]]
+
+    def fields(self) -> dict[str, Any]:
+        """Everything that a metric may ask for, by the names of its arguments of ``update``."""
+        return {**vars(self.scores), "texts": self.texts, "references": [each.reference for each in self.records]}
+
+    def rows(self, first: int = 0) -> Iterator[dict[str, Any]]:
+        """One JSON-ready entry per record; ``first`` is the number of the first."""
+        columns = [(name, vars(self.scores)[field].tolist()) for name, field in COLUMNS.items()]
+        scored: list[list[dict[str, Any]]] = [[] for _ in self.records]
+        for place, (record, kind, prompt, wanted, rival) in enumerate(questions(self.records)):
+            numbers = {name: None if column[place] != column[place] else column[place] for name, column in columns}
+            asked = {"kind": KINDS[kind], "prompt": prompt, "wanted": wanted, "rival": rival}
+            scored[record].append({**asked, **numbers})
+        names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation")
+        for index, (request, texts) in enumerate(zip(self.records, self.texts, strict=True)):
+            said = zip(free_prompts(request), texts, strict=False)
+            yield {
+                "index": first + index,
+                **{name: getattr(request, name) for name in names},
+                "prompts": scored[index],
+                "generations": [{"prompt": prompt, "text": text[len(prompt) :]} for prompt, text in said],
+            }
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """How edits are evaluated.
+
+    Attributes:
+        protocol: How continuations are tokenised and looked up: ``clean``, or ``official`` to compare with published
+            tables (``cakeflow.protocols``).
+        answer_tokens: Length of a free-running answer to every prompt, from which the ``answer`` forms of the metrics
+            come; 0 asks for none. Teacher forcing alone flatters an editor ("The Mirage of Model Editing", 2025).
+        texts_every: Free texts are generated for every so-manieth record (``generation_test_interval`` of the official
+            code), for ``Fluency`` and ``Consistency``; 0 for none.
+        text_tokens: Length of a free text, prompt included.
+        top_k: Free texts are sampled among so many tokens, 1 is greedy.
+        seed: Of the sampling.
+
+    Raises:
+        ConfigError: If a value is out of range.
+    """
+
+    protocol: Protocol = "clean"
+    answer_tokens: int = 0
+    texts_every: int = 0
+    text_tokens: int = 100
+    top_k: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        checked_protocol(self.protocol)
+        for name, least in (("answer_tokens", 0), ("texts_every", 0), ("text_tokens", 2), ("top_k", 1)):
+            if getattr(self, name) < least:
+                raise ConfigError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
+
+    @property
+    def id(self) -> str:
+        """Names everything that decides the numbers; figures with different ids are not comparable."""
+        answers = f"+answers{self.answer_tokens}" if self.answer_tokens else ""
+        texts = f"+texts{self.text_tokens}k{self.top_k}s{self.seed}" if self.texts_every else ""
+        return f"{self.protocol}-v1{answers}{texts}"
+
+    def metrics(self, further: Sequence[Metric] = ()) -> MetricCollection:
+        """Every metric that can be computed from what is asked, by its name in tables and logs.
+
+        Args:
+            further: Metrics of the user, named by class.
+
+        Raises:
+            ConfigError: If two have one name.
+        """
+        forms = ["probability", "exact", "tokens", *(["answer"] if self.answer_tokens else [])]
+        metrics: dict[str, Metric | MetricCollection] = {}
+        for form in forms:
+            ending = "" if form == "probability" else f"_{form}"
+            metrics |= {type(m).__name__.lower() + ending: m for m in _rates(form)}
+            if form == "probability":
+                metrics["editscore"] = EditScore()
+        if self.texts_every:
+            metrics |= {"fluency": Fluency(), "consistency": Consistency()}
+        for metric in further:
+            name = type(metric).__name__.lower()
+            if name in metrics and not isinstance(metric, (Fluency, Consistency)):
+                raise ConfigError(
+                    f"there is a metric {name!r} already; give {type(metric).__name__} another class name"
+                )
+            metrics[name] = metric
+        return MetricCollection(metrics, compute_groups=False)
+
+    def ask(self, lm: LanguageModel, records: Sequence[EditRequest], first: int = 0) -> Answers:
+        """Ask a model everything about some records.
+
+        Args:
+            lm: The model.
+            records: The records, probes included.
+            first: Number of the first record among all.
+
+        Returns:
+            Its answers.
+        """
+        scores = score_records(lm, records, self.protocol)
+        if self.answer_tokens:
+            scores = replace(scores, answered=_answered(lm, list(questions(records)), self.answer_tokens))
+        return Answers(records, scores, self._texts(lm, records, first))
+
+    def _texts(self, lm: LanguageModel, records: Sequence[EditRequest], first: int) -> list[list[str]]:
+        chosen = [bool(self.texts_every) and (first + i) % self.texts_every == 0 for i in range(len(records))]
+        prompts = [free_prompts(record) if wanted else [] for record, wanted in zip(records, chosen, strict=True)]
+        flat = [prompt for each in prompts for prompt in each]
+        said = iter(continuations(lm, flat, self.text_tokens, total=True, top_k=self.top_k, seed=self.seed))
+        return [[prompt + next(said) for prompt in each] for each in prompts]
+
+
+def check_texts(rows: Sequence[dict[str, Any]]) -> None:
+    """Whether a model writes anything, asked of the unedited one before the expensive work.
+
+    Args:
+        rows: Of ``Answers.rows``.
+
+    Raises:
+        ConfigError: If it was asked for free texts, and every one of them is blank.
+    """
+    texts = [each["text"] for row in rows for each in row["generations"]]
+    if texts and not any(text.strip() for text in texts):
+        raise ConfigError(
+            f"the model wrote nothing after any of {len(texts)} prompts, so its texts say nothing of an edit; look at "
+            "the end-of-text token of its generation config, or set evaluation.texts_every to 0"
+        )
+
+
+def warn_of_known(rows: Sequence[dict[str, Any]]) -> None:
+    """Warn of the records whose new target the unedited model gives already: there is nothing to edit in them.
+
+    Args:
+        rows: Of ``Answers.rows``.
+    """
+    known = [row["index"] for row in rows if any(p["kind"] == "rewrite" and p["correct"] for p in row["prompts"])]
+    if known:
+        warnings.warn(
+            f"records whose target_new the model gives already, before any edit: {listed(known)} (numbered from 0, in "
+            "the order of the edits); there is nothing to edit in them, leave them out or count them apart",
+            stacklevel=3,
+        )
+
+
+def free_prompts(record: EditRequest) -> list[str]:
+    """The prompts of a record from which free texts start."""
+    return [probe.prompt for probe in record.probes if probe.kind == "generation"]
+
+
+def _answered(lm: LanguageModel, asked: Sequence[Question], tokens: int) -> torch.Tensor:
+    """1 where the model's own greedy answer is the wanted one, up to case, punctuation and articles."""
+    said = continuations(lm, [question.prompt for question in asked], tokens)
+    pairs = zip(said, asked, strict=True)
+    return torch.tensor([float(plain(until_stop(text)) == plain(question.wanted)) for text, question in pairs])
+
+
+def plain(text: str) -> str:
+    """A text without case, punctuation and articles, as question answering compares them (SQuAD's exact match).
+
+    Example:
+        >>> plain(" The Hague, ")
+        'hague'
+    """
+    words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
+
+
+def _rates(form: Any) -> tuple[Metric, ...]:
+    return Efficacy(form), Generalization(form), Specificity(form)

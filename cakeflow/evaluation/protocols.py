@@ -1,0 +1,94 @@
+"""What exactly the model is asked when a continuation of a prompt is scored.
+
+``clean`` tokenises prompt and continuation together, once, special tokens in front; positions come from character
+offsets, so what is scored are the continuation's own tokens in the text as the model would meet it. ``official``
+does what the code behind the published tables does, errors included, so that its numbers can be compared:
+
+- probabilities and exact matches (CounterFact; MEMIT's and AlphaEdit's ``evaluate_utils_counterfact``, with BLUE's
+  special tokens): the continuation is tokenised alone, and its tokens are looked up in the logits of the joint text
+  from the position on at which the prompt ends when tokenised alone;
+- token accuracies (zsRE; ``evaluate_utils_zsre``): every token is asked by a text of its own, the prompt and the
+  decoded tokens before it, tokenised again; the tokens of a neighborhood answer keep the special tokens in front.
+
+A published number without its protocol means nothing: on zsRE the two differ by the special tokens alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from transformers import PreTrainedTokenizerBase
+
+from cakeflow.errors import ConfigError
+from cakeflow.forward.tokens import encode_prompts
+
+Protocol = Literal["clean", "official"]
+
+
+Read = tuple[tuple[int, ...], int]
+"""Tokens that the model has read, and the one that should come next."""
+
+
+def checked_protocol(protocol: Protocol) -> Protocol:
+    """The protocol, if it is one.
+
+    Raises:
+        ConfigError: Otherwise.
+    """
+    if protocol not in get_args(Protocol):
+        raise ConfigError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
+    return protocol
+
+
+def joint_reads(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[list[Read]]:
+    """The clean way: each target token after everything before it in the joint text."""
+    rows = encode_prompts(tokenizer, prompts, targets)
+    return [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
+
+
+def official_reads(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
+) -> list[list[Read]]:
+    """The official way of CounterFact: the target tokenised alone, looked up where the prompt alone ends."""
+    texts = _tokens(tokenizer, [f"{prompt} {target}" for prompt, target in zip(prompts, targets, strict=True)])
+    starts = map(len, _tokens(tokenizer, prompts))
+    wanted = _tokens(tokenizer, [f" {target}" for target in targets], special=False)
+    return [
+        [(tuple(text[: start + place]), label) for place, label in enumerate(labels)]
+        for text, start, labels in zip(texts, starts, wanted, strict=True)
+    ]
+
+
+def official_token_reads(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str], special: Sequence[bool]
+) -> list[list[Read]]:
+    """The official way of zsRE: a text per target token, decoded and tokenised again.
+
+    Args:
+        tokenizer: Of the model.
+        prompts: n prompts.
+        targets: n targets.
+        special: Whether special tokens that the tokenizer puts before each target are asked for as well.
+    """
+    asked: list[tuple[int, str, str]] = []
+    with_special, without = (_tokens(tokenizer, [f" {t}" for t in targets], special=each) for each in (True, False))
+    for index, prompt in enumerate(prompts):
+        ids = with_special[index] if special[index] else without[index]
+        asked += [
+            (index, prompt + _text(tokenizer, ids[:i]), _text(tokenizer, ids[i : i + 1])) for i in range(len(ids))
+        ]
+    texts = _tokens(tokenizer, [text for _, text, _ in asked])
+    labels = _tokens(tokenizer, [label for *_, label in asked], special=False)
+    reads: list[list[Read]] = [[] for _ in prompts]
+    for (index, *_), text, label in zip(asked, texts, labels, strict=True):
+        reads[index].append((tuple(text), label[0] if label else tokenizer.eos_token_id))
+    return reads
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
+    return tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
+    return str(tokenizer.decode(ids))

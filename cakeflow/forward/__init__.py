@@ -1,0 +1,37 @@
+"""Running parts of a model: tokens, suffixes, prefix trees, keys, Jacobians and text generation."""
+
+from cakeflow.forward.corpus import sampled_corpus, token_stream
+from cakeflow.forward.generation import continuations, generate_contexts, until_stop
+from cakeflow.forward.jacobian import Chain, ModelChain
+from cakeflow.forward.keys import FactReader, PromptStream
+from cakeflow.forward.loss import WeightLoss
+from cakeflow.forward.packing import GIB, pad, plan
+from cakeflow.forward.prefix_tree import predict
+from cakeflow.forward.suffix import Recording, Suffixes, cut
+from cakeflow.forward.tokens import EditBatch, Row, encode, encode_batch, encode_prompts, join
+
+__all__ = [
+    "GIB",
+    "Chain",
+    "EditBatch",
+    "FactReader",
+    "ModelChain",
+    "PromptStream",
+    "Recording",
+    "Row",
+    "Suffixes",
+    "WeightLoss",
+    "continuations",
+    "cut",
+    "encode",
+    "encode_batch",
+    "encode_prompts",
+    "generate_contexts",
+    "join",
+    "pad",
+    "plan",
+    "predict",
+    "sampled_corpus",
+    "token_stream",
+    "until_stop",
+]

@@ -1,0 +1,140 @@
+"""How changes at several blocks reach the anchor: the model between them, linearised at the subject's last token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cakeflow.errors import ArchitectureError
+from cakeflow.forward.suffix import Suffixes, cut, take
+from cakeflow.forward.tokens import EditBatch
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import inject
+from cakeflow.models.language import LanguageModel
+
+
+@dataclass(frozen=True, eq=False)
+class ModelChain:
+    """``M_j = d h_L / d delta_j``: delta_j added to block j's output, h_L read at the anchor, for each fact of a batch.
+
+    Both sides are at the last token of the subject in the bare prompt. What is added there reaches h_L through that
+    position alone, so the chain is one token wide over attention keys and values of a frozen prefix. The model is
+    linearised at its weights as they are on first use; after that a product costs a backward pass of one token.
+
+    Attributes:
+        lm: The model.
+        batch: n facts.
+        layers: Blocks whose outputs are changed, ascending; the last one is the anchor's.
+        anchor: Where the effect is read.
+        budget: Most prompts in one pass.
+    """
+
+    lm: LanguageModel
+    batch: EditBatch
+    layers: Sequence[int]
+    anchor: Site
+    budget: int = 1024
+
+    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
+        """``M_j^T covector`` of every layer, in one backward pass."""
+        parts = [link.pull(covector[link.fact]) for link in self._links]
+        return [self._in_order(pieces).to(covector) for pieces in zip(*parts, strict=True)]
+
+    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
+        """``sum_j M_j tangent_j``, in one forward-mode pass."""
+        pieces = [link.push([tangent[link.fact] for tangent in tangents]) for link in self._links]
+        return self._in_order(pieces).to(tangents[0])
+
+    def _in_order(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Rows of all groups, fact by fact."""
+        return torch.cat(list(pieces))[torch.cat([link.fact for link in self._links]).argsort()]
+
+    @cached_property
+    def _links(self) -> list[_Link]:
+        prompts = [rows[0] for rows in self.batch.rows]
+        start = Site(self.layers[0])
+        groups, _ = cut(self.lm, prompts, range(len(prompts)), [start], self.budget, read_first=True)
+        return [_Link.of(self.lm, group, [*map(Site, self.layers[:-1]), self.anchor]) for group in groups]
+
+
+@dataclass(frozen=True, eq=False)
+class _Link:
+    """Some facts, linearised: the anchor as a function of what is added at each site, and its derivative as a graph."""
+
+    fact: Int[Tensor, " rows"]
+    output: Float[Tensor, "rows d_out"]
+    added: list[Float[Tensor, "rows d_out"]]
+    covector: Float[Tensor, "rows d_out"]
+    pulled: Sequence[Float[Tensor, "rows d_out"]]
+
+    @classmethod
+    @torch.enable_grad()
+    def of(cls, lm: LanguageModel, suffixes: Suffixes, sites: Sequence[Site]) -> _Link:
+        """Linearise around nothing being added; the last site is the anchor.
+
+        Raises:
+            ArchitectureError: If the model's operations cannot be differentiated twice.
+        """
+        width = suffixes.hidden.shape[-1]
+        added = [suffixes.hidden.new_zeros(len(suffixes.fact), width, requires_grad=True) for _ in sites]
+        changes = [inject(lm, site, each, suffixes.origin) for site, each in zip(sites, added, strict=True)]
+        try:
+            with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+                output = take(suffixes.output(lm, sites[-1], *changes), suffixes.origin[:, None])[:, 0]
+                covector = torch.zeros_like(output, requires_grad=True)
+                pulled = torch.autograd.grad(output, added, covector, create_graph=True)
+            link = cls(suffixes.fact, output, added, covector, pulled)
+            both_ways = link._products_agree()
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, NotImplementedError) as error:
+            raise _no_forward_mode(lm, str(error)) from error
+        if not both_ways:
+            raise _no_forward_mode(lm, "products with M and with its transpose disagree")
+        return link
+
+    def _products_agree(self) -> bool:
+        """``<M u, v> = <u, M^T v>``: an operation that cannot be differentiated twice may drop out without an error."""
+        gen = torch.Generator().manual_seed(0)
+        v, *u = (torch.randn(self.output.shape, generator=gen).to(self.output) for _ in range(1 + len(self.added)))
+        left = (self.push(u) * v).sum()
+        right = torch.stack([(a * b).sum() for a, b in zip(u, self.pull(v), strict=True)]).sum()
+        scale = v.norm() * torch.stack([each.norm() for each in u]).norm()
+        return bool((left - right).abs() <= torch.finfo(v.dtype).eps ** 0.5 * scale)
+
+    def pull(self, covector: Tensor) -> Sequence[Tensor]:
+        """``M_j^T covector`` of every site: one backward pass."""
+        return torch.autograd.grad(self.output, self.added, covector.to(self.output), retain_graph=True)
+
+    def push(self, tangents: Sequence[Tensor]) -> Tensor:
+        """``sum_j M_j tangent_j``: a backward pass through the backward pass, which is linear in its covector."""
+        ready = [tangent.to(self.output) for tangent in tangents]
+        return torch.autograd.grad(self.pulled, self.covector, ready, retain_graph=True)[0]
+
+
+def _no_forward_mode(lm: LanguageModel, reason: str) -> ArchitectureError:
+    return ArchitectureError(
+        f"{type(lm.model).__name__}: the exact allocation needs forward-mode derivatives, which an operation of this "
+        f"model lacks ({reason}); load it with attn_implementation='eager' or allocate by Sequential"
+    )
+
+
+class Chain(Protocol):
+    """How changes at the layers from this turn's on reach the anchor: products with M_j, one per layer and fact.
+
+    ``M_j`` is the derivative of the anchor's value by a change of layer j's output, at the model as it is; that of the
+    last layer is the identity.
+    """
+
+    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
+        """``M_j^T covector`` for every layer j."""
+
+    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
+        """``sum_j M_j tangent_j``."""

@@ -1,0 +1,131 @@
+"""Next-token predictions after many contexts, in few tokens: what contexts begin with alike is read once.
+
+Contexts are packed into prefix trees. A tree is one row of tokens in which each token attends to its ancestors and
+stands at the position of its depth, so every node is exactly the end of one context. A record of CounterFact is 26
+prompts with their targets; padded, as the official code reads them, that is five to six times the tokens of its tree.
+Attention whose positions come from the mask alone (ALiBi), or that slides over less than a whole text, cannot branch:
+there a row is one text, which still answers for everything that it begins with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import takewhile
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from cakeflow.forward.packing import pad, plan
+from cakeflow.models.hooks import narrow
+from cakeflow.models.language import LanguageModel
+
+Context = tuple[int, ...]
+
+
+SIZE = 256
+"""Tokens of a tree, unless one context alone is longer: attention costs size per token, sharing wants it large."""
+
+
+@dataclass
+class PrefixTree:
+    """Contexts in one row.
+
+    Attributes:
+        ids: The token of each node.
+        parent: The node before it, -1 at the beginning.
+    """
+
+    ids: list[int] = field(default_factory=list)
+    parent: list[int] = field(default_factory=list)
+
+    def extend(self, path: list[int], tokens: Sequence[int]) -> list[int]:
+        """Append tokens below the last node of ``path``; the path that they make."""
+        for token in tokens:
+            self.parent.append(path[-1] if path else -1)
+            path = [*path, len(self.ids)]
+            self.ids.append(token)
+        return path
+
+    def ancestors(self, width: int) -> Bool[Tensor, "width width"]:
+        """Which nodes each node sees: itself and those before it; padding up to ``width`` sees itself."""
+        seen = torch.eye(width, dtype=torch.bool)
+        for node, parent in enumerate(self.parent):
+            if parent >= 0:
+                seen[node] |= seen[parent]
+        return seen
+
+
+def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree], dict[Context, tuple[int, int]]]:
+    """Pack contexts into trees of at most ``size`` tokens where possible; size 0 makes every tree a single text.
+
+    Args:
+        contexts: What is to be read, repetitions allowed.
+        size: Most tokens in a tree of several branches.
+
+    Returns:
+        The trees, and the (tree, node) at which each context ends.
+
+    Example:
+        >>> trees, place = grow([(5, 1), (5, 2, 3), (5,)])
+        >>> trees[0].ids, trees[0].parent, place[5, 2, 3]
+        ([5, 1, 2, 3], [-1, 0, 0, 2], (0, 3))
+    """
+    trees: list[PrefixTree] = []
+    place: dict[Context, tuple[int, int]] = {}
+    path: list[int] = []
+    last: Context = ()
+    for context in sorted(set(contexts)):  # what begins a context stands somewhere before it, its siblings beside it
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(context, last, strict=False)))
+        fits = bool(trees) and (len(trees[-1].ids) + len(context) - shared <= size if size else shared == len(last))
+        if not fits:
+            trees.append(PrefixTree())
+            shared = 0
+        path = trees[-1].extend(path[:shared], context[shared:])
+        place[context], last = (len(trees) - 1, path[-1]), context
+    return trees, place
+
+
+@torch.no_grad()
+def predict(
+    lm: LanguageModel, contexts: Sequence[Context], labels: Sequence[int], budget: int = 4096
+) -> tuple[Float[Tensor, " m"], Bool[Tensor, " m"]]:
+    """How likely each label is as the next token.
+
+    Args:
+        lm: The model.
+        contexts: m token sequences, none of them empty.
+        labels: The token after each.
+        budget: Most tokens in one forward pass.
+
+    Returns:
+        Log-probabilities (natural logarithm), and whether the label is the arg-max.
+    """
+    branching = lm.places_tokens and lm.sees_all(max(map(len, contexts), default=0))
+    trees, place = grow(contexts, SIZE if branching else 0)
+    logprobs, hits = torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
+    asked: list[list[int]] = [[] for _ in trees]
+    for index, context in enumerate(contexts):
+        asked[place[context][0]].append(index)
+    for group in plan([len(tree.ids) for tree in trees], budget, slack=SIZE):
+        chosen = [(row, index) for row, tree in enumerate(group) for index in asked[tree]]
+        ends = torch.tensor([(row, place[contexts[index]][1]) for row, index in chosen], device=lm.device)
+        ends, read = ends.unique(dim=0, return_inverse=True)  # one row of logits for all labels of a context
+        with narrow(lm, *ends.T):
+            logits = lm(**_inputs(lm, [trees[tree] for tree in group], branching), use_cache=False).logits[0]
+        where = torch.tensor([index for _, index in chosen])
+        label = torch.tensor([labels[index] for _, index in chosen], device=lm.device)
+        of_label = logits[read, label].float() - logits.float().logsumexp(-1)[read]
+        logprobs[where], hits[where] = of_label.cpu(), (logits.argmax(-1)[read] == label).cpu()
+    return logprobs, hits
+
+
+def _inputs(lm: LanguageModel, trees: Sequence[PrefixTree], branching: bool) -> dict[str, Tensor]:
+    """What the model reads, one row per tree, padded on the right."""
+    ids = pad([tree.ids for tree in trees], lm.device)
+    if not branching:
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    seen = torch.stack([tree.ancestors(ids.shape[1]) for tree in trees]).to(lm.device)
+    mask = torch.zeros(seen.shape, dtype=lm.dtype, device=lm.device).masked_fill(~seen, torch.finfo(lm.dtype).min)
+    return {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": seen.sum(-1) - 1}

@@ -1,0 +1,326 @@
+"""The part of a forward pass that depends on a change at one position, cut free from the rest.
+
+A change at one position of one block changes nothing below that block and nothing before that position. So
+each row's *suffix* (from the injected token to the last token whose prediction counts) runs through the upper blocks
+only, attending to keys and values of its prefix that were computed once; logits are taken only where the objective
+reads them. Exact: the same numbers as a full pass, up to rounding (field of locate-then-edit methods: ROME's
+``compute_z`` runs everything at every step). Attention whose positions come from the mask alone (ALiBi) cannot start in
+the middle; there a row's "suffix" is all of it, and only the blocks below are saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache
+
+from cakeflow.errors import ArchitectureError
+from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.tokens import Row
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture, inject, narrow, resume
+from cakeflow.models.language import LanguageModel
+
+
+class _FrozenPrefix(Cache):
+    """Attention keys and values of prefixes; what is appended in a forward pass is used there and forgotten."""
+
+    def __init__(self, keys: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
+        super().__init__(layers=[])
+        self.prefix = list(zip(keys, values, strict=True))
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_args: object, **_kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        keys, values = self.prefix[layer_idx]
+        if keys is None or values is None:
+            return key_states, value_states
+        return _prepend(keys, key_states), _prepend(values, value_states)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return 0
+
+
+def _prepend(prefix: Tensor, states: Tensor) -> Tensor:
+    """Put a prefix before the states of one or several copies of its rows."""
+    copies = len(states) // len(prefix)
+    return torch.cat([prefix.expand(copies, *prefix.shape).flatten(0, 1), states], 2)
+
+
+@dataclass(frozen=True, eq=False)
+class Suffixes:
+    """Rows of similar suffix length, ready to run again with something changed at one position of each.
+
+    Attributes:
+        first: The block at which they start.
+        fact: Which fact each row belongs to.
+        tokens: Tokens of the suffixes (ids, or embeddings), padded on the right.
+        positions: Their positions in the full rows.
+        hidden: What enters block ``first``.
+        mask: Additive attention mask, suffix over (prefix, suffix).
+        keys, values: Attention keys and values of the prefixes, one entry per block; copies of the rows share them.
+        origin: Column of every row at which changes are made.
+        row, column: Where logits are read.
+        label: The token that each of those positions should predict (-1: none).
+    """
+
+    first: int
+    fact: Int[Tensor, " rows"]
+    tokens: Tensor
+    positions: Int[Tensor, "rows time"]
+    hidden: Float[Tensor, "rows time width"]
+    mask: Float[Tensor, "rows 1 time seen"] | None
+    keys: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
+    values: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
+    origin: Int[Tensor, " rows"]
+    row: Int[Tensor, " read"]
+    column: Int[Tensor, " read"]
+    label: Int[Tensor, " read"]
+
+    def logits(
+        self, lm: LanguageModel, sites: Sequence[Site], delta: Float[Tensor, "rows sites width"]
+    ) -> Float[Tensor, "read vocabulary"]:
+        """Logits at (row, column) with ``delta`` added to the sites' outputs at each row's origin."""
+        return self.run(lm, *(inject(lm, site, delta[:, i], self.origin) for i, site in enumerate(sites)))
+
+    def run(self, lm: LanguageModel, *changes: AbstractContextManager[None]) -> Float[Tensor, "read vocabulary"]:
+        """Logits at (row, column) while the changes are in force."""
+        with self._changed(lm, changes), narrow(lm, self.row, self.column):
+            return self._forward(lm).logits[0]  # type: ignore[no-any-return]
+
+    def output(
+        self, lm: LanguageModel, site: Site, *changes: AbstractContextManager[None]
+    ) -> Float[Tensor, "rows time width"]:
+        """What a site gives while the changes are in force; nothing above it is run."""
+        with self._changed(lm, changes), capture(lm, [site], stop=True) as seen:
+            self._forward(lm)
+        return seen[site]
+
+    @contextmanager
+    def _changed(self, lm: LanguageModel, changes: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for change in (resume(lm, self.first, self.hidden), *changes):
+                stack.enter_context(change)
+            yield
+
+    def _forward(self, lm: LanguageModel) -> Any:
+        kind = "inputs_embeds" if self.tokens.is_floating_point() else "input_ids"
+        if self.mask is None:
+            seen_by_all = torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
+            return lm(attention_mask=seen_by_all, use_cache=False, **{kind: self.tokens})
+        try:
+            return lm(
+                position_ids=self.positions,
+                attention_mask=self.mask,
+                past_key_values=_FrozenPrefix(self.keys, self.values),
+                use_cache=True,
+                **{kind: self.tokens},
+            )
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ArchitectureError(
+                f"{type(lm.model).__name__}: its attention cannot go on from cached keys and an explicit mask: {error}"
+            ) from error
+
+    def copies(self, count: int) -> Suffixes:
+        """The same rows ``count`` times, one copy after the other."""
+        offset = len(self.fact) * torch.arange(count, device=self.row.device).repeat_interleave(len(self.row))
+        names = ("fact", "tokens", "positions", "hidden", "origin", "row", "column", "label")
+        parts: dict[str, Any] = {name: torch.cat([getattr(self, name)] * count) for name in names}
+        parts["mask"] = None if self.mask is None else torch.cat([self.mask] * count)
+        return replace(self, **{**parts, "row": parts["row"] + offset})
+
+    def only(self, kept: Tensor) -> Suffixes:
+        """The rows whose fact is marked in ``kept`` (one boolean per fact)."""
+        rows = kept[self.fact]
+        if bool(rows.all()):
+            return self
+        number = rows.cumsum(0) - 1
+        read = rows[self.row]
+        parts: dict[str, Any] = {
+            name: getattr(self, name)[rows] for name in ("fact", "tokens", "positions", "hidden", "origin")
+        }
+        parts["mask"] = None if self.mask is None else self.mask[rows]
+        for name in ("keys", "values"):
+            parts[name] = tuple(None if part is None else part[rows.to(part.device)] for part in getattr(self, name))
+        parts |= {"row": number[self.row[read]], "column": self.column[read], "label": self.label[read]}
+        return replace(self, **parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A full pass over rows, from which suffixes are cut.
+
+    Attributes:
+        tokens: What went in: ids, or embeddings.
+        outputs: Outputs of the sites that were asked for.
+        cache: Attention keys and values, one entry per block; None where the attention cannot go on from them.
+    """
+
+    tokens: Tensor
+    outputs: dict[Site, Float[Tensor, "rows time width"]]
+    cache: list[tuple[Tensor, Tensor]] | None
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, lm: LanguageModel, tokens: Tensor, sites: Sequence[Site]) -> Recording:
+        """Run rows of ids or embeddings, padded on the right; nothing above the last block is computed."""
+        cache, kind = DynamicCache(), "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+        seen_by_all = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        with capture(lm, sites) as outputs, capture(lm, [Site(lm.depth - 1)], stop=True):
+            lm(attention_mask=seen_by_all, past_key_values=cache, use_cache=True, **{kind: tokens})
+        layers: list[Any] = cache.layers
+        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if lm.places_tokens else None)
+
+    def cut(
+        self,
+        first: int,
+        start: Int[Tensor, " rows"],
+        width: int,
+        fact: Int[Tensor, " rows"],
+        reads: Sequence[tuple[int, int, int]],
+    ) -> Suffixes:
+        """The rows from ``start`` on, ``width`` columns, ready to go on at block ``first``.
+
+        Args:
+            first: Lowest block that will run again; the output of the block below must have been recorded.
+            start: First column of each row's suffix.
+            width: Of the suffixes.
+            fact: Which fact each row belongs to.
+            reads: (row, column in the suffix, label) of the logits wanted.
+        """
+        if self.cache is None:
+            return self._whole(first, start, fact, reads)
+        prefix = int(start.max())
+        columns = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(self.tokens.shape[1] - 1)
+        entering = self.outputs[Site(max(first - 1, 0))]
+        kept = [pair if i >= first else (None, None) for i, pair in enumerate(self.cache)]
+        row, column, label = torch.tensor(reads, device=start.device).T
+        return Suffixes(
+            first=first,
+            fact=fact,
+            tokens=take(self.tokens, columns),
+            positions=columns,
+            hidden=take(entering, columns),
+            mask=_mask(start, prefix, width, entering.dtype),
+            keys=tuple(None if keys is None else keys[:, :, :prefix].clone() for keys, _ in kept),
+            values=tuple(None if values is None else values[:, :, :prefix].clone() for _, values in kept),
+            origin=torch.zeros_like(start),
+            row=row,
+            column=column,
+            label=label,
+        )
+
+    def _whole(
+        self,
+        first: int,
+        start: Int[Tensor, " rows"],
+        fact: Int[Tensor, " rows"],
+        reads: Sequence[tuple[int, int, int]],
+    ) -> Suffixes:
+        """The same, but with every row from its beginning."""
+        row, column, label = torch.tensor(reads, device=start.device).T
+        return Suffixes(
+            first=first,
+            fact=fact,
+            tokens=self.tokens,
+            positions=torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1),
+            hidden=self.outputs[Site(max(first - 1, 0))],
+            mask=None,
+            keys=(),
+            values=(),
+            origin=start,
+            row=row,
+            column=column + start[row],
+            label=label,
+        )
+
+
+def take(values: Tensor, columns: Int[Tensor, "rows width"]) -> Tensor:
+    """The wanted columns of each row."""
+    return values[torch.arange(len(columns), device=columns.device)[:, None], columns]
+
+
+def first_changed(site: Site) -> int:
+    """The first block that has to run again when the output of ``site`` changes."""
+    return site.layer + (site.role == "block")
+
+
+def cut(
+    lm: LanguageModel,
+    rows: Sequence[Row],
+    facts: Sequence[int],
+    sites: Sequence[Site],
+    budget: int,
+    *,
+    read_first: bool = False,
+) -> tuple[list[Suffixes], Float[Tensor, "rows sites width"]]:
+    """Run rows once in full and cut them at the subject's last token.
+
+    Args:
+        lm: The model.
+        rows: Tokenised texts with a subject; the last token is a label only.
+        facts: Which fact each row belongs to.
+        sites: Where vectors will be injected.
+        budget: Most tokens in one group of suffixes.
+        read_first: Read logits at the first position only (no labels) instead of before each target token.
+
+    Returns:
+        Groups of suffixes, and the sites' own outputs at each row's subject.
+    """
+    _require_full_attention(lm, max(len(row.ids) for row in rows))
+    ends = [row.subject + 1 if read_first else len(row.ids) - 1 for row in rows]
+    lengths = [end - row.subject for end, row in zip(ends, rows, strict=True)]
+    first = min(map(first_changed, sites))
+    recorded = [*dict.fromkeys([Site(max(first - 1, 0)), *sites])]
+    groups: list[Suffixes] = []
+    outputs: dict[int, Tensor] = {}
+    for group in plan(lengths, budget, slack=8):
+        recording = Recording.of(lm, pad([rows[i].ids[: ends[i]] for i in group], lm.device), recorded)
+        start = torch.tensor([rows[i].subject for i in group], device=lm.device)
+        fact = torch.tensor([facts[i] for i in group], device=lm.device)
+        reads = _first_position(len(group)) if read_first else before_targets([rows[i] for i in group])
+        groups.append(recording.cut(first, start, lengths[group[0]], fact, reads))
+        held = [take(recording.outputs[site], start[:, None])[:, 0] for site in sites]
+        outputs.update(zip(group, torch.stack(held, 1), strict=True))
+    return groups, torch.stack([outputs[i] for i in range(len(rows))])
+
+
+def _require_full_attention(lm: LanguageModel, longest: int) -> None:
+    """Our masks let every token see all before it; a sliding window shorter than the text would be ignored."""
+    if not lm.sees_all(longest):
+        raise ArchitectureError(
+            f"a text of {longest} tokens is longer than the model's sliding attention window; "
+            "shorten the prompt or the contexts"
+        )
+
+
+def _first_position(count: int) -> list[tuple[int, int, int]]:
+    return [(row, 0, -1) for row in range(count)]
+
+
+def before_targets(rows: Sequence[Row], *, from_subject: bool = True) -> list[tuple[int, int, int]]:
+    """(row, column, label) of every target token: the column that predicts it, from the subject or the row's start."""
+    starts = [row.subject if from_subject else 0 for row in rows]
+    return [
+        (i, at - 1 - start, row.ids[at])
+        for i, (row, start) in enumerate(zip(rows, starts, strict=True))
+        for at in range(row.target, len(row.ids))
+    ]
+
+
+def _mask(start: Int[Tensor, " rows"], prefix: int, width: int, dtype: torch.dtype) -> Tensor:
+    """0 where a suffix position may look (its own prefix, and the suffix up to itself), the lowest number elsewhere."""
+    before = torch.arange(prefix, device=start.device) < start[:, None]
+    causal = torch.ones(width, width, dtype=torch.bool, device=start.device).tril()
+    allowed = torch.cat([before[:, None].expand(-1, width, -1), causal.expand(len(start), -1, -1)], 2)
+    return torch.zeros(allowed.shape, dtype=dtype, device=start.device).masked_fill(~allowed, torch.finfo(dtype).min)[
+        :, None
+    ]

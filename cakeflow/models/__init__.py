@@ -1,0 +1,22 @@
+"""Models to edit: loading, structure, weights by name, and hooks."""
+
+from cakeflow.models.architecture import Architecture, Role, Site, find_architecture, is_transposed
+from cakeflow.models.hooks import capture, frozen, inject, narrow, restore, resume
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
+
+__all__ = [
+    "Architecture",
+    "LanguageModel",
+    "Role",
+    "Site",
+    "capture",
+    "find_architecture",
+    "frozen",
+    "inject",
+    "is_transposed",
+    "load_model",
+    "narrow",
+    "restore",
+    "resume",
+]

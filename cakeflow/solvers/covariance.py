@@ -1,0 +1,93 @@
+"""Second moments of the keys to preserve, with their eigenbasis."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.errors import NumericalError
+
+
+class Covariance:
+    """Second moment C = E[k k^T] of the keys that an edit should preserve, with its eigenbasis.
+
+    Args:
+        moment: C, d_in x d_in, symmetric and positive semi-definite.
+        weight: lambda: C counts as this many keys in a least-squares solve (``mom2_update_weight`` in MEMIT's code).
+        eigen: Eigenvalues (ascending) and eigenvectors (columns) where known already; computed on first use otherwise.
+        threshold: Below it an eigenvalue counts as null, unless a solver says otherwise (``nullspace_threshold``).
+    """
+
+    def __init__(
+        self,
+        moment: Float[Tensor, "d_in d_in"],
+        weight: float = 1.0,
+        eigen: tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]] | None = None,
+        threshold: float = 0.02,
+    ) -> None:
+        self.moment = moment.double()
+        self.weight, self.threshold = weight, threshold
+        if eigen is not None:  # columns contiguous, as eigh leaves them: products with some of them are then fastest
+            self.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
+
+    def __len__(self) -> int:
+        return len(self.moment)
+
+    @cached_property
+    def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+        """Eigenvalues, ascending and not below 0, and eigenvectors as columns, in float64."""
+        values, vectors = torch.linalg.eigh((self.moment + self.moment.T) / 2)
+        return values.clamp_min(0), vectors
+
+    def to(self, device: torch.device | str) -> Covariance:
+        """The same numbers on a device; each part is copied when it is first used, most solves need one of them."""
+        return self if self.moment.device == torch.device(device) else _Moved(self, device)
+
+    def rank(self, threshold: float) -> int:
+        """Number of directions whose second moment is below the threshold: the size of the null space."""
+        return int((self.eigen[0] < threshold).sum())
+
+    def project(self, keys: Float[Tensor, "n d_in"], threshold: float) -> Float[Tensor, "n d_in"]:
+        """Keys projected on the null space of C: ``K P``, P = U U^T, U the eigenvectors below the threshold."""
+        vectors, rank = self.eigen[1], self.rank(threshold)
+        if rank <= len(vectors) // 2:
+            return (keys @ vectors[:, :rank]) @ vectors[:, :rank].T
+        return torch.addmm(keys, keys @ vectors[:, rank:], vectors[:, rank:].T, alpha=-1)
+
+    def solve(self, keys: Float[Tensor, "n d_in"], ridge: float) -> Float[Tensor, "n d_in"]:
+        """``K (lambda C + ridge I)^-1``.
+
+        Raises:
+            NumericalError: If that matrix is singular.
+        """
+        values, vectors = self.eigen
+        scale = self.weight * values + ridge
+        if scale[0] <= scale[-1] * 1e-15:
+            raise NumericalError(
+                f"the second moment of the keys is singular (smallest eigenvalue {float(values[0]):.1e}, largest "
+                f"{float(values[-1]):.1e}); collect more tokens or set ridge above 0"
+            )
+        return ((keys @ vectors) / scale) @ vectors.T
+
+
+class _Moved(Covariance):
+    """A covariance whose parts are copied to a device on first use."""
+
+    def __init__(self, source: Covariance, device: torch.device | str) -> None:
+        self.source, self.device = source, device
+        self.weight, self.threshold = source.weight, source.threshold
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    @cached_property
+    def moment(self) -> Float[Tensor, "d_in d_in"]:  # type: ignore[override]
+        return self.source.moment.to(self.device)
+
+    @cached_property
+    def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+        values, vectors = self.source.eigen
+        return values.to(self.device), vectors.T.to(self.device).T

@@ -1,0 +1,278 @@
+"""General ability: language tasks scored by lm-evaluation-harness on the model in memory."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import yaml
+from lightning.pytorch.utilities.seed import isolate_rng
+
+from cakeflow.data.sources import read_entries
+from cakeflow.errors import ConfigError, Problem, RequestError
+from cakeflow.evaluation.scoring import score_reads
+from cakeflow.models.language import LanguageModel
+
+TASKS = ("sst2", "mrpc", "cola", "rte", "nli", "mmlu")
+"""Tasks that read ``FOLDER/NAME.jsonl``; prompts and fields stand in ``prompts/NAME.yaml``."""
+
+
+DRAWS = 1000
+"""Resamples behind the standard errors of F1 and MCC."""
+
+
+Counts = npt.NDArray[np.int64]
+
+
+Numbers = npt.NDArray[np.float64]
+
+
+def general_ability(
+    lm: LanguageModel, data: str | Path | None = None, tasks: Sequence[str] = TASKS, limit: int | None = 100
+) -> dict[str, float]:
+    """Score a model on language tasks, zero-shot, by the likelihood of each answer.
+
+    Args:
+        lm: The model; nothing about it changes.
+        data: Folder with ``NAME.jsonl`` for each local task, GLUE's or MMLU's fields on every line. Without a folder,
+            every task is lm-eval's own.
+        tasks: Names out of ``TASKS``; any other is a task or group of lm-eval, whose data comes from the hub, or a task
+            file in its format.
+        limit: Items of each task, from its start; None takes all.
+
+    Returns:
+        Of each local task ``{task}/acc``, ``{task}/f1`` (mean over classes, weighted by their items) and ``{task}/mcc``
+        (Matthews), each with its standard error as ``..._stderr``: 1.96 of it to either side is a 95 % interval, some
+        0.1 for accuracy on 100 items. Of lm-eval's tasks, their own metrics. All nan where the model's scores are not
+        finite.
+
+    Raises:
+        ConfigError: If lm-eval is not installed, a task is unknown or cannot be loaded, or a file is missing, empty or
+            has faulty lines (all are named).
+    """
+    return score_tasks(lm, load_tasks(data, tasks, limit), limit)
+
+
+def load_tasks(data: str | Path | None, tasks: Sequence[str], limit: int | None = 100) -> dict[str, Any]:
+    """Read and check the items of tasks, as lm-eval's ``evaluate`` takes them; see ``general_ability``."""
+    if not tasks or (limit is not None and limit < 1):
+        raise ConfigError(f"name at least one task and a limit of at least 1, got tasks={tasks!r}, limit={limit}")
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(f"general ability needs lm-eval: pip install 'cakeflow[eval]' ({error})") from error
+    local = set(TASKS) if data is not None else set()
+    loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
+    with _quiet():
+        manager = TaskManager(include_defaults=not local.issuperset(tasks))
+        for name in tasks:
+            if name in local:
+                found = manager.load([_local_task(name, Path(str(data)), limit)])
+            else:
+                found = load_other(manager, name)
+            for kind, members in loaded.items():
+                members.update(found[kind])
+    return loaded
+
+
+def load_other(manager: Any, name: str) -> dict[str, Any]:
+    """A task or group of lm-eval's own, by name or file, from its ``TaskManager``; see ``general_ability``."""
+    try:
+        return dict(manager.load([name]))
+    except Exception as error:  # whatever a stranger's task does when its data cannot be had
+        raise ConfigError(
+            f"task {name!r} cannot be loaded by lm-eval, whose tasks need the hub; cakeflow's own ({', '.join(TASKS)}) "
+            f"need data=FOLDER with a .jsonl file of each: {type(error).__name__}: {error}"
+        ) from error
+
+
+def _local_task(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
+    """One of ``TASKS`` as lm-eval's task configuration."""
+    text = files("cakeflow_ability").joinpath("prompts", f"{name}.yaml").read_text(encoding="utf-8")
+    return {
+        "task": name,
+        "output_type": "multiple_choice",
+        "num_fewshot": 0,
+        "test_split": "test",
+        "custom_dataset": partial(_read_items, folder / f"{name}.jsonl", limit),
+        "doc_to_target": "choice",
+        "metric_list": [
+            {"metric": name, "aggregation": rule, "higher_is_better": True} for name, rule in METRICS.items()
+        ],
+        **yaml.safe_load(text),
+    }
+
+
+def _read_items(
+    path: Path, limit: int | None, *, fields: Sequence[str], label: str, labels: Sequence[object], **_: object
+) -> dict[str, Any]:
+    """The items of a file: its fields, and the place of the label among the choices. All lines are checked."""
+    from datasets import Dataset
+
+    if not path.is_file():
+        raise ConfigError(f"task {path.stem!r} has no file {str(path)!r}; put it there, or leave the task out of tasks")
+    try:
+        entries = read_entries(path)
+        problems = [fault for i, entry in enumerate(entries) for fault in _faults(i, entry, fields, label, labels)]
+    except RequestError as error:
+        problems = list(error.problems)
+    if problems:
+        raise ConfigError("\n  ".join([f"{len(problems)} problem(s) in {path}:", *map(str, problems)]))
+    if not entries:
+        raise ConfigError(f"{path} is empty; it needs a JSON object per line, with {', '.join(fields)} and {label}")
+    places = [str(each) for each in labels]
+    items = [
+        {**{field: entry[field] for field in fields}, "choice": places.index(str(entry[label]))} for entry in entries
+    ]
+    return {"test": Dataset.from_list(items[:limit])}
+
+
+def _faults(
+    index: int, entry: object, fields: Sequence[str], label: str, labels: Sequence[object]
+) -> Iterator[Problem]:
+    if not isinstance(entry, dict):
+        yield Problem(index, "line", entry, f"make it a JSON object with {', '.join(fields)} and {label}")
+        return
+    for field in fields:
+        value = entry.get(field)
+        texts = value if isinstance(value, list) and len(value) == len(labels) else [value]
+        if not all(isinstance(text, str) and text.strip() for text in texts):
+            yield Problem(index, field, value, "must be a text, not blank; of choices, one for each answer")
+    if str(entry.get(label)) not in map(str, labels):
+        yield Problem(index, label, entry.get(label), f"must be one of {', '.join(map(str, labels))}")
+
+
+def score_tasks(lm: LanguageModel, tasks: Mapping[str, Any], limit: int | None = 100) -> dict[str, float]:
+    """Score a model on tasks that ``load_tasks`` read; see ``general_ability``."""
+    from lm_eval import evaluate
+
+    for task in tasks["tasks"].values():
+        task.set_fewshot_seed(0)  # the same examples in every evaluation
+        if task.get_config("num_fewshot") is None:
+            task.set_config(key="num_fewshot", value=0)
+    with _quiet(), lm.evaluating():
+        harness = _harness(lm)
+        found = evaluate(harness, dict(tasks), limit=limit, bootstrap_iters=DRAWS)
+    numbers: dict[str, float] = {}
+    for name, row in {**found["results"], **found.get("groups", {})}.items():
+        numbers |= {f"{name}/{metric}": value for metric, value in _plain(row).items()}
+    for name, task in tasks["tasks"].items():
+        for metric, rule in task.aggregation().items():
+            if isinstance(rule, Agreement):
+                numbers[f"{name}/{metric}_stderr"] = rule.error([sample[metric] for sample in found["samples"][name]])
+    return numbers if harness.finite else dict.fromkeys(numbers, math.nan)
+
+
+def _plain(row: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a row of results, whose names are ``metric,filter`` and ``metric_stderr,filter``."""
+    numbers = {}
+    for key, value in row.items():
+        metric, _, kind = key.partition(",")
+        if kind and isinstance(value, (int, float)):
+            name = metric.removesuffix("_stderr") + ("" if kind == "none" else f"_{kind}")
+            numbers[name + ("_stderr" if metric.endswith("_stderr") else "")] = float(value)
+    return numbers
+
+
+def _harness(lm: LanguageModel) -> Any:
+    """The model as lm-eval asks it; its tokenizer is a copy, because lm-eval gives it a padding token."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Scored(HFLM):  # type: ignore[misc]
+        """Scores answers as everything else is scored here: only their tokens meet the vocabulary."""
+
+        finite = True
+
+        def _loglikelihood_tokens(
+            self, requests: list[tuple[Any, list[int], list[int]]], **_: object
+        ) -> list[tuple[float, bool]]:
+            texts = [(*context, *answer)[-self.max_length - 1 :] for _, context, answer in requests]
+            widths = [len(answer) for _, _, answer in requests]
+            pairs = zip(texts, widths, strict=True)
+            reads = [[(ids[:at], ids[at]) for at in range(len(ids) - width, len(ids))] for ids, width in pairs]
+            means, right = score_reads(lm, reads)
+            self.finite = self.finite and bool(means.isfinite().all())
+            return list(zip((means * torch.tensor(widths)).tolist(), (right == 1).tolist(), strict=True))
+
+    return Scored(pretrained=lm.model, tokenizer=copy.deepcopy(lm.tokenizer), batch_size=8)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's bars, prints and warnings, and without a trace in the random number generators."""
+    logger, sink = logging.getLogger("lm_eval"), io.StringIO()
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with isolate_rng(), redirect_stdout(sink), redirect_stderr(sink):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """A metric of the table of right and given answers, as lm-eval's aggregation.
+
+    Args:
+        measure: Takes tables of counts, ... x c right answers x c given ones; gives ... numbers.
+    """
+
+    measure: Callable[[Counts], Numbers]
+
+    def __call__(self, pairs: Sequence[tuple[int, int]]) -> float:
+        """The metric of (right, given) answers."""
+        return float(self.measure(_table(pairs)))
+
+    def error(self, pairs: Sequence[tuple[int, int]]) -> float:
+        """Its standard error: items drawn anew, with replacement, are a multinomial draw of the table."""
+        table = _table(pairs)
+        draws = np.random.default_rng(0).multinomial(len(pairs), table.ravel() / len(pairs), size=DRAWS)
+        return float(self.measure(draws.reshape(DRAWS, *table.shape)).std(ddof=1))
+
+
+def _table(pairs: Sequence[tuple[int, int]]) -> Counts:
+    table = np.zeros((1 + max(map(max, pairs)),) * 2, dtype=np.int64)
+    np.add.at(table, tuple(np.array(pairs).T), 1)
+    return table
+
+
+def weighted_f1(table: Counts) -> Numbers:
+    """Mean over classes of F1, weighted by the items of each; a class without any counts nothing.
+
+    Example:
+        >>> weighted_f1(np.array([[3, 1], [2, 2]])).round(4).item()
+        0.619
+    """
+    right, given = table.sum(-1), table.sum(-2)
+    f1 = 2 * np.diagonal(table, axis1=-2, axis2=-1) / np.maximum(right + given, 1)
+    return np.asarray((f1 * right).sum(-1) / right.sum(-1))
+
+
+def matthews(table: Counts) -> Numbers:
+    """Matthews' correlation coefficient, for any number of classes; 0 where all answers are the same.
+
+    Example:
+        >>> matthews(np.array([[3, 1], [2, 2]])).round(4).item()
+        0.2582
+    """
+    right, given, items = table.sum(-1), table.sum(-2), table.sum((-2, -1))
+    agreed = items * np.trace(table, axis1=-2, axis2=-1) - (right * given).sum(-1)
+    spread = (items**2 - (right**2).sum(-1)) * (items**2 - (given**2).sum(-1))
+    return np.asarray(agreed / np.sqrt(np.maximum(spread, 1)))
+
+
+METRICS = {"acc": "mean", "f1": Agreement(weighted_f1), "mcc": Agreement(matthews)}
+"""Metric of the local tasks -> how lm-eval gets it from the items."""

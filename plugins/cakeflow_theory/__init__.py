@@ -1,0 +1,6 @@
+"""CAKE's theory, measured while a model is edited: drift, theorem 2, alignment of scores."""
+
+from cakeflow_theory.alignment import ScoreAlignment, alignment, single_layer_mismatch
+from cakeflow_theory.theory import ResidualDrift, ScoreDrift, WeightShiftBound
+
+__all__ = ["ResidualDrift", "ScoreAlignment", "ScoreDrift", "WeightShiftBound", "alignment", "single_layer_mismatch"]

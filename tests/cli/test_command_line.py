@@ -1,0 +1,145 @@
+"""The command line, run in this process on a tiny model in a folder."""
+
+import json
+import sys
+
+import pytest
+
+from cakeflow.cli.command_line import main, run
+from cakeflow.core.checkpoint import SafeCheckpointIO
+from cakeflow.core.config import shipped
+
+
+@pytest.fixture(autouse=True)
+def _no_words_of_pytest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cakeflow"])  # Lightning warns when words are given beside the process's own
+
+
+@pytest.fixture
+def folder(workplace):
+    words = [
+        f"The {a} of {b} is near the {c}." for a in ("city", "sea", "name") for b in ("Ann", "Rome") for c in "abcdefgh"
+    ]
+    (workplace / "corpus.txt").write_text(" ".join(words * 10))
+    facts = [
+        {
+            "prompt": "{} lives in",
+            "subject": name,
+            "target_new": "Rome",
+            "target_true": "Paris",
+            "probes": [
+                {"kind": "paraphrase", "prompt": f"The home of {name} is"},
+                {"kind": "neighborhood", "prompt": "Zoe lives in"},
+            ],
+        }
+        for name in ("Ann", "Bob", "Cleo")
+    ]
+    (workplace / "facts.json").write_text(json.dumps(facts))
+    return workplace
+
+
+def arguments(folder, command, *more):
+    base = [
+        "--model.base",
+        str(folder / "model"),
+        "--model.layers",
+        "[1,2,3]",
+        "--data.source",
+        str(folder / "facts.json"),
+    ]
+    quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    return [command, f"--config={shipped('method')['alphaedit']}", *base, *quiet, *more]
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["evaluate", "--help"]])
+def test_help_exits_cleanly(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 0
+    assert "usage" in capsys.readouterr().out
+
+
+def test_print_config_shows_the_composition_and_loads_nothing(capsys):
+    configs = [f"--config={shipped(kind)[name]}" for kind, name in (("method", "cake"), ("model", "smollm2-135m"))]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *configs, "--model.targets.lr", "0.25", "--print_config"])
+    printed = capsys.readouterr().out
+    assert stop.value.code == 0
+    assert "NullSpace" in printed
+    assert "lr: 0.25" in printed
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--model.solver", "NoSuchSolver"],
+        ["--model.targets.learning_rate", "1"],
+        ["--model.solver.init_args.threshhold", "0.1"],
+        ["--data.limit", "many"],
+    ],
+)
+def test_a_wrong_name_is_refused_before_a_model_loads(words, folder, monkeypatch, capsys):
+    monkeypatch.setattr("cakeflow.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(folder, "fit", *words))
+    assert stop.value.code == 2
+    assert words[0].split(".")[-1] in capsys.readouterr().err
+
+
+def test_bad_requests_end_with_status_2_and_name_every_entry(folder, monkeypatch, capsys):
+    monkeypatch.setattr("cakeflow.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    (folder / "facts.json").write_text(json.dumps([{"prompt": "no slot", "subject": "x", "target_new": " "}, {}]))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(folder, "fit"))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert "entry 0, prompt" in message
+    assert "entry 0, target_new" in message
+    assert "entry 1, prompt" in message
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_what_the_model_cannot_read_is_named_before_it_is_measured(command, folder, monkeypatch, capsys):
+    monkeypatch.setattr("cakeflow.evaluation.Evaluation.ask", lambda *_: pytest.fail("records were scored"))
+    facts = [
+        {"prompt": "{} lives in", "subject": name, "target_new": "Rome"} for name in ("Ann", "word " * 999 + "end")
+    ]
+    (folder / "facts.json").write_text(json.dumps(facts))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments(folder, command, "--data.eval_batch_size=1"))
+    assert stop.value.code == 2
+    assert "entry 1, prompt = " in capsys.readouterr().err
+    assert not (folder / "runs" / "cakeflow" / "version_0" / "before.jsonl").exists()
+
+
+def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
+    words = ["--model.statistics.source", str(folder / "corpus.txt"), "--model.statistics.tokens", "2048",
+             "--model.statistics.window", "64", "--model.solver.init_args.threshold", "10",
+             "--model.solver.init_args.inner.init_args.ridge", "0.01", "--model.targets.lr", "0.5",
+             "--trainer.enable_checkpointing", "true"]  # fmt: skip
+    done = main(arguments(folder, "fit", *words))
+    printed = capsys.readouterr().out
+    assert done.after["efficacy"] >= done.before["efficacy"]
+    for title in ("Metrics", "Time", "Generations"):
+        assert title in printed
+    names = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*")}
+    assert {"config.yaml", "metrics.csv", "run.json", "journal/ledger.jsonl"} <= names
+    assert {"journal/batch-00000.safetensors", "journal/original-00001.safetensors"} <= names
+    header = (done.folder / "metrics.csv").read_text().splitlines()[0]
+    assert "before/efficacy" in header
+    assert "after/efficacy" in header
+    assert "layer1/share" in header
+    (checkpoint,) = done.folder.rglob("*.ckpt")
+    assert SafeCheckpointIO().load_checkpoint(checkpoint)["global_step"] == 1
+    assert "Contexts" in json.loads((done.folder / "run.json").read_text())["settings"]["contexts"]
+
+
+def test_the_console_script_ends_with_status_0(folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["cakeflow", *arguments(folder, "evaluate")])
+    assert run() is None
+
+
+def test_evaluate_prints_the_metrics_and_changes_nothing(folder, capsys):
+    found = main(arguments(folder, "evaluate"))
+    assert set(found) >= {"efficacy", "generalization", "specificity", "editscore", "efficacy_exact"}
+    assert "efficacy" in capsys.readouterr().out

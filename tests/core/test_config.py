@@ -1,0 +1,266 @@
+"""Shipped configs: every method with every model makes a module, without loading anything."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cakeflow_restrain import Prune, Rect
+from torchmetrics import Metric
+
+from cakeflow import (
+    Contexts,
+    EditModule,
+    Endpoints,
+    LeastSquares,
+    NullSpace,
+    OneHot,
+    Scores,
+    Sequential,
+    Statistics,
+    TargetOptimizer,
+    Uniform,
+)
+from cakeflow.allocators import Jacobian
+from cakeflow.core.config import build_module, find_config, shipped
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.errors import ConfigError
+from cakeflow.metrics import Efficacy
+from cakeflow.solvers import Descent, EqualityConstrained
+
+METHODS, MODELS = shipped("method"), shipped("model")
+PARTS = {
+    "memit": (Uniform(), Sequential(), LeastSquares(), False),
+    "memit_seq": (Uniform(), Sequential(), LeastSquares(), True),
+    "memit_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
+    "alphaedit": (Uniform(), Sequential(), NullSpace(LeastSquares(1.0)), True),
+    "alphaedit_blue": (Endpoints(), Sequential(0.0, "self"), NullSpace(LeastSquares(1.0)), True),
+    "memit_seq_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), True),
+    "rome": (OneHot(), Sequential(), EqualityConstrained(), False),
+    "rome_official": (OneHot(), Sequential(), EqualityConstrained(at="bare"), False),
+    "ft": (OneHot(), Sequential(), Descent(), False),
+    "emmet": (Uniform(), Sequential(), EqualityConstrained(), False),
+    "pmet": (Uniform(), Sequential(0.5), LeastSquares(), False),
+    "pmet_seq": (Uniform(), Sequential(0.5), LeastSquares(), True),
+    "pmet_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
+    "rect": (Uniform(), Sequential(), Rect(), False),
+    "rect_blue": (Endpoints(), Sequential(0.0, "self"), Rect(), False),
+    "prune": (Uniform(), Sequential(), Prune(), False),
+    "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
+    "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
+}
+"""Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
+OVER = {
+    "cake": "alphaedit", "cake_paper": "alphaedit",
+    "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet",
+}  # fmt: skip
+"""CAKE over a method: its weights, everything else as there."""
+TARGETS = {
+    "rome": {"role": "mlp_out", "clamp": 4.0},
+    "pmet": {"role": "mlp_out", "also": "attn_out", "ease": 0.1, "stop_kl": 0.01},
+}
+
+
+@pytest.fixture(autouse=True)
+def nothing_loads(monkeypatch):
+    """Loading a model from here is an error."""
+
+    def refuse(*_args, **_kwargs):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse)
+
+
+def build(method="alphaedit", model="smollm2-135m", **values):
+    return build_module([METHODS[method], MODELS[model]], **values)
+
+
+@pytest.mark.parametrize(("method", "model"), [*product(METHODS, MODELS)])
+def test_every_method_with_every_model(method, model):
+    module = build(method, model)
+    numbers = yaml.safe_load(MODELS[model].read_text())["model"]
+    assert isinstance(module, EditModule)
+    assert not hasattr(module, "lm")
+    assert module.layers == numbers["layers"]
+    special = next((extra for part, extra in TARGETS.items() if part in method), {})
+    assert module.targets == TargetOptimizer(**numbers["targets"], **special)
+    assert module.statistics == Statistics(**numbers["statistics"])
+
+
+@pytest.mark.parametrize("method", PARTS)
+def test_compositions(method):
+    module = build(method)
+    assert (module.weighter, module.allocator, module.solver, module.use_history) == PARTS[method]
+
+
+@pytest.mark.parametrize(("method", "base"), OVER.items())
+def test_cake_over_every_solver(method, base):
+    module = build(method)
+    assert isinstance(module.weighter, Scores)
+    assert module.weighter.tau == 0.1
+    _, allocator, *rest = PARTS[base]
+    assert [module.solver, module.use_history] == rest
+    assert module.allocator == (Jacobian() if method == "cake" else allocator)
+
+
+def test_every_recipe_is_pinned():
+    assert set(PARTS) | set(OVER) == set(METHODS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_cake_has_a_score_for_every_layer_of_a_model_or_measures_all(model):
+    module = build("cake", model)
+    assert isinstance(module.weighter, Scores)
+    assert module.weighter.tau == 0.1
+    assert module.weighter.scores is None or set(module.layers) <= set(module.weighter.scores)
+
+
+def test_setup_is_what_loads():
+    with pytest.raises(ConfigError, match=r"'some/folder' .* that loads here: a model was loaded"):
+        build(base="some/folder").setup()
+
+
+@pytest.mark.parametrize("path", [*METHODS.values(), *MODELS.values()], ids=lambda path: path.stem)
+def test_configs_are_short_and_safe(path):
+    text = path.read_text(encoding="utf-8")
+    assert path not in METHODS.values() or len(text.splitlines()) <= 15
+    assert list(yaml.safe_load(text)) == ["model"]
+
+
+@pytest.mark.parametrize("path", [*METHODS.values()], ids=lambda path: path.stem)
+def test_methods_say_what_they_follow_and_where_they_depart(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith("# ")
+    assert "base" not in yaml.safe_load(text)["model"]
+
+
+@pytest.mark.parametrize("path", [*shipped("data").values()], ids=lambda path: path.stem)
+def test_data_configs(path):
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))["data"]
+    assert len(EditDataModule(**values).requests) == values["limit"]
+
+
+def test_shipped_lists_files_by_name():
+    assert {"memit", "alphaedit", "cake"} <= set(METHODS)
+    assert all(path.is_file() and path.stem == name for name, path in METHODS.items())
+    assert shipped("nothing") == {}
+
+
+def test_find_config_by_name_or_path(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {layers: [1]}")
+    assert find_config("method", "memit") == METHODS["memit"]
+    assert find_config("method", mine) == find_config("method", str(mine)) == mine
+
+
+@pytest.mark.parametrize("kind", ["method", "model", "data"])
+def test_unknown_name_lists_the_known(kind):
+    with pytest.raises(ConfigError) as caught:
+        find_config(kind, "memmit")
+    assert "'memmit'" in str(caught.value)
+    assert all(name in str(caught.value) for name in shipped(kind))
+
+
+def test_values_given_in_python_win():
+    contexts, weighter = Contexts.of(["{}", "a {}"]), OneHot(12)
+    module = build(layers=[3, 12], history=False, contexts=contexts, weighter=weighter, seed=7)
+    assert (module.layers, module.use_history, module.seed) == ([3, 12], False, 7)
+    assert module.contexts is contexts
+    assert module.weighter is weighter
+
+
+def test_mappings_are_merged_into_the_configured_part():
+    configured = yaml.safe_load(MODELS["smollm2-135m"].read_text())["model"]["targets"]
+    assert build(targets={"clamp": 0.5}).targets == TargetOptimizer(**{**configured, "clamp": 0.5})
+
+
+def test_parts_by_class_name():
+    module = build(weighter={"class_path": "OneHot", "init_args": {"layer": 7}}, solver={"class_path": "LeastSquares"})
+    assert module.weighter == OneHot(7)
+    assert isinstance(module.solver, LeastSquares)
+
+
+def test_null_in_a_part_is_a_value_like_others():
+    module = build("ft", solver={"class_path": "Descent", "init_args": {"bound": None, "steps": 3}})
+    assert module.solver == Descent(steps=3, bound=None)
+
+
+def test_later_files_win(tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("model: {layers: [2, 4], solver: {class_path: LeastSquares, init_args: {ridge: 3.0}}}")
+    module = build_module([METHODS["alphaedit"], MODELS["smollm2-135m"], mine])
+    assert (module.layers, module.solver) == ([2, 4], LeastSquares(3.0))
+    assert module.weighter == Uniform()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"layer": [1, 2]},
+        {"layer": (1, 2)},
+        {"contexst": Contexts()},
+        {"targets": {"stepz": 3}},
+        {"targets": {"steps": "many"}},
+        {"targets": {"steps": 0}},
+        {"statistics": {"tokens": -1}},
+        {"layers": "all"},
+        {"layers": [3, 2]},
+        {"layers": [2, 2]},
+        {"layers": [-1, 2]},
+        {"layers": []},
+        {"weighter": {"class_path": "Unifrom"}},
+        {"weighter": {"class_path": "LeastSquares"}},
+        {"weighter": {"class_path": "Scores", "init_args": {"scores": {1: 1.0}, "tau": 0}}},
+        {"allocator": {"class_path": "Sequential", "init_args": {"power": 2.0}}},
+        {"allocator": {"class_path": "Sequential", "init_args": {"anchor": "first"}}},
+        {"solver": {"class_path": "LeastSquares", "init_args": {"ridge": -1.0}}},
+        {"solver": {"class_path": "NullSpace", "init_args": {"threshold": 0.0}}},
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_refused(values):
+    ((name, value),) = values.items()
+    with pytest.raises(ConfigError) as caught:
+        build(**values)
+    inner = value if isinstance(value, dict) else {}
+    assert any(word in str(caught.value) for word in (name, *inner, *inner.get("init_args", {})))
+
+
+@pytest.mark.parametrize("text", ["model: {layerz: [1]}", "modle: {layers: [1]}", "model: [", "- 1"])
+def test_broken_files_are_refused_by_name(text, tmp_path):
+    mine = tmp_path / "mine.yaml"
+    mine.write_text(text)
+    with pytest.raises(ConfigError, match=r"mine\.yaml"):
+        build_module([mine])
+
+
+def test_configs_hold_no_paths():
+    for path in [*METHODS.values(), *MODELS.values()]:
+        assert str(Path.home()) not in path.read_text()
+
+
+class Margin(Metric):
+    """A user's metric."""
+
+    full_state_update = False
+
+    def __init__(self, scale=1.0):
+        super().__init__()
+        self.scale = scale
+        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
+
+    def update(self, wanted, rival, correct, record, kind):
+        self.total += self.scale * (wanted - rival).nansum()
+
+    def compute(self):
+        return self.total
+
+
+def test_further_metrics_by_name_or_as_objects():
+    named = build(metrics=[{"class_path": "test_config.Margin", "init_args": {"scale": 2.0}}])
+    assert named.metrics["margin"].scale == 2.0
+    assert build(metrics=[Margin()]).metrics["margin"].scale == 1.0
+    assert set(build().metrics) == set(named.metrics) - {"margin"}
+    with pytest.raises(ConfigError, match="there is a metric 'efficacy' already"):
+        build(metrics=[Efficacy()])

@@ -1,0 +1,222 @@
+"""Who breaks a contract in the walk is named, and the batch is taken back."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import lightning as L
+import pytest
+import torch
+from conftest import fit_tiny
+
+from cakeflow import (
+    Contexts,
+    EditDataModule,
+    EditModule,
+    LeastSquares,
+    Sequential,
+    Solver,
+    TargetOptimizer,
+    Update,
+    Weighter,
+)
+from cakeflow.allocators import Turn
+from cakeflow.core.contracts import checked_residual
+from cakeflow.errors import ConfigError, NumericalError, ShapeError
+from cakeflow.forward.keys import FactReader
+from cakeflow.models.architecture import Site
+
+LAYERS = [1, 2, 4]
+
+
+class Narrow(Sequential):
+    def shares(self, weights):
+        return super().shares(weights).repeat(2)
+
+
+class Greedy(Sequential):
+    def shares(self, weights):
+        return super().shares(weights) * 1.5
+
+
+class Leaving(Sequential):
+    def shares(self, weights):
+        return super().shares(weights) * 0.9
+
+
+class Lost(Sequential):
+    def shares(self, weights):
+        return super().shares(weights) * float("nan")
+
+
+@dataclass(frozen=True)
+class Wrong(LeastSquares):
+    """Right on the first layer, wrong on the second."""
+
+    spoil: str = "shape"
+    calls: ClassVar[list[int]] = []
+
+    def solve(self, problem):
+        update = super().solve(problem)
+        self.calls.append(1)
+        if len(self.calls) == 1:
+            return update
+        return Update(update.right[:, 1:] if self.spoil == "shape" else update.right * float("inf"), update.left)
+
+
+@pytest.mark.parametrize(
+    ("part", "error", "words"),
+    [
+        ({"allocator": Narrow()}, ShapeError, r"test_contracts.Narrow: \(3,\) weights gave \(6,\) shares"),
+        ({"allocator": Greedy()}, ShapeError, r"test_contracts.Greedy: shares must lie in \(0, 1\]"),
+        ({"allocator": Leaving()}, ShapeError, "test_contracts.Leaving: the last layer must take all that is left"),
+        (
+            {"allocator": Lost()},
+            NumericalError,
+            "layer 1, request 0 .*test_contracts.Lost: what it gives .* not finite",
+        ),
+        ({"solver": Wrong()}, ShapeError, "test_contracts.Wrong: layer 2 needs an update of shape"),
+        ({"solver": Wrong(spoil="values")}, NumericalError, "layer 2, request 0 .*test_contracts.Wrong: .* not finite"),
+    ],
+)
+def test_the_class_is_named_and_nothing_stays(lm, requests, quiet, part, error, words):
+    Wrong.calls.clear()
+    before = lm.fingerprint()
+    with pytest.raises(error, match=words):
+        fit_tiny(lm, LAYERS, requests[:2], quiet, 1.0, targets=TargetOptimizer(steps=2, lr=0.3), **part)
+    assert lm.fingerprint() == before
+
+
+class Bad(Weighter):
+    def __init__(self, weights):
+        self.weights = weights
+
+    def weigh(self, lm, batch, layers):
+        return torch.tensor(self.weights)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [
+        [1.0, 1.0],
+        [[1.0, 1.0, 1.0]],
+        [1.0, float("nan"), 1.0],
+        [1.0, -1.0, 1.0],
+        [0.0, 0.0, 0.0],
+        [1.0, float("inf"), 1.0],
+        [[1.0, 1.0, 1.0]] * 5 + [[0.0, 0.0, 0.0]],
+    ],
+)
+def test_a_weighter_that_breaks_its_contract_is_refused(lm, requests, quiet, weights):
+    before = lm.fingerprint()
+    with pytest.raises(ShapeError, match=r"test_contracts.Bad: .*weights"):
+        fit_tiny(lm, LAYERS, requests[:6], quiet, 1.0, targets=TargetOptimizer(steps=2, lr=0.3), weighter=Bad(weights))
+    assert lm.fingerprint() == before
+
+
+def test_a_fact_without_weight_takes_nothing():
+    weights = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    turn, missing = Turn(Site(1, "mlp_out"), Site(2), 1, weights), torch.ones(3, 4, dtype=torch.float64)
+    given = Sequential().allocate(missing, turn)
+    assert checked_residual(Sequential(), given, missing, turn)[:, 0].tolist() == [1.0, 0.0, 1.0]
+
+
+FAST = TargetOptimizer(steps=2, lr=0.3)
+
+
+@dataclass(frozen=True)
+class Unsolvable(Solver):
+    """Fails on the second layer of the second batch, the way it is told to."""
+
+    how: str
+    calls: ClassVar[list[int]] = []
+
+    def solve(self, problem):
+        self.calls.append(1)
+        update = LeastSquares().solve(problem)
+        if len(self.calls) < 5:
+            return update
+        if self.how == "algebra":
+            torch.linalg.cholesky(-torch.eye(2))
+        if self.how == "own":
+            raise NumericalError("no solution; try another one")
+        if self.how == "dense":
+            return Update(1e9 * update.dense)
+        left = update.left.clone()
+        left[1] *= 1e9
+        return replace(update, left=left)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("algebra", r"layer 2, request 2 \(.*\), request 3 \(.*\): .*not positive-definite"),
+        ("own", r"layer 2, request 2 \(.*\), request 3 \(.*\): no solution; try another one"),
+        ("dense", r"layer 2, request 2 .* times the weight's, .* max_relative_update is 10; edit fewer"),
+        (
+            "one fact",
+            r"layer 2, request 2 .*max_relative_update is 10 \(most of it by request 3 \(.*\), a part of norm",
+        ),
+    ],
+)
+def test_a_failed_solve_names_layer_and_requests_and_only_its_batch_is_taken_back(tiny, requests, quiet, how, words):
+    Unsolvable.calls.clear()
+    kept = fit_tiny(tiny, LAYERS, requests[:2], quiet, 1.0, targets=FAST)
+    after_first = tiny.fingerprint()
+    kept.journal.rollback()
+    moment = torch.eye(tiny.oriented(0).shape[1], dtype=torch.float64)
+    module = EditModule(
+        tiny, LAYERS, solver=Unsolvable(how), targets=FAST, contexts=Contexts(), moments=dict.fromkeys(LAYERS, moment)
+    )
+    with pytest.raises(NumericalError, match=words) as caught:
+        L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests[:4], 2).train_dataloader())
+    assert requests[3].text in str(caught.value)
+    assert tiny.fingerprint() == after_first
+    assert [len(module.journal), len(module.journal.history(1))] == [1, 2]
+
+
+@pytest.mark.parametrize(("part", "words"), [(0, "keys are"), (1, "keys are"), (2, "what is missing at the anchor is")])
+def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkeypatch, part, words):
+    """A hidden state may overflow for one prompt only."""
+    read = FactReader.read
+
+    def spoiled(self, layer, anchor):
+        found = read(self, layer, anchor)
+        if layer == 2:
+            found[part][1, 3] = torch.inf
+        return found
+
+    monkeypatch.setattr(FactReader, "read", spoiled)
+    before = lm.fingerprint()
+    with pytest.raises(NumericalError) as caught:
+        fit_tiny(lm, LAYERS, requests[:3], quiet, 1.0, targets=FAST)
+    assert f"request 1 ({requests[1].text!r}): {words} not finite (" in str(caught.value)
+    assert str(caught.value).startswith(f"layer {4 if part == 2 else 2}, request 1")
+    assert lm.fingerprint() == before
+
+
+def test_target_values_that_are_not_finite_name_their_fact(lm, requests, quiet):
+    class Spoiled(TargetOptimizer):
+        def optimize(self, *args):
+            found = super().optimize(*args)
+            found.values[2, 0] = torch.nan
+            return found
+
+    before = lm.fingerprint()
+    with pytest.raises(NumericalError, match=r"layer 4, request 2 \(.*target values are not finite \(nan\)"):
+        fit_tiny(lm, LAYERS, requests[:4], quiet, 1.0, targets=Spoiled(steps=2, lr=0.3))
+    assert lm.fingerprint() == before
+
+
+def test_the_limit_of_an_update_is_the_users(lm, requests, quiet):
+    before = lm.fingerprint()
+    with pytest.raises(NumericalError, match=r"layer 1, .* max_relative_update is 1e-06"):
+        fit_tiny(lm, LAYERS, requests[:2], quiet, 1.0, targets=FAST, max_relative_update=1e-6)
+    assert lm.fingerprint() == before
+    module = fit_tiny(lm, LAYERS, requests[:2], quiet, 1.0, targets=FAST, max_relative_update=float("inf"))
+    assert len(module.journal) == 1
+
+
+@pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
+def test_a_limit_that_is_none(lm, limit):
+    with pytest.raises(ConfigError, match="max_relative_update must be above 0"):
+        EditModule(lm, LAYERS, max_relative_update=limit)

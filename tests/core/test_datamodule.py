@@ -1,0 +1,107 @@
+"""The data module: batches, limits and order."""
+
+import json
+
+import datasets
+import lightning as L
+import pytest
+
+from cakeflow.core.datamodule import EditDataModule, Records
+from cakeflow.data import builtin_facts
+from cakeflow.data.request import EditRequest
+from cakeflow.errors import ConfigError, RequestError
+
+REQUESTS = [EditRequest("{} is number", f"Item {i}", str(i)) for i in range(10)]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cached")
+
+
+def numbers(loader):
+    return [[int(request.target_new) for request in batch.requests] for batch in loader]
+
+
+def test_it_is_a_lightning_data_module():
+    assert isinstance(EditDataModule(REQUESTS), L.LightningDataModule)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "wanted"),
+    [(None, [10]), (1, [1] * 10), (4, [4, 4, 2]), (10, [10]), (99, [10])],
+)
+def test_edit_batches_keep_the_order(batch_size, wanted):
+    batches = numbers(EditDataModule(REQUESTS, batch_size).train_dataloader())
+    assert [len(batch) for batch in batches] == wanted
+    assert [number for batch in batches for number in batch] == list(range(10))
+    assert all(isinstance(batch, Records) for batch in EditDataModule(REQUESTS, batch_size).train_dataloader())
+
+
+def test_validation_covers_the_same_records_in_its_own_batches():
+    data = EditDataModule(REQUESTS, batch_size=2, limit=7, eval_batch_size=3)
+    assert numbers(data.val_dataloader()) == [[0, 1, 2], [3, 4, 5], [6]]
+    assert numbers(data.train_dataloader()) == [[0, 1], [2, 3], [4, 5], [6]]
+
+
+@pytest.mark.parametrize(("limit", "wanted"), [(None, 10), (1, 1), (4, 4), (99, 10)])
+def test_limit(limit, wanted):
+    data = EditDataModule(REQUESTS, limit=limit)
+    assert data.requests == REQUESTS[:wanted]
+    assert data.batch_size == wanted
+
+
+def test_default_is_the_built_in_data():
+    assert EditDataModule(limit=40).requests == builtin_facts()[:40]
+
+
+def test_shuffling_is_seeded_and_comes_before_the_limit():
+    shuffled = EditDataModule(REQUESTS, shuffle_seed=3).requests
+    assert shuffled == EditDataModule(REQUESTS, shuffle_seed=3).requests
+    assert shuffled != REQUESTS
+    assert shuffled != EditDataModule(REQUESTS, shuffle_seed=4).requests
+    assert sorted(shuffled, key=REQUESTS.index) == REQUESTS
+    assert EditDataModule(REQUESTS, shuffle_seed=3, limit=4).requests == shuffled[:4]
+    assert [request.subject for request in REQUESTS] == [f"Item {i}" for i in range(10)]  # the caller's list is left
+
+
+def test_epochs_repeat_the_order():
+    loader = EditDataModule(REQUESTS, 3, shuffle_seed=1).train_dataloader()
+    assert numbers(loader) == numbers(loader)
+
+
+@pytest.mark.parametrize("name", ["batch_size", "limit", "eval_batch_size"])
+@pytest.mark.parametrize("value", [0, -1])
+def test_sizes_below_one(name, value):
+    with pytest.raises(ConfigError, match=rf"data\.{name} must be at least 1, got {value}"):
+        EditDataModule(REQUESTS, **{name: value})
+
+
+def test_bad_requests_are_refused_at_once():
+    with pytest.raises(RequestError, match="entry 10, prompt"):
+        EditDataModule([*REQUESTS, EditRequest("none", "a", "b")], limit=2)
+
+
+def test_only_what_is_edited_must_agree():
+    clash = EditRequest("{} is number", "Item 3", "33")
+    assert EditDataModule([*REQUESTS, clash], limit=10).requests == REQUESTS
+    with pytest.raises(RequestError, match=r"entry 10, .*contradicts entry 3"):
+        EditDataModule([*REQUESTS, clash])
+    assert EditDataModule([clash, *REQUESTS], conflicts="drop", limit=4).requests == [clash, *REQUESTS[:3]]
+
+
+def test_order_and_split_reach_the_reader(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split, count in (("train", 10), ("test", 4)):
+        lines = [json.dumps({**request.to_dict(), "case_id": i}) for i, request in enumerate(REQUESTS[:count])]
+        (folder / f"{split}.jsonl").write_text("\n".join(lines))
+    data = EditDataModule(folder, split="test", order=[3, 0], batch_size=1)
+    assert numbers(data.train_dataloader()) == [[3], [0]]
+    with pytest.raises(ConfigError, match="no record has 9"):
+        EditDataModule(folder, split="test", order=[9])
+
+
+def test_missing_source():
+    with pytest.raises(ConfigError, match="no file"):
+        EditDataModule("no-such-file.json")

@@ -1,0 +1,153 @@
+"""What an edit takes beyond the model: counted from shapes, kept within a budget, measured."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+from cakeflow_restrain import Prune, Rect
+from conftest import fit_tiny
+from transformers import AutoModelForCausalLM
+
+from cakeflow import Contexts, EditModule
+from cakeflow.core.memory import Footprint, TokenCost
+from cakeflow.core.statistics import Statistics
+from cakeflow.errors import ConfigError
+from cakeflow.forward.packing import GIB
+from cakeflow.forward.tokens import encode_batch
+from cakeflow.models.language import LanguageModel
+from cakeflow.solvers import Descent, EqualityConstrained, NullSpace
+from cakeflow.targets.gradient import TargetOptimizer, Targets
+
+CONTEXTS = Contexts((("{}",), ("Indeed, {}", "They say that {}")))
+
+
+@pytest.fixture
+def batch(tiny, requests):
+    return encode_batch(tiny, requests, CONTEXTS)
+
+
+def foresee(lm, batch, budget=None, **rest):
+    return Footprint.foresee(lm, batch, [1, 2], tokens=1024, budget=budget, **rest)
+
+
+def test_a_token_costs_the_same_in_every_block(tiny):
+    costs = [TokenCost.above(tiny, layer) for layer in range(tiny.depth)]
+    graphs, caches = [cost.graph for cost in costs], [cost.cache for cost in costs]
+    for kinds in (graphs, caches):
+        steps = [low - high for low, high in pairwise(kinds)]
+        assert 0 < max(steps) < 1.05 * min(steps)
+    config = tiny.model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    assert caches[-2] == 2 * heads * config.hidden_size // config.num_attention_heads * 8
+    assert caches[-1] == 0
+
+
+def test_shapes_suffice(tiny, batch):
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(tiny.model.config, dtype=tiny.dtype)
+    empty = LanguageModel.wrap(shape, tiny.tokenizer)
+    shape, real = TokenCost.above(empty, 2), TokenCost.above(tiny, 2)
+    assert shape.graph == pytest.approx(real.graph, rel=0.15)  # attention keeps something else there
+    assert replace(shape, graph=0) == replace(real, graph=0)
+    assert foresee(empty, batch).kept == 0  # originals stay off a GPU
+    assert foresee(tiny, batch).kept == sum(tiny.weight(layer).nbytes for layer in (1, 2))
+    assert foresee(empty, batch).targets == pytest.approx(foresee(tiny, batch).targets, rel=0.1)
+
+
+def test_more_of_anything_takes_more(tiny, batch, requests):
+    plain = foresee(tiny, batch)
+    assert foresee(tiny, batch, seen=50).solve > plain.solve
+    assert foresee(tiny, batch, matrices=2).solve == plain.solve + 16 * tiny.weight(1).numel()
+    assert foresee(tiny, encode_batch(tiny, requests, Contexts())).targets < plain.targets
+    half = copy.deepcopy(tiny)
+    half.model.to(torch.bfloat16)
+    assert foresee(half, batch).kept == 6 * sum(tiny.weight(layer).numel() for layer in (1, 2))
+
+
+def test_a_budget_is_kept_to(tiny, batch):
+    free = foresee(tiny, batch)
+    assert free.facts == len(batch)
+    seen = set()
+    for share in (0.9, 0.7, 0.5, 0.4):
+        room = foresee(tiny, batch, free.peak * share)
+        assert room.peak <= free.peak * share
+        seen.add((room.facts, room.tokens))
+    assert len(seen) == 4
+
+
+def test_the_same_edit_within_a_budget(tiny, requests, quiet):
+    """Facts do not influence each other, so neither do the parts in which their values are looked for."""
+    targets, other = TargetOptimizer(steps=4), copy.deepcopy(tiny)
+    module = fit_tiny(tiny, [1, 2], requests, quiet, 1.0, targets=targets, contexts=CONTEXTS)
+    batch = encode_batch(other, requests, CONTEXTS)
+    room = module.foresee(batch)
+    tight = {"targets": targets, "contexts": CONTEXTS, "memory_budget": room.peak / 2 / GIB}
+    again = fit_tiny(other, [1, 2], requests, quiet, 1.0, **tight)
+    assert again.foresee(batch).tokens < room.tokens
+    for layer in (1, 2):
+        torch.testing.assert_close(other.weight(layer), tiny.weight(layer), rtol=1e-9, atol=1e-12)
+
+
+def test_parts_of_a_batch_get_the_same_target_values(tiny, requests):
+    batch, targets = encode_batch(tiny, requests, CONTEXTS), TargetOptimizer(steps=4)
+    parts = list(batch.split(5))
+    assert [len(part) for part in parts] == [5, 5, 2]
+    found = Targets.join([targets.optimize(tiny, part, 2) for part in parts])
+    for name, value in vars(targets.optimize(tiny, batch, 2)).items():
+        torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_budget_too_small_is_refused_before_anything(tiny, requests, quiet):
+    before = {name: part.clone() for name, part in tiny.model.state_dict().items()}
+    with pytest.raises(ConfigError, match=r"memory_budget is 1e-05 GiB, but .* takes about .* GiB beyond the model"):
+        fit_tiny(tiny, [1, 2], requests, quiet, 1.0, memory_budget=1e-5)
+    assert all(torch.equal(part, before[name]) for name, part in tiny.model.state_dict().items())
+    with pytest.raises(ConfigError, match="memory_budget must be above 0, got 0"):
+        EditModule(tiny, [1], memory_budget=0)
+
+
+def test_second_moments_in_several_passes(tiny, tmp_path):
+    settings = Statistics(tokens=800, window=32)
+    whole = settings.collect(tiny, [1, 2, 3], tmp_path / "whole")
+    parts = settings.collect(tiny, [1, 2, 3], tmp_path / "parts", budget=1.0)
+    assert all(torch.equal(whole[layer].moment, parts[layer].moment) for layer in (1, 2, 3))
+
+
+def test_solvers_say_what_they_hold():
+    assert NullSpace().held() == EqualityConstrained().held() == 0
+    assert Prune(Rect(NullSpace())).held() == Prune.matrices + Rect.matrices
+    assert Descent().held() > 0
+
+
+PEAK = """
+import torch
+from cakeflow.memory import GIB, PeakMemory
+memory = PeakMemory([torch.device("cpu")])
+memory.restart()
+large = torch.ones(2**26)  # a quarter of a GiB
+del large
+print(memory.bytes() / GIB)
+memory.restart()
+print(memory.bytes() / GIB)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts a process's peak")
+def test_the_peak_is_what_was_in_use():
+    """In a process of its own: what earlier tests left behind may be given back at any moment."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True)
+    held, later = map(float, done.stdout.split())
+    assert 0.24 < held < 0.4
+    assert later < 0.2
+
+
+def test_a_run_reports_its_peaks(tiny, requests, quiet):
+    module = fit_tiny(tiny, [1, 2], requests[:2], quiet, 1.0, targets=TargetOptimizer(steps=2))
+    assert {"targets", "keys", "solve"} <= set(module.peaks)
+    assert module.trainer.callback_metrics["memory/peak"] == pytest.approx(max(module.peaks.values()) / GIB, rel=1e-5)

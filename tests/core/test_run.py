@@ -1,0 +1,284 @@
+"""A run that stopped goes on as if it never had: the same weights, history, metrics and files, bit for bit."""
+
+import copy
+import json
+import shutil
+
+import lightning as L
+import pytest
+import torch
+from cakeflow_restrain import Prune, Rect
+from tiny_runs import LAYERS, content, editor_of, module_of, state
+
+from cakeflow import EditDataModule, EditModule, Evaluation, LeastSquares, NullSpace, TargetOptimizer
+from cakeflow.callbacks import Retention
+from cakeflow.core.callback import EditCallback
+from cakeflow.errors import LedgerError, ResumeError
+from cakeflow.journal import ledger
+from cakeflow.journal.ledger import read_entries
+
+SOLVERS = {
+    "null space": NullSpace(LeastSquares(0.5)),
+    "primal": LeastSquares(0.5, form="primal"),
+    "rect": Rect(LeastSquares(0.5)),
+    "prune": Prune(LeastSquares(0.5)),
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_clock(monkeypatch):
+    """Every moment is the same: what two runs write can then be compared byte by byte."""
+
+    class Clock(ledger.datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2026, 1, 1, tzinfo=tz)
+
+    monkeypatch.setattr(ledger, "datetime", Clock)
+
+
+class StopAfter(L.Callback):
+    """Ends a run as an interrupt would, after so many batches."""
+
+    def __init__(self, batches, error=KeyboardInterrupt):
+        self.batches, self.error = batches, error
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == self.batches:
+            raise self.error
+
+
+def fit(lm, requests, folder, *callbacks, solver="null space", **changes):
+    """An experiment in batches of two, with evaluations between, as a command starts it."""
+    trainer = {"callbacks": [Retention(every=2), *callbacks], "val_check_interval": 2}
+    editor = editor_of(lm, trainer, solver=SOLVERS[solver], **changes)
+    run = editor.fit(requests, 2, run=folder)
+    return editor, run
+
+
+def kept(folder):
+    """What a run left, but for what tells of seconds and bytes."""
+    files = content(folder)
+    return {name: files[name] for name in files if name not in ("run.json", "journal/ledger.jsonl")}
+
+
+def told(folder):
+    """The ledger without hashes of files that tell of seconds."""
+    return [(entry.kind, entry.body if entry.kind != "end" else sorted(entry.body["files"]))
+            for entry in read_entries(folder / "journal/ledger.jsonl")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def model_of(_models):
+    """Architecture -> a fresh copy of its tiny model."""
+    return lambda arch: copy.deepcopy(_models[arch])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """(solver, type, architecture) -> folder, state and metrics of a run without interruption."""
+    known = {}
+
+    def find(lm, requests, solver, dtype):
+        key = solver, dtype, lm.model.config.model_type
+        if key not in known:
+            lm, folder = copy.deepcopy(lm), tmp_path_factory.mktemp("whole") / "run"
+            editor, run = fit(lm, requests, folder, solver=solver)
+            known[key] = folder, state(lm, editor.module), run.before, run.after
+        return known[key]
+
+    return find
+
+
+CASES = [
+    ("gpt2", "null space", torch.float32, 0),
+    ("gpt2", "null space", torch.float32, 1),
+    ("gpt2", "null space", torch.float32, 3),
+    ("llama", "null space", torch.float32, 2),
+    ("llama", "null space", torch.bfloat16, 2),
+    ("gpt2", "primal", torch.float32, 2),
+    ("gpt2", "rect", torch.float32, 2),
+    ("gpt2", "prune", torch.float32, 2),
+    ("llama", "prune", torch.bfloat16, 3),
+]
+
+
+@pytest.mark.parametrize(("arch", "solver", "dtype", "stop"), CASES, ids=str)
+def test_resumed_equals_uninterrupted(model_of, requests, tmp_path, whole, arch, solver, dtype, stop):
+    tiny = model_of(arch)
+    tiny.model.to(dtype)
+    folder, wanted, before, after = whole(tiny, requests[:7], solver, dtype)
+    first = copy.deepcopy(tiny)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(first, requests[:7], tmp_path / "run", StopAfter(stop), solver=solver)
+    editor, run = fit(tiny, requests[:7], tmp_path / "run", solver=solver)
+    assert state(tiny, editor.module) == wanted
+    assert repr((run.before, run.after)) == repr((before, after))
+    assert told(tmp_path / "run") == told(folder)
+    assert set(kept(tmp_path / "run")) == set(kept(folder))
+    assert {name for name, found in kept(tmp_path / "run").items() if found != kept(folder)[name]} <= {"metrics.csv"}
+    editor.rollback()
+    assert state(tiny, editor.module) != wanted
+
+
+def test_resumed_again_and_again(lm, requests, tmp_path, whole):
+    folder, wanted, *_ = whole(lm, requests[:7], "null space", lm.dtype)
+    for stop in (1, 1, 3):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(stop))
+    editor, _ = fit(lm, requests[:7], tmp_path / "run")
+    assert state(lm, editor.module) == wanted
+    assert told(tmp_path / "run") == told(folder)
+
+
+def test_the_search_is_not_done_again(lm, requests, tmp_path):
+    class Counted(TargetOptimizer):
+        def optimize(self, lm, batch, layer, progress=lambda done: None):
+            searched.append(len(batch))
+            return super().optimize(lm, batch, layer, progress)
+
+    searched, targets = [], Counted(steps=3, lr=0.3)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(2), targets=targets)
+    assert searched == [2, 2]
+    fit(lm, requests[:7], tmp_path / "run", targets=targets)
+    assert searched == [2, 2, 2, 1]
+
+
+def test_what_callbacks_logged_of_a_batch_is_logged_again(lm, requests, tmp_path):
+    class Watcher(EditCallback):
+        def on_batch_edited(self, module, left):
+            module.log("watched", left.norm())
+
+    tables = []
+    for name, stops in (("whole", []), ("resumed", [2])):
+        for stop in stops:
+            with pytest.raises((KeyboardInterrupt, SystemExit)):
+                fit(copy.deepcopy(lm), requests[:7], tmp_path / name, Watcher(), StopAfter(stop))
+        fit(copy.deepcopy(lm), requests[:7], tmp_path / name, Watcher())
+        lines = [line.split(",") for line in (tmp_path / name / "metrics.csv").read_text().splitlines()]
+        machine = lines[0].index("memory/peak")
+        tables.append([[cell for place, cell in enumerate(line) if place != machine] for line in lines])
+    assert tables[0] == tables[1]
+    assert "watched" in tables[0][0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"solver": "rect"}, "settings.solver was"),
+        ({"targets": TargetOptimizer(steps=4, lr=0.3)}, "settings.targets was"),
+        ({"layers": [1, 4]}, "settings.layers was"),
+        ({"seed": 5}, "settings.seed was 0, is 5"),
+        ({"evaluation": Evaluation(protocol="official")}, "settings.evaluation was"),
+    ],
+    ids=str,
+)
+def test_another_config_is_refused_saying_what_differs(lm, requests, tmp_path, changes, words):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(2))
+    before, files = state(lm, module_of(lm)), content(tmp_path / "run")
+    with pytest.raises(ResumeError, match=words):
+        fit(lm, requests[:7], tmp_path / "run", **changes)
+    assert state(lm, module_of(lm)) == before
+    assert content(tmp_path / "run") == files
+
+
+def test_another_model_tokenizer_or_data_is_refused(lm, requests, tmp_path):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(2))
+    other = copy.deepcopy(lm)
+    with torch.no_grad():
+        next(other.model.parameters())[0, 0] += 1e-3
+    with pytest.raises(ResumeError, match="fingerprint was"):
+        fit(other, requests[:7], tmp_path / "run")
+    other = copy.deepcopy(lm)
+    other.tokenizer.add_tokens(["a new token"])
+    with pytest.raises(ResumeError, match="fingerprint was"):
+        fit(other, requests[:7], tmp_path / "run")
+    half = copy.deepcopy(lm)
+    half.model.to(torch.bfloat16)
+    with pytest.raises(ResumeError, match=r"dtype was torch\.float"):
+        fit(half, requests[:7], tmp_path / "run")
+    with pytest.raises(ResumeError, match=r"data was .*edits was 7, is 6"):
+        fit(lm, requests[:6], tmp_path / "run")
+    with pytest.raises(ResumeError, match="batch_size was 2, is 3"):
+        editor_of(lm).fit(requests[:7], 3, run=tmp_path / "run")
+
+
+def test_a_finished_or_rolled_back_run_is_not_started_again(lm, requests, tmp_path):
+    editor, run = fit(lm, requests[:4], tmp_path / "run")
+    assert run.folder == tmp_path / "run"
+    files = content(tmp_path / "run")
+    with pytest.raises(ResumeError, match="finished run"):
+        editor.fit(requests[:4], 2, run=tmp_path / "run")
+    editor.journal.record = None
+    editor.rollback()
+    with pytest.raises(ResumeError, match="finished run"):
+        fit(lm, requests[:4], tmp_path / "run")
+    assert content(tmp_path / "run") == files
+
+
+def test_a_second_run_has_the_first_ones_batches_and_goes_on_too(lm, requests, tmp_path):
+    unedited = copy.deepcopy(lm)
+    editor = editor_of(lm)
+    editor.fit(requests[:4], 2, run=tmp_path / "first")
+    editor.fit(requests[4:8], 2, run=tmp_path / "second")
+    wanted = state(lm, editor.module)
+    lines = (tmp_path / "second/journal/ledger.jsonl").read_bytes().splitlines(keepends=True)
+    for copied in (1, 2):  # model, and one of the two earlier batches
+        shutil.copytree(tmp_path / "second", tmp_path / f"torn-{copied}")
+        (tmp_path / f"torn-{copied}/journal/ledger.jsonl").write_bytes(b"".join(lines[:copied]))
+        with pytest.raises(ResumeError, match=f"2 earlier batches and has {copied - 1}"):
+            editor_of(copy.deepcopy(unedited)).fit(requests[4:8], 2, run=tmp_path / f"torn-{copied}")
+    batches = [place for place, line in enumerate(lines) if b'"kind":"batch"' in line]
+    assert len(batches) == 4
+    (tmp_path / "second/journal/ledger.jsonl").write_bytes(b"".join(lines[: batches[2] + 1]))
+    fresh = editor_of(unedited)
+    run = fresh.fit(requests[4:8], 2, run=tmp_path / "second")
+    assert state(unedited, fresh.module) == wanted
+    assert [step.number for step in run.journal] == [0, 1, 2, 3]
+
+
+def test_a_plain_trainer_keeps_and_resumes_too(lm, requests, tmp_path):
+    def train(lm, *callbacks):
+        module = module_of(lm)
+        logger = L.pytorch.loggers.CSVLogger(tmp_path, name="", version="run")
+        trainer = L.Trainer(max_epochs=1, logger=logger, log_every_n_steps=1, callbacks=list(callbacks),
+                            enable_progress_bar=False, enable_checkpointing=False)  # fmt: skip
+        trainer.fit(module, train_dataloaders=EditDataModule(requests[:4], 2).train_dataloader())
+        return module
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        train(copy.deepcopy(lm), StopAfter(1))
+    with pytest.warns(UserWarning, match="Experiment logs directory"):
+        module = train(lm)
+    entries = [entry.kind for entry in read_entries(tmp_path / "run/journal/ledger.jsonl")]
+    assert entries == ["model", "run", "batch", "batch"]
+    assert len(module.journal) == 2
+
+
+def test_texts_can_be_left_out_and_the_run_resumed_all_the_same(lm, requests, tmp_path):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(2), record_texts=False)
+    editor, _ = fit(lm, requests[:7], tmp_path / "run", record_texts=False)
+    text = (tmp_path / "run/journal/ledger.jsonl").read_text()
+    assert not any(json.dumps(request.subject) in text for request in requests)
+    assert editor.journal.edits == 7
+
+
+def test_a_file_that_was_changed_meanwhile_is_noticed(lm, requests, tmp_path):
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(2))
+    path = tmp_path / "run/journal/batch-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(bytes(data))
+    with pytest.raises(LedgerError, match=r"batch-00001.safetensors was changed"):
+        fit(lm, requests[:7], tmp_path / "run")
+
+
+def test_settings_are_those_that_were_given(lm):
+    """What a run measures before its first edit must not look like another experiment when it is resumed."""
+    assert EditModule(lm, LAYERS)._given == EditModule(lm, LAYERS)._given
+    assert " at 0x" not in json.dumps(EditModule(lm, LAYERS, solver=type("Own", (LeastSquares,), {})())._given)

@@ -1,0 +1,236 @@
+"""Second moments: one pass equals direct outer products, is kept by content and goes on after an interrupt."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
+
+import cakeflow.statistics as module
+from cakeflow import Statistics
+from cakeflow.core.statistics import convergence
+from cakeflow.errors import ConfigError, StatisticsError
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture
+
+SENTENCE = "the sea was calm and every small boat came home before night while the old town slept under rain"
+WORDS = SENTENCE.split()
+TEXT = " ".join(WORDS[(7 * i + i * i // 3) % len(WORDS)] for i in range(400))
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture
+def settings(corpus):
+    return Statistics(corpus, tokens=500, window=20, batch_tokens=60)
+
+
+def passes(lm):
+    """Count forward passes of the real model."""
+    count = []
+    lm.model.register_forward_pre_hook(lambda *_a: count.append(1))
+    return count
+
+
+@torch.no_grad()
+def direct(lm, layer, tokens=500, window=20):
+    ids = lm.tokenizer(TEXT)["input_ids"][:tokens]
+    total, n = 0, 0
+    for start in range(0, len(ids) - window + 1, window):
+        with capture(lm, [Site(layer, "mlp_out")], side="in") as seen:
+            lm.model(input_ids=torch.tensor([ids[start : start + window]]), use_cache=False)
+        for key in seen[Site(layer, "mlp_out")][0]:
+            total, n = total + torch.outer(key, key), n + 1
+    return total / n
+
+
+def test_one_pass_equals_direct_outer_products(tiny, settings):
+    found = settings.collect(tiny, [1, 3])
+    assert sorted(found) == [1, 3]
+    for layer, covariance in found.items():
+        torch.testing.assert_close(covariance.moment, direct(tiny, layer), rtol=0, atol=1e-12)
+        values, vectors = covariance.eigen
+        torch.testing.assert_close((vectors * values) @ vectors.T, covariance.moment, rtol=0, atol=1e-10)
+        assert covariance.weight == 15_000
+
+
+def test_several_rows_at_once_change_nothing(lm, settings, corpus):
+    one = settings.collect(lm, [2])[2].moment
+    other = Statistics(corpus, 500, 20, batch_tokens=1).collect(lm, [2], corpus.parent / "fresh")[2].moment
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+def test_a_second_call_reads_the_cache(lm, settings, cache):
+    first = settings.collect(lm, [1, 2])
+    count = passes(lm)
+    again = settings.collect(lm, [1, 2])
+    assert not count
+    assert torch.equal(first[1].moment, again[1].moment)
+    assert torch.equal(first[1].eigen[1], again[1].eigen[1])
+    assert [path.name for path in sorted((cache / "statistics").rglob("*.safetensors"))] == [
+        "layer-1.safetensors",
+        "layer-2.safetensors",
+    ]
+
+
+def test_a_given_folder_is_used(lm, settings, tmp_path):
+    settings.collect(lm, [1], tmp_path / "here")
+    assert len(list((tmp_path / "here").rglob("layer-1.safetensors"))) == 1
+
+
+def test_the_weight_of_the_covariance_is_not_part_of_the_key(lm, corpus, settings):
+    settings.collect(lm, [1])
+    count = passes(lm)
+    assert Statistics(corpus, 500, 20, cov_weight=3.0).collect(lm, [1])[1].weight == 3
+    assert not count
+
+
+def change_weights(lm, corpus):
+    with torch.no_grad():
+        lm.weight(0)[0, 0] += 1
+    return Statistics(corpus, 500, 20)
+
+
+def change_tokenizer(lm, corpus):
+    lm.tokenizer.add_tokens(["calm and every"])
+    return Statistics(corpus, 500, 20)
+
+
+def change_text(lm, corpus):
+    corpus.write_text("now " + TEXT)
+    return Statistics(corpus, 500, 20)
+
+
+def change_dtype(lm, corpus):
+    lm.model.float()
+    return Statistics(corpus, 500, 20)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_weights,
+        change_tokenizer,
+        change_text,
+        change_dtype,
+        lambda _lm, corpus: Statistics(corpus, 480, 20),
+        lambda _lm, corpus: Statistics(corpus, 500, 25),
+    ],
+    ids=["weights", "tokenizer", "text", "dtype", "tokens", "window"],
+)
+def test_what_decides_the_values_decides_the_key(lm, corpus, settings, change):
+    settings.collect(lm, [1])
+    other = change(lm, corpus)
+    count = passes(lm)
+    other.collect(lm, [1])
+    assert count
+
+
+def test_weights_above_the_last_layer_do_not_matter(lm, settings):
+    settings.collect(lm, [1, 2])
+    with torch.no_grad():
+        lm.weight(3)[0, 0] += 1
+    count = passes(lm)
+    settings.collect(lm, [1, 2])
+    assert not count
+
+
+def interrupt_after(lm, passes_done, error):
+    count = []
+
+    def hook(*_args):
+        count.append(1)
+        if len(count) == passes_done + 1:
+            raise error
+
+    return lm.model.register_forward_pre_hook(hook)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny, settings, tmp_path, monkeypatch, error):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
+    wanted = settings.collect(tiny, [1, 3], tmp_path / "whole")
+    count = passes(tiny)
+    handle = interrupt_after(tiny, 5, error)
+    with pytest.raises(error):
+        settings.collect(tiny, [1, 3], tmp_path / "broken")
+    handle.remove()
+    assert [path.name for path in (tmp_path / "broken").rglob("*.safetensors")] == ["partial.safetensors"]
+    count.clear()
+    found = settings.collect(tiny, [1, 3], tmp_path / "broken")
+    assert len(count) == -(-(500 // 20) // 3) - 5  # went on, did not start again
+    for layer in (1, 3):
+        assert torch.equal(found[layer].moment, wanted[layer].moment)
+        assert torch.equal(found[layer].eigen[0], wanted[layer].eigen[0])
+        files = [next((tmp_path / name).rglob(f"layer-{layer}.safetensors")) for name in ("whole", "broken")]
+        assert convergence(files[0]) == convergence(files[1])
+    assert not list((tmp_path / "broken").rglob("partial*"))
+
+
+def test_a_partial_pass_over_other_layers_is_not_used(lm, settings, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
+    handle = interrupt_after(lm, 5, RuntimeError)
+    with pytest.raises(RuntimeError):
+        settings.collect(lm, [1, 3])
+    handle.remove()
+    found = settings.collect(lm, [2, 3])
+    torch.testing.assert_close(found[3].moment, direct(lm, 3), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("early", "late"), [([3], [1, 3]), ([1, 3], [3])])
+def test_layers_share_a_folder_only_where_their_values_agree(lm, settings, early, late):
+    settings.collect(lm, early)
+    found = settings.collect(lm, late)
+    assert sorted(found) == late
+    for layer in late:
+        torch.testing.assert_close(found[layer].moment, direct(lm, layer), rtol=0, atol=1e-12)
+
+
+def test_convergence_is_the_change_over_the_second_half(lm, settings, cache):
+    found = settings.collect(lm, [1])[1].moment
+    path = next(cache.rglob("layer-1.safetensors"))
+    half = direct(lm, 1, tokens=240)  # 12 of 25 windows, a whole number of batches
+    assert convergence(path) == pytest.approx(float((found - half).norm() / found.norm()), rel=1e-9)
+    assert set(load_file(path)) == {"moment", "eigenvalues", "eigenvectors"}
+
+
+def test_too_few_tokens_are_refused(lm, corpus):
+    with pytest.raises(StatisticsError, match=r"has 100 tokens; at least 192 are needed for keys 192 wide"):
+        Statistics(corpus, tokens=100, window=20).collect(lm, [1])
+    with pytest.raises(StatisticsError, match="at least 100000"):
+        Statistics(corpus, tokens=500, window=100_000).collect(lm, [1])
+
+
+def test_values_that_are_not_finite_are_refused_and_not_cached(lm, settings, cache):
+    with torch.no_grad():
+        lm.model.transformer.h[1].mlp.c_fc.weight.fill_(float("inf"))
+    with pytest.raises(StatisticsError, match="layer-1: the second moment is not finite"):
+        settings.collect(lm, [1])
+    assert not list(cache.rglob("layer-*"))
+
+
+def test_a_beginning_of_text_token_stands_before_every_window(lm, settings):
+    lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert lm.tokenizer("")["input_ids"] == [0]
+    windows = settings._windows(lm)
+    assert windows.shape == (500 // 19, 20)
+    assert (windows[:, 0] == 0).all()
+    assert not (windows[:, 1:] == 0).any()
+
+
+def test_without_a_source_the_model_samples_its_own(lm):
+    found = Statistics(tokens=400, window=16, batch_tokens=400).collect(lm, [0])
+    assert torch.isfinite(found[0].moment).all()
+    assert float(found[0].moment.diagonal().min()) > 0
+
+
+@pytest.mark.parametrize("name", ["tokens", "window", "cov_weight", "batch_tokens"])
+def test_bad_settings(name):
+    with pytest.raises(ConfigError, match=rf"statistics\.{name} must be above 0"):
+        Statistics(**{name: 0})

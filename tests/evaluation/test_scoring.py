@@ -1,0 +1,179 @@
+"""Scores: the batched, padded pass with narrowed logits equals one plain forward pass per prompt."""
+
+import pytest
+import torch
+from tokenizers import normalizers
+
+from cakeflow import EditRequest, Probe, RequestError
+from cakeflow.data import builtin_facts
+from cakeflow.evaluation.scoring import KINDS, check_records, score_records, score_targets
+
+PROMPTS = ["The capital of Peru is", "A", "日本の首都は", "It is said that a very long sentence about the sea"]
+PROMPTS += ["Who is ", "The sign 🙂 means", "Rome, Rome, Rome is called '"]
+TARGETS = ["Lima, the city of kings", "b", "東京", "ends", "nobody", "🚀", "eternal"]
+
+
+@torch.no_grad()
+def plainly(lm, prompt, target):
+    """Mean log-probability and correctness from one unpadded pass; the prompt's tokens are counted on their own."""
+    text = prompt + ("" if prompt.endswith(" ") else " ") + target
+    ids, start = lm.tokenizer(text)["input_ids"], len(lm.tokenizer(prompt.rstrip())["input_ids"])
+    assert lm.tokenizer.decode(ids[start:]).strip() == target
+    logits = lm.model(torch.tensor([ids])).logits[0, start - 1 : -1].double()
+    wanted = torch.tensor(ids[start:])
+    each = logits.log_softmax(-1).gather(1, wanted[:, None])
+    return float(each.mean()), float((logits.argmax(-1) == wanted).double().mean())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.mark.parametrize("budget", [1, 60, 8192])
+def test_scores_equal_one_plain_pass_per_prompt(tiny, dtype, budget):
+    tiny.model.to(dtype)
+    scores, share = score_targets(tiny, PROMPTS, TARGETS, budget)
+    wanted, hits = zip(*(plainly(tiny, *pair) for pair in zip(PROMPTS, TARGETS, strict=True)), strict=True)
+    torch.testing.assert_close(scores.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-5)
+    assert share.tolist() == pytest.approx(hits)
+
+
+def greedy(lm, prompt, tokens):
+    """A continuation whose every token is the most likely one, as text that tokenises back to itself."""
+    ids = lm.tokenizer(prompt)["input_ids"]
+    for _ in range(tokens):
+        ids = [*ids, int(lm.model(torch.tensor([ids])).logits[0, -1].argmax())]
+    return lm.tokenizer.decode(ids)
+
+
+def test_correct_needs_every_token(tiny):
+    """Of the model's own continuation all tokens are right; with the last word changed only some are."""
+    head = torch.nn.Linear(tiny.head.in_features, tiny.head.out_features, dtype=tiny.dtype)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    (token,) = tiny.tokenizer(" the")["input_ids"]
+    head.bias.data[token] = 9.0
+    tiny.model.set_output_embeddings(head)
+    assert greedy(tiny, "The sea is", 3) == "The sea is the the the"
+    scores, share = score_targets(tiny, ["The sea is"] * 4, ["the the the", "the the a", "a the", "the"])
+    assert share.tolist() == pytest.approx([1, 2 / 3, 1 / 2, 1])
+    all_right, last_wrong, _, one = scores.tolist()
+    assert all_right == pytest.approx(one, abs=1e-6)
+    assert last_wrong == pytest.approx(one - 9 / 3, abs=1e-5)
+
+
+def test_scoring_leaves_the_model_alone(tiny):
+    before = tiny.fingerprint()
+    score_targets(tiny, PROMPTS, TARGETS)
+    assert tiny.fingerprint() == before
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in tiny.model.modules())
+    assert all(parameter.grad is None for parameter in tiny.model.parameters())
+
+
+FULL = EditRequest(
+    "{} is in",
+    "Lund",
+    "Peru",
+    "Sweden",
+    (
+        Probe("paraphrase", "You find Lund in"),
+        Probe("neighborhood", "Malmö is in"),
+        Probe("generation", "Lund is known for"),
+        Probe("neighborhood", "Oslo is in", "Norway"),
+        Probe("paraphrase", "Lund belongs to", "the land of Peru"),
+    ),
+)
+PROBES = (
+    Probe("neighborhood", "Pori is in", "Finland"),
+    Probe("neighborhood", "Vasa is in"),
+    Probe("paraphrase", "In"),
+)
+BARE = EditRequest("{} is in", "Turku", "Chile", probes=PROBES)
+ASKED = [
+    (0, "rewrite", "Lund is in", "Peru", "Sweden"),
+    (0, "paraphrase", "You find Lund in", "Peru", "Sweden"),
+    (0, "neighborhood", "Malmö is in", "Sweden", "Peru"),
+    (0, "neighborhood", "Oslo is in", "Norway", "Peru"),
+    (0, "paraphrase", "Lund belongs to", "the land of Peru", "Sweden"),
+    (1, "rewrite", "Turku is in", "Chile", None),
+    (1, "neighborhood", "Pori is in", "Finland", None),
+    (1, "paraphrase", "In", "Chile", None),
+]
+"""Record, kind, prompt, wanted and rival of all prompts of FULL and BARE that can be scored (Vasa has no answer)."""
+
+
+def test_records_become_prompts_in_order(tiny):
+    found = score_records(tiny, [FULL, BARE])
+    assert found.record.tolist() == [record for record, *_ in ASKED]
+    assert [KINDS[kind] for kind in found.kind] == [kind for _, kind, *_ in ASKED]
+    for i, (_, _, prompt, wanted, rival) in enumerate(ASKED):
+        score, share = plainly(tiny, prompt, wanted)
+        assert float(found.wanted[i]) == pytest.approx(score, abs=1e-5)
+        assert (float(found.tokens[i]), bool(found.correct[i])) == (pytest.approx(share), share == 1)
+        if rival is None:
+            assert found.rival[i].isnan()
+        else:
+            assert float(found.rival[i]) == pytest.approx(plainly(tiny, prompt, rival)[0], abs=1e-5)
+
+
+def test_records_score_alike_alone_and_together(tiny):
+    records = builtin_facts()[:6]
+    together = score_records(tiny, records)
+    for index, record in enumerate(records):
+        alone, mine = score_records(tiny, [record]), together.record == index
+        torch.testing.assert_close(together.wanted[mine], alone.wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.rival[mine], alone.rival, rtol=0, atol=1e-5)
+        assert torch.equal(together.correct[mine], alone.correct)
+
+
+def test_tokenizer_padding_side_does_not_matter(lm):
+    wanted = score_records(lm, [FULL])
+    lm.tokenizer.padding_side = "left"
+    assert torch.equal(score_records(lm, [FULL]).wanted, wanted.wanted)
+
+
+def test_prompts_that_are_too_long_are_refused(lm):
+    limit = lm.model.config.max_position_embeddings
+    probe = Probe("paraphrase", "word " * limit + "is")
+    with pytest.raises(RequestError, match="longer than the model"):
+        score_records(lm, [EditRequest("{} is", "Lund", "Peru", probes=(probe,))])
+
+
+@pytest.mark.parametrize("targets", [["☃"], ["big", "☃"]])
+def test_targets_without_a_token_are_refused(lm, targets):
+    """Not scored as certain."""
+    backend = lm.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
+    with pytest.raises(RequestError, match="no token of its own"):
+        score_records(lm, [EditRequest("{} is", "Lund", target) for target in targets])
+
+
+def test_every_record_that_cannot_be_asked_is_named_by_its_place(lm, monkeypatch):
+    """Whatever part it is checked in, and a target that several prompts share once."""
+    monkeypatch.setattr("cakeflow.evaluation.scoring.CHECKED_AT_ONCE", 2)
+    backend = lm.tokenizer.backend_tokenizer
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
+    long = "word " * lm.longest + "is"
+    records = [
+        EditRequest("{} is", "Lund", "big", "☃", (Probe("neighborhood", "Rome is"), Probe("paraphrase", "It is"))),
+        EditRequest("{} is", "Lund", "big", "old", (Probe("neighborhood", "Rome is", "☃☃"),)),
+        EditRequest("{} is", "Lund", "big", "old", (Probe("generation", long),)),
+        EditRequest("{} is", "Lund", "☃", None, (Probe("paraphrase", "It is"), Probe("paraphrase", "Rome is"))),
+        EditRequest("{} is", "Lund", "big", "old", (Probe("paraphrase", long), Probe("generation", long))),
+    ]
+    wanted = [(0, "target_true"), (1, "probes.expected"), (3, "target_new"), (4, "probes.prompt")]
+    with pytest.raises(RequestError) as caught:
+        check_records(lm, records)
+    assert [(problem.index, problem.field) for problem in caught.value.problems] == wanted
+    for protocol in ("clean", "official"):
+        with pytest.raises(RequestError) as caught:
+            score_records(lm, [records[2], records[1]], protocol)
+        assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, "probes.expected")]
+    check_records(lm, [records[2]])
+
+
+@pytest.mark.real
+def test_real_model_equals_plain_passes(smollm2):
+    records = builtin_facts()[:3]
+    found = score_records(smollm2, records)
+    asked = [(r.text, r.target_new) for r in records]
+    mine = found.wanted[found.kind == KINDS.index("rewrite")]
+    wanted = torch.tensor([plainly(smollm2, *pair)[0] for pair in asked])
+    torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-4)

@@ -1,0 +1,39 @@
+"""A delta on the real model; its refusals and forgeries are in ``test_export``."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from cakeflow import EditModule, Editor, LayerProblem, Update
+from cakeflow.data.schemas import parse_requests
+from cakeflow.export import apply_delta
+from cakeflow.models.loading import load_model
+
+
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+@pytest.mark.real
+def test_the_embedded_model_can_be_saved_and_patched(smollm2, tmp_path):
+    """It comes from a quantized file, which transformers would refuse to save."""
+    editor = Editor(EditModule(smollm2, [9]))
+    ids = torch.tensor([smollm2.tokenizer("The river Elbe flows into")["input_ids"]])
+    before = logits(editor.model, ids)
+    weight = smollm2.oriented(9)
+    change = Update(torch.ones(1, weight.shape[1], dtype=torch.float64), torch.ones(1, weight.shape[0]).double() / 100)
+    try:
+        with editor.journal.batch(parse_requests([{"prompt": "{} is", "subject": "It", "target_new": "so"}])) as step:
+            problem = LayerProblem(change.right, change.left, weight.double(), weight.double())
+            editor.journal.apply(step, 9, problem, change)
+        editor.save_pretrained(tmp_path / "whole")
+        editor.export(tmp_path / "delta", "delta")
+        edited = logits(editor.model, ids)
+        assert not torch.equal(edited, before)
+        assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), ids), edited)
+        fresh = load_model("smollm2-135m")
+        apply_delta(fresh, tmp_path / "delta")
+        assert torch.equal(logits(fresh.model, ids), edited)
+    finally:
+        editor.rollback()
+    assert torch.equal(logits(editor.model, ids), before)

@@ -1,0 +1,394 @@
+"""What is exported is the edited model: the same bits, or the stated tolerance; and nothing else can be made of it."""
+
+import copy
+import json
+import resource
+from contextlib import contextmanager, suppress
+
+import pytest
+import torch
+from cakeflow_restrain import Prune, Rect
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tiny_runs import LAYERS, content, editor_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from cakeflow import EditRequest, LeastSquares
+from cakeflow.cli.export import run_apply, run_export
+from cakeflow.errors import ConfigError, EditError, ExportError, RunFolderError
+from cakeflow.export import Manifest, apply_delta
+from cakeflow.models.loading import load_model
+from cakeflow.solvers import Descent
+from cakeflow.storage.hashing import digest, tensor_hash
+
+FORMATS = ("model", "delta", "lora")
+DTYPES = (torch.float32, torch.bfloat16)
+QUIET = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
+
+
+@pytest.fixture(scope="module")
+def edited(_models, tmp_path_factory):
+    """(architecture, type) -> folder of the base model, and an editor after a run of two batches in a run folder."""
+    known = {}
+
+    def find(arch, dtype, requests):
+        if (arch, dtype) not in known:
+            folder, lm = tmp_path_factory.mktemp("edited"), copy.deepcopy(_models[arch])
+            lm.model.to(dtype).save_pretrained(folder / "base")
+            lm.tokenizer.save_pretrained(folder / "base")
+            editor = editor_of(load_model(folder / "base"))
+            editor.fit(requests[:4], 2, run=folder / "run")
+            known[arch, dtype] = folder / "base", editor
+        return known[arch, dtype]
+
+    return find
+
+
+@pytest.fixture(params=[(arch, dtype) for arch in ("gpt2", "llama") for dtype in DTYPES], ids=str)
+def case(request, edited, requests):
+    """Of both architectures in both types."""
+    return edited(*request.param, requests)
+
+
+@pytest.fixture
+def one(edited, requests):
+    """One of them."""
+    return edited("gpt2", torch.float32, requests)
+
+
+@pytest.fixture
+def ids(_models, requests):
+    return torch.tensor([_models["gpt2"].tokenizer(requests[0].text)["input_ids"]])
+
+
+@torch.no_grad()
+def logits(model, ids):
+    return model(input_ids=ids).logits
+
+
+def test_a_model_loads_and_gives_the_same_logits(case, ids, tmp_path):
+    base, editor = case
+    before = editor.module.lm.fingerprint()
+    editor.save_pretrained(tmp_path / "out")
+    assert editor.module.lm.fingerprint() == before
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert plain.dtype == editor.model.dtype
+    assert torch.equal(logits(plain, ids), logits(editor.model, ids))
+    assert not torch.equal(logits(load_model(base).model, ids), logits(editor.model, ids))
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("Ann plays")["input_ids"]
+
+
+def test_a_delta_gives_the_same_bits(case, tmp_path):
+    base, editor = case
+    editor.export(tmp_path / "out", "delta")
+    assert sorted(content(tmp_path / "out")) == ["delta.safetensors", "manifest.json"]
+    fresh = load_model(base)
+    manifest = apply_delta(fresh, tmp_path / "out")
+    assert fresh.fingerprint() == editor.module.lm.fingerprint()
+    assert manifest.edits == 4
+    assert manifest.ledger == editor.journal.record.ledger.head
+    assert len(manifest.weights) == len(LAYERS)
+    for name, told in manifest.weights.items():
+        assert tensor_hash(fresh.model.get_parameter(name)) == told["after"] != told["before"]
+    after = fresh.fingerprint()
+    with pytest.raises(ExportError, match="edited already"):
+        apply_delta(fresh, tmp_path / "out")
+    assert fresh.fingerprint() == after
+
+
+@QUIET
+def test_an_adapter_loads_in_peft_and_agrees(case, ids, tmp_path):
+    peft = pytest.importorskip("peft")
+    base, editor = case
+    editor.export(tmp_path / "out", "lora")
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    unedited, wanted = logits(plain, ids), logits(editor.model, ids)
+    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
+    off = (logits(adapted, ids) - wanted).abs().max() / wanted.abs().max()
+    moved = (unedited - wanted).abs().max() / wanted.abs().max()
+    assert off < TOLERANCE[wanted.dtype] < moved
+    assert all(
+        tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out/adapter_model.safetensors").values()
+    )
+    assert Manifest.read(tmp_path / "out").fingerprint == load_model(base).fingerprint()
+
+
+@QUIET
+def test_an_adapter_of_more_facts_than_dimensions_is_as_small_as_it_can_be(lm, ids, tmp_path):
+    """60 facts in 3 batches in a model that is 48 wide; and layers whose ranks differ."""
+    peft = pytest.importorskip("peft")
+    lm.model.float()
+    base, editor = copy.deepcopy(lm), editor_of(lm)
+    torch.manual_seed(0)
+    for layers in ([1, 3], [1], [1]):
+        with editor.journal.batch([EditRequest("{} is", f"a{n}", "b") for n in range(20)]) as step:
+            for layer in layers:
+                keys, residual = torch.randn(20, 192).double(), torch.randn(20, 48).double()
+                problem = editor.module.problem(layer, None, keys, residual, keys)
+                editor.journal.apply(step, layer, problem, LeastSquares(50.0).solve(problem))
+    editor.export(tmp_path / "out", "lora")
+    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "out/adapter_model.safetensors").items()}
+    assert sorted(shapes.values()) == sorted([(48, 192), (48, 48), (20, 192), (48, 20)])
+    wanted = logits(lm.model, ids)
+    adapted = peft.PeftModel.from_pretrained(base.model, tmp_path / "out")
+    torch.testing.assert_close(logits(adapted, ids), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("solver", "words"),
+    [
+        (Rect(LeastSquares(0.5)), "batch 0 changed layer 1"),
+        (Prune(LeastSquares(0.5)), "batch 1, made when the run ended, changed layer 1"),
+        (Descent(steps=2), "batch 0 changed layer 1"),
+    ],
+    ids=["rect", "prune", "ft"],
+)
+def test_full_rank_is_no_adapter_but_a_delta(lm, requests, tmp_path, solver, words):
+    if isinstance(solver, Prune):  # weights so small that its restraint has something to hold back
+        with torch.no_grad():
+            [lm.weight(layer).mul_(1e-3) for layer in LAYERS]
+    base, editor = copy.deepcopy(lm), editor_of(lm, {"logger": False}, solver=solver, max_relative_update=1e6)
+    editor.fit(requests[:2], evaluate=False)
+    with pytest.raises(ExportError, match=f"{words}.*RECT.*PRUNE.*delta"):
+        editor.export(tmp_path / "out", "lora")
+    assert list(tmp_path.iterdir()) == []
+    editor.export(tmp_path / "out", "delta")
+    apply_delta(base, tmp_path / "out")
+    assert base.fingerprint() == lm.fingerprint()
+
+
+def test_what_was_taken_back_is_not_exported(one, requests, tmp_path):
+    base, editor = one
+    editor = editor_of(load_model(base))
+    editor.fit(requests[:4], 2, run=tmp_path / "run")
+    editor.rollback(batch=0)
+    now = editor.module.lm.fingerprint()
+    for format in FORMATS:
+        editor.export(tmp_path / format, format)
+    assert load_model(tmp_path / "model").fingerprint() == now
+    fresh = load_model(base)
+    assert apply_delta(fresh, tmp_path / "delta").edits == 2
+    assert fresh.fingerprint() == now
+    assert {min(t.shape) for t in load_file(tmp_path / "lora/adapter_model.safetensors").values()} == {2}
+    card = (tmp_path / "model/README.md").read_text()
+    assert "The weights were changed after the last measurement." in card
+    assert json.dumps(requests[3].subject, ensure_ascii=False) in card
+    assert json.dumps(requests[0].subject, ensure_ascii=False) not in card
+    editor.rollback()
+    for format in ("delta", "lora"):
+        with pytest.raises(ExportError, match="no weight differs"):
+            editor.export(tmp_path / "none", format)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_there_is_kept_until_the_new_one_is_whole(one, tmp_path, format):
+    _, editor = one
+    out = tmp_path / "out"
+    editor.export(out, format)
+    before = content(tmp_path)
+    with pytest.raises(ConfigError, match="overwrite=True"):
+        editor.export(out, format)
+    largest = max(path.stat().st_size for path in out.iterdir())
+    for size in (100, 1000, largest - 1):  # each is too small for another file
+        with pytest.raises((OSError, SafetensorError)), full_disk(size):
+            editor.export(out, format, overwrite=True)
+        assert content(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    (out / "debris").touch()
+    editor.export(out, format, overwrite=True)
+    assert set(content(tmp_path)) == set(before)
+
+
+@contextmanager
+def full_disk(size):
+    """No file can grow beyond so many bytes: what a full disk is to whoever writes. Python ignores the signal."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_only_an_export_is_overwritten(one, tmp_path):
+    _, editor = one
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").write_text("years")
+    (tmp_path / "file").write_text("x")
+    for name, kind in (("mine", ExportError), ("file", ConfigError)):
+        with pytest.raises(kind, match="choose another"):
+            editor.export(tmp_path / name, "delta", overwrite=True)
+    with pytest.raises(ConfigError, match="expected model, delta, lora"):
+        editor.export(tmp_path / "out", "gguf")
+    assert sorted(content(tmp_path)) == ["file", "mine/thesis.tex"]
+
+
+@pytest.fixture
+def delta(one, tmp_path):
+    """A delta, and the unedited model it belongs to."""
+    base, editor = one
+    editor.export(tmp_path / "delta", "delta")
+    return tmp_path / "delta", load_model(base)
+
+
+def refused(lm, folder, words=""):
+    before = state_of(lm)
+    with pytest.raises(ExportError, match=words):
+        apply_delta(lm, folder)
+    assert state_of(lm) == before
+
+
+def state_of(lm):
+    return {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
+
+
+def test_any_flipped_byte_of_a_delta_is_noticed(delta):
+    folder, lm = delta
+    for path in folder.iterdir():
+        whole = path.read_bytes()
+        for place in {0, 9, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
+            data = bytearray(whole)
+            data[place] ^= 1
+            path.write_bytes(bytes(data))
+            refused(lm, folder, "take it from a copy")
+        path.write_bytes(whole)
+    whole = (folder / "manifest.json").read_bytes()
+    for place in range(len(whole)):  # reading it takes no model
+        (folder / "manifest.json").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(ExportError):
+            Manifest.read(folder)
+
+
+def test_a_delta_is_for_one_model_only(delta, one, edited, requests, tmp_path):
+    folder, lm = delta
+    refused(one[1].module.lm, folder, "edited already")
+    other = copy.deepcopy(lm)
+    with torch.no_grad():
+        next(other.model.parameters())[0, 0] += 1e-3
+    refused(other, folder, "other weights")
+    refused(load_model(one[0], dtype="bfloat16"), folder, r"torch.float32, this one is in torch.bfloat16")
+    refused(load_model(edited("llama", torch.float32, requests)[0]), folder, "this model has")
+    for format in ("model", "lora"):
+        one[1].export(tmp_path / format, format)
+        refused(lm, tmp_path / format, "is no delta")
+    refused(lm, tmp_path / "nowhere", "has no manifest")
+    (folder / "delta.safetensors").unlink()
+    refused(lm, folder, "is missing")
+
+
+def forged(folder, tensors, **changes):
+    """A delta whose hashes fit, whoever made it."""
+    save_file(tensors, folder / "delta.safetensors")
+    told = json.loads((folder / "manifest.json").read_text())
+    del told["hash"]
+    manifest = Manifest(**{**told, **changes})
+    files = {"delta.safetensors": digest(folder / "delta.safetensors")}
+    text = Manifest(**{**vars(manifest), "files": changes.get("files", files)}).text
+    (folder / "manifest.json").write_text(text)
+
+
+def test_a_forged_delta_reaches_no_other_weight(delta):
+    folder, lm = delta
+    good = load_file(folder / "delta.safetensors")
+    told = Manifest.read(folder).weights
+    name = min(good)
+
+    def weights(of, tensor):
+        before = lm.model.state_dict().get(of, tensor)
+        return {**told, of: {"before": tensor_hash(before), "after": tensor_hash(tensor)}}
+
+    block = "transformer.h.{}.{}"
+    inside = [block.format(1, "attn.c_proj.weight"), block.format(99, "mlp.c_proj.weight"), f"{name[:-6]}bias"]
+    for foreign in ("lm_head.weight", *inside, "../../x", "__class__", ""):
+        tensor = torch.zeros(4, 4)
+        forged(folder, {**good, foreign: tensor}, weights=weights(foreign, tensor))
+        refused(lm, folder, "no edit of this model could change")
+    for tensor in (good[name].T.contiguous(), good[name].double(), torch.zeros(0), good[name].flatten()):
+        forged(folder, {**good, name: tensor}, weights=weights(name, tensor))
+        refused(lm, folder, "but the model has")
+    forged(folder, {**good, name: good[name] + 1}, weights=told)
+    refused(lm, folder, "not the weight that the manifest tells of")
+    forged(folder, {name: good[name]}, weights=told)
+    refused(lm, folder, "name different weights")
+    for files in ({"../delta.safetensors": "0" * 64}, {"/etc/passwd": "0" * 64}, {"..": "0" * 64}):
+        forged(folder, good, weights=told, files=files)
+        refused(lm, folder, "files = ")
+    forged(folder, good, weights=told)
+    (folder / "delta.safetensors").write_bytes(b"no tensors")
+    data = (folder / "manifest.json").read_text()
+    refused(lm, folder, "does not have the hash")
+    forged(folder, good, weights=told)
+    assert (folder / "manifest.json").read_text() == data
+    apply_delta(lm, folder)
+
+
+HASHES = st.sampled_from(["0" * 64, "f" * 64, "F" * 64, "", "x"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text() | HASHES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("before"), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = ("version", "format", "model", "fingerprint", "dtype", "edits", "ledger", "weights", "files", "hash")
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    changes=st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), JSON, min_size=1, max_size=2),
+    sealed=st.booleans(),
+)
+def test_only_our_errors_get_out_of_a_manifest(delta, changes, sealed):
+    folder, lm = delta
+    path = folder / "manifest.json"
+    whole = path.read_text()
+    original = json.loads(whole)
+    told = {**original, **changes}
+    try:
+        if sealed:
+            told.pop("hash")
+            with suppress(TypeError):
+                told = json.loads(Manifest(**told).text)
+        path.write_text(json.dumps(told, indent=1, sort_keys=True) + "\n")
+        with suppress(EditError):
+            apply_delta(copy.deepcopy(lm), folder)
+            free = {"model", "edits", "ledger", "hash"} if sealed else set()
+            assert {name: value for name, value in told.items() if original.get(name) != value}.keys() <= free
+    finally:
+        path.write_text(whole)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.binary(max_size=100) | JSON.map(json.dumps).map(str.encode) | st.just(b"[" * 100_000))
+def test_only_our_error_gets_out_of_any_file(tmp_path, data):
+    (tmp_path / "manifest.json").write_bytes(data)
+    with pytest.raises(ExportError):
+        Manifest.read(tmp_path)
+
+
+def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
+    base, editor = one
+    run = editor.journal.record.folder.parent
+    before = content(run)
+    delta = run_export(run, tmp_path / "delta", "delta")
+    model = run_apply(delta, str(base), tmp_path / "model")
+    assert f"written to {model}" in capsys.readouterr().out.replace("\n", "")
+    assert load_model(model).fingerprint() == editor.module.lm.fingerprint()
+    assert "No ledger is at hand" in (model / "README.md").read_text()
+    whole = run_export(run, tmp_path / "whole", model=str(base))
+    weights = [load_file(folder / "model.safetensors") for folder in (model, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert "## Metrics" in (whole / "README.md").read_text()
+    assert content(run) == before
+    with pytest.raises(ConfigError, match="exists already"):
+        run_export(run, whole)
+    with pytest.raises(ConfigError, match="exists already"):
+        run_apply(delta, str(base), model)
+    run_apply(delta, str(base), model, overwrite=True)
+    with pytest.raises(ExportError, match="edited already"):
+        run_apply(delta, str(model), tmp_path / "twice")
+    with pytest.raises(RunFolderError, match=r"has no journal/ledger\.jsonl"):
+        run_export(tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "nothing").exists()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,94 @@
+"""Continuations: greedy ones are what the model says alone, sampled ones follow its distribution."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cakeflow.forward.generation import TopK, _cached, continuations, gumbel, until_stop
+
+PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
+
+
+def alone(lm, prompt, tokens):
+    """Greedily, one full pass per token."""
+    ids = lm.tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        for _ in range(tokens):
+            ids.append(int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return lm.tokenizer.decode(ids[start:], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("budget", [1, 40, 4096])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_each_is_what_the_model_says_alone(tiny, tokens, budget):
+    got = continuations(tiny, PROMPTS, tokens, budget)
+    assert got == [alone(tiny, prompt, tokens) for prompt in PROMPTS]
+
+
+def test_a_gib_of_keys_and_values_is_that(tiny):
+    with torch.no_grad():
+        kept = tiny.model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
+    assert 7 * _cached(tiny) == sum(part.nbytes for layer in kept.layers for part in (layer.keys, layer.values))
+
+
+def test_a_text_ends_where_the_models_positions_do(lm):
+    """However long it may become, and whatever runs beside it."""
+    long = " ".join(["sea"] * lm.longest)
+    ids = lm.tokenizer(long)["input_ids"][: lm.longest - 3]
+    near, room = lm.tokenizer.decode(ids), lm.longest - len(ids)
+    for prompts in ([near], [long], [near, "Ann", long]):
+        for total in (False, True):
+            got = continuations(lm, prompts, lm.longest if total else 6, total=total, budget=10 * lm.longest)
+            wanted = {near: alone(lm, near, room), long: ""}
+            assert [text for prompt, text in zip(prompts, got, strict=True) if prompt != "Ann"] == [
+                wanted[prompt] for prompt in prompts if prompt != "Ann"
+            ]
+
+
+def test_total_counts_the_prompt(tiny):
+    room = [12 - len(tiny.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    assert min(room) < max(room)
+    got = continuations(tiny, PROMPTS, 12, total=True)
+    assert got == [alone(tiny, prompt, tokens) for prompt, tokens in zip(PROMPTS, room, strict=True)]
+    assert continuations(tiny, PROMPTS, 1, total=True) == [""] * len(PROMPTS)
+
+
+def test_nothing_to_continue(lm):
+    assert continuations(lm, []) == []
+
+
+def test_samples_are_a_rows_own(tiny):
+    """They depend on the seed and the row, not on the batch or the global random state; repetitions differ."""
+    state = torch.get_rng_state()
+    got = continuations(tiny, PROMPTS, 8, top_k=5, seed=1)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert got == continuations(tiny, PROMPTS, 8, budget=1, top_k=5, seed=1)
+    assert got[1] == continuations(tiny, ["Ann"], 8, top_k=5, seed=1)[0] != got[4]
+    assert got != continuations(tiny, PROMPTS, 8, top_k=5, seed=2)
+    assert (
+        continuations(tiny, PROMPTS[:1], 3, top_k=5, seed=1)[0]
+        == continuations(tiny, PROMPTS[:1], 8, top_k=5, seed=1)[0][
+            : len(continuations(tiny, PROMPTS[:1], 3, top_k=5, seed=1)[0])
+        ]
+    )
+
+
+def test_samples_follow_the_distribution():
+    """Frequencies of 20,000 draws among the three most likely of five tokens; the others are never drawn."""
+    scores = torch.tensor([1.0, 2.0, -1.0, 0.5, 1.5])
+    draw = TopK(gumbel(range(20_000), 1, 3), 4)(torch.zeros(20_000, 4), scores.expand(20_000, 5)).argmax(1)
+    wanted = torch.zeros(5)
+    wanted[[0, 1, 4]] = scores[[0, 1, 4]].softmax(0)
+    shares = torch.bincount(draw, minlength=5) / 20_000
+    torch.testing.assert_close(shares, wanted, rtol=0, atol=4 * 0.5 / 20_000**0.5)  # four standard errors
+    assert shares[2] == shares[3] == 0
+
+
+@given(st.text(alphabet="ab .\n", max_size=20))
+def test_until_stop(text):
+    cut = until_stop(text)
+    assert text.startswith(cut)
+    assert not set(cut) & set(".\n")
+    assert cut == text or text[len(cut)] in ".\n"

@@ -1,0 +1,280 @@
+"""Tokens: the subject's last token and the first target token, checked by counting bytes instead of offsets."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
+from cakeflow import Contexts, EditRequest, RequestError
+from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.tokens import encode, encode_batch, encode_prompts, join
+
+TEMPLATES = Contexts((("{}",), ("The sky is blue. {}", "Élan 日本 🙂. {}")))
+
+CASES = {
+    "middle": EditRequest("The capital city of {} is", "Australia", "Lisbon"),
+    "start": EditRequest("{} was written by", "Hamlet", "Charles Dickens"),
+    "end": EditRequest("Who wrote the book {}", "Hamlet", "Charles Dickens"),
+    "subject-alone": EditRequest("{}", "Hamlet", "a play"),
+    "long-target": EditRequest("{} is", "Rome", "a very large city in the middle of Italy, on a river"),
+    "one-letter": EditRequest("{} is", "I", "x"),
+    "accents": EditRequest("La ville de {} se trouve en", "Saint-Étienne", "Norvège"),
+    "emoji": EditRequest("The sign {} means", "🙂👩‍👧", "🚀 to the moon"),
+    "emoji-end": EditRequest("The sign of joy is {}", "🙂", "🙃"),
+    "cjk": EditRequest("{}の首都は", "日本国", "大阪"),
+    "combining": EditRequest("{} is spelled with", "Cafe\u0301 A\u030a", "e\u0301"),
+    "combining-after": EditRequest("{}\u0301 is", "e", "an accent"),
+    "punctuation": EditRequest("({}), it is said, is", "St. John's", "'good'"),
+    "possessive": EditRequest("{}'s mother tongue is", "Marcel Proust", "Spanish"),
+    "glued": EditRequest("The {}s live in", "Roman", "Greece"),
+    "glued-before": EditRequest("Un{} is", "happy", "sad"),
+    "trailing-space": EditRequest("The capital of {} is ", "Peru", "Rome"),
+    "trailing-newline": EditRequest("{}\n", "Peru", "Rome"),
+    "trailing-apostrophe": EditRequest("{} is called '", "Peru", "the land'"),
+    "leading-space": EditRequest("The capital of {} is", "Peru", " Rome"),
+    "both-spaces": EditRequest("The capital of {} is ", "Peru", " Rome"),
+    "double-space": EditRequest("The  capital  of {}  is", "New  York", "Rome"),
+    "braces-in-subject": EditRequest("In Python {} is", "a{}b", "a set"),
+    "repeated-before": EditRequest("Paris, Texas, is not Paris; {} is in", "Paris", "Spain"),
+    "repeated-after": EditRequest("{} is Paris and Paris is in", "Paris", "Spain"),
+    "in-context": EditRequest("The {} is", "sky", "green"),
+    "subject-in-target": EditRequest("{} is", "Rome", "Rome in Italy"),
+    "hebrew": EditRequest("{} היא בירת", "ירושלים", "צרפת"),
+    "hebrew-end": EditRequest("בירת הנורווגים היא {}", "אוסלו", "העיר"),
+    "arabic-vowels": EditRequest("عاصمة {} هي", "مِصْر", "القاهرة"),
+    "right-to-left-within": EditRequest("The city of {} is in", "حيفا (Haifa)", "نرويج"),
+    "direction-marks": EditRequest("The city \u2067{}\u2069 is in", "\u200fمصر\u200e", "\u202bنرويج\u202c"),
+    "devanagari": EditRequest("{} की राजधानी", "क्षत्रिय", "दिल्ली"),
+    "family": EditRequest("The sign {}👍🏽 stands for", "👩‍👩‍👧‍👦", "👨🏾‍🚀"),
+    "flags": EditRequest("{}🇩🇪 play", "🇳🇴🏴󠁧󠁢󠁷󠁬󠁳󠁿", "🏳️‍🌈"),
+    "keycap-before": EditRequest("1️⃣{} is", "❤️‍🔥", "❤️"),
+    "braces-around": EditRequest('{"{{}}": {"is": [] }} means', "{x}", "{y}"),
+    "digits": EditRequest("{} plus 1 is", "12345", "12 346"),
+}
+
+
+def with_parts(tokenizer, front="", back=""):
+    """The same tokenizer adding special tokens in front of or behind a text."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"bos_token": "<bos>", "eos_token": "<eos>"})
+    numbers = [(token, tokenizer.convert_tokens_to_ids(token)) for token in ("<bos>", "<eos>")]
+    template = processors.TemplateProcessing(single=f"{front} $A {back}".strip(), special_tokens=numbers)
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
+    return tokenizer
+
+
+def padding_on(tokenizer, side):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.padding_side = tokenizer.truncation_side = side
+    tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    return tokenizer
+
+
+VARIANTS = {
+    "left": lambda tokenizer: padding_on(tokenizer, "left"),
+    "right": lambda tokenizer: padding_on(tokenizer, "right"),
+    "bos": lambda tokenizer: with_parts(tokenizer, "<bos>"),
+    "two-bos": lambda tokenizer: with_parts(tokenizer, "<bos> <bos>"),
+    "eos": lambda tokenizer: with_parts(tokenizer, "", "<eos>"),
+    "both": lambda tokenizer: with_parts(padding_on(tokenizer, "left"), "<bos>", "<eos>"),
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request, lm):
+    return dataclasses.replace(lm, tokenizer=VARIANTS[request.param](lm.tokenizer))
+
+
+def ends(tokenizer, ids):
+    """Index of the byte after each token; byte-level tokens are written with one character per byte."""
+    total, found = 0, []
+    for token in tokenizer.convert_ids_to_tokens(ids):
+        total += 0 if token in ("<bos>", "<eos>") else len(token)
+        found.append(total)
+    return found
+
+
+def check(tokenizer, row, text, subject_end, target_start):
+    """The row spells the text; its marks are the tokens with the subject's last and the target's first byte."""
+    after = ends(tokenizer, row.ids)
+    size = len(text.encode())
+    assert after[-1] == size
+    assert tokenizer.decode(row.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False) == text
+    if subject_end:
+        last = len(text[:subject_end].encode())
+        assert row.subject == next(i for i, end in enumerate(after) if end >= last)
+    first = len(text[:target_start].encode())
+    assert row.target == next(i for i, end in enumerate(after) if end > first)
+    assert row.subject < row.target < len(row.ids)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_subject_and_target_are_found(name, variant):
+    request = CASES[name]
+    batch = encode_batch(variant, [request], TEMPLATES)
+    assert (len(batch), batch.weights) == (1, (0.5, 0.25, 0.25))
+    for template, row in zip(TEMPLATES.templates, batch.rows[0], strict=True):
+        start = template.index("{}")
+        prompt = template[:start] + request.text + template[start + 2 :]
+        text = join(prompt, request.target_new)
+        assert prompt[start + request.subject_end - len(request.subject) :].startswith(request.subject)
+        check(variant.tokenizer, row, text, start + request.subject_end, len(prompt))
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", CASES)
+def test_subject_and_target_are_found_by_the_real_tokenizer(name, smollm2):
+    test_subject_and_target_are_found(name, smollm2)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_essence_ends_where_the_prompt_ends(name, variant):
+    (row,) = encode_batch(variant, [CASES[name]], TEMPLATES).essence
+    subject = CASES[name].subject
+    after = ends(variant.tokenizer, row.ids)
+    assert variant.tokenizer.decode(row.ids, skip_special_tokens=True) == f"{subject} is a"
+    assert row.subject == next(i for i, end in enumerate(after) if end >= len(subject.encode()))
+
+
+def test_target_tokens_decode_to_the_target(lm):
+    for request in CASES.values():
+        (row,) = encode_prompts(lm.tokenizer, [request.text], [request.target_new])
+        assert lm.tokenizer.decode(row.ids[row.target :]).strip() == request.target_new.strip()
+        assert row.subject == -1
+
+
+def test_special_tokens_stay_in_front_only(lm):
+    plain, decorated = lm.tokenizer, VARIANTS["both"](lm.tokenizer)
+    (row,), (bare,) = (encode_prompts(tokenizer, ["A prompt"], ["here"]) for tokenizer in (decorated, plain))
+    assert row.ids == (decorated.bos_token_id, *bare.ids)
+    assert row.target == bare.target + 1
+
+
+def test_many_requests_in_one_call_equal_one_by_one(lm):
+    together = encode_batch(lm, list(CASES.values()), TEMPLATES)
+    for index, request in enumerate(CASES.values()):
+        alone = encode_batch(lm, [request], TEMPLATES)
+        assert together.rows[index] == alone.rows[0]
+        assert together.essence[index] == alone.essence[0]
+    assert together.requests == tuple(CASES.values())
+
+
+WORDS = st.text(min_size=1, max_size=10).filter(lambda text: text.strip() and "{" not in text and "}" not in text)
+
+
+@pytest.fixture(scope="module")
+def byte_level(_models):
+    return _models["gpt2"].tokenizer
+
+
+@given(before=WORDS | st.just(""), subject=WORDS, after=WORDS | st.just(""), target=WORDS)
+def test_any_text(byte_level, before, subject, after, target):
+    prompt = before + subject + after
+    text = join(prompt, target)
+    subject_end = len(before) + len(subject)
+    (row,) = encode(byte_level, [text], [subject_end], [len(prompt)])
+    check(byte_level, row, text, subject_end, len(prompt))
+
+
+@pytest.fixture
+def wordy(lm):
+    """A tokenizer of another family: words with a marker for the space before, a BOS, and a character it drops."""
+    words = ["▁The", "▁capital", "▁of", "▁Peru", "▁is", "▁Lima", "▁big", "<unk>", "<s>"]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    backend.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 8)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
+    return dataclasses.replace(lm, tokenizer=tokenizer)
+
+
+def test_tokenizer_with_word_markers(wordy):
+    batch = encode_batch(wordy, [EditRequest("The capital of {} is", "Peru", "big Lima")], Contexts())
+    row = batch.rows[0][0]
+    tokens = wordy.tokenizer.convert_ids_to_tokens(row.ids)
+    assert tokens == ["<s>", "▁The", "▁capital", "▁of", "▁Peru", "▁is", "▁big", "▁Lima"]
+    assert (tokens[row.subject], tokens[row.target]) == ("▁Peru", "▁big")
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (EditRequest("The capital of {} is", "Peru", "☃"), "target_new"),
+        (EditRequest("{} is the capital of", "☃", "Peru"), "subject"),
+    ],
+)
+def test_text_without_a_token_is_refused(wordy, request_, field):
+    good = EditRequest("The capital of {} is", "Peru", "big")
+    with pytest.raises(RequestError) as caught:
+        encode_batch(wordy, [good, request_], Contexts())
+    assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, field)]
+
+
+def test_texts_that_are_too_long_are_refused_all_at_once(lm):
+    limit = lm.model.config.max_position_embeddings
+    long = "word " * limit
+    fits = EditRequest("{} is", "Peru", "big")
+    requests = [fits, EditRequest(long + "{} is", "Peru", "big"), fits, EditRequest("{} is", "Peru", long)]
+    with pytest.raises(RequestError, match=f"longer than the model's {limit} positions") as caught:
+        encode_batch(lm, requests, Contexts())
+    assert [problem.index for problem in caught.value.problems] == [1, 3]
+
+
+def test_a_text_that_is_just_short_enough_is_taken(lm):
+    limit = lm.model.config.max_position_embeddings
+    size = len(encode_batch(lm, [EditRequest("{} is", "Peru", "a")], Contexts()).rows[0][0].ids)
+    request = EditRequest("{} is", "Peru", "a" + " a" * (limit - size))
+    (row,) = encode_batch(lm, [request], Contexts()).rows[0]
+    assert len(row.ids) == limit
+    with pytest.raises(RequestError):
+        encode_batch(lm, [dataclasses.replace(request, target_new=request.target_new + " a")], Contexts())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "target", "text"),
+    [
+        ("a", "b", "a b"),
+        ("a ", "b", "a b"),
+        ("a", " b", "a b"),
+        ("a\n", "b", "a\nb"),
+        ("a ", " b", "a  b"),
+        ("'", "b", "' b"),
+    ],
+)
+def test_join(prompt, target, text):
+    assert join(prompt, target) == text
+
+
+def test_pad_puts_zeros_on_the_right():
+    assert torch.equal(pad([[5], [1, 2, 3], [7, 8]]), torch.tensor([[5, 0, 0], [1, 2, 3], [7, 8, 0]]))
+
+
+LENGTHS = st.lists(st.integers(1, 60), max_size=40)
+
+
+@given(LENGTHS, st.integers(1, 200), st.integers(0, 40))
+def test_plan(lengths, budget, slack):
+    """Every row exactly once, longest first; a group keeps the budget (or is a single row) and the padding."""
+    groups = plan(lengths, budget, slack)
+    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
+    order = [lengths[index] for group in groups for index in group]
+    assert order == sorted(order, reverse=True)
+    for group in groups:
+        longest = max(lengths[index] for index in group)
+        assert lengths[group[0]] == longest
+        assert len(group) == 1 or len(group) * longest <= budget
+        assert sum(longest - lengths[index] for index in group) <= slack
+
+
+@given(LENGTHS.filter(bool))
+def test_plan_wastes_no_group(lengths):
+    """Rows of one length share a group as far as the budget goes, and room for all means one group."""
+    assert len(plan(lengths, budget=10**6, slack=10**6)) == 1
+    assert len(plan([lengths[0]] * 10, budget=3 * lengths[0], slack=0)) == 4
+    assert len(plan(lengths, budget=10**6, slack=0)) == len(set(lengths))

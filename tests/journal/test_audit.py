@@ -1,0 +1,220 @@
+"""Anyone can check what a run did: no byte changes unnoticed, and the weights come out again."""
+
+import copy
+import shutil
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_ledger import JSON
+from tiny_runs import content, editor_of, state
+
+from cakeflow.cli.command_line import main
+from cakeflow.errors import EditError, LedgerError, ResumeError, RunFolderError
+from cakeflow.journal.audit import replay, verify
+from cakeflow.journal.journal import Journal
+from cakeflow.journal.ledger import Ledger, read_entries
+from cakeflow.journal.store import Record
+
+
+@pytest.fixture(scope="module")
+def finished(_models, tmp_path_factory, requests):
+    """A finished run of three batches: its folder, the unedited model and the state after it."""
+    folder = tmp_path_factory.mktemp("finished")
+    lm = copy.deepcopy(_models["llama"])
+    lm.model.float()
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    unedited = copy.deepcopy(lm)
+    editor = editor_of(lm)
+    editor.fit(requests[:6], 2, run=folder / "run")
+    return folder / "run", unedited, state(lm, editor.module)
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy to spoil."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_sound_run_has_no_faults(run):
+    found = verify(run)
+    assert found.faults == []
+    assert [entry.kind for entry in found.entries] == [
+        "model", "run", "evaluation", "batch", "batch", "batch", "evaluation", "end",
+    ]  # fmt: skip
+    assert found.unknown == []
+    assert verify(run, found.head).faults == []
+    (run / "report.html").write_text("later")
+    assert verify(run).unknown == ["report.html"]
+
+
+def test_a_flipped_byte_of_any_file_is_noticed_and_its_entry_named(run):
+    files = sorted(path for path in run.rglob("*") if path.is_file())
+    assert len(files) >= 9
+    entries = verify(run).entries
+    told = {name: entry.number for entry in entries for name in entry.body.get("files", ())}
+    for path in files:
+        whole = path.read_bytes()
+        for place in {0, len(whole) // 3, len(whole) - 1}:
+            data = bytearray(whole)
+            data[place] ^= 4
+            path.write_bytes(bytes(data))
+            faults = verify(run).faults
+            assert faults, (path, place)
+            if path.name in told:
+                assert any(f"entry {told[path.name]}" in fault and path.name in fault for fault in faults)
+            else:
+                assert "entry" in faults[0]
+        path.write_bytes(whole)
+    assert verify(run).faults == []
+
+
+def test_missing_files_and_missing_last_entries(run):
+    head = verify(run).head
+    (run / "journal/batch-00001.safetensors").rename(run / "elsewhere")
+    assert any("batch-00001.safetensors is missing" in fault for fault in verify(run).faults)
+    (run / "elsewhere").rename(run / "journal/batch-00001.safetensors")
+    path = run / "journal/ledger.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:-1]))
+    assert verify(run).faults == []  # a ledger cut at an entry is sound by itself
+    assert "entries are missing" in verify(run, head).faults[0]
+    path.write_bytes(b"".join(lines[:-1]) + lines[-1][:50])
+    assert f"entry {len(lines) - 1}: cut off" in verify(run).faults[0]
+
+
+def test_a_forged_ledger_with_sound_hashes_does_not_fit_its_weights(run):
+    """Whoever rewrites the whole chain still has to make the tensors agree."""
+    path = run / "journal/ledger.jsonl"
+    entries = list(read_entries(path))
+    path.unlink()
+    ledger = Ledger(path)
+    for entry in entries:
+        if entry.kind != "batch" or entry.body["batch"] != 1:
+            ledger.append(entry.kind, entry.body)
+    assert any("does not begin where it ended" in fault for fault in verify(run).faults)
+
+
+def test_paths_that_lead_out_of_the_folder_are_refused(run):
+    path = run / "journal/ledger.jsonl"
+    entries = list(read_entries(path))
+    path.unlink()
+    ledger = Ledger(path)
+    for entry in entries[:4]:
+        files = entry.body.get("files", {})
+        ledger.append(entry.kind, entry.body | {"files": {f"../../{name}": told for name, told in files.items()}})
+    assert any("is not a file name" in fault for fault in verify(run).faults)
+    record = Record(run / "journal")
+    with pytest.raises(LedgerError, match="may not name files outside"):
+        record.read(record.ledger.entries[3], "../run.json")
+
+
+def test_replay_reproduces_every_weight(finished, run):
+    folder, unedited, wanted = finished
+    journal = replay(folder, str(folder.parent / "model"))
+    assert {n: h for n, h in state(journal.lm, _Holder(journal)).items() if "history" not in n} == {
+        name: each for name, each in wanted.items() if "history" not in name
+    }
+    assert content(folder) == content(run)
+    fresh = Journal(copy.deepcopy(unedited))
+    fresh.load(folder / "journal")
+    assert state(fresh.lm, _Holder(fresh)) == wanted
+
+
+class _Holder:
+    """What ``state`` asks of a module."""
+
+    def __init__(self, journal):
+        self.journal = journal
+
+
+def test_another_model_is_not_replayed(finished, tiny):
+    journal = Journal(tiny)
+    before = state(tiny, _Holder(journal))
+    with pytest.raises(ResumeError, match="fingerprint was"):
+        journal.load(finished[0] / "journal")
+    assert state(tiny, _Holder(journal)) == before
+
+
+def test_weights_that_come_out_otherwise_are_refused_and_nothing_is_left(finished, run):
+    """As on another machine: the ledger tells of other hashes than those that come out here."""
+    path, lm = run / "journal/ledger.jsonl", copy.deepcopy(finished[1])
+    entries = list(read_entries(path))
+    path.unlink()
+    ledger = Ledger(path)
+    for entry in entries:
+        body = copy.deepcopy(entry.body)
+        if body.get("batch") == 2:
+            body["layers"]["3"]["after"] = "0" * 64
+        ledger.append(entry.kind, body)
+    journal = Journal(lm)
+    before = state(lm, _Holder(journal))
+    with pytest.raises(ResumeError, match=r"batch 2: the weights of layers \[3\] come out otherwise"):
+        journal.load(run / "journal")
+    assert state(lm, _Holder(journal)) == before
+    assert len(journal) == 0
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(body=st.dictionaries(st.sampled_from(["batch", "files", "layers", "hashes", "targets", "order", "numbers",
+                                             "requests", "batches"]), JSON),
+       kind=st.sampled_from(["batch", "rollback", "end", "run", "model"]))  # fmt: skip
+def test_only_our_errors_get_out_of_a_ledger_with_any_bodies(finished, run, body, kind):
+    path = run / "journal/ledger.jsonl"
+    path.unlink(missing_ok=True)
+    ledger = Ledger(path)
+    entries = list(read_entries(finished[0] / "journal/ledger.jsonl"))
+    ledger.append("model", entries[0].body)
+    ledger.append(kind, body)
+    assert isinstance(verify(run).faults, list)
+    journal = Journal(copy.deepcopy(finished[1]))
+    try:
+        journal.load(run / "journal")
+    except EditError:
+        assert len(journal) == 0
+
+
+def test_the_commands(finished, run, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    model = str(finished[0].parent / "model")
+    entries = main(["log", str(run)])
+    printed = capsys.readouterr().out
+    assert len(entries) == 8
+    for word in ("batch 2, 2 edits", "evaluation", entries[-1].hash[:12]):
+        assert word in printed
+    main(["verify", str(run)])
+    assert entries[-1].hash in capsys.readouterr().out
+    main(["replay", str(run), "--model", model])
+    assert "3 batches, 6 edits" in capsys.readouterr().out
+    main(["rollback", str(run), "-n", "1", "--model", model])
+    assert "1 batches taken back, 2 left" in capsys.readouterr().out
+    assert verify(run).faults == []
+    main(["rollback", str(run), "--batch", "0", "--model", model])
+    assert main(["log", str(run)])[-1].body["batches"] == [0]
+    assert len(main(["replay", str(run), "--model", model])) == 1
+    with pytest.raises(SystemExit):
+        main(["rollback", str(run), "--batch", "7", "--model", model])
+    assert "no single batch 7" in capsys.readouterr().err
+    (run / "run.json").write_text("{}")
+    with pytest.raises(SystemExit):
+        main(["verify", str(run)])
+    assert "run.json was changed" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    with pytest.raises(RunFolderError, match=r"has no journal/ledger.jsonl"):
+        verify(tmp_path)
+
+
+def test_half_precision_comes_out_again_too(lm, requests, tmp_path):
+    lm.model.to(torch.bfloat16)
+    unedited = copy.deepcopy(lm)
+    editor = editor_of(lm)
+    editor.fit(requests[:6], 2, evaluate=False, run=tmp_path / "run")
+    editor.rollback(batch=1)
+    journal = Journal(unedited)
+    journal.load(tmp_path / "run" / "journal")
+    assert state(unedited, _Holder(journal)) == state(lm, editor.module)

@@ -1,0 +1,120 @@
+"""Every supported model family, as a tiny random model built offline: structure, hooks, one edit, and its undoing."""
+
+import pytest
+import torch
+from conftest import fit_tiny, random_model
+
+from cakeflow import Contexts, EditRequest, LeastSquares, TargetOptimizer
+from cakeflow.allocators import Jacobian
+from cakeflow.evaluation.scoring import score_targets
+from cakeflow.forward.keys import FactReader
+from cakeflow.forward.tokens import encode_batch
+from cakeflow.models.architecture import Site, is_transposed
+from cakeflow.models.hooks import capture, inject
+
+COMMON = {
+    "vocab_size": 600, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "bos_token_id": 0,
+    "eos_token_id": 0, "pad_token_id": 0, "initializer_range": 0.1, "init_std": 0.1,
+}  # fmt: skip
+GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
+HEADS = {**GATED, "head_dim": 8}
+FAMILIES = {
+    "llama": GATED, "mistral": GATED, "qwen2": GATED, "qwen3": HEADS, "phi3": GATED, "gemma": HEADS, "gemma2": HEADS,
+    "smollm3": GATED, "gpt2": {"n_inner": 48}, "gptj": {"n_inner": 48, "rotary_dim": 4},
+    "gpt_neox": {"intermediate_size": 48},
+    "gpt_neox, sequential": {"intermediate_size": 48, "use_parallel_residual": False},
+    "phi": {"intermediate_size": 48}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {},
+    "falcon": {}, "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 2},
+    "falcon, alibi": {"alibi": True, "parallel_attn": False}, "olmo2": GATED, "stablelm": GATED,
+}  # fmt: skip
+LAYERS = [1, 2]
+FACTS = [EditRequest("Here comes {}", "Ann", "Rome"), EditRequest("A friend of {}", "Bob", "sea")]
+"""Their subjects end the prompts, so that even a random model's prediction depends on them."""
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request, lm):
+    return random_model(request.param.split(",")[0], lm.tokenizer, **{**COMMON, **FAMILIES[request.param]})
+
+
+@torch.no_grad()
+def test_keys_times_weight_are_the_output(family):
+    site = Site(1, "mlp_out")
+    ids = torch.tensor([[5, 9, 3, 77, 20]])
+    with capture(family, [site], side="in") as keys, capture(family, [site]) as values:
+        family.model(input_ids=ids)
+    module = family.module(site)
+    bias = module.bias if getattr(module, "bias", None) is not None else 0
+    torch.testing.assert_close(values[site], keys[site] @ family.oriented(1).T + bias, rtol=1e-4, atol=1e-5)
+    assert family.weight(1).shape == (family.oriented(1).T if is_transposed(module) else family.oriented(1)).shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("role", ["block", "mlp_out", "attn_out"])
+def test_an_injected_value_changes_logits_from_its_position_on(family, role):
+    ids, at = torch.tensor([[5, 9, 3, 77, 20]]), 2
+    value = torch.randn(1, 32, generator=torch.Generator().manual_seed(0))
+    before = family.model(input_ids=ids).logits
+    with inject(family, Site(1, role), value, torch.tensor([at])):
+        changed = family.model(input_ids=ids).logits
+    assert torch.equal(changed[:, :at], before[:, :at])
+    assert all(not torch.allclose(changed[:, i], before[:, i], atol=1e-4) for i in range(at, ids.shape[1]))
+
+
+def edit(lm, requests, quiet, **changes):
+    targets = TargetOptimizer(steps=20, lr=0.5, clamp=30.0, kl_factor=0.0)
+    return fit_tiny(lm, LAYERS, requests, quiet, 1e-9, solver=LeastSquares(), targets=targets, **changes)
+
+
+def chances(lm, requests):
+    return score_targets(lm, [r.text for r in requests], [r.target_new for r in requests])[0]
+
+
+def test_one_edit_raises_the_targets_and_is_taken_back_bit_for_bit(family, quiet):
+    before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
+    low = chances(family, FACTS)
+    module = edit(family, FACTS, quiet)
+    assert bool((chances(family, FACTS) > low + 0.3).all())
+    written = {f"{family.architecture.path(Site(layer, 'mlp_out'))}.weight" for layer in LAYERS}
+    changed = {name for name, tensor in family.model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == written
+    module.journal.rollback()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in family.model.state_dict().items())
+
+
+@torch.no_grad()
+def test_padding_sides_agree(family, requests):
+    found = []
+    for side in ("left", "right"):
+        family.tokenizer.padding_side = side
+        batch = encode_batch(family, requests[:4], Contexts())
+        found.append(FactReader(family, batch).read(1, Site(2)))
+        texts = [row[0].ids[: row[0].subject + 1] for row in batch.rows]
+        for i, ids in enumerate(texts):  # each prompt alone, without any padding
+            with capture(family, [Site(1, "mlp_out")], side="in") as keys:
+                family.model(input_ids=torch.tensor([ids]))
+            torch.testing.assert_close(found[-1][0][i], keys[Site(1, "mlp_out")][0, -1].double(), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_exact_allocation(family, quiet):
+    """Products with Jacobians need attention and MLP to be differentiated twice; they check themselves."""
+    low = chances(family, FACTS)
+    edit(family, FACTS, quiet, allocator=Jacobian(tolerance=1e-3))
+    assert bool((chances(family, FACTS) > low + 0.3).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_half_precision_is_edited_and_taken_back_bit_for_bit(name, dtype, lm, quiet):
+    half = random_model(name, lm.tokenizer, **{**COMMON, **FAMILIES[name]})
+    half.model.to(dtype)
+    before, low = {key: part.clone() for key, part in half.model.state_dict().items()}, chances(half, FACTS)
+    module = edit(half, FACTS, quiet)
+    assert half.dtype == dtype
+    assert bool((chances(half, FACTS) > low + 0.3).all())
+    assert all(
+        step.dtype == torch.float64 for part in module.journal[0].layers for step in (part.keys, part.update.right)
+    )
+    module.journal.rollback()
+    assert all(torch.equal(part, before[key]) for key, part in half.model.state_dict().items())

@@ -1,0 +1,185 @@
+"""Loading, wrapping and fingerprinting models."""
+
+import copy
+import dataclasses
+import time
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
+
+from cakeflow import Architecture, EditModule
+from cakeflow.errors import ArchitectureError, ConfigError
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
+from cakeflow.storage.cache import cache_folder
+
+
+@pytest.mark.parametrize("name", ["no-such-folder/no-such-model/at-all", "smollm2", "missing.gguf", ""])
+def test_unknown_model_says_what_was_tried(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"smollm2-135m.*folder.*\.gguf.*hub id"):
+        load_model(name)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="is neither"):
+        load_model(tmp_path)
+
+
+def test_folder_loads_with_its_own_type(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.dtype == torch.float64
+    assert loaded.fingerprint() == tiny.fingerprint()
+    assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
+
+
+def test_a_model_that_was_loaded_from_nowhere_is_named_by_its_class(lm):
+    assert lm.name == lm.model.config._name_or_path
+    lm.model.name_or_path = ""
+    assert lm.name == "GPT2LMHeadModel"
+
+
+def test_wrap_leaves_the_mode_and_finds_the_architecture(tiny):
+    tiny.model.train()
+    tiny.module(Site(1)).eval()
+    modes = [module.training for module in tiny.model.modules()]
+    wrapped = LanguageModel.wrap(tiny.model, tiny.tokenizer)
+    assert [module.training for module in tiny.model.modules()] == modes
+    assert wrapped.architecture == tiny.architecture
+    assert (wrapped.depth, wrapped.dtype, wrapped.device) == (6, torch.float64, torch.device("cpu"))
+    assert wrapped.head is tiny.model.get_output_embeddings()
+
+
+def test_wrap_takes_an_architecture_by_hand_and_checks_it(lm):
+    given = lm.architecture
+    assert LanguageModel.wrap(lm.model, lm.tokenizer, given).architecture is given
+    for role in ("block", "mlp_out", "attn_out"):
+        wrong = dataclasses.replace(given, **{role: "transformer.nowhere.{}"})
+        with pytest.raises(ArchitectureError, match=r"no module 'transformer\.nowhere\.0'"):
+            LanguageModel.wrap(lm.model, lm.tokenizer, wrong)
+
+
+def test_slow_tokenizer_is_refused(lm):
+    with pytest.raises(ArchitectureError, match="ByT5Tokenizer gives no character offsets; load a fast tokenizer"):
+        LanguageModel.wrap(lm.model, ByT5Tokenizer())
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+def test_attention_without_explicit_masks_is_refused(lm, implementation):
+    lm.model.config._attn_implementation_internal = implementation
+    assert lm.model.config._attn_implementation == implementation
+    with pytest.raises(ArchitectureError, match=f"'{implementation}'.*attn_implementation='sdpa'"):
+        LanguageModel.wrap(lm.model, lm.tokenizer)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_attention_with_masks_is_taken(tiny, implementation):
+    tiny.model.set_attn_implementation(implementation)
+    assert LanguageModel.wrap(tiny.model, tiny.tokenizer).depth == 6
+
+
+def test_fingerprint_is_that_of_the_content(tiny):
+    assert copy.deepcopy(tiny).fingerprint() == tiny.fingerprint()
+
+
+@pytest.mark.parametrize("layer", [0, 3, 5])
+def test_fingerprint_changes_with_one_element_of_a_weight(tiny, layer):
+    before, below = tiny.fingerprint(), tiny.fingerprint(layers=layer)
+    up_to = tiny.fingerprint(layers=layer + 1)
+    weight = tiny.weight(layer).data
+    weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0, dtype=weight.dtype))
+    assert tiny.fingerprint() != before
+    assert tiny.fingerprint(layers=layer + 1) != up_to
+    assert (tiny.fingerprint(layers=layer) == below) == (layer > 0)  # 0 means all
+
+
+def test_fingerprint_changes_with_embedding_type_and_settings(tiny):
+    before = {tiny.fingerprint(), tiny.fingerprint(layers=1)}
+    for change in (
+        lambda one: one.model.get_input_embeddings().weight.data[0, 0].add_(1e-9),
+        lambda one: one.model.to(torch.float32),
+        lambda one: setattr(one.model.config, "max_position_embeddings", 77),
+    ):
+        changed = copy.deepcopy(tiny)
+        change(changed)
+        assert {changed.fingerprint(), changed.fingerprint(layers=1)}.isdisjoint(before)
+
+
+def test_fingerprint_changes_with_the_tokenizer(tiny):
+    before = tiny.fingerprint()
+    tiny.tokenizer.add_tokens(["qzxv"])
+    assert tiny.fingerprint() != before
+
+
+def test_integer_weights_are_refused(tiny):
+    """As a quantized layer has them."""
+    module = tiny.module(Site(2, "mlp_out"))
+    module.weight = torch.nn.Parameter(torch.zeros_like(module.weight, dtype=torch.int8), requires_grad=False)
+    assert tiny.weight(1) is tiny.module(Site(1, "mlp_out")).weight
+    for use in (tiny.weight, tiny.oriented, lambda layer: EditModule(tiny, layers=[1, layer])):
+        with pytest.raises(ArchitectureError, match=r"layer 2.*no floating-point weight.*dequantized"):
+            use(2)
+
+
+def test_weights_are_shown_as_out_by_in(tiny):
+    weight = tiny.oriented(1)
+    assert weight.shape == (48, tiny.weight(1).numel() // 48)
+    assert weight.data_ptr() == tiny.weight(1).data_ptr()
+    assert not weight.requires_grad
+
+
+def test_module_that_is_not_there(tiny):
+    with pytest.raises(ArchitectureError, match="no module"):
+        tiny.module(Site(6))
+
+
+def test_tied_embeddings_load_and_print(lm):
+    config = GPT2Config(n_layer=2, n_embd=8, n_head=2, vocab_size=600, bos_token_id=0, eos_token_id=0)
+    wrapped = LanguageModel.wrap(GPT2LMHeadModel(config), lm.tokenizer)
+    assert wrapped.architecture == Architecture(
+        "transformer.h.{}", "transformer.h.{}.mlp.c_proj", "transformer.h.{}.attn.c_proj", "transformer.ln_f", "lm_head"
+    )
+
+
+def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "here"))
+    assert cache_folder() == tmp_path / "here"
+    monkeypatch.delenv("CAKEFLOW_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "cakeflow"
+
+
+@pytest.mark.real
+def test_embedded_model_loads_and_loads_again_from_the_cache(smollm2):
+    first = load_model("smollm2-135m")
+    folder = next((cache_folder() / "models").iterdir())
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    start = time.perf_counter()
+    second = load_model("smollm2-135m")
+    assert time.perf_counter() - start < 10
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert first.fingerprint() == second.fingerprint() == smollm2.fingerprint()
+    assert (second.depth, second.dtype) == (30, torch.float32)
+    ids = second.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    assert second.tokenizer.decode(second.model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_call_runs_the_model_without_dropout_and_gives_its_modes_back(lm):
+    ids = torch.tensor([[5, 6, 7]])
+    wanted = lm.model(input_ids=ids).logits
+    for module in lm.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    lm.model.train()
+    lm.module(Site(1)).eval()
+    modes = [module.training for module in lm.model.modules()]
+    assert torch.equal(lm(input_ids=ids).logits, wanted)
+    with lm.evaluating():
+        assert not any(module.training for module in lm.model.modules())
+    with pytest.raises(KeyboardInterrupt), lm.evaluating():
+        raise KeyboardInterrupt
+    assert [module.training for module in lm.model.modules()] == modes

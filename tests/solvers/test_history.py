@@ -1,0 +1,141 @@
+"""Earlier keys: rows, their derived forms and a Gram factor that grows instead of being computed again."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cakeflow.errors import NumericalError
+from cakeflow.solvers.history import GramFactor, KeyHistory
+
+
+def rows(count, width=6, seed=0):
+    return torch.randn(count, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def spd(width, seed):
+    root = rows(width, width, seed)
+    return root @ root.T / width + 0.1 * torch.eye(width, dtype=torch.float64)
+
+
+def gram(keys, m):
+    return torch.eye(len(keys), dtype=torch.float64) + keys @ m @ keys.T
+
+
+@settings(max_examples=80)
+@given(
+    old=st.lists(st.integers(1, 4), max_size=4),
+    new=st.integers(1, 4),
+    width=st.integers(2, 9),
+    seed=st.integers(0, 99),
+    look=st.booleans(),
+)
+def test_last_rows_are_those_of_the_whole_solve(old, new, width, seed, look):
+    """However the old keys came in, and whether or not each batch was solved before it joined."""
+    keys, m = rows(sum(old) + new, width, seed), spd(width, seed + 1)
+    factor = GramFactor(lambda k: k @ m)
+    for part in keys[: sum(old)].split(old) if old else ():
+        if look:
+            factor.last_rows(part)
+        factor.grow(part)
+    got = factor.last_rows(keys[sum(old) :])
+    whole = torch.linalg.solve(gram(keys, m), keys @ m)
+    torch.testing.assert_close(got, whole[sum(old) :], rtol=0, atol=1e-9)
+    assert len(factor) == sum(old)  # looking does not grow
+
+
+def test_equal_keys_after_growing_are_solved_anew():
+    """The same keys mean something else once they are part of the history."""
+    factor, keys, m = GramFactor(lambda k: k), rows(2), torch.eye(6, dtype=torch.float64)
+    first = factor.last_rows(keys)
+    factor.grow(keys)
+    twice = torch.cat([keys, keys])
+    again = torch.linalg.solve(gram(twice, m), twice)[2:]
+    torch.testing.assert_close(factor.last_rows(keys), again, rtol=0, atol=1e-12)
+    assert not torch.allclose(first, again)
+
+
+def test_keys_changed_in_place_are_not_mistaken_for_the_last_ones():
+    factor, keys = GramFactor(lambda k: k), rows(2)
+    factor.last_rows(keys)
+    keys *= 3
+    torch.testing.assert_close(factor.last_rows(keys), GramFactor(lambda k: k).last_rows(keys.clone()))
+
+
+def test_a_factor_that_is_not_positive_definite_says_what_to_do():
+    with pytest.raises(NumericalError, match="ridge"):
+        GramFactor(lambda keys: -5 * keys).grow(rows(2))
+    with pytest.raises(NumericalError):
+        GramFactor(lambda keys: keys * float("nan")).last_rows(rows(2))
+
+
+def test_an_empty_history():
+    empty = KeyHistory()
+    assert len(empty) == 0
+    assert empty.keys is None
+    assert empty.outer() == 0.0
+    assert len(empty.factor("x", lambda keys: keys)) == 0
+    child, mapped = empty.derive("x", lambda keys: 2 * keys, rows(1))
+    assert len(child) == 0
+    assert torch.equal(mapped, 2 * rows(1))
+
+
+def test_only_new_rows_are_transformed():
+    history, seen = KeyHistory(rows(2)), []
+
+    def double(keys):
+        seen.append(len(keys))
+        return 2 * keys
+
+    batch = rows(3, seed=1)
+    assert torch.equal(history.derive("d", double, batch)[1], 2 * batch)
+    history.append(batch)
+    child, mapped = history.derive("d", double, rows(4, seed=2))
+    assert torch.equal(child.keys, 2 * torch.cat([rows(2), batch]))
+    assert torch.equal(mapped, 2 * rows(4, seed=2))
+    assert seen == [2, 3, 4]  # the batch was not transformed again when it joined
+
+
+def test_a_batch_that_was_looked_at_but_not_committed_leaves_no_trace():
+    history, other, batch = KeyHistory(rows(2)), rows(3, seed=1), rows(2, seed=2)
+    history.derive("d", lambda k: 2 * k, other)
+    history.factor("g", lambda k: k).last_rows(other)
+    history.append(batch)
+    assert torch.equal(history.derive("d", lambda k: 2 * k, other)[0].keys, 2 * torch.cat([rows(2), batch]))
+    fresh = KeyHistory(torch.cat([rows(2), batch]))
+    for name in ("g", "h"):
+        got = history.factor(name, lambda k: k).last_rows(other)
+        torch.testing.assert_close(got, fresh.factor("g", lambda k: k).last_rows(other), rtol=0, atol=1e-12)
+
+
+def test_derived_quantities_of_different_names_are_kept_apart():
+    history = KeyHistory(rows(2))
+    assert torch.equal(history.derive(("p", 1), lambda k: k * 2, rows(1))[0].keys, 2 * rows(2))
+    assert torch.equal(history.derive(("p", 2), lambda k: k * 3, rows(1))[0].keys, 3 * rows(2))
+    one = history.factor("a", lambda k: k).last_rows(rows(1, seed=5))
+    four = history.factor("b", lambda k: 4 * k).last_rows(rows(1, seed=5))
+    assert not torch.allclose(one, four)
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=8))
+def test_rows_and_outer_follow_what_is_appended(sizes):
+    history, everything, earlier = KeyHistory(), rows(sum(sizes)), []
+    for part in everything.split(sizes):
+        history.append(part)
+        earlier.append((history.keys, history.keys.clone()))
+        keys = history.keys
+        torch.testing.assert_close(history.outer(), keys.T @ keys, rtol=0, atol=1e-12)
+    assert torch.equal(history.keys, everything)
+    assert all(torch.equal(seen, copy) for seen, copy in earlier)  # what was handed out does not change
+
+
+def test_a_derived_history_has_factors_that_grow_too():
+    history, new = KeyHistory(rows(2)), rows(1, seed=7)
+    for seed in (1, 2):
+        derived, mapped = history.derive("half", lambda keys: keys / 2, new)
+        got = derived.factor("gram", lambda keys: keys).last_rows(mapped)
+        everything = torch.cat([history.keys, new]) / 2
+        wanted = torch.linalg.solve(gram(everything, torch.eye(6, dtype=torch.float64)), everything)[-1:]
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+        history.append(rows(2, seed=seed))

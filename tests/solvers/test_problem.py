@@ -1,0 +1,141 @@
+"""Covariances, problems and updates: pure numbers with shapes that are checked."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cakeflow import LayerProblem, Update
+from cakeflow.errors import NumericalError, ShapeError
+from cakeflow.solvers.covariance import Covariance
+from cakeflow.solvers.history import KeyHistory
+
+
+def moment(values, seed=0):
+    """A symmetric matrix with given eigenvalues, and its eigenvectors as columns."""
+    width = len(values)
+    basis = torch.randn(width, width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    vectors = torch.linalg.qr(basis).Q
+    return (vectors * torch.tensor(values, dtype=torch.float64)) @ vectors.T, vectors
+
+
+def randn(*shape, seed=9):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def problem(n=2, d_in=5, d_out=3, **changes):
+    parts = {"keys": randn(n, d_in), "residual": randn(n, d_out), "weight": randn(d_out, d_in)}
+    return LayerProblem(**{**parts, "origin": parts["weight"], **changes})
+
+
+def test_eigenvalues_ascend_and_are_not_negative():
+    values, vectors = Covariance(moment([3.0, 0.5, -1e-18, 0.0])[0]).eigen
+    assert (values >= 0).all()
+    assert (values.diff() >= 0).all()
+    torch.testing.assert_close(vectors @ vectors.T, torch.eye(4, dtype=torch.float64))
+
+
+def test_a_known_eigenbasis_is_used():
+    values, vectors = torch.tensor([1.0, 2.0]), torch.eye(2)
+    assert Covariance(torch.eye(2), eigen=(values, vectors)).eigen[0] is values
+
+
+def test_float32_moments_become_float64():
+    assert Covariance(torch.eye(3)).moment.dtype == torch.float64
+
+
+@settings(max_examples=50)
+@given(st.integers(0, 6), st.integers(1, 8), st.integers(0, 50))
+def test_projection_on_the_null_space(null, preserved, seed):
+    values = [1e-6] * null + [1.0 + i for i in range(preserved)]
+    c, vectors = moment(values, seed)
+    covariance, keys = Covariance(c), randn(3, len(values), seed=seed)
+    projected = covariance.project(keys, 0.02)
+    assert covariance.rank(0.02) == null
+    wanted = keys @ vectors[:, :null] @ vectors[:, :null].T
+    torch.testing.assert_close(projected, wanted, rtol=0, atol=1e-9)
+    torch.testing.assert_close(covariance.project(projected, 0.02), projected, rtol=0, atol=1e-9)
+    assert float((projected @ vectors[:, null:]).abs().max()) < 1e-9
+
+
+def test_both_ways_to_project_agree():
+    """The smaller of the two bases is used; the results on either side of the half must be the same map."""
+    c, _ = moment([1e-6] * 4 + [1.0] * 3)
+    keys = randn(3, 7)
+    through_null = Covariance(c).project(keys, 0.02)
+    values, vectors = Covariance(c).eigen
+    torch.testing.assert_close(through_null, keys @ vectors[:, :4] @ vectors[:, :4].T, rtol=0, atol=1e-12)
+    assert values[3] < 0.02 < values[4]
+
+
+@pytest.mark.parametrize(("weight", "ridge"), [(1.0, 0.0), (200.0, 0.0), (15_000.0, 10.0)])
+def test_solve_equals_the_inverse(weight, ridge):
+    c, _ = moment([0.3, 1.0, 2.0, 5.0])
+    keys = randn(3, 4)
+    wanted = keys @ torch.linalg.inv(weight * c + ridge * torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(Covariance(c, weight).solve(keys, ridge), wanted, rtol=1e-9, atol=1e-12)
+
+
+def test_a_singular_moment_says_what_to_do():
+    singular = Covariance(moment([0.0, 1.0, 2.0])[0])
+    with pytest.raises(NumericalError, match=r"singular.*more tokens or set ridge above 0"):
+        singular.solve(randn(1, 3), 0.0)
+    assert torch.isfinite(singular.solve(randn(1, 3), 0.1)).all()
+    with pytest.raises(NumericalError):
+        Covariance(torch.zeros(3, 3)).solve(randn(1, 3), 0.0)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"residual": randn(3, 3)},
+        {"residual": randn(2, 4)},
+        {"weight": randn(3, 6)},
+        {"origin": randn(3, 4)},
+        {"keys": randn(2, 4)},
+        {"covariance": Covariance(torch.eye(4))},
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(changes):
+    with pytest.raises(ShapeError, match=r"\d"):
+        problem(**changes)
+
+
+def test_in_null_space_projects_keys_and_history_and_drops_the_covariance():
+    c, vectors = moment([1e-6, 1e-6, 1.0, 2.0, 3.0])
+    p = vectors[:, :2] @ vectors[:, :2].T
+    seen = KeyHistory(randn(4, 5, seed=1))
+    full = problem(covariance=Covariance(c), seen=seen)
+    reduced = full.in_null_space(0.02)
+    assert reduced.covariance is None
+    torch.testing.assert_close(reduced.keys, full.keys @ p, rtol=0, atol=1e-9)
+    torch.testing.assert_close(reduced.seen.keys, seen.keys @ p, rtol=0, atol=1e-9)
+    assert torch.equal(seen.keys, randn(4, 5, seed=1))
+    assert torch.equal(reduced.residual, full.residual)
+    assert torch.equal(reduced.weight, full.weight)
+
+
+def test_two_thresholds_do_not_share_a_projected_history():
+    c, _ = moment([1e-6, 1e-2, 1.0, 2.0, 3.0])
+    full = problem(covariance=Covariance(c), seen=KeyHistory(randn(4, 5, seed=1)))
+    narrow, wide = full.in_null_space(1e-4), full.in_null_space(0.1)
+    assert torch.linalg.matrix_rank(narrow.seen.keys) == 1
+    assert torch.linalg.matrix_rank(wide.seen.keys) == 2
+
+
+def test_a_null_space_needs_a_covariance():
+    with pytest.raises(ShapeError, match="needs a covariance"):
+        problem().in_null_space(0.02)
+
+
+def test_histories_of_two_problems_are_their_own():
+    assert problem().seen is not problem().seen
+
+
+def test_update_as_factors_and_as_a_whole():
+    left, right = randn(2, 3), randn(2, 5, seed=1)
+    update = Update(right, left)
+    assert update.dense.shape == (3, 5)
+    torch.testing.assert_close(update.dense, sum(torch.outer(left[i], right[i]) for i in range(2)))
+    whole = randn(3, 5)
+    assert Update(whole).dense is whole
