@@ -33,7 +33,7 @@ TOTAL = 100
 def scores(lm: LanguageModel, records: list[EditRequest]) -> Tensor:
     """Mean log-probabilities of wanted and rival targets, 2 x prompts."""
     found = score_records(lm, records)
-    return torch.stack([found.wanted, found.rival])
+    return torch.stack([found.expected, found.rival])
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def scores_by_record(lm: LanguageModel, records: list[EditRequest]) -> Tensor:
     found = []
     for record in records:
         asked = list(questions([record]))
-        prompts, targets = [q.prompt for q in asked] * 2, [q.wanted for q in asked] + [str(q.rival) for q in asked]
+        prompts, targets = [q.prompt for q in asked] * 2, [q.expected for q in asked] + [str(q.rival) for q in asked]
         rows = encode_prompts(lm.tokenizer, prompts, targets)
         width = max(len(row.ids) for row in rows)
         ids = torch.tensor([[*row.ids, *[0] * (width - len(row.ids))] for row in rows])

@@ -21,12 +21,12 @@ import yaml
 from cakeflow_theory.theory import sensitivity
 from torch import Tensor
 
-from cakeflow import TargetOptimizer, Uniform
-from cakeflow.allocators import Allocator, Jacobian, Sequential, Turn
+from cakeflow import GradientSearch, Uniform
+from cakeflow.allocators import Allocator, Jacobian, LayerContext, Sequential
 from cakeflow.core.config import find_config
 from cakeflow.data import builtin_facts
 from cakeflow.data.contexts import Contexts
-from cakeflow.forward.jacobian import ModelChain
+from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import EditBatch, encode_batch
 from cakeflow.models.architecture import Site
@@ -34,22 +34,22 @@ from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 
 
-class Counting(ModelChain):
+class Counting(ModelJacobian):
     """A chain that counts its products."""
 
     pulls = 0
 
-    def pull(self, covector: Tensor) -> list[Tensor]:
-        """See ``ModelChain.pull``."""
+    def vjp(self, covector: Tensor) -> list[Tensor]:
+        """See ``ModelJacobian.vjp``."""
         object.__setattr__(self, "pulls", self.pulls + 1)
-        return super().pull(covector)
+        return super().vjp(covector)
 
 
 def walk(
     lm: LanguageModel, batch: EditBatch, layers: list[int], allocator: Allocator
 ) -> tuple[float, list[Tensor], list[Counting]]:
     """Read and allocate at every layer: seconds, shares and chains."""
-    weights, anchor = Uniform().weigh(lm, batch, layers), TargetOptimizer().site(layers[-1])
+    weights, anchor = Uniform().weigh(lm, batch, layers), GradientSearch().site(layers[-1])
     start, shares, chains = time.perf_counter(), [], []
     reader = FactReader(lm, batch)
     for index, layer in enumerate(layers):
@@ -57,8 +57,8 @@ def walk(
         noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
         residual = noise * (values.norm(dim=1) / noise.norm(dim=1))[:, None]
         chains.append(Counting(lm, batch, layers[index:], anchor))
-        turn = Turn(Site(layer, "mlp_out"), anchor, index, weights, chains[-1])
-        shares.append(allocator.allocate(residual, turn))
+        context = LayerContext(Site(layer, "mlp_out"), anchor, index, weights, chains[-1])
+        shares.append(allocator.allocate(residual, context))
     return time.perf_counter() - start, shares, chains
 
 

@@ -3,8 +3,8 @@
     python benchmarks/bench_memory.py [--facts 100] [--recipes alphaedit memit ...] [--budgets 1 0.5] [--json FILE]
     python benchmarks/bench_memory.py --recipes --budgets          # foreseen only
 
-Every recipe is run in a process of its own (``EditModule.peaks``; two steps per target value, which is when the peak is
-reached). Columns are the phases' peaks in GiB beyond the model, then their maximum, what ``EditModule.foresee`` said
+Every recipe is run in a process of its own (``LocateThenEdit.peaks``; two steps per target value, which is when the peak is
+reached). Columns are the phases' peaks in GiB beyond the model, then their maximum, what ``LocateThenEdit.estimate`` said
 before the edit, and the whole, model included, as in table 11 of CAKE's paper. A row per budget runs ``alphaedit``
 within that many GiB. The foreseen rows take each model's shape on the meta device, the facts as SmolLM2's tokenizer
 cuts them, and the layers of the shipped model config.
@@ -61,7 +61,7 @@ def measure(recipe: str, count: int, budget: float | None) -> dict[str, float]:
     module.targets = replace(module.targets, steps=2)
     module.contexts = generate_contexts(module.lm)
     batch = encode_batch(module.lm, facts(count), module.contexts)
-    foreseen = module.foresee(batch).peak
+    foreseen = module.estimate(batch).peak
     run = editor.fit(facts(count), evaluate=False)
     model = sum(parameter.nbytes for parameter in editor.model.parameters())
     return {**run.peaks, "foreseen": float(foreseen), "model": float(model)}
@@ -102,7 +102,7 @@ def foresee(count: int) -> dict[str, dict[str, float]]:
             lm = shaped(name, dtype, small.tokenizer)
             batch = encode_batch(lm, facts(count), contexts)
             for budget in (None, 4.0):
-                room = Footprint.foresee(lm, batch, layers, tokens=1024, budget=budget and budget * GIB)
+                room = Footprint.estimate(lm, batch, layers, tokens=1024, budget=budget and budget * GIB)
                 model = sum(parameter.nbytes for parameter in lm.model.parameters())
                 key = f"{name}, {str(dtype)[6:]}, {f'{budget:g} GiB' if budget else 'no budget'}"
                 rows[key] = {**vars(room), "peak": room.peak, "model": model}

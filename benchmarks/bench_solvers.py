@@ -39,7 +39,7 @@ class Setting:
     covariance: Covariance
     projector: Tensor
     batches: list[tuple[Tensor, Tensor]]
-    seen: Tensor
+    history: Tensor
     weight: Tensor
 
 
@@ -93,12 +93,12 @@ def compare(given: Setting, solver: Solver, dense: Callable[..., Tensor]) -> Fig
         return change
 
     history, nothing = KeyHistory(), given.batches[0][1] * 0
-    for keys in given.seen.split(len(nothing)):  # the run so far
+    for keys in given.history.split(len(nothing)):  # the run so far
         ours(keys, nothing[: len(keys)], history)
-    total = given.seen.T @ given.seen
+    total = given.history.T @ given.history
     repeats = len(given.batches) - 1
     figures = alternate(lambda number: ours(*given.batches[number], history), official, relative, repeats, TOLERANCE)
-    loaded = KeyHistory(given.seen)
+    loaded = KeyHistory(given.history)
     start = time.perf_counter()
     ours(*given.batches[0], loaded)
     cold = time.perf_counter() - start

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from cakeflow import Contexts, TargetOptimizer
+from cakeflow import Contexts, GradientSearch
 from cakeflow.data import builtin_facts
 from cakeflow.forward.tokens import EditBatch, encode_batch
 from cakeflow.models.language import LanguageModel
@@ -42,7 +42,7 @@ CONTEXTS = Contexts.of(
 
 
 def reference(
-    lm: LanguageModel, batch: EditBatch, index: int, layer: int, settings: TargetOptimizer
+    lm: LanguageModel, batch: EditBatch, index: int, layer: int, settings: GradientSearch
 ) -> tuple[Tensor, float, int]:
     """One request, the official way: value, loss and number of evaluations."""
     rows = [*(row.ids[:-1] for row in batch.rows[index]), batch.essence[index].ids]
@@ -131,21 +131,21 @@ def main() -> int:
     lm = load_model("smollm2-135m", dtype=args.dtype)
     for parameter in lm.model.parameters():
         parameter.requires_grad_(False)
-    settings = TargetOptimizer(steps=args.steps, lr=args.lr)
+    settings = GradientSearch(steps=args.steps, lr=args.lr)
     batch = encode_batch(lm, builtin_facts()[: args.requests], CONTEXTS)
     rate = gemm_rate(lm)
 
-    TargetOptimizer(steps=2).optimize(lm, batch, args.layer)  # warm-up
+    GradientSearch(steps=2).optimize(lm, batch, args.layer)  # warm-up
     start = time.perf_counter()
     ours: Targets = settings.optimize(lm, batch, args.layer)
     our_time = time.perf_counter() - start
-    reference(lm, batch, 0, args.layer, TargetOptimizer(steps=2))
+    reference(lm, batch, 0, args.layer, GradientSearch(steps=2))
     start = time.perf_counter()
     theirs = [reference(lm, batch, i, args.layer, settings) for i in range(len(batch))]
     their_time = time.perf_counter() - start
 
     our_flops = counted(lambda: settings.optimize(lm, batch, args.layer))
-    two, one = TargetOptimizer(steps=2), TargetOptimizer(steps=1)  # the last evaluation makes no step back
+    two, one = GradientSearch(steps=2), GradientSearch(steps=1)  # the last evaluation makes no step back
     their_flops = 0.0
     for i, (_, _, steps) in enumerate(theirs):
         last = counted(lambda i=i: reference(lm, batch, i, args.layer, one))

@@ -36,7 +36,7 @@ def counterfact(lm: LanguageModel, records: list[EditRequest], recorded: list[di
     """(name, ours, recorded) of every likelihood and flag of CounterFact."""
     scores = score_records(lm, records, "official")
     left = [{kind: list(range(len(case[f"{kind}_prompts_probs"]))) for kind in KINDS} for case in recorded]
-    rows = zip(questions(records), scores.wanted, scores.rival, scores.correct, strict=True)
+    rows = zip(questions(records), scores.expected, scores.rival, scores.correct, strict=True)
     for (record, kind, *_), wanted, rival, correct in rows:
         case, name = recorded[record], f"{KINDS[kind]}_prompts"
         place = left[record][KINDS[kind]].pop(0)
@@ -52,7 +52,7 @@ def zsre(lm: LanguageModel, records: list[EditRequest], recorded: list[dict[str,
     """(name, ours, recorded) of every token's flag of zsRE."""
     asked = list(questions(records))
     special = [KINDS[question.kind] == "neighborhood" for question in asked]
-    prompts, wanted = [question.prompt for question in asked], [question.wanted for question in asked]
+    prompts, wanted = [question.prompt for question in asked], [question.expected for question in asked]
     reads = official_token_reads(lm.tokenizer, prompts, wanted, special)
     _, hits = predict(lm, *zip(*chain.from_iterable(reads), strict=True))
     found: list[dict[str, list[bool]]] = [{kind: [] for kind in KINDS} for _ in records]

@@ -2,7 +2,7 @@
 
 from cakeflow.allocators import Allocator, Sequential, ShareAllocator, shares_from_fractions
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.statistics import Statistics
 from cakeflow.data import read_requests
 from cakeflow.data.contexts import Contexts
@@ -13,7 +13,7 @@ from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.models.architecture import Architecture
 from cakeflow.solvers import LeastSquares, NullSpace, Solver
 from cakeflow.solvers.problem import LayerProblem, Update
-from cakeflow.targets.gradient import TargetOptimizer
+from cakeflow.targets.gradient import GradientSearch
 from cakeflow.weighters import Endpoints, OneHot, Scores, Uniform, Weighter
 
 __version__ = "0.1.0"
@@ -24,13 +24,14 @@ __all__ = [
     "Contexts",
     "EditDataModule",
     "EditError",
-    "EditModule",
     "EditRequest",
     "Editor",
     "Endpoints",
     "Evaluation",
+    "GradientSearch",
     "LayerProblem",
     "LeastSquares",
+    "LocateThenEdit",
     "NullSpace",
     "OneHot",
     "Probe",
@@ -40,7 +41,6 @@ __all__ = [
     "ShareAllocator",
     "Solver",
     "Statistics",
-    "TargetOptimizer",
     "Uniform",
     "Update",
     "Weighter",

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.locate_then_edit import EditModule
-from cakeflow.core.run import Run, run_evaluate, run_fit
+from cakeflow.core.locate_then_edit import LocateThenEdit
+from cakeflow.core.run import FitResult, run_evaluate, run_fit
 from cakeflow.errors import ConfigError
 from cakeflow.export import Format, export
 from cakeflow.journal.journal import Journal
@@ -40,7 +40,7 @@ class Editor:
         trainer: Arguments of ``lightning.Trainer``: logger, callbacks, accelerator, precision and so on.
     """
 
-    def __init__(self, module: EditModule, trainer: dict[str, Any] | None = None) -> None:
+    def __init__(self, module: LocateThenEdit, trainer: dict[str, Any] | None = None) -> None:
         self.module = module
         self.module.setup()
         self._trainer = trainer or {}
@@ -64,7 +64,7 @@ class Editor:
             tokenizer: Of a model object.
             architecture: Module paths, for a model whose structure is not recognised.
             trainer: Arguments of ``lightning.Trainer``.
-            overrides: Arguments of ``EditModule`` that win over the configs, e.g. ``layers=[4, 5, 6]``,
+            overrides: Arguments of ``LocateThenEdit`` that win over the configs, e.g. ``layers=[4, 5, 6]``,
                 ``targets={"lr": 0.5}``; ``config=FILE`` adds a YAML file (tuned numbers for a model).
 
         Raises:
@@ -103,7 +103,7 @@ class Editor:
 
     def fit(
         self, requests: Any, batch_size: int | None = None, *, evaluate: bool = True, run: str | Path | None = None
-    ) -> Run:
+    ) -> FitResult:
         """Edit facts in place: when this returns, ``editor.model`` states them.
 
         Args:

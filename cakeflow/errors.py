@@ -21,7 +21,7 @@ class EditError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Fault:
     """One fault in one entry of a list of requests.
 
     Attributes:
@@ -51,7 +51,7 @@ class RequestError(EditError, ValueError):
         problems: Every fault found, over the whole list.
     """
 
-    def __init__(self, problems: Sequence[Problem]) -> None:
+    def __init__(self, problems: Sequence[Fault]) -> None:
         self.problems = tuple(problems)
         head = f"{len(self.problems)} problem(s) in the requests; nothing was changed:"
         super().__init__("\n  ".join([head, *map(str, self.problems)]))

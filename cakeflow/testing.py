@@ -23,7 +23,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cakeflow.allocators import Allocator, Turn
+from cakeflow.allocators import Allocator, LayerContext
 from cakeflow.core.contracts import checked_residual, checked_update, checked_weights
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
@@ -41,7 +41,7 @@ SEEDS = range(5)
 
 
 @dataclass(frozen=True)
-class DenseChain:
+class DenseLinearMap:
     """A chain whose Jacobians are given matrices.
 
     Attributes:
@@ -50,12 +50,12 @@ class DenseChain:
 
     matrices: Sequence[Float[Tensor, "n d_out d_out"]]
 
-    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
-        """See ``Chain.pull``."""
+    def vjp(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
+        """See ``LinearMap.vjp``."""
         return [torch.einsum("nij,ni->nj", matrix, covector) for matrix in self.matrices]
 
-    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
-        """See ``Chain.push``."""
+    def jvp(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
+        """See ``LinearMap.jvp``."""
         pairs = zip(self.matrices, tangents, strict=True)
         return torch.stack([torch.einsum("nij,nj->ni", matrix, tangent) for matrix, tangent in pairs]).sum(0)
 
@@ -69,25 +69,25 @@ class AllocatorContract:
 
     def test_what_it_gives_fits_and_its_shares_keep_the_contract(self) -> None:
         """Shape, finite numbers, shares in (0, 1], and the last layer takes the rest."""
-        for turn, missing in random_turns():
-            checked_residual(self.allocator, self.allocator.allocate(missing, turn), missing, turn)
+        for context, missing in random_turns():
+            checked_residual(self.allocator, self.allocator.allocate(missing, context), missing, context)
 
     def test_it_is_linear_in_the_residual(self) -> None:
         """Twice the residual is twice the answer, and a sum gives the sum."""
-        for turn, missing in random_turns():
+        for context, missing in random_turns():
             other = missing.flip(0).contiguous()
-            together = self.allocator.allocate(2 * missing + other, turn)
-            apart = 2 * self.allocator.allocate(missing, turn) + self.allocator.allocate(other, turn)
+            together = self.allocator.allocate(2 * missing + other, context)
+            apart = 2 * self.allocator.allocate(missing, context) + self.allocator.allocate(other, context)
             torch.testing.assert_close(together, apart, rtol=self.tolerance, atol=self.tolerance)
 
     def test_it_is_pure(self) -> None:
         """The same question gets the same answer, and nothing that it was given changes."""
-        for turn, missing in random_turns():
-            kept = missing.clone(), turn.weights.clone()
-            first, second = self.allocator.allocate(missing, turn), self.allocator.allocate(missing, turn)
+        for context, missing in random_turns():
+            kept = missing.clone(), context.weights.clone()
+            first, second = self.allocator.allocate(missing, context), self.allocator.allocate(missing, context)
             assert torch.equal(first, second)
             assert torch.equal(missing, kept[0])
-            assert torch.equal(turn.weights, kept[1])
+            assert torch.equal(context.weights, kept[1])
 
 
 class SolverContract:
@@ -103,17 +103,17 @@ class SolverContract:
     def test_it_is_pure(self) -> None:
         """The same problem gets the same update, and nothing of it changes."""
         for problem in random_problems():
-            kept = [part.clone() for part in (problem.keys, problem.residual, problem.weight, problem.origin)]
+            kept = [part.clone() for part in (problem.keys, problem.residual, problem.weight, problem.original_weight)]
             assert torch.equal(self.solver.solve(problem).dense, self.solver.solve(problem).dense)
-            now = problem.keys, problem.residual, problem.weight, problem.origin
+            now = problem.keys, problem.residual, problem.weight, problem.original_weight
             assert all(torch.equal(part, before) for part, before in zip(now, kept, strict=True))
 
     def test_the_order_of_facts_is_irrelevant(self) -> None:
         """Facts are a set."""
         for problem in random_problems():
             keys, residual = problem.keys.flip(0), problem.residual.flip(0)
-            bare = None if problem.bare is None else problem.bare.flip(0)
-            turned = self.solver.solve(replace(problem, keys=keys, residual=residual, bare=bare)).dense
+            bare = None if problem.prompt_keys is None else problem.prompt_keys.flip(0)
+            turned = self.solver.solve(replace(problem, keys=keys, residual=residual, prompt_keys=bare)).dense
             torch.testing.assert_close(turned, self.solver.solve(problem).dense, rtol=1e-6, atol=1e-9)
 
     def test_nothing_wanted_nothing_changed(self) -> None:
@@ -126,7 +126,7 @@ class SolverContract:
         """What ``finish`` makes of a weight fits in its place."""
         for problem in random_problems():
             update = checked_update(self.solver, self.solver.solve(problem), problem, 0)
-            ended = self.solver.finish(problem.origin, problem.weight + update.dense)
+            ended = self.solver.finish(problem.original_weight, problem.weight + update.dense)
             assert ended.shape == problem.weight.shape
             assert bool(torch.isfinite(ended).all())
 
@@ -198,10 +198,10 @@ def random_scores() -> Iterator[PromptScores]:
         gen = torch.Generator().manual_seed(seed)
         record = torch.arange(9).repeat_interleave(6)
         kind = torch.tensor([0, 1, 1, 2, 2, 2]).repeat(9)
-        wanted, rival = -5 * torch.rand(2, 54, generator=gen)
+        expected, rival = -5 * torch.rand(2, 54, generator=gen)
         rival[record % 3 == 2] = torch.nan
         tokens, answered = torch.rand(54, generator=gen), torch.rand(54, generator=gen).round()
-        yield PromptScores(wanted, rival, tokens > 0.5, tokens, answered, record, kind)
+        yield PromptScores(expected, rival, tokens > 0.5, tokens, answered, record, kind)
 
 
 def _records(scores: PromptScores, some: range) -> PromptScores:
@@ -209,7 +209,7 @@ def _records(scores: PromptScores, some: range) -> PromptScores:
     return PromptScores(**{name: value[chosen] for name, value in vars(scores).items()})
 
 
-def random_turns() -> Iterator[tuple[Turn, Float[Tensor, "n d_out"]]]:
+def random_turns() -> Iterator[tuple[LayerContext, Float[Tensor, "n d_out"]]]:
     """Turns of several models' worth of layers, with weights for all facts and fact by fact, and what is missing."""
     for seed in SEEDS:
         gen = torch.Generator().manual_seed(seed)
@@ -220,8 +220,10 @@ def random_turns() -> Iterator[tuple[Turn, Float[Tensor, "n d_out"]]]:
             noise = 0.1 * torch.randn(layers, n, width, width, generator=gen, dtype=torch.float64)
             matrices = [*(eye + each for each in noise[1:]), eye.expand(n, -1, -1)]
             for index in range(layers):
-                turn = Turn(Site(index, "mlp_out"), Site(layers - 1), index, weights, DenseChain(matrices[index:]))
-                yield turn, torch.randn(n, width, generator=gen, dtype=torch.float64)
+                context = LayerContext(
+                    Site(index, "mlp_out"), Site(layers - 1), index, weights, DenseLinearMap(matrices[index:])
+                )
+                yield context, torch.randn(n, width, generator=gen, dtype=torch.float64)
 
 
 def random_problems() -> Iterator[LayerProblem]:

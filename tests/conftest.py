@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from cakeflow import Contexts, EditDataModule, EditModule, EditRequest
+from cakeflow import Contexts, EditDataModule, EditRequest, LocateThenEdit
 from cakeflow.data.schemas import parse_requests
 from cakeflow.forward.tokens import Row
 from cakeflow.models.language import LanguageModel
@@ -132,11 +132,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fit_tiny(
     lm: LanguageModel, layers: list[int], requests: list[EditRequest], quiet: dict[str, Any], scale: float, **parts: Any
-) -> EditModule:
+) -> LocateThenEdit:
     """Edit all requests in one batch of bare prompts; the second moments are ``scale`` times the identity."""
     moment = scale * torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)
     parts = {"contexts": Contexts(), "moments": dict.fromkeys(layers, moment), **parts}
-    module = EditModule(lm, layers, **parts)
+    module = LocateThenEdit(lm, layers, **parts)
     L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
     return module
 

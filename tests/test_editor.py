@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger
 from transformers import AutoModelForCausalLM
 
 from cakeflow import Contexts, Editor, EditRequest, Probe, RequestError
-from cakeflow.core.run import Run
+from cakeflow.core.run import FitResult
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.scoring import score_targets
@@ -86,7 +86,7 @@ def test_fit_raises_the_probability_of_the_targets(lm, quiet, method):
     before, probability = weights(lm), likelihood(lm, FACTS)
     editor = make(lm, quiet, method)
     run = editor.fit(FACTS, evaluate=False)
-    assert isinstance(run, Run)
+    assert isinstance(run, FitResult)
     edited = [1, 3] if "blue" in method else LAYERS
     assert changed(lm, before) == {f"transformer.h.{layer}.mlp.c_proj.weight" for layer in edited}
     assert (likelihood(lm, FACTS) > probability + 1).all()

@@ -3,7 +3,7 @@
 import pytest
 
 from cakeflow import errors
-from cakeflow.errors import EditError, NumericalError, PluginError, PolicyError, Problem, RequestError
+from cakeflow.errors import EditError, Fault, NumericalError, PluginError, PolicyError, RequestError
 
 FAMILY = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 PYTHON = {NumericalError: ArithmeticError, PluginError: ImportError, PolicyError: PermissionError}
@@ -17,12 +17,12 @@ def test_one_base_and_a_python_kind(kind):
 
 
 def test_problem_names_entry_field_value_and_remedy():
-    assert str(Problem(3, "subject", " x", "strip it")) == "entry 3, subject = ' x': strip it"
+    assert str(Fault(3, "subject", " x", "strip it")) == "entry 3, subject = ' x': strip it"
 
 
 @pytest.mark.parametrize(("size", "whole"), [(78, True), (79, False), (5000, False)])
 def test_long_values_are_cut(size, whole):
-    text = str(Problem(0, "prompt", "a" * size, "shorten it"))
+    text = str(Fault(0, "prompt", "a" * size, "shorten it"))
     assert (repr("a" * size) in text) == whole
     assert ("..." in text) != whole
     assert text.endswith(": shorten it")
@@ -30,7 +30,7 @@ def test_long_values_are_cut(size, whole):
 
 
 def test_request_error_lists_all_problems():
-    problems = [Problem(0, "a", 1, "x"), Problem(4, "b", None, "y")]
+    problems = [Fault(0, "a", 1, "x"), Fault(4, "b", None, "y")]
     error = RequestError(problems)
     assert error.problems == tuple(problems)
     assert str(error).splitlines() == [

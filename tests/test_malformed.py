@@ -17,7 +17,7 @@ from records import COUNTERFACT
 from tokenizers import normalizers
 
 from cakeflow import Contexts, Editor, EditRequest, Probe
-from cakeflow.data import read_requests, readers
+from cakeflow.data import read_requests, sources
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, EditError, RequestError
 

@@ -121,7 +121,7 @@ def recorded_evaluation(lm, records, folder):
         for number, kind in enumerate(KINDS):
             chosen = (scores.record == index) & (scores.kind == number)
             sides = (("target_new", "target_true"), ("target_true", "target_new"))[number == 2]
-            pairs = zip(scores.wanted[chosen].tolist(), scores.rival[chosen].tolist(), strict=True)
+            pairs = zip(scores.expected[chosen].tolist(), scores.rival[chosen].tolist(), strict=True)
             case[f"{kind}_prompts_probs"] = [{sides[0]: -wanted, sides[1]: -rival} for wanted, rival in pairs]
             case[f"{kind}_prompts_correct"] = scores.correct[chosen].tolist()
         cases.append(case)

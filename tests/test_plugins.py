@@ -19,12 +19,12 @@ OURS = {
 MODULE = """
 from dataclasses import dataclass
 from cakeflow import LeastSquares, ShareAllocator, Uniform
-from cakeflow.callbacks import EditCallback
+from cakeflow.core import EditCallback
 
 @dataclass(frozen=True)
 class Rising(Uniform): pass
 class Watching(EditCallback): pass
-class Unfinished(ShareAllocator): anchor = "last"
+class Unfinished(ShareAllocator): residual_at = "last"
 class LeastSquares(LeastSquares): pass
 class Stranger: pass
 number = 3

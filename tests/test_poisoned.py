@@ -100,7 +100,7 @@ def test_poisoned_configs(name, tmp_path, monkeypatch, capsys):
     """The command line ends with status 2, nothing of it is executed, and no model is loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["cakeflow"])
-    monkeypatch.setattr("cakeflow.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.core.locate_then_edit.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     path = tmp_path / "mine.yaml"
     path.write_bytes(CONFIGS[name])
     with pytest.raises(ConfigError, match=r"mine.yaml"):

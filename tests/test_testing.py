@@ -38,7 +38,7 @@ def test_allocators(allocator):
 
 
 SOLVERS = [
-    LeastSquares(), LeastSquares(0.3, "primal"), NullSpace(), EqualityConstrained(), EqualityConstrained(at="bare"),
+    LeastSquares(), LeastSquares(0.3, "primal"), NullSpace(), EqualityConstrained(), EqualityConstrained(at="prompt"),
     Rect(), Rect(in_loop=True), Prune(), Prune(NullSpace(), double_add=True), NullSpace(Rect(LeastSquares(1.0))),
 ]  # fmt: skip
 
@@ -71,8 +71,8 @@ def test_metrics(metric):
 class Forgetful(Efficacy):
     """Counts the last update only."""
 
-    def update(self, wanted, rival, correct, record, kind):
-        self.total, self.records = (wanted > rival).float().sum(), torch.tensor(float(len(wanted)))
+    def update(self, expected, rival, correct, record, kind):
+        self.total, self.records = (expected > rival).float().sum(), torch.tensor(float(len(expected)))
 
 
 def test_a_metric_that_does_not_accumulate_is_caught():
@@ -84,7 +84,7 @@ def test_a_metric_that_does_not_accumulate_is_caught():
 class Half(ShareAllocator):
     """Leaves something over."""
 
-    anchor: str = "last"
+    residual_at: str = "last"
 
     def shares(self, weights):
         return torch.full_like(weights, 0.5)
@@ -93,7 +93,7 @@ class Half(ShareAllocator):
 class Bent(Jacobian):
     """Takes more the more is missing."""
 
-    def allocate(self, residual, turn):
+    def allocate(self, residual, context):
         return residual * residual.norm()
 
 

@@ -8,25 +8,25 @@ from typing import Any
 
 import torch
 
-from cakeflow import Contexts, EditModule, Editor, LeastSquares, NullSpace, TargetOptimizer
+from cakeflow import Contexts, Editor, GradientSearch, LeastSquares, LocateThenEdit, NullSpace
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.hashing import tensor_hash
 
 LAYERS = [1, 3]
 
 
-def module_of(lm: LanguageModel, **changes: Any) -> EditModule:
+def module_of(lm: LanguageModel, **changes: Any) -> LocateThenEdit:
     """An edit module that needs no statistics."""
     width = lm.oriented(0).shape[1]
     moment = torch.diag(torch.linspace(0, 0.04, width, dtype=torch.float64))
     parts = {
         "layers": LAYERS,
         "contexts": Contexts(),
-        "targets": TargetOptimizer(steps=3, lr=0.3),
+        "targets": GradientSearch(steps=3, lr=0.3),
         "solver": NullSpace(LeastSquares(0.5)),
         "moments": dict.fromkeys(LAYERS, moment),
     }
-    return EditModule(lm, **{**parts, **changes})
+    return LocateThenEdit(lm, **{**parts, **changes})
 
 
 def editor_of(lm: LanguageModel, trainer: dict[str, Any] | None = None, **changes: Any) -> Editor:
@@ -35,7 +35,7 @@ def editor_of(lm: LanguageModel, trainer: dict[str, Any] | None = None, **change
     return Editor(module_of(lm, **changes), {**quiet, **(trainer or {})})
 
 
-def state(lm: LanguageModel, module: EditModule) -> dict[str, str]:
+def state(lm: LanguageModel, module: LocateThenEdit) -> dict[str, str]:
     """Hashes of every parameter and of every layer's key history."""
     found = {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
     for layer in range(lm.depth):

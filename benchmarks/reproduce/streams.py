@@ -34,7 +34,7 @@ from cakeflow_theory.theory import ResidualDrift
 from sweep import Sweep, write_table
 
 from cakeflow import EditDataModule, Evaluation
-from cakeflow.callbacks import Milestones
+from cakeflow.callbacks import PeriodicCallback
 from cakeflow.core.config import find_config
 from cakeflow.models.loading import load_model
 from cakeflow.report import curves_of, plot_curves, save_plot
@@ -43,13 +43,13 @@ from cakeflow.storage.atomic import write_text
 Points = list[dict[str, float]]
 
 
-class Quality(Milestones):
+class Quality(PeriodicCallback):
     """Metrics of all records edited so far."""
 
     name = "quality"
 
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``Milestones``."""
+        """See ``PeriodicCallback``."""
         records = [request for step in module.journal for request in step.requests]
         if not records:
             return {}
@@ -58,13 +58,13 @@ class Quality(Milestones):
         return {name: float(value) for name, value in metrics.compute().items()}
 
 
-class Drift(Milestones):
+class Drift(PeriodicCallback):
     """Drift of each layer in the last batch, from what ``ResidualDrift`` logs."""
 
     name = "layers"
 
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``Milestones``."""
+        """See ``PeriodicCallback``."""
         logged = module.trainer.callback_metrics
         return {name: float(value) for name, value in logged.items() if re.fullmatch(r"layer\d+/drift", name)}
 

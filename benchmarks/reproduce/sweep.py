@@ -22,7 +22,7 @@ import lightning as L
 import torch
 from safetensors.torch import load_file
 
-from cakeflow import Contexts, EditModule, Editor, EditRequest, Evaluation, TargetOptimizer, read_requests
+from cakeflow import Contexts, Editor, EditRequest, Evaluation, GradientSearch, LocateThenEdit, read_requests
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.evaluation.evaluation import Answers
 from cakeflow.evaluation.scoring import KINDS
@@ -42,7 +42,7 @@ SHOWN = ("efficacy", "generalization", "specificity", "editscore", "efficacy_exa
 
 
 @dataclass(frozen=True)
-class Remembered(TargetOptimizer):
+class Remembered(GradientSearch):
     """A target optimiser that finds the values of a batch on the same weights once, and keeps them in the cache.
 
     Attributes:
@@ -54,7 +54,7 @@ class Remembered(TargetOptimizer):
     def optimize(
         self, lm: LanguageModel, batch: EditBatch, layer: int, progress: Callable[[int], object] = lambda done: None
     ) -> Targets:
-        """See ``TargetOptimizer.optimize``."""
+        """See ``GradientSearch.optimize``."""
         key = hashlib.sha256(repr((lm.fingerprint(), lm.dtype, batch, layer, self)).encode()).hexdigest()
         path = cache_folder() / "targets" / f"{key[:24]}.safetensors"
         if not path.exists():
@@ -74,8 +74,8 @@ class Watcher(EditCallback):
 
     def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
         """See ``EditCallback``."""
-        if edit.turn.index == 0:
-            self.found.append(float(effective_layers(edit.turn.weights).mean()))
+        if edit.context.index == 0:
+            self.found.append(float(effective_layers(edit.context.weights).mean()))
 
 
 class Sweep:
@@ -155,7 +155,7 @@ class Sweep:
         n_eff = sum(watcher.found) / len(watcher.found)
         return {**row, "n_eff": n_eff, "seconds_per_edit": seconds / len(self.requests)}
 
-    def judge(self, module: EditModule) -> Row:
+    def judge(self, module: LocateThenEdit) -> Row:
         """Metrics, and each record's outcomes.
 
         Of each kind of prompt: success, the margin of the wanted target in log-probability, the share of right tokens;
@@ -167,8 +167,8 @@ class Sweep:
         module.metrics.update(**found.fields())
         row: Row = {name: float(value) for name, value in module.metrics.compute().items()}
         scores = found.scores
-        hits = success("probability", scores.wanted, scores.rival, scores.correct)
-        outcomes = {"": hits, "_margin": scores.wanted - scores.rival, "_tokens": scores.tokens}
+        hits = success("probability", scores.expected, scores.rival, scores.correct)
+        outcomes = {"": hits, "_margin": scores.expected - scores.rival, "_tokens": scores.tokens}
         row["records"] = {
             kind + ending: _rounded(record_means(each[scores.kind == index], scores.record[scores.kind == index]))
             for index, kind in enumerate(KINDS)

@@ -1,8 +1,16 @@
 """Allocators: which share of the remaining residual each layer takes."""
 
-from cakeflow.allocators.base import Allocator, ShareAllocator, Turn
+from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
 from cakeflow.allocators.jacobian import Jacobian
 from cakeflow.allocators.sequential import Sequential, shares_from_fractions
-from cakeflow.forward.jacobian import Chain
+from cakeflow.forward.jacobian import LinearMap
 
-__all__ = ["Allocator", "Chain", "Jacobian", "Sequential", "ShareAllocator", "Turn", "shares_from_fractions"]
+__all__ = [
+    "Allocator",
+    "Jacobian",
+    "LayerContext",
+    "LinearMap",
+    "Sequential",
+    "ShareAllocator",
+    "shares_from_fractions",
+]

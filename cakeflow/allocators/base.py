@@ -9,54 +9,54 @@ from typing import Literal, final
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.forward.jacobian import Chain
+from cakeflow.forward.jacobian import LinearMap
 from cakeflow.models.architecture import Site
 
-Anchor = Literal["last", "self"]
+ResidualAt = Literal["last", "self"]
 
 
 @dataclass(frozen=True, eq=False)
-class Turn:
+class LayerContext:
     """One layer's turn in the walk.
 
     Attributes:
         site: The projection about to be edited.
-        anchor: Where the residual is measured.
+        value_site: Where target values are set and residuals measured.
         index: Position of this layer among the edited ones.
         weights: Weights of all edited layers, (n x) l.
-        chain: What the layers from this one on do to the anchor; nothing is computed unless it is used.
+        linear_map: What the layers from this one on do to the value site; nothing is computed unless it is used.
     """
 
     site: Site
-    anchor: Site
+    value_site: Site
     index: int
     weights: Float[Tensor, "*n l"]
-    chain: Chain | None = None
+    linear_map: LinearMap | None = None
 
 
 class Allocator(ABC):
     """Says what part of the remaining residual the layer in hand should produce.
 
-    Contract: linear in the residual. ``anchor`` says where residuals are measured: ``last``, at the last edited
+    Contract: linear in the residual. ``residual_at`` says where residuals are measured: ``last``, at the last edited
     layer, or ``self``, at each layer, which then gets target values of its own.
     """
 
-    anchor: Anchor
+    residual_at: ResidualAt
 
     @abstractmethod
-    def allocate(self, residual: Float[Tensor, "n d_out"], turn: Turn) -> Float[Tensor, "n d_out"]:
+    def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
         """What this layer's output should change by.
 
         Args:
-            residual: What is missing at the anchor now, measured after the layers before were edited.
-            turn: Whose turn it is.
+            residual: What is missing at the value site now, measured after the layers before were edited.
+            context: Whose turn it is.
         """
 
 
 class ShareAllocator(Allocator):
     """An allocator that is one number per layer; subclass this one and define ``shares``.
 
-    Contract of ``shares``: a pure function of the weights; each share in (0, 1]; with ``anchor = "last"`` the last
+    Contract of ``shares``: a pure function of the weights; each share in (0, 1]; with ``residual_at = "last"`` the last
     share is 1.
     """
 
@@ -65,6 +65,6 @@ class ShareAllocator(Allocator):
         """Share of what is left that each layer takes when its turn comes."""
 
     @final
-    def allocate(self, residual: Float[Tensor, "n d_out"], turn: Turn) -> Float[Tensor, "n d_out"]:
+    def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
         """The share of this turn, times the residual."""
-        return self.shares(turn.weights)[..., turn.index, None] * residual
+        return self.shares(context.weights)[..., context.index, None] * residual

@@ -1,4 +1,4 @@
-"""The exact allocation: what each layer adds is chosen for what reaches the anchor."""
+"""The exact allocation: what each layer adds is chosen for what reaches the value site."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.allocators.base import Allocator, Turn
+from cakeflow.allocators.base import Allocator, LayerContext
 from cakeflow.errors import ConfigError, NumericalError
 
 
@@ -17,7 +17,7 @@ from cakeflow.errors import ConfigError, NumericalError
 class Jacobian(Allocator):
     """``delta_l = w_l M_l^T (sum_{j >= l} w_j M_j M_j^T)^-1 R`` (CAKE, theorem 1), for each fact with its own M.
 
-    The smallest changes, weighted by 1 / w_j, whose effects at the anchor add up to the residual; ``Sequential`` is the
+    The smallest changes, weighted by 1 / w_j, whose effects at the value site add up to the residual; ``Sequential`` is the
     same with every M_j taken as the identity. Conjugate gradients solve the system without forming it: with M close to
     the identity a few steps serve. Before each layer both M and the residual are measured anew.
 
@@ -28,28 +28,28 @@ class Jacobian(Allocator):
 
     tolerance: float = 1e-4
     iterations: int = 100
-    anchor = "last"
+    residual_at = "last"
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < 1 or not self.iterations > 0:
             given = f"{self.tolerance} and {self.iterations}"
             raise ConfigError(f"Jacobian: tolerance must lie in (0, 1) and iterations be above 0, got {given}")
 
-    def allocate(self, residual: Float[Tensor, "n d_out"], turn: Turn) -> Float[Tensor, "n d_out"]:
+    def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
         """See ``Allocator.allocate``."""
-        weights = (turn.weights / turn.weights.amax(-1, keepdim=True))[..., turn.index :]
+        weights = (context.weights / context.weights.amax(-1, keepdim=True))[..., context.index :]
         if weights.shape[-1] == 1:
             return residual
-        chain = turn.chain
+        chain = context.linear_map
         if chain is None:
             raise ConfigError("Jacobian needs the turn's chain")
 
         def effect(covector: Tensor) -> Tensor:
-            pulled = chain.pull(covector)
-            return chain.push([weights[..., j, None] * each for j, each in enumerate(pulled)])
+            pulled = chain.vjp(covector)
+            return chain.jvp([weights[..., j, None] * each for j, each in enumerate(pulled)])
 
         solution = conjugate_gradients(effect, residual, self.tolerance, self.iterations)
-        return weights[..., 0, None] * chain.pull(solution)[0]
+        return weights[..., 0, None] * chain.vjp(solution)[0]
 
 
 def conjugate_gradients(

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.allocators.base import Anchor, ShareAllocator
+from cakeflow.allocators.base import ResidualAt, ShareAllocator
 from cakeflow.errors import ConfigError
 
 
@@ -34,21 +34,21 @@ class Sequential(ShareAllocator):
     """``(w_l / sum_{k >= l} w_k) ** power`` of what is left (CAKE eq. 6 with power 1).
 
     Uniform weights with power 1 are MEMIT and AlphaEdit, with power 0.5 PMET's 1/sqrt(remaining); power 0 with
-    ``anchor="self"`` is BLUE; a single weight is ROME.
+    ``residual_at="self"`` is BLUE; a single weight is ROME.
 
     Attributes:
         power: 1 for the weighted split, 0.5 for its square root, 0 for the whole residual at every layer.
-        anchor: Where the residual is measured.
+        residual_at: Where residuals are measured: at the ``last`` edited layer, or at each layer itself (``self``).
     """
 
     power: float = 1.0
-    anchor: Anchor = "last"
+    residual_at: ResidualAt = "last"
 
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 1:
             raise ConfigError(f"power must lie in [0, 1], got {self.power}")
-        if self.anchor not in ("last", "self"):
-            raise ConfigError(f"anchor must be 'last' or 'self', got {self.anchor!r}")
+        if self.residual_at not in ("last", "self"):
+            raise ConfigError(f"residual_at must be 'last' or 'self', got {self.residual_at!r}")
 
     def shares(self, weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
         """See ``ShareAllocator.shares``."""

@@ -1,8 +1,8 @@
 """Callbacks for any Lightning Trainer: measurements along a stream of edits, and a policy."""
 
 from cakeflow.callbacks.neutral_text import NeutralText
-from cakeflow.callbacks.periodic import Milestones
+from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.callbacks.policy import Policy, PolicyGuard
 from cakeflow.callbacks.retention import Retention
 
-__all__ = ["Milestones", "NeutralText", "Policy", "PolicyGuard", "Retention"]
+__all__ = ["NeutralText", "PeriodicCallback", "Policy", "PolicyGuard", "Retention"]

@@ -9,13 +9,13 @@ import torch
 from torchmetrics import KLDivergence
 from torchmetrics.text import Perplexity
 
-from cakeflow.callbacks.periodic import Milestones
+from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.data.sources import read_texts
 from cakeflow.errors import ConfigError
 from cakeflow.forward.corpus import token_stream
 
 
-class NeutralText(Milestones):
+class NeutralText(PeriodicCallback):
     """What edits do to text that is not about them, with torchmetrics' own metrics.
 
     Logs ``neutral/perplexity`` and ``neutral/kl``, the mean divergence in nats of the edited model's next-token
@@ -50,7 +50,7 @@ class NeutralText(Milestones):
 
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``Milestones``."""
+        """See ``PeriodicCallback``."""
         perplexity, divergence = Perplexity(), KLDivergence(log_prob=True)
         for ids in self._windows.split(4):
             now = self._predictions(module, ids)

@@ -10,7 +10,7 @@ import torch
 from cakeflow.errors import ConfigError
 
 
-class Milestones(L.Callback):
+class PeriodicCallback(L.Callback):
     """A callback that measures the unedited model, the model after every few batches, and the final one.
 
     Subclasses override ``measure``. What it returns is logged as ``{name}/...`` together with ``{name}/edits``, the
@@ -34,7 +34,7 @@ class Milestones(L.Callback):
         self._seen = -1
 
     def measure(self, module: Any) -> dict[str, float]:
-        """Numbers about the model as it is now; ``module`` is the ``EditModule``."""
+        """Numbers about the model as it is now; ``module`` is the ``LocateThenEdit``."""
         raise NotImplementedError
 
     def on_train_batch_start(

@@ -159,7 +159,7 @@ class PolicyGuard(L.Callback):
     def _tell(self, module: Any, what: str, faults: list[str]) -> None:
         log.log(logging.WARNING if faults else logging.INFO, "policy %s %s", what, "; ".join(faults))
         if module.journal.record:
-            module.journal.record.note("policy", {"outcome": what, "faults": faults, "policy": self.policy.hash})
+            module.journal.record.append("policy", {"outcome": what, "faults": faults, "policy": self.policy.hash})
         if faults:
             state = "nothing was changed" if what == "refused" else "the edits of this run were taken back"
             raise PolicyError("\n  ".join([f"the policy is not kept; {state}:", *faults]))

@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from cakeflow.callbacks.periodic import Milestones
+from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.scoring import score_records
 from cakeflow.metrics import retention
 from cakeflow.metrics.preference import Form, checked_form, success
 
 
-class Retention(Milestones):
+class Retention(PeriodicCallback):
     """Accuracy on edits 1 to k, after n >= k: logs ``retention/mean`` and ``retention/first``, of the first batch.
 
     Args:
@@ -35,13 +35,13 @@ class Retention(Milestones):
         self.curves: list[list[float]] = []
 
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``Milestones``."""
+        """See ``PeriodicCallback``."""
         edits = [(number, request) for number, step in enumerate(module.journal) for request in step.requests]
         if not edits:
             self.curves = []
             return {}
         scores = score_records(module.lm, [replace(request, probes=()) for _, request in edits])
-        fields = {name: getattr(scores, name) for name in ("wanted", "rival", "correct", "tokens", "answered")}
+        fields = {name: getattr(scores, name) for name in ("expected", "rival", "correct", "tokens", "answered")}
         found, batch = success(self.form, **fields), torch.tensor([number for number, _ in edits])
         judged = ~found.isnan()  # probabilities need a true target
         if not judged.any():

@@ -1,4 +1,4 @@
-"""The ``cakeflow`` command: Lightning's CLI over ``EditModule`` and ``EditDataModule``."""
+"""The ``cakeflow`` command: Lightning's CLI over ``LocateThenEdit`` and ``EditDataModule``."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from rich.markup import escape
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.locate_then_edit import EditModule
-from cakeflow.core.run import Run, run_evaluate, run_fit
+from cakeflow.core.locate_then_edit import LocateThenEdit
+from cakeflow.core.run import FitResult, run_evaluate, run_fit
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
 from cakeflow.errors import ConfigError, EditError
 from cakeflow.forward.generation import continuations
@@ -39,7 +39,7 @@ class _Trainer(L.Trainer):
 class EditCLI(LightningCLI):
     """``cakeflow fit`` and ``cakeflow evaluate``; every argument of module, data and Trainer is an option."""
 
-    result: Run | dict[str, float]
+    result: FitResult | dict[str, float]
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -70,7 +70,7 @@ class EditCLI(LightningCLI):
         config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
         return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
 
-    def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
+    def fit(self, model: LocateThenEdit, datamodule: EditDataModule, **_: Any) -> None:
         """Edit, and show what changed."""
         console = Console()
         model.setup()
@@ -84,7 +84,7 @@ class EditCLI(LightningCLI):
         console.print(texts_table(prompts, wanted, before, after))
         console.print(f"run folder: {run.folder}", soft_wrap=True)
 
-    def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
+    def evaluate(self, model: LocateThenEdit, datamodule: EditDataModule, **_: Any) -> None:
         """Measure the model as it is."""
         self.result = run_evaluate(self.trainer, model, datamodule, "now")
         Console().print(metrics_table({"now": self.result}, model.evaluation.id))
@@ -124,7 +124,7 @@ def main(args: Sequence[str] | None = None) -> Any:
             return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
         load_plugins()
         cli = EditCLI(
-            EditModule,
+            LocateThenEdit,
             EditDataModule,
             trainer_class=_Trainer,
             trainer_defaults=TRAINER_DEFAULTS,

@@ -4,20 +4,20 @@ from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.core.checkpoint import SafeCheckpointIO, with_safe_checkpoints
 from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.memory import Footprint
-from cakeflow.core.module import MeasuredModule
-from cakeflow.core.run import Run, run_evaluate, run_fit
+from cakeflow.core.module import EditModule
+from cakeflow.core.run import FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
 
 __all__ = [
     "EditCallback",
     "EditDataModule",
     "EditModule",
+    "FitResult",
     "Footprint",
     "LayerEdit",
-    "MeasuredModule",
-    "Run",
+    "LocateThenEdit",
     "SafeCheckpointIO",
     "Statistics",
     "build_module",

@@ -8,7 +8,7 @@ import lightning as L
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.allocators import Turn
+from cakeflow.allocators import LayerContext
 from cakeflow.forward.tokens import EditBatch
 from cakeflow.solvers.problem import LayerProblem, Update
 
@@ -18,16 +18,16 @@ class LayerEdit:
     """One layer's part in an edit batch.
 
     Attributes:
-        turn: Whose turn it was. Its chain, if used now, is linearised at the model as it is now.
+        context: Whose turn it was. Its chain, if used now, is linearised at the model as it is now.
         batch: The n facts.
-        missing: n x d_out, what was missing at the anchor before.
+        missing: n x d_out, what was missing at the value site before.
         problem: What the solver saw; ``problem.residual`` is the share of what was missing.
         update: What it gave.
     """
 
-    turn: Turn
+    context: LayerContext
     batch: EditBatch
-    missing: Float[Tensor, "n d_out"]
+    residual: Float[Tensor, "n d_out"]
     problem: LayerProblem
     update: Update
 
@@ -42,4 +42,4 @@ class EditCallback(L.Callback):
         """A layer's change is known; its weight is still as before."""
 
     def on_batch_edited(self, module: L.LightningModule, left: Float[Tensor, "n d_out"]) -> None:
-        """All layers of a batch are written; ``left`` is still missing at the last turn's anchor."""
+        """All layers of a batch are written; ``left`` is still missing at the last turn's value_site."""

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.errors import ConfigError
 from cakeflow.plugins import load_plugins
 
@@ -34,23 +34,23 @@ def find_config(kind: str, name: str | Path) -> Path:
     raise ConfigError(f"no {kind} config {str(name)!r}; shipped: {', '.join(known)}; or give the path of a YAML file")
 
 
-def build_module(configs: list[Path], **values: Any) -> EditModule:
-    """An ``EditModule`` from config files, later ones winning, and values given in Python, which win over all.
+def build_module(configs: list[Path], **values: Any) -> LocateThenEdit:
+    """An ``LocateThenEdit`` from config files, later ones winning, and values given in Python, which win over all.
 
     Args:
         configs: YAML files with a ``model:`` section, as for ``cakeflow fit --config``.
-        values: Arguments of ``EditModule``; a mapping is merged into the configured part of that name.
+        values: Arguments of ``LocateThenEdit``; a mapping is merged into the configured part of that name.
 
     Raises:
         ConfigError: If a name or value does not fit.
     """
-    if unknown := sorted(set(values) - set(signature(EditModule).parameters)):
-        raise ConfigError(f"EditModule has no {unknown[0]!r}; it has {', '.join(signature(EditModule).parameters)}")
+    if unknown := sorted(set(values) - set(signature(LocateThenEdit).parameters)):
+        raise ConfigError(f"EditModule has no {unknown[0]!r}; it has {', '.join(signature(LocateThenEdit).parameters)}")
     plain = {name: value for name, value in values.items() if _is_plain(value)}
     objects = {name: value for name, value in values.items() if name not in plain}
     load_plugins()
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(EditModule, "model")
+    parser.add_class_arguments(LocateThenEdit, "model")
     parser.add_argument("--config", action="config")
     try:
         config = parser.parse_args([f"--config={path}" for path in configs])
@@ -58,10 +58,10 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     except Exception as error:
         raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {error}") from error
 
-    def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
+    def make(kind: type[LocateThenEdit], *args: Any, **kwargs: Any) -> LocateThenEdit:
         return kind(*args, **{**kwargs, **objects})
 
-    return parser.instantiate(config, instantiators=[(make, EditModule, False)]).model  # type: ignore[no-any-return]
+    return parser.instantiate(config, instantiators=[(make, LocateThenEdit, False)]).model  # type: ignore[no-any-return]
 
 
 def _is_plain(value: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.allocators import Allocator, ShareAllocator, Turn
+from cakeflow.allocators import Allocator, LayerContext, ShareAllocator
 from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.forward.tokens import EditBatch
 from cakeflow.solvers import Solver
@@ -74,7 +74,7 @@ def solved(solver: Solver, problem: LayerProblem, layer: int, batch: EditBatch, 
 
 def _check_size(update: Update, weight: Float[Tensor, "d_out d_in"], batch: EditBatch, limit: float) -> None:
     whole = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
-    for part in (update, update.kept):
+    for part in (update, update.deferred):
         norm = 0.0 if part is None else part.norm()
         if part is not None and norm > limit * whole:
             raise NumericalError(
@@ -111,7 +111,7 @@ def checked_weights(weighter: Weighter, weights: Tensor, facts: int, layers: Seq
 
 
 def checked_residual(
-    allocator: Allocator, residual: Tensor, missing: Float[Tensor, "n d_out"], turn: Turn
+    allocator: Allocator, residual: Tensor, missing: Float[Tensor, "n d_out"], context: LayerContext
 ) -> Float[Tensor, "n d_out"]:
     """An allocator's answer.
 
@@ -124,21 +124,23 @@ def checked_residual(
     if not bool(torch.isfinite(residual).all()):
         bad = (~torch.isfinite(residual)).any(1).nonzero()[:, 0].tolist()
         raise NumericalError(
-            f"{_name(allocator)}: what it gives layer {turn.site.layer} is not finite for facts {bad[:3]} of the batch"
+            f"{_name(allocator)}: what it gives layer {context.site.layer} is not finite for facts {bad[:3]} of the batch"
         )
     if isinstance(allocator, ShareAllocator):
-        _check_shares(allocator, turn)
+        _check_shares(allocator, context)
     return residual
 
 
-def _check_shares(allocator: ShareAllocator, turn: Turn) -> None:
-    shares = allocator.shares(turn.weights)
-    if shares.shape != turn.weights.shape:
-        raise ShapeError(f"{_name(allocator)}: {tuple(turn.weights.shape)} weights gave {tuple(shares.shape)} shares")
-    taken = turn.weights > 0  # where a fact gives a layer no weight, it takes nothing there
+def _check_shares(allocator: ShareAllocator, context: LayerContext) -> None:
+    shares = allocator.shares(context.weights)
+    if shares.shape != context.weights.shape:
+        raise ShapeError(
+            f"{_name(allocator)}: {tuple(context.weights.shape)} weights gave {tuple(shares.shape)} shares"
+        )
+    taken = context.weights > 0  # where a fact gives a layer no weight, it takes nothing there
     if not bool((((shares > 0) | ~taken) & (shares >= 0) & (shares <= 1 + 1e-12)).all()):
         raise ShapeError(f"{_name(allocator)}: shares must lie in (0, 1], got {shares.tolist()}")
-    if allocator.anchor == "last" and bool((((shares[..., -1] - 1).abs() > 1e-12) & taken[..., -1]).any()):
+    if allocator.residual_at == "last" and bool((((shares[..., -1] - 1).abs() > 1e-12) & taken[..., -1]).any()):
         raise ShapeError(
             f"{_name(allocator)}: the last layer must take all that is left (a share of 1), got "
             f"{shares[..., -1].tolist()}"
@@ -152,7 +154,7 @@ def checked_update(solver: Solver, update: Update, problem: LayerProblem, layer:
         ShapeError: If it does not fit the weight.
         NumericalError: If it is not finite.
     """
-    for part in (update, update.kept):
+    for part in (update, update.deferred):
         if part is None:
             continue
         (n, d_in), (_, d_out) = problem.keys.shape, problem.residual.shape

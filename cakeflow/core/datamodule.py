@@ -29,7 +29,7 @@ class Records:
 
 
 class EditDataModule(L.LightningDataModule):
-    """Feeds requests to an ``EditModule``: reads them all, chooses some (see ``selection.select``), makes batches.
+    """Feeds requests to an ``LocateThenEdit``: reads them all, chooses some (see ``selection.select``), makes batches.
 
     The sequence of the steps: read and check every entry; order or shuffle; drop conflicts; limit; batch.
 

@@ -15,27 +15,27 @@ from torch import Tensor
 from torchmetrics import Metric
 from tqdm.auto import tqdm
 
-from cakeflow.allocators import Allocator, Sequential, ShareAllocator, Turn
+from cakeflow.allocators import Allocator, LayerContext, Sequential, ShareAllocator
 from cakeflow.core.callback import LayerEdit
 from cakeflow.core.contracts import checked_facts, checked_residual, checked_weights, naming, solved
 from cakeflow.core.datamodule import Records
 from cakeflow.core.memory import Footprint
-from cakeflow.core.module import MeasuredModule
-from cakeflow.core.restore_state import NoTrace
+from cakeflow.core.module import EditModule
+from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.statistics import Statistics
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.generation import generate_contexts
-from cakeflow.forward.jacobian import ModelChain
+from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import EditBatch, encode_batch
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.steps import EditStep, request_hash
-from cakeflow.journal.store import Record, run_folder
+from cakeflow.journal.store import JournalStore, run_folder
 from cakeflow.models.architecture import Architecture, Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
@@ -43,7 +43,7 @@ from cakeflow.solvers import LeastSquares, Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem
-from cakeflow.targets.gradient import TargetOptimizer, Targets
+from cakeflow.targets.gradient import GradientSearch, Targets
 from cakeflow.tracing import locate
 from cakeflow.weighters import Scores, Uniform, Weighter
 from cakeflow.weighters.base import effective_layers
@@ -55,7 +55,7 @@ SETTINGS = (
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
 
-class EditModule(MeasuredModule):
+class LocateThenEdit(EditModule):
     """Edits a language model; one training step is one batch of edits.
 
     Args:
@@ -97,7 +97,7 @@ class EditModule(MeasuredModule):
         weighter: Weighter = Uniform(),
         allocator: Allocator = Sequential(),
         solver: Solver = LeastSquares(),
-        targets: TargetOptimizer = TargetOptimizer(),
+        targets: GradientSearch = GradientSearch(),
         statistics: Statistics = Statistics(),
         contexts: Contexts | None = None,
         scores: dict[int, float] | None = None,
@@ -140,8 +140,8 @@ class EditModule(MeasuredModule):
     # ---- Lightning's hooks, in the order in which they run ----
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every Trainer gets ``NoTrace``, once."""
-        return [] if any(isinstance(each, NoTrace) for each in self.trainer.callbacks) else [NoTrace()]  # type: ignore[attr-defined]
+        """Every Trainer gets ``RestoreState``, once."""
+        return [] if any(isinstance(each, RestoreState) for each in self.trainer.callbacks) else [RestoreState()]  # type: ignore[attr-defined]
 
     def setup(self, stage: str | None = None) -> None:
         """Load the model, if it was given by name and is not here yet."""
@@ -158,7 +158,7 @@ class EditModule(MeasuredModule):
         if folder and (record is None or record.folder != folder / "journal"):
             loader = self.trainer.train_dataloader
             asked = [request for records in loader or () for request in records.requests]
-            self.keep(folder / "journal", asked, getattr(loader, "batch_size", None))
+            self.open(folder / "journal", asked, getattr(loader, "batch_size", None))
         self.watch_memory()
         with self.journal.reverted():
             self._prepare()
@@ -175,7 +175,7 @@ class EditModule(MeasuredModule):
                 self._choose(proposal.layers, proposal.scores)
             self.weighter = self.weighter.prepare(self.lm, self.layers)
         for number, batch in enumerate(batches):
-            self.foresee(batch, sum(map(len, batches[:number])))
+            self.estimate(batch, sum(map(len, batches[:number])))
         with self.phase("statistics"):
             missing = [layer for layer in self.layers if layer not in self.covariances]
             if missing:
@@ -183,7 +183,7 @@ class EditModule(MeasuredModule):
 
     def training_step(self, records: Records, _: int) -> None:
         """Edit a batch; one that an interrupted run did already is done again as recorded."""
-        if told := self.journal.recall(records.requests):
+        if told := self.journal.replay_next(records.requests):
             self.log_dict(told.numbers, batch_size=len(told.hashes))
         else:
             self.edit(records.requests)
@@ -194,34 +194,37 @@ class EditModule(MeasuredModule):
         batch = encode_batch(self.lm, requests, self.contexts, first=self.journal.edits - self._before)
         given = self.weighter.weigh(self.lm, batch, self.layers)
         weights = checked_weights(self.weighter, given, len(batch), self.layers)
-        room = self.foresee(batch)
+        room = self.estimate(batch)
         with self.journal.batch(batch.requests) as step:
             self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
             reader = FactReader(self.lm, batch, room.passing)
             wanted: dict[Site, Targets] = {}
-            for turn in self.turns(weights, batch):
-                if turn.anchor not in wanted:
-                    wanted[turn.anchor] = self._find_targets(batch, turn.anchor, step, room)
+            for context in self.layer_contexts(weights, batch):
+                if context.value_site not in wanted:
+                    wanted[context.value_site] = self._find_targets(batch, context.value_site, step, room)
                 with self.phase("keys"):
-                    keys, bare, values = reader.read(turn.site.layer, turn.anchor)
+                    keys, prompt_keys, values = reader.read(context.site.layer, context.value_site)
                 missing = checked_facts(
-                    "what is missing at the anchor is", wanted[turn.anchor].values - values, batch, turn.anchor.layer
+                    "what is missing at the value site is",
+                    wanted[context.value_site].values - values,
+                    batch,
+                    context.value_site.layer,
                 )
-                with self.phase("allocate"), naming(turn.site.layer, batch):
-                    residual = self.allocator.allocate(missing, turn)
-                    residual = checked_residual(self.allocator, residual, missing, turn)
+                with self.phase("allocate"), naming(context.site.layer, batch):
+                    residual = self.allocator.allocate(missing, context)
+                    residual = checked_residual(self.allocator, residual, missing, context)
                 with self.phase("solve"):
-                    problem = self.problem(turn.site.layer, batch, keys, residual, bare)
-                    update = solved(self.solver, problem, turn.site.layer, batch, self.max_relative_update)
-                self.tell("on_layer_solved", LayerEdit(turn, batch, missing, problem, update))
-                with self.phase("solve"), naming(turn.site.layer, batch):
-                    numbers = self.journal.apply(step, turn.site.layer, problem, update)
-                self._log_turn(turn, numbers, len(batch))
-            if self.journal.settle(step):
+                    problem = self.problem(context.site.layer, batch, keys, residual, prompt_keys)
+                    update = solved(self.solver, problem, context.site.layer, batch, self.max_relative_update)
+                self.notify("on_layer_solved", LayerEdit(context, batch, missing, problem, update))
+                with self.phase("solve"), naming(context.site.layer, batch):
+                    numbers = self.journal.apply(step, context.site.layer, problem, update)
+                self._log_turn(context, numbers, len(batch))
+            if self.journal.apply_deferred(step):
                 reader = FactReader(self.lm, batch, room.passing)
-            left = wanted[turn.anchor].values - reader.values(turn.site.layer, turn.anchor)
+            left = wanted[context.value_site].values - reader.values(context.site.layer, context.value_site)
             self.log("target/left", left.norm(dim=1).mean(), batch_size=len(batch))
-            self.tell("on_batch_edited", left)
+            self.notify("on_batch_edited", left)
 
     def on_train_batch_end(self, *_: Any) -> None:
         """Log the most memory that editing took beyond the model so far, in GiB; after the last batch, finish."""
@@ -239,8 +242,8 @@ class EditModule(MeasuredModule):
             self.journal.finish(self.solver.finish)
         self._finished = True
 
-    def keep(self, folder: Path, requests: Sequence[EditRequest], batch_size: int | None) -> None:
-        """Keep the journal in a folder from now on: see ``Journal.keep``.
+    def open(self, folder: Path, requests: Sequence[EditRequest], batch_size: int | None) -> None:
+        """Keep the journal in a folder from now on: see ``Journal.open``.
 
         Args:
             folder: Where; a run that was interrupted there goes on.
@@ -256,7 +259,7 @@ class EditModule(MeasuredModule):
             "data": data,
         }
         self.setup()
-        self.journal.keep(Record(folder, texts=self.record_texts), run)
+        self.journal.open(JournalStore(folder, texts=self.record_texts), run)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the edited weights only: the others are the model's own."""
@@ -277,16 +280,16 @@ class EditModule(MeasuredModule):
 
     # ---- the parts of the walk ----
 
-    def turns(self, weights: Float[Tensor, "*n l"], batch: EditBatch) -> Iterator[Turn]:
+    def layer_contexts(self, weights: Float[Tensor, "*n l"], batch: EditBatch) -> Iterator[LayerContext]:
         """The layers to edit in ascending order; those of weight 0 are left out."""
         active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(self.layers)).any(0)) if positive]
         layers = [self.layers[place] for place in active]
         for index, layer in enumerate(layers):
-            anchor = self.targets.site(layers[-1] if self.allocator.anchor == "last" else layer)
-            chain = ModelChain(self.lm, batch, layers[index:], anchor)
-            yield Turn(Site(layer, "mlp_out"), anchor, index, weights[..., active], chain)
+            value_site = self.targets.site(layers[-1] if self.allocator.residual_at == "last" else layer)
+            chain = ModelJacobian(self.lm, batch, layers[index:], value_site)
+            yield LayerContext(Site(layer, "mlp_out"), value_site, index, weights[..., active], chain)
 
-    def foresee(self, batch: EditBatch, waiting: int = 0) -> Footprint:
+    def estimate(self, batch: EditBatch, waiting: int = 0) -> Footprint:
         """The memory that a batch takes beyond the model, and how it keeps to the budget.
 
         Args:
@@ -297,8 +300,8 @@ class EditModule(MeasuredModule):
             ConfigError: If the budget is too small.
         """
         seen = waiting + self.journal.edits if self.use_history else 0
-        tokens, matrices = self.targets.token_budget, self.solver.held()
-        return Footprint.foresee(
+        tokens, matrices = self.targets.max_tokens, self.solver.held()
+        return Footprint.estimate(
             self.lm, batch, self.layers, tokens=tokens, budget=self.budget, seen=seen, matrices=matrices
         )
 
@@ -324,19 +327,19 @@ class EditModule(MeasuredModule):
         else:
             self.model = lm.model
 
-    def _find_targets(self, batch: EditBatch, anchor: Site, step: EditStep, room: Footprint) -> Targets:
-        bar = tqdm(total=len(batch), desc=f"target values, layer {anchor.layer}", unit="edit", delay=2, leave=False)
+    def _find_targets(self, batch: EditBatch, value_site: Site, step: EditStep, room: Footprint) -> Targets:
+        bar = tqdm(total=len(batch), desc=f"target values, layer {value_site.layer}", unit="edit", delay=2, leave=False)
         settings = self.targets if self.solver.needs_targets else replace(self.targets, steps=1)
-        settings = replace(settings, token_budget=room.tokens)
+        settings = replace(settings, max_tokens=room.tokens)
         with self.phase("targets"), bar:
-            parts = [settings.optimize(self.lm, part, anchor.layer, bar.update) for part in batch.split(room.facts)]
+            parts = [settings.optimize(self.lm, part, value_site.layer, bar.update) for part in batch.split(room.facts)]
         found = Targets.join(parts)
-        checked_facts("target values are", found.values, batch, anchor.layer)
+        checked_facts("target values are", found.values, batch, value_site.layer)
         numbers = {"loss": found.loss, "probability": found.probability, "steps": found.steps.double()}
         self.log_dict({f"target/{name}": value.mean() for name, value in numbers.items()}, batch_size=len(batch))
         rows = zip(*(value.tolist() for value in numbers.values()), strict=True)
-        step.values[anchor.layer] = found.values.cpu()
-        step.targets += [{"layer": anchor.layer, **dict(zip(numbers, row, strict=True))} for row in rows]
+        step.values[value_site.layer] = found.values.cpu()
+        step.targets += [{"layer": value_site.layer, **dict(zip(numbers, row, strict=True))} for row in rows]
         return found
 
     def problem(
@@ -345,23 +348,23 @@ class EditModule(MeasuredModule):
         batch: EditBatch,
         keys: Float[Tensor, "n d_in"],
         residual: Float[Tensor, "n d_out"],
-        bare: Float[Tensor, "n d_in"],
+        prompt_keys: Float[Tensor, "n d_in"],
     ) -> LayerProblem:
         """What the solver is asked at a layer, under the weights and the history as they are now."""
-        for each in (keys, bare):
+        for each in (keys, prompt_keys):
             checked_facts("keys are", each, batch, layer)
         return LayerProblem(
             keys,
             residual,
             weight=self.lm.oriented(layer).to(keys.device),
-            origin=self.journal.origin(layer).to(keys.device),
+            original_weight=self.journal.origin(layer).to(keys.device),
             covariance=self.covariances[layer].to(keys.device),
-            seen=self.journal.history(layer) if self.use_history else KeyHistory(),
-            bare=bare,
+            history=self.journal.history(layer) if self.use_history else KeyHistory(),
+            prompt_keys=prompt_keys,
             loss=WeightLoss(self.lm, batch, layer),
         )
 
-    def _log_turn(self, turn: Turn, numbers: dict[str, float], size: int) -> None:
+    def _log_turn(self, context: LayerContext, numbers: dict[str, float], size: int) -> None:
         if isinstance(self.allocator, ShareAllocator):
-            numbers["share"] = float(self.allocator.shares(turn.weights)[..., turn.index].mean())
-        self.log_dict({f"layer{turn.site.layer}/{name}": value for name, value in numbers.items()}, batch_size=size)
+            numbers["share"] = float(self.allocator.shares(context.weights)[..., context.index].mean())
+        self.log_dict({f"layer{context.site.layer}/{name}": value for name, value in numbers.items()}, batch_size=size)

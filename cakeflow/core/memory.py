@@ -38,7 +38,7 @@ class TokenCost:
     """Bytes that one token takes while target values are looked for.
 
     Attributes:
-        graph: What the blocks above the anchor keep for the backward pass.
+        graph: What the blocks above the value site keep for the backward pass.
         cache: Attention keys and values of those blocks.
         through: What the largest block holds for a moment, without gradients.
         hidden: One hidden state.
@@ -98,7 +98,7 @@ class Footprint:
     """What one edit batch takes beyond the model, in bytes.
 
     Attributes:
-        kept: As long as the edits last: originals and, for half precision, float32 masters.
+        deferred: As long as the edits last: originals and, for half precision, float32 masters.
         keys: While keys are read.
         targets: While target values are looked for.
         solve: While a layer is solved.
@@ -107,7 +107,7 @@ class Footprint:
         passing: Most tokens in a pass without.
     """
 
-    kept: int
+    deferred: int
     keys: int
     targets: int
     solve: int
@@ -118,10 +118,10 @@ class Footprint:
     @property
     def peak(self) -> int:
         """The most at one time."""
-        return self.kept + max(self.keys, self.targets, self.solve)
+        return self.deferred + max(self.keys, self.targets, self.solve)
 
     @classmethod
-    def foresee(
+    def estimate(
         cls,
         lm: LanguageModel,
         batch: EditBatch,
@@ -138,7 +138,7 @@ class Footprint:
             lm: The model; shapes suffice, so that it may be on the meta device.
             batch: n facts.
             layers: Layers that are edited.
-            tokens: Most suffix tokens in a pass with gradients (``TargetOptimizer.token_budget``).
+            tokens: Most suffix tokens in a pass with gradients (``GradientSearch.max_tokens``).
             budget: Most bytes beyond the model; None keeps to ``SOFT`` where there is a choice, and refuses nothing.
             seen: Facts edited before whose keys are preserved.
             matrices: Float64 matrices as large as a weight that the solver holds (``Solver.matrices``).

@@ -25,8 +25,8 @@ from cakeflow.journal.journal import Journal
 from cakeflow.models.language import LanguageModel
 
 
-class MeasuredModule(L.LightningModule):
-    """The evaluation of an ``EditModule``: Lightning's validation, phases, and those who watch.
+class EditModule(L.LightningModule):
+    """The evaluation of an ``LocateThenEdit``: Lightning's validation, phases, and those who watch.
 
     Attributes:
         lm: The model.
@@ -81,7 +81,7 @@ class MeasuredModule(L.LightningModule):
         self.log_dict({f"{self.stage}/{name}": value for name, value in found.items()})
         if self.journal.record and self.stage in ("before", "after"):
             told = {"stage": self.stage, "edits": self.journal.edits, "protocol": self.evaluation.id, "metrics": found}
-            self.journal.record.note("evaluation", told)
+            self.journal.record.append("evaluation", told)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning's; what is logged while a batch is made becomes part of its account."""
@@ -117,7 +117,7 @@ class MeasuredModule(L.LightningModule):
         if memory is not None:
             self.peaks[name] = max(self.peaks[name], memory.bytes())
 
-    def tell(self, hook: str, news: LayerEdit | Tensor) -> None:
+    def notify(self, hook: str, news: LayerEdit | Tensor) -> None:
         """Call a hook of every watcher; what one cannot measure must not undo an edit."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EditCallback):

@@ -14,11 +14,11 @@ from torch import nn
 from cakeflow.models.language import LanguageModel
 
 
-class NoTrace(L.Callback):
+class RestoreState(L.Callback):
     """Gives back what a Trainer changes on its way: training flags, gradients, random states, the answer to Ctrl+C.
 
     A data loader draws a seed when it is read, ``fit`` drops gradients, a validation that fails leaves the model in
-    evaluation mode, and an early interrupt has all later ones ignored. ``EditModule`` brings this callback along. In
+    evaluation mode, and an early interrupt has all later ones ignored. ``LocateThenEdit`` brings this callback along. In
     between the model is in evaluation mode.
     """
 

@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.locate_then_edit import EditModule
+from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
@@ -33,7 +33,7 @@ FILES = ("before.jsonl", "after.jsonl", "run.json", "metrics.csv", "config.yaml"
 
 
 @dataclass(frozen=True)
-class Run:
+class FitResult:
     """What one ``fit`` did.
 
     Attributes:
@@ -57,7 +57,7 @@ class Run:
     folder: Path | None
 
 
-def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> Run:
+def run_fit(trainer: L.Trainer, module: LocateThenEdit, data: EditDataModule, *, evaluate: bool = True) -> FitResult:
     """Measure, edit and measure again: what ``Editor.fit`` and ``cakeflow fit`` both do.
 
     Every batch is on disk when its step ends. Where the folder holds an interrupted run, its batches are done again
@@ -75,7 +75,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         module.check_records(data.requests)
     folder = run_folder(trainer)
     if folder is not None:
-        module.keep(folder / "journal", data.requests, data.batch_size)
+        module.open(folder / "journal", data.requests, data.batch_size)
     before: dict[str, float] = {}
     if evaluate:
         before = run_evaluate(trainer, module, data, "before")
@@ -104,10 +104,10 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         }
         write_text(folder / "run.json", json.dumps({**describe(module), **found}, indent=1, ensure_ascii=False))
         _end(module, folder)
-    return Run(before, after, timings, peaks, logged, module.evaluation.id, module.journal, folder)
+    return FitResult(before, after, timings, peaks, logged, module.evaluation.id, module.journal, folder)
 
 
-def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> dict[str, float]:
+def run_evaluate(trainer: L.Trainer, module: LocateThenEdit, data: EditDataModule, stage: str) -> dict[str, float]:
     """Score the records through the Trainer and log the metrics as ``stage/...``."""
     module.check_records(data.requests)
     module.stage = stage
@@ -119,7 +119,7 @@ def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, s
     return _metrics(trainer, stage)
 
 
-def describe(module: EditModule) -> dict[str, Any]:
+def describe(module: LocateThenEdit) -> dict[str, Any]:
     """The model, everything that decides the outcome of its edits, and versions, as JSON-ready data."""
     return {
         "model": {
@@ -134,7 +134,7 @@ def describe(module: EditModule) -> dict[str, Any]:
 
 
 @contextmanager
-def _told_how_to_go_on(module: EditModule, folder: Path | None) -> Iterator[None]:
+def _told_how_to_go_on(module: LocateThenEdit, folder: Path | None) -> Iterator[None]:
     """Say what is safe when a run stops early."""
     try:
         yield
@@ -145,11 +145,11 @@ def _told_how_to_go_on(module: EditModule, folder: Path | None) -> Iterator[None
         raise
 
 
-def _end(module: EditModule, folder: Path) -> None:
+def _end(module: LocateThenEdit, folder: Path) -> None:
     """The record's last entry: the run is complete, and these are its files."""
     assert module.journal.record is not None
     files = {name: digest(folder / name) for name in FILES if (folder / name).exists()}
-    module.journal.record.note("end", {"files": files})
+    module.journal.record.append("end", {"files": files})
 
 
 def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
@@ -157,7 +157,7 @@ def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
     return {name: None if value != value else value for name, value in numbers.items()}
 
 
-def _write_outcomes(folder: Path, stage: str, module: EditModule) -> None:
+def _write_outcomes(folder: Path, stage: str, module: LocateThenEdit) -> None:
     """What every record answered, one line each."""
     lines = (json.dumps(row, ensure_ascii=False) for row in module.outcomes)
     write_text(folder / f"{stage}.jsonl", "".join(f"{line}\n" for line in lines))

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from cakeflow.errors import Problem
+from cakeflow.errors import Fault
 
 ProbeKind = Literal["paraphrase", "neighborhood", "generation"]
 
@@ -155,7 +155,7 @@ def _probe_faults(probe: Probe) -> Iterator[tuple[str, object, str]]:
     yield from _text_faults("probes.expected", probe.expected, optional=True)
 
 
-def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None = None) -> list[Problem]:
+def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None = None) -> list[Fault]:
     """The requests that contradict an earlier one: no weights can satisfy both.
 
     Two requests contradict each other if they have the same subject and relation (the prompt stands for a relation that
@@ -175,7 +175,7 @@ def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None 
         >>> [problem.index for problem in contradictions(ends)], [p.index for p in contradictions(ends, [1, 0])]
         ([1], [0])
     """
-    problems: list[Problem] = []
+    problems: list[Fault] = []
     seen: dict[tuple[str, str], int] = {}
     for index in range(len(requests)) if among is None else among:
         request = requests[index]
@@ -183,5 +183,5 @@ def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None 
         target = requests[other].target_new
         if _canonical(target) != _canonical(request.target_new):
             remedy = f"contradicts entry {other} (same subject and relation, target {target!r}); keep one of them"
-            problems.append(Problem(index, "target_new", request.target_new, remedy))
+            problems.append(Fault(index, "target_new", request.target_new, remedy))
     return problems

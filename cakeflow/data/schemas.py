@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from cakeflow.data.request import EditRequest, Probe, ProbeKind, _faults, _normal_form, _starts
-from cakeflow.errors import Problem, RequestError
+from cakeflow.errors import Fault, RequestError
 
 
 def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: int = 0) -> list[EditRequest]:
@@ -27,18 +27,18 @@ def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: in
     Raises:
         RequestError: Listing every fault of every entry.
     """
-    problems: list[Problem] = []
+    problems: list[Fault] = []
     requests: list[EditRequest] = []
     for index, entry in enumerate(entries, first):
         try:
             request = entry if isinstance(entry, EditRequest) else _from_mapping(entry)
         except _BadEntryError as bad:
-            problems.append(Problem(index, bad.field, bad.value, bad.remedy))
+            problems.append(Fault(index, bad.field, bad.value, bad.remedy))
             continue
-        problems += (Problem(index, *fault) for fault in _faults(request))
+        problems += (Fault(index, *fault) for fault in _faults(request))
         requests.append(request)
     if not requests and not problems:
-        problems.append(Problem(first, "requests", [], "give at least one request"))
+        problems.append(Fault(first, "requests", [], "give at least one request"))
     if problems:
         raise RequestError(problems)
     return requests

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
-from cakeflow.errors import ConfigError, Problem, RequestError, StatisticsError, listed
+from cakeflow.errors import ConfigError, Fault, RequestError, StatisticsError, listed
 
 SOURCES = (
     "give 'builtin', a .json or .jsonl file (also .gz), a folder with a data set, a URL of such a file (http://... or "
@@ -171,10 +171,10 @@ def _parse_line(name: str, number: int, line: str) -> Any:
     except json.JSONDecodeError as error:
         at = number + error.lineno - 1
         remedy = f"broken JSON in {name}, line {at}, column {error.colno}: {error.msg}"
-        raise RequestError([Problem(at, "line", line.split("\n")[error.lineno - 1][:80], remedy)]) from error
+        raise RequestError([Fault(at, "line", line.split("\n")[error.lineno - 1][:80], remedy)]) from error
     except (RecursionError, ValueError) as error:  # nested too deeply, too many digits, a field given twice
         remedy = f"JSON in {name}, line {number} or below, that cannot be requests: {error}"
-        raise RequestError([Problem(number, "line", line[:80], remedy)]) from error
+        raise RequestError([Fault(number, "line", line[:80], remedy)]) from error
 
 
 def _fetch(url: str) -> Path:

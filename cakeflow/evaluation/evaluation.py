@@ -20,7 +20,7 @@ from cakeflow.metrics import Consistency, EditScore, Efficacy, Fluency, Generali
 from cakeflow.models.language import LanguageModel
 
 COLUMNS = {
-    "wanted_logprob": "wanted",
+    "expected_logprob": "expected",
     "rival_logprob": "rival",
     "correct": "correct",
     "tokens": "tokens",
@@ -51,9 +51,9 @@ class Answers:
         """One JSON-ready entry per record; ``first`` is the number of the first."""
         columns = [(name, vars(self.scores)[field].tolist()) for name, field in COLUMNS.items()]
         scored: list[list[dict[str, Any]]] = [[] for _ in self.records]
-        for place, (record, kind, prompt, wanted, rival) in enumerate(questions(self.records)):
+        for place, (record, kind, prompt, expected, rival) in enumerate(questions(self.records)):
             numbers = {name: None if column[place] != column[place] else column[place] for name, column in columns}
-            asked = {"kind": KINDS[kind], "prompt": prompt, "wanted": wanted, "rival": rival}
+            asked = {"kind": KINDS[kind], "prompt": prompt, "expected": expected, "rival": rival}
             scored[record].append({**asked, **numbers})
         names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation")
         for index, (request, texts) in enumerate(zip(self.records, self.texts, strict=True)):
@@ -150,7 +150,7 @@ class Evaluation:
 
     def _texts(self, lm: LanguageModel, records: Sequence[EditRequest], first: int) -> list[list[str]]:
         chosen = [bool(self.texts_every) and (first + i) % self.texts_every == 0 for i in range(len(records))]
-        prompts = [free_prompts(record) if wanted else [] for record, wanted in zip(records, chosen, strict=True)]
+        prompts = [free_prompts(record) if expected else [] for record, expected in zip(records, chosen, strict=True)]
         flat = [prompt for each in prompts for prompt in each]
         said = iter(continuations(lm, flat, self.text_tokens, total=True, top_k=self.top_k, seed=self.seed))
         return [[prompt + next(said) for prompt in each] for each in prompts]
@@ -197,7 +197,7 @@ def _answered(lm: LanguageModel, asked: Sequence[Question], tokens: int) -> torc
     """1 where the model's own greedy answer is the wanted one, up to case, punctuation and articles."""
     said = continuations(lm, [question.prompt for question in asked], tokens)
     pairs = zip(said, asked, strict=True)
-    return torch.tensor([float(plain(until_stop(text)) == plain(question.wanted)) for text, question in pairs])
+    return torch.tensor([float(plain(until_stop(text)) == plain(question.expected)) for text, question in pairs])
 
 
 def plain(text: str) -> str:

@@ -53,10 +53,10 @@ def official_reads(
     """The official way of CounterFact: the target tokenised alone, looked up where the prompt alone ends."""
     texts = _tokens(tokenizer, [f"{prompt} {target}" for prompt, target in zip(prompts, targets, strict=True)])
     starts = map(len, _tokens(tokenizer, prompts))
-    wanted = _tokens(tokenizer, [f" {target}" for target in targets], special=False)
+    expected = _tokens(tokenizer, [f" {target}" for target in targets], special=False)
     return [
         [(tuple(text[: start + place]), label) for place, label in enumerate(labels)]
-        for text, start, labels in zip(texts, starts, wanted, strict=True)
+        for text, start, labels in zip(texts, starts, expected, strict=True)
     ]
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import Problem, RequestError
+from cakeflow.errors import Fault, RequestError
 from cakeflow.evaluation.protocols import Protocol, Read, joint_reads, official_reads, official_token_reads
 from cakeflow.forward.prefix_tree import predict
 from cakeflow.models.language import LanguageModel
@@ -40,7 +40,7 @@ class Question(NamedTuple):
     record: int
     kind: int
     prompt: str
-    wanted: str
+    expected: str
     rival: str | None
 
 
@@ -49,7 +49,7 @@ class PromptScores:
     """Scores of the p prompts of some records.
 
     Attributes:
-        wanted: Mean log-probability per token of the continuation that is right after the edit.
+        expected: Mean log-probability per token of the continuation that is right after the edit.
         rival: The same of the other continuation; nan where the record names none.
         correct: Whether every token of the wanted continuation is the most likely one, teacher-forced.
         tokens: Share of its tokens that are.
@@ -58,7 +58,7 @@ class PromptScores:
         kind: What each prompt is, as an index into ``KINDS``.
     """
 
-    wanted: Float[Tensor, " p"]
+    expected: Float[Tensor, " p"]
     rival: Float[Tensor, " p"]
     correct: Bool[Tensor, " p"]
     tokens: Float[Tensor, " p"]
@@ -68,7 +68,7 @@ class PromptScores:
 
 
 def score_targets(
-    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], budget: int = 4096
+    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], max_tokens: int = 4096
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """Score one continuation of each prompt, the clean way.
 
@@ -76,7 +76,7 @@ def score_targets(
         lm: The model.
         prompts: p prompts.
         targets: p continuations.
-        budget: Most tokens in one forward pass.
+        max_tokens: Most tokens in one forward pass.
 
     Returns:
         Mean log-probability per token (natural logarithm), and the share of tokens that are the arg-max.
@@ -85,21 +85,21 @@ def score_targets(
         RequestError: If a target has no token, or a text is longer than the model can read.
     """
     asked = [Asked(index, *pair) for index, pair in enumerate(zip(prompts, targets, strict=True))]
-    return score_reads(lm, _checked(lm, joint_reads(lm.tokenizer, prompts, targets), asked), budget)
+    return score_reads(lm, _checked(lm, joint_reads(lm.tokenizer, prompts, targets), asked), max_tokens)
 
 
 def score_reads(
-    lm: LanguageModel, questions: Sequence[Sequence[Read]], budget: int = 4096
+    lm: LanguageModel, questions: Sequence[Sequence[Read]], max_tokens: int = 4096
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
     """Mean log-probability and share of hits of each question.
 
     Args:
         lm: The model.
         questions: q lists of what was read and what should come next.
-        budget: Most tokens in one forward pass.
+        max_tokens: Most tokens in one forward pass.
     """
     contexts, labels = zip(*chain.from_iterable(questions), strict=True) if questions else ((), ())
-    logprobs, hits = predict(lm, contexts, labels, budget)
+    logprobs, hits = predict(lm, contexts, labels, max_tokens)
     owner = torch.tensor([index for index, reads in enumerate(questions) for _ in reads], dtype=torch.long)
     totals = torch.zeros(2, len(questions)).index_add(1, owner, torch.stack([logprobs, hits.float()]))
     means = totals / torch.bincount(owner, minlength=len(questions))
@@ -112,15 +112,15 @@ def _checked(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked])
     return reads
 
 
-def _problems(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked]) -> list[Problem]:
-    problems: dict[tuple[int, str, str], Problem] = {}  # a target that many prompts share is named once
+def _problems(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked]) -> list[Fault]:
+    problems: dict[tuple[int, str, str], Fault] = {}  # a target that many prompts share is named once
     for each, (record, prompt, target, names) in zip(reads, asked, strict=True):
         if not each or not each[0][0]:
             remedy = f"has no token of its own after {prompt[-40:]!r}; give another one, or leave the entry out"
-            problems.setdefault((record, names[1], target), Problem(record, names[1], target, remedy))
+            problems.setdefault((record, names[1], target), Fault(record, names[1], target, remedy))
         elif len(each[-1][0]) >= lm.longest:
             remedy = f"longer than the model's {lm.longest} positions, with its target; shorten it or leave it out"
-            problems.setdefault((record, names[0], prompt), Problem(record, names[0], prompt, remedy))
+            problems.setdefault((record, names[0], prompt), Fault(record, names[0], prompt, remedy))
     return [*problems.values()]
 
 
@@ -146,7 +146,7 @@ def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:
     Raises:
         RequestError: Naming every record with a prompt that is too long or a continuation without a token.
     """
-    problems: list[Problem] = []
+    problems: list[Fault] = []
     for first in range(0, len(records), CHECKED_AT_ONCE):
         asked = _asked(records[first : first + CHECKED_AT_ONCE], first)
         reads = joint_reads(lm.tokenizer, [each.prompt for each in asked], [each.target for each in asked])
@@ -156,7 +156,7 @@ def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:
 
 
 def score_records(
-    lm: LanguageModel, records: Sequence[EditRequest], protocol: Protocol = "clean", budget: int = 4096
+    lm: LanguageModel, records: Sequence[EditRequest], protocol: Protocol = "clean", max_tokens: int = 4096
 ) -> PromptScores:
     """Score the prompt, paraphrases and neighborhood prompts of records, all in common batches.
 
@@ -164,7 +164,7 @@ def score_records(
         lm: The model.
         records: The records, probes included.
         protocol: See ``cakeflow.protocols``.
-        budget: Most tokens in one forward pass.
+        max_tokens: Most tokens in one forward pass.
 
     Returns:
         One entry per prompt, in the order of ``questions``.
@@ -172,23 +172,23 @@ def score_records(
     Raises:
         RequestError: As in ``check_records``.
     """
-    record, kind, prompts, wanted, rivals = zip(*questions(records), strict=True)
+    record, kind, prompts, expected, rivals = zip(*questions(records), strict=True)
     known = [i for i, rival in enumerate(rivals) if rival is not None]
     asked = _asked(records)
     texts, targets = [each.prompt for each in asked], [each.target for each in asked]
     if protocol == "official":
-        singly = official_token_reads(lm.tokenizer, prompts, wanted, [KINDS[each] == "neighborhood" for each in kind])
+        singly = official_token_reads(lm.tokenizer, prompts, expected, [KINDS[each] == "neighborhood" for each in kind])
         reads = [*official_reads(lm.tokenizer, texts, targets), *singly]
         asked += asked[: len(prompts)]
     else:
         reads = joint_reads(lm.tokenizer, texts, targets)
-    scores, hits = score_reads(lm, _checked(lm, reads, asked), budget)
+    scores, hits = score_reads(lm, _checked(lm, reads, asked), max_tokens)
     count = len(prompts)
     rival = torch.full((count,), torch.nan)
     rival[torch.tensor(known, dtype=torch.long)] = scores[count : count + len(known)]
     tokens = hits[-count:] if protocol == "official" else hits[:count]
     return PromptScores(
-        wanted=scores[:count],
+        expected=scores[:count],
         rival=rival,
         correct=hits[:count] == 1,
         tokens=tokens,
@@ -205,5 +205,5 @@ def questions(records: Sequence[EditRequest]) -> Iterator[Question]:
         for probe in record.probes:
             if probe.kind == "paraphrase":
                 yield Question(index, 1, probe.prompt, probe.expected or record.target_new, record.target_true)
-            elif probe.kind == "neighborhood" and (wanted := probe.expected or record.target_true):
-                yield Question(index, 2, probe.prompt, wanted, record.target_new if record.target_true else None)
+            elif probe.kind == "neighborhood" and (expected := probe.expected or record.target_true):
+                yield Question(index, 2, probe.prompt, expected, record.target_new if record.target_true else None)

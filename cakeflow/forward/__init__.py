@@ -2,7 +2,7 @@
 
 from cakeflow.forward.corpus import sampled_corpus, token_stream
 from cakeflow.forward.generation import continuations, generate_contexts, until_stop
-from cakeflow.forward.jacobian import Chain, ModelChain
+from cakeflow.forward.jacobian import LinearMap, ModelJacobian
 from cakeflow.forward.keys import FactReader, PromptStream
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pad, plan
@@ -12,10 +12,10 @@ from cakeflow.forward.tokens import EditBatch, Row, encode, encode_batch, encode
 
 __all__ = [
     "GIB",
-    "Chain",
     "EditBatch",
     "FactReader",
-    "ModelChain",
+    "LinearMap",
+    "ModelJacobian",
     "PromptStream",
     "Recording",
     "Row",

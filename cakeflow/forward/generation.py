@@ -92,7 +92,7 @@ def continuations(
     lm: LanguageModel,
     prompts: Sequence[str],
     tokens: int = 12,
-    budget: int | None = None,
+    max_tokens: int | None = None,
     *,
     total: bool = False,
     top_k: int = 1,
@@ -104,7 +104,7 @@ def continuations(
         lm: The model.
         prompts: n prompts.
         tokens: Most new tokens, or most tokens in all (``total``).
-        budget: Most tokens in one batch, new ones included; by default those whose keys and values take a GiB.
+        max_tokens: Most tokens in one batch, new ones included; by default those whose keys and values take a GiB.
         total: Whether ``tokens`` counts those of the prompt as well, as the official generation tests do.
         top_k: Sample among so many most likely tokens; 1 is greedy, and equal prompts are then continued once.
         seed: Of the sampling; every prompt and every repetition of it draws for itself.
@@ -112,7 +112,7 @@ def continuations(
     Returns:
         n texts without their prompts, special tokens left out; they end where the model's positions do.
     """
-    budget = budget or max(1, GIB // _cached(lm))
+    max_tokens = max_tokens or max(1, GIB // _cached(lm))
     rows = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     seen: Counter[tuple[int, ...]] = Counter()
     keys = []
@@ -123,7 +123,9 @@ def continuations(
     rooms = [max(0, min(tokens if total else len(row) + tokens, lm.longest) - len(row)) for row, _ in asked]
     texts: dict[tuple[tuple[int, ...], int], str] = {}
     with tqdm(total=len(asked), desc="generation", unit="text", delay=5, leave=False) as bar:
-        for group in plan([len(row) + room for (row, _), room in zip(asked, rooms, strict=True)], budget, slack=budget):
+        for group in plan(
+            [len(row) + room for (row, _), room in zip(asked, rooms, strict=True)], max_tokens, slack=max_tokens
+        ):
             for part in _within(group, [len(row) for row, _ in asked], rooms, lm.longest):
                 seeds = [_seed(seed, *asked[i]) for i in part]
                 found = _generate(lm, [asked[i][0] for i in part], max(rooms[i] for i in part), top_k, seeds)

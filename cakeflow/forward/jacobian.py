@@ -1,4 +1,4 @@
-"""How changes at several blocks reach the anchor: the model between them, linearised at the subject's last token."""
+"""How changes at several blocks reach the value site: the model between them, linearised at the subject's last token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from cakeflow.models.language import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)
-class ModelChain:
-    """``M_j = d h_L / d delta_j``: delta_j added to block j's output, h_L read at the anchor, for each fact of a batch.
+class ModelJacobian:
+    """``M_j = d h_L / d delta_j``: delta_j added to block j's output, h_L read at the value site, for each fact of a batch.
 
     Both sides are at the last token of the subject in the bare prompt. What is added there reaches h_L through that
     position alone, so the chain is one token wide over attention keys and values of a frozen prefix. The model is
@@ -31,25 +31,25 @@ class ModelChain:
     Attributes:
         lm: The model.
         batch: n facts.
-        layers: Blocks whose outputs are changed, ascending; the last one is the anchor's.
-        anchor: Where the effect is read.
-        budget: Most prompts in one pass.
+        layers: Blocks whose outputs are changed, ascending; the last one is the value site's.
+        value_site: Where the effect is read.
+        max_tokens: Most prompts in one pass.
     """
 
     lm: LanguageModel
     batch: EditBatch
     layers: Sequence[int]
-    anchor: Site
-    budget: int = 1024
+    value_site: Site
+    max_tokens: int = 1024
 
-    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
+    def vjp(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
         """``M_j^T covector`` of every layer, in one backward pass."""
-        parts = [link.pull(covector[link.fact]) for link in self._links]
+        parts = [link.vjp(covector[link.fact]) for link in self._links]
         return [self._in_order(pieces).to(covector) for pieces in zip(*parts, strict=True)]
 
-    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
+    def jvp(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
         """``sum_j M_j tangent_j``, in one forward-mode pass."""
-        pieces = [link.push([tangent[link.fact] for tangent in tangents]) for link in self._links]
+        pieces = [link.jvp([tangent[link.fact] for tangent in tangents]) for link in self._links]
         return self._in_order(pieces).to(tangents[0])
 
     def _in_order(self, pieces: Sequence[Tensor]) -> Tensor:
@@ -57,16 +57,16 @@ class ModelChain:
         return torch.cat(list(pieces))[torch.cat([link.fact for link in self._links]).argsort()]
 
     @cached_property
-    def _links(self) -> list[_Link]:
+    def _links(self) -> list[_Linearization]:
         prompts = [rows[0] for rows in self.batch.rows]
         start = Site(self.layers[0])
-        groups, _ = cut(self.lm, prompts, range(len(prompts)), [start], self.budget, read_first=True)
-        return [_Link.of(self.lm, group, [*map(Site, self.layers[:-1]), self.anchor]) for group in groups]
+        groups, _ = cut(self.lm, prompts, range(len(prompts)), [start], self.max_tokens, read_first=True)
+        return [_Linearization.of(self.lm, group, [*map(Site, self.layers[:-1]), self.value_site]) for group in groups]
 
 
 @dataclass(frozen=True, eq=False)
-class _Link:
-    """Some facts, linearised: the anchor as a function of what is added at each site, and its derivative as a graph."""
+class _Linearization:
+    """Some facts, linearised: the value site as a function of what is added at each site, and its derivative as a graph."""
 
     fact: Int[Tensor, " rows"]
     output: Float[Tensor, "rows d_out"]
@@ -76,18 +76,18 @@ class _Link:
 
     @classmethod
     @torch.enable_grad()
-    def of(cls, lm: LanguageModel, suffixes: Suffixes, sites: Sequence[Site]) -> _Link:
-        """Linearise around nothing being added; the last site is the anchor.
+    def of(cls, lm: LanguageModel, suffixes: Suffixes, sites: Sequence[Site]) -> _Linearization:
+        """Linearise around nothing being added; the last site is the value site.
 
         Raises:
             ArchitectureError: If the model's operations cannot be differentiated twice.
         """
         width = suffixes.hidden.shape[-1]
         added = [suffixes.hidden.new_zeros(len(suffixes.fact), width, requires_grad=True) for _ in sites]
-        changes = [inject(lm, site, each, suffixes.origin) for site, each in zip(sites, added, strict=True)]
+        changes = [inject(lm, site, each, suffixes.changed_column) for site, each in zip(sites, added, strict=True)]
         try:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
-                output = take(suffixes.output(lm, sites[-1], *changes), suffixes.origin[:, None])[:, 0]
+                output = take(suffixes.output(lm, sites[-1], *changes), suffixes.changed_column[:, None])[:, 0]
                 covector = torch.zeros_like(output, requires_grad=True)
                 pulled = torch.autograd.grad(output, added, covector, create_graph=True)
             link = cls(suffixes.fact, output, added, covector, pulled)
@@ -104,16 +104,16 @@ class _Link:
         """``<M u, v> = <u, M^T v>``: an operation that cannot be differentiated twice may drop out without an error."""
         gen = torch.Generator().manual_seed(0)
         v, *u = (torch.randn(self.output.shape, generator=gen).to(self.output) for _ in range(1 + len(self.added)))
-        left = (self.push(u) * v).sum()
-        right = torch.stack([(a * b).sum() for a, b in zip(u, self.pull(v), strict=True)]).sum()
+        left = (self.jvp(u) * v).sum()
+        right = torch.stack([(a * b).sum() for a, b in zip(u, self.vjp(v), strict=True)]).sum()
         scale = v.norm() * torch.stack([each.norm() for each in u]).norm()
         return bool((left - right).abs() <= torch.finfo(v.dtype).eps ** 0.5 * scale)
 
-    def pull(self, covector: Tensor) -> Sequence[Tensor]:
+    def vjp(self, covector: Tensor) -> Sequence[Tensor]:
         """``M_j^T covector`` of every site: one backward pass."""
         return torch.autograd.grad(self.output, self.added, covector.to(self.output), retain_graph=True)
 
-    def push(self, tangents: Sequence[Tensor]) -> Tensor:
+    def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """``sum_j M_j tangent_j``: a backward pass through the backward pass, which is linear in its covector."""
         ready = [tangent.to(self.output) for tangent in tangents]
         return torch.autograd.grad(self.pulled, self.covector, ready, retain_graph=True)[0]
@@ -126,15 +126,15 @@ def _no_forward_mode(lm: LanguageModel, reason: str) -> ArchitectureError:
     )
 
 
-class Chain(Protocol):
-    """How changes at the layers from this turn's on reach the anchor: products with M_j, one per layer and fact.
+class LinearMap(Protocol):
+    """How changes at the layers from this turn's on reach the value site: products with M_j, one per layer and fact.
 
-    ``M_j`` is the derivative of the anchor's value by a change of layer j's output, at the model as it is; that of the
+    ``M_j`` is the derivative of the value site's value by a change of layer j's output, at the model as it is; that of the
     last layer is the identity.
     """
 
-    def pull(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
+    def vjp(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
         """``M_j^T covector`` for every layer j."""
 
-    def push(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
+    def jvp(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
         """``sum_j M_j tangent_j``."""

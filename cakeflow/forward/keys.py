@@ -18,7 +18,7 @@ from torch import Tensor
 from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.tokens import EditBatch
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture, resume
+from cakeflow.models.hooks import capture, start_at
 from cakeflow.models.language import LanguageModel
 
 
@@ -39,14 +39,14 @@ class PromptStream:
     Args:
         lm: The model.
         prompts: Token ids of each row, ending with the subject's last token (what follows cannot influence it).
-        budget: Most tokens in one forward pass.
+        max_tokens: Most tokens in one forward pass.
     """
 
-    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], budget: int = 8192) -> None:
+    def __init__(self, lm: LanguageModel, prompts: Sequence[Sequence[int]], max_tokens: int = 8192) -> None:
         self.lm = lm
         self.size = len(prompts)
         self.chunks = []
-        for rows in plan([len(ids) for ids in prompts], budget, slack=256):
+        for rows in plan([len(ids) for ids in prompts], max_tokens, slack=256):
             last = torch.tensor([len(prompts[i]) - 1 for i in rows], device=lm.device)
             self.chunks.append(_Chunk(rows, pad([prompts[i] for i in rows], lm.device), last))
 
@@ -87,7 +87,7 @@ class PromptStream:
         below = [Site(key_site.layer - 1)] if key_site.layer > chunk.layer else []
         start = chunk.hidden if chunk.hidden is not None else torch.empty(0)
         with (
-            resume(lm, chunk.layer, start),
+            start_at(lm, chunk.layer, start),
             capture(lm, below) as entering,
             capture(lm, [value_site] if value_site else []) as values,
             capture(lm, [key_site], side="in", stop=value_site is None) as keys,
@@ -106,31 +106,31 @@ class FactReader:
     Args:
         lm: The model.
         batch: n facts.
-        budget: Most tokens in one forward pass.
+        max_tokens: Most tokens in one forward pass.
     """
 
-    def __init__(self, lm: LanguageModel, batch: EditBatch, budget: int = 8192) -> None:
+    def __init__(self, lm: LanguageModel, batch: EditBatch, max_tokens: int = 8192) -> None:
         prompts = [[row.ids[: row.subject + 1] for row in rows] for rows in batch.rows]
         self.weights = torch.tensor(batch.weights, dtype=torch.float64, device=lm.device)
-        self.bare = PromptStream(lm, [rows[0] for rows in prompts], budget)
+        self.bare = PromptStream(lm, [rows[0] for rows in prompts], max_tokens)
         others = [ids for rows in prompts for ids in rows[1:]]
-        self.others = PromptStream(lm, others, budget) if others else None
+        self.others = PromptStream(lm, others, max_tokens) if others else None
 
     def read(
-        self, layer: int, anchor: Site
+        self, layer: int, value_site: Site
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """Keys at a layer and values at the anchor, in float64; layers must come in ascending order.
+        """Keys at a layer and values at the value site, in float64; layers must come in ascending order.
 
         Args:
             layer: The layer to edit.
-            anchor: Where targets are set.
+            value_site: Where targets are set.
 
         Returns:
             Mean key over the contexts (half of the weight on the bare prompt), key on the bare prompt, and the
-            anchor's output now.
+            value site's output now.
         """
         site = Site(layer, "mlp_out")
-        keys, values = self.bare.read(site, anchor)
+        keys, values = self.bare.read(site, value_site)
         keys = keys.double()
         mean = keys * self.weights[0]
         if self.others is not None:
@@ -138,8 +138,8 @@ class FactReader:
         assert values is not None
         return mean, keys, values.double()
 
-    def values(self, layer: int, anchor: Site) -> Float[Tensor, "n d_out"]:
-        """What the anchor holds on the bare prompts now, in float64; ``layer`` is the last one that was read."""
-        _, values = self.bare.read(Site(layer, "mlp_out"), anchor)
+    def values(self, layer: int, value_site: Site) -> Float[Tensor, "n d_out"]:
+        """What the value site holds on the bare prompts now, in float64; ``layer`` is the last one that was read."""
+        _, values = self.bare.read(Site(layer, "mlp_out"), value_site)
         assert values is not None
         return values.double()

@@ -14,7 +14,7 @@ from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.suffix import before_targets
 from cakeflow.forward.tokens import EditBatch, Row
 from cakeflow.models.architecture import Site, is_transposed
-from cakeflow.models.hooks import capture, frozen, narrow, resume
+from cakeflow.models.hooks import capture, frozen, logits_at, start_at
 from cakeflow.models.language import LanguageModel
 
 
@@ -26,13 +26,13 @@ class WeightLoss:
         lm: The model; not touched.
         batch: n facts.
         layer: Whose projection changes.
-        budget: Most tokens in one forward and backward pass.
+        max_tokens: Most tokens in one forward and backward pass.
     """
 
     lm: LanguageModel
     batch: EditBatch
     layer: int
-    budget: int = 2048
+    max_tokens: int = 2048
 
     def __call__(self, change: Float[Tensor, "d_out d_in"]) -> tuple[float, Float[Tensor, "d_out d_in"]]:
         """Mean over the facts at ``weight + change``, and its gradient by the change."""
@@ -49,7 +49,7 @@ class WeightLoss:
     def _groups(self) -> list[tuple[list[Row], Tensor, Tensor]]:
         """Rows that run together, their ids, and what enters the layer's block."""
         rows, found = [variants[0] for variants in self.batch.rows], []
-        for group in plan([len(row.ids) for row in rows], self.budget):
+        for group in plan([len(row.ids) for row in rows], self.max_tokens):
             chosen = [rows[i] for i in group]
             ids = pad([row.ids[:-1] for row in chosen], self.lm.device)
             below = Site(max(self.layer - 1, 0))
@@ -65,7 +65,12 @@ class WeightLoss:
         weight = self.lm.weight(self.layer).detach()
         moved = {name: weight + (change.T if is_transposed(self.lm.module(site)) else change)}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        with resume(self.lm, self.layer, hidden), narrow(self.lm, row, column), frozen(self.lm), self.lm.evaluating():
+        with (
+            start_at(self.lm, self.layer, hidden),
+            logits_at(self.lm, row, column),
+            frozen(self.lm),
+            self.lm.evaluating(),
+        ):
             logits = functional_call(self.lm.model, moved, (), inputs, tie_weights=False).logits[0]
         each = torch.nn.functional.cross_entropy(logits.float(), label, reduction="none")
         return each.new_zeros(len(rows)).index_add(0, row, each) / torch.bincount(row)

@@ -15,19 +15,19 @@ def pad(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Int
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
 
 
-def plan(lengths: Sequence[int], budget: int, slack: int = 32) -> list[list[int]]:
+def plan(lengths: Sequence[int], max_tokens: int, slack: int = 32) -> list[list[int]]:
     """Group rows of similar length, so that little is padded and no group holds too many tokens.
 
     Args:
         lengths: Tokens in each row.
-        budget: Most tokens in a group, padding included; a longer row gets a group of its own.
+        max_tokens: Most tokens in a group, padding included; a longer row gets a group of its own.
         slack: Most padding tokens in a group; about what one more forward pass costs.
 
     Returns:
         Indices of the rows of each group, longest rows first.
 
     Example:
-        >>> plan([3, 9, 3, 8], budget=100, slack=2)
+        >>> plan([3, 9, 3, 8], max_tokens=100, slack=2)
         [[1, 3], [0, 2]]
     """
     groups: list[list[int]] = []
@@ -35,7 +35,7 @@ def plan(lengths: Sequence[int], budget: int, slack: int = 32) -> list[list[int]
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         longest = lengths[groups[-1][0]] if groups else 0
         waste = padding + longest - lengths[index]
-        if groups and waste <= slack and (len(groups[-1]) + 1) * longest <= budget:
+        if groups and waste <= slack and (len(groups[-1]) + 1) * longest <= max_tokens:
             groups[-1].append(index)
             padding = waste
         else:

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from cakeflow.forward.packing import pad, plan
-from cakeflow.models.hooks import narrow
+from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
 Context = tuple[int, ...]
@@ -89,7 +89,7 @@ def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree
 
 @torch.no_grad()
 def predict(
-    lm: LanguageModel, contexts: Sequence[Context], labels: Sequence[int], budget: int = 4096
+    lm: LanguageModel, contexts: Sequence[Context], labels: Sequence[int], max_tokens: int = 4096
 ) -> tuple[Float[Tensor, " m"], Bool[Tensor, " m"]]:
     """How likely each label is as the next token.
 
@@ -97,7 +97,7 @@ def predict(
         lm: The model.
         contexts: m token sequences, none of them empty.
         labels: The token after each.
-        budget: Most tokens in one forward pass.
+        max_tokens: Most tokens in one forward pass.
 
     Returns:
         Log-probabilities (natural logarithm), and whether the label is the arg-max.
@@ -108,11 +108,11 @@ def predict(
     asked: list[list[int]] = [[] for _ in trees]
     for index, context in enumerate(contexts):
         asked[place[context][0]].append(index)
-    for group in plan([len(tree.ids) for tree in trees], budget, slack=SIZE):
+    for group in plan([len(tree.ids) for tree in trees], max_tokens, slack=SIZE):
         chosen = [(row, index) for row, tree in enumerate(group) for index in asked[tree]]
         ends = torch.tensor([(row, place[contexts[index]][1]) for row, index in chosen], device=lm.device)
         ends, read = ends.unique(dim=0, return_inverse=True)  # one row of logits for all labels of a context
-        with narrow(lm, *ends.T):
+        with logits_at(lm, *ends.T):
             logits = lm(**_inputs(lm, [trees[tree] for tree in group], branching), use_cache=False).logits[0]
         where = torch.tensor([index for _, index in chosen])
         label = torch.tensor([labels[index] for _, index in chosen], device=lm.device)

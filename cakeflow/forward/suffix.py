@@ -24,7 +24,7 @@ from cakeflow.errors import ArchitectureError
 from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture, inject, narrow, resume
+from cakeflow.models.hooks import capture, inject, logits_at, start_at
 from cakeflow.models.language import LanguageModel
 
 
@@ -65,7 +65,7 @@ class Suffixes:
         hidden: What enters block ``first``.
         mask: Additive attention mask, suffix over (prefix, suffix).
         keys, values: Attention keys and values of the prefixes, one entry per block; copies of the rows share them.
-        origin: Column of every row at which changes are made.
+        changed_column: Column of every row at which changes are made.
         row, column: Where logits are read.
         label: The token that each of those positions should predict (-1: none).
     """
@@ -78,7 +78,7 @@ class Suffixes:
     mask: Float[Tensor, "rows 1 time seen"] | None
     keys: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
     values: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
-    origin: Int[Tensor, " rows"]
+    changed_column: Int[Tensor, " rows"]
     row: Int[Tensor, " read"]
     column: Int[Tensor, " read"]
     label: Int[Tensor, " read"]
@@ -87,11 +87,11 @@ class Suffixes:
         self, lm: LanguageModel, sites: Sequence[Site], delta: Float[Tensor, "rows sites width"]
     ) -> Float[Tensor, "read vocabulary"]:
         """Logits at (row, column) with ``delta`` added to the sites' outputs at each row's origin."""
-        return self.run(lm, *(inject(lm, site, delta[:, i], self.origin) for i, site in enumerate(sites)))
+        return self.run(lm, *(inject(lm, site, delta[:, i], self.changed_column) for i, site in enumerate(sites)))
 
     def run(self, lm: LanguageModel, *changes: AbstractContextManager[None]) -> Float[Tensor, "read vocabulary"]:
         """Logits at (row, column) while the changes are in force."""
-        with self._changed(lm, changes), narrow(lm, self.row, self.column):
+        with self._changed(lm, changes), logits_at(lm, self.row, self.column):
             return self._forward(lm).logits[0]  # type: ignore[no-any-return]
 
     def output(
@@ -105,7 +105,7 @@ class Suffixes:
     @contextmanager
     def _changed(self, lm: LanguageModel, changes: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
         with ExitStack() as stack:
-            for change in (resume(lm, self.first, self.hidden), *changes):
+            for change in (start_at(lm, self.first, self.hidden), *changes):
                 stack.enter_context(change)
             yield
 
@@ -132,7 +132,7 @@ class Suffixes:
     def copies(self, count: int) -> Suffixes:
         """The same rows ``count`` times, one copy after the other."""
         offset = len(self.fact) * torch.arange(count, device=self.row.device).repeat_interleave(len(self.row))
-        names = ("fact", "tokens", "positions", "hidden", "origin", "row", "column", "label")
+        names = ("fact", "tokens", "positions", "hidden", "changed_column", "row", "column", "label")
         parts: dict[str, Any] = {name: torch.cat([getattr(self, name)] * count) for name in names}
         parts["mask"] = None if self.mask is None else torch.cat([self.mask] * count)
         return replace(self, **{**parts, "row": parts["row"] + offset})
@@ -145,7 +145,7 @@ class Suffixes:
         number = rows.cumsum(0) - 1
         read = rows[self.row]
         parts: dict[str, Any] = {
-            name: getattr(self, name)[rows] for name in ("fact", "tokens", "positions", "hidden", "origin")
+            name: getattr(self, name)[rows] for name in ("fact", "tokens", "positions", "hidden", "changed_column")
         }
         parts["mask"] = None if self.mask is None else self.mask[rows]
         for name in ("keys", "values"):
@@ -212,7 +212,7 @@ class Recording:
             mask=_mask(start, prefix, width, entering.dtype),
             keys=tuple(None if keys is None else keys[:, :, :prefix].clone() for keys, _ in kept),
             values=tuple(None if values is None else values[:, :, :prefix].clone() for _, values in kept),
-            origin=torch.zeros_like(start),
+            changed_column=torch.zeros_like(start),
             row=row,
             column=column,
             label=label,
@@ -236,7 +236,7 @@ class Recording:
             mask=None,
             keys=(),
             values=(),
-            origin=start,
+            changed_column=start,
             row=row,
             column=column + start[row],
             label=label,
@@ -258,7 +258,7 @@ def cut(
     rows: Sequence[Row],
     facts: Sequence[int],
     sites: Sequence[Site],
-    budget: int,
+    max_tokens: int,
     *,
     read_first: bool = False,
 ) -> tuple[list[Suffixes], Float[Tensor, "rows sites width"]]:
@@ -269,7 +269,7 @@ def cut(
         rows: Tokenised texts with a subject; the last token is a label only.
         facts: Which fact each row belongs to.
         sites: Where vectors will be injected.
-        budget: Most tokens in one group of suffixes.
+        max_tokens: Most tokens in one group of suffixes.
         read_first: Read logits at the first position only (no labels) instead of before each target token.
 
     Returns:
@@ -282,7 +282,7 @@ def cut(
     recorded = [*dict.fromkeys([Site(max(first - 1, 0)), *sites])]
     groups: list[Suffixes] = []
     outputs: dict[int, Tensor] = {}
-    for group in plan(lengths, budget, slack=8):
+    for group in plan(lengths, max_tokens, slack=8):
         recording = Recording.of(lm, pad([rows[i].ids[: ends[i]] for i in group], lm.device), recorded)
         start = torch.tensor([rows[i].subject for i in group], device=lm.device)
         fact = torch.tensor([facts[i] for i in group], device=lm.device)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import Problem, RequestError
+from cakeflow.errors import Fault, RequestError
 from cakeflow.models.language import LanguageModel
 
 ESSENCE = "{} is a"
@@ -165,7 +165,7 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
 def _check_lengths(
     lm: LanguageModel, requests: Sequence[EditRequest], rows: tuple[tuple[Row, ...], ...], first: int
 ) -> None:
-    problems: list[Problem] = []
+    problems: list[Fault] = []
     for index, (request, variants) in enumerate(zip(requests, rows, strict=True), first):
         longest = max(len(row.ids) for row in variants)
         lost = any(row.subject < 0 for row in variants)
@@ -175,6 +175,6 @@ def _check_lengths(
             (lost, "subject", "the tokenizer gives it no token; write it otherwise"),
             (longest > lm.longest, "prompt", f"longer than the model's {lm.longest} positions; shorten it"),
         )
-        problems += [Problem(index, field, getattr(request, field), remedy) for found, field, remedy in faults if found]
+        problems += [Fault(index, field, getattr(request, field), remedy) for found, field, remedy in faults if found]
     if problems:
         raise RequestError(problems)

@@ -5,7 +5,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, Ledger, read_entries
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.steps import EditStep, LayerStep, request_hash
-from cakeflow.journal.store import Record, run_folder
+from cakeflow.journal.store import JournalStore, run_folder
 from cakeflow.journal.weights import EditedWeights
 
 __all__ = [
@@ -14,9 +14,9 @@ __all__ = [
     "EditedWeights",
     "Entry",
     "Journal",
+    "JournalStore",
     "LayerStep",
     "Ledger",
-    "Record",
     "base_of",
     "circumstances",
     "ledger_of",

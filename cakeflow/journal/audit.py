@@ -9,7 +9,7 @@ from pathlib import Path
 from cakeflow.errors import EditError, LedgerError, RunFolderError
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, whole_lines
-from cakeflow.journal.store import FROM_A_COPY, LEDGER, Record
+from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 from cakeflow.storage.hashing import digest, tensor_hash
@@ -44,7 +44,7 @@ def verify(run: Path, head: str | None = None) -> Audit:
     """
     path = ledger_of(run)
     try:
-        record = Record(path.parent)
+        record = JournalStore(path.parent)
     except LedgerError as error:
         return Audit([], [str(error)], "", [])
     entries, told = record.ledger.entries, {path}
@@ -60,7 +60,7 @@ def verify(run: Path, head: str | None = None) -> Audit:
     return Audit(entries, list(dict.fromkeys(faults)), record.ledger.head, unknown)
 
 
-def _faults(run: Path, record: Record, entry: Entry, told: set[Path]) -> Iterator[str]:
+def _faults(run: Path, record: JournalStore, entry: Entry, told: set[Path]) -> Iterator[str]:
     """Files of an entry that are not those that were written; notes in ``told`` which ones it tells of."""
     folder = {"batch": record.folder, "end": run}.get(entry.kind)
     files = entry.body.get("files", {}) if folder else {}
@@ -75,7 +75,7 @@ def _faults(run: Path, record: Record, entry: Entry, told: set[Path]) -> Iterato
             yield f"{where}: {name} was changed after it was written; {FROM_A_COPY}"
 
 
-def _breaks(record: Record, entries: list[Entry]) -> Iterator[str]:
+def _breaks(record: JournalStore, entries: list[Entry]) -> Iterator[str]:
     """Batches that do not begin with the weights that were there."""
     now: dict[int, str] = {}
     for entry in entries:
@@ -117,7 +117,7 @@ def base_of(run: Path, name: str | None = None) -> LanguageModel:
         RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
     """
-    told = {entry.kind: entry.body for entry in Record(ledger_of(run).parent).ledger.entries}
+    told = {entry.kind: entry.body for entry in JournalStore(ledger_of(run).parent).ledger.entries}
     name = name or told.get("run", {}).get("model")
     if not isinstance(name, str):
         raise LedgerError(f"{run}: the ledger names no model; name the unedited model: --model NAME")

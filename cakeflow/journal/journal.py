@@ -18,7 +18,7 @@ from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.steps import EditStep, LayerStep, request_hash
-from cakeflow.journal.store import Record
+from cakeflow.journal.store import JournalStore
 from cakeflow.journal.weights import EditedWeights
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers.history import KeyHistory
@@ -47,7 +47,7 @@ class Journal(Sequence[EditStep]):
         self.lm = lm
         self.steps: list[EditStep] = []
         self.weights = EditedWeights(lm)
-        self.record: Record | None = None
+        self.record: JournalStore | None = None
         self.pending: EditStep | None = None
         self._history: dict[int, KeyHistory] = {}
         self._count = 0
@@ -100,7 +100,7 @@ class Journal(Sequence[EditStep]):
         finally:
             self.pending = None
 
-    def recall(self, requests: Sequence[EditRequest]) -> EditStep | None:
+    def replay_next(self, requests: Sequence[EditRequest]) -> EditStep | None:
         """Do again what the interrupted run that is kept here did next, if that was a batch.
 
         Raises:
@@ -135,13 +135,13 @@ class Journal(Sequence[EditStep]):
         self._change(step, LayerStep(layer, problem.keys.cpu(), update.to("cpu"), numbers))
         return numbers
 
-    def settle(self, step: EditStep) -> bool:
+    def apply_deferred(self, step: EditStep) -> bool:
         """Put what is to be kept of each change in the change's place; whether there was any such change."""
-        chosen = [index for index, part in enumerate(step.layers) if part.update.kept is not None]
+        chosen = [index for index, part in enumerate(step.layers) if part.update.deferred is not None]
         for index in chosen:
             part = step.layers[index]
             self._restore({part.layer})
-            kept = part.update.kept
+            kept = part.update.deferred
             assert kept is not None
             self.weights.add(part.layer, kept)
             numbers = part.numbers | {"update": kept.norm()}
@@ -154,7 +154,7 @@ class Journal(Sequence[EditStep]):
         Args:
             rule: Takes a weight before any edit and now, d_out x d_in; gives what it becomes, or the latter as it is.
         """
-        if self.recall(()):
+        if self.replay_next(()):
             return
         changes: dict[int, Tensor] = {}
         for layer in sorted({part.layer for step in self.steps for part in step.layers}):
@@ -221,15 +221,15 @@ class Journal(Sequence[EditStep]):
         Raises:
             ConfigError: If there is one already.
         """
-        record = Record(folder)
+        record = JournalStore(folder)
         if record.tape:
             raise ConfigError(f"{folder} holds a journal already; choose another folder")
         self._tell(record)
 
-    def keep(self, record: Record, run: Mapping[str, Any]) -> None:
+    def open(self, record: JournalStore, run: Mapping[str, Any]) -> None:
         """Keep the journal in a folder from now on, batch by batch.
 
-        What a folder holds of batches before its run is done again at once, the run's own by ``recall``.
+        What a folder holds of batches before its run is done again at once, the run's own by ``replay_next``.
 
         Args:
             record: Where.
@@ -252,7 +252,7 @@ class Journal(Sequence[EditStep]):
                 f"{record.folder} was to go on from {record.earlier} earlier batches and has {len(self.steps)}: it was "
                 "stopped while they were copied; edit those first, then start this run in another folder"
             )
-        record.note("run", {**run, **circumstances()})
+        record.append("run", {**run, **circumstances()})
 
     def load(self, folder: Path) -> None:
         """Do again every batch that a folder tells of and that was not taken back; the journal is kept there from now.
@@ -263,10 +263,10 @@ class Journal(Sequence[EditStep]):
         """
         if self.steps:
             raise ResumeError(f"{len(self.steps)} batches were edited already; load into the unedited model")
-        record = Record(folder)
+        record = JournalStore(folder)
         if not record.tape:
             raise LedgerError(f"{folder} has no ledger; give the folder of a journal")
-        record.note("model", self.base)
+        record.append("model", self.base)
         record.tape.clear()
         try:
             for entry in record.ledger.entries:
@@ -276,7 +276,7 @@ class Journal(Sequence[EditStep]):
             raise
         self.record = record
 
-    def _again(self, record: Record, entry: Entry) -> None:
+    def _again(self, record: JournalStore, entry: Entry) -> None:
         """Do again what an entry tells of."""
         if entry.kind == "batch":
             self._replay(record.read_step(entry))
@@ -291,9 +291,9 @@ class Journal(Sequence[EditStep]):
         with self.reverted():
             return {"fingerprint": self.lm.fingerprint(), "dtype": str(self.lm.dtype)}
 
-    def _tell(self, record: Record) -> None:
+    def _tell(self, record: JournalStore) -> None:
         """Tell a record what was done so far."""
-        record.note("model", {**self.base, "earlier": len(self.steps)})
+        record.append("model", {**self.base, "earlier": len(self.steps)})
         known: set[int] = set()
         for step in self.steps:
             layers = {part.layer for part in step.layers} - known

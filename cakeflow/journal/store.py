@@ -33,7 +33,7 @@ INCIDENTAL = ("who", "versions", "threads", "earlier")
 FROM_A_COPY = "take it from a copy"
 
 
-class Record:
+class JournalStore:
     """The account of one journal in a folder; what it was told is on disk when it returns.
 
     A folder that holds an account already is taken up: ``tape`` are the entries of the interrupted run, which are
@@ -52,7 +52,7 @@ class Record:
         self.ledger = Ledger(folder / LEDGER)
         self.tape = deque(entry for entry in self.ledger.entries if entry.kind != "policy")
 
-    def note(self, kind: str, body: Mapping[str, Any]) -> None:
+    def append(self, kind: str, body: Mapping[str, Any]) -> None:
         """Write an entry, unless it comes next on the tape: then it must say the same of what matters.
 
         Raises:

@@ -22,7 +22,7 @@ Form = Literal["probability", "exact", "tokens", "answer"]
 
 def success(
     form: Form,
-    wanted: Float[Tensor, " p"],
+    expected: Float[Tensor, " p"],
     rival: Float[Tensor, " p"],
     correct: Bool[Tensor, " p"],
     tokens: Float[Tensor, " p"] | None = None,
@@ -34,7 +34,7 @@ def success(
         ConfigError: If what the form needs was not given.
     """
     if form == "probability":
-        return torch.where(rival.isnan(), torch.nan, (wanted > rival).float())
+        return torch.where(rival.isnan(), torch.nan, (expected > rival).float())
     found = {"exact": correct, "tokens": tokens, "answer": answered}[form]
     if found is None:
         raise ConfigError(f"a metric of the form {form!r} was given nothing to judge; pass every field of PromptScores")
@@ -96,7 +96,7 @@ class Rates(Metric):
 
     def update(
         self,
-        wanted: Float[Tensor, " p"],
+        expected: Float[Tensor, " p"],
         rival: Float[Tensor, " p"],
         correct: Bool[Tensor, " p"],
         record: Int[Tensor, " p"],
@@ -105,7 +105,7 @@ class Rates(Metric):
         answered: Float[Tensor, " p"] | None = None,
     ) -> None:
         """Take in the prompts of whole records (see ``cakeflow.scoring.PromptScores``); other kinds are passed over."""
-        value = success(self.form, wanted, rival, correct, tokens, answered)
+        value = success(self.form, expected, rival, correct, tokens, answered)
         for place, name in enumerate(self.kinds):
             chosen = kind == KINDS.index(name)
             means = record_means(value[chosen], record[chosen])

@@ -1,7 +1,7 @@
 """Models to edit: loading, structure, weights by name, and hooks."""
 
 from cakeflow.models.architecture import Architecture, Role, Site, find_architecture, is_transposed
-from cakeflow.models.hooks import capture, frozen, inject, narrow, restore, resume
+from cakeflow.models.hooks import capture, frozen, inject, logits_at, patch, start_at
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 
@@ -16,7 +16,7 @@ __all__ = [
     "inject",
     "is_transposed",
     "load_model",
-    "narrow",
-    "restore",
-    "resume",
+    "logits_at",
+    "patch",
+    "start_at",
 ]

@@ -122,7 +122,7 @@ def inject(
     return _put(lm, site, delta, (torch.arange(len(at), device=at.device), at), add=True)
 
 
-def restore(
+def patch(
     lm: LanguageModel,
     site: Site,
     value: Float[Tensor, "places width"],
@@ -142,7 +142,7 @@ def restore(
 
 
 @contextmanager
-def resume(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time width"]) -> Iterator[None]:
+def start_at(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time width"]) -> Iterator[None]:
     """Start forward passes at block ``layer``, with ``hidden`` as what enters it; the blocks below do nothing."""
     missing = object()
     blocks = [lm.module(Site(index)) for index in range(layer)]
@@ -160,7 +160,7 @@ def resume(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time width
 
 
 @contextmanager
-def narrow(lm: LanguageModel, rows: Int[Tensor, " kept"], columns: Int[Tensor, " kept"]) -> Iterator[None]:
+def logits_at(lm: LanguageModel, rows: Int[Tensor, " kept"], columns: Int[Tensor, " kept"]) -> Iterator[None]:
     """Compute logits only at the positions (row, column); they come back as 1 x kept x vocabulary."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

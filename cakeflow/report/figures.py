@@ -115,7 +115,7 @@ Curves = dict[str, list[tuple[float, float, float]]]
 def curves_of(rows: Iterable[Mapping[str, float]]) -> dict[str, Curves]:
     """What was measured along the edits (ability, retention, ...), from logged rows or from a callback's ``rows``.
 
-    ``Milestones`` log ``{name}/edits`` and, beside it, ``{name}/{metric}`` or ``{name}/{task}/{metric}``, perhaps with
+    ``PeriodicCallback`` log ``{name}/edits`` and, beside it, ``{name}/{metric}`` or ``{name}/{task}/{metric}``, perhaps with
     a ``_stderr``: a plot per name and metric, with a line per task.
 
     Returns:

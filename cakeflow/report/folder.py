@@ -26,20 +26,20 @@ class PromptResult:
     Attributes:
         kind: ``rewrite``, ``paraphrase`` or ``neighborhood``.
         prompt: The text.
-        wanted: The continuation that is right after the edit.
+        expected: The continuation that is right after the edit.
         rival: The other one, if the record names one.
-        wanted_logprob: Mean log-probability per token of ``wanted``, natural logarithm.
+        expected_logprob: Mean log-probability per token of ``expected``, natural logarithm.
         rival_logprob: The same of ``rival``.
-        correct: Whether every token of ``wanted`` is the arg-max.
+        correct: Whether every token of ``expected`` is the arg-max.
         tokens: Share of its tokens that are.
         answered: 1 where the model gives it when it answers freely, else 0; None where it was not asked to.
     """
 
     kind: str
     prompt: str
-    wanted: str
+    expected: str
     rival: str | None
-    wanted_logprob: float | None
+    expected_logprob: float | None
     rival_logprob: float | None
     correct: bool
     tokens: float | None = None
@@ -47,14 +47,14 @@ class PromptResult:
 
     @property
     def success(self) -> bool | None:
-        """Whether ``wanted`` is more likely than ``rival``; None without a rival, False if it is not a number."""
+        """Whether ``expected`` is more likely than ``rival``; None without a rival, False if it is not a number."""
         if self.rival_logprob is None:
             return None
-        return self.wanted_logprob is not None and self.wanted_logprob > self.rival_logprob
+        return self.expected_logprob is not None and self.expected_logprob > self.rival_logprob
 
 
 @dataclass(frozen=True, slots=True)
-class RecordResult:
+class EvaluatedRequest:
     """How one record was answered: its prompts, and the texts that were generated (prompt, text)."""
 
     index: int
@@ -88,8 +88,8 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class EditRecord:
-    """One request as the ledger has it: the number of its batch, from 1, and a target per anchor layer."""
+class EditedRequest:
+    """One request as the ledger has it: the number of its batch, from 1, and a target per value_site layer."""
 
     batch: int
     prompt: str
@@ -122,9 +122,9 @@ class RunFolder:
 
     path: Path
     info: Mapping[str, Any]
-    before: list[RecordResult] | None
-    after: list[RecordResult] | None
-    edits: list[EditRecord]
+    before: list[EvaluatedRequest] | None
+    after: list[EvaluatedRequest] | None
+    edits: list[EditedRequest]
     log: list[dict[str, float]]
     config: str
     written: datetime
@@ -186,16 +186,16 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _read_records(path: Path) -> list[RecordResult] | None:
+def _read_records(path: Path) -> list[EvaluatedRequest] | None:
     return [_record(entry, where) for where, entry in _lines(path)] if path.is_file() else None
 
 
-def _read_journal(path: Path) -> list[EditRecord]:
+def _read_journal(path: Path) -> list[EditedRequest]:
     """The requests of the run's own batches, those taken back left out; none where their texts were not kept."""
     entries = list(read_entries(path)) if path.is_file() else []
     own = max((entry.number for entry in entries if entry.kind == "run"), default=0)
     gone = {number for entry in entries if entry.kind == "rollback" for number in entry.body.get("batches", ())}
-    edits: list[EditRecord] = []
+    edits: list[EditedRequest] = []
     batches = (entry for entry in entries[own:] if entry.kind == "batch" and entry.body.get("batch") not in gone)
     for number, entry in enumerate(batches, 1):
         edits += _step({"requests": [], **entry.body}, number, f"{path}, entry {entry.number}")
@@ -210,23 +210,23 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, _json(line, where)
 
 
-def _record(entry: Mapping[str, Any], where: str) -> RecordResult:
+def _record(entry: Mapping[str, Any], where: str) -> EvaluatedRequest:
     prompts = tuple(_prompt(part, f"{where}, prompts") for part in _get(entry, "prompts", (list,), where))
     texts = _get(entry, "generations", (list, type(None)), where) or ()
     inside = f"{where}, generations"
     generations = tuple((_get(part, "prompt", (str,), inside), _get(part, "text", (str,), inside)) for part in texts)
     case = _get(entry, "case_id", (int, str, type(None)), where)
     index = _get(entry, "index", (int,), where)
-    return RecordResult(index, **_fact(entry, where), case_id=case, prompts=prompts, generations=generations)
+    return EvaluatedRequest(index, **_fact(entry, where), case_id=case, prompts=prompts, generations=generations)
 
 
 def _prompt(entry: Mapping[str, Any], where: str) -> PromptResult:
     kinds: dict[str, tuple[type, ...]] = {
         "kind": (str,),
         "prompt": (str,),
-        "wanted": (str,),
+        "expected": (str,),
         "rival": MAYBE_TEXT,
-        "wanted_logprob": MAYBE_NUMBER,
+        "expected_logprob": MAYBE_NUMBER,
         "rival_logprob": MAYBE_NUMBER,
         "correct": (bool,),
         "tokens": MAYBE_NUMBER,
@@ -235,12 +235,12 @@ def _prompt(entry: Mapping[str, Any], where: str) -> PromptResult:
     return PromptResult(**{name: _get(entry, name, kind, where) for name, kind in kinds.items()})
 
 
-def _step(entry: Mapping[str, Any], batch: int, where: str) -> Iterator[EditRecord]:
-    """The requests of a step; its targets are all requests' at one anchor layer, then all at the next."""
+def _step(entry: Mapping[str, Any], batch: int, where: str) -> Iterator[EditedRequest]:
+    """The requests of a step; its targets are all requests' at one value_site layer, then all at the next."""
     requests, targets = _get(entry, "requests", (list,), where), _get(entry, "targets", (list,), where)
     for number, request in enumerate(requests):
         found = tuple(_target(part, f"{where}, targets") for part in targets[number :: len(requests)])
-        yield EditRecord(batch, **_fact(request, f"{where}, requests"), targets=found)
+        yield EditedRequest(batch, **_fact(request, f"{where}, requests"), targets=found)
 
 
 def _fact(entry: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -288,8 +288,8 @@ def _get(entry: object, name: str, kinds: tuple[type, ...], where: str) -> Any:
     """A field of the right kind; a field that may be empty may also be missing."""
     value = entry.get(name) if isinstance(entry, Mapping) else entry
     if not isinstance(entry, Mapping) or not isinstance(value, kinds):
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise RunFolderError(f"{where}, {name} = {str(value)[:60]!r}: expected {wanted}; {REMEDY}")
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise RunFolderError(f"{where}, {name} = {str(value)[:60]!r}: expected {expected}; {REMEDY}")
     return value
 
 

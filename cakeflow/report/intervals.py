@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cakeflow.report.folder import RecordResult
+from cakeflow.report.folder import EvaluatedRequest
 
 Values = NDArray[np.float64]
 Z = 1.959963984540054
@@ -45,7 +45,7 @@ class Interval:
         return cls(float(known.mean()), float(half))
 
 
-def record_values(records: Sequence[RecordResult]) -> dict[str, Values]:
+def record_values(records: Sequence[EvaluatedRequest]) -> dict[str, Values]:
     """Metric -> value of every record, nan where it cannot be judged.
 
     A record's value is the mean over its prompts of the metric's kind; ``editscore`` is what ``harmonic`` makes of the
@@ -61,7 +61,7 @@ def record_values(records: Sequence[RecordResult]) -> dict[str, Values]:
     return found
 
 
-def paired(first: Sequence[RecordResult], second: Sequence[RecordResult]) -> dict[str, Interval]:
+def paired(first: Sequence[EvaluatedRequest], second: Sequence[EvaluatedRequest]) -> dict[str, Interval]:
     """Metric -> what the second side has more than the first, taken record by record; nothing if the records differ."""
     if [(record.index, record.key) for record in first] != [(record.index, record.key) for record in second]:
         return {}
@@ -69,7 +69,7 @@ def paired(first: Sequence[RecordResult], second: Sequence[RecordResult]) -> dic
     return {name: Interval.of(more[name] - less[name]) for name in more}
 
 
-def _mean(record: RecordResult, kind: str, field: str) -> float:
+def _mean(record: EvaluatedRequest, kind: str, field: str) -> float:
     outcomes = (getattr(prompt, field) for prompt in record.of_kind(kind))
     judged = [outcome for outcome in outcomes if outcome is not None]
     return sum(judged) / len(judged) if judged else math.nan

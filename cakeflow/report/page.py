@@ -30,7 +30,7 @@ METRICS = {
 """The metrics that lead the page: name -> title and what it is."""
 PER_LAYER = {
     "share": "what the layer takes of the remaining residual",
-    "drift": "how far the layer's effect at the anchor is from its share",
+    "drift": "how far the layer's effect at the value site is from its share",
     "residual": "mean norm of what the layer was asked to add",
     "update": "norm of the weight change",
     "relative_update": "that norm over the weight's",

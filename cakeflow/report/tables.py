@@ -40,12 +40,12 @@ def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits
     return table
 
 
-def texts_table(prompts: Sequence[str], wanted: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
+def texts_table(prompts: Sequence[str], expected: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
     """Prompts with their continuations before and after."""
     table = Table(title="Generations", title_justify="left", show_lines=True)
     for name in ("prompt", "new target", "before", "after"):
         table.add_column(name)
-    for row in zip(prompts, wanted, before, after, strict=True):
+    for row in zip(prompts, expected, before, after, strict=True):
         table.add_row(*(Text(" ".join(text.split())) for text in row))
     return table
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from cakeflow.report.folder import EditRecord, PromptResult, RecordResult, RunFolder
+from cakeflow.report.folder import EditedRequest, EvaluatedRequest, PromptResult, RunFolder
 from cakeflow.report.intervals import KINDS, Interval, paired, record_values
 
 EDITING = ("targets", "keys", "allocate", "solve")
@@ -31,7 +31,7 @@ class Change:
 
 
 def metric_changes(
-    before: Sequence[RecordResult], after: Sequence[RecordResult], logged: Mapping[str, Mapping[str, float]]
+    before: Sequence[EvaluatedRequest], after: Sequence[EvaluatedRequest], logged: Mapping[str, Mapping[str, float]]
 ) -> dict[str, Change]:
     """Metric -> its change: with intervals where the records tell, as it was logged otherwise.
 
@@ -72,10 +72,10 @@ class Relation:
 def relations(run: RunFolder) -> list[Relation]:
     """Every relation, the largest first; a record without one is grouped by its prompt, as its request is."""
 
-    def name(record: RecordResult) -> str:
+    def name(record: EvaluatedRequest) -> str:
         return record.relation or record.prompt
 
-    def grouped(records: Sequence[RecordResult] | None) -> dict[str, list[RecordResult]]:
+    def grouped(records: Sequence[EvaluatedRequest] | None) -> dict[str, list[EvaluatedRequest]]:
         return {key: list(group) for key, group in groupby(sorted(records or (), key=name), name)}
 
     before, after = grouped(run.before), grouped(run.after)
@@ -120,8 +120,8 @@ class EditView:
     """
 
     number: int
-    fact: RecordResult | EditRecord
-    edit: EditRecord | None
+    fact: EvaluatedRequest | EditedRequest
+    edit: EditedRequest | None
     tallies: dict[str, Tally] = field(default_factory=dict)
     prompts: dict[str, list[tuple[PromptResult | None, PromptResult | None]]] = field(default_factory=dict)
     texts: list[tuple[str, str | None, str | None]] = field(default_factory=list)
@@ -130,7 +130,7 @@ class EditView:
 def edit_views(run: RunFolder) -> list[EditView]:
     """Every record that was evaluated, then every edit that was not."""
     before, after = ({record.index: record for record in found or ()} for found in (run.before, run.after))
-    waiting: dict[tuple[str, str, str], list[EditRecord]] = {}
+    waiting: dict[tuple[str, str, str], list[EditedRequest]] = {}
     for edit in run.edits:
         waiting.setdefault(edit.key, []).append(edit)
     shown: list[EditView] = []
@@ -146,10 +146,10 @@ def edit_views(run: RunFolder) -> list[EditView]:
 
 def _view(
     number: int,
-    fact: RecordResult,
-    edit: EditRecord | None,
-    before: RecordResult | None,
-    after: RecordResult | None,
+    fact: EvaluatedRequest,
+    edit: EditedRequest | None,
+    before: EvaluatedRequest | None,
+    after: EvaluatedRequest | None,
 ) -> EditView:
     view = EditView(number, fact, edit)
     for kind in KINDS.values():
@@ -170,7 +170,7 @@ def _pairs(
     before: Sequence[PromptResult], after: Sequence[PromptResult]
 ) -> list[tuple[PromptResult | None, PromptResult | None]]:
     """The same prompt at both stages; what has no partner stands alone."""
-    old, new = ({(prompt.prompt, prompt.wanted): prompt for prompt in prompts} for prompts in (before, after))
+    old, new = ({(prompt.prompt, prompt.expected): prompt for prompt in prompts} for prompts in (before, after))
     return [(old.get(asked), new.get(asked)) for asked in new | old]
 
 

@@ -53,12 +53,12 @@ class Solver(ABC):
         """
 
     def finish(
-        self, origin: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
+        self, original_weight: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
     ) -> Float[Tensor, "d_out d_in"]:
         """What a layer's weight becomes when a run of edits ends; by default what an inner solver says, or as it is.
 
         Args:
-            origin: The weight before any edit.
+            original_weight: The weight before any edit.
             weight: The weight now, in float32 or float64; returned itself where nothing is to change.
         """
-        return self._inner.finish(origin, weight) if self._inner else weight
+        return self._inner.finish(original_weight, weight) if self._inner else weight

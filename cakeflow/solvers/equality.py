@@ -23,25 +23,25 @@ class EqualityConstrained(Solver):
 
     Attributes:
         inner: A solver that returns factors.
-        at: Which keys get their residual: the ``mean`` ones, of which the rows are made, or those of the ``bare``
+        at: Which keys get their residual: the ``mean`` ones, of which the rows are made, or those of the ``prompt``s
             prompts (the mixture of ROME's code of 2022; it may blow up where the two differ).
     """
 
     inner: Solver = field(default_factory=LeastSquares)
-    at: Literal["mean", "bare"] = "mean"
+    at: Literal["mean", "prompt"] = "mean"
 
     def __post_init__(self) -> None:
-        if self.at not in ("mean", "bare"):
-            raise ConfigError(f"at must be 'mean' or 'bare', got {self.at!r}")
+        if self.at not in ("mean", "prompt"):
+            raise ConfigError(f"at must be 'mean' or 'prompt', got {self.at!r}")
 
     def solve(self, problem: LayerProblem) -> Update:
         """See ``Solver.solve``."""
         update = self.inner.solve(problem)
-        if update.left is not problem.residual or update.kept is not None:
+        if update.left is not problem.residual or update.deferred is not None:
             raise ConfigError(f"{self.inner!r} gives no plain factors; put EqualityConstrained inside it instead")
-        keys = problem.keys if self.at == "mean" else problem.bare
+        keys = problem.keys if self.at == "mean" else problem.prompt_keys
         if keys is None:
-            raise ConfigError("at='bare' needs the keys of the bare prompts; the problem has none")
+            raise ConfigError("at='prompt' needs the keys of the bare prompts; the problem has none")
         reached = update.right @ keys.T
         rows, info = torch.linalg.solve_ex(reached, update.right)
         if int(info) or not float((rows @ keys.T - torch.eye(len(keys)).to(rows)).abs().max()) < 1e-6:

@@ -40,7 +40,7 @@ class LeastSquares(Solver):
         if problem.covariance is None and self.ridge == 0:
             raise ConfigError("LeastSquares without a covariance needs ridge above 0")
         n, d_in = problem.keys.shape
-        dual = self.form == "dual" or (self.form == "auto" and n + len(problem.seen) <= d_in)
+        dual = self.form == "dual" or (self.form == "auto" and n + len(problem.history) <= d_in)
         return Update((_dual if dual else _primal)(problem, self.ridge), problem.residual)
 
 
@@ -52,14 +52,14 @@ def _dual(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
         return keys / ridge if covariance is None else covariance.solve(keys, ridge)
 
     name = ("gram", ridge, covariance.weight if covariance else None)
-    return problem.seen.factor(name, transform).last_rows(problem.keys)
+    return problem.history.factor(name, transform).last_rows(problem.keys)
 
 
 def _primal(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
     """Cholesky factor of A as it is: jitter would be a ridge that nobody asked for, so a failure is an error."""
     keys = problem.keys
     system = keys.T @ keys
-    system += problem.seen.outer()
+    system += problem.history.outer()
     if problem.covariance is not None:
         system.add_(problem.covariance.moment, alpha=problem.covariance.weight)
     system.diagonal().add_(ridge)

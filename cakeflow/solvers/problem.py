@@ -25,7 +25,7 @@ class LayerProblem:
         weight: d_out x d_in, the weight now.
         origin: d_out x d_in, the weight before any edit.
         covariance: Second moment of the keys to preserve, or None where a wrapper has dealt with them.
-        seen: Keys of earlier edits, to preserve as well.
+        history: Keys of earlier edits, to preserve as well.
         bare: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
         loss: The model's loss at ``weight + change`` and its gradient, for solvers that descend it.
 
@@ -36,19 +36,19 @@ class LayerProblem:
     keys: Float[Tensor, "n d_in"]
     residual: Float[Tensor, "n d_out"]
     weight: Float[Tensor, "d_out d_in"]
-    origin: Float[Tensor, "d_out d_in"]
+    original_weight: Float[Tensor, "d_out d_in"]
     covariance: Covariance | None = None
-    seen: KeyHistory = field(default_factory=KeyHistory)
-    bare: Float[Tensor, "n d_in"] | None = None
+    history: KeyHistory = field(default_factory=KeyHistory)
+    prompt_keys: Float[Tensor, "n d_in"] | None = None
     loss: Callable[[Float[Tensor, "d_out d_in"]], tuple[float, Float[Tensor, "d_out d_in"]]] | None = None
 
     def __post_init__(self) -> None:
         (n, d_in), (d_out, width) = self.keys.shape, self.weight.shape
-        if self.residual.shape != (n, d_out) or width != d_in or self.origin.shape != self.weight.shape:
+        if self.residual.shape != (n, d_out) or width != d_in or self.original_weight.shape != self.weight.shape:
             raise ShapeError(
                 "a layer problem needs keys n x d_in, residual n x d_out, weight and origin d_out x d_in; got "
                 f"{tuple(self.keys.shape)}, {tuple(self.residual.shape)}, {tuple(self.weight.shape)}, "
-                f"{tuple(self.origin.shape)}"
+                f"{tuple(self.original_weight.shape)}"
             )
         if self.covariance is not None and len(self.covariance) != d_in:
             raise ShapeError(f"covariance is {len(self.covariance)} wide, the keys are {d_in} wide")
@@ -59,8 +59,8 @@ class LayerProblem:
         if covariance is None:
             raise ShapeError("a null space needs a covariance; give the problem one")
         name, project = ("null space", threshold), partial(covariance.project, threshold=threshold)
-        seen, keys = self.seen.derive(name, project, self.keys)
-        return replace(self, keys=keys, covariance=None, seen=seen)
+        seen, keys = self.history.derive(name, project, self.keys)
+        return replace(self, keys=keys, covariance=None, history=seen)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +70,12 @@ class Update:
     Attributes:
         right: n x d_in (or D itself, d_out x d_in).
         left: n x d_out, or None.
-        kept: What takes its place once all layers of the batch are written, or None where it stays.
+        deferred: What takes its place once all layers of the batch are written, or None where it stays.
     """
 
     right: Float[Tensor, "n d_in"]
     left: Float[Tensor, "n d_out"] | None = None
-    kept: Update | None = None
+    deferred: Update | None = None
 
     @property
     def dense(self) -> Float[Tensor, "d_out d_in"]:
@@ -90,7 +90,7 @@ class Update:
 
     def to(self, device: torch.device | str) -> Update:
         """The same numbers on a device."""
-        left, kept = self.left, self.kept
+        left, kept = self.left, self.deferred
         return Update(
             self.right.to(device), None if left is None else left.to(device), None if kept is None else kept.to(device)
         )

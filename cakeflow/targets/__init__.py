@@ -1,5 +1,5 @@
 """Target search: the value each fact should have."""
 
-from cakeflow.targets.gradient import TargetOptimizer, Targets
+from cakeflow.targets.gradient import GradientSearch, Targets
 
-__all__ = ["TargetOptimizer", "Targets"]
+__all__ = ["GradientSearch", "Targets"]

@@ -52,7 +52,7 @@ class Targets:
 
 
 @dataclass(frozen=True)
-class TargetOptimizer:
+class GradientSearch:
     """Finds z: Adam on a vector added at the subject's last token (ROME 3.1, eq. 4; MEMIT's ``compute_z``).
 
     Objective for each fact, over its contexts j, with p the model's prediction at the subject of "{subject} is a":
@@ -68,12 +68,12 @@ class TargetOptimizer:
         kl_factor: Weight of the KL term.
         weight_decay: Weight of the decay term (``v_weight_decay``).
         stop_loss: Where a fact is done.
-        role: Which output of the anchor layer is optimised.
+        role: Which output of the value site layer is optimised.
         also: A further output of that layer with a delta of its own, optimised along and then dropped, so that z need
             not carry all of the fact (PMET, Li et al. 2024, eq. 13: ``attn_out`` beside ``mlp_out``).
         ease: Factor of a fact's NLL while all tokens of its target are the most likely ones (PMET's code: 0.1).
         stop_kl: A fact whose target is the most likely one is done once its KL is below this (PMET's code: 0.01).
-        token_budget: Most suffix tokens in one forward and backward pass; bounds memory, changes no result.
+        max_tokens: Most suffix tokens in one forward and backward pass; bounds memory, changes no result.
     """
 
     steps: int = 25
@@ -86,10 +86,10 @@ class TargetOptimizer:
     also: Role | None = None
     ease: float = 1.0
     stop_kl: float = 0.0
-    token_budget: int = 1024
+    max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "clamp", "token_budget"):
+        for name in ("steps", "lr", "clamp", "max_tokens"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"targets.{name} must be above 0, got {getattr(self, name)}")
         if self.role not in get_args(Role):
@@ -113,7 +113,7 @@ class TargetOptimizer:
         Args:
             lm: The model; its weights and gradients are not touched.
             batch: n facts.
-            layer: The anchor layer.
+            layer: The value_site layer.
             progress: Called after each step with the number of facts that became done.
 
         Returns:
@@ -123,7 +123,7 @@ class TargetOptimizer:
             NumericalError: If a loss is not finite, or a search made its target less likely; the request is named.
         """
         sites = [self.site(layer), *([Site(layer, self.also)] if self.also else [])]
-        problem = _Problem.prepare(lm, batch, sites, self.token_budget)
+        problem = _Problem.prepare(lm, batch, sites, self.max_tokens)
         with frozen(lm), torch.enable_grad():
             return self._descend(problem, batch, layer, progress)
 
@@ -241,7 +241,7 @@ class _Problem:
         )
 
     def evaluate(
-        self, settings: TargetOptimizer, delta: Tensor, norm: Tensor, factor: Tensor, *, with_grad: bool
+        self, settings: GradientSearch, delta: Tensor, norm: Tensor, factor: Tensor, *, with_grad: bool
     ) -> _Evaluation:
         """Loss (its NLL times ``factor``), parts and gradient, summed over the groups of rows."""
         nll, kl, missed = (torch.zeros_like(factor) for _ in range(3))

@@ -13,11 +13,11 @@ import torch
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.sources import read_entries
-from cakeflow.errors import ConfigError, Problem, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.tokens import EditBatch, Row, encode, join
-from cakeflow.models.hooks import narrow
+from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
 ASKED_AT_ONCE = 128
@@ -107,7 +107,7 @@ def read_facts(source: Any, split: str | None = None) -> list[Fact]:
         return _from_known(entries)
     facts = [Fact.of(request) for request in parse_requests(entries) if request.target_true]
     if not facts:
-        raise RequestError([Problem(0, "target_true", None, "a trace needs facts with a true target; none has one")])
+        raise RequestError([Fault(0, "target_true", None, "a trace needs facts with a true target; none has one")])
     return facts
 
 
@@ -144,9 +144,9 @@ def _check_known(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) ->
         for field in fields:
             value = entry.get(field)
             if not isinstance(value, str) or not value.strip():
-                problems.append(Problem(index, field, value, "give a text that is not empty"))
+                problems.append(Fault(index, field, value, "give a text that is not empty"))
             elif field == "template" and value.count("{}") != 1:
-                problems.append(Problem(index, field, value, "needs exactly one {} for the subject"))
+                problems.append(Fault(index, field, value, "needs exactly one {} for the subject"))
     if problems:
         raise RequestError(problems)
 
@@ -213,7 +213,7 @@ def known_facts(
                 return known, asked
     if not known:
         remedy = "the model knows none of the facts; give some that it states by itself"
-        raise RequestError([Problem(0, "facts", f"{len(facts)} facts", remedy)])
+        raise RequestError([Fault(0, "facts", f"{len(facts)} facts", remedy)])
     return known, len(facts)
 
 
@@ -241,13 +241,13 @@ def said_before(text: str, wanted: str) -> str | None:
 
 
 @torch.no_grad()
-def predicted_rows(lm: LanguageModel, batch: EditBatch, budget: int = 8192) -> list[Row]:
+def predicted_rows(lm: LanguageModel, batch: EditBatch, max_tokens: int = 8192) -> list[Row]:
     """The bare prompts of a batch, the model's own most likely next token in the object's place, as in ROME's code."""
     rows, said = [variants[0] for variants in batch.rows], dict[int, int]()
-    for group in plan([row.target for row in rows], budget):
+    for group in plan([row.target for row in rows], max_tokens):
         ids = pad([rows[i].ids[: rows[i].target] for i in group], lm.device)
         ends = torch.tensor([rows[i].target - 1 for i in group], device=lm.device)
-        with narrow(lm, torch.arange(len(group), device=lm.device), ends):
+        with logits_at(lm, torch.arange(len(group), device=lm.device), ends):
             logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
         said |= dict(zip(group, logits.argmax(-1).tolist(), strict=True))
     return [replace(row, ids=(*row.ids[: row.target], said[i])) for i, row in enumerate(rows)]

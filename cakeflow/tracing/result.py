@@ -60,7 +60,7 @@ class Effect:
     effects: list[list[float] | None]
 
 
-class Ledger:
+class TraceCache:
     """Effects by fact, in a file that grows line by line; what was written stays when a trace is interrupted."""
 
     def __init__(self, path: Path) -> None:
@@ -75,7 +75,7 @@ class Ledger:
                 self._known[fact] = Effect(**entry)
 
     @classmethod
-    def of(cls, lm: LanguageModel, settings: dict[str, Any], folder: Path | None) -> Ledger:
+    def of(cls, lm: LanguageModel, settings: dict[str, Any], folder: Path | None) -> TraceCache:
         """The ledger of a model (weights and tokenizer) and of the settings that decide the numbers."""
         key = hashlib.sha256(json.dumps([lm.fingerprint(), str(lm.dtype), settings], sort_keys=True).encode())
         return cls((folder or cache_folder() / "traces") / f"{key.hexdigest()[:16]}.jsonl")

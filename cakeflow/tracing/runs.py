@@ -16,12 +16,12 @@ from cakeflow.forward.packing import pad
 from cakeflow.forward.suffix import Recording, Suffixes, first_changed, take
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture, restore
+from cakeflow.models.hooks import capture, patch
 from cakeflow.models.language import LanguageModel
 
 
 @dataclass(frozen=True, eq=False)
-class Runs:
+class TraceRuns:
     """Clean and corrupted runs of n facts, from which runs with a restored state go on.
 
     Attributes:
@@ -47,7 +47,7 @@ class Runs:
         rows: Sequence[Row],
         spans: Sequence[Sequence[Site]],
         noise: Float[Tensor, "n draws time width"],
-    ) -> Runs:
+    ) -> TraceRuns:
         """Do the clean and the corrupted runs; the noise is added to the embeddings."""
         ids = pad([row.ids[: row.target] for row in rows], lm.device)
         sites = sorted({site for span in spans for site in span}, key=lambda site: site.layer)
@@ -89,7 +89,9 @@ class Runs:
             entering = take(self.noisy.outputs[_entering(first)], suffixes.positions)
             hidden = torch.cat([hidden, *[entering] * firsts.count(first)])
             running = replace(suffixes.copies(len(begun)), first=first, hidden=hidden)
-            changes = self._restorations(at, suffixes.origin, begun, range(first - 1, following or self.lm.depth))
+            changes = self._restorations(
+                at, suffixes.changed_column, begun, range(first - 1, following or self.lm.depth)
+            )
             if following is not None:
                 hidden = running.output(self.lm, Site(following - 1), *changes)
         found = torch.empty(len(spans), len(at), dtype=torch.float64)
@@ -108,7 +110,7 @@ class Runs:
             if copies:
                 rows = torch.cat([copy * count + every for copy in copies])
                 value = output[facts, at].repeat_interleave(self.draws, 0).repeat(len(copies), 1)
-                changes.append(restore(self.lm, site, value, rows, origin.repeat(len(copies))))
+                changes.append(patch(self.lm, site, value, rows, origin.repeat(len(copies))))
         return changes
 
     def _from(self, at: Sequence[int], first: int) -> Suffixes:

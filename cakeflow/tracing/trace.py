@@ -13,14 +13,14 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cakeflow.errors import ConfigError, Problem, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.forward.packing import plan
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import Role, Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.tracing.attribution import Attribution
-from cakeflow.tracing.result import LAST_SUBJECT, PLACES, Effect, Ledger, Trace, place_of
-from cakeflow.tracing.runs import Runs
+from cakeflow.tracing.result import LAST_SUBJECT, PLACES, Effect, Trace, TraceCache, place_of
+from cakeflow.tracing.runs import TraceRuns
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class CausalTrace(Attribution):
         draws: Noise draws.
         noise: Standard deviation of the noise; None takes three times that of the facts' subject embeddings.
         seed: Of the draws; a fact sees the same ones whichever others are traced.
-        token_budget: Most tokens in one forward pass of several facts, each counted once per draw and layer; bounds
+        max_tokens: Most tokens in one forward pass of several facts, each counted once per draw and layer; bounds
             memory, changes no result.
     """
 
@@ -55,10 +55,10 @@ class CausalTrace(Attribution):
     draws: int = 10
     noise: float | None = None
     seed: int = 0
-    token_budget: int = 4096
+    max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("window", "draws", "token_budget"):
+        for name in ("window", "draws", "max_tokens"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"trace.{name} must be above 0, got {getattr(self, name)}")
         if self.noise is not None and not self.noise > 0:
@@ -92,11 +92,11 @@ class CausalTrace(Attribution):
         noise = self.noise_scale(lm, rows)
         settings = {**asdict(self), "noise": noise, "layers": layers}
         log.info("tracing %d facts in %d layers, noise %.4g", len(rows), len(layers), noise)
-        ledger = Ledger.of(lm, {**settings, "token_budget": None}, folder)
+        ledger = TraceCache.of(lm, {**settings, "max_tokens": None}, folder)
         missing = [row for row in dict.fromkeys(rows) if row not in ledger]
         with tqdm(total=len(missing), desc="causal trace", unit="fact", delay=2) as bar:
             lengths = [(row.target - self._first(row)) * self.draws * len(layers) for row in missing]
-            for group in plan(lengths, self.token_budget):
+            for group in plan(lengths, self.max_tokens):
                 chosen = [missing[i] for i in group]
                 ledger.add(chosen, self._effects(lm, chosen, layers, noise))
                 bar.update(len(chosen))
@@ -113,7 +113,7 @@ class CausalTrace(Attribution):
     @torch.no_grad()
     def _effects(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int], noise: float) -> list[Effect]:
         spans = [[Site(each, self.role) for each in self.span(layer, lm.depth)] for layer in layers]
-        runs = Runs.of(lm, rows, spans, noise_of(lm, rows, noise, self))
+        runs = TraceRuns.of(lm, rows, spans, noise_of(lm, rows, noise, self))
         low = runs.corrupted()
         found = torch.zeros(len(rows), len(PLACES), len(layers), dtype=torch.float64)
         seen = torch.zeros(len(rows), len(PLACES), dtype=torch.float64)
@@ -173,13 +173,13 @@ def _subject_embeddings(lm: LanguageModel, rows: Sequence[Row]) -> Float[Tensor,
 
 def _require_rows(lm: LanguageModel, rows: Sequence[Row]) -> None:
     if not rows:
-        raise RequestError([Problem(0, "rows", [], "a trace needs at least one fact")])
+        raise RequestError([Fault(0, "rows", [], "a trace needs at least one fact")])
     faulty = [i for i, row in enumerate(rows) if not 0 <= row.start <= row.subject < row.target < len(row.ids)]
     if faulty:
-        raise RequestError([Problem(i, "row", rows[i], "mark the subject and put the object after it") for i in faulty])
+        raise RequestError([Fault(i, "row", rows[i], "mark the subject and put the object after it") for i in faulty])
     special = set(lm.tokenizer.all_special_ids)
     alone = [i for i, row in enumerate(rows) if row.subject == row.target - 1 and special >= {*row.ids[: row.start]}]
     if alone:
         texts = {i: lm.tokenizer.decode(list(rows[i].ids[rows[i].start : rows[i].target])) for i in alone}
         remedy = "the subject is the whole prompt, so nothing asks for the object; add words around it, or leave it out"
-        raise RequestError([Problem(i, "prompt", text, remedy) for i, text in texts.items()])
+        raise RequestError([Fault(i, "prompt", text, remedy) for i, text in texts.items()])

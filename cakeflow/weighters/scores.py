@@ -56,7 +56,7 @@ class Scores(Weighter):
 
     Attributes:
         scores: Layer -> score; every candidate layer needs one. None measures them with ``attribution`` or, without
-            one, takes the causal scores of the ``EditModule``, which a model's config brings along.
+            one, takes the causal scores of the ``LocateThenEdit``, which a model's config brings along.
         tau: Temperature of the softmax.
         normalization: Of the scores, before the softmax.
         depth_power: alpha: scores are multiplied by (l / L)^alpha first, l counted from 1, L the model's depth (CAKE,

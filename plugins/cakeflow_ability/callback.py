@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cakeflow.callbacks.periodic import Milestones
+from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow_ability.tasks import TASKS, load_tasks, score_tasks
 
 log = logging.getLogger(__name__)
 
 
-class GeneralAbility(Milestones):
+class GeneralAbility(PeriodicCallback):
     """General ability before, during and after a run (AlphaEdit and CAKE, figure 3).
 
     Logs ``ability/{task}/{metric}`` and ``ability/{task}/{metric}_stderr`` (see ``general_ability``);
@@ -42,7 +42,7 @@ class GeneralAbility(Milestones):
         self.limit, self._tasks = limit, load_tasks(data, tasks, limit)
 
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``Milestones``."""
+        """See ``PeriodicCallback``."""
         numbers = score_tasks(module.lm, self._tasks, self.limit)
         shown = [f"{name.removesuffix('/acc')} {value:.3f}" for name, value in numbers.items() if name.endswith("/acc")]
         log.info("accuracy: %s", ", ".join(shown))

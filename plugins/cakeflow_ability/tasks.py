@@ -21,7 +21,7 @@ import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from cakeflow.data.sources import read_entries
-from cakeflow.errors import ConfigError, Problem, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.evaluation.scoring import score_reads
 from cakeflow.models.language import LanguageModel
 
@@ -139,19 +139,17 @@ def _read_items(
     return {"test": Dataset.from_list(items[:limit])}
 
 
-def _faults(
-    index: int, entry: object, fields: Sequence[str], label: str, labels: Sequence[object]
-) -> Iterator[Problem]:
+def _faults(index: int, entry: object, fields: Sequence[str], label: str, labels: Sequence[object]) -> Iterator[Fault]:
     if not isinstance(entry, dict):
-        yield Problem(index, "line", entry, f"make it a JSON object with {', '.join(fields)} and {label}")
+        yield Fault(index, "line", entry, f"make it a JSON object with {', '.join(fields)} and {label}")
         return
     for field in fields:
         value = entry.get(field)
         texts = value if isinstance(value, list) and len(value) == len(labels) else [value]
         if not all(isinstance(text, str) and text.strip() for text in texts):
-            yield Problem(index, field, value, "must be a text, not blank; of choices, one for each answer")
+            yield Fault(index, field, value, "must be a text, not blank; of choices, one for each answer")
     if str(entry.get(label)) not in map(str, labels):
-        yield Problem(index, label, entry.get(label), f"must be one of {', '.join(map(str, labels))}")
+        yield Fault(index, label, entry.get(label), f"must be one of {', '.join(map(str, labels))}")
 
 
 def score_tasks(lm: LanguageModel, tasks: Mapping[str, Any], limit: int | None = 100) -> dict[str, float]:

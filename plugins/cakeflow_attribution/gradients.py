@@ -14,7 +14,7 @@ from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import Role, Site
-from cakeflow.models.hooks import capture, narrow
+from cakeflow.models.hooks import capture, logits_at
 from cakeflow.models.language import LanguageModel
 from cakeflow.tracing import Attribution, CausalTrace
 from cakeflow.tracing.trace import noise_of
@@ -117,7 +117,7 @@ def states(
         for each in zip(*((row.subject, row.target - 1, row.ids[row.target]) for row in rows), strict=True)
     )
     seen_by_all = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
-    with torch.enable_grad(), capture(lm, sites) as seen, narrow(lm, every, last):
+    with torch.enable_grad(), capture(lm, sites) as seen, logits_at(lm, every, last):
         inputs = inputs.detach().requires_grad_()
         logits = lm(inputs_embeds=inputs, attention_mask=seen_by_all, use_cache=False).logits[0]
         value = logits.double().log_softmax(-1)[every, answer]

@@ -40,10 +40,10 @@ class Prune(Solver):
         return self.inner.solve(problem)
 
     def finish(
-        self, origin: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
+        self, original_weight: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
     ) -> Float[Tensor, "d_out d_in"]:
         """See ``Solver.finish``."""
-        origin, weight = origin.double(), self.inner.finish(origin, weight).double()
+        origin, weight = original_weight.double(), self.inner.finish(original_weight, weight).double()
         left, values, right = torch.linalg.svd(weight - origin, full_matrices=False)
         limit = torch.linalg.matrix_norm(origin, 2)
         damped = torch.where(values > limit, (values / limit).log() / math.log(self.base) + limit, values)

@@ -40,7 +40,7 @@ class Rect(Solver):
         update = self.inner.solve(problem)
         change = update.dense
         masked = Update(change * largest(change / (problem.weight.double() + EPSILON), self.keep))
-        return masked if self.in_loop else replace(update, kept=masked)
+        return masked if self.in_loop else replace(update, deferred=masked)
 
 
 def largest(values: Float[Tensor, "rows columns"], keep: float) -> Tensor:

@@ -20,11 +20,11 @@ from cakeflow.tracing.facts import predicted_rows
 class ScoreAlignment(EditCallback):
     """Rank correlation of scores with how well each layer fits alone (CAKE appendix A.5.2, table 5).
 
-    Before a batch is edited, every layer up to the anchor is edited alone and taken back, fact by fact. Logs
+    Before a batch is edited, every layer up to the value site is edited alone and taken back, fact by fact. Logs
     ``layer{l}/left_alone``, the share of the residual that then remains (mean over facts); ``alignment``, the mean
     over facts of Kendall's tau-b of scores and minus that share; and ``alignment_of_depth``, the same with the layers'
-    numbers as scores. A layer near the anchor fits better whatever it knows, so scores that rise with depth align
-    anyway: compare the two. Methods with a target at each layer (``anchor="self"``) have no common residual and are
+    numbers as scores. A layer near the value site fits better whatever it knows, so scores that rise with depth align
+    anyway: compare the two. Methods with a target at each layer (``residual_at="self"``) have no common residual and are
     left out.
 
     Args:
@@ -37,9 +37,9 @@ class ScoreAlignment(EditCallback):
     def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
         """See ``EditCallback``."""
         walk: Any = module
-        if edit.turn.index > 0 or walk.allocator.anchor != "last":
+        if edit.context.index > 0 or walk.allocator.residual_at != "last":
             return
-        layers = [layer for layer in walk.layers if layer <= edit.turn.anchor.layer]
+        layers = [layer for layer in walk.layers if layer <= edit.context.value_site.layer]
         mismatch = single_layer_mismatch(walk, edit, layers)
         scores = self.attribution.attribute(walk.lm, predicted_rows(walk.lm, edit.batch), layers)
         depth = torch.tensor(layers, dtype=torch.float64).expand_as(scores)
@@ -64,23 +64,23 @@ def alignment(scores: Float[Tensor, "n l"], mismatch: Float[Tensor, "n l"]) -> F
 
 
 def single_layer_mismatch(walk: Any, edit: LayerEdit, layers: list[int]) -> Float[Tensor, "n l"]:
-    """Share of what is missing at the anchor that is still missing after one layer alone was edited for one fact.
+    """Share of what is missing at the value site that is still missing after one layer alone was edited for one fact.
 
     Args:
-        walk: The ``EditModule``; its weights are as they were when this returns.
+        walk: The ``LocateThenEdit``; its weights are as they were when this returns.
         edit: The first layer of the batch in hand.
         layers: Which layers to try.
     """
     shares = []
     for index in range(len(edit.batch)):
-        batch, anchor = _one(edit.batch, index), edit.turn.anchor
+        batch, value_site = _one(edit.batch, index), edit.context.value_site
         reader, row = FactReader(walk.lm, batch), []
         for layer in layers:
-            keys, bare, held = reader.read(layer, anchor)
-            problem = walk.problem(layer, batch, keys, edit.missing[index, None], bare)
+            keys, bare, held = reader.read(layer, value_site)
+            problem = walk.problem(layer, batch, keys, edit.residual[index, None], bare)
             with walk.journal.trial() as step:
                 walk.journal.apply(step, layer, problem, walk.solver.solve(problem))
-                gained = reader.values(layer, anchor) - held
+                gained = reader.values(layer, value_site) - held
             row.append((problem.residual - gained).norm() / problem.residual.norm())
         shares.append(torch.stack(row))
     return torch.stack(shares)

@@ -13,17 +13,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.allocators import Chain, ShareAllocator
+from cakeflow.allocators import LinearMap, ShareAllocator
 from cakeflow.allocators.jacobian import conjugate_gradients
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, read_facts
 
 
 class ResidualDrift(EditCallback):
-    """How much more or less a layer's edit does at the anchor than its share (CAKE appendix B.5, eq. 51-56).
+    """How much more or less a layer's edit does at the value site than its share (CAKE appendix B.5, eq. 51-56).
 
     Logs ``layer{l}/drift``, the mean over facts of ``|(R_before - R_after) - share|``, and ``drift``, their sum over
-    layers. Methods with a target at each layer (``anchor="self"``) have no common residual and are left out.
+    layers. Methods with a target at each layer (``residual_at="self"``) have no common residual and are left out.
     """
 
     def __init__(self) -> None:
@@ -35,11 +35,11 @@ class ResidualDrift(EditCallback):
 
     def on_batch_edited(self, module: L.LightningModule, left: Float[Tensor, "n d_out"]) -> None:
         """See ``EditCallback``."""
-        turns, self._turns = self._turns, []
-        if len({edit.turn.anchor for edit in turns}) > 1:
+        layer_contexts, self._turns = self._turns, []
+        if len({edit.context.value_site for edit in layer_contexts}) > 1:
             return
-        after = [*(edit.missing for edit in turns[1:]), left]
-        found = {edit.turn.site.layer: drift(edit, rest) for edit, rest in zip(turns, after, strict=True)}
+        after = [*(edit.residual for edit in layer_contexts[1:]), left]
+        found = {edit.context.site.layer: drift(edit, rest) for edit, rest in zip(layer_contexts, after, strict=True)}
         for layer, value in found.items():
             module.log(f"layer{layer}/drift", value, batch_size=len(left))
         module.log("drift", sum(found.values()), batch_size=len(left))
@@ -47,7 +47,7 @@ class ResidualDrift(EditCallback):
 
 def drift(edit: LayerEdit, after: Float[Tensor, "n d_out"]) -> float:
     """Mean over facts of ``|actual - expected|`` reduction of what is missing (CAKE eq. 53-55)."""
-    return float((edit.missing - after - edit.problem.residual).norm(dim=1).mean())
+    return float((edit.residual - after - edit.problem.residual).norm(dim=1).mean())
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ class WeightShiftBound(EditCallback):
 
     def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
         """See ``EditCallback``."""
-        size, layer = len(edit.missing), edit.turn.site.layer
-        assert edit.turn.chain is not None
-        module.log(f"layer{layer}/sensitivity", sensitivity(edit.turn.chain, edit.missing)[0], batch_size=size)
+        size, layer = len(edit.residual), edit.context.site.layer
+        assert edit.context.linear_map is not None
+        module.log(f"layer{layer}/sensitivity", sensitivity(edit.context.linear_map, edit.residual)[0], batch_size=size)
         allocator: Any = module.allocator
         if not isinstance(allocator, ShareAllocator) or edit.update.left is not edit.problem.residual:
             return
-        share = allocator.shares(edit.turn.weights)[..., edit.turn.index, None]
+        share = allocator.shares(edit.context.weights)[..., edit.context.index, None]
         bound = weight_shift_bound(edit, share, alone(edit, self.damping, self.tolerance, self.iterations))
         if bound.error > bound.limit * (1 + 1e-6):
             warnings.warn(f"layer {layer}: theorem 2 does not hold, {bound}", stacklevel=2)
@@ -111,8 +111,8 @@ def weight_shift_bound(edit: LayerEdit, share: Float[Tensor, "*n 1"], ideal: Flo
     amplifier = edit.update.right
     return Bound(
         error=_spectral((ideal - edit.problem.residual).T @ amplifier),
-        mismatch=_spectral(ideal - edit.missing),
-        propagation=_spectral((1 - share) * edit.missing),
+        mismatch=_spectral(ideal - edit.residual),
+        propagation=_spectral((1 - share) * edit.residual),
         amplification=_spectral(amplifier),
     )
 
@@ -120,36 +120,36 @@ def weight_shift_bound(edit: LayerEdit, share: Float[Tensor, "*n 1"], ideal: Flo
 def alone(
     edit: LayerEdit, damping: float = 0.0, tolerance: float = 1e-3, iterations: int = 500
 ) -> Float[Tensor, "n d_out"]:
-    """The smallest change of this layer's output that would remove what is missing at the anchor by itself.
+    """The smallest change of this layer's output that would remove what is missing at the value site by itself.
 
     Raises:
         NumericalError: If ``iterations`` steps do not reach the tolerance.
     """
-    chain = edit.turn.chain
+    chain = edit.context.linear_map
     assert chain is not None
 
     def first_only(change: Tensor) -> list[Tensor]:
-        others = edit.turn.weights.shape[-1] - edit.turn.index - 1
+        others = edit.context.weights.shape[-1] - edit.context.index - 1
         return [change, *(torch.zeros_like(change) for _ in range(others))]
 
     def effect(covector: Tensor) -> Tensor:
-        return chain.push(first_only(chain.pull(covector)[0])) + damping * covector
+        return chain.jvp(first_only(chain.vjp(covector)[0])) + damping * covector
 
-    return chain.pull(conjugate_gradients(effect, edit.missing, tolerance, iterations))[0]
+    return chain.vjp(conjugate_gradients(effect, edit.residual, tolerance, iterations))[0]
 
 
-def sensitivity(chain: Chain, like: Float[Tensor, "n d_out"], draws: int = 8) -> list[float]:
+def sensitivity(linear_map: LinearMap, like: Float[Tensor, "n d_out"], draws: int = 8) -> list[float]:
     """``|M_j - I|`` of every layer: root mean square of ``|(M_j - I)^T v| / |v|`` over facts and random directions.
 
     Args:
-        chain: The layers.
+        linear_map: The layers.
         like: Gives n, d_out and the type.
         draws: Directions per fact.
     """
     generator, total = torch.Generator().manual_seed(0), torch.zeros((), dtype=torch.float64)
     for _ in range(draws):
         v = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like)
-        ratios = [((pulled - v).norm(dim=1) / v.norm(dim=1)).square().mean().cpu() for pulled in chain.pull(v)]
+        ratios = [((pulled - v).norm(dim=1) / v.norm(dim=1)).square().mean().cpu() for pulled in linear_map.vjp(v)]
         total = total + torch.stack(ratios)
     return [math.sqrt(value / draws) for value in total.tolist()]
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakeflow import Sequential, ShareAllocator, shares_from_fractions
-from cakeflow.allocators import Turn
+from cakeflow.allocators import LayerContext
 from cakeflow.errors import ConfigError
 from cakeflow.models.architecture import Site
 
@@ -71,28 +71,30 @@ def test_weights_per_fact_are_rows():
 def test_special_cases(allocator, weights, wanted):
     residual = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
     for index, share in enumerate(wanted):
-        turn = Turn(Site(index, "mlp_out"), Site(9), index, torch.tensor(weights, dtype=torch.float64))
-        torch.testing.assert_close(allocator.allocate(residual, turn), share * residual, rtol=1e-12, atol=0)
+        context = LayerContext(Site(index, "mlp_out"), Site(9), index, torch.tensor(weights, dtype=torch.float64))
+        torch.testing.assert_close(allocator.allocate(residual, context), share * residual, rtol=1e-12, atol=0)
 
 
 def test_weights_per_fact_scale_each_fact_by_itself():
     residual, weights = torch.ones(2, 3), torch.tensor([[1.0, 1.0], [1.0, 3.0]])
-    first = Sequential().allocate(residual, Turn(Site(0), Site(1), 0, weights))
+    first = Sequential().allocate(residual, LayerContext(Site(0), Site(1), 0, weights))
     torch.testing.assert_close(first, torch.tensor([[0.5] * 3, [0.25] * 3]))
 
 
 def test_an_allocator_of_ones_own_needs_shares_only():
     class Half(ShareAllocator):
-        anchor = "self"
+        residual_at = "self"
 
         def shares(self, weights):
             return torch.full_like(weights, 0.5)
 
     residual = torch.ones(2, 3)
-    assert torch.equal(Half().allocate(residual, Turn(Site(0), Site(0), 0, torch.ones(2))), residual / 2)
+    assert torch.equal(Half().allocate(residual, LayerContext(Site(0), Site(0), 0, torch.ones(2))), residual / 2)
 
 
-@pytest.mark.parametrize("arguments", [{"power": -0.1}, {"power": 1.1}, {"power": float("nan")}, {"anchor": "first"}])
+@pytest.mark.parametrize(
+    "arguments", [{"power": -0.1}, {"power": 1.1}, {"power": float("nan")}, {"residual_at": "first"}]
+)
 def test_bad_settings(arguments):
     with pytest.raises(ConfigError, match=next(iter(arguments))):
         Sequential(**arguments)

@@ -5,11 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow.allocators import Jacobian, Sequential, Turn
+from cakeflow.allocators import Jacobian, LayerContext, Sequential
 from cakeflow.allocators.jacobian import conjugate_gradients
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.models.architecture import Site
-from cakeflow.testing import DenseChain
+from cakeflow.testing import DenseLinearMap
 
 N, WIDTH = 3, 6
 
@@ -20,8 +20,8 @@ def matrices(count, spread=0.3, seed=0):
     return [*(torch.eye(WIDTH, dtype=torch.float64) + spread * noise), torch.eye(WIDTH).double().expand(N, -1, -1)]
 
 
-def turn(index, weights, found):
-    return Turn(Site(index, "mlp_out"), Site(9), index, weights, DenseChain(found[index:]))
+def context(index, weights, found):
+    return LayerContext(Site(index, "mlp_out"), Site(9), index, weights, DenseLinearMap(found[index:]))
 
 
 def residual(seed=1):
@@ -44,7 +44,7 @@ weights = st.lists(st.floats(0.05, 20), min_size=2, max_size=5).map(lambda w: to
 def test_equals_the_dense_solution(values, seed):
     found, right = matrices(len(values), seed=seed), residual(seed)
     wanted = dense(values, found, right)[0]
-    got = EXACT.allocate(right, turn(0, values, found))
+    got = EXACT.allocate(right, context(0, values, found))
     torch.testing.assert_close(got, wanted, rtol=0, atol=1e-8)
 
 
@@ -52,7 +52,7 @@ def test_equals_the_dense_solution(values, seed):
 def test_is_the_sequential_rule_when_every_layer_reaches_the_anchor_unchanged(values):
     identity, right = [torch.eye(WIDTH).double().expand(N, -1, -1)] * len(values), residual()
     for index in range(len(values)):
-        here = turn(index, values, identity)
+        here = context(index, values, identity)
         torch.testing.assert_close(EXACT.allocate(right, here), Sequential().allocate(right, here), rtol=1e-12, atol=0)
 
 
@@ -61,7 +61,7 @@ def test_solving_again_before_each_layer_gives_the_one_shot_solution_of_a_linear
     found, left = matrices(len(values), seed=seed), residual(seed)
     wanted = dense(values, found, left)
     for index, expected in enumerate(wanted):
-        got = EXACT.allocate(left, turn(index, values, found))
+        got = EXACT.allocate(left, context(index, values, found))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-8)
         left = left - torch.einsum("nij,nj->ni", found[index], got)
     torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=1e-8)
@@ -70,26 +70,26 @@ def test_solving_again_before_each_layer_gives_the_one_shot_solution_of_a_linear
 @given(weights, st.floats(1e-6, 1e6))
 def test_only_ratios_of_weights_matter(values, scale):
     found, right = matrices(len(values)), residual()
-    one, other = (EXACT.allocate(right, turn(0, w, found)) for w in (values, values * scale))
+    one, other = (EXACT.allocate(right, context(0, w, found)) for w in (values, values * scale))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 def test_weights_may_differ_from_fact_to_fact():
     values = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
     found, right = matrices(3), residual()
-    got = EXACT.allocate(right, turn(0, values, found))
+    got = EXACT.allocate(right, context(0, values, found))
     torch.testing.assert_close(got, dense(values, found, right)[0], rtol=0, atol=1e-10)
 
 
 def test_the_last_layer_takes_what_is_left():
     values, found = torch.tensor([1.0, 2.0], dtype=torch.float64), matrices(2)
-    assert torch.equal(EXACT.allocate(residual(), turn(1, values, found)), residual())
+    assert torch.equal(EXACT.allocate(residual(), context(1, values, found)), residual())
 
 
 def test_a_residual_of_zero_stays_zero():
     right = residual()
     right[1] = 0
-    got = EXACT.allocate(right, turn(0, torch.ones(3).double(), matrices(3)))
+    got = EXACT.allocate(right, context(0, torch.ones(3).double(), matrices(3)))
     assert not got[1].any()
     assert got[0].any()
 
@@ -97,13 +97,13 @@ def test_a_residual_of_zero_stays_zero():
 def test_linear_in_the_residual():
     found, values = matrices(3), torch.ones(3).double()
     a, b = residual(1), residual(2)
-    parts = [EXACT.allocate(r, turn(0, values, found)) for r in (a, b, 2 * a - 3 * b)]
+    parts = [EXACT.allocate(r, context(0, values, found)) for r in (a, b, 2 * a - 3 * b)]
     torch.testing.assert_close(parts[2], 2 * parts[0] - 3 * parts[1], rtol=0, atol=1e-9)
 
 
 def test_too_few_steps_are_an_error():
     with pytest.raises(NumericalError, match="after 1 steps"):
-        Jacobian(tolerance=1e-12, iterations=1).allocate(residual(), turn(0, torch.ones(3).double(), matrices(3)))
+        Jacobian(tolerance=1e-12, iterations=1).allocate(residual(), context(0, torch.ones(3).double(), matrices(3)))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), -1.0])
@@ -121,6 +121,6 @@ def test_bad_settings_are_refused(settings):
 
 
 def test_a_turn_without_a_chain_is_refused():
-    here = Turn(Site(0, "mlp_out"), Site(1), 0, torch.ones(2).double())
+    here = LayerContext(Site(0, "mlp_out"), Site(1), 0, torch.ones(2).double())
     with pytest.raises(ConfigError, match="chain"):
         EXACT.allocate(residual(), here)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from cakeflow import EditDataModule, EditModule, TargetOptimizer
-from cakeflow.callbacks import Milestones, NeutralText, Retention
+from cakeflow import EditDataModule, GradientSearch, LocateThenEdit
+from cakeflow.callbacks import NeutralText, PeriodicCallback, Retention
 from cakeflow.data import builtin_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError, StatisticsError
@@ -17,7 +17,7 @@ from cakeflow.evaluation.scoring import score_records
 FACTS = builtin_facts()[:5]
 
 
-class Steps(Milestones):
+class Steps(PeriodicCallback):
     """Counts the batches that it has seen."""
 
     name = "steps"
@@ -28,10 +28,10 @@ class Steps(Milestones):
 
 def fit(lm, quiet, callbacks, batch_size=1, **trainer):
     """Five edits of one layer, some at a time."""
-    module = EditModule(
+    module = LocateThenEdit(
         lm,
         [1],
-        targets=TargetOptimizer(steps=4, lr=0.5),
+        targets=GradientSearch(steps=4, lr=0.5),
         contexts=Contexts.of(["{}"]),
         moments={1: torch.eye(lm.key_width(1), dtype=torch.float64) / 100},
     )
@@ -41,21 +41,21 @@ def fit(lm, quiet, callbacks, batch_size=1, **trainer):
 
 
 @pytest.mark.parametrize(
-    ("every", "size", "wanted"),
+    ("every", "size", "expected"),
     [(1, 1, [0, 1, 2, 3, 4, 5]), (2, 1, [0, 2, 4, 5]), (2, 2, [0, 4, 5]), (9, 1, [0, 5]), (1, 5, [0, 5])],
 )
-def test_milestones(lm, quiet, tmp_path, every, size, wanted):
+def test_milestones(lm, quiet, tmp_path, every, size, expected):
     """The unedited model, every few batches, and the end, once each; logged at the number of batches."""
     steps, logger = Steps(every), CSVLogger(tmp_path)
     before = float(lm.weight(1).detach().sum())
     fit(lm, quiet, [steps], size, logger=logger)
-    assert [row["steps/edits"] for row in steps.rows] == wanted
+    assert [row["steps/edits"] for row in steps.rows] == expected
     assert steps.rows[0]["steps/first"] == before != steps.rows[-1]["steps/first"]
     with (tmp_path / "lightning_logs" / "version_0" / "metrics.csv").open() as file:
         logged = {
             (int(row["step"]), float(row["steps/batches"])) for row in csv.DictReader(file) if row["steps/batches"]
         }
-    batches = [-(-edits // size) for edits in wanted]
+    batches = [-(-edits // size) for edits in expected]
     assert logged == set(zip(batches, batches, strict=True))
 
 
@@ -72,12 +72,12 @@ def test_retention_scores_every_edit_so_far(lm, quiet, form):
     assert watcher.rows[0] == {"retention/edits": 0.0}
     scores = score_records(lm, FACTS)
     own = scores.kind == 0
-    wanted = {"exact": scores.correct, "tokens": scores.tokens, "probability": scores.wanted > scores.rival}[form][
+    expected = {"exact": scores.correct, "tokens": scores.tokens, "probability": scores.expected > scores.rival}[form][
         own
     ].float()
-    assert watcher.curves[-1] == pytest.approx(wanted.tolist())
-    assert watcher.rows[-1]["retention/mean"] == pytest.approx(float(wanted.mean()))
-    assert watcher.rows[-1]["retention/first"] == pytest.approx(float(wanted[0]))
+    assert watcher.curves[-1] == pytest.approx(expected.tolist())
+    assert watcher.rows[-1]["retention/mean"] == pytest.approx(float(expected.mean()))
+    assert watcher.rows[-1]["retention/first"] == pytest.approx(float(expected[0]))
 
 
 def test_retention_asks_for_no_free_answers():

@@ -79,7 +79,7 @@ def test_print_config_shows_the_composition_and_loads_nothing(capsys):
     ],
 )
 def test_a_wrong_name_is_refused_before_a_model_loads(words, folder, monkeypatch, capsys):
-    monkeypatch.setattr("cakeflow.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.core.locate_then_edit.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         main(arguments(folder, "fit", *words))
     assert stop.value.code == 2
@@ -87,7 +87,7 @@ def test_a_wrong_name_is_refused_before_a_model_loads(words, folder, monkeypatch
 
 
 def test_bad_requests_end_with_status_2_and_name_every_entry(folder, monkeypatch, capsys):
-    monkeypatch.setattr("cakeflow.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.core.locate_then_edit.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (folder / "facts.json").write_text(json.dumps([{"prompt": "no slot", "subject": "x", "target_new": " "}, {}]))
     with pytest.raises(SystemExit) as stop:
         main(arguments(folder, "fit"))
@@ -100,7 +100,7 @@ def test_bad_requests_end_with_status_2_and_name_every_entry(folder, monkeypatch
 
 @pytest.mark.parametrize("command", ["fit", "evaluate"])
 def test_what_the_model_cannot_read_is_named_before_it_is_measured(command, folder, monkeypatch, capsys):
-    monkeypatch.setattr("cakeflow.evaluation.Evaluation.ask", lambda *_: pytest.fail("records were scored"))
+    monkeypatch.setattr("cakeflow.evaluation.evaluation.Evaluation.ask", lambda *_: pytest.fail("records were scored"))
     facts = [
         {"prompt": "{} lives in", "subject": name, "target_new": "Rome"} for name in ("Ann", "word " * 999 + "end")
     ]

@@ -88,7 +88,7 @@ def test_facts_are_written_as_a_trace_reads_them(folder, capsys, name):
     ],
 )
 def test_bad_input_of_facts_is_refused_before_a_model_loads(folder, capsys, monkeypatch, change, words):
-    monkeypatch.setattr("cakeflow.commands.load_model", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr("cakeflow.cli.trace.load_model", lambda *_: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stop:
         main(["facts", *change])
     assert stop.value.code == 2
@@ -111,7 +111,7 @@ def test_no_known_fact(folder, capsys):
 
 
 def test_a_layer_out_of_range_is_refused_before_anything_is_asked(folder, capsys, monkeypatch):
-    monkeypatch.setattr("cakeflow.commands.known_rows", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr("cakeflow.cli.trace.known_rows", lambda *_: pytest.fail("asked"))
     with pytest.raises(SystemExit):
         main(["trace", "--model", str(folder / "model"), "--data", str(folder / "known.json"), "--layers", "[99]"])
     assert "layer 99 is not in the model" in capsys.readouterr().err

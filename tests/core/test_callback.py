@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics.functional import kendall_rank_corrcoef
 
-from cakeflow import Contexts, EditDataModule, EditModule, LayerProblem, LeastSquares, Sequential, TargetOptimizer
-from cakeflow.allocators import Jacobian, Turn
+from cakeflow import Contexts, EditDataModule, GradientSearch, LayerProblem, LeastSquares, LocateThenEdit, Sequential
+from cakeflow.allocators import Jacobian, LayerContext
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.forward.generation import continuations
 from cakeflow.models.architecture import Site
-from cakeflow.testing import DenseChain
+from cakeflow.testing import DenseLinearMap
 from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import said_before
 
@@ -39,47 +39,47 @@ def edit(seed, spread, index=0):
     eye = torch.eye(D_OUT, dtype=torch.float64)
     matrices = [eye + spread * normal(N, D_OUT, D_OUT) / D_OUT**0.5 for _ in range(2)] + [eye.expand(N, -1, -1)]
     weights = torch.rand(3, generator=gen, dtype=torch.float64) + 0.1
-    turn = Turn(Site(1, "mlp_out"), Site(4), index, weights, DenseChain(matrices[index:]))
+    context = LayerContext(Site(1, "mlp_out"), Site(4), index, weights, DenseLinearMap(matrices[index:]))
     missing = normal(N, D_OUT)
-    share = Sequential().allocate(missing, turn)
+    share = Sequential().allocate(missing, context)
     weight = normal(D_OUT, D_IN)
     problem = LayerProblem(normal(N, D_IN), share, weight, weight)
-    return LayerEdit(turn, None, missing, problem, LeastSquares(ridge=0.5).solve(problem)), matrices
+    return LayerEdit(context, None, missing, problem, LeastSquares(ridge=0.5).solve(problem)), matrices
 
 
 @given(st.integers(0, 200), st.floats(0, 0.4))
 def test_theorem_2_holds(seed, spread):
     found, matrices = edit(seed, spread)
-    share = Sequential().shares(found.turn.weights)[0]
+    share = Sequential().shares(found.context.weights)[0]
     reached = alone(found, tolerance=1e-12)
     bound = weight_shift_bound(found, share, reached)
-    ideal = torch.linalg.solve(matrices[0], found.missing)
+    ideal = torch.linalg.solve(matrices[0], found.residual)
     torch.testing.assert_close(reached, ideal, rtol=0, atol=1e-6)
     wider = matrices[0] @ matrices[0].mT + 0.1 * torch.eye(D_OUT, dtype=torch.float64)
-    damped = (matrices[0].mT @ torch.linalg.solve(wider, found.missing)[..., None])[..., 0]
+    damped = (matrices[0].mT @ torch.linalg.solve(wider, found.residual)[..., None])[..., 0]
     torch.testing.assert_close(alone(found, 0.1, tolerance=1e-12), damped, rtol=0, atol=1e-6)
     error = torch.linalg.matrix_norm((ideal - found.problem.residual).T @ found.update.right, 2)
     assert bound.error == pytest.approx(float(error), rel=1e-5, abs=1e-9)
-    assert bound.mismatch == pytest.approx(float(torch.linalg.matrix_norm(ideal - found.missing, 2)), abs=1e-6)
+    assert bound.mismatch == pytest.approx(float(torch.linalg.matrix_norm(ideal - found.residual, 2)), abs=1e-6)
     assert bound.error <= bound.limit * (1 + 1e-9)
 
 
 def test_theorem_2_when_every_layer_reaches_the_anchor_unchanged():
     found, _ = edit(0, 0.0)
-    share = float(Sequential().shares(found.turn.weights)[0])
+    share = float(Sequential().shares(found.context.weights)[0])
     bound = weight_shift_bound(found, torch.tensor(share), alone(found))
     assert bound.mismatch == pytest.approx(0, abs=1e-9)
-    assert bound.propagation == pytest.approx((1 - share) * float(torch.linalg.matrix_norm(found.missing, 2)))
+    assert bound.propagation == pytest.approx((1 - share) * float(torch.linalg.matrix_norm(found.residual, 2)))
     assert bound.error == pytest.approx(
-        (1 - share) * float(torch.linalg.matrix_norm(found.missing.T @ found.update.right, 2))
+        (1 - share) * float(torch.linalg.matrix_norm(found.residual.T @ found.update.right, 2))
     )
-    assert sensitivity(found.turn.chain, found.missing)[0] == pytest.approx(0, abs=1e-12)
+    assert sensitivity(found.context.linear_map, found.residual)[0] == pytest.approx(0, abs=1e-12)
 
 
 def test_sensitivity_is_the_distance_from_the_identity():
     found, matrices = edit(3, 0.3)
     exact = float((matrices[0] - torch.eye(D_OUT)).square().sum((1, 2)).mean() / D_OUT) ** 0.5
-    assert sensitivity(found.turn.chain, found.missing, draws=4000)[0] == pytest.approx(exact, rel=0.05)
+    assert sensitivity(found.context.linear_map, found.residual, draws=4000)[0] == pytest.approx(exact, rel=0.05)
 
 
 # ---- in a fit ----
@@ -106,11 +106,11 @@ class Plain(EditCallback):
     """What is missing at the anchor, by full forward passes over the bare prompts."""
 
     def __init__(self):
-        self.missing, self.shares = [], []
+        self.residual, self.shares = [], []
 
     def measure(self, module):
-        rows = [variants[0] for variants in module.seen.rows]
-        self.missing.append(module.goal - at_subjects(module.lm, rows, Site(LAYERS[-1])))
+        rows = [variants[0] for variants in module.history.rows]
+        self.residual.append(module.goal - at_subjects(module.lm, rows, Site(LAYERS[-1])))
 
     def on_layer_solved(self, module, edit):
         self.measure(module)
@@ -120,23 +120,23 @@ class Plain(EditCallback):
         self.measure(module)
 
 
-class Spied(EditModule):
+class Spied(LocateThenEdit):
     """Keeps the batch and the target values."""
 
     def _find_targets(self, batch, anchor, *rest):
         found = super()._find_targets(batch, anchor, *rest)
-        self.seen, self.goal = batch, found.values
+        self.history, self.goal = batch, found.values
         return found
 
 
-def fit(lm, requests, quiet, callbacks, kind=EditModule, **changes):
+def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):
     width = lm.oriented(0).shape[1]
     module = kind(
         lm,
         **{
             "layers": LAYERS,
             "contexts": Contexts.of(["{}", "I am. {}"]),
-            "targets": TargetOptimizer(steps=4, lr=0.3),
+            "targets": GradientSearch(steps=4, lr=0.3),
             "solver": LeastSquares(1.0),
             "moments": dict.fromkeys(LAYERS, torch.eye(width, dtype=torch.float64)),
             **changes,
@@ -152,17 +152,17 @@ def test_drift_equals_full_passes(tiny, requests, quiet):
     logged = fit(tiny, requests[:4], quiet, [ResidualDrift(), plain], Spied)
     total = 0.0
     for index, layer in enumerate(LAYERS):
-        actual = plain.missing[index] - plain.missing[index + 1]
+        actual = plain.residual[index] - plain.residual[index + 1]
         wanted = float((actual - plain.shares[index]).norm(dim=1).mean())
         assert wanted > 1e-3
         assert float(logged[f"layer{layer}/drift"]) == pytest.approx(wanted, rel=1e-5)
         total += wanted
     assert float(logged["drift"]) == pytest.approx(total, rel=1e-5)
-    assert float(logged["target/left"]) == pytest.approx(float(plain.missing[-1].norm(dim=1).mean()), rel=1e-5)
+    assert float(logged["target/left"]) == pytest.approx(float(plain.residual[-1].norm(dim=1).mean()), rel=1e-5)
 
 
 def test_no_common_residual_no_drift(lm, requests, quiet):
-    logged = fit(lm, requests[:2], quiet, [ResidualDrift()], allocator=Sequential(power=0, anchor="self"))
+    logged = fit(lm, requests[:2], quiet, [ResidualDrift()], allocator=Sequential(power=0, residual_at="self"))
     assert "drift" not in logged
 
 
@@ -206,14 +206,14 @@ class Alone(EditCallback):
     """What remains when one layer takes everything, for each fact, by hand."""
 
     def on_layer_solved(self, module, edit):
-        if edit.turn.index:
+        if edit.context.index:
             return
         rows = [variants[0] for variants in edit.batch.rows]
         self.left = torch.zeros(len(rows), len(LAYERS), dtype=torch.float64)
         for i, row in enumerate(rows):
             for j, layer in enumerate(LAYERS):
                 (key,) = at_subjects(module.lm, [row], Site(layer, "mlp_out"), "in")
-                missing = edit.missing[i]
+                missing = edit.residual[i]
                 weight = module.lm.oriented(layer)
                 kept = weight.clone()
                 weight += torch.outer(missing, key) / (1 + key @ key)  # least squares with ridge 1 and one key
@@ -246,7 +246,7 @@ def test_alignment_is_kendalls_tau_b(n, layers, seed):
 
 
 def test_no_common_residual_no_alignment(lm, requests, quiet):
-    logged = fit(lm, requests[:2], quiet, [ScoreAlignment()], allocator=Sequential(power=0, anchor="self"))
+    logged = fit(lm, requests[:2], quiet, [ScoreAlignment()], allocator=Sequential(power=0, residual_at="self"))
     assert "alignment" not in logged
 
 
@@ -263,11 +263,11 @@ class StopAtDrift(EditCallback):
 
 @pytest.mark.parametrize(("limit", "batches"), [(0.0, 1), (1e9, 3)])
 def test_a_callback_can_stop_a_run(lm, requests, quiet, limit, batches):
-    module = EditModule(
+    module = LocateThenEdit(
         lm,
         LAYERS,
         contexts=Contexts(),
-        targets=TargetOptimizer(steps=2, lr=0.3),
+        targets=GradientSearch(steps=2, lr=0.3),
         solver=LeastSquares(1.0),
         moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)),
     )

@@ -15,7 +15,7 @@ from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from cakeflow import Contexts, EditDataModule, EditModule, TargetOptimizer
+from cakeflow import Contexts, EditDataModule, GradientSearch, LocateThenEdit
 from cakeflow.core.checkpoint import FORMAT, SafeCheckpointIO, with_safe_checkpoints
 from cakeflow.errors import ConfigError, RunFolderError
 from cakeflow.models.architecture import Site
@@ -117,8 +117,8 @@ def test_a_tree_too_deep_to_be_one(tmp_path):
 
 def test_a_trainer_writes_small_files_without_pickle_and_reads_them(tiny, requests, quiet, tmp_path):
     moment = torch.eye(tiny.oriented(0).shape[1], dtype=torch.float64)
-    module = EditModule(
-        tiny, [1, 4], targets=TargetOptimizer(steps=2), contexts=Contexts(), moments=dict.fromkeys([1, 4], moment)
+    module = LocateThenEdit(
+        tiny, [1, 4], targets=GradientSearch(steps=2), contexts=Contexts(), moments=dict.fromkeys([1, 4], moment)
     )
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     trainer = L.Trainer(**quiet | {"enable_checkpointing": True}, callbacks=[keep], plugins=[SafeCheckpointIO()])

@@ -11,15 +11,15 @@ from torchmetrics import Metric
 
 from cakeflow import (
     Contexts,
-    EditModule,
     Endpoints,
+    GradientSearch,
     LeastSquares,
+    LocateThenEdit,
     NullSpace,
     OneHot,
     Scores,
     Sequential,
     Statistics,
-    TargetOptimizer,
     Uniform,
 )
 from cakeflow.allocators import Jacobian
@@ -38,7 +38,7 @@ PARTS = {
     "alphaedit_blue": (Endpoints(), Sequential(0.0, "self"), NullSpace(LeastSquares(1.0)), True),
     "memit_seq_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), True),
     "rome": (OneHot(), Sequential(), EqualityConstrained(), False),
-    "rome_official": (OneHot(), Sequential(), EqualityConstrained(at="bare"), False),
+    "rome_official": (OneHot(), Sequential(), EqualityConstrained(at="prompt"), False),
     "ft": (OneHot(), Sequential(), Descent(), False),
     "emmet": (Uniform(), Sequential(), EqualityConstrained(), False),
     "pmet": (Uniform(), Sequential(0.5), LeastSquares(), False),
@@ -80,11 +80,11 @@ def build(method="alphaedit", model="smollm2-135m", **values):
 def test_every_method_with_every_model(method, model):
     module = build(method, model)
     numbers = yaml.safe_load(MODELS[model].read_text())["model"]
-    assert isinstance(module, EditModule)
+    assert isinstance(module, LocateThenEdit)
     assert not hasattr(module, "lm")
     assert module.layers == numbers["layers"]
     special = next((extra for part, extra in TARGETS.items() if part in method), {})
-    assert module.targets == TargetOptimizer(**numbers["targets"], **special)
+    assert module.targets == GradientSearch(**numbers["targets"], **special)
     assert module.statistics == Statistics(**numbers["statistics"])
 
 
@@ -172,7 +172,7 @@ def test_values_given_in_python_win():
 
 def test_mappings_are_merged_into_the_configured_part():
     configured = yaml.safe_load(MODELS["smollm2-135m"].read_text())["model"]["targets"]
-    assert build(targets={"clamp": 0.5}).targets == TargetOptimizer(**{**configured, "clamp": 0.5})
+    assert build(targets={"clamp": 0.5}).targets == GradientSearch(**{**configured, "clamp": 0.5})
 
 
 def test_parts_by_class_name():
@@ -213,7 +213,7 @@ def test_later_files_win(tmp_path):
         {"weighter": {"class_path": "LeastSquares"}},
         {"weighter": {"class_path": "Scores", "init_args": {"scores": {1: 1.0}, "tau": 0}}},
         {"allocator": {"class_path": "Sequential", "init_args": {"power": 2.0}}},
-        {"allocator": {"class_path": "Sequential", "init_args": {"anchor": "first"}}},
+        {"allocator": {"class_path": "Sequential", "init_args": {"residual_at": "first"}}},
         {"solver": {"class_path": "LeastSquares", "init_args": {"ridge": -1.0}}},
         {"solver": {"class_path": "NullSpace", "init_args": {"threshold": 0.0}}},
     ],
@@ -258,7 +258,7 @@ class Margin(Metric):
 
 
 def test_further_metrics_by_name_or_as_objects():
-    named = build(metrics=[{"class_path": "test_config.Margin", "init_args": {"scale": 2.0}}])
+    named = build(metrics=[{"class_path": f"{__name__}.Margin", "init_args": {"scale": 2.0}}])
     assert named.metrics["margin"].scale == 2.0
     assert build(metrics=[Margin()]).metrics["margin"].scale == 1.0
     assert set(build().metrics) == set(named.metrics) - {"margin"}

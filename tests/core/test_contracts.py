@@ -11,15 +11,15 @@ from conftest import fit_tiny
 from cakeflow import (
     Contexts,
     EditDataModule,
-    EditModule,
+    GradientSearch,
     LeastSquares,
+    LocateThenEdit,
     Sequential,
     Solver,
-    TargetOptimizer,
     Update,
     Weighter,
 )
-from cakeflow.allocators import Turn
+from cakeflow.allocators import LayerContext
 from cakeflow.core.contracts import checked_residual
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
 from cakeflow.forward.keys import FactReader
@@ -82,7 +82,7 @@ def test_the_class_is_named_and_nothing_stays(lm, requests, quiet, part, error, 
     Wrong.calls.clear()
     before = lm.fingerprint()
     with pytest.raises(error, match=words):
-        fit_tiny(lm, LAYERS, requests[:2], quiet, 1.0, targets=TargetOptimizer(steps=2, lr=0.3), **part)
+        fit_tiny(lm, LAYERS, requests[:2], quiet, 1.0, targets=GradientSearch(steps=2, lr=0.3), **part)
     assert lm.fingerprint() == before
 
 
@@ -109,18 +109,18 @@ class Bad(Weighter):
 def test_a_weighter_that_breaks_its_contract_is_refused(lm, requests, quiet, weights):
     before = lm.fingerprint()
     with pytest.raises(ShapeError, match=r"test_contracts.Bad: .*weights"):
-        fit_tiny(lm, LAYERS, requests[:6], quiet, 1.0, targets=TargetOptimizer(steps=2, lr=0.3), weighter=Bad(weights))
+        fit_tiny(lm, LAYERS, requests[:6], quiet, 1.0, targets=GradientSearch(steps=2, lr=0.3), weighter=Bad(weights))
     assert lm.fingerprint() == before
 
 
 def test_a_fact_without_weight_takes_nothing():
     weights = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    turn, missing = Turn(Site(1, "mlp_out"), Site(2), 1, weights), torch.ones(3, 4, dtype=torch.float64)
-    given = Sequential().allocate(missing, turn)
-    assert checked_residual(Sequential(), given, missing, turn)[:, 0].tolist() == [1.0, 0.0, 1.0]
+    context, missing = LayerContext(Site(1, "mlp_out"), Site(2), 1, weights), torch.ones(3, 4, dtype=torch.float64)
+    given = Sequential().allocate(missing, context)
+    assert checked_residual(Sequential(), given, missing, context)[:, 0].tolist() == [1.0, 0.0, 1.0]
 
 
-FAST = TargetOptimizer(steps=2, lr=0.3)
+FAST = GradientSearch(steps=2, lr=0.3)
 
 
 @dataclass(frozen=True)
@@ -164,7 +164,7 @@ def test_a_failed_solve_names_layer_and_requests_and_only_its_batch_is_taken_bac
     after_first = tiny.fingerprint()
     kept.journal.rollback()
     moment = torch.eye(tiny.oriented(0).shape[1], dtype=torch.float64)
-    module = EditModule(
+    module = LocateThenEdit(
         tiny, LAYERS, solver=Unsolvable(how), targets=FAST, contexts=Contexts(), moments=dict.fromkeys(LAYERS, moment)
     )
     with pytest.raises(NumericalError, match=words) as caught:
@@ -174,7 +174,9 @@ def test_a_failed_solve_names_layer_and_requests_and_only_its_batch_is_taken_bac
     assert [len(module.journal), len(module.journal.history(1))] == [1, 2]
 
 
-@pytest.mark.parametrize(("part", "words"), [(0, "keys are"), (1, "keys are"), (2, "what is missing at the anchor is")])
+@pytest.mark.parametrize(
+    ("part", "words"), [(0, "keys are"), (1, "keys are"), (2, "what is missing at the value site is")]
+)
 def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkeypatch, part, words):
     """A hidden state may overflow for one prompt only."""
     read = FactReader.read
@@ -195,7 +197,7 @@ def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkey
 
 
 def test_target_values_that_are_not_finite_name_their_fact(lm, requests, quiet):
-    class Spoiled(TargetOptimizer):
+    class Spoiled(GradientSearch):
         def optimize(self, *args):
             found = super().optimize(*args)
             found.values[2, 0] = torch.nan
@@ -219,4 +221,4 @@ def test_the_limit_of_an_update_is_the_users(lm, requests, quiet):
 @pytest.mark.parametrize("limit", [0, -1.0, float("nan")])
 def test_a_limit_that_is_none(lm, limit):
     with pytest.raises(ConfigError, match="max_relative_update must be above 0"):
-        EditModule(lm, LAYERS, max_relative_update=limit)
+        LocateThenEdit(lm, LAYERS, max_relative_update=limit)

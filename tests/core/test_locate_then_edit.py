@@ -11,16 +11,16 @@ from lightning.pytorch.loggers.logger import Logger
 from cakeflow import (
     Contexts,
     EditDataModule,
-    EditModule,
     Endpoints,
+    GradientSearch,
     LeastSquares,
+    LocateThenEdit,
     NullSpace,
     OneHot,
     Scores,
     Sequential,
     Solver,
     Statistics,
-    TargetOptimizer,
     Uniform,
     Weighter,
 )
@@ -32,7 +32,7 @@ from cakeflow.models.hooks import capture
 
 LAYERS = [1, 2, 4]
 CONTEXTS = Contexts.of(["{}", "I am. {}"])
-TARGETS = TargetOptimizer(steps=4, lr=0.3)
+TARGETS = GradientSearch(steps=4, lr=0.3)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def build(moments):
             "solver": NullSpace(LeastSquares(0.5)),
             "moments": dict.fromkeys(range(6), moments[width]),
         }
-        return EditModule(lm, **{**defaults, **changes})
+        return LocateThenEdit(lm, **{**defaults, **changes})
 
     return make
 
@@ -143,13 +143,13 @@ def test_layers_of_weight_zero_are_untouched(tiny, requests, quiet, build):
 
 def test_shares_use_the_weights_of_the_edited_layers_only(lm, build):
     module = build(lm)
-    turns = list(module.turns(torch.tensor([1.0, 0.0, 3.0]), None))
-    assert [turn.site.layer for turn in turns] == [1, 4]
-    assert [turn.index for turn in turns] == [0, 1]
-    assert all(turn.anchor == Site(4) for turn in turns)
-    assert turns[0].weights.tolist() == [1.0, 3.0]
-    per_fact = list(module.turns(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), None))
-    assert [turn.site.layer for turn in per_fact] == [1, 2]
+    layer_contexts = list(module.layer_contexts(torch.tensor([1.0, 0.0, 3.0]), None))
+    assert [context.site.layer for context in layer_contexts] == [1, 4]
+    assert [context.index for context in layer_contexts] == [0, 1]
+    assert all(context.value_site == Site(4) for context in layer_contexts)
+    assert layer_contexts[0].weights.tolist() == [1.0, 3.0]
+    per_fact = list(module.layer_contexts(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), None))
+    assert [context.site.layer for context in per_fact] == [1, 2]
 
 
 def test_endpoints_with_targets_of_their_own(tiny, requests, quiet, build):
@@ -347,8 +347,8 @@ def test_the_walk_needs_no_gradients_and_leaves_none(lm, requests, quiet, build)
 def test_the_real_model_takes_an_edit_and_gives_it_back(smollm2, requests, quiet):
     width = smollm2.oriented(0).shape[1]
     before = {layer: smollm2.weight(layer).detach().clone() for layer in (10, 12)}
-    module = EditModule(
-        smollm2, [10, 12], solver=LeastSquares(1.0), targets=TargetOptimizer(steps=8, lr=0.5), contexts=CONTEXTS,
+    module = LocateThenEdit(
+        smollm2, [10, 12], solver=LeastSquares(1.0), targets=GradientSearch(steps=8, lr=0.5), contexts=CONTEXTS,
         moments=dict.fromkeys((10, 12), 1e-6 * torch.eye(width)),
     )  # fmt: skip
     trainer = fit(module, requests[:2], quiet, 2)
@@ -365,9 +365,9 @@ def test_the_exact_allocation_in_the_walk(tiny, requests, quiet, build):
     seen = []
 
     class Watched(Jacobian):
-        def allocate(self, residual, turn):
-            share = super().allocate(residual, turn)
-            seen.append((turn.index, len(turn.chain.pull(residual)), residual, share))
+        def allocate(self, residual, context):
+            share = super().allocate(residual, context)
+            seen.append((context.index, len(context.linear_map.vjp(residual)), residual, share))
             return share
 
     before, module = bits(tiny), build(tiny, allocator=Watched(tolerance=1e-6))

@@ -14,7 +14,7 @@ from cakeflow_restrain import Prune, Rect
 from conftest import fit_tiny
 from transformers import AutoModelForCausalLM
 
-from cakeflow import Contexts, EditModule
+from cakeflow import Contexts, LocateThenEdit
 from cakeflow.core.memory import Footprint, TokenCost
 from cakeflow.core.statistics import Statistics
 from cakeflow.errors import ConfigError
@@ -22,7 +22,7 @@ from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Descent, EqualityConstrained, NullSpace
-from cakeflow.targets.gradient import TargetOptimizer, Targets
+from cakeflow.targets.gradient import GradientSearch, Targets
 
 CONTEXTS = Contexts((("{}",), ("Indeed, {}", "They say that {}")))
 
@@ -33,7 +33,7 @@ def batch(tiny, requests):
 
 
 def foresee(lm, batch, budget=None, **rest):
-    return Footprint.foresee(lm, batch, [1, 2], tokens=1024, budget=budget, **rest)
+    return Footprint.estimate(lm, batch, [1, 2], tokens=1024, budget=budget, **rest)
 
 
 def test_a_token_costs_the_same_in_every_block(tiny):
@@ -55,8 +55,8 @@ def test_shapes_suffice(tiny, batch):
     shape, real = TokenCost.above(empty, 2), TokenCost.above(tiny, 2)
     assert shape.graph == pytest.approx(real.graph, rel=0.15)  # attention keeps something else there
     assert replace(shape, graph=0) == replace(real, graph=0)
-    assert foresee(empty, batch).kept == 0  # originals stay off a GPU
-    assert foresee(tiny, batch).kept == sum(tiny.weight(layer).nbytes for layer in (1, 2))
+    assert foresee(empty, batch).deferred == 0  # originals stay off a GPU
+    assert foresee(tiny, batch).deferred == sum(tiny.weight(layer).nbytes for layer in (1, 2))
     assert foresee(empty, batch).targets == pytest.approx(foresee(tiny, batch).targets, rel=0.1)
 
 
@@ -67,7 +67,7 @@ def test_more_of_anything_takes_more(tiny, batch, requests):
     assert foresee(tiny, encode_batch(tiny, requests, Contexts())).targets < plain.targets
     half = copy.deepcopy(tiny)
     half.model.to(torch.bfloat16)
-    assert foresee(half, batch).kept == 6 * sum(tiny.weight(layer).numel() for layer in (1, 2))
+    assert foresee(half, batch).deferred == 6 * sum(tiny.weight(layer).numel() for layer in (1, 2))
 
 
 def test_a_budget_is_kept_to(tiny, batch):
@@ -83,19 +83,19 @@ def test_a_budget_is_kept_to(tiny, batch):
 
 def test_the_same_edit_within_a_budget(tiny, requests, quiet):
     """Facts do not influence each other, so neither do the parts in which their values are looked for."""
-    targets, other = TargetOptimizer(steps=4), copy.deepcopy(tiny)
+    targets, other = GradientSearch(steps=4), copy.deepcopy(tiny)
     module = fit_tiny(tiny, [1, 2], requests, quiet, 1.0, targets=targets, contexts=CONTEXTS)
     batch = encode_batch(other, requests, CONTEXTS)
-    room = module.foresee(batch)
+    room = module.estimate(batch)
     tight = {"targets": targets, "contexts": CONTEXTS, "memory_budget": room.peak / 2 / GIB}
     again = fit_tiny(other, [1, 2], requests, quiet, 1.0, **tight)
-    assert again.foresee(batch).tokens < room.tokens
+    assert again.estimate(batch).tokens < room.tokens
     for layer in (1, 2):
         torch.testing.assert_close(other.weight(layer), tiny.weight(layer), rtol=1e-9, atol=1e-12)
 
 
 def test_parts_of_a_batch_get_the_same_target_values(tiny, requests):
-    batch, targets = encode_batch(tiny, requests, CONTEXTS), TargetOptimizer(steps=4)
+    batch, targets = encode_batch(tiny, requests, CONTEXTS), GradientSearch(steps=4)
     parts = list(batch.split(5))
     assert [len(part) for part in parts] == [5, 5, 2]
     found = Targets.join([targets.optimize(tiny, part, 2) for part in parts])
@@ -109,7 +109,7 @@ def test_a_budget_too_small_is_refused_before_anything(tiny, requests, quiet):
         fit_tiny(tiny, [1, 2], requests, quiet, 1.0, memory_budget=1e-5)
     assert all(torch.equal(part, before[name]) for name, part in tiny.model.state_dict().items())
     with pytest.raises(ConfigError, match="memory_budget must be above 0, got 0"):
-        EditModule(tiny, [1], memory_budget=0)
+        LocateThenEdit(tiny, [1], memory_budget=0)
 
 
 def test_second_moments_in_several_passes(tiny, tmp_path):
@@ -148,6 +148,6 @@ def test_the_peak_is_what_was_in_use():
 
 
 def test_a_run_reports_its_peaks(tiny, requests, quiet):
-    module = fit_tiny(tiny, [1, 2], requests[:2], quiet, 1.0, targets=TargetOptimizer(steps=2))
+    module = fit_tiny(tiny, [1, 2], requests[:2], quiet, 1.0, targets=GradientSearch(steps=2))
     assert {"targets", "keys", "solve"} <= set(module.peaks)
     assert module.trainer.callback_metrics["memory/peak"] == pytest.approx(max(module.peaks.values()) / GIB, rel=1e-5)

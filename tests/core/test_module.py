@@ -38,7 +38,7 @@ def test_a_watcher_that_cannot_measure_does_not_undo_an_edit(lm, requests, tmp_p
 def test_what_is_logged_while_a_batch_is_made_is_in_its_account(lm, requests, tmp_path):
     class Watcher(EditCallback):
         def on_layer_solved(self, module, edit):
-            module.log(f"seen/{edit.turn.site.layer}", 1.5)
+            module.log(f"seen/{edit.context.site.layer}", 1.5)
 
     editor = editor_of(lm, {"callbacks": [Watcher()]})
     editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from cakeflow import Contexts, Editor, LeastSquares, Probe, Statistics, TargetOptimizer
+from cakeflow import Contexts, Editor, GradientSearch, LeastSquares, Probe, Statistics
 from cakeflow.callbacks import NeutralText, Retention
 from cakeflow.core.callback import EditCallback
 from cakeflow.evaluation.evaluation import Evaluation
@@ -107,7 +107,7 @@ class FailingSolver(LeastSquares):
 
 
 @dataclass(frozen=True)
-class FailingSearch(TargetOptimizer):
+class FailingSearch(GradientSearch):
     """Fails while it searches."""
 
     fail: Failure = field(default_factory=Failure)
@@ -130,9 +130,9 @@ class FailingMetric(Efficacy):
         super().__init__()
         self.fail = fail
 
-    def update(self, wanted, rival, correct, record, kind):
+    def update(self, expected, rival, correct, record, kind):
         self.fail()
-        super().update(wanted, rival, correct, record, kind)
+        super().update(expected, rival, correct, record, kind)
 
 
 def as_the_user_left_it(lm, changes):
@@ -234,7 +234,7 @@ def test_what_runs_without_a_trainer(tiny, rows, requests, tmp_path, what, inter
         elif what == "contexts":
             generate_contexts(tiny)
         else:
-            TargetOptimizer(steps=2).optimize(tiny, encode_batch(tiny, requests[:2], Contexts()), 3)
+            GradientSearch(steps=2).optimize(tiny, encode_batch(tiny, requests[:2], Contexts()), 3)
 
     as_the_user_left_it(tiny, ("train", "frozen", "tokenizer"))
     before = observed(tiny)
@@ -258,7 +258,7 @@ def stopped_at(lm, number):
 
 def test_the_numbers_are_those_of_evaluation_mode(lm, requests, quiet, tmp_path):
     """A model handed over in training mode is edited as one in evaluation mode is: dropout plays no part."""
-    target = TargetOptimizer(steps=3, lr=0.3)
+    target = GradientSearch(steps=3, lr=0.3)
     batch = encode_batch(lm, requests[:2], Contexts())
     wanted = target.optimize(lm, batch, 3).values
     as_the_user_left_it(lm, ("train",))

@@ -10,7 +10,7 @@ import torch
 from cakeflow_restrain import Prune, Rect
 from tiny_runs import LAYERS, content, editor_of, module_of, state
 
-from cakeflow import EditDataModule, EditModule, Evaluation, LeastSquares, NullSpace, TargetOptimizer
+from cakeflow import EditDataModule, Evaluation, GradientSearch, LeastSquares, LocateThenEdit, NullSpace
 from cakeflow.callbacks import Retention
 from cakeflow.core.callback import EditCallback
 from cakeflow.errors import LedgerError, ResumeError
@@ -107,32 +107,32 @@ CASES = [
 def test_resumed_equals_uninterrupted(model_of, requests, tmp_path, whole, arch, solver, dtype, stop):
     tiny = model_of(arch)
     tiny.model.to(dtype)
-    folder, wanted, before, after = whole(tiny, requests[:7], solver, dtype)
+    folder, expected, before, after = whole(tiny, requests[:7], solver, dtype)
     first = copy.deepcopy(tiny)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(first, requests[:7], tmp_path / "run", StopAfter(stop), solver=solver)
     editor, run = fit(tiny, requests[:7], tmp_path / "run", solver=solver)
-    assert state(tiny, editor.module) == wanted
+    assert state(tiny, editor.module) == expected
     assert repr((run.before, run.after)) == repr((before, after))
     assert told(tmp_path / "run") == told(folder)
     assert set(kept(tmp_path / "run")) == set(kept(folder))
     assert {name for name, found in kept(tmp_path / "run").items() if found != kept(folder)[name]} <= {"metrics.csv"}
     editor.rollback()
-    assert state(tiny, editor.module) != wanted
+    assert state(tiny, editor.module) != expected
 
 
 def test_resumed_again_and_again(lm, requests, tmp_path, whole):
-    folder, wanted, *_ = whole(lm, requests[:7], "null space", lm.dtype)
+    folder, expected, *_ = whole(lm, requests[:7], "null space", lm.dtype)
     for stop in (1, 1, 3):
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(stop))
     editor, _ = fit(lm, requests[:7], tmp_path / "run")
-    assert state(lm, editor.module) == wanted
+    assert state(lm, editor.module) == expected
     assert told(tmp_path / "run") == told(folder)
 
 
 def test_the_search_is_not_done_again(lm, requests, tmp_path):
-    class Counted(TargetOptimizer):
+    class Counted(GradientSearch):
         def optimize(self, lm, batch, layer, progress=lambda done: None):
             searched.append(len(batch))
             return super().optimize(lm, batch, layer, progress)
@@ -167,7 +167,7 @@ def test_what_callbacks_logged_of_a_batch_is_logged_again(lm, requests, tmp_path
     ("changes", "words"),
     [
         ({"solver": "rect"}, "settings.solver was"),
-        ({"targets": TargetOptimizer(steps=4, lr=0.3)}, "settings.targets was"),
+        ({"targets": GradientSearch(steps=4, lr=0.3)}, "settings.targets was"),
         ({"layers": [1, 4]}, "settings.layers was"),
         ({"seed": 5}, "settings.seed was 0, is 5"),
         ({"evaluation": Evaluation(protocol="official")}, "settings.evaluation was"),
@@ -224,7 +224,7 @@ def test_a_second_run_has_the_first_ones_batches_and_goes_on_too(lm, requests, t
     editor = editor_of(lm)
     editor.fit(requests[:4], 2, run=tmp_path / "first")
     editor.fit(requests[4:8], 2, run=tmp_path / "second")
-    wanted = state(lm, editor.module)
+    expected = state(lm, editor.module)
     lines = (tmp_path / "second/journal/ledger.jsonl").read_bytes().splitlines(keepends=True)
     for copied in (1, 2):  # model, and one of the two earlier batches
         shutil.copytree(tmp_path / "second", tmp_path / f"torn-{copied}")
@@ -236,7 +236,7 @@ def test_a_second_run_has_the_first_ones_batches_and_goes_on_too(lm, requests, t
     (tmp_path / "second/journal/ledger.jsonl").write_bytes(b"".join(lines[: batches[2] + 1]))
     fresh = editor_of(unedited)
     run = fresh.fit(requests[4:8], 2, run=tmp_path / "second")
-    assert state(unedited, fresh.module) == wanted
+    assert state(unedited, fresh.module) == expected
     assert [step.number for step in run.journal] == [0, 1, 2, 3]
 
 
@@ -280,5 +280,5 @@ def test_a_file_that_was_changed_meanwhile_is_noticed(lm, requests, tmp_path):
 
 def test_settings_are_those_that_were_given(lm):
     """What a run measures before its first edit must not look like another experiment when it is resumed."""
-    assert EditModule(lm, LAYERS)._given == EditModule(lm, LAYERS)._given
-    assert " at 0x" not in json.dumps(EditModule(lm, LAYERS, solver=type("Own", (LeastSquares,), {})())._given)
+    assert LocateThenEdit(lm, LAYERS)._given == LocateThenEdit(lm, LAYERS)._given
+    assert " at 0x" not in json.dumps(LocateThenEdit(lm, LAYERS, solver=type("Own", (LeastSquares,), {})())._given)

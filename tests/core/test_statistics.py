@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
-import cakeflow.statistics as module
+import cakeflow.core.statistics as module
 from cakeflow import Statistics
 from cakeflow.core.statistics import convergence
 from cakeflow.errors import ConfigError, StatisticsError

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import SumMetric
 
-from cakeflow import Contexts, EditModule, Editor, EditRequest, Evaluation, Probe
+from cakeflow import Contexts, Editor, EditRequest, Evaluation, LocateThenEdit, Probe
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import free_prompts, plain
@@ -27,12 +27,12 @@ def test_answers_are_what_the_parts_say(tiny):
     """Scores, free-running answers and free texts, in the order of the records."""
     found = EVERYTHING.ask(tiny, RECORDS, first=1)
     alone = score_records(tiny, RECORDS)
-    for name in ("wanted", "rival", "correct", "tokens", "record", "kind"):
+    for name in ("expected", "rival", "correct", "tokens", "record", "kind"):
         torch.testing.assert_close(getattr(found.scores, name), getattr(alone, name), equal_nan=True)
     assert alone.answered.isnan().all()
     asked = list(questions(RECORDS))
     said = [until_stop(text) for text in continuations(tiny, [question.prompt for question in asked], 4)]
-    right = [plain(text) == plain(question.wanted) for text, question in zip(said, asked, strict=True)]
+    right = [plain(text) == plain(question.expected) for text, question in zip(said, asked, strict=True)]
     assert found.scores.answered.tolist() == right
     assert [bool(texts) for texts in found.texts] == [False, True, False, True, False]  # numbers 1 to 5
     for record, texts in zip(RECORDS, found.texts, strict=True):
@@ -76,8 +76,8 @@ def test_rows_hold_every_prompt(tiny):
         for entry in row["prompts"]:
             place, question = next(asked)
             assert (entry["kind"], entry["prompt"]) == (KINDS[question.kind], question.prompt)
-            assert (entry["wanted"], entry["rival"]) == (question.wanted, question.rival)
-            assert entry["wanted_logprob"] == pytest.approx(float(found.scores.wanted[place]))
+            assert (entry["expected"], entry["rival"]) == (question.expected, question.rival)
+            assert entry["expected_logprob"] == pytest.approx(float(found.scores.expected[place]))
             assert entry["rival_logprob"] == pytest.approx(float(found.scores.rival[place]))
             assert entry["correct"] == bool(found.scores.correct[place])
     assert [len(row["generations"]) for row in rows] == [2, 0, 2, 0, 2]
@@ -129,14 +129,14 @@ def test_bad_values(name, value):
 def test_metrics_that_can_judge_nothing_are_an_error_before_anything_is_asked(lm, quiet, caplog):
     """Free texts of records without prompts for them; the default metrics are only left out of the table."""
     bare = [{"prompt": "{} is in", "subject": "Lund", "target_new": "Peru"}]
-    module = EditModule(lm, [1], evaluation=Evaluation(texts_every=1))
+    module = LocateThenEdit(lm, [1], evaluation=Evaluation(texts_every=1))
     with pytest.raises(ConfigError, match="no record can feed fluency: generation is missing in 1 of 1 records"):
         Editor(module, quiet).fit(bare)
     assert not len(module.journal)
-    found = Editor(EditModule(lm, [1]), quiet).evaluate(bare)
+    found = Editor(LocateThenEdit(lm, [1]), quiet).evaluate(bare)
     assert math.isnan(found["specificity"])
     assert not [record for record in caplog.records if record.name.startswith("cakeflow.data")]
-    Editor(EditModule(lm, [1]), quiet).evaluate([*bare, RECORDS[0]])
+    Editor(LocateThenEdit(lm, [1]), quiet).evaluate([*bare, RECORDS[0]])
     (said,) = [record.message for record in caplog.records if record.name.startswith("cakeflow.data")]
     assert "efficacy: target_true is missing in 1 of 2 records" in said
     assert "efficacy_exact" not in said
@@ -149,7 +149,7 @@ def test_a_model_that_writes_nothing_is_an_error_before_the_edit(lm, quiet):
     torch.nn.init.zeros_(head.bias)
     head.bias.data[lm.tokenizer.eos_token_id] = 90.0
     lm.model.set_output_embeddings(head)
-    module = EditModule(lm, [1], evaluation=Evaluation(texts_every=1, top_k=1))
+    module = LocateThenEdit(lm, [1], evaluation=Evaluation(texts_every=1, top_k=1))
     with pytest.raises(ConfigError, match="wrote nothing after any of 10 prompts"):
         Editor(module, quiet).fit(RECORDS)
     assert not len(module.journal)
@@ -162,14 +162,14 @@ def test_plain_keeps_what_is_an_article_only():
 
 def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):
     """Before and after, one line per record, whatever the batches; the metrics follow from them."""
-    module = EditModule(lm, [1], moments={1: torch.eye(lm.key_width(1))}, evaluation=EVERYTHING)
+    module = LocateThenEdit(lm, [1], moments={1: torch.eye(lm.key_width(1))}, evaluation=EVERYTHING)
     module.targets = replace(module.targets, steps=2)
     trainer = {**quiet, "logger": CSVLogger(tmp_path)}
     run = Editor(module, trainer).fit(RECORDS)
     for stage, metrics in (("before", run.before), ("after", run.after)):
         rows = [json.loads(line) for line in (run.folder / f"{stage}.jsonl").read_text().splitlines()]
         assert [row["subject"] for row in rows] == [record.subject for record in RECORDS]
-        hits = [row["prompts"][0]["wanted_logprob"] > row["prompts"][0]["rival_logprob"] for row in rows]
+        hits = [row["prompts"][0]["expected_logprob"] > row["prompts"][0]["rival_logprob"] for row in rows]
         assert metrics["efficacy"] == pytest.approx(sum(hits) / len(hits))
         texts = [[each["prompt"] + each["text"] for each in row["generations"]] for row in rows if row["generations"]]
         means = [sum(map(fluency, each)) / len(each) for each in texts]
@@ -184,7 +184,7 @@ def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):
 
 def test_evaluation_during_a_stream(lm, tmp_path, quiet):
     """Every second batch and at the end; each row says how many edits it follows."""
-    module = EditModule(lm, [1], moments={1: torch.eye(lm.key_width(1))}, contexts=Contexts())
+    module = LocateThenEdit(lm, [1], moments={1: torch.eye(lm.key_width(1))}, contexts=Contexts())
     module.targets = replace(module.targets, steps=2)
     trainer = {**quiet, "logger": CSVLogger(tmp_path), "val_check_interval": 2}
     run = Editor(module, trainer).fit(RECORDS, batch_size=1)

@@ -68,14 +68,14 @@ def accuracy(lm, prompt, target, neighborhood):
 def test_official_numbers(asked):
     found = score_records(asked, RECORDS, "official")
     for place, question in enumerate(questions(RECORDS)):
-        mean, right = likelihood(asked, question.prompt, question.wanted)
-        assert float(found.wanted[place]) == pytest.approx(mean, abs=1e-5)
+        mean, right = likelihood(asked, question.prompt, question.expected)
+        assert float(found.expected[place]) == pytest.approx(mean, abs=1e-5)
         assert bool(found.correct[place]) == right
         assert bool(found.rival[place].isnan()) == (question.rival is None)
         if question.rival is not None:
             mean, _ = likelihood(asked, question.prompt, question.rival)
             assert float(found.rival[place]) == pytest.approx(mean, abs=1e-5)
-        share = accuracy(asked, question.prompt, question.wanted, KINDS[question.kind] == "neighborhood")
+        share = accuracy(asked, question.prompt, question.expected, KINDS[question.kind] == "neighborhood")
         assert float(found.tokens[place]) == pytest.approx(share)
 
 
@@ -84,8 +84,10 @@ def test_protocols_differ_where_tokens_join(tiny):
     record = EditRequest("{} is in", "Lund", "Peru")
     probe = Probe("paraphrase", "Lund is in ")
     spaced = EditRequest("{} is in", "Lund", "Peru", probes=(probe,))
-    assert torch.equal(score_records(tiny, [record], "clean").wanted, score_records(tiny, [record], "official").wanted)
-    clean, official = (score_records(tiny, [spaced], protocol).wanted for protocol in ("clean", "official"))
+    assert torch.equal(
+        score_records(tiny, [record], "clean").expected, score_records(tiny, [record], "official").expected
+    )
+    clean, official = (score_records(tiny, [spaced], protocol).expected for protocol in ("clean", "official"))
     assert abs(float(clean[1] - official[1])) > 1e-3
 
 

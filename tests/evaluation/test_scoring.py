@@ -20,18 +20,18 @@ def plainly(lm, prompt, target):
     ids, start = lm.tokenizer(text)["input_ids"], len(lm.tokenizer(prompt.rstrip())["input_ids"])
     assert lm.tokenizer.decode(ids[start:]).strip() == target
     logits = lm.model(torch.tensor([ids])).logits[0, start - 1 : -1].double()
-    wanted = torch.tensor(ids[start:])
-    each = logits.log_softmax(-1).gather(1, wanted[:, None])
-    return float(each.mean()), float((logits.argmax(-1) == wanted).double().mean())
+    expected = torch.tensor(ids[start:])
+    each = logits.log_softmax(-1).gather(1, expected[:, None])
+    return float(each.mean()), float((logits.argmax(-1) == expected).double().mean())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-@pytest.mark.parametrize("budget", [1, 60, 8192])
-def test_scores_equal_one_plain_pass_per_prompt(tiny, dtype, budget):
+@pytest.mark.parametrize("max_tokens", [1, 60, 8192])
+def test_scores_equal_one_plain_pass_per_prompt(tiny, dtype, max_tokens):
     tiny.model.to(dtype)
-    scores, share = score_targets(tiny, PROMPTS, TARGETS, budget)
-    wanted, hits = zip(*(plainly(tiny, *pair) for pair in zip(PROMPTS, TARGETS, strict=True)), strict=True)
-    torch.testing.assert_close(scores.double(), torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-5)
+    scores, share = score_targets(tiny, PROMPTS, TARGETS, max_tokens)
+    expected, hits = zip(*(plainly(tiny, *pair) for pair in zip(PROMPTS, TARGETS, strict=True)), strict=True)
+    torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
     assert share.tolist() == pytest.approx(hits)
 
 
@@ -103,9 +103,9 @@ def test_records_become_prompts_in_order(tiny):
     found = score_records(tiny, [FULL, BARE])
     assert found.record.tolist() == [record for record, *_ in ASKED]
     assert [KINDS[kind] for kind in found.kind] == [kind for _, kind, *_ in ASKED]
-    for i, (_, _, prompt, wanted, rival) in enumerate(ASKED):
-        score, share = plainly(tiny, prompt, wanted)
-        assert float(found.wanted[i]) == pytest.approx(score, abs=1e-5)
+    for i, (_, _, prompt, expected, rival) in enumerate(ASKED):
+        score, share = plainly(tiny, prompt, expected)
+        assert float(found.expected[i]) == pytest.approx(score, abs=1e-5)
         assert (float(found.tokens[i]), bool(found.correct[i])) == (pytest.approx(share), share == 1)
         if rival is None:
             assert found.rival[i].isnan()
@@ -118,15 +118,15 @@ def test_records_score_alike_alone_and_together(tiny):
     together = score_records(tiny, records)
     for index, record in enumerate(records):
         alone, mine = score_records(tiny, [record]), together.record == index
-        torch.testing.assert_close(together.wanted[mine], alone.wanted, rtol=0, atol=1e-5)
+        torch.testing.assert_close(together.expected[mine], alone.expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(together.rival[mine], alone.rival, rtol=0, atol=1e-5)
         assert torch.equal(together.correct[mine], alone.correct)
 
 
 def test_tokenizer_padding_side_does_not_matter(lm):
-    wanted = score_records(lm, [FULL])
+    expected = score_records(lm, [FULL])
     lm.tokenizer.padding_side = "left"
-    assert torch.equal(score_records(lm, [FULL]).wanted, wanted.wanted)
+    assert torch.equal(score_records(lm, [FULL]).expected, expected.expected)
 
 
 def test_prompts_that_are_too_long_are_refused(lm):
@@ -158,10 +158,10 @@ def test_every_record_that_cannot_be_asked_is_named_by_its_place(lm, monkeypatch
         EditRequest("{} is", "Lund", "☃", None, (Probe("paraphrase", "It is"), Probe("paraphrase", "Rome is"))),
         EditRequest("{} is", "Lund", "big", "old", (Probe("paraphrase", long), Probe("generation", long))),
     ]
-    wanted = [(0, "target_true"), (1, "probes.expected"), (3, "target_new"), (4, "probes.prompt")]
+    expected = [(0, "target_true"), (1, "probes.expected"), (3, "target_new"), (4, "probes.prompt")]
     with pytest.raises(RequestError) as caught:
         check_records(lm, records)
-    assert [(problem.index, problem.field) for problem in caught.value.problems] == wanted
+    assert [(problem.index, problem.field) for problem in caught.value.problems] == expected
     for protocol in ("clean", "official"):
         with pytest.raises(RequestError) as caught:
             score_records(lm, [records[2], records[1]], protocol)
@@ -174,6 +174,6 @@ def test_real_model_equals_plain_passes(smollm2):
     records = builtin_facts()[:3]
     found = score_records(smollm2, records)
     asked = [(r.text, r.target_new) for r in records]
-    mine = found.wanted[found.kind == KINDS.index("rewrite")]
-    wanted = torch.tensor([plainly(smollm2, *pair)[0] for pair in asked])
-    torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-4)
+    mine = found.expected[found.kind == KINDS.index("rewrite")]
+    expected = torch.tensor([plainly(smollm2, *pair)[0] for pair in asked])
+    torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
-from test_ledger import JSON
+from strategies import JSON
 from tiny_runs import editor_of
 
 from cakeflow import EditRequest

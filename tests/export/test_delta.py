@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cakeflow import EditModule, Editor, LayerProblem, Update
+from cakeflow import Editor, LayerProblem, LocateThenEdit, Update
 from cakeflow.data.schemas import parse_requests
 from cakeflow.export import apply_delta
 from cakeflow.models.loading import load_model
@@ -17,7 +17,7 @@ def logits(model, ids):
 @pytest.mark.real
 def test_the_embedded_model_can_be_saved_and_patched(smollm2, tmp_path):
     """It comes from a quantized file, which transformers would refuse to save."""
-    editor = Editor(EditModule(smollm2, [9]))
+    editor = Editor(LocateThenEdit(smollm2, [9]))
     ids = torch.tensor([smollm2.tokenizer("The river Elbe flows into")["input_ids"]])
     before = logits(editor.model, ids)
     weight = smollm2.oriented(9)

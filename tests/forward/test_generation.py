@@ -20,10 +20,10 @@ def alone(lm, prompt, tokens):
     return lm.tokenizer.decode(ids[start:], skip_special_tokens=True)
 
 
-@pytest.mark.parametrize("budget", [1, 40, 4096])
+@pytest.mark.parametrize("max_tokens", [1, 40, 4096])
 @pytest.mark.parametrize("tokens", [1, 5])
-def test_each_is_what_the_model_says_alone(tiny, tokens, budget):
-    got = continuations(tiny, PROMPTS, tokens, budget)
+def test_each_is_what_the_model_says_alone(tiny, tokens, max_tokens):
+    got = continuations(tiny, PROMPTS, tokens, max_tokens)
     assert got == [alone(tiny, prompt, tokens) for prompt in PROMPTS]
 
 
@@ -40,7 +40,7 @@ def test_a_text_ends_where_the_models_positions_do(lm):
     near, room = lm.tokenizer.decode(ids), lm.longest - len(ids)
     for prompts in ([near], [long], [near, "Ann", long]):
         for total in (False, True):
-            got = continuations(lm, prompts, lm.longest if total else 6, total=total, budget=10 * lm.longest)
+            got = continuations(lm, prompts, lm.longest if total else 6, total=total, max_tokens=10 * lm.longest)
             wanted = {near: alone(lm, near, room), long: ""}
             assert [text for prompt, text in zip(prompts, got, strict=True) if prompt != "Ann"] == [
                 wanted[prompt] for prompt in prompts if prompt != "Ann"
@@ -64,7 +64,7 @@ def test_samples_are_a_rows_own(tiny):
     state = torch.get_rng_state()
     got = continuations(tiny, PROMPTS, 8, top_k=5, seed=1)
     assert torch.equal(torch.get_rng_state(), state)
-    assert got == continuations(tiny, PROMPTS, 8, budget=1, top_k=5, seed=1)
+    assert got == continuations(tiny, PROMPTS, 8, max_tokens=1, top_k=5, seed=1)
     assert got[1] == continuations(tiny, ["Ann"], 8, top_k=5, seed=1)[0] != got[4]
     assert got != continuations(tiny, PROMPTS, 8, top_k=5, seed=2)
     assert (

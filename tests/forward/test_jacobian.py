@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cakeflow import Contexts
 from cakeflow.errors import ArchitectureError
-from cakeflow.forward.jacobian import ModelChain
+from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
 
@@ -57,24 +57,24 @@ def vectors(n, seed):
 
 
 @pytest.mark.parametrize("anchor", [ANCHOR, Site(3, "mlp_out")], ids=str)
-@pytest.mark.parametrize("budget", [1, 1024])
-def test_products_equal_those_with_dense_jacobians(tiny, batch, anchor, budget):
-    chain = ModelChain(tiny, batch, LAYERS, anchor, budget)
+@pytest.mark.parametrize("max_tokens", [1, 1024])
+def test_products_equal_those_with_dense_jacobians(tiny, batch, anchor, max_tokens):
+    chain = ModelJacobian(tiny, batch, LAYERS, anchor, max_tokens)
     n = len(batch)
     dense = [torch.stack([jacobian(tiny, rows[0], layer, anchor) for rows in batch.rows]) for layer in LAYERS]
     assert float((dense[0] - torch.eye(48)).abs().max()) > 0.01
     torch.testing.assert_close(dense[-1], torch.eye(48).double().expand(n, -1, -1), rtol=0, atol=1e-12)
     covector = vectors(n, 0)
-    for got, m in zip(chain.pull(covector), dense, strict=True):
+    for got, m in zip(chain.vjp(covector), dense, strict=True):
         torch.testing.assert_close(got, torch.einsum("nij,ni->nj", m, covector), rtol=0, atol=bar(tiny))
     tangents = [vectors(n, seed) for seed in (1, 2, 3)]
     wanted = sum(torch.einsum("nij,nj->ni", m, t) for m, t in zip(dense, tangents, strict=True))
-    torch.testing.assert_close(chain.push(tangents), wanted, rtol=0, atol=bar(tiny))
+    torch.testing.assert_close(chain.jvp(tangents), wanted, rtol=0, atol=bar(tiny))
 
 
 def test_products_repeat_and_leave_the_model_alone(tiny, batch):
-    before, chain = tiny.fingerprint(), ModelChain(tiny, batch, LAYERS, ANCHOR)
-    one, other = (chain.push(chain.pull(vectors(len(batch), 0))) for _ in range(2))
+    before, chain = tiny.fingerprint(), ModelJacobian(tiny, batch, LAYERS, ANCHOR)
+    one, other = (chain.jvp(chain.vjp(vectors(len(batch), 0))) for _ in range(2))
     assert torch.equal(one, other)
     assert tiny.fingerprint() == before
     assert not any(module._forward_hooks for module in tiny.model.modules())
@@ -83,11 +83,11 @@ def test_products_repeat_and_leave_the_model_alone(tiny, batch):
 
 def test_nothing_is_computed_before_it_is_used(lm, requests):
     """The walk makes a chain for every turn; most allocators never touch it."""
-    chain = ModelChain(lm, encode_batch(lm, requests[:2], Contexts()), LAYERS, ANCHOR)
+    chain = ModelJacobian(lm, encode_batch(lm, requests[:2], Contexts()), LAYERS, ANCHOR)
     with torch.no_grad():
         lm.weight(2).mul_(1.5)
-    fresh, covector = ModelChain(lm, chain.batch, LAYERS, ANCHOR), vectors(2, 0)
-    assert all(torch.equal(a, b) for a, b in zip(chain.pull(covector), fresh.pull(covector), strict=True))
+    fresh, covector = ModelJacobian(lm, chain.batch, LAYERS, ANCHOR), vectors(2, 0)
+    assert all(torch.equal(a, b) for a, b in zip(chain.vjp(covector), fresh.vjp(covector), strict=True))
 
 
 def test_a_model_without_second_derivatives_says_so(lm, requests):
@@ -102,6 +102,6 @@ def test_a_model_without_second_derivatives_says_so(lm, requests):
             return grad
 
     lm.module(Site(2, "mlp_out")).register_forward_hook(lambda _m, _a, out: Once.apply(out))
-    chain = ModelChain(lm, encode_batch(lm, requests[:2], Contexts()), LAYERS, ANCHOR)
+    chain = ModelJacobian(lm, encode_batch(lm, requests[:2], Contexts()), LAYERS, ANCHOR)
     with pytest.raises(ArchitectureError, match="forward-mode"):
-        chain.pull(vectors(2, 0))
+        chain.vjp(vectors(2, 0))

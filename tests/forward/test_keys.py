@@ -34,10 +34,10 @@ def plain(lm, batch, layer, anchor):
     return torch.stack(keys), torch.stack(bares), torch.stack(values)
 
 
-@pytest.mark.parametrize("budget", [1, 30, 8192])
+@pytest.mark.parametrize("max_tokens", [1, 30, 8192])
 @pytest.mark.parametrize("layers", [[0, 1, 2, 3], [1, 4], [5], [0, 5]])
-def test_equals_full_passes_layer_by_layer(tiny, batch, layers, budget):
-    reader, anchor = FactReader(tiny, batch, budget), Site(layers[-1])
+def test_equals_full_passes_layer_by_layer(tiny, batch, layers, max_tokens):
+    reader, anchor = FactReader(tiny, batch, max_tokens), Site(layers[-1])
     for layer in layers:
         keys, bare, values = reader.read(layer, anchor)
         wanted_keys, wanted_bare, wanted_values = plain(tiny, batch, layer, anchor)
@@ -95,7 +95,7 @@ def test_float32_models_are_read_in_float64(lm, batch):
 def test_a_stream_keeps_the_order_of_its_prompts(tiny):
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(1, 600, (n,), generator=generator).tolist() for n in (3, 11, 3, 7, 1, 5)]
-    keys, nothing = PromptStream(tiny, prompts, budget=12).read(Site(2, "mlp_out"))
+    keys, nothing = PromptStream(tiny, prompts, max_tokens=12).read(Site(2, "mlp_out"))
     assert nothing is None
     for key, prompt in zip(keys, prompts, strict=True):
         alone, _ = PromptStream(tiny, [prompt]).read(Site(2, "mlp_out"))

@@ -27,11 +27,11 @@ def plain(lm, batch, layer, change):
     return total
 
 
-@pytest.mark.parametrize("budget", [1, 4096])
+@pytest.mark.parametrize("max_tokens", [1, 4096])
 @pytest.mark.parametrize("layer", [0, 3])
-def test_equals_plain_passes(tiny, requests, layer, budget):
+def test_equals_plain_passes(tiny, requests, layer, max_tokens):
     batch = encode_batch(tiny, requests[:4], Contexts())
-    loss = WeightLoss(tiny, batch, layer, budget)
+    loss = WeightLoss(tiny, batch, layer, max_tokens)
     gen, shape = torch.Generator().manual_seed(0), tiny.oriented(layer).shape
     change, step = (0.05 * torch.randn(shape, generator=gen, dtype=torch.float64) for _ in range(2))
     value, gradient = loss(change)

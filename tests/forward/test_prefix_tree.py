@@ -66,14 +66,14 @@ def singly(lm, contexts, labels):
     return found
 
 
-@pytest.mark.parametrize("budget", [1, 4096])
+@pytest.mark.parametrize("max_tokens", [1, 4096])
 @pytest.mark.parametrize("branching", [True, False])
-def test_predictions_equal_one_pass_per_context(tiny, budget, branching):
+def test_predictions_equal_one_pass_per_context(tiny, max_tokens, branching):
     if not branching:
         tiny.model.config.sliding_window = 4  # shorter than the longest: rows may not branch
     first = [int(tiny.model(input_ids=torch.tensor([c])).logits[0, -1].argmax()) for c in CONTEXTS]
     for labels in (first, [3] * len(CONTEXTS)):
-        logprobs, hits = predict(tiny, CONTEXTS, labels, budget)
+        logprobs, hits = predict(tiny, CONTEXTS, labels, max_tokens)
         tiny.model.config.sliding_window = None
         wanted = singly(tiny, CONTEXTS, labels)
         torch.testing.assert_close(logprobs, torch.tensor([each for each, _ in wanted]), rtol=0, atol=1e-5)

@@ -45,15 +45,15 @@ def full_pass(lm, row, sites, delta):
     return logits, torch.stack(held)
 
 
-def check(lm, rows, sites, budget, *, read_first=False, tolerance=1e-9):
-    groups, outputs = cut(lm, rows, range(len(rows)), sites, budget, read_first=read_first)
+def check(lm, rows, sites, max_tokens, *, read_first=False, tolerance=1e-9):
+    groups, outputs = cut(lm, rows, range(len(rows)), sites, max_tokens, read_first=read_first)
     delta = torch.randn(outputs.shape, dtype=outputs.dtype, generator=torch.Generator().manual_seed(3))
     full = [full_pass(lm, row, sites, delta[i]) for i, row in enumerate(rows)]
     torch.testing.assert_close(outputs, torch.stack([output for _, output in full]), rtol=0, atol=tolerance)
     seen = []
     for group in groups:
         logits = group.logits(lm, sites, delta[group.fact])
-        steps = (group.column - group.origin[group.row]).tolist()
+        steps = (group.column - group.changed_column[group.row]).tolist()
         for line, i, step, label in zip(logits, group.fact[group.row].tolist(), steps, group.label, strict=True):
             at = rows[i].subject + step
             assert int(label) == (-1 if read_first else rows[i].ids[at + 1])
@@ -73,11 +73,11 @@ def test_two_changes_in_one_block(tiny, rows):
     check(tiny, rows, [Site(3, "mlp_out"), Site(3, "attn_out")], 1024)
 
 
-@pytest.mark.parametrize("budget", [1, 12, 40])
-def test_any_grouping_gives_the_same_numbers(tiny, rows, budget):
-    groups = check(tiny, rows, [Site(2)], budget)
+@pytest.mark.parametrize("max_tokens", [1, 12, 40])
+def test_any_grouping_gives_the_same_numbers(tiny, rows, max_tokens):
+    groups = check(tiny, rows, [Site(2)], max_tokens)
     assert len(groups) > 1
-    assert all(group.tokens.numel() <= budget or len(group.tokens) == 1 for group in groups)
+    assert all(group.tokens.numel() <= max_tokens or len(group.tokens) == 1 for group in groups)
 
 
 def test_reading_at_the_subject_only(tiny, lm, requests):

@@ -259,22 +259,22 @@ LENGTHS = st.lists(st.integers(1, 60), max_size=40)
 
 
 @given(LENGTHS, st.integers(1, 200), st.integers(0, 40))
-def test_plan(lengths, budget, slack):
+def test_plan(lengths, max_tokens, slack):
     """Every row exactly once, longest first; a group keeps the budget (or is a single row) and the padding."""
-    groups = plan(lengths, budget, slack)
+    groups = plan(lengths, max_tokens, slack)
     assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
     order = [lengths[index] for group in groups for index in group]
     assert order == sorted(order, reverse=True)
     for group in groups:
         longest = max(lengths[index] for index in group)
         assert lengths[group[0]] == longest
-        assert len(group) == 1 or len(group) * longest <= budget
+        assert len(group) == 1 or len(group) * longest <= max_tokens
         assert sum(longest - lengths[index] for index in group) <= slack
 
 
 @given(LENGTHS.filter(bool))
 def test_plan_wastes_no_group(lengths):
     """Rows of one length share a group as far as the budget goes, and room for all means one group."""
-    assert len(plan(lengths, budget=10**6, slack=10**6)) == 1
-    assert len(plan([lengths[0]] * 10, budget=3 * lengths[0], slack=0)) == 4
-    assert len(plan(lengths, budget=10**6, slack=0)) == len(set(lengths))
+    assert len(plan(lengths, max_tokens=10**6, slack=10**6)) == 1
+    assert len(plan([lengths[0]] * 10, max_tokens=3 * lengths[0], slack=0)) == 4
+    assert len(plan(lengths, max_tokens=10**6, slack=0)) == len(set(lengths))

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_ledger import JSON
+from strategies import JSON
 from tiny_runs import content, editor_of, state
 
 from cakeflow.cli.command_line import main
@@ -15,7 +15,7 @@ from cakeflow.errors import EditError, LedgerError, ResumeError, RunFolderError
 from cakeflow.journal.audit import replay, verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Ledger, read_entries
-from cakeflow.journal.store import Record
+from cakeflow.journal.store import JournalStore
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_paths_that_lead_out_of_the_folder_are_refused(run):
         files = entry.body.get("files", {})
         ledger.append(entry.kind, entry.body | {"files": {f"../../{name}": told for name, told in files.items()}})
     assert any("is not a file name" in fault for fault in verify(run).faults)
-    record = Record(run / "journal")
+    record = JournalStore(run / "journal")
     with pytest.raises(LedgerError, match="may not name files outside"):
         record.read(record.ledger.entries[3], "../run.json")
 

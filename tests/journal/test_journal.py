@@ -16,7 +16,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import read_entries
-from cakeflow.journal.store import Record
+from cakeflow.journal.store import JournalStore
 
 FACTS = [EditRequest("{} plays", "Ann", "tennis")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -322,7 +322,7 @@ class Life(RuleBasedStateMachine):
         self.journal = Journal(self.lm)
         if folder is None:
             self.folder = self.folders.mktemp("life") / "journal"
-            self.journal.keep(Record(self.folder), {})
+            self.journal.open(JournalStore(self.folder), {})
         else:
             self.journal.load(folder)
 

@@ -6,15 +6,10 @@ from contextlib import suppress
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import JSON
 
 from cakeflow.errors import LedgerError
 from cakeflow.journal.ledger import Entry, Ledger, canonical, finite, read_entries
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
-    max_leaves=8,
-)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tiny_runs import LAYERS, content, editor_of, state
 from cakeflow import LeastSquares
 from cakeflow.errors import LedgerError, NumericalError
 from cakeflow.journal.ledger import Ledger, read_entries
-from cakeflow.journal.store import Record
+from cakeflow.journal.store import JournalStore
 from cakeflow.solvers import Solver
 
 ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
@@ -44,7 +44,7 @@ def one_batch(editor, requests):
 def begun(lm, requests, folder, earlier):
     """An editor whose journal is kept, after so many batches."""
     editor = editor_of(lm)
-    editor.module.keep(folder / "journal", requests, None)
+    editor.module.open(folder / "journal", requests, None)
     for number in range(earlier):
         one_batch(editor, requests[2 * number : 2 * number + 2])
     return editor
@@ -99,7 +99,7 @@ class Failing(LeastSquares):
     """A solver that fails in the second batch."""
 
     def solve(self, problem):
-        if len(problem.seen):
+        if len(problem.history):
             raise torch.OutOfMemoryError("no memory left")
         return super().solve(problem)
 
@@ -149,7 +149,7 @@ def test_a_weight_that_is_not_finite_leaves_nothing(lm, requests, tmp_path):
 
 def test_killed_processes_lose_nothing_that_was_acknowledged(tmp_path):
     """The short form of ``python tests/crash.py --kills 200``."""
-    words = [sys.executable, str(Path(__file__).with_name("crash.py")), "--kills", "20"]
+    words = [sys.executable, str(Path(__file__).parents[1] / "crash.py"), "--kills", "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -160,4 +160,4 @@ def test_killed_processes_lose_nothing_that_was_acknowledged(tmp_path):
 def test_a_forged_number_of_earlier_batches_is_named(tmp_path, told):
     Ledger(tmp_path / "ledger.jsonl").append("model", {"earlier": told})
     with pytest.raises(LedgerError, match=r"entry 0: not what cakeflow writes of a model"):
-        _ = Record(tmp_path).earlier
+        _ = JournalStore(tmp_path).earlier

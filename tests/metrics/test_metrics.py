@@ -47,7 +47,7 @@ def test_two_processes_agree_with_one():
     for process in processes:
         process.join(120)
         assert process.exitcode == 0
-    wanted = {name: float(value) for name, value in fed(list(range(9))).compute().items()}
+    expected = {name: float(value) for name, value in fed(list(range(9))).compute().items()}
     for found in (queue.get()[1] for _ in processes):
-        assert found == pytest.approx(wanted, abs=1e-6)
-    assert all(value == value for value in wanted.values())
+        assert found == pytest.approx(expected, abs=1e-6)
+    assert all(value == value for value in expected.values())

@@ -41,9 +41,9 @@ BY_HAND = {
 
 def tensors(rows):
     """Rows as the arguments of ``update``."""
-    record, kind, wanted, rival, correct = (list(column) for column in zip(*rows, strict=True)) if rows else [[]] * 5
+    record, kind, expected, rival, correct = (list(column) for column in zip(*rows, strict=True)) if rows else [[]] * 5
     return {
-        "wanted": torch.tensor(wanted, dtype=torch.float64),
+        "expected": torch.tensor(expected, dtype=torch.float64),
         "rival": torch.tensor(rival, dtype=torch.float64),
         "correct": torch.tensor(correct, dtype=torch.bool),
         "record": torch.tensor(record, dtype=torch.long),
@@ -54,9 +54,9 @@ def tensors(rows):
 def slowly(rows, kind, form):
     """The definition, in plain Python."""
     records = {}
-    for record, name, wanted, rival, correct in rows:
+    for record, name, expected, rival, correct in rows:
         if name == kind and (form == "exact" or not math.isnan(rival)):
-            records.setdefault(record, []).append(correct if form == "exact" else wanted > rival)
+            records.setdefault(record, []).append(correct if form == "exact" else expected > rival)
     means = [sum(hits) / len(hits) for hits in records.values()]
     return sum(means) / len(means) if means else NAN
 

@@ -32,7 +32,7 @@ def tensors(rows):
     record, kind, success, correct = (list(column) for column in zip(*rows, strict=True))
     rival = torch.tensor([math.nan if one is None else (-2.0 if one else -0.5) for one in success])
     return {
-        "wanted": torch.full((len(rows),), -1.0),
+        "expected": torch.full((len(rows),), -1.0),
         "rival": rival,
         "correct": torch.tensor(correct),
         "record": torch.tensor(record),
@@ -78,8 +78,8 @@ def test_it_is_the_harmonic_mean_of_the_three(form, rows):
     for part in parts:
         part.update(**tensors(rows))
     rates = [float(part.compute()) for part in parts]
-    wanted = math.nan if any(map(math.isnan, rates)) else harmonic_mean(rates)
-    assert score(rows, form) == pytest.approx(wanted, abs=1e-6, nan_ok=True)
+    expected = math.nan if any(map(math.isnan, rates)) else harmonic_mean(rates)
+    assert score(rows, form) == pytest.approx(expected, abs=1e-6, nan_ok=True)
 
 
 @given(rows=ROWS, size=st.integers(1, 5))

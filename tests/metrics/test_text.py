@@ -49,8 +49,8 @@ def test_records_count_alike():
     metric = Fluency()
     metric.update([["a b c d", "a a a a"], []])
     metric.update([["a b a b"] * 4])
-    wanted = ((fluency("a b c d") + fluency("a a a a")) / 2 + fluency("a b a b")) / 2
-    assert float(metric.compute()) == pytest.approx(wanted, abs=1e-6)
+    expected = ((fluency("a b c d") + fluency("a a a a")) / 2 + fluency("a b a b")) / 2
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-6)
 
 
 def cosine(first, second, weights):
@@ -72,9 +72,9 @@ def test_published_frequencies(tmp_path):
     np.save(tmp_path / "idf.npy", np.array(list(weights.values())))
     metric = Consistency(idf=tmp_path / "idf.npy", vocabulary=tmp_path / "vocab.json")
     metric.update(TEXTS, REFERENCES)
-    wanted = (cosine(" ".join(TEXTS[0]), REFERENCES[0], weights) + 0.0) / 2
-    assert 0.3 < 2 * wanted < 1
-    assert float(metric.compute()) == pytest.approx(wanted, abs=1e-6)
+    expected = (cosine(" ".join(TEXTS[0]), REFERENCES[0], weights) + 0.0) / 2
+    assert 0.3 < 2 * expected < 1
+    assert float(metric.compute()) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("given_corpus", [True, False])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from conftest import fit_tiny, random_model
 
-from cakeflow import Contexts, EditRequest, LeastSquares, TargetOptimizer
+from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares
 from cakeflow.allocators import Jacobian
 from cakeflow.evaluation.scoring import score_targets
 from cakeflow.forward.keys import FactReader
@@ -62,7 +62,7 @@ def test_an_injected_value_changes_logits_from_its_position_on(family, role):
 
 
 def edit(lm, requests, quiet, **changes):
-    targets = TargetOptimizer(steps=20, lr=0.5, clamp=30.0, kl_factor=0.0)
+    targets = GradientSearch(steps=20, lr=0.5, clamp=30.0, kl_factor=0.0)
     return fit_tiny(lm, LAYERS, requests, quiet, 1e-9, solver=LeastSquares(), targets=targets, **changes)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import cakeflow
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture, inject, narrow, resume
+from cakeflow.models.hooks import capture, inject, logits_at, start_at
 
 BOUNDARIES = ["success", "exception", "interrupt"]
 
@@ -134,7 +134,7 @@ def test_inject_is_out_of_place_and_passes_gradients(tiny, ids):
 def test_narrow_equals_full_logits(tiny, ids):
     rows, columns = torch.tensor([2, 0, 0, 1]), torch.tensor([8, 0, 5, 3])
     full = forward(tiny, ids)
-    with narrow(tiny, rows, columns):
+    with logits_at(tiny, rows, columns):
         narrowed = forward(tiny, ids)
     assert narrowed.shape == (1, 4, 600)
     torch.testing.assert_close(narrowed[0], full[rows, columns], rtol=0, atol=1e-12)
@@ -147,7 +147,7 @@ def test_resume_equals_the_full_pass(tiny, ids, layer):
         with capture(tiny, [Site(5)]) as seen:
             forward(tiny, ids)
         entering = seen[Site(5)]
-    with resume(tiny, layer, entering):
+    with start_at(tiny, layer, entering):
         logits = forward(tiny, ids)
     torch.testing.assert_close(logits, forward(tiny, ids), rtol=0, atol=1e-12)
 
@@ -157,7 +157,7 @@ def test_resume_skips_the_blocks_below(tiny, ids):
     with torch.no_grad():
         for layer in range(3):
             tiny.weight(layer).fill_(float("nan"))
-    with resume(tiny, 3, entering):
+    with start_at(tiny, 3, entering):
         assert torch.isfinite(forward(tiny, ids)).all()
     assert not torch.isfinite(forward(tiny, ids)).any()
 
@@ -166,20 +166,20 @@ def test_resume_puts_back_a_forward_that_was_there(lm, ids):
     block = lm.module(Site(0))
     mine = block.forward
     block.forward = mine
-    with resume(lm, 2, states(lm, ids)[2]):
+    with start_at(lm, 2, states(lm, ids)[2]):
         assert block.forward is not mine
     assert block.__dict__["forward"] is mine
 
 
 @pytest.mark.parametrize("ending", BOUNDARIES)
-@pytest.mark.parametrize("tool", ["capture", "inject", "resume", "narrow"])
+@pytest.mark.parametrize("tool", ["capture", "inject", "start_at", "logits_at"])
 def test_nothing_is_left_behind(tiny, ids, tool, ending):
     one = torch.tensor([0])
     contexts = {
         "capture": lambda: capture(tiny, [Site(1), Site(2, "mlp_out"), Site(4)], side="in", stop=ending == "success"),
         "inject": lambda: inject(tiny, Site(2), torch.ones(1, 48), one),
-        "resume": lambda: resume(tiny, 3, states(tiny, ids)[3]),
-        "narrow": lambda: narrow(tiny, one, one),
+        "start_at": lambda: start_at(tiny, 3, states(tiny, ids)[3]),
+        "logits_at": lambda: logits_at(tiny, one, one),
     }
     plain = forward(tiny, ids)
     error = {"exception": RuntimeError, "interrupt": KeyboardInterrupt}.get(ending)
@@ -204,9 +204,9 @@ def test_nothing_is_left_behind_when_the_pass_itself_fails(tiny, ids):
     with (
         pytest.raises((IndexError, RuntimeError)),
         capture(tiny, [Site(1)]),
-        resume(tiny, 2, states(tiny, ids)[2]),
+        start_at(tiny, 2, states(tiny, ids)[2]),
         inject(tiny, Site(3), torch.ones(1, 48), torch.tensor([99])),
-        narrow(tiny, torch.tensor([0]), torch.tensor([0])),
+        logits_at(tiny, torch.tensor([0]), torch.tensor([0])),
     ):
         forward(tiny, ids)
     assert not traces(tiny)
@@ -221,4 +221,4 @@ def test_a_site_that_is_missing_leaves_no_hook_on_the_others(lm):
 def test_only_this_file_hooks_modules():
     folder = Path(cakeflow.__file__).parent
     hooking = {p.name for p in folder.rglob("*.py") if "register_forward" in p.read_text(encoding="utf-8")}
-    assert hooking <= {"tap.py", "model.py"}  # model.py: looks once whether blocks return tuples
+    assert hooking <= {"hooks.py", "language.py"}  # language.py: looks once whether blocks return tuples

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
-from cakeflow import Architecture, EditModule
+from cakeflow import Architecture, LocateThenEdit
 from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
@@ -120,7 +120,7 @@ def test_integer_weights_are_refused(tiny):
     module = tiny.module(Site(2, "mlp_out"))
     module.weight = torch.nn.Parameter(torch.zeros_like(module.weight, dtype=torch.int8), requires_grad=False)
     assert tiny.weight(1) is tiny.module(Site(1, "mlp_out")).weight
-    for use in (tiny.weight, tiny.oriented, lambda layer: EditModule(tiny, layers=[1, layer])):
+    for use in (tiny.weight, tiny.oriented, lambda layer: LocateThenEdit(tiny, layers=[1, layer])):
         with pytest.raises(ArchitectureError, match=r"layer 2.*no floating-point weight.*dequantized"):
             use(2)
 

@@ -11,12 +11,12 @@ from accelerate import cpu_offload
 from conftest import FACTS, fit_tiny
 from places import Places, place, spread
 
-from cakeflow import EditModule, Editor
+from cakeflow import Editor, LocateThenEdit
 from cakeflow.allocators import Jacobian
 from cakeflow.core.statistics import Statistics
 from cakeflow.errors import ArchitectureError
 from cakeflow.solvers import Descent, EqualityConstrained, LeastSquares, NullSpace
-from cakeflow.targets.gradient import TargetOptimizer
+from cakeflow.targets.gradient import GradientSearch
 from cakeflow.tracing import CausalTrace
 from cakeflow.tracing.facts import trace_row
 
@@ -26,16 +26,16 @@ PARTS = {
     "alphaedit": {"solver": NullSpace(LeastSquares(ridge=1.0), threshold=2.0)},
     "memit": {"solver": LeastSquares(ridge=0.0)},
     "primal": {"solver": LeastSquares(form="primal")},
-    "rome": {"solver": EqualityConstrained(at="bare")},
+    "rome": {"solver": EqualityConstrained(at="prompt")},
     "exact": {"allocator": Jacobian()},
-    "pmet": {"targets": TargetOptimizer(steps=3, role="mlp_out", also="attn_out")},
+    "pmet": {"targets": GradientSearch(steps=3, role="mlp_out", also="attn_out")},
     "ft": {"solver": Descent(steps=2)},
 }
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
 def test_a_sharded_model_is_edited_where_its_weights_live(tiny, requests, quiet, parts):
-    parts = {"targets": TargetOptimizer(steps=3), **parts}
+    parts = {"targets": GradientSearch(steps=3), **parts}
     alone = copy.deepcopy(tiny)
     fit_tiny(alone, LAYERS, requests[:4], quiet, 1.0, **parts)
     before = [tiny.weight(layer).clone() for layer in LAYERS]
@@ -58,7 +58,7 @@ def test_a_sharded_model_is_measured_like_any_other(tiny, requests, quiet):
             spread(tiny, HOME, [f"xla:{i % 3}" for i in range(tiny.depth)])
         with Places() if lm is tiny else nullcontext():
             settings = Statistics(tokens=600, window=32)
-            editor = Editor(EditModule(lm, LAYERS, statistics=settings, targets=TargetOptimizer(steps=2)), quiet)
+            editor = Editor(LocateThenEdit(lm, LAYERS, statistics=settings, targets=GradientSearch(steps=2)), quiet)
             run = editor.fit(requests[:2])
             trace = CausalTrace(draws=2).run(lm, [trace_row(lm, FACTS[0])], [1, 2])
             found.append([*run.before.values(), *run.after.values(), *trace.scores.values()])
@@ -70,7 +70,7 @@ def test_an_offloaded_layer_is_refused(tiny):
     last = tiny.depth - 1
     cpu_offload(tiny.model.get_submodule(tiny.architecture.block.format(last)), execution_device=torch.device("cpu"))
     with pytest.raises(ArchitectureError, match=f"layer {last}: its weight is offloaded"):
-        EditModule(tiny, [last])
+        LocateThenEdit(tiny, [last])
     with pytest.raises(ArchitectureError, match="is offloaded and cannot be read"):
         tiny.fingerprint()
     assert len(tiny.fingerprint(last)) == 64
@@ -83,12 +83,12 @@ def test_a_device_map_by_name(workplace, lm):
     names += [f"transformer.h.{i}" for i in range(last)]
     places = {**dict.fromkeys(names, "cpu"), f"transformer.h.{last}": "disk"}
     load = {"device_map": places, "offload_folder": str(workplace / "offload")}
-    module = EditModule(str(workplace / "model"), [1], model_kwargs=load)
+    module = LocateThenEdit(str(workplace / "model"), [1], model_kwargs=load)
     module.setup()
     assert module.lm.model.hf_device_map == places
     assert torch.equal(module.lm.weight(1), lm.weight(1))
     with pytest.raises(ArchitectureError, match=f"layer {last}: its weight is offloaded"):
-        EditModule(str(workplace / "model"), [1, last], model_kwargs=load).setup()
+        LocateThenEdit(str(workplace / "model"), [1, last], model_kwargs=load).setup()
 
 
 def test_places_that_meet_are_an_error():

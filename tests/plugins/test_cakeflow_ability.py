@@ -13,7 +13,7 @@ from cakeflow_ability.tasks import general_ability
 from lightning.pytorch.loggers import CSVLogger
 from tasks import write_all
 
-from cakeflow import Contexts, EditDataModule, EditModule, LeastSquares, TargetOptimizer
+from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit
 from cakeflow.cli.command_line import main
 from cakeflow.core.config import shipped
 from cakeflow.models.language import LanguageModel
@@ -28,11 +28,11 @@ def data(tmp_path):
 
 
 def fit(lm, requests, quiet, callback, *, size=2, solver=None, **trainer):
-    module = EditModule(
+    module = LocateThenEdit(
         lm,
         LAYERS,
         contexts=Contexts(),
-        targets=TargetOptimizer(steps=2, lr=0.3),
+        targets=GradientSearch(steps=2, lr=0.3),
         solver=solver or LeastSquares(1.0),
         moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)),
     )
@@ -107,7 +107,7 @@ trainer:
   accelerator: cpu
   enable_progress_bar: false
   callbacks:
-  - class_path: cakeflow.callbacks.GeneralAbility
+  - class_path: cakeflow_ability.GeneralAbility
     init_args: {{data: "{data}", tasks: [cola, rte], every: 1}}
 model:
   base: {workplace / "model"}

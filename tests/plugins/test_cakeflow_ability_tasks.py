@@ -4,6 +4,8 @@ import json
 import logging
 import random
 import sys
+from importlib.resources import files
+from pathlib import Path
 
 import matplotlib as mpl
 import numpy as np
@@ -28,7 +30,6 @@ from lm_eval.tasks import TaskManager
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tasks import FILES, write, write_all
 
-from cakeflow.core.config import shipped
 from cakeflow.errors import ConfigError
 from cakeflow.forward.generation import continuations
 from cakeflow.models.architecture import Site
@@ -87,7 +88,11 @@ def test_what_a_task_asks_and_what_is_right(name, prompt, answers, right, data):
 
 
 def test_every_shipped_task_is_known():
-    assert set(shipped("ability")) == set(TASKS) == set(FILES)
+    assert (
+        {path.stem for path in Path(str(files("cakeflow_ability") / "prompts")).glob("*.yaml")}
+        == set(TASKS)
+        == set(FILES)
+    )
 
 
 def log_likelihood(lm, prompt, answer):

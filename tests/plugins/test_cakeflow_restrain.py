@@ -10,7 +10,7 @@ from cakeflow_restrain import Prune, Rect
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow import Contexts, EditDataModule, EditModule, LayerProblem, LeastSquares, NullSpace, TargetOptimizer
+from cakeflow import Contexts, EditDataModule, GradientSearch, LayerProblem, LeastSquares, LocateThenEdit, NullSpace
 from cakeflow.errors import ConfigError
 from cakeflow.forward.keys import FactReader
 
@@ -31,7 +31,7 @@ def test_rect_keeps_the_largest_relative_changes(seed, keep):
     weight = randn(4, 7, seed=seed + 50)
     full = LeastSquares(1.0).solve(problem(weight, seed)).dense
     update = Rect(LeastSquares(1.0), keep).solve(problem(weight, seed))
-    kept = update.kept.dense
+    kept = update.deferred.dense
     assert torch.equal(update.dense, full)
     chosen = kept != 0
     assert torch.equal(kept[chosen], full[chosen])
@@ -40,7 +40,7 @@ def test_rect_keeps_the_largest_relative_changes(seed, keep):
     ratio = (full / weight).abs()
     assert dropped == 0 or ratio[chosen].min() >= ratio[~chosen].max()
     masked = Rect(LeastSquares(1.0), keep, in_loop=True).solve(problem(weight, seed))
-    assert masked.kept is None
+    assert masked.deferred is None
     assert torch.equal(masked.dense, kept)
 
 
@@ -71,13 +71,13 @@ def test_bad_settings(build, words):
 # ---- in a fit ----
 
 
-def fit(lm, requests, quiet, solver, batch_size, kind=EditModule):
+def fit(lm, requests, quiet, solver, batch_size, kind=LocateThenEdit):
     width = lm.oriented(0).shape[1]
     module = kind(
         lm,
         LAYERS,
         contexts=Contexts.of(["{}", "I am. {}"]),
-        targets=TargetOptimizer(steps=4, lr=0.3),
+        targets=GradientSearch(steps=4, lr=0.3),
         solver=solver,
         history=False,
         moments=dict.fromkeys(LAYERS, 1e-5 * torch.eye(width, dtype=torch.float64)),
@@ -92,12 +92,12 @@ def weights(lm):
     return {layer: lm.oriented(layer).clone() for layer in LAYERS}
 
 
-class Watched(EditModule):
+class Watched(LocateThenEdit):
     """Keeps the goal of the last batch."""
 
     def _find_targets(self, batch, anchor, *rest):
         found = super()._find_targets(batch, anchor, *rest)
-        self.seen, self.goal, self.anchor = batch, found.values, anchor
+        self.history, self.goal, self.value_site = batch, found.values, anchor
         return found
 
 
@@ -111,7 +111,7 @@ def test_rect_in_a_fit(tiny, requests, quiet):
         torch.testing.assert_close(got, torch.where(got != 0, full, 0.0), rtol=0, atol=1e-12)
         untouched = got == 0
         assert torch.equal(tiny.oriented(layer)[untouched], before[layer][untouched])
-    left = module.goal - FactReader(tiny, module.seen).values(LAYERS[0], module.anchor)
+    left = module.goal - FactReader(tiny, module.history).values(LAYERS[0], module.value_site)
     assert float(logged["target/left"]) == pytest.approx(float(left.norm(dim=1).mean()), rel=1e-5)
     module.journal.rollback()
     assert all(torch.equal(tiny.oriented(layer), weight) for layer, weight in before.items())

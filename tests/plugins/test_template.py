@@ -12,7 +12,7 @@ import pytest
 TEMPLATE = Path(__file__).parents[2] / "plugins" / "template"
 USE = """
 from pathlib import Path
-from cakeflow.config import build_module
+from cakeflow.core.config import build_module
 module = build_module([Path("method.yaml")])
 print(module.allocator, module.allocator.shares(__import__("torch").ones(3)).tolist())
 """
@@ -52,7 +52,7 @@ def test_a_config_names_it(environment, tmp_path):
     text = "model: {layers: [1, 2, 3], allocator: {class_path: Halving, init_args: {share: 0.25}}}"
     (tmp_path / "method.yaml").write_text(text)
     printed = run(str(environment), "-c", USE, where=tmp_path)
-    assert "Halving(share=0.25, anchor='last') [0.25, 0.25, 1.0]" in printed
+    assert "Halving(share=0.25, residual_at='last') [0.25, 0.25, 1.0]" in printed
 
 
 def test_its_own_test_passes(environment):

@@ -11,9 +11,19 @@ from cakeflow.journal.ledger import Ledger
 RELATIONS = {"P103": "The mother tongue of {} is", "P19": "{} was born in", None: "{} plays the sport of"}
 
 
-def prompt(kind, text, wanted, rival, scores, correct=False):
-    names = ("kind", "prompt", "wanted", "rival", "wanted_logprob", "rival_logprob", "correct", "tokens", "answered")
-    return dict(zip(names, (kind, text, wanted, rival, *scores, correct, 0.5 + correct / 2, None), strict=True))
+def prompt(kind, text, expected, rival, scores, correct=False):
+    names = (
+        "kind",
+        "prompt",
+        "expected",
+        "rival",
+        "expected_logprob",
+        "rival_logprob",
+        "correct",
+        "tokens",
+        "answered",
+    )
+    return dict(zip(names, (kind, text, expected, rival, *scores, correct, 0.5 + correct / 2, None), strict=True))
 
 
 def record(index, stage, draw, neighbors):

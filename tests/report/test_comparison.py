@@ -16,7 +16,7 @@ def expected(folder, kind):
     rates = []
     for line in (folder / "after.jsonl").read_text().splitlines():
         asked = [prompt for prompt in json.loads(line)["prompts"] if prompt["kind"] == kind]
-        judged = [prompt["wanted_logprob"] > prompt["rival_logprob"] for prompt in asked if prompt["rival_logprob"]]
+        judged = [prompt["expected_logprob"] > prompt["rival_logprob"] for prompt in asked if prompt["rival_logprob"]]
         rates += [sum(judged) / len(judged)] if judged else []
     mean, half = statistics.fmean(rates), 1.959964 * statistics.stdev(rates) / math.sqrt(len(rates))
     return mean, mean - half, mean + half
@@ -58,14 +58,14 @@ def successes(folder, kind):
     """Share of each record's prompts of a kind that succeed; None where none can be judged."""
     for line in (folder / "after.jsonl").read_text().splitlines():
         asked = [p for p in json.loads(line)["prompts"] if p["kind"] == kind and p["rival_logprob"]]
-        yield statistics.fmean(p["wanted_logprob"] > p["rival_logprob"] for p in asked) if asked else None
+        yield statistics.fmean(p["expected_logprob"] > p["rival_logprob"] for p in asked) if asked else None
 
 
 def test_runs_of_the_same_records_are_compared_record_by_record(make_run, tmp_path, capsys):
     def worse(record):
         for prompt in record["prompts"]:
             if record["index"] % 3 == 0 and prompt["kind"] != "neighborhood":
-                prompt["wanted_logprob"] = -9.0
+                prompt["expected_logprob"] = -9.0
         return record
 
     folders = [make_run("one"), make_run("two", change=worse), make_run("three", size=5)]

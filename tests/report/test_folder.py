@@ -90,7 +90,7 @@ def without(*names):
         ),
         ("after.jsonl", 3, lambda line: line[:40], ["after.jsonl, line 3", "run the edit again"]),
         ("before.jsonl", 12, without("subject"), ["before.jsonl, line 12", "subject", "expected str"]),
-        ("after.jsonl", 1, lambda line: line.replace('"wanted_logprob": -', '"wanted_logprob": "a', 1), ["line 1"]),
+        ("after.jsonl", 1, lambda line: line.replace('"expected_logprob": -', '"expected_logprob": "a', 1), ["line 1"]),
         ("after.jsonl", 2, lambda line: line.replace('"correct": true', '"correct": 1'), ["line 2, prompts", "bool"]),
         ("after.jsonl", 2, lambda line: line.replace('"text":', '"words":'), ["line 2, generations", "text"]),
         ("journal/ledger.jsonl", 2, without("kind"), ["ledger.jsonl, entry 1", "kind"]),
@@ -129,9 +129,9 @@ def test_a_log_probability_that_is_no_number_fails(run_folder):
     path = run_folder / "after.jsonl"
     spoil(path, 1, lambda line: json.dumps(broken(json.loads(line))))
     prompt = RunFolder.read(run_folder).after[0].prompts[0]
-    assert (prompt.wanted_logprob, prompt.success) == (None, False)
+    assert (prompt.expected_logprob, prompt.success) == (None, False)
 
 
 def broken(record):
-    record["prompts"][0]["wanted_logprob"] = None
+    record["prompts"][0]["expected_logprob"] = None
     return record

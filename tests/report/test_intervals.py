@@ -35,7 +35,7 @@ def test_a_record_counts_with_the_mean_over_its_prompts(run_folder):
         if record.target_true is None:
             assert math.isnan(value)
         else:
-            assert value == statistics.fmean(prompt.wanted_logprob > prompt.rival_logprob for prompt in asked)
+            assert value == statistics.fmean(prompt.expected_logprob > prompt.rival_logprob for prompt in asked)
     assert values["efficacy_exact"].tolist() == [1.0] * 12
 
 

@@ -113,7 +113,7 @@ def test_relations_edits_layers_targets_and_costs(run_folder, page):
         assert f"Batch {edit.batch}. Target at layer 9: loss {loss}, probability 0.9, 20 steps." in texts["edits"]
         for prompt in record.prompts:
             assert prompt.prompt in texts["edits"]
-            assert number(prompt.wanted_logprob, ".2f") in texts["edits"]
+            assert number(prompt.expected_logprob, ".2f") in texts["edits"]
     assert "work that before editing" in texts["edits"]
     assert "work that after editing" in texts["edits"]
     for name, value in run.log[-1].items():  # the last batch
@@ -220,7 +220,7 @@ def test_a_real_run_through_the_command_line(workplace, monkeypatch, capsys):
         "data.source": "facts.json",
         "trainer.accelerator": "cpu",
         "trainer.enable_progress_bar": "false",
-        "trainer.callbacks+": "cakeflow.callbacks.ResidualDrift",
+        "trainer.callbacks+": "cakeflow_theory.ResidualDrift",
     }
     done = main(["fit", *(f"--{name}={value}" for name, value in options.items())])
     written = main(["report", str(done.folder)])

@@ -25,7 +25,7 @@ def randn(*shape, seed=9):
 
 def problem(n=2, d_in=5, d_out=3, **changes):
     parts = {"keys": randn(n, d_in), "residual": randn(n, d_out), "weight": randn(d_out, d_in)}
-    return LayerProblem(**{**parts, "origin": parts["weight"], **changes})
+    return LayerProblem(**{**parts, "original_weight": parts["weight"], **changes})
 
 
 def test_eigenvalues_ascend_and_are_not_negative():
@@ -91,7 +91,7 @@ def test_a_singular_moment_says_what_to_do():
         {"residual": randn(3, 3)},
         {"residual": randn(2, 4)},
         {"weight": randn(3, 6)},
-        {"origin": randn(3, 4)},
+        {"original_weight": randn(3, 4)},
         {"keys": randn(2, 4)},
         {"covariance": Covariance(torch.eye(4))},
     ],
@@ -105,11 +105,11 @@ def test_in_null_space_projects_keys_and_history_and_drops_the_covariance():
     c, vectors = moment([1e-6, 1e-6, 1.0, 2.0, 3.0])
     p = vectors[:, :2] @ vectors[:, :2].T
     seen = KeyHistory(randn(4, 5, seed=1))
-    full = problem(covariance=Covariance(c), seen=seen)
+    full = problem(covariance=Covariance(c), history=seen)
     reduced = full.in_null_space(0.02)
     assert reduced.covariance is None
     torch.testing.assert_close(reduced.keys, full.keys @ p, rtol=0, atol=1e-9)
-    torch.testing.assert_close(reduced.seen.keys, seen.keys @ p, rtol=0, atol=1e-9)
+    torch.testing.assert_close(reduced.history.keys, seen.keys @ p, rtol=0, atol=1e-9)
     assert torch.equal(seen.keys, randn(4, 5, seed=1))
     assert torch.equal(reduced.residual, full.residual)
     assert torch.equal(reduced.weight, full.weight)
@@ -117,10 +117,10 @@ def test_in_null_space_projects_keys_and_history_and_drops_the_covariance():
 
 def test_two_thresholds_do_not_share_a_projected_history():
     c, _ = moment([1e-6, 1e-2, 1.0, 2.0, 3.0])
-    full = problem(covariance=Covariance(c), seen=KeyHistory(randn(4, 5, seed=1)))
+    full = problem(covariance=Covariance(c), history=KeyHistory(randn(4, 5, seed=1)))
     narrow, wide = full.in_null_space(1e-4), full.in_null_space(0.1)
-    assert torch.linalg.matrix_rank(narrow.seen.keys) == 1
-    assert torch.linalg.matrix_rank(wide.seen.keys) == 2
+    assert torch.linalg.matrix_rank(narrow.history.keys) == 1
+    assert torch.linalg.matrix_rank(wide.history.keys) == 2
 
 
 def test_a_null_space_needs_a_covariance():
@@ -129,7 +129,7 @@ def test_a_null_space_needs_a_covariance():
 
 
 def test_histories_of_two_problems_are_their_own():
-    assert problem().seen is not problem().seen
+    assert problem().history is not problem().history
 
 
 def test_update_as_factors_and_as_a_whole():

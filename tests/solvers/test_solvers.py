@@ -142,10 +142,10 @@ def test_small_ridge_reaches_the_targets(form):
 def test_solving_twice_gives_the_same_bits_and_changes_nothing():
     case = Case()
     problem = case.problem()
-    before = [t.clone() for t in (problem.keys, problem.residual, problem.seen.keys, case.covariance.moment)]
+    before = [t.clone() for t in (problem.keys, problem.residual, problem.history.keys, case.covariance.moment)]
     for solver in SOLVERS:
         assert torch.equal(solver.solve(problem).dense, solver.solve(problem).dense)
-    after = (problem.keys, problem.residual, problem.seen.keys, case.covariance.moment)
+    after = (problem.keys, problem.residual, problem.history.keys, case.covariance.moment)
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
 
 
@@ -196,7 +196,7 @@ def test_equality_at_the_bare_keys():
     """u from the mean key, exact at the bare one: ROME's code of 2022."""
     case = Case(n=1, m=0)
     bare = case.K + 0.1
-    update = EqualityConstrained(at="bare").solve(replace(case.problem(), bare=bare))
+    update = EqualityConstrained(at="prompt").solve(replace(case.problem(), prompt_keys=bare))
     u = torch.linalg.solve(case.C, case.K[0])
     close(update.dense, torch.outer(case.R[0], u) / (bare[0] @ u))
     close(update.dense @ bare.T, case.R.T)
@@ -256,7 +256,7 @@ def test_no_null_space_is_refused():
         (lambda: LeastSquares(0.0).solve(Case().problem(covariance=False)), "needs ridge above 0"),
         (lambda: NullSpace(LeastSquares(0.0)).solve(Case().problem()), "needs ridge above 0"),
         (lambda: EqualityConstrained(at="nowhere"), "at must be"),
-        (lambda: EqualityConstrained(at="bare").solve(Case().problem()), "keys of the bare prompts"),
+        (lambda: EqualityConstrained(at="prompt").solve(Case().problem()), "keys of the bare prompts"),
         (lambda: EqualityConstrained(Dense()).solve(Case().problem()), "no plain factors"),
     ],
 )

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cakeflow import Contexts, TargetOptimizer
+from cakeflow import Contexts, GradientSearch
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
 
 CONTEXTS = Contexts.of(["{}", "Because of the high cost of living in. {}", "I am. {}"])
-FAST = TargetOptimizer(steps=6, lr=0.3)
+FAST = GradientSearch(steps=6, lr=0.3)
 
 
 def tokenised(tok, request, contexts):
@@ -122,9 +122,7 @@ def test_equals_the_official_numbers(tiny, requests, golden, method, layer):
     setup = json.loads((golden / "tiny" / f"{arch}_golden.json").read_text())["_setup"]
     wanted = load_file(golden / "tiny" / f"{arch}_golden.safetensors")[f"{method}/z/{layer}"]
     batch = encode_batch(tiny, requests, Contexts.of(setup["context_templates"]))
-    assert (
-        relative(TargetOptimizer().optimize(tiny, batch, layer).values, wanted) < {"gpt2": 1e-10, "llama": 1e-5}[arch]
-    )
+    assert relative(GradientSearch().optimize(tiny, batch, layer).values, wanted) < {"gpt2": 1e-10, "llama": 1e-5}[arch]
 
 
 def test_padding_side_of_the_tokenizer_does_not_matter(tiny, requests):
@@ -139,7 +137,7 @@ def test_padding_side_of_the_tokenizer_does_not_matter(tiny, requests):
 def test_token_budget_bounds_memory_and_changes_nothing(tiny, requests, budget):
     batch = encode_batch(tiny, requests[:4], CONTEXTS)
     wanted = FAST.optimize(tiny, batch, 3)
-    found = replace(FAST, token_budget=budget).optimize(tiny, batch, 3)
+    found = replace(FAST, max_tokens=budget).optimize(tiny, batch, 3)
     assert relative(found.values, wanted.values) < 1e-9
     assert torch.equal(found.steps, wanted.steps)
 
@@ -192,7 +190,7 @@ def test_the_clamp_is_respected(tiny, requests, clamp):
 
 def test_it_does_what_it_is_for(tiny, requests):
     batch = encode_batch(tiny, requests, CONTEXTS)
-    free = TargetOptimizer(steps=12, lr=0.05, weight_decay=0.0, kl_factor=0.0)
+    free = GradientSearch(steps=12, lr=0.05, weight_decay=0.0, kl_factor=0.0)
     before = replace(free, steps=1).optimize(tiny, batch, 1)
     after = free.optimize(tiny, batch, 1)
     assert (after.loss < before.loss).all()
@@ -254,10 +252,10 @@ def test_half_precision_models_get_targets_in_float64(lm, batch):
     assert relative(found.initial, wanted.initial) < 0.05
 
 
-@given(st.sampled_from(["steps", "lr", "clamp", "token_budget"]), st.sampled_from([0, -1, float("nan")]))
+@given(st.sampled_from(["steps", "lr", "clamp", "max_tokens"]), st.sampled_from([0, -1, float("nan")]))
 def test_bad_settings(name, value):
     with pytest.raises(ConfigError, match=rf"targets\.{name} must be above 0"):
-        TargetOptimizer(**{name: value})
+        GradientSearch(**{name: value})
 
 
 def test_a_search_that_leads_away_from_its_fact_is_refused(lm, requests):

@@ -9,7 +9,7 @@ import torch
 from cakeflow.errors import ConfigError
 from cakeflow.forward.tokens import Row
 from cakeflow.tracing import PLACES, Trace
-from cakeflow.tracing.result import LAST_SUBJECT, Effect, Ledger, place_of
+from cakeflow.tracing.result import LAST_SUBJECT, Effect, TraceCache, place_of
 
 
 def test_scores_errors_and_map(tmp_path):
@@ -39,15 +39,15 @@ def test_a_file_that_is_no_trace_is_named(tmp_path, text):
 
 def test_of_a_ledger_what_cannot_be_read_is_traced_again(tmp_path):
     row, effect = Row((1, 2, 3), 0, 2, 0), Effect(0.5, 0.25, [None, [0.5]])
-    ledger = Ledger(tmp_path / "a.jsonl")
+    ledger = TraceCache(tmp_path / "a.jsonl")
     ledger.add([row], [effect])
     good = (tmp_path / "a.jsonl").read_bytes()
     odd = [b"5", b"{}", b"[]", b"\xff\xfe", b'{"fact": "x", "clean": 1}', b"[" * 100_000, b"9" * 5000, b'{"fact": [1]}']
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*odd, good]))
-    again = Ledger(tmp_path / "a.jsonl")
+    again = TraceCache(tmp_path / "a.jsonl")
     assert again[row] == effect
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(odd))
-    assert row not in Ledger(tmp_path / "a.jsonl")
+    assert row not in TraceCache(tmp_path / "a.jsonl")
 
 
 def test_places():

@@ -11,11 +11,11 @@ from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import trace_row
 
 
-@pytest.mark.parametrize("budget", [1, 60, 100_000])
-def test_grouping_changes_no_number(tiny, rows, tmp_path, budget):
+@pytest.mark.parametrize("max_tokens", [1, 60, 100_000])
+def test_grouping_changes_no_number(tiny, rows, tmp_path, max_tokens):
     settings = {"tokens": "all", "draws": 2, "noise": 0.3}
     one = CausalTrace(**settings).run(tiny, rows, folder=tmp_path / "a")
-    other = CausalTrace(**settings, token_budget=budget).run(tiny, rows, folder=tmp_path / "b")
+    other = CausalTrace(**settings, max_tokens=max_tokens).run(tiny, rows, folder=tmp_path / "b")
     torch.testing.assert_close(one.effects, other.effects, rtol=0, atol=1e-12, equal_nan=True)
 
 
@@ -47,7 +47,7 @@ def test_the_model_is_left_as_it_was(tiny, rows, tmp_path):
 
 
 def test_goes_on_where_it_stopped(tiny, rows, tmp_path, monkeypatch):
-    trace = CausalTrace(draws=2, noise=0.4, token_budget=1)  # one fact at a time
+    trace = CausalTrace(draws=2, noise=0.4, max_tokens=1)  # one fact at a time
     whole = trace.run(tiny, rows, folder=tmp_path / "whole")
     real, calls = CausalTrace._effects, []
 

@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 
-from cakeflow import Contexts, EditDataModule, EditModule, LeastSquares, Scores, TargetOptimizer
+from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit, Scores
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.generation import continuations
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, known_scores, locate, propose_layers
@@ -72,14 +72,14 @@ def builtin(facts, monkeypatch, tmp_path):
 
 def fit(lm, requests, quiet, layers, weighter, scores=None):
     width = lm.oriented(0).shape[1]
-    module = EditModule(
+    module = LocateThenEdit(
         lm,
         layers,
         weighter,
         solver=LeastSquares(1.0),
         scores=scores,
         contexts=Contexts(),
-        targets=TargetOptimizer(steps=2, lr=0.3),
+        targets=GradientSearch(steps=2, lr=0.3),
         moments=dict.fromkeys(range(lm.depth), torch.eye(width, dtype=torch.float64)),
     )
     L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests[:2], 2).train_dataloader())
@@ -119,4 +119,4 @@ def test_layers_auto(lm, requests, quiet):
 
 def test_bad_layers_are_refused(lm):
     with pytest.raises(ConfigError, match="auto"):
-        EditModule(lm, "all")
+        LocateThenEdit(lm, "all")

@@ -16,11 +16,11 @@ class Halving(ShareAllocator):
 
     Attributes:
         share: In (0, 1].
-        anchor: Where the residual is measured.
+        residual_at: Where residuals are measured: at the ``last`` edited layer, or at each layer itself (``self``).
     """
 
     share: float = 0.5
-    anchor: str = "last"
+    residual_at: str = "last"
 
     def shares(self, weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
         """See ``ShareAllocator.shares``."""

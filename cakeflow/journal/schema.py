@@ -1,0 +1,341 @@
+"""Everything that is written to a run folder, as types: the same classes write a file and read it back.
+
+Unknown fields are refused. Format 2 is what is written; format 1 (cakeflow 0.1) numbered edited weights by layer, and is
+read by ``upgraded``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PlainSerializer,
+    ValidationError,
+)
+
+from cakeflow.errors import EditError
+
+FORMAT = 2
+"""Version of what is written to a run folder."""
+
+Number = Annotated[
+    float,
+    BeforeValidator(lambda value: math.nan if value is None else value),
+    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+]
+"""A number; one that is not finite is null in the file, because JSON has none."""
+SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+S = TypeVar("S", bound="Schema")
+
+
+class Schema(BaseModel):
+    """Base of everything that is written: strict types, no unknown fields, immutable."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data; optional fields that are not set are left out."""
+        return self.model_dump(mode="json", exclude_unset=True)
+
+
+def read_as(kind: type[S], data: object, where: str, error: type[EditError], remedy: str) -> S:
+    """Data from a file as one of our types.
+
+    Args:
+        kind: The type.
+        data: What JSON gave.
+        where: The place of the data, for messages.
+        error: The error to raise.
+        remedy: Its last words.
+
+    Raises:
+        EditError: Of the given type, naming field, value and what was expected.
+    """
+    try:
+        return kind.model_validate(data)
+    except ValidationError as problem:
+        first = problem.errors()[0]
+        field = ".".join(map(str, first["loc"])) or kind.__name__
+        raise error(f"{where}, {field} = {ascii(first['input'])[:60]}: {first['msg']}; {remedy}") from problem
+
+
+# ---- the ledger: one entry per line, its body by kind ----
+
+
+class Line(Schema):
+    """A line of the ledger, whatever happened.
+
+    Attributes:
+        number: Its place, from 0.
+        kind: A key of ``BODIES``.
+        time: When it was written (UTC, ISO 8601).
+        body: What happened, as written: its hash is over this.
+        previous: Hash of the line before; empty in the first one.
+        hash: SHA-256 of this line without its hash.
+    """
+
+    number: int
+    kind: str
+    time: str
+    body: dict[str, JsonValue]
+    previous: str
+    hash: str = ""
+
+
+class ModelBody(Schema):
+    """The unedited model: hash and type of its weights, and how many batches were done before this run."""
+
+    fingerprint: str
+    dtype: str
+    earlier: int = 0
+
+
+class Circumstances(Schema):
+    """Who ran something, where, and with what; it may differ when a run goes on."""
+
+    who: str
+    versions: dict[str, str]
+    threads: int
+
+
+class RunBody(Circumstances):
+    """A run begins.
+
+    Attributes:
+        model: Name of the model, as it was given.
+        settings: Everything that decides the outcome, as text.
+        edits: Requests in the run.
+        batch_size: Edits in a batch.
+        data: SHA-256 of all requests.
+        format: Of the entries that follow.
+    """
+
+    model: str
+    settings: dict[str, JsonValue]
+    edits: int
+    batch_size: int | None
+    data: str
+    format: int = 1
+
+
+class EvaluationBody(Schema):
+    """Metrics at a stage (``before``, ``after``), and how many edits they follow."""
+
+    stage: str
+    edits: int
+    protocol: str
+    metrics: dict[str, Number]
+
+
+class TargetBody(Schema):
+    """How the target search of one request at one layer ended."""
+
+    layer: int
+    loss: Number
+    probability: Number
+    steps: Number
+
+
+class ChangeBody(Schema):
+    """One change of a batch.
+
+    Attributes:
+        place: Name of the parameter or module that was changed.
+        kind: Class of the change.
+        numbers: What was logged of it.
+        before: SHA-256 of what the place held before the batch.
+        after: The same when the batch was committed.
+        prefix: What its tensors are called by in the batch's file; the place, unless said otherwise.
+    """
+
+    place: str
+    kind: str
+    numbers: dict[str, Number]
+    before: str
+    after: str
+    prefix: str = ""
+
+
+class BatchBody(Schema):
+    """One edit batch.
+
+    Attributes:
+        batch: Its number.
+        files: File name -> SHA-256.
+        hashes: SHA-256 of each request.
+        requests: The requests, where their texts are kept.
+        targets: Per layer and request.
+        numbers: What was logged of the batch.
+        changes: What was changed, in order.
+    """
+
+    batch: int
+    files: dict[str, str]
+    hashes: list[str]
+    requests: list[dict[str, JsonValue]] = []
+    targets: list[TargetBody]
+    numbers: dict[str, Number]
+    changes: list[ChangeBody]
+
+
+class RollbackBody(Circumstances):
+    """Batches that were taken back, and the hashes of the places that changed by it."""
+
+    batches: list[int]
+    places: dict[str, str]
+
+
+class PolicyBody(Schema):
+    """A decision of a policy: its outcome, the rules that were broken, and the hash of the rules."""
+
+    outcome: str
+    faults: list[str]
+    policy: str
+
+
+class EndBody(Schema):
+    """The run is complete, and these are its files: name -> SHA-256."""
+
+    files: dict[str, str]
+
+
+BODIES: dict[str, type[Schema]] = {
+    "model": ModelBody,
+    "run": RunBody,
+    "evaluation": EvaluationBody,
+    "batch": BatchBody,
+    "rollback": RollbackBody,
+    "policy": PolicyBody,
+    "end": EndBody,
+}
+"""Kind of an entry -> its body."""
+
+
+def upgraded(kind: str, body: Mapping[str, Any], place: Callable[[int], str]) -> dict[str, Any]:
+    """A body of format 1 in format 2; one of format 2 as it is.
+
+    Args:
+        kind: Of the entry.
+        body: As it stands in the ledger.
+        place: Layer -> name of the weight that format 1 meant by it.
+    """
+    if kind not in ("batch", "rollback") or "layers" not in body:
+        return dict(body)
+    rest = {name: value for name, value in body.items() if name not in ("layers", "order")}
+    layers: dict[str, Any] = body["layers"]
+    if kind == "rollback":
+        return {**rest, "places": {place(int(layer)): hashed for layer, hashed in layers.items()}}
+    changes = [
+        {**layers[str(layer)], "place": place(layer), "kind": "WeightChange", "prefix": str(layer)}
+        for layer in body["order"]
+    ]
+    return {**rest, "changes": changes}
+
+
+# ---- the other files of a run ----
+
+
+class PromptAnswer(Schema):
+    """The model's answer to one prompt.
+
+    Attributes:
+        kind: ``rewrite``, ``paraphrase`` or ``neighborhood``.
+        prompt: The text.
+        expected: The continuation that is right after the edit.
+        rival: The other one, if the request names one.
+        expected_logprob: Mean log-probability per token of ``expected``, natural logarithm.
+        rival_logprob: The same of ``rival``.
+        correct: Whether every token of ``expected`` is the most likely one.
+        tokens: Share of its tokens that are.
+        answered: 1 where the model gives it when it answers freely, else 0; None where it was not asked to.
+    """
+
+    kind: str
+    prompt: str
+    expected: str = Field(validation_alias=AliasChoices("expected", "wanted"))
+    rival: str | None = None
+    expected_logprob: float | None = Field(
+        default=None, validation_alias=AliasChoices("expected_logprob", "wanted_logprob")
+    )
+    rival_logprob: float | None = None
+    correct: bool
+    tokens: float | None = None
+    answered: float | None = None
+
+    @property
+    def success(self) -> bool | None:
+        """Whether ``expected`` is more likely than ``rival``; None without a rival, False if it is not a number."""
+        if self.rival_logprob is None:
+            return None
+        return self.expected_logprob is not None and self.expected_logprob > self.rival_logprob
+
+
+class Generation(Schema):
+    """A free text after a prompt, the prompt left out."""
+
+    prompt: str
+    text: str
+
+
+class EvaluatedRequest(Schema):
+    """The answers to all prompts of one request: a line of ``before.jsonl`` and ``after.jsonl``."""
+
+    index: int
+    case_id: int | str | None = None
+    prompt: str
+    subject: str
+    target_new: str
+    target_true: str | None = None
+    relation: str | None = None
+    prompts: list[PromptAnswer]
+    generations: list[Generation] = []
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """Common to a request's evaluation and its edit in the journal."""
+        return self.prompt, self.subject, self.target_new
+
+    def of_kind(self, kind: str) -> list[PromptAnswer]:
+        """Its prompts of a kind."""
+        return [prompt for prompt in self.prompts if prompt.kind == kind]
+
+
+class ModelInfo(Schema):
+    """The model of a run: its name, hash and type before the edits, and module paths."""
+
+    source: str
+    fingerprint_before: str = ""
+    dtype: str = ""
+    architecture: dict[str, str] = {}
+
+
+class RunInfo(Schema):
+    """``run.json``: the model, everything that decides the outcome, and what was measured.
+
+    Attributes:
+        model: The model.
+        settings: As in the ledger.
+        versions: Of the packages.
+        metrics: Stage -> metric -> value.
+        protocol: Names how the metrics were measured.
+        edits: Requests in the run.
+        timings: Seconds per phase.
+        peaks: Most bytes per phase beyond the model.
+    """
+
+    model: ModelInfo
+    settings: dict[str, JsonValue]
+    versions: dict[str, str]
+    metrics: dict[str, dict[str, Number]] = {}
+    protocol: str = "?"
+    edits: int | None = None
+    timings: dict[str, Number] = {}
+    peaks: dict[str, Number] = {}
