@@ -28,7 +28,7 @@ from cakeflow.data import builtin_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.keys import FactReader
-from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
@@ -46,7 +46,7 @@ class Counting(ModelJacobian):
 
 
 def walk(
-    lm: LanguageModel, batch: EditBatch, layers: list[int], allocator: Allocator
+    lm: LanguageModel, batch: TextBatch, layers: list[int], allocator: Allocator
 ) -> tuple[float, list[Tensor], list[Counting]]:
     """Read and allocate at every layer: seconds, shares and chains."""
     weights, anchor = Uniform().weigh(lm, batch, layers), GradientSearch().site(layers[-1])

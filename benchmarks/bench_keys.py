@@ -21,7 +21,7 @@ from cakeflow import GradientSearch
 from cakeflow.data import builtin_facts
 from cakeflow.forward.generation import generate_contexts
 from cakeflow.forward.keys import FactReader
-from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
@@ -71,7 +71,7 @@ def at_subjects(lm: LanguageModel, rows: list[tuple[tuple[int, ...], int]], site
     return torch.cat(found)
 
 
-def official(lm: LanguageModel, batch: EditBatch, anchor: Site) -> Walk:
+def official(lm: LanguageModel, batch: TextBatch, anchor: Site) -> Walk:
     """Keys and values with full forward passes."""
     prompts = [(row.ids[: row.target], row.subject) for rows in batch.rows for row in rows]
     bare = [(rows[0].ids[: rows[0].target], rows[0].subject) for rows in batch.rows]
@@ -91,7 +91,7 @@ def official(lm: LanguageModel, batch: EditBatch, anchor: Site) -> Walk:
     return seen
 
 
-def ours(lm: LanguageModel, batch: EditBatch, anchor: Site) -> Walk:
+def ours(lm: LanguageModel, batch: TextBatch, anchor: Site) -> Walk:
     """Keys and values in one climb; the history takes the keys that were read."""
     reader = FactReader(lm, batch)
     return walk(lm, lambda layer: reader.read(layer, anchor)[::2], lambda: None)

@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cakeflow import Contexts, GradientSearch
 from cakeflow.data import builtin_facts
-from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 from cakeflow.targets.gradient import Targets
@@ -42,7 +42,7 @@ CONTEXTS = Contexts.of(
 
 
 def reference(
-    lm: LanguageModel, batch: EditBatch, index: int, layer: int, settings: GradientSearch
+    lm: LanguageModel, batch: TextBatch, index: int, layer: int, settings: GradientSearch
 ) -> tuple[Tensor, float, int]:
     """One request, the official way: value, loss and number of evaluations."""
     rows = [*(row.ids[:-1] for row in batch.rows[index]), batch.essence[index].ids]

@@ -1,27 +1,42 @@
-"""Editor: the facade over a Trainer. ``from_pretrained``, ``fit``, ``evaluate``, ``rollback``, ``save_pretrained``."""
+"""The facade over a Trainer: ``from_pretrained``, ``fit``, ``evaluate``, ``rollback``, ``save_pretrained``."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cakeflow.allocators.base import Allocator
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.locate_then_edit import LocateThenEdit
-from cakeflow.core.run import FitResult, run_evaluate, run_fit
+from cakeflow.core.module import EditModule
+from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
+from cakeflow.core.statistics import Statistics
+from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError
-from cakeflow.export import Format, export
+from cakeflow.evaluation.evaluation import Evaluation
+from cakeflow.export.formats import export
+from cakeflow.export.manifest import Format
 from cakeflow.journal.journal import Journal
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel
+from cakeflow.solvers.base import Solver
+from cakeflow.targets.base import TargetSearch
+from cakeflow.weighters.base import Weighter
 
+Part = Mapping[str, Any]
+"""A part of a method as a config has it: some of its settings, or ``class_path`` and ``init_args``."""
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
     "log_every_n_steps": 1,
@@ -30,20 +45,23 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 """What editing needs of a Trainer; everything else is the user's choice."""
+OVERRIDES = set(signature(LocateThenEdit).parameters) - {"base", "architecture"}
+"""Arguments of a method that ``from_pretrained`` takes."""
 
 
 class Editor:
     """Edits facts in a language model.
 
     Args:
-        module: The composition of weighter, allocator, solver and targets, with its model.
-        trainer: Arguments of ``lightning.Trainer``: logger, callbacks, accelerator, precision and so on.
+        module: The edit method with its model.
+        trainer: A ``lightning.Trainer``, or its arguments: logger, callbacks, accelerator, precision and so on. From
+            arguments every call gets a Trainer of its own; a Trainer itself serves one ``fit``.
     """
 
-    def __init__(self, module: LocateThenEdit, trainer: dict[str, Any] | None = None) -> None:
+    def __init__(self, module: EditModule, trainer: L.Trainer | Mapping[str, Any] | None = None) -> None:
         self.module = module
         self.module.setup()
-        self._trainer = trainer or {}
+        self._trainer = trainer if isinstance(trainer, L.Trainer) else dict(trainer or {})
 
     @classmethod
     def from_pretrained(
@@ -53,38 +71,77 @@ class Editor:
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
         architecture: Architecture | None = None,
-        trainer: dict[str, Any] | None = None,
-        **overrides: Any,
+        config: str | Path | None = None,
+        trainer: L.Trainer | Mapping[str, Any] | None = None,
+        layers: Sequence[int] | Literal["auto"] | None = None,
+        site: str | None = None,
+        weighter: Weighter | Part | None = None,
+        allocator: Allocator | Part | None = None,
+        solver: Solver | Part | None = None,
+        targets: TargetSearch | Part | None = None,
+        statistics: Statistics | Part | None = None,
+        contexts: Contexts | Part | None = None,
+        scores: dict[int, float] | None = None,
+        history: bool | None = None,
+        seed: int | None = None,
+        dtype: str | None = None,
+        model_kwargs: dict[str, Any] | None = None,
+        moments: Mapping[int, Tensor] | None = None,
+        evaluation: Evaluation | Part | None = None,
+        metrics: Sequence[Metric | Part] | None = None,
+        memory_budget: float | None = None,
+        record_texts: bool | None = None,
+        max_relative_update: float | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
 
         Args:
             model: An embedded name, a hub id, a folder, a GGUF file, or a model object (then ``tokenizer`` too).
             method: A shipped recipe (``cake``, ``alphaedit``, ``memit``, ``memit_seq`` ...) or a YAML file.
-            tokenizer: Of a model object.
-            architecture: Module paths, for a model whose structure is not recognised.
-            trainer: Arguments of ``lightning.Trainer``.
-            overrides: Arguments of ``LocateThenEdit`` that win over the configs, e.g. ``layers=[4, 5, 6]``,
-                ``targets={"lr": 0.5}``; ``config=FILE`` adds a YAML file (tuned numbers for a model).
+            tokenizer: Tokenizer of a model object.
+            architecture: Module paths, for a model whose structure is not recognized.
+            config: Tuned numbers for the model: a shipped name or a YAML file; by default the one of the model's name.
+            trainer: A ``lightning.Trainer`` or its arguments.
+            layers: See ``LocateThenEdit``; this and the following arguments win over the configs. A part of the method
+                is an object or, merged into the configured part, a mapping: ``targets={"lr": 0.5}``.
+            site: The projection of each layer that is edited.
+            weighter: How much each layer matters.
+            allocator: Which share of the remaining residual each layer takes.
+            solver: The closed-form weight change.
+            targets: The search for target values.
+            statistics: How second moments are collected.
+            contexts: Texts around each prompt.
+            scores: Causal score of each layer.
+            history: Whether earlier edits' keys are preserved.
+            seed: Seed of the sampled contexts.
+            dtype: Type of the weights.
+            model_kwargs: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
+            moments: Known second moments, layer -> C.
+            evaluation: What the model is asked when it is evaluated.
+            metrics: Further metrics of every evaluation.
+            memory_budget: Most memory in GiB beyond the model.
+            record_texts: Whether the ledger has the texts of the requests.
+            max_relative_update: Largest update of a layer by one batch, in norms of its weight.
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.
         """
+        values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None}
         configs = [find_config("method", method)]
-        extra = overrides.pop("config", None) or (str(model) if str(model) in shipped("model") else None)
-        if extra is not None:
-            configs.append(find_config("model", extra))
-        elif not overrides.get("layers"):
-            known = ", ".join(shipped("model"))
+        config = config or (str(model) if str(model) in shipped("model") else None)
+        if config is not None:
+            configs.append(find_config("model", config))
+        elif not layers:
+            names = ", ".join(shipped("model"))
             raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
-                              f"trace find them, layers='auto', or give config=FILE; shipped: {known}")  # fmt: skip
+                              f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip
         if isinstance(model, PreTrainedModel):
             if tokenizer is None:
                 raise ConfigError("a model object needs its tokenizer: Editor.from_pretrained(model, tokenizer=...)")
-            overrides["base"] = LanguageModel.wrap(model, tokenizer, architecture)
+            values["base"] = LanguageModel.wrap(model, tokenizer, architecture)
         else:
-            overrides |= {"base": str(model), "architecture": architecture}
-        return cls(build_module(configs, **overrides), trainer)
+            values |= {"base": str(model)} | ({"architecture": architecture} if architecture else {})
+        return cls(build_module(configs, **values), trainer)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -102,7 +159,7 @@ class Editor:
         return self.module.journal
 
     def fit(
-        self, requests: Any, batch_size: int | None = None, *, evaluate: bool = True, run: str | Path | None = None
+        self, requests: Any, batch_size: int | None = None, *, evaluate: bool = True, run_dir: str | Path | None = None
     ) -> FitResult:
         """Edit facts in place: when this returns, ``editor.model`` states them.
 
@@ -110,8 +167,8 @@ class Editor:
             requests: A list of ``EditRequest`` or mappings, a JSON or JSONL file, ``"builtin"`` or a
                 ``datasets.Dataset``.
             batch_size: Edits in one batch; None edits all at once.
-            evaluate: Whether to measure before and after.
-            run: The run folder, where the Trainer's logger has none of its own. If it holds an interrupted run of the
+            evaluate: Whether to evaluate before and after.
+            run_dir: The run folder, if the Trainer's logger has none of its own. If it holds an interrupted run of the
                 same experiment, that goes on: the result is, bit for bit, that of a run without interruption.
 
         Returns:
@@ -119,32 +176,32 @@ class Editor:
 
         Raises:
             RequestError: Listing every bad request; the model is not touched.
-            ResumeError: If the folder holds another run, saying what differs, or a finished one.
+            ResumeError: If the folder holds another run, naming the differences, or a finished one.
         """
         data = EditDataModule(requests, batch_size)
-        return run_fit(self.trainer(run), self.module, data, evaluate=evaluate)
+        return run_fit(self.trainer(run_dir), self.module, data, evaluate=evaluate)
 
-    def evaluate(self, requests: Any, batch_size: int = 16) -> dict[str, float]:
-        """Metrics of the model as it is now.
+    def evaluate(self, requests: Any, batch_size: int = 16) -> EvaluationResult:
+        """Evaluate the model as it is now.
 
         Args:
             requests: As in ``fit``.
-            batch_size: Records scored together.
+            batch_size: Requests scored together.
 
         Returns:
-            Metric name -> value.
+            Metrics, and the answers to all prompts of every request.
         """
         data = EditDataModule(requests, eval_batch_size=batch_size)
         return run_evaluate(self.trainer(), self.module, data, "now")
 
-    def load(self, run: str | Path) -> None:
+    def load(self, run_dir: str | Path) -> None:
         """Edit the unedited model as a run did, finished or not: the same bits, in seconds.
 
         Raises:
             ResumeError: If this is another model, or has edits.
-            LedgerError: If the run's files are not those that were written.
+            LedgerError: If the run's files are not as they were written.
         """
-        self.journal.load(Path(run) / "journal")
+        self.journal.load(Path(run_dir) / "journal")
 
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` edit batches (default: all), or one by its number; bit for bit."""
@@ -165,31 +222,33 @@ class Editor:
         """
         return export(self.journal, folder, format, overwrite=overwrite)
 
-    def trainer(self, run: str | Path | None = None) -> L.Trainer:
-        """A Trainer with the arguments given to this editor.
+    def trainer(self, run_dir: str | Path | None = None) -> L.Trainer:
+        """The Trainer that was given to this editor, or one with the arguments that were.
 
         Args:
-            run: The run folder.
+            run_dir: The run folder.
 
         Raises:
-            ConfigError: If the arguments have a logger with a folder of its own.
+            ConfigError: If the Trainer has a logger with a folder of its own.
         """
-        if run is not None and self._trainer.get("logger") not in (None, True):
+        arguments = {} if isinstance(self._trainer, L.Trainer) else {**TRAINER_DEFAULTS, **self._trainer}
+        if run_dir is not None and (not arguments or arguments.get("logger") not in (None, True)):
             raise ConfigError(
-                f"run={str(run)!r}, but the Trainer's logger has a folder of its own; leave out one of them"
+                f"run_dir={str(run_dir)!r}, but the Trainer's logger has a folder of its own; leave out one of them"
             )
-        chosen = {**TRAINER_DEFAULTS, **self._trainer}
-        if chosen.get("logger") in (None, True):
-            chosen["logger"] = default_logger(run)
-        chosen["callbacks"] = with_progress_bar(chosen.get("callbacks"), chosen.get("enable_progress_bar"))
-        return with_safe_checkpoints(L.Trainer(**chosen))
+        if isinstance(self._trainer, L.Trainer):
+            return with_safe_checkpoints(self._trainer)
+        if arguments.get("logger") in (None, True):
+            arguments["logger"] = default_logger(run_dir)
+        arguments["callbacks"] = with_progress_bar(arguments.get("callbacks"), arguments.get("enable_progress_bar"))
+        return with_safe_checkpoints(L.Trainer(**arguments))
 
 
-def default_logger(run: str | Path | None = None) -> CSVLogger:
+def default_logger(run_dir: str | Path | None = None) -> CSVLogger:
     """Metrics as CSV in the run folder: the one that is named, or ``runs/cakeflow/version_N``."""
-    if run is None:
+    if run_dir is None:
         return CSVLogger("runs", name="cakeflow")
-    return CSVLogger(Path(run).parent, name="", version=Path(run).name)
+    return CSVLogger(Path(run_dir).parent, name="", version=Path(run_dir).name)
 
 
 def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:

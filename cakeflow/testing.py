@@ -28,7 +28,7 @@ from cakeflow.core.contracts import checked_residual, checked_update, checked_we
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
 from cakeflow.evaluation.scoring import PromptScores
-from cakeflow.forward.tokens import EditBatch, encode_batch
+from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Solver
@@ -255,7 +255,7 @@ def tiny_model() -> LanguageModel:
     return LanguageModel.wrap(model.eval(), fast)
 
 
-def tiny_batch(lm: LanguageModel) -> EditBatch:
+def tiny_batch(lm: LanguageModel) -> TextBatch:
     """Three facts as tokens."""
     names = ("Ann", "Bob", "Cleo")
     requests = [EditRequest(prompt="{} lives in", subject=name, target_new="Rome") for name in names]

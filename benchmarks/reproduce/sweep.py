@@ -26,7 +26,7 @@ from cakeflow import Contexts, Editor, EditRequest, Evaluation, GradientSearch, 
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.evaluation.evaluation import Answers
 from cakeflow.evaluation.scoring import KINDS
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.metrics import Consistency
 from cakeflow.metrics.preference import record_means, success
 from cakeflow.metrics.text import fluency
@@ -52,7 +52,7 @@ class Remembered(GradientSearch):
     spent: list[float] = field(default_factory=list, compare=False, repr=False)
 
     def optimize(
-        self, lm: LanguageModel, batch: EditBatch, layer: int, progress: Callable[[int], object] = lambda done: None
+        self, lm: LanguageModel, batch: TextBatch, layer: int, progress: Callable[[int], object] = lambda done: None
     ) -> Targets:
         """See ``GradientSearch.optimize``."""
         key = hashlib.sha256(repr((lm.fingerprint(), lm.dtype, batch, layer, self)).encode()).hexdigest()

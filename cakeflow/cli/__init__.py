@@ -1,5 +1,5 @@
 """The command line."""
 
-from cakeflow.cli.command_line import main, run
+from cakeflow.cli.command_line import main, run_command
 
-__all__ = ["main", "run"]
+__all__ = ["main", "run_command"]

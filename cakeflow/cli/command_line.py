@@ -1,4 +1,4 @@
-"""The ``cakeflow`` command: Lightning's CLI over ``LocateThenEdit`` and ``EditDataModule``."""
+"""The ``cakeflow`` command: Lightning's CLI over ``EditModule`` and ``EditDataModule``."""
 
 from __future__ import annotations
 
@@ -17,17 +17,27 @@ from rich.markup import escape
 
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
+from cakeflow.core.config import MODULE_DEFAULTS, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.locate_then_edit import LocateThenEdit
-from cakeflow.core.run import FitResult, run_evaluate, run_fit
+from cakeflow.core.module import EditModule
+from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
 from cakeflow.errors import ConfigError, EditError
 from cakeflow.forward.generation import continuations
 from cakeflow.plugins import load_plugins
 from cakeflow.report import metrics_table, phases_table, texts_table
 
-SHOWN = 5
-"""Generations shown before and after."""
+EXAMPLES = 5
+"""Number of texts that are shown before and after."""
+NAMED = ("method", "model", "data")
+"""Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
+
+
+EPILOG = (
+    "cakeflow fit --method NAME --model NAME --data NAME takes shipped configs by name; a model may also be a folder, a "
+    "GGUF file or a hub id. Options of the method: cakeflow fit --model.help. Further commands, each with --help: "
+    + ", ".join(COMMANDS)
+)
 
 
 class _Trainer(L.Trainer):
@@ -39,7 +49,7 @@ class _Trainer(L.Trainer):
 class EditCLI(LightningCLI):
     """``cakeflow fit`` and ``cakeflow evaluate``; every argument of module, data and Trainer is an option."""
 
-    result: FitResult | dict[str, float]
+    result: FitResult | EvaluationResult
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -50,8 +60,9 @@ class EditCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The run folder: an interrupted run goes on when its command is given again."""
-        parser.add_argument("--run", type=str | None, default=None, help="run folder; an interrupted run there goes on")
+        """Add the run folder, and the edit module's default class."""
+        parser.add_argument("--run_dir", type=str | None, default=None, help="run folder; an interrupted run goes on")
+        parser.set_defaults(MODULE_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Read options and configs; of configs that are no YAML at all, jsonargparse says so for most, not for all."""
@@ -64,30 +75,30 @@ class EditCLI(LightningCLI):
         """A Trainer with a progress bar that leaves room for ours, and a run folder unless the user says otherwise."""
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
-            config["logger"] = default_logger(self._get(self.config_init, "run"))
-        elif self._get(self.config_init, "run") is not None:
-            raise ConfigError("--run names a folder, and so does trainer.logger; leave out one of them")
+            config["logger"] = default_logger(self._get(self.config_init, "run_dir"))
+        elif self._get(self.config_init, "run_dir") is not None:
+            raise ConfigError("--run_dir names a folder, and so does trainer.logger; leave out one of them")
         config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
         return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
 
-    def fit(self, model: LocateThenEdit, datamodule: EditDataModule, **_: Any) -> None:
+    def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit, and show what changed."""
         console = Console()
         model.setup()
-        prompts = [request.text for request in datamodule.requests[:SHOWN]]
+        prompts = [request.text for request in datamodule.requests[:EXAMPLES]]
         before = continuations(model.lm, prompts)
-        self.result = run = run_fit(self.trainer, model, datamodule)
+        self.result = result = run_fit(self.trainer, model, datamodule)
         after = continuations(model.lm, prompts)
-        console.print(metrics_table({"before": run.before, "after": run.after}, run.protocol))
-        console.print(phases_table(run.timings, run.peaks, len(datamodule.requests)))
-        wanted = [request.target_new for request in datamodule.requests[:SHOWN]]
-        console.print(texts_table(prompts, wanted, before, after))
-        console.print(f"run folder: {run.folder}", soft_wrap=True)
+        console.print(metrics_table({"before": result.before, "after": result.after}, result.protocol))
+        console.print(phases_table(result.timings, result.peaks, len(datamodule.requests)))
+        targets = [request.target_new for request in datamodule.requests[:EXAMPLES]]
+        console.print(texts_table(prompts, targets, before, after))
+        console.print(f"run folder: {result.folder}", soft_wrap=True)
 
-    def evaluate(self, model: LocateThenEdit, datamodule: EditDataModule, **_: Any) -> None:
-        """Measure the model as it is."""
-        self.result = run_evaluate(self.trainer, model, datamodule, "now")
-        Console().print(metrics_table({"now": self.result}, model.evaluation.id))
+    def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
+        """Evaluate the model as it is."""
+        self.result = result = run_evaluate(self.trainer, model, datamodule, "now")
+        Console().print(metrics_table({"now": result.metrics}, result.protocol))
 
 
 class _CommandParser(ArgumentParser):
@@ -101,19 +112,53 @@ class _CommandParser(ArgumentParser):
         return super().add_argument(*args, **kwargs)
 
 
-def run() -> None:
-    """The console script: what ``main`` returns is for Python, not for the shell's exit status."""
-    main()
+def expand_names(words: Sequence[str]) -> list[str]:
+    """The words of ``fit`` or ``evaluate`` with ``--method``, ``--model`` and ``--data`` as options that configs know.
+
+    A shipped name or a YAML file becomes a ``--config``; any other model or data source is passed on as
+    ``--model.base`` or ``--data.source``. The method's config comes first, then the model's, then the data's, so that
+    whatever else is given wins over them.
+
+    Raises:
+        ConfigError: If there is no such method.
+
+    Example:
+        >>> expand_names(["fit", "--model", "org/name", "--model.layers", "[3, 4]"])
+        ['fit', '--model.base', 'org/name', '--model.layers', '[3, 4]']
+    """
+    names: dict[str, str] = {}
+    rest: list[str] = []
+    remaining = iter(words[1:])
+    for word in remaining:
+        option, joined, value = word.partition("=")
+        if option.removeprefix("--") in NAMED and option.startswith("--"):
+            names[option.removeprefix("--")] = value if joined else next(remaining, "")
+        else:
+            rest.append(word)
+    options = [option for kind in NAMED if kind in names for option in _as_options(kind, names[kind])]
+    return [*words[:1], *options, *rest]
 
 
-def main(args: Sequence[str] | None = None) -> Any:
-    """Run the command line.
+def _as_options(kind: str, name: str) -> list[str]:
+    configs = shipped(kind)
+    if kind == "method" or name in configs or name.endswith((".yaml", ".yml")):
+        return ["--config", str(find_config(kind, name))]
+    return ["--model.base" if kind == "model" else "--data.source", name]
+
+
+def main() -> None:
+    """Run the console script; a command's result is for Python, not for the shell's exit status."""
+    run_command()
+
+
+def run_command(args: Sequence[str] | None = None) -> Any:
+    """Run one command.
 
     Args:
         args: Words after the program's name; those of the process by default.
 
     Returns:
-        What the command found.
+        The command's result.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
     logging.getLogger("cakeflow").setLevel(logging.INFO)
@@ -124,16 +169,17 @@ def main(args: Sequence[str] | None = None) -> Any:
             return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
         load_plugins()
         cli = EditCLI(
-            LocateThenEdit,
+            EditModule,
             EditDataModule,
+            subclass_mode_model=True,
             trainer_class=_Trainer,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             seed_everything_default=False,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"epilog": f"further commands, each with --help: {', '.join(COMMANDS)}"},
-            args=None if args is None else words,
+            parser_kwargs={"epilog": EPILOG},
+            args=expand_names(words),
         )
     except EditError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)

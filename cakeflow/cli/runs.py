@@ -127,8 +127,8 @@ def run_replay(run: Path, model: str | None = None) -> Journal:
         LedgerError: If the ledger or a file is not what was written.
     """
     journal = replay(run, model)
-    layers = sorted({part.layer for step in journal for part in step.layers})
-    told = f"{len(journal)} batches, {journal.edits} edits in layers {layers}: every weight comes out as recorded"
+    places = [*dict.fromkeys(change.place for change in journal.changes)]
+    told = f"{len(journal)} batches, {journal.edits} edits in {', '.join(places)}: all of it comes out as recorded"
     Console().print(f"{run}: {told}", soft_wrap=True, markup=False)
     return journal
 

@@ -1,16 +1,20 @@
-"""Watching edits from outside: callbacks that are told of every layer, or that measure the model now and then."""
+"""Callbacks around edits: they see every layer before its weight is changed, and every batch behind it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import lightning as L
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.allocators import LayerContext
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.allocators.base import LayerContext
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.solvers.problem import LayerProblem, Update
+
+if TYPE_CHECKING:
+    from cakeflow.core.locate_then_edit import LocateThenEdit
 
 
 @dataclass(frozen=True, eq=False)
@@ -18,15 +22,15 @@ class LayerEdit:
     """One layer's part in an edit batch.
 
     Attributes:
-        context: Whose turn it was. Its chain, if used now, is linearised at the model as it is now.
+        context: The layer. Its linear map, if used now, is linearized at the model as it is now.
         batch: The n facts.
-        missing: n x d_out, what was missing at the value site before.
-        problem: What the solver saw; ``problem.residual`` is the share of what was missing.
-        update: What it gave.
+        residual: n x d_out, the residual at the value site before.
+        problem: The solver's problem; ``problem.residual`` is the layer's share of the residual.
+        update: The solver's answer.
     """
 
     context: LayerContext
-    batch: EditBatch
+    batch: TextBatch
     residual: Float[Tensor, "n d_out"]
     problem: LayerProblem
     update: Update
@@ -35,11 +39,11 @@ class LayerEdit:
 class EditCallback(L.Callback):
     """A callback around edits; ``module.log`` works in all of these hooks.
 
-    It watches only: an ``EditError`` that it raises becomes a warning, and the edit goes on.
+    It observes only: an ``EditError`` that it raises becomes a warning, and the edit goes on.
     """
 
-    def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
-        """A layer's change is known; its weight is still as before."""
+    def on_layer_solved(self, module: LocateThenEdit, edit: LayerEdit) -> None:
+        """Called when a layer's update is known; its weight is still as before."""
 
-    def on_batch_edited(self, module: L.LightningModule, left: Float[Tensor, "n d_out"]) -> None:
-        """All layers of a batch are written; ``left`` is still missing at the last turn's value_site."""
+    def on_batch_edited(self, module: LocateThenEdit, remaining: Float[Tensor, "n d_out"]) -> None:
+        """Called when all layers of a batch are changed, with the remaining residual at the last value site."""

@@ -9,9 +9,12 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 
-from cakeflow.core.locate_then_edit import LocateThenEdit
+from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError
 from cakeflow.plugins import load_plugins
+
+MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.LocateThenEdit"}}
+"""Defaults of every parser that builds an edit module."""
 
 
 def shipped(kind: str) -> dict[str, Path]:
@@ -34,38 +37,41 @@ def find_config(kind: str, name: str | Path) -> Path:
     raise ConfigError(f"no {kind} config {str(name)!r}; shipped: {', '.join(known)}; or give the path of a YAML file")
 
 
-def build_module(configs: list[Path], **values: Any) -> LocateThenEdit:
-    """An ``LocateThenEdit`` from config files, later ones winning, and values given in Python, which win over all.
+def build_module(configs: list[Path], **values: Any) -> EditModule:
+    """An edit module from config files, later ones winning, and values given in Python, which win over all.
 
     Args:
-        configs: YAML files with a ``model:`` section, as for ``cakeflow fit --config``.
-        values: Arguments of ``LocateThenEdit``; a mapping is merged into the configured part of that name.
+        configs: YAML files with a ``model:`` section, as for ``cakeflow fit --config``. Its ``class_path`` names the
+            module's class, ``LocateThenEdit`` by default.
+        values: Arguments of that class; a mapping is merged into the configured part of that name.
 
     Raises:
         ConfigError: If a name or value does not fit.
     """
-    if unknown := sorted(set(values) - set(signature(LocateThenEdit).parameters)):
-        raise ConfigError(f"EditModule has no {unknown[0]!r}; it has {', '.join(signature(LocateThenEdit).parameters)}")
     plain = {name: value for name, value in values.items() if _is_plain(value)}
     objects = {name: value for name, value in values.items() if name not in plain}
     load_plugins()
     parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(LocateThenEdit, "model")
+    parser.add_subclass_arguments(EditModule, "model", required=False)
+    parser.set_defaults(MODULE_DEFAULTS)
     parser.add_argument("--config", action="config")
     try:
         config = parser.parse_args([f"--config={path}" for path in configs])
-        config = parser.parse_object({"model": plain}, config)
+        config = parser.parse_object({"model": {"init_args": plain}}, config)
     except Exception as error:
         raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {error}") from error
 
-    def make(kind: type[LocateThenEdit], *args: Any, **kwargs: Any) -> LocateThenEdit:
+    def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
+        if unknown := sorted(set(objects) - set(signature(kind).parameters)):
+            names = ", ".join(signature(kind).parameters)
+            raise ConfigError(f"{kind.__name__} has no argument {unknown[0]!r}; it has {names}")
         return kind(*args, **{**kwargs, **objects})
 
-    return parser.instantiate(config, instantiators=[(make, LocateThenEdit, False)]).model  # type: ignore[no-any-return]
+    return parser.instantiate(config, instantiators=[(make, EditModule, True)]).model  # type: ignore[no-any-return]
 
 
 def _is_plain(value: object) -> bool:
-    """Whether a config file could hold it."""
+    """True if a config file could hold the value."""
     if isinstance(value, (list, dict)):
         return all(part is None or _is_plain(part) for part in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, (str, int, float))

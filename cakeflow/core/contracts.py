@@ -11,14 +11,14 @@ from torch import Tensor
 
 from cakeflow.allocators import Allocator, LayerContext, ShareAllocator
 from cakeflow.errors import NumericalError, ShapeError
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.solvers import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
 from cakeflow.weighters import Weighter
 
 
 def checked_facts(
-    what: str, values: Float[Tensor, "n width"], batch: EditBatch, layer: int
+    what: str, values: Float[Tensor, "n width"], batch: TextBatch, layer: int
 ) -> Float[Tensor, "n width"]:
     """Numbers of a batch, one row per fact.
 
@@ -43,7 +43,7 @@ def checked_facts(
 
 
 @contextmanager
-def naming(layer: int, batch: EditBatch) -> Iterator[None]:
+def naming(layer: int, batch: TextBatch) -> Iterator[None]:
     """Numerical errors of the body get layer and requests in front, which solvers do not know."""
     try:
         yield
@@ -52,7 +52,7 @@ def naming(layer: int, batch: EditBatch) -> Iterator[None]:
         raise NumericalError(f"layer {layer}, {batch.name(range(len(batch)))}: {message}") from error
 
 
-def solved(solver: Solver, problem: LayerProblem, layer: int, batch: EditBatch, limit: float) -> Update:
+def solved(solver: Solver, problem: LayerProblem, layer: int, batch: TextBatch, limit: float) -> Update:
     """What a solver makes of one layer, checked.
 
     Args:
@@ -72,7 +72,7 @@ def solved(solver: Solver, problem: LayerProblem, layer: int, batch: EditBatch, 
     return update
 
 
-def _check_size(update: Update, weight: Float[Tensor, "d_out d_in"], batch: EditBatch, limit: float) -> None:
+def _check_size(update: Update, weight: Float[Tensor, "d_out d_in"], batch: TextBatch, limit: float) -> None:
     whole = float(torch.linalg.vector_norm(weight, dtype=torch.float64))
     for part in (update, update.deferred):
         norm = 0.0 if part is None else part.norm()
@@ -84,7 +84,7 @@ def _check_size(update: Update, weight: Float[Tensor, "d_out d_in"], batch: Edit
             )
 
 
-def _largest(update: Update, batch: EditBatch) -> str:
+def _largest(update: Update, batch: TextBatch) -> str:
     if update.left is None or len(update.left) != len(batch):
         return ""
     parts = update.left.norm(dim=1) * update.right.norm(dim=1)

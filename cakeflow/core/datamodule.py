@@ -1,4 +1,4 @@
-"""Requests as Lightning data: edit batches to train on, records to validate on."""
+"""Requests as Lightning data: edit batches to train on, requests to validate on."""
 
 from __future__ import annotations
 
@@ -9,50 +9,41 @@ from typing import Any
 import lightning as L
 from torch.utils.data import DataLoader
 
+from cakeflow.core.module import EditModule
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.selection import Conflicts, Order, select
 from cakeflow.data.snippets import with_references
 from cakeflow.data.sources import read_entries
 from cakeflow.errors import ConfigError, listed
-
-
-class Records:
-    """Requests on their way through the Trainer, which passes on what it does not know (it takes dataclasses apart).
-
-    Args:
-        requests: The requests of one batch.
-    """
-
-    def __init__(self, requests: list[EditRequest]) -> None:
-        self.requests = requests
+from cakeflow.forward.tokens import EditBatch
 
 
 class EditDataModule(L.LightningDataModule):
-    """Feeds requests to an ``LocateThenEdit``: reads them all, chooses some (see ``selection.select``), makes batches.
+    """Reads requests, chooses some (see ``selection.select``), checks them once, and yields edit batches.
 
-    The sequence of the steps: read and check every entry; order or shuffle; drop conflicts; limit; batch.
+    The sequence of the steps: read and check every entry; order or shuffle; drop conflicts; limit. When a Trainer takes
+    it: load the model, tokenize all requests, split them into batches.
 
     Args:
-        source: See ``read_requests``.
+        source: Requests, or where they are; see ``read_requests``.
         batch_size: Edits in one batch, the batches one after another: 1 edits fact by fact, None all in one batch.
-        limit: Use only the first so many requests.
-        shuffle_seed: Shuffle before limiting, with this seed: a sample, or another permutation; None keeps the order.
-        eval_batch_size: Records scored together.
-        split: Of a data set that has several.
-        order: Case ids of exactly the records to edit, in their sequence, or a file with them.
-        conflicts: What to do about records that contradict each other: ``error``, or ``drop`` all but the first.
+        limit: Number of requests to use, from the first.
+        shuffle_seed: Seed of a shuffle before limiting; None keeps the order.
+        eval_batch_size: Requests scored together.
+        split: Split of a data set that has several.
+        order: Case ids of exactly the requests to edit, in their sequence, or a file with them.
+        conflicts: What to do about requests that contradict each other: ``error``, or ``drop`` all but the first.
         snippets: ``attribute_snippets.json`` of the official code, for ``Consistency`` (``snippets.with_references``).
 
     Raises:
-        ConfigError: If a setting is out of its range, or names records that are not there.
-        RequestError: If a request is bad or contradicts another one that is edited. Everything is checked here, before
-            any model is loaded.
+        ConfigError: If a setting is out of its range, or names requests that are not there.
+        RequestError: If a request is bad or contradicts another one that is edited; no model is loaded yet.
 
     Example:
         >>> data = EditDataModule("builtin", batch_size=10, limit=25, shuffle_seed=1)
-        >>> [len(batch.requests) for batch in data.train_dataloader()]
-        [10, 10, 5]
+        >>> len(data.requests), [len(batch) for batch in data.val_dataloader()]
+        (25, [16, 9])
     """
 
     def __init__(
@@ -77,24 +68,53 @@ class EditDataModule(L.LightningDataModule):
         _warn_of_repetitions(self.requests)
         self.batch_size = batch_size or len(self.requests)
         self.eval_batch_size = eval_batch_size
+        self.evaluate = True
+        self._module: EditModule | None = None
+        self._batches: list[EditBatch] = []
+        self._checked = False
 
-    def train_dataloader(self) -> DataLoader[EditRequest]:
+    def setup(self, stage: str) -> None:
+        """Make requests and model ready for each other, if they are not yet."""
+        module: Any = self.trainer.lightning_module  # type: ignore[union-attr]
+        self.attach(module, edit=stage == "fit", evaluate=self.evaluate)
+
+    def attach(self, module: EditModule, *, edit: bool, evaluate: bool) -> None:
+        """Load the module's model; tokenize and check the requests for it, each of them once.
+
+        Args:
+            module: The module that edits or evaluates.
+            edit: Whether edit batches are needed.
+            evaluate: Whether the requests are scored.
+
+        Raises:
+            RequestError: Naming every request that the model cannot take.
+            ConfigError: If a metric can judge none of the requests.
+        """
+        if self._module is not module:
+            self._module, self._batches, self._checked = module, [], False
+            module.setup()
+        if edit and not self._batches:
+            self._batches = list(module.encode(self.requests).split(self.batch_size))
+        if evaluate and not self._checked:
+            module.check(self.requests)
+            self._checked = True
+
+    def train_dataloader(self) -> DataLoader[EditBatch]:
         """Edit batches, in order."""
-        return self._loader(self.batch_size)
+        return DataLoader(self._batches, batch_size=None)  # type: ignore[arg-type]
 
-    def val_dataloader(self) -> DataLoader[EditRequest]:
-        """The same records, to be scored."""
-        return self._loader(self.eval_batch_size)
-
-    def _loader(self, size: int) -> DataLoader[EditRequest]:
-        return DataLoader(self.requests, batch_size=size, collate_fn=Records)  # type: ignore[arg-type]
+    def val_dataloader(self) -> DataLoader[EditRequest] | list[Any]:
+        """The same requests, to be scored; nothing where a run does without evaluation."""
+        if not self.evaluate:
+            return []
+        return DataLoader(self.requests, batch_size=self.eval_batch_size, collate_fn=EditBatch)  # type: ignore[arg-type]
 
 
 def _warn_of_repetitions(requests: Sequence[EditRequest]) -> None:
-    """Published files may state a fact twice, and their tables count it twice: so this is no error."""
-    seen: dict[tuple[str, str, str], int] = {}
+    """Warn of requests that occur twice: published files have such, and their tables count them twice."""
+    first: dict[tuple[str, str, str], int] = {}
     edits = [(request.prompt, request.subject, request.target_new) for request in requests]
-    repeated = [f"{i} (as {seen[edit]})" for i, edit in enumerate(edits) if seen.setdefault(edit, i) != i]
+    repeated = [f"{i} (as {first[edit]})" for i, edit in enumerate(edits) if first.setdefault(edit, i) != i]
     if repeated:
         warnings.warn(
             f"records that repeat an earlier one, prompt, subject and target_new: {listed(repeated)} (numbered from 0, "

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from cakeflow.errors import ConfigError
 from cakeflow.forward.packing import GIB
-from cakeflow.forward.tokens import EditBatch, Row
+from cakeflow.forward.tokens import Row, TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture, frozen, inject
 from cakeflow.models.language import LanguageModel
@@ -52,8 +52,14 @@ class TokenCost:
     logits: int
 
     @classmethod
-    def above(cls, lm: LanguageModel, layer: int, tokens: int = 8) -> TokenCost:
-        """Count it by running a few tokens, on the model or on one of the same shape on the meta device."""
+    def above(cls, lm: LanguageModel, site: Site, tokens: int = 8) -> TokenCost:
+        """Count the bytes by running a few tokens, on the model or on one of the same shape on the meta device.
+
+        Args:
+            lm: The model.
+            site: The topmost projection that is edited.
+            tokens: How many tokens to run.
+        """
         embeds = lm.embedding.new_zeros(1, tokens, lm.embedding.shape[1])
         delta = lm.embedding.new_zeros(1, lm.width).requires_grad_()
         cache, saved = DynamicCache(), {}
@@ -69,16 +75,16 @@ class TokenCost:
             frozen(lm),
             torch.enable_grad(),
             saved_tensors_hooks(keep, lambda tensor: tensor),
-            inject(lm, Site(layer), delta, torch.zeros(1, dtype=torch.long, device=lm.device)),
+            inject(lm, Site(site.layer), delta, torch.zeros(1, dtype=torch.long, device=lm.device)),
             capture(lm, [Site(lm.depth - 1)], stop=True),
         ):
             lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-        above: list[Any] = cache.layers[layer + 1 :]
+        above: list[Any] = cache.layers[site.layer + 1 :]
         size = lm.embedding.element_size()
         return cls(
             graph=sum(storage.nbytes() for storage in saved.values()) // tokens,
             cache=sum(each.keys.nbytes + each.values.nbytes for each in above) // tokens,
-            through=(3 * lm.key_width(layer) + 8 * lm.width) * size,
+            through=(3 * lm.key_width(site) + 8 * lm.width) * size,
             hidden=lm.width * size,
             logits=len(lm.embedding) * 7 * 4,
         )
@@ -95,90 +101,92 @@ class TokenCost:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one edit batch takes beyond the model, in bytes.
+    """Bytes that one edit batch takes beyond the model, and the parts in which it is done.
 
     Attributes:
-        deferred: As long as the edits last: originals and, for half precision, float32 masters.
+        stored: Originals and, for half precision, float32 masters, as long as the edits last.
         keys: While keys are read.
-        targets: While target values are looked for.
+        targets: During the target search.
         solve: While a layer is solved.
-        facts: How many facts' values are looked for together.
-        tokens: Most suffix tokens in a pass with gradients.
-        passing: Most tokens in a pass without.
+        facts: Number of facts in one part of the target search.
+        suffix_tokens: Most suffix tokens in a pass with gradients.
+        pass_tokens: Most tokens in a pass without.
     """
 
-    deferred: int
+    stored: int
     keys: int
     targets: int
     solve: int
     facts: int
-    tokens: int
-    passing: int
+    suffix_tokens: int
+    pass_tokens: int
 
     @property
     def peak(self) -> int:
-        """The most at one time."""
-        return self.deferred + max(self.keys, self.targets, self.solve)
+        """Most bytes at one time."""
+        return self.stored + max(self.keys, self.targets, self.solve)
 
     @classmethod
     def estimate(
         cls,
         lm: LanguageModel,
-        batch: EditBatch,
-        layers: Sequence[int],
+        batch: TextBatch,
+        sites: Sequence[Site],
         *,
-        tokens: int,
-        budget: float | None = None,
-        seen: int = 0,
+        max_tokens: int,
+        max_bytes: float | None = None,
+        earlier: int = 0,
         matrices: int = 0,
     ) -> Footprint:
-        """Foresee a batch's peak, having chosen what fits into the budget.
+        """Choose the largest parts that fit, and estimate the peak.
 
         Args:
             lm: The model; shapes suffice, so that it may be on the meta device.
             batch: n facts.
-            layers: Layers that are edited.
-            tokens: Most suffix tokens in a pass with gradients (``GradientSearch.max_tokens``).
-            budget: Most bytes beyond the model; None keeps to ``SOFT`` where there is a choice, and refuses nothing.
-            seen: Facts edited before whose keys are preserved.
+            sites: The projections that are edited.
+            max_tokens: Most suffix tokens in a pass with gradients (``TargetSearch.max_tokens``).
+            max_bytes: Most bytes beyond the model; None keeps to ``SOFT`` where there is a choice, and refuses nothing.
+            earlier: Number of facts edited before whose keys are preserved.
             matrices: Float64 matrices as large as a weight that the solver holds (``Solver.matrices``).
 
         Raises:
-            ConfigError: If the budget is too small whatever is chosen, saying for what.
+            ConfigError: If the limit is too small for the smallest parts, naming the phase.
         """
-        cost, n = TokenCost.above(lm, layers[-1]), len(batch)
-        weights = [lm.module(Site(layer, "mlp_out")).get_parameter("weight") for layer in layers]
-        d_in, kept = lm.key_width(layers[0]), sum(map(_kept, weights))
-        free = (SOFT if budget is None else budget) - kept
+        cost, n = TokenCost.above(lm, sites[-1]), len(batch)
+        weights = [lm.module(site).get_parameter("weight") for site in sites]
+        d_in, stored = lm.key_width(sites[0]), sum(map(_stored, weights))
+        free = (SOFT if max_bytes is None else max_bytes) - stored
         prompts = sum(row.subject + 1 for rows in batch.rows for row in rows)
         hidden = prompts * cost.hidden
-        passing = int(max(256, min(PASS, prompts, free / 4 / cost.through)))
-        squares = 1 if n + seen <= d_in else 5  # eigenvectors of C; C, the system and its factor in the primal form
-        solve = hidden + 8 * d_in * (squares * d_in + 8 * n + 4 * seen) + matrices * 8 * weights[0].numel()
+        pass_tokens = int(max(256, min(PASS, prompts, free / 4 / cost.through)))
+        squares = 1 if n + earlier <= d_in else 5  # eigenvectors of C; C, the system and its factor in the primal form
+        solve = hidden + 8 * d_in * (squares * d_in + 8 * n + 4 * earlier) + matrices * 8 * weights[0].numel()
         suffix = sum(map(_suffix, (row for rows in batch.rows for row in rows))) / n
         token = max(_per_token(cost, batch))
         fact = max(cost.of_search([*rows, end]) for rows, end in zip(batch.rows, batch.essence, strict=True))
-        tokens = max(int(min(tokens, free / 2 / token)), max(_suffix(row) for rows in batch.rows for row in rows))
+        longest = max(_suffix(row) for rows in batch.rows for row in rows)
+        tokens = max(int(min(max_tokens, free / 2 / token)), longest)
         facts = max(1, int(min(n, (free - hidden - tokens * token) / fact)))
         facts = ceil(n / ceil(n / facts))  # in parts of one size
         targets = int(hidden + facts * fact + min(tokens, facts * suffix) * token)
-        found = cls(kept, hidden + passing * cost.through + 32 * n * d_in, targets, solve, facts, tokens, passing)
-        if budget is not None and found.peak > budget:
-            raise ConfigError(found._complaint(budget))
-        return found
+        keys = hidden + pass_tokens * cost.through + 32 * n * d_in
+        footprint = cls(stored, keys, targets, solve, facts, tokens, pass_tokens)
+        if max_bytes is not None and footprint.peak > max_bytes:
+            raise ConfigError(footprint._complaint(max_bytes))
+        return footprint
 
-    def _complaint(self, budget: float) -> str:
+    def _complaint(self, max_bytes: float) -> str:
         parts = {"reading keys": self.keys, "finding one target value": self.targets, "solving a layer": self.solve}
         worst = max(parts, key=parts.__getitem__)
         remedy = "use shorter or fewer contexts" if worst.startswith("finding") else "edit fewer facts in a batch"
         return (
-            f"memory_budget is {budget / GIB:.3g} GiB, but {worst} takes about {self.peak / GIB:.3g} GiB beyond the "
+            f"memory_budget is {max_bytes / GIB:.3g} GiB, but {worst} takes about {self.peak / GIB:.3g} GiB beyond the "
             f"model; {remedy}, or raise memory_budget"
         )
 
 
-def _kept(weight: Tensor) -> int:
-    """An original and a master; on GPUs originals are kept in the host's memory."""
+def _stored(weight: Tensor) -> int:
+    """Bytes of an original and a master; on GPUs originals lie in the host's memory."""
     master = 4 * weight.numel() if weight.dtype in (torch.float16, torch.bfloat16) else 0
     return master + (weight.nbytes if weight.device.type == "cpu" else 0)
 
@@ -187,7 +195,7 @@ def _suffix(row: Row) -> int:
     return len(row.ids) - 1 - row.subject
 
 
-def _per_token(cost: TokenCost, batch: EditBatch) -> Iterator[float]:
+def _per_token(cost: TokenCost, batch: TextBatch) -> Iterator[float]:
     """Bytes per suffix token of each row in a pass with gradients."""
     yield from (cost.of_pass(row) / _suffix(row) for rows in batch.rows for row in rows)
     yield from (cost.of_pass(row, essence=True) for row in batch.essence)

@@ -1,109 +1,240 @@
-"""A module whose model is asked about records, and whose phases are timed."""
+"""The base of every edit method: a Lightning module whose training step is one edit batch."""
 
 from __future__ import annotations
 
+import hashlib
+import re
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Generic, final
 
 import lightning as L
 from torch import Tensor
 from torchmetrics import Metric
+from typing_extensions import TypeVar
 
 from cakeflow.core.callback import EditCallback, LayerEdit
-from cakeflow.core.datamodule import Records
 from cakeflow.core.memory import PeakMemory
-from cakeflow.data import check_fields
+from cakeflow.core.restore_state import RestoreState
+from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import EditError
+from cakeflow.errors import ConfigError, EditError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.scoring import check_records
+from cakeflow.forward.packing import GIB
+from cakeflow.forward.tokens import EditBatch
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.provenance import circumstances
+from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, RunBody
+from cakeflow.journal.steps import EditStep, request_hash
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
+
+B = TypeVar("B", bound=EditBatch, default=Any)
+"""The batches of a method: requests with what it needs of them, such as tokens."""
 
 
-class EditModule(L.LightningModule):
-    """The evaluation of an ``LocateThenEdit``: Lightning's validation, phases, and those who watch.
+class EditModule(L.LightningModule, ABC, Generic[B]):
+    """The base of edit methods: model, journal, evaluation and phases; a subclass says how a batch is edited.
+
+    Subclasses define ``settings``, ``encode``, ``prepare`` and ``edit``, and ``finish`` if something is left to do when a
+    run ends. Whatever changes the model goes through ``journal.apply``: then batches are whole or not there, stored,
+    resumed, rolled back and exported.
 
     Attributes:
         lm: The model.
-        journal: What was done to it.
-        stage: Under which name metrics are logged: ``before`` or ``after`` an edit, ``now`` without one.
-        outcomes: What every record answered in the last evaluation.
-        measured: Stage -> metrics.
-        evaluated: Batches that were done at the last evaluation.
+        model: Its ``nn.Module``, which Lightning moves to its device.
+        journal: Every change that was made to it.
+        stage: Name under which metrics are logged: ``before`` or ``after`` an edit, ``now`` without one.
+        answers: The answers of every request in the last evaluation.
+        metrics_at: Stage -> metrics.
+        evaluated: Number of batches that were done at the last evaluation.
         timings: Phase -> seconds.
         peaks: Phase -> most bytes beyond the model.
 
     Args:
-        evaluation: What is asked of the model.
-        metrics: Further metrics.
+        base: An embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
+        evaluation: What the model is asked.
+        metrics: Further metrics of every evaluation, which get the fields of ``PromptScores``, ``texts`` and
+            ``references`` by the names of their arguments; logged by class name in lower case.
+        loading: Further arguments of ``load_model``.
+        record_texts: Whether the ledger has the texts of the requests; it always has their hashes.
     """
 
     lm: LanguageModel
     journal: Journal
 
-    def __init__(self, evaluation: Evaluation, metrics: Sequence[Metric]) -> None:
+    def __init__(
+        self,
+        base: str | LanguageModel,
+        evaluation: Evaluation,
+        metrics: Sequence[Metric],
+        loading: dict[str, Any],
+        *,
+        record_texts: bool = True,
+    ) -> None:
         super().__init__()
+        self.strict_loading = False  # a checkpoint has the edited places only
         self.evaluation, self.metrics = evaluation, evaluation.metrics(metrics)
-        self._asked = {type(metric).__name__.lower() for metric in metrics} | (
-            {"fluency"} if evaluation.texts_every else set()
-        )
+        self._requested = {type(metric).__name__.lower() for metric in metrics}
+        self._requested |= {"fluency"} if evaluation.texts_every else set()
+        self.name = base.name if isinstance(base, LanguageModel) else str(base)
+        self.record_texts, self._base, self._loading = record_texts, base, loading
         self.stage = "after"
-        self.outcomes: list[dict[str, Any]] = []
-        self.measured: dict[str, dict[str, float]] = {}
+        self.answers: list[EvaluatedRequest] = []
+        self.metrics_at: dict[str, dict[str, float]] = {}
         self.evaluated = -1
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self._memory: PeakMemory | None = None
+        self._finished = False
+        if isinstance(base, LanguageModel):
+            self.adopt(base)
+
+    # ---- what a method defines ----
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Everything beside the model that decides the outcome of the edits, as JSON-ready data."""
+
+    @abstractmethod
+    def encode(self, requests: Sequence[EditRequest]) -> B:
+        """All requests of a run as one batch; the data module splits it.
+
+        Raises:
+            RequestError: Naming every request that cannot be edited.
+        """
+
+    @abstractmethod
+    def prepare(self, batches: Sequence[B]) -> None:
+        """Measure what is needed of the unedited model, once per run, before the first edit."""
+
+    @abstractmethod
+    def edit(self, batch: B, step: EditStep) -> None:
+        """Edit one batch through ``journal.apply(step, ...)``; what is logged meanwhile is stored with the batch."""
+
+    def finish(self) -> None:  # noqa: B027 - most methods are done with their last batch
+        """Complete a run, after its last batch."""
+
+    def check_model(self) -> None:  # noqa: B027 - not every method has settings that depend on the model
+        """Check that the settings fit the model, once it is loaded."""
+
+    @final
+    def adopt(self, lm: LanguageModel) -> None:
+        """Take a model that was loaded."""
+        self.lm, self.journal = lm, Journal(lm)
+        if lm.sharded:  # out of the sight of Lightning, which moves every submodule to one device
+            self.__dict__["model"] = lm.model
+        else:
+            self.model = lm.model
+
+    # ---- Lightning's hooks, in the order in which they run ----
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Every Trainer gets ``RestoreState``, once."""
+        return [] if any(isinstance(each, RestoreState) for each in self.trainer.callbacks) else [RestoreState()]  # type: ignore[attr-defined]
+
+    @final
+    def setup(self, stage: str | None = None) -> None:
+        """Load the model, if it was given by name, and open the journal's folder when a run begins."""
+        if not hasattr(self, "lm"):
+            self.adopt(load_model(str(self._base), **self._loading))
+            self.check_model()
+        if stage == "fit" or (stage == "validate" and self.stage == "before"):
+            self._open_journal()
+
+    @final
+    def on_train_start(self) -> None:
+        """Measure the unedited model."""
+        if self.trainer.max_epochs != 1:
+            raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
+        self._finished = False
+        self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
+        with self.journal.reverted():
+            self.prepare(list(self.trainer.train_dataloader or ()))
+
+    @final
+    def training_step(self, batch: B, _: int) -> None:
+        """Edit one batch: all of it, or, if anything fails, nothing; one that an interrupted run did is repeated."""
+        if step := self.journal.replay_next(batch.requests):
+            self.log_dict(step.numbers, batch_size=len(step.hashes))
+        else:
+            with self.journal.batch(batch.requests) as step:
+                self.edit(batch, step)
+
+    @final
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Log the peak memory so far in GiB; after the last batch, finish."""
+        peaks = [peak for phase, peak in self.peaks.items() if phase != "evaluation"]
+        self.log("memory/peak", max(peaks, default=0.0) / GIB)
+        if self.trainer.is_last_batch:  # before the last validation, which must see the finished model
+            self._finish_once()
+
+    @final
+    def on_train_end(self) -> None:
+        """Finish a run that was stopped earlier."""
+        self._finish_once()
+
+    def _finish_once(self) -> None:
+        if not self._finished:
+            self.finish()
+        self._finished = True
 
     def on_validation_epoch_start(self) -> None:
-        """Start counting from nothing."""
+        """Start an evaluation."""
         self.metrics.reset()
-        self.outcomes = []
+        self.answers = []
 
-    def validation_step(self, records: Records, _: int) -> None:
-        """Ask about some records; what each one answered is kept in ``outcomes``."""
+    @final
+    def validation_step(self, batch: EditBatch, _: int) -> None:
+        """Ask the model about some requests."""
         with self.phase("evaluation"):
-            answers = self.evaluation.ask(self.lm, records.requests, first=len(self.outcomes))
-            self.outcomes += answers.rows(first=len(self.outcomes))
+            answers = self.evaluation.ask(self.lm, batch.requests, first=len(self.answers))
+            self.answers += answers.rows(first=len(self.answers))
             fields = answers.fields().items()
             self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})
 
     def on_validation_epoch_end(self) -> None:
-        """Log every metric under the stage's name (``before`` or ``after``), and how many edits it follows."""
+        """Log every metric under the stage's name, and the number of edits it follows."""
         self.log("edits", float(self.journal.edits))
         self.evaluated = len(self.journal)
-        self.measured[self.stage] = found = {name: float(value) for name, value in self.metrics.compute().items()}
-        self.log_dict({f"{self.stage}/{name}": value for name, value in found.items()})
-        if self.journal.record and self.stage in ("before", "after"):
-            told = {"stage": self.stage, "edits": self.journal.edits, "protocol": self.evaluation.id, "metrics": found}
-            self.journal.record.append("evaluation", told)
+        self.metrics_at[self.stage] = values = {name: float(each) for name, each in self.metrics.compute().items()}
+        self.log_dict({f"{self.stage}/{name}": value for name, value in values.items()})
+        if self.journal.store and self.stage in ("before", "after"):
+            edits, protocol = self.journal.edits, self.evaluation.id
+            self.journal.store.append(EvaluationBody(stage=self.stage, edits=edits, protocol=protocol, metrics=values))
+
+    @final
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Store the edited places only: everything else is the base model's."""
+        checkpoint["state_dict"] = {f"model.{name}": each for name, each in self.journal.state().items()}
+
+    def configure_optimizers(self) -> None:
+        """None: the journal changes the weights."""
+
+    # ---- for the parts of a run ----
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        """Lightning's; what is logged while a batch is made becomes part of its account."""
+        """Log as Lightning does; what is logged while a batch is made is stored with it."""
         if self.journal.pending is not None:
             value = self.journal.pending.numbers[name] = float(value)
         super().log(name, value, *args, **kwargs)
 
-    def check_records(self, requests: Sequence[EditRequest]) -> None:
-        """Whether the metrics can judge these records, and the model can read them.
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check that the metrics can judge these requests, and that the model can read them.
 
         Raises:
-            ConfigError: If a metric that was asked for can judge none of them.
+            ConfigError: If a metric that the user named can judge none of them.
             RequestError: If a text is too long, or a target has no token.
         """
         needs = {name: getattr(metric, "needs", ()) for name, metric in self.metrics.items()}
-        check_fields(requests, needs, self._asked)
-        self.setup("validate")
+        check_fields(requests, needs, self._requested)
         check_records(self.lm, requests)
-
-    def watch_memory(self) -> None:
-        """Begin to count memory, from what is in use now."""
-        self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -117,11 +248,39 @@ class EditModule(L.LightningModule):
         if memory is not None:
             self.peaks[name] = max(self.peaks[name], memory.bytes())
 
-    def notify(self, hook: str, news: LayerEdit | Tensor) -> None:
-        """Call a hook of every watcher; what one cannot measure must not undo an edit."""
+    def notify(self, hook: str, event: LayerEdit | Tensor) -> None:
+        """Call a hook of every ``EditCallback``; what one of them cannot measure must not undo an edit."""
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EditCallback):
                 try:
-                    getattr(callback, hook)(self, news)
+                    getattr(callback, hook)(self, event)
                 except EditError as error:
                     warnings.warn(f"{type(callback).__name__} measured nothing here: {error}", stacklevel=2)
+
+    def _open_journal(self) -> None:
+        """Store every batch in the run folder, if the Trainer has one, from now on."""
+        folder, store = run_folder(self.trainer), self.journal.store
+        if folder is None or (store is not None and store.folder == folder / "journal"):
+            return
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        requests: Sequence[EditRequest] = data.requests if data else ()
+        run = RunBody(
+            model=self.name,
+            settings=self.settings(),
+            edits=len(requests),
+            batch_size=data.batch_size if data else None,
+            data=hashlib.sha256("".join(map(request_hash, requests)).encode()).hexdigest(),
+            format=FORMAT,
+            **circumstances().to_dict(),
+        )
+        self.journal.open(self.journal.store_at(folder / "journal", texts=self.record_texts), run)
+
+
+def run_folder(trainer: L.Trainer) -> Path | None:
+    """The folder of a Trainer's logger, where it has one: the run folder."""
+    return Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
+
+
+def described(value: object) -> Any:
+    """A setting as JSON-ready data, without the address of any object, which differs from process to process."""
+    return value if isinstance(value, (int, list)) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))

@@ -1,50 +1,69 @@
-"""One run: measure, edit, measure again, and keep the account that it can be resumed from and audited by."""
+"""One run: evaluate, edit, evaluate again, and write the run folder."""
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import lightning as L
 
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.locate_then_edit import LocateThenEdit
-from cakeflow.data.contexts import Contexts
-from cakeflow.errors import PolicyError
+from cakeflow.core.module import EditModule, run_folder
+from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
-from cakeflow.forward.tokens import encode_batch
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.store import run_folder
+from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.hashing import digest
 
 log = logging.getLogger(__name__)
-
-
 FILES = ("before.jsonl", "after.jsonl", "run.json", "metrics.csv", "config.yaml", "hparams.yaml")
-"""What a run folder has beside the journal."""
+"""Files of a run folder beside the journal."""
+EXPECTED_WARNINGS = (
+    "configure_optimizers",
+    "does not have many workers",
+    "in eval mode",
+    "have no `val_dataloader`",
+    "training_step. returned",
+    ".isinstance.treespec, LeafSpec",
+    "Experiment logs directory",  # the journal is there already; of a resumed run every row is logged again
+)
+"""Parts of the warnings by which Lightning rightly points out that this is no training."""
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """The outcome of one evaluation.
+
+    Attributes:
+        metrics: Metric name -> value.
+        requests: The answers to all prompts, request by request.
+        protocol: Names how the metrics were measured; numbers with different ones are not comparable.
+    """
+
+    metrics: dict[str, float]
+    requests: list[EvaluatedRequest]
+    protocol: str
 
 
 @dataclass(frozen=True)
 class FitResult:
-    """What one ``fit`` did.
+    """The outcome of one ``fit``.
 
     Attributes:
         before: Metrics of the model as it was, by name.
         after: Metrics of the edited model.
         timings: Seconds per phase.
-        peaks: Most memory in each phase beyond the unedited model, in bytes; nan where it cannot be known.
+        peaks: Most memory in each phase beyond the unedited model, in bytes; nan if it cannot be known.
         logged: Everything that was logged while editing, as of the last batch: what ``report.plot_layers`` draws.
         protocol: Names how the metrics were measured; numbers with different ones are not comparable.
         journal: Every edit batch of this model so far.
-        folder: Where metrics, config and journal lie, if the Trainer's logger has a folder.
+        folder: The run folder, if the Trainer's logger has one.
     """
 
     before: dict[str, float]
@@ -57,131 +76,104 @@ class FitResult:
     folder: Path | None
 
 
-def run_fit(trainer: L.Trainer, module: LocateThenEdit, data: EditDataModule, *, evaluate: bool = True) -> FitResult:
-    """Measure, edit and measure again: what ``Editor.fit`` and ``cakeflow fit`` both do.
+def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> FitResult:
+    """Evaluate, edit and evaluate again: what ``Editor.fit`` and ``cakeflow fit`` both do.
 
-    Every batch is on disk when its step ends. Where the folder holds an interrupted run, its batches are done again
-    from there, which takes no search and no solve.
+    Every batch is on disk when its step ends. Where the folder holds an interrupted run, its batches are repeated from
+    there, which takes no search and no solve.
 
     Raises:
+        ConfigError: If the Trainer has finished its epoch already: it would edit nothing.
         ResumeError: If the folder holds a run that differs, or a finished one.
     """
-    module.timings.clear()
-    module.peaks.clear()
-    module.measured.clear()
-    module.setup()
-    encode_batch(module.lm, data.requests, module.contexts or Contexts())  # refuses what cannot be edited
-    if evaluate:
-        module.check_records(data.requests)
-    folder = run_folder(trainer)
-    if folder is not None:
-        module.open(folder / "journal", data.requests, data.batch_size)
+    if trainer.current_epoch:
+        raise ConfigError(
+            "this Trainer has finished its epoch and would edit nothing; give a new one, or its arguments"
+        )
+    for record in (module.timings, module.peaks, module.metrics_at):
+        record.clear()
+    data.evaluate = evaluate
+    data.attach(module, edit=True, evaluate=evaluate)
     before: dict[str, float] = {}
     if evaluate:
-        before = run_evaluate(trainer, module, data, "before")
-        check_texts(module.outcomes)
-        warn_of_known(module.outcomes)
+        before = run_evaluate(trainer, module, data, "before").metrics
+        check_texts(module.answers)
+        warn_of_known(module.answers)
     module.stage = "after"
-    with _expected_warnings(), _told_how_to_go_on(module, folder):
-        trainer.fit(
-            module,
-            train_dataloaders=data.train_dataloader(),
-            val_dataloaders=data.val_dataloader() if evaluate else None,
-        )
+    with _expected_warnings(), _advice_on_resuming(trainer, module):
+        trainer.fit(module, datamodule=data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if evaluate and module.evaluated != len(module.journal):  # the last validation came before the last batch
         run_evaluate(trainer, module, data, "after")
-    after, timings, peaks = _metrics(trainer, "after"), dict(module.timings), dict(module.peaks)
+    folder, after = run_folder(trainer), dict(module.metrics_at.get("after", {}))
     if folder is not None:
-        if evaluate:
-            _write_outcomes(folder, "after", module)
-        found = {
-            "metrics": {"before": _without_nan(before), "after": _without_nan(after)},
-            "protocol": module.evaluation.id,
-            "edits": len(data.requests),
-            "timings": timings,
-            "peaks": _without_nan(peaks),
-        }
-        write_text(folder / "run.json", json.dumps({**describe(module), **found}, indent=1, ensure_ascii=False))
-        _end(module, folder)
-    return FitResult(before, after, timings, peaks, logged, module.evaluation.id, module.journal, folder)
+        _write_run(folder, module, data, {"before": before, "after": after})
+    return FitResult(
+        before, after, dict(module.timings), dict(module.peaks), logged, module.evaluation.id, module.journal, folder
+    )
 
 
-def run_evaluate(trainer: L.Trainer, module: LocateThenEdit, data: EditDataModule, stage: str) -> dict[str, float]:
-    """Score the records through the Trainer and log the metrics as ``stage/...``."""
-    module.check_records(data.requests)
+def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> EvaluationResult:
+    """Score the requests through the Trainer and log the metrics as ``stage/...``."""
     module.stage = stage
     with _expected_warnings():
-        trainer.validate(module, dataloaders=data.val_dataloader(), verbose=False)
+        trainer.validate(module, datamodule=data, verbose=False)
+    _write_answers(trainer, module, stage)
+    return EvaluationResult(dict(module.metrics_at[stage]), list(module.answers), module.evaluation.id)
+
+
+def _write_run(folder: Path, module: EditModule, data: EditDataModule, metrics: dict[str, dict[str, float]]) -> None:
+    """Write ``run.json``, and mark the run as complete."""
+    if metrics["after"]:
+        _write_lines(folder / "after.jsonl", module.answers)
+    info = RunInfo(
+        model=ModelInfo(
+            source=module.name,
+            fingerprint_before=module.journal.base.fingerprint,
+            dtype=str(module.lm.dtype),
+            architecture=asdict(module.lm.architecture),
+        ),
+        settings=module.settings(),
+        versions=circumstances().versions,
+        metrics=metrics,
+        protocol=module.evaluation.id,
+        edits=len(data.requests),
+        timings=dict(module.timings),
+        peaks=dict(module.peaks),
+    )
+    write_text(folder / "run.json", info.model_dump_json(indent=1))
+    module.journal.close({name: digest(folder / name) for name in FILES if (folder / name).exists()})
+
+
+def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:
     folder = run_folder(trainer)
     if folder is not None:
-        _write_outcomes(folder, stage, module)
-    return _metrics(trainer, stage)
+        _write_lines(folder / f"{stage}.jsonl", module.answers)
 
 
-def describe(module: LocateThenEdit) -> dict[str, Any]:
-    """The model, everything that decides the outcome of its edits, and versions, as JSON-ready data."""
-    return {
-        "model": {
-            "source": module.name,
-            "fingerprint_before": module.journal.base["fingerprint"],
-            "dtype": str(module.lm.dtype),
-            "architecture": asdict(module.lm.architecture),
-        },
-        "settings": module.settings(),
-        "versions": circumstances()["versions"],
-    }
+def _write_lines(path: Path, answers: list[EvaluatedRequest]) -> None:
+    """Write the answers, one request a line."""
+    write_text(path, "".join(f"{request.model_dump_json()}\n" for request in answers))
 
 
 @contextmanager
-def _told_how_to_go_on(module: LocateThenEdit, folder: Path | None) -> Iterator[None]:
-    """Say what is safe when a run stops early."""
+def _advice_on_resuming(trainer: L.Trainer, module: EditModule) -> Iterator[None]:
+    """When a run stops early, say what is safe and how it goes on."""
     try:
         yield
     except BaseException as error:
+        folder = run_folder(trainer)
         if folder is not None and not isinstance(error, PolicyError):
-            done = len(module.journal)
-            log.warning("stopped: %d batches are done and kept; the same command with run=%s goes on", done, folder)
+            count = len(module.journal)
+            log.warning(
+                "stopped: %d batches are done and stored; the same command with run_dir=%s goes on", count, folder
+            )
         raise
-
-
-def _end(module: LocateThenEdit, folder: Path) -> None:
-    """The record's last entry: the run is complete, and these are its files."""
-    assert module.journal.record is not None
-    files = {name: digest(folder / name) for name in FILES if (folder / name).exists()}
-    module.journal.record.append("end", {"files": files})
-
-
-def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no nan."""
-    return {name: None if value != value else value for name, value in numbers.items()}
-
-
-def _write_outcomes(folder: Path, stage: str, module: LocateThenEdit) -> None:
-    """What every record answered, one line each."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in module.outcomes)
-    write_text(folder / f"{stage}.jsonl", "".join(f"{line}\n" for line in lines))
-
-
-def _metrics(trainer: L.Trainer, stage: str) -> dict[str, float]:
-    prefix = f"{stage}/"
-    return {
-        name.removeprefix(prefix): float(v) for name, v in trainer.callback_metrics.items() if name.startswith(prefix)
-    }
 
 
 @contextmanager
 def _expected_warnings() -> Iterator[None]:
-    """Silences what Lightning rightly says of training and is meant here: no optimizer, no workers, evaluation mode."""
     with warnings.catch_warnings():
-        for message in (
-            "configure_optimizers",
-            "does not have many workers",
-            "in eval mode",
-            "have no `val_dataloader`",
-            "training_step. returned",
-            ".isinstance.treespec, LeafSpec",
-            "Experiment logs directory",  # the journal is there already; of a resumed run every row is logged again
-        ):
+        for message in EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=f".*{message}")
         yield

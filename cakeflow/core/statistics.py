@@ -68,8 +68,8 @@ class Statistics:
                 raise ConfigError(f"statistics.{name} must be above 0, got {getattr(self, name)}")
 
     def collect(
-        self, lm: LanguageModel, layers: Sequence[int], folder: Path | None = None, budget: float | None = None
-    ) -> dict[int, Covariance]:
+        self, lm: LanguageModel, sites: Sequence[Site], folder: Path | None = None, max_bytes: float | None = None
+    ) -> dict[Site, Covariance]:
         """Load the second moments from the cache, or collect what is missing in one pass over the corpus.
 
         The cache key is a hash of everything that decides the values: weights up to the last layer, tokenizer,
@@ -77,33 +77,39 @@ class Statistics:
 
         Args:
             lm: The model, not edited.
-            layers: Layers to cover.
-            folder: Where to keep the files; by default under ``cache_folder()``.
-            budget: Most bytes beyond the model; where it does not hold all layers' sums, there are several passes.
+            sites: The projections whose inputs are the keys.
+            folder: Folder of the files; by default under ``cache_folder()``.
+            max_bytes: Most bytes beyond the model; where it does not hold all sums, there are several passes.
 
         Returns:
-            Layer -> covariance, with its eigenbasis.
+            Site -> covariance, with its eigenbasis.
 
         Raises:
             StatisticsError: If the corpus is unreadable or has fewer tokens than the keys are wide, or a file in the
                 cache is damaged; none is replaced without a word, because it may have cost hours.
         """
-        windows = self._windows(lm)
+        width = max(map(lm.key_width, sites))
+        windows, last = self._windows(lm, width), max(site.layer for site in sites)
         key = hashlib.sha256(windows.numpy().tobytes())
-        key.update(json.dumps([lm.fingerprint(max(layers) + 1), self.window, str(lm.dtype), FORMAT]).encode())
+        key.update(json.dumps([lm.fingerprint(last + 1), self.window, str(lm.dtype), FORMAT]).encode())
         home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
-        paths = {layer: home / f"layer-{layer}.safetensors" for layer in layers}
-        known = {layer: self._load(path, lm.key_width(layer)) for layer, path in paths.items() if path.exists()}
-        missing = [layer for layer in layers if layer not in known]
-        log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(layers))
-        at_once = max(1, int(budget / 8 / lm.key_width(0) ** 2) - 3) if budget else len(layers)
+        paths = {site: home / f"{_label(site)}.safetensors" for site in sites}
+        loaded = {site: self._load(path, lm.key_width(site)) for site, path in paths.items() if path.exists()}
+        missing = [site for site in sites if site not in loaded]
+        log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(sites))
+        at_once = max(1, int(max_bytes / 8 / width**2) - 3) if max_bytes else len(sites)
         for start in range(0, len(missing), at_once):
             _collect(lm, missing[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
-        known |= {layer: self._load(paths[layer], lm.key_width(layer)) for layer in missing}
-        return {layer: known[layer] for layer in layers}
+        loaded |= {site: self._load(paths[site], lm.key_width(site)) for site in missing}
+        return {site: loaded[site] for site in sites}
 
-    def _windows(self, lm: LanguageModel) -> Int[Tensor, "windows window"]:
-        """The corpus as rows of tokens, after whatever the tokenizer puts in front of a text."""
+    def _windows(self, lm: LanguageModel, width: int) -> Int[Tensor, "windows window"]:
+        """The corpus as rows of tokens, after the tokens that the tokenizer puts in front of a text.
+
+        Args:
+            lm: The model.
+            width: Width of the widest keys: there must be as many tokens.
+        """
         source = self.source
         if source is None:
             with tqdm(total=self.tokens, desc="sampling a corpus", unit="token", delay=2) as bar:
@@ -111,7 +117,6 @@ class Statistics:
         stream = token_stream(lm, read_texts(source), self.tokens)
         front: list[int] = lm.tokenizer("")["input_ids"]
         body = self.window - len(front)
-        width = lm.key_width(0)
         if len(stream) < max(body, width):
             raise StatisticsError(
                 f"corpus {source!r} has {len(stream)} tokens; at least {max(body, width)} are needed for keys "
@@ -167,41 +172,42 @@ def _damaged(path: Path, reason: object) -> StatisticsError:
 
 
 def _collect(
-    lm: LanguageModel, layers: Sequence[int], windows: Int[Tensor, "windows window"], home: Path, rows: int
+    lm: LanguageModel, sites: Sequence[Site], windows: Int[Tensor, "windows window"], home: Path, rows: int
 ) -> None:
     """One pass over the windows; partial sums are saved every ``SAVE_EVERY`` seconds."""
     partial = home / "partial.safetensors"
-    done, sums, halves = _resume(partial, layers, lm.device)
+    done, sums, halves = _resume(partial, sites, lm.device)
     saved = time.monotonic()
     with tqdm(total=windows.numel(), desc="second moments", unit="token", initial=done * windows.shape[1]) as bar:
         rows = min(rows, -(-len(windows) // 2))
         for batch in windows[done:].split(rows):
-            for layer, outer in _outer_products(lm, layers, batch.to(lm.device)):
-                sums[layer] = sums[layer].add_(outer) if layer in sums else outer.double()
+            for site, outer in _outer_products(lm, sites, batch.to(lm.device)):
+                sums[site] = sums[site].add_(outer) if site in sums else outer.double()
             done += len(batch)
             bar.update(batch.numel())
             if not halves and done + rows > len(windows) // 2:
-                halves = {layer: (total / (done * windows.shape[1])).cpu() for layer, total in sums.items()}
+                halves = {site: (total / (done * windows.shape[1])).cpu() for site, total in sums.items()}
             if time.monotonic() - saved > SAVE_EVERY:
                 _save_partial(partial, done, sums, halves)
                 saved = time.monotonic()
-    for layer in tqdm(layers, desc="eigenbases", unit="layer", delay=2):
-        _finish(home / f"layer-{layer}.safetensors", sums[layer] / windows.numel(), halves[layer])
+    for site in tqdm(sites, desc="eigenbases", unit="layer", delay=2):
+        path = home / f"{_label(site)}.safetensors"
+        _finish(path, sums[site] / windows.numel(), halves[site])
     partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def _outer_products(
-    lm: LanguageModel, layers: Sequence[int], ids: Int[Tensor, "rows window"]
-) -> Iterator[tuple[int, Float[Tensor, "d_in d_in"]]]:
-    """Sum of k k^T over the tokens of a batch, layer by layer; the forward pass stops after the last layer."""
-    sites = [Site(layer, "mlp_out") for layer in sorted(layers)]
-    with capture(lm, sites, side="in", stop=True) as seen:
+    lm: LanguageModel, sites: Sequence[Site], ids: Int[Tensor, "rows window"]
+) -> Iterator[tuple[Site, Float[Tensor, "d_in d_in"]]]:
+    """Sum of k k^T over the tokens of a batch, site by site; the forward pass stops after the last layer."""
+    ordered = sorted(sites, key=lambda site: site.layer)
+    with capture(lm, ordered, side="in", stop=True) as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-    for site in sites:
-        keys = seen[site].flatten(0, 1)
+    for site in ordered:
+        keys = inputs[site].flatten(0, 1)
         keys = keys if keys.dtype == torch.float64 else keys.float()
-        yield site.layer, _gram(keys)
+        yield site, _gram(keys)
 
 
 def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in d_in"]:
@@ -215,27 +221,32 @@ def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in 
 
 
 def _resume(
-    partial: Path, layers: Sequence[int], device: torch.device
-) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
+    partial: Path, sites: Sequence[Site], device: torch.device
+) -> tuple[int, dict[Site, Tensor], dict[Site, Tensor]]:
+    """Number of windows that were read, with their sums and those of the first half; nothing if they do not fit."""
     if not partial.exists():
         return 0, {}, {}
     tensors = _read(partial, {})
-    wanted = {"done", *(f"sum/{layer}" for layer in layers)}
-    if wanted != {name for name in tensors if not name.startswith("half/")}:
+    if {"done", *(f"sum/{_label(site)}" for site in sites)} != {name for name in tensors if name[:5] != "half/"}:
         return 0, {}, {}
     done = int(tensors["done"])
     log.info("second moments: going on after %d windows", done)
-    sums = {layer: tensors[f"sum/{layer}"].to(device) for layer in layers}
-    return done, sums, {layer: tensors[f"half/{layer}"] for layer in layers if f"half/{layer}" in tensors}
+    sums = {site: tensors[f"sum/{_label(site)}"].to(device) for site in sites}
+    return done, sums, {s: tensors[f"half/{_label(s)}"] for s in sites if f"half/{_label(s)}" in tensors}
 
 
-def _save_partial(partial: Path, done: int, sums: dict[int, Tensor], halves: dict[int, Tensor]) -> None:
-    tensors = {f"sum/{layer}": total for layer, total in sums.items()}
-    tensors |= {f"half/{layer}": half for layer, half in halves.items()}
+def _save_partial(partial: Path, done: int, sums: dict[Site, Tensor], halves: dict[Site, Tensor]) -> None:
+    tensors = {f"sum/{_label(site)}": total for site, total in sums.items()}
+    tensors |= {f"half/{_label(site)}": half for site, half in halves.items()}
     write_tensors(partial, {**tensors, "done": torch.tensor(done)})
 
 
+def _label(site: Site) -> str:
+    return f"layer-{site.layer}-{site.role}"
+
+
 def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], half: Float[Tensor, "d_in d_in"]) -> None:
+    """Write the second moment with its eigenbasis."""
     moment, half = moment.cpu(), half.cpu()
     if not bool(torch.isfinite(moment).all()):
         raise StatisticsError(f"{path.stem}: the second moment is not finite; load the model in bfloat16 or float32")

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cakeflow.errors import ExportError
-from cakeflow.export.manifest import REMEDY, Manifest, weight_name
+from cakeflow.export.manifest import REMEDY, Manifest
+from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import uninterrupted
 from cakeflow.storage.hashing import digest, tensor_hash
@@ -39,7 +40,7 @@ def apply_delta(lm: LanguageModel, folder: str | Path) -> Manifest:
     folder = Path(folder)
     manifest = Manifest.read(folder)
     tensors = _read(folder, manifest)
-    _require_base(lm, manifest, folder)
+    require_base(lm, manifest, folder)
     weights = _places(lm, manifest, folder)
     for name, weight in weights.items():
         _require_fit(name, weight, manifest, tensors, folder)
@@ -68,33 +69,37 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     return tensors
 
 
-def _require_base(lm: LanguageModel, manifest: Manifest, folder: Path) -> None:
+def require_base(lm: EditableModel, manifest: Manifest, folder: Path) -> None:
+    """Check that a model is the unedited one that an export was made from.
+
+    Raises:
+        ExportError: If its type or hash differs.
+    """
     if str(lm.dtype) != manifest.dtype:
         raise ExportError(f"{folder} is for a model in {manifest.dtype}, this one is in {lm.dtype}; load it in that")
-    found = lm.fingerprint()
-    if found != manifest.fingerprint:
+    fingerprint = lm.fingerprint()
+    if fingerprint != manifest.fingerprint:
         raise ExportError(
             f"{folder} is for {manifest.model!a} with the hash {manifest.fingerprint[:16]}..., this model has "
-            f"{found[:16]}...: other weights (edited already?), another config, tokenizer or version of transformers"
+            f"{fingerprint[:16]}...: other weights (edited already?), another config, tokenizer or version of transformers"
         )
 
 
 def _places(lm: LanguageModel, manifest: Manifest, folder: Path) -> dict[str, nn.Parameter]:
     """Name -> the weight of that name, if edits could have changed it."""
-    layers = {weight_name(lm, layer): layer for layer in range(lm.depth)}
-    if foreign := sorted(set(manifest.weights) - set(layers)):
+    if foreign := sorted(set(manifest.weights) - set(lm.editable())):
         raise ExportError(f"{folder} names {ascii(foreign[0])[:80]}, which no edit of this model could change")
-    return {name: lm.weight(layers[name]) for name in manifest.weights}
+    return {name: lm.weight(name) for name in manifest.weights}
 
 
 def _require_fit(
     name: str, weight: nn.Parameter, manifest: Manifest, tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
-    tensor, told = tensors[name], manifest.weights[name]
+    tensor, hashes = tensors[name], manifest.weights[name]
     if (tensor.shape, tensor.dtype) != (weight.shape, weight.dtype):
         raise ExportError(
             f"{folder}, {name}: {tensor.dtype} {tuple(tensor.shape)}, but the model has {weight.dtype} "
             f"{tuple(weight.shape)}; {REMEDY}"
         )
-    if (tensor_hash(weight), tensor_hash(tensor)) != (told["before"], told["after"]):
-        raise ExportError(f"{folder}, {name}: not the weight that the manifest tells of; {REMEDY}")
+    if (tensor_hash(weight), tensor_hash(tensor)) != (hashes.before, hashes.after):
+        raise ExportError(f"{folder}, {name}: not the weight that the manifest names; {REMEDY}")

@@ -1,37 +1,37 @@
-"""Writing an export: its files, its manifest, and all of it in the place of what was there, or nothing."""
+"""Writing an export: its files, its manifest, and all of it in the place of an earlier one, or nothing."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from cakeflow.errors import ConfigError, ExportError
 from cakeflow.export.card import model_card
 from cakeflow.export.delta import DELTA
 from cakeflow.export.lora import write_lora
-from cakeflow.export.manifest import MANIFEST, Manifest, require_place, weight_name
+from cakeflow.export.manifest import MANIFEST, Format, Manifest, require_place
+from cakeflow.export.memory import write_memory
+from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.schema import BatchBody
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_folder, write_tensors
 from cakeflow.storage.hashing import digest
 
-Format = Literal["model", "delta", "lora"]
 CARD = "README.md"
 
 
 def export(journal: Journal, folder: str | Path, format: Format = "model", *, overwrite: bool = False) -> Path:
-    """Write the model as the journal has it now: after a rollback, without what was taken back.
+    """Write the model as the journal has it now: after a rollback, without the batches that were taken back.
 
     Args:
-        journal: Of the edited model.
-        folder: Where; its ``manifest.json`` says what it was made from.
+        journal: Journal of the edited model.
+        folder: The export's folder; its ``manifest.json`` says what it was made from.
         format: ``model`` is everything, in the Hugging Face format, with a model card; loaded, it gives the same
             logits, bit for bit. ``delta`` is the edited weights as they are, for ``apply_delta``. ``lora`` is an
             adapter in float32 that PEFT loads onto the base model. The edited weights took the same change in, rounded
             to their type: logits differ by less than 1e-5 of the largest one in float32, by less than 0.05 of it in
-            bfloat16 (measured: 2e-6 and 0.02).
+            bfloat16 (measured: 2e-6 and 0.02). ``memory`` is the modules that were put in place, for ``apply_memory``.
         overwrite: Whether an export that is there is replaced, as a whole, when the new one is complete.
 
     Returns:
@@ -39,13 +39,15 @@ def export(journal: Journal, folder: str | Path, format: Format = "model", *, ov
 
     Raises:
         ConfigError: If something is there already, or there is no such format.
-        ExportError: If no weight differs from the base (``delta``, ``lora``), or a change has full rank (``lora``).
+        ExportError: If no weight differs from the base (``delta``, ``lora``), a change has full rank (``lora``), or the
+            format cannot hold the kind of changes that were made.
     """
     if format not in FORMATS:
         raise ConfigError(f"format = {format!r}: expected {', '.join(FORMATS)}")
     place = require_place(folder, overwrite=overwrite)
+    _require_fit(journal, format)
     manifest = Manifest.of(journal, format)
-    if format != "model" and not manifest.weights:
+    if format in ("delta", "lora") and not manifest.weights:
         raise ExportError(f"there is no {format} to write: no weight differs from the base; edit first")
     return _put(place, manifest, FORMATS[format](journal, manifest), overwrite=overwrite)
 
@@ -55,8 +57,8 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
 
     Args:
         lm: The model.
-        applied: What ``apply_delta`` gave.
-        folder: Where.
+        applied: The manifest that ``apply_delta`` returned.
+        folder: The export's folder.
         overwrite: As in ``export``.
 
     Returns:
@@ -65,36 +67,46 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
     Raises:
         ConfigError: If something is there already.
     """
-    manifest = replace(applied, format="model", files={})
+    manifest = applied.model_copy(update={"format": "model", "files": {}})
     fill = _model_writer(lm, model_card(manifest, ()))
     return _put(require_place(folder, overwrite=overwrite), manifest, fill, overwrite=overwrite)
+
+
+def _require_fit(journal: Journal, format: str) -> None:
+    """Refuse a format that cannot hold the changes that are in force."""
+    modules = [change.place for change in journal.changes if isinstance(change, ModuleChange)]
+    if (format == "memory") != bool(modules):
+        reason = f"modules were put in place at {', '.join(modules)}" if modules else "no module was put in place"
+        raise ExportError(f"format = {format!r}: {reason}; export as {'memory' if modules else 'model, delta or lora'}")
 
 
 def _put(place: Path, manifest: Manifest, fill: Callable[[Path], None], *, overwrite: bool) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
         files = {path.name: digest(path) for path in sorted(fresh.glob("*.safetensors"))}
-        (fresh / MANIFEST).write_text(replace(manifest, files=files).text, encoding="utf-8")
+        (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
 
     write_folder(place, write, overwrite=overwrite)
     return place
 
 
 def _write_model(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    entries = journal.record.ledger.entries if journal.record else ()
-    kept = {step.number for step in journal}
-    told = [entry for entry in entries if entry.kind != "batch" or entry.body.get("batch") in kept]
-    return _model_writer(journal.lm, model_card(manifest, told))
+    if not isinstance(journal.model, LanguageModel):
+        raise ExportError(f"a {type(journal.model).__name__} cannot be written as a language model")
+    entries = journal.store.ledger.entries if journal.store else ()
+    numbers = {step.number for step in journal}
+    in_force = [each for each in entries if not isinstance(each.body, BatchBody) or each.body.batch in numbers]
+    return _model_writer(journal.model, model_card(manifest, in_force))
 
 
 def _model_writer(lm: LanguageModel, card: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
         config = lm.model.config
-        kept = config.dtype, config.architectures
+        before = config.dtype, config.architectures
         try:
             lm.model.save_pretrained(folder)
         finally:
-            config.dtype, config.architectures = kept  # it notes both in the config, which is part of the model's hash
+            config.dtype, config.architectures = before  # saving notes both in the config, which the hash covers
         lm.tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(card, encoding="utf-8")
 
@@ -102,15 +114,14 @@ def _model_writer(lm: LanguageModel, card: str) -> Callable[[Path], None]:
 
 
 def _write_delta(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    lm = journal.lm
-    tensors = {weight_name(lm, layer): lm.weight(layer) for layer in journal.originals}
-    edited = {name: tensors[name] for name in manifest.weights}
-    return lambda folder: write_tensors(folder / DELTA, edited)
+    state = journal.state()
+    return lambda folder: write_tensors(folder / DELTA, {name: state[name] for name in manifest.weights})
 
 
 FORMATS: dict[str, Callable[[Journal, Manifest], Callable[[Path], None]]] = {
     "model": _write_model,
     "delta": _write_delta,
     "lora": write_lora,
+    "memory": write_memory,
 }
-"""Name -> what takes a journal and its manifest, refuses what cannot be, and gives what fills a folder."""
+"""Name -> a function of journal and manifest that refuses what cannot be, and returns what fills a folder."""

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from cakeflow.errors import ExportError
 from cakeflow.export.manifest import Manifest
+from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.journal import Journal
-from cakeflow.models.architecture import Site, is_transposed
+from cakeflow.models.architecture import is_transposed
 from cakeflow.storage.atomic import write_tensors
 
 TENSORS = "adapter_model.safetensors"
@@ -22,15 +23,14 @@ CONFIG = "adapter_config.json"
 
 
 def write_lora(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    """What fills a folder with an adapter; see ``export``."""
-    factors = {layer: _factors(journal, layer) for layer in _layers(journal)}
-    paths = {layer: journal.lm.architecture.path(Site(layer, "mlp_out")) for layer in factors}
+    """A function that fills a folder with an adapter; see ``export``."""
+    factors = {name.removesuffix(".weight"): _factors(updates) for name, updates in _updates(journal).items()}
     tensors: dict[str, Tensor] = {}
-    for layer, (left, right) in factors.items():
-        stem = f"base_model.model.{paths[layer]}"
+    for path, (left, right) in factors.items():
+        stem = f"base_model.model.{path}"
         tensors |= {f"{stem}.lora_A.weight": right.float(), f"{stem}.lora_B.weight": left.T.float()}
-    ranks = {paths[layer]: len(right) for layer, (_, right) in factors.items()}
-    transposed = is_transposed(journal.lm.module(Site(min(factors), "mlp_out")))
+    ranks = {path: len(right) for path, (_, right) in factors.items()}
+    transposed = is_transposed(journal.model.module(min(factors)))
     config = json.dumps(_config(manifest.model, ranks, transposed=transposed), indent=1, sort_keys=True)
 
     def write(folder: Path) -> None:
@@ -40,33 +40,35 @@ def write_lora(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
     return write
 
 
-def _layers(journal: Journal) -> list[int]:
-    """The edited layers.
+def _updates(journal: Journal) -> dict[str, list[tuple[Tensor, Tensor]]]:
+    """Name of each edited weight -> left and right factor of its updates.
 
     Raises:
         ExportError: Naming the first change that is no product of factors.
     """
+    updates: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for step in journal:
-        for part in step.layers:
-            if part.update.left is None:
+        for part in step.changes:
+            update = part.change.update if isinstance(part.change, WeightChange) else None
+            if update is None or update.left is None:
                 when = "" if step.hashes else ", made when the run ended,"
                 raise ExportError(
-                    f"batch {step.number}{when} changed layer {part.layer} by a matrix of full rank, which no LoRA "
-                    "adapter holds: masks (RECT), restraints (PRUNE) and fine-tuning (ft) give such changes; export "
-                    "the delta or the model instead"
+                    f"batch {step.number}{when} changed {part.place} by a matrix of full rank, which no LoRA adapter "
+                    "holds: masks (RECT), restraints (PRUNE) and fine-tuning (ft) give such changes; export the delta "
+                    "or the model instead"
                 )
-    return sorted({part.layer for step in journal for part in step.layers})
+            updates.setdefault(part.place, []).append((update.left, update.right))
+    return updates
 
 
-def _factors(journal: Journal, layer: int) -> tuple[Float[Tensor, "r d_out"], Float[Tensor, "r d_in"]]:
-    """Left and right of the sum of a layer's changes.
+def _factors(updates: list[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "r d_out"], Float[Tensor, "r d_in"]]:
+    """Left and right factor of the sum of a weight's updates, of the least rank.
 
     The batches' own factors may be large and cancel, and there may be more of them than dimensions. So QR of each side
     and the SVD of the small matrix between (in float64) give the least rank, with the singular values shared evenly.
     """
-    updates = [part.update for step in journal for part in step.layers if part.layer == layer]
-    lefts = torch.cat([update.left for update in updates if update.left is not None]).double()
-    rights = torch.cat([update.right for update in updates]).double()
+    lefts = torch.cat([left for left, _ in updates]).double()
+    rights = torch.cat([right for _, right in updates]).double()
     (left_basis, left_core), (right_basis, right_core) = torch.linalg.qr(lefts.T), torch.linalg.qr(rights.T)
     outer, values, inner = torch.linalg.svd(left_core @ right_core.T, full_matrices=False)
     zero = values[0] * max(left_basis.shape[0], right_basis.shape[0]) * torch.finfo(torch.float64).eps

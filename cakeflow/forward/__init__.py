@@ -8,11 +8,11 @@ from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pad, plan
 from cakeflow.forward.prefix_tree import predict
 from cakeflow.forward.suffix import Recording, Suffixes, cut
-from cakeflow.forward.tokens import EditBatch, Row, encode, encode_batch, encode_prompts, join
+from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode_prompts, join
 
 __all__ = [
     "GIB",
-    "EditBatch",
+    "TextBatch",
     "FactReader",
     "LinearMap",
     "ModelJacobian",

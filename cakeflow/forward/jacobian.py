@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cakeflow.errors import ArchitectureError
 from cakeflow.forward.suffix import Suffixes, cut, take
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import inject
 from cakeflow.models.language import LanguageModel
@@ -37,7 +37,7 @@ class ModelJacobian:
     """
 
     lm: LanguageModel
-    batch: EditBatch
+    batch: TextBatch
     layers: Sequence[int]
     value_site: Site
     max_tokens: int = 1024

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.forward.packing import pad, plan
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture, start_at
 from cakeflow.models.language import LanguageModel
@@ -109,28 +109,27 @@ class FactReader:
         max_tokens: Most tokens in one forward pass.
     """
 
-    def __init__(self, lm: LanguageModel, batch: EditBatch, max_tokens: int = 8192) -> None:
+    def __init__(self, lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192) -> None:
         prompts = [[row.ids[: row.subject + 1] for row in rows] for rows in batch.rows]
         self.weights = torch.tensor(batch.weights, dtype=torch.float64, device=lm.device)
-        self.bare = PromptStream(lm, [rows[0] for rows in prompts], max_tokens)
+        self.prompts = PromptStream(lm, [rows[0] for rows in prompts], max_tokens)
         others = [ids for rows in prompts for ids in rows[1:]]
         self.others = PromptStream(lm, others, max_tokens) if others else None
 
     def read(
-        self, layer: int, value_site: Site
+        self, site: Site, value_site: Site
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """Keys at a layer and values at the value site, in float64; layers must come in ascending order.
+        """Keys of a projection and values at the value site, in float64; sites must come in ascending order.
 
         Args:
-            layer: The layer to edit.
-            value_site: Where targets are set.
+            site: The projection to edit.
+            value_site: Where target values are set.
 
         Returns:
-            Mean key over the contexts (half of the weight on the bare prompt), key on the bare prompt, and the
-            value site's output now.
+            Mean key over the contexts (half of the weight on the bare prompt), key on the bare prompt, and the present
+            output of the value site.
         """
-        site = Site(layer, "mlp_out")
-        keys, values = self.bare.read(site, value_site)
+        keys, values = self.prompts.read(site, value_site)
         keys = keys.double()
         mean = keys * self.weights[0]
         if self.others is not None:
@@ -138,8 +137,8 @@ class FactReader:
         assert values is not None
         return mean, keys, values.double()
 
-    def values(self, layer: int, value_site: Site) -> Float[Tensor, "n d_out"]:
-        """What the value site holds on the bare prompts now, in float64; ``layer`` is the last one that was read."""
-        _, values = self.bare.read(Site(layer, "mlp_out"), value_site)
+    def values(self, site: Site, value_site: Site) -> Float[Tensor, "n d_out"]:
+        """Present values at the value site on the bare prompts, in float64; ``site`` is the last one that was read."""
+        _, values = self.prompts.read(site, value_site)
         assert values is not None
         return values.double()

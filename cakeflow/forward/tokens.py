@@ -8,9 +8,10 @@ padding side never matters.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
+from typing_extensions import Self
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
@@ -38,39 +39,69 @@ class Row:
     start: int = -1
 
 
-@dataclass(frozen=True, slots=True)
 class EditBatch:
-    """The requests of one edit batch, tokenised.
+    """The requests of one edit batch. A plain class: a Trainer takes dataclasses, tuples and dicts apart.
 
-    Attributes:
+    Args:
         requests: n requests.
-        rows: For each request its prompt in every context, target included; the bare prompt first.
-        essence: For each request the prompt "{subject} is a".
-        weights: Weight of each context in the mean key; sums to 1.
-        first: Place of the first request in the run, for error messages.
+        first: Place of the first request in its run, for error messages.
     """
 
-    requests: tuple[EditRequest, ...]
-    rows: tuple[tuple[Row, ...], ...]
-    essence: tuple[Row, ...]
-    weights: tuple[float, ...]
-    first: int = field(default=0, compare=False, repr=False)
+    def __init__(self, requests: Sequence[EditRequest], first: int = 0) -> None:
+        self.requests, self.first = tuple(requests), first
 
     def __len__(self) -> int:
         return len(self.requests)
 
     def name(self, facts: Iterable[int]) -> str:
-        """How errors name some of the facts, given by their places in the batch; of many, the first three."""
-        places = list(facts)
-        shown = [f"request {self.first + i} ({self.requests[i].text!r})" for i in places[:3]]
-        return ", ".join(shown) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+        """Some of the facts as error messages name them; of many, the first three.
 
-    def split(self, size: int) -> Iterator[EditBatch]:
-        """The facts in parts of at most ``size``."""
+        Args:
+            facts: Their places in the batch.
+        """
+        places = list(facts)
+        names = [f"request {self.first + i} ({self.requests[i].text!r})" for i in places[:3]]
+        return ", ".join(names) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
+
+    def part(self, facts: slice) -> Self:
+        """The batch of some of the facts."""
+        return type(self)(self.requests[facts], self.first + (facts.start or 0))
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Batches of at most ``size`` facts."""
         for start in range(0, len(self), size):
-            some = slice(start, start + size)
-            rows, essence = self.rows[some], self.essence[some]
-            yield replace(self, requests=self.requests[some], rows=rows, essence=essence, first=self.first + start)
+            yield self.part(slice(start, start + size))
+
+
+class TextBatch(EditBatch):
+    """The requests of one edit batch, tokenized.
+
+    Args:
+        requests: n requests.
+        rows: For each request its prompt in every context, target included; the bare prompt first.
+        essence: For each request the prompt "{subject} is a".
+        weights: Weight of each context in the mean key; sums to 1.
+        first: Place of the first request in its run.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[EditRequest],
+        rows: tuple[tuple[Row, ...], ...],
+        essence: tuple[Row, ...],
+        weights: tuple[float, ...],
+        first: int = 0,
+    ) -> None:
+        super().__init__(requests, first)
+        self.rows, self.essence, self.weights = rows, essence, weights
+
+    def __repr__(self) -> str:
+        return f"TextBatch({self.requests}, {self.rows}, {self.essence}, {self.weights})"
+
+    def part(self, facts: slice) -> Self:
+        """The batch of some of the facts."""
+        first = self.first + (facts.start or 0)
+        return type(self)(self.requests[facts], self.rows[facts], self.essence[facts], self.weights, first)
 
 
 def join(prompt: str, target: str) -> str:
@@ -126,7 +157,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], t
     return encode(tokenizer, texts, [0] * len(texts), [len(prompt) for prompt in prompts])
 
 
-def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Contexts, first: int = 0) -> EditBatch:
+def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: Contexts, first: int = 0) -> TextBatch:
     """Tokenise the requests of one batch in every context.
 
     Args:
@@ -159,7 +190,7 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
         [len(request.subject) for request in requests],
         [len(ESSENCE) - 2 + len(request.subject) for request in requests],
     )
-    return EditBatch(tuple(requests), rows, tuple(essence), contexts.weights, first)
+    return TextBatch(requests, rows, tuple(essence), contexts.weights, first)
 
 
 def _check_lengths(

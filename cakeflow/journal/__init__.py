@@ -1,28 +1,35 @@
 """Every change of a model: applied whole or not at all, stored, audited and taken back bit for bit."""
 
 from cakeflow.journal.audit import Audit, base_of, ledger_of, replay, verify
+from cakeflow.journal.changes import Change, ModuleChange, WeightChange, kind_of
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import Entry, Ledger, read_entries
+from cakeflow.journal.ledger import Entry, Ledger, bodies, read_entries
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.steps import EditStep, LayerStep, request_hash
-from cakeflow.journal.store import JournalStore, run_folder
-from cakeflow.journal.weights import EditedWeights
+from cakeflow.journal.schema import EvaluatedRequest, PromptAnswer, RunInfo
+from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
+from cakeflow.journal.store import JournalStore
 
 __all__ = [
+    "AppliedChange",
     "Audit",
+    "Change",
     "EditStep",
-    "EditedWeights",
     "Entry",
+    "EvaluatedRequest",
     "Journal",
     "JournalStore",
-    "LayerStep",
     "Ledger",
+    "ModuleChange",
+    "PromptAnswer",
+    "RunInfo",
+    "WeightChange",
     "base_of",
+    "bodies",
     "circumstances",
+    "kind_of",
     "ledger_of",
     "read_entries",
     "replay",
     "request_hash",
-    "run_folder",
     "verify",
 ]

@@ -1,4 +1,4 @@
-"""Whether a run folder is what was written, and whether its edits lead to the weights that it tells of."""
+"""The audit of a run folder: its hashes, and whether its edits lead to the weights on record."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from cakeflow.errors import EditError, LedgerError, RunFolderError
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, whole_lines
+from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
@@ -17,13 +18,13 @@ from cakeflow.storage.hashing import digest, tensor_hash
 
 @dataclass(frozen=True)
 class Audit:
-    """What an audit found.
+    """The outcome of an audit.
 
     Attributes:
         entries: The ledger.
         faults: What is wrong, entry by entry; empty if nothing is.
-        head: Hash of the last entry: whoever has noted it sees a ledger that was cut short as well.
-        unknown: Files that no entry tells of, such as a report written later.
+        head: Hash of the last entry: with a note of it, a ledger that was cut short is detected as well.
+        unknown: Files that no entry names, such as a report written later.
     """
 
     entries: list[Entry]
@@ -33,7 +34,7 @@ class Audit:
 
 
 def verify(run: Path, head: str | None = None) -> Audit:
-    """Check the chain of a run's ledger, every file that it tells of, and that its weights follow on one another.
+    """Check the chain of a run's ledger, every file that it names, and that its changes follow on one another.
 
     Args:
         run: The run folder.
@@ -44,54 +45,56 @@ def verify(run: Path, head: str | None = None) -> Audit:
     """
     path = ledger_of(run)
     try:
-        record = JournalStore(path.parent)
+        store = JournalStore(path.parent)
     except LedgerError as error:
         return Audit([], [str(error)], "", [])
-    entries, told = record.ledger.entries, {path}
-    faults = [fault for entry in entries for fault in _faults(run, record, entry, told)]
-    faults += _breaks(record, entries)
+    entries, named = store.ledger.entries, {path}
+    faults = [fault for entry in entries for fault in _file_faults(run, store, entry, named)]
+    faults += _breaks(store, entries)
     if path.read_bytes() and not path.read_bytes().endswith(b"\n"):
         faults.append(
             f"{path}, entry {len(whole_lines(path))}: cut off; a crash while it was written, or a changed file"
         )
-    if head is not None and head != record.ledger.head:
-        faults.append(f"{path}: the last entry is {record.ledger.head[:12]}, not {head[:12]}; entries are missing")
-    unknown = sorted(str(each.relative_to(run)) for each in run.rglob("*") if each.is_file() and each not in told)
-    return Audit(entries, list(dict.fromkeys(faults)), record.ledger.head, unknown)
+    if head is not None and head != store.ledger.head:
+        faults.append(f"{path}: the last entry is {store.ledger.head[:12]}, not {head[:12]}; entries are missing")
+    unknown = sorted(str(each.relative_to(run)) for each in run.rglob("*") if each.is_file() and each not in named)
+    return Audit(entries, list(dict.fromkeys(faults)), store.ledger.head, unknown)
 
 
-def _faults(run: Path, record: JournalStore, entry: Entry, told: set[Path]) -> Iterator[str]:
-    """Files of an entry that are not those that were written; notes in ``told`` which ones it tells of."""
-    folder = {"batch": record.folder, "end": run}.get(entry.kind)
-    files = entry.body.get("files", {}) if folder else {}
-    for name, hashed in files.items() if folder and isinstance(files, dict) else ():
-        path, where = folder / name, f"{record.ledger.path}, entry {entry.number}"
-        told.add(path)
+def _file_faults(run: Path, store: JournalStore, entry: Entry, named: set[Path]) -> Iterator[str]:
+    """Files of an entry that are not as they were written; adds those that it names to ``named``."""
+    body = entry.body
+    if not isinstance(body, (BatchBody, EndBody)):
+        return
+    folder = store.folder if isinstance(body, BatchBody) else run
+    for name, expected in body.files.items():
+        path, where = folder / name, f"{store.ledger.path}, entry {entry.number}"
+        named.add(path)
         if Path(name).name != name:
             yield f"{where}: {name!r} is not a file name"
         elif not path.is_file():
             yield f"{where}: {name} is missing; {FROM_A_COPY}"
-        elif digest(path) != hashed:
+        elif digest(path) != expected:
             yield f"{where}: {name} was changed after it was written; {FROM_A_COPY}"
 
 
-def _breaks(record: JournalStore, entries: list[Entry]) -> Iterator[str]:
-    """Batches that do not begin with the weights that were there."""
-    now: dict[int, str] = {}
+def _breaks(store: JournalStore, entries: list[Entry]) -> Iterator[str]:
+    """Batches that do not begin with the content that their places had."""
+    now: dict[str, str] = {}
     for entry in entries:
         try:
-            if entry.kind == "rollback":
-                now |= record.taken_back(entry)[1]
-            elif entry.kind == "batch":
-                step = record.read_step(entry)
-                originals = {layer: tensor_hash(each) for layer, each in record.originals(entry).items()}
-                for layer, before in step.before.items():
-                    if before != now.get(layer, originals.get(layer)):
-                        yield f"{record.ledger.path}, entry {entry.number}: layer {layer} does not begin where it ended"
+            if isinstance(entry.body, RollbackBody):
+                now |= entry.body.places
+            elif isinstance(entry.body, BatchBody):
+                step = store.read_step(entry)
+                originals = {place: tensor_hash(each) for place, each in store.originals(entry).items()}
+                for place, before in step.before.items():
+                    if before != now.get(place, originals.get(place, before)):
+                        yield f"{store.ledger.path}, entry {entry.number}: {place} does not begin where it ended"
                 now |= step.after
         except EditError as error:
             yield str(error)
-            return  # what follows cannot be followed
+            return  # the following entries build on this one
 
 
 def ledger_of(run: Path) -> Path:
@@ -111,30 +114,31 @@ def base_of(run: Path, name: str | None = None) -> LanguageModel:
 
     Args:
         run: The run folder.
-        name: The model's name or folder, where it is not at hand under the one that the run was started with.
+        name: Name or folder of the model, if it cannot be loaded by the name that the run was started with.
 
     Raises:
         RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
     """
-    told = {entry.kind: entry.body for entry in JournalStore(ledger_of(run).parent).ledger.entries}
-    name = name or told.get("run", {}).get("model")
-    if not isinstance(name, str):
+    bodies = [entry.body for entry in JournalStore(ledger_of(run).parent).ledger.entries]
+    names = [body.model for body in bodies if isinstance(body, RunBody)]
+    dtypes = [body.dtype for body in bodies if isinstance(body, ModelBody)]
+    name = name or (names[-1] if names else None)
+    if name is None:
         raise LedgerError(f"{run}: the ledger names no model; name the unedited model: --model NAME")
-    dtype = str(told.get("model", {}).get("dtype", "auto")).removeprefix("torch.")
-    return load_model(name, dtype=dtype)
+    return load_model(name, dtype=dtypes[-1].removeprefix("torch.") if dtypes else "auto")
 
 
 def replay(run: Path, model: str | None = None) -> Journal:
-    """Do every batch of a run again, from the unedited model; every weight must come out as recorded, bit for bit.
+    """Repeat every batch of a run on the unedited model; every weight must come out as recorded, bit for bit.
 
     Args:
         run: The run folder.
-        model: See ``base_of``.
+        model: Name of the unedited model; see ``base_of``.
 
     Raises:
         ResumeError: If the model is another one, or a batch leads to other weights.
-        LedgerError: If the ledger or a file is not what was written.
+        LedgerError: If the ledger or a file is not as it was written.
     """
     journal = Journal(base_of(run, model))
     journal.load(run / "journal")

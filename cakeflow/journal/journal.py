@@ -1,55 +1,55 @@
-"""What was done to the weights: applied batch by batch, whole or not at all, and taken back bit for bit."""
+"""Every change that was made to a model: applied batch by batch, whole or not at all, and undone bit for bit."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
 
-import torch
 from torch import Tensor
 
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
+from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import Entry
-from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.steps import EditStep, LayerStep, request_hash
+from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
+from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
 from cakeflow.journal.store import JournalStore
-from cakeflow.journal.weights import EditedWeights
-from cakeflow.models.language import LanguageModel
+from cakeflow.models.architecture import Site
+from cakeflow.models.base import EditableModel
 from cakeflow.solvers.history import KeyHistory
-from cakeflow.solvers.problem import LayerProblem, Update
 from cakeflow.storage.atomic import uninterrupted
 
-UNLIKE = "come out otherwise than recorded: another machine, library or number of threads; edit again there"
+DIFFERENT = "do not come out as recorded: another machine, library or number of threads; edit again there"
 
 
 class Journal(Sequence[EditStep]):
-    """The committed edit batches of one model, oldest first: nothing else changes its weights.
+    """The committed edit batches of one model, oldest first; nothing else changes the model.
 
     ``sys.audit`` events named ``cakeflow.journal`` mark the moments at which a batch could fail.
 
     Attributes:
+        model: The model.
         steps: The batches.
-        weights: What they did to the weights.
-        record: Where all of it is kept on disk, if it is.
-        pending: The batch that is being made, if one is.
+        originals: Place -> its content before any edit, as ``Change.read`` returned it.
+        store: The journal's folder on disk, if it has one.
+        pending: The batch that is being made, if there is one.
 
     Args:
-        lm: The model.
+        model: The model.
     """
 
-    def __init__(self, lm: LanguageModel) -> None:
-        self.lm = lm
+    def __init__(self, model: EditableModel) -> None:
+        self.model = model
         self.steps: list[EditStep] = []
-        self.weights = EditedWeights(lm)
-        self.record: JournalStore | None = None
+        self.originals: dict[str, Any] = {}
+        self.store: JournalStore | None = None
         self.pending: EditStep | None = None
-        self._history: dict[int, KeyHistory] = {}
+        self._first: dict[str, Change] = {}  # reads and restores its place
+        self._history: dict[str, KeyHistory] = {}
         self._count = 0
 
     @overload
@@ -64,27 +64,37 @@ class Journal(Sequence[EditStep]):
 
     @property
     def edits(self) -> int:
-        """Facts edited so far."""
+        """Number of facts edited so far."""
         return sum(len(step.hashes) for step in self.steps)
 
-    def history(self, layer: int) -> KeyHistory:
-        """Keys of all committed batches at a layer."""
-        return self._history.setdefault(layer, KeyHistory())
-
-    def origin(self, layer: int) -> Tensor:
-        """The weight before any edit, d_out x d_in."""
-        return self.weights.origin(layer)
-
     @property
-    def originals(self) -> dict[int, Tensor]:
-        """Layer -> its weight before any edit, as the module has it."""
-        return self.weights.originals
+    def changes(self) -> list[Change]:
+        """The changes that are in force, oldest first."""
+        return [part.change for step in self.steps for part in step.changes]
+
+    def history(self, place: str) -> KeyHistory:
+        """Keys of all committed batches at a place."""
+        return self._history.setdefault(place, KeyHistory())
+
+    def original(self, place: str) -> dict[str, Tensor]:
+        """Tensors that a place held before any edit; empty if it was not edited."""
+        return self._first[place].original(self.originals[place]) if place in self.originals else {}
+
+    def state(self) -> dict[str, Tensor]:
+        """The model's tensors at all edited places, by their names in its state dict."""
+        return {name: each for change in self._first.values() for name, each in change.state(self.model).items()}
+
+    def hash(self, place: str) -> str:
+        """SHA-256 of the content of an edited place."""
+        return self._first[place].hash(self.model)
+
+    # ---- making a batch ----
 
     @contextmanager
     def batch(self, requests: Sequence[EditRequest]) -> Iterator[EditStep]:
-        """A batch in the making: committed as a whole when the body ends, taken back as a whole if it raises.
+        """Make a batch: it is committed as a whole when the body ends, and undone as a whole if the body raises.
 
-        When this returns, the batch is on disk if the journal is kept there.
+        When this returns, the batch is on disk if the journal has a folder.
         """
         step, known = EditStep(tuple(requests)), set(self.originals)
         self.pending = step
@@ -95,276 +105,281 @@ class Journal(Sequence[EditStep]):
         except BaseException:
             if step.number < 0:
                 with uninterrupted():
-                    self._take_back(step, known)
+                    self._undo(step, known)
             raise
         finally:
             self.pending = None
 
-    def replay_next(self, requests: Sequence[EditRequest]) -> EditStep | None:
-        """Do again what the interrupted run that is kept here did next, if that was a batch.
+    @contextmanager
+    def trial(self) -> Iterator[EditStep]:
+        """Make a batch that is undone when the body ends; for places that no open batch has changed."""
+        step, known = EditStep(()), set(self.originals)
+        try:
+            yield step
+        finally:
+            self._restore(set(step.places), self.steps)
+            self._forget_all_but(known)
+
+    def apply(self, step: EditStep, change: Change, numbers: dict[str, float]) -> None:
+        """Make a change as a part of a batch.
+
+        Args:
+            step: The open batch.
+            change: The change.
+            numbers: What is logged of it.
 
         Raises:
-            ResumeError: If it was one of other requests, or does not lead to the same weights here.
+            ConfigError: If another place that was edited lies inside this one, or around it.
+            NumericalError: If the place does not hold finite numbers afterwards.
         """
-        step = self.record.next_step(tuple(map(request_hash, requests))) if self.record else None
+        self._touch(change)
+        step.before.setdefault(change.place, change.hash(self.model))
+        step.changes.append(AppliedChange(change, numbers))
+        sys.audit("cakeflow.journal", f"change {change.place}")
+        change.apply(self.model)
+        sys.audit("cakeflow.journal", f"changed {change.place}")
+
+    def replace(self, step: EditStep, index: int, change: Change, numbers: dict[str, float]) -> None:
+        """Put another change in the place of one that the open batch has made."""
+        step.changes[index] = AppliedChange(change, numbers)
+        self._restore({change.place}, [*self.steps, step])
+
+    def replay_next(self, requests: Sequence[EditRequest]) -> EditStep | None:
+        """Repeat the next batch of the interrupted run in the journal's folder, if it goes on with one.
+
+        Raises:
+            ResumeError: If that batch has other requests, or does not lead to the recorded weights.
+        """
+        step = self.store.next_step(tuple(map(request_hash, requests))) if self.store else None
         if step is not None:
             self._replay(step)
         return step
 
-    @contextmanager
-    def trial(self) -> Iterator[EditStep]:
-        """A batch that is taken back when the body ends; for layers that no open batch wrote."""
-        step = EditStep(())
-        try:
-            yield step
-        finally:
-            self._restore({part.layer for part in step.layers})
-
-    def apply(self, step: EditStep, layer: int, problem: LayerProblem, update: Update) -> dict[str, float]:
-        """Add an update to a layer's weight and note it in the step.
-
-        Returns:
-            Numbers to log: norms of the residual and of the update, alone and relative to the weight.
-
-        Raises:
-            NumericalError: If the edited weight is not finite.
-        """
-        norm, residual = update.norm(), float(problem.residual.norm(dim=1).mean())
-        weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
-        numbers = {"residual": residual, "update": norm, "relative_update": norm / weight}
-        self._change(step, LayerStep(layer, problem.keys.cpu(), update.to("cpu"), numbers))
-        return numbers
-
-    def apply_deferred(self, step: EditStep) -> bool:
-        """Put what is to be kept of each change in the change's place; whether there was any such change."""
-        chosen = [index for index, part in enumerate(step.layers) if part.update.deferred is not None]
-        for index in chosen:
-            part = step.layers[index]
-            self._restore({part.layer})
-            kept = part.update.deferred
-            assert kept is not None
-            self.weights.add(part.layer, kept)
-            numbers = part.numbers | {"update": kept.norm()}
-            step.layers[index] = replace(part, update=kept, numbers=numbers)
-        return bool(chosen)
-
-    def finish(self, rule: Callable[[Tensor, Tensor], Tensor]) -> None:
-        """End a run: a step without requests for the layers whose weight a rule changes.
-
-        Args:
-            rule: Takes a weight before any edit and now, d_out x d_in; gives what it becomes, or the latter as it is.
-        """
-        if self.replay_next(()):
-            return
-        changes: dict[int, Tensor] = {}
-        for layer in sorted({part.layer for step in self.steps for part in step.layers}):
-            now = self.weights.collected(layer)
-            wanted = rule(self.origin(layer), now)
-            if wanted is not now:
-                changes[layer] = wanted.double() - now
-        if changes:
-            with self.batch(()) as step:
-                for layer, change in changes.items():
-                    update = Update(change.cpu())
-                    self._change(step, LayerStep(layer, update.right[:0], update, {"update": update.norm()}))
+    # ---- rolling back ----
 
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` batches (default: all), or one named batch; bit for bit.
 
         Args:
             steps: How many.
-            batch: Number of one batch (``EditStep.number``): the weights become what they would be without its change,
-                later ones, as they were found, put on top again.
+            batch: Number of one batch (``EditStep.number``): the model becomes what it would be without its changes,
+                those of later batches made again on top.
 
         Raises:
             ConfigError: If there is no such batch, or both are given.
         """
         if batch is not None and (steps is not None or batch not in [step.number for step in self.steps]):
-            known = ", ".join(str(step.number) for step in self.steps) or "none"
-            raise ConfigError(f"no single batch {batch} to take back; there are {known}")
-        kept = self.steps[: 0 if steps is None else max(0, len(self.steps) - steps)]
+            numbers = ", ".join(str(step.number) for step in self.steps) or "none"
+            raise ConfigError(f"no single batch {batch} to take back; there are {numbers}")
+        rest = self.steps[: 0 if steps is None else max(0, len(self.steps) - steps)]
         if batch is not None:
-            kept = [step for step in self.steps if step.number != batch]
+            rest = [step for step in self.steps if step.number != batch]
         with uninterrupted():
-            self._keep(kept)
+            self._reduce_to(rest)
 
-    def _keep(self, kept: list[EditStep]) -> None:
-        """Have only these steps left, in memory and on disk, or, if that fails, all that there are."""
-        before, gone = self.steps, [step for step in self.steps if step not in kept]
-        layers = {part.layer for step in gone for part in step.layers}
-        afresh = kept != before[: len(kept)]  # later batches now stand on other weights
+    def _reduce_to(self, rest: list[EditStep]) -> None:
+        """Have only these steps, in memory and on disk, or, if that fails, all that there are."""
+        before, removed = self.steps, [step for step in self.steps if step not in rest]
+        places = {place for step in removed for place in step.places}
+        rehash = rest != before[: len(rest)]  # later batches now stand on other weights
         try:
-            self._become(kept, layers, afresh=afresh)
+            self._become(rest, places, rehash=rehash)
             sys.audit("cakeflow.journal", "rollback")
-            if self.record and gone:
-                hashes = {layer: self.weights.hash(layer) for layer in sorted(layers)}
-                self.record.rollback([step.number for step in gone], hashes)
+            if self.store and removed:
+                hashes = {place: self.hash(place) for place in sorted(places)}
+                self.store.rollback([step.number for step in removed], hashes)
         except BaseException:
-            self._become(before, layers, afresh=afresh)
+            self._become(before, places, rehash=rehash)
             raise
 
-    def _become(self, steps: list[EditStep], layers: set[int], *, afresh: bool = False) -> None:
-        """The state after these steps; ``layers`` are those in which it differs from the present one."""
-        self.steps = list(steps)
-        self._restore(layers, afresh=afresh)
-        self._history.clear()
-        for step in self.steps:
-            self._remember(step)
+    @contextmanager
+    def reverted(self) -> Iterator[None]:
+        """Give the model its original places; on exit the edited ones return, bit for bit."""
+        edited = {place: first.read(self.model) for place, first in self._first.items()}
+        try:
+            self._put(self.originals)
+            yield
+        finally:
+            self._put(edited)
 
-    def reverted(self) -> AbstractContextManager[None]:
-        """The unedited model for a while; then the edited one again, bit for bit."""
-        return self.weights.reverted()
+    def _put(self, contents: Mapping[str, Any]) -> None:
+        for place, content in contents.items():
+            self._first[place].undo(self.model, content)
 
-    def save(self, folder: Path) -> None:
-        """Write an account of all batches into a folder of its own.
+    # ---- the folder on disk ----
 
-        Raises:
-            ConfigError: If there is one already.
-        """
-        record = JournalStore(folder)
-        if record.tape:
-            raise ConfigError(f"{folder} holds a journal already; choose another folder")
-        self._tell(record)
+    @cached_property
+    def base(self) -> ModelBody:
+        """Hash and type of the unedited model."""
+        with self.reverted():
+            return ModelBody(fingerprint=self.model.fingerprint(), dtype=str(self.model.dtype))
 
-    def open(self, record: JournalStore, run: Mapping[str, Any]) -> None:
-        """Keep the journal in a folder from now on, batch by batch.
+    def open(self, store: JournalStore, run: RunBody) -> None:
+        """Store every batch in a folder from now on; an interrupted run of the same experiment there goes on.
 
-        What a folder holds of batches before its run is done again at once, the run's own by ``replay_next``.
+        Batches of earlier runs that the folder has are repeated at once, the run's own by ``replay_next``.
 
         Args:
-            record: Where.
-            run: What decides the outcome of the run that begins.
+            store: The folder.
+            run: Everything that decides the outcome of the run that begins.
 
         Raises:
-            ResumeError: If the folder holds another run, or a finished one.
+            ResumeError: If the folder has another run, or a finished one.
         """
-        kinds = [entry.kind for entry in record.tape]
+        kinds = [entry.kind for entry in store.recorded]
         if "end" in kinds or "rollback" in kinds:
-            raise ResumeError(f"{record.folder} holds a finished run; start this one in another folder")
+            raise ResumeError(f"{store.folder} holds a finished run; start this one in another folder")
         if kinds and self.steps:
-            raise ResumeError(f"{record.folder} holds a run; to go on with it, start with the unedited model")
-        self.record = record
-        self._tell(record)
-        while record.tape and record.tape[0].kind == "batch":
-            self._replay(record.read_step(record.tape.popleft()))
-        if record.earlier != len(self.steps):
+            raise ResumeError(f"{store.folder} holds a run; to go on with it, start with the unedited model")
+        self.store = store
+        self._write_all(store)
+        while store.recorded and store.recorded[0].kind == "batch":
+            self._replay(store.read_step(store.recorded.popleft()))
+        if store.earlier != len(self.steps):
             raise ResumeError(
-                f"{record.folder} was to go on from {record.earlier} earlier batches and has {len(self.steps)}: it was "
+                f"{store.folder} was to go on from {store.earlier} earlier batches and has {len(self.steps)}: it was "
                 "stopped while they were copied; edit those first, then start this run in another folder"
             )
-        record.append("run", {**run, **circumstances()})
+        store.append(run)
+
+    def close(self, files: Mapping[str, str]) -> None:
+        """Mark the run in the folder as complete; ``files`` are its other files and their hashes."""
+        if self.store:
+            self.store.append(EndBody(files=dict(files)))
+
+    def save(self, folder: Path) -> None:
+        """Write all batches into a new folder.
+
+        Raises:
+            ConfigError: If there is a journal already.
+        """
+        store = self.store_at(folder)
+        if store.recorded:
+            raise ConfigError(f"{folder} holds a journal already; choose another folder")
+        self._write_all(store)
 
     def load(self, folder: Path) -> None:
-        """Do again every batch that a folder tells of and that was not taken back; the journal is kept there from now.
+        """Repeat every batch of a folder that was not taken back; the journal is stored there from now on.
 
         Raises:
             ResumeError: If there are edits already, the model is another one, or other weights come out here.
-            LedgerError: If the account is broken, or there is none.
+            LedgerError: If the ledger is broken, or there is none.
         """
         if self.steps:
             raise ResumeError(f"{len(self.steps)} batches were edited already; load into the unedited model")
-        record = JournalStore(folder)
-        if not record.tape:
+        store = self.store_at(folder)
+        if not store.recorded:
             raise LedgerError(f"{folder} has no ledger; give the folder of a journal")
-        record.append("model", self.base)
-        record.tape.clear()
+        store.append(self.base)
+        store.recorded.clear()
         try:
-            for entry in record.ledger.entries:
-                self._again(record, entry)
+            for entry in store.ledger.entries:
+                self._repeat(store, entry)
         except BaseException:
             self._become([], set(self.originals))
             raise
-        self.record = record
+        self.store = store
 
-    def _again(self, record: JournalStore, entry: Entry) -> None:
-        """Do again what an entry tells of."""
-        if entry.kind == "batch":
-            self._replay(record.read_step(entry))
-        elif entry.kind == "rollback":
-            gone, layers = record.taken_back(entry)
-            self._become([step for step in self.steps if step.number not in gone], set(layers), afresh=True)
-            self._check(layers, f"entry {entry.number}, rollback")
+    def store_at(self, folder: Path, *, texts: bool = True) -> JournalStore:
+        """A folder for this journal; by a layer's number, format 1 meant the down projection of its MLP."""
+        return JournalStore(folder, texts=texts, place=lambda layer: self.model.weight_name(Site(layer, "mlp_out")))
 
-    @cached_property
-    def base(self) -> dict[str, str]:
-        """Which model this is: hash and type of its weights before any edit."""
-        with self.reverted():
-            return {"fingerprint": self.lm.fingerprint(), "dtype": str(self.lm.dtype)}
+    def _repeat(self, store: JournalStore, entry: Entry) -> None:
+        if isinstance(entry.body, BatchBody):
+            self._replay(store.read_step(entry))
+        elif isinstance(entry.body, RollbackBody):
+            removed = entry.body.batches
+            rest = [step for step in self.steps if step.number not in removed]
+            self._become(rest, set(entry.body.places) & set(self.originals), rehash=True)
+            self._check(entry.body.places, f"entry {entry.number}, rollback")
 
-    def _tell(self, record: JournalStore) -> None:
-        """Tell a record what was done so far."""
-        record.append("model", {**self.base, "earlier": len(self.steps)})
-        known: set[int] = set()
+    def _write_all(self, store: JournalStore) -> None:
+        """Write the batches so far."""
+        store.append(self.base.model_copy(update={"earlier": len(self.steps)}))
+        known: set[str] = set()
         for step in self.steps:
-            layers = {part.layer for part in step.layers} - known
-            record.commit(step, step.number, {layer: self.originals[layer] for layer in layers})
-            known |= layers
+            fresh = [place for place in step.places if place not in known]
+            store.commit(step, step.number, {place: self.original(place) for place in fresh})
+            known |= set(fresh)
 
-    def _commit(self, step: EditStep, known: set[int]) -> None:
-        """Settle a batch; whatever can fail comes before the record's last word."""
+    # ---- the parts ----
+
+    def _touch(self, change: Change) -> None:
+        """Keep the original of a place that was never edited."""
+        place = change.place
+        if place not in self.originals:
+            for other in self.originals:
+                if place.startswith(f"{other}.") or other.startswith(f"{place}."):
+                    raise ConfigError(
+                        f"{place} cannot be edited: {other} was, and one lies inside the other; roll back"
+                    )
+            self.originals[place], self._first[place] = change.read(self.model), change
+
+    def _commit(self, step: EditStep, known: set[str]) -> None:
+        """Complete a batch; whatever can fail comes before the ledger's line."""
         sys.audit("cakeflow.journal", "commit")
-        for part in step.layers:
-            step.after[part.layer] = self.weights.hash(part.layer)
+        step.after.update({place: self.hash(place) for place in step.places})
         self._remember(step)
         sys.audit("cakeflow.journal", "remembered")
-        if self.record:
-            fresh = {layer: tensor for layer, tensor in self.originals.items() if layer not in known}
-            self.record.commit(step, self._count, fresh)
+        if self.store:
+            fresh = {place: self.original(place) for place in step.places if place not in known}
+            self.store.commit(step, self._count, fresh)
         step.number = self._count
         self._count += 1
         self.steps.append(step)
 
-    def _take_back(self, step: EditStep, known: set[int]) -> None:
-        """Undo what a batch that failed did until then."""
-        self._become(self.steps, {part.layer for part in step.layers})
-        for layer in set(self.originals) - known:
-            self.weights.forget(layer)
+    def _undo(self, step: EditStep, known: set[str]) -> None:
+        """Undo what an uncommitted batch has done so far."""
+        self._become(self.steps, set(step.places))
+        self._forget_all_but(known)
+
+    def _forget_all_but(self, known: set[str]) -> None:
+        """Treat all other places, restored, as never edited."""
+        for place in set(self.originals) - known:
+            del self.originals[place], self._first[place]
 
     def _replay(self, step: EditStep) -> None:
-        """Do a recorded batch again, or nothing of it."""
+        """Repeat a recorded batch, or nothing of it."""
         known = set(self.originals)
         try:
-            for part in step.layers:
-                self.weights.add(part.layer, part.update)
+            for part in step.changes:
+                self._touch(part.change)
+                part.change.apply(self.model)
             self._check(step.after, f"batch {step.number}")
             self._remember(step)
         except BaseException:
             with uninterrupted():
-                self._take_back(step, known)
+                self._undo(step, known)
             raise
         self.steps.append(step)
         self._count = max(self._count, step.number + 1)
 
-    def _check(self, hashes: Mapping[int, str], what: str) -> None:
-        differing = [layer for layer, told in hashes.items() if self.weights.hash(layer) != told]
+    def _check(self, hashes: Mapping[str, str], label: str) -> None:
+        differing = [p for p, expected in hashes.items() if p not in self._first or self.hash(p) != expected]
         if differing:
-            raise ResumeError(f"{what}: the weights of layers {differing} {UNLIKE}")
+            raise ResumeError(f"{label}: the weights of {', '.join(differing)} {DIFFERENT}")
 
     def _remember(self, step: EditStep) -> None:
-        """Add a step's keys to the histories; those at a run's end have none."""
-        for part in step.layers:
-            if len(part.keys):
-                self.history(part.layer).append(part.keys.to(self.lm.device))
+        """Add a step's keys to the histories; changes made when a run ends have none."""
+        for part in step.changes:
+            if part.change.keys is not None and len(part.change.keys):
+                self.history(part.place).append(part.change.keys.to(self.model.device), step.hashes)
 
-    def _change(self, step: EditStep, part: LayerStep) -> None:
-        """Note a layer's change in a batch, then make it."""
-        step.before[part.layer] = self.weights.hash(part.layer)
-        step.layers.append(part)
-        sys.audit("cakeflow.journal", f"layer {part.layer}")
-        self.weights.add(part.layer, part.update)
-        sys.audit("cakeflow.journal", f"layer {part.layer} changed")
-
-    def _restore(self, layers: set[int], *, afresh: bool = False) -> None:
-        """The weights of ``layers`` as they are after all steps: originals, then the same additions.
-
-        ``afresh`` takes the steps' hashes again.
-        """
-        for layer in layers:
-            self.weights.restore(layer)
+    def _become(self, steps: list[EditStep], places: set[str], *, rehash: bool = False) -> None:
+        """Have the state after these steps; it differs from the present one in ``places``."""
+        self.steps = list(steps)
+        self._restore(places, self.steps, rehash=rehash)
+        self._history.clear()
         for step in self.steps:
-            for part in step.layers:
-                if part.layer in layers:
-                    before = self.weights.hash(part.layer) if afresh else ""
-                    self.weights.add(part.layer, part.update)
-                    if afresh:
-                        step.before[part.layer], step.after[part.layer] = before, self.weights.hash(part.layer)
+            self._remember(step)
+
+    def _restore(self, places: set[str], steps: Sequence[EditStep], *, rehash: bool = False) -> None:
+        """Put originals back, then make the steps' changes at these places again; ``rehash`` renews their hashes."""
+        self._put({place: content for place, content in self.originals.items() if place in places})
+        for step in steps:
+            touched = [place for place in step.places if place in places and rehash]
+            step.before.update({place: self.hash(place) for place in touched})
+            for part in step.changes:
+                if part.place in places:
+                    part.change.apply(self.model)
+            step.after.update({place: self.hash(place) for place in touched})

@@ -1,4 +1,4 @@
-"""What one edit batch did."""
+"""One committed edit batch: its requests, changes and numbers."""
 
 from __future__ import annotations
 
@@ -8,54 +8,62 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cakeflow.data.request import EditRequest
+from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import canonical
-from cakeflow.solvers.problem import Update
+from cakeflow.journal.schema import TargetBody
 
 
 @dataclass(frozen=True, eq=False)
-class LayerStep:
-    """What one batch did to one layer.
+class AppliedChange:
+    """A change as a batch made it.
 
     Attributes:
-        layer: Index of the block.
-        keys: n x d_in, the keys that were used.
-        update: The change, as factors where it has low rank.
-        numbers: Residual and update norms, as logged.
+        change: The change.
+        numbers: What was logged of it.
     """
 
-    layer: int
-    keys: Tensor
-    update: Update
+    change: Change
     numbers: dict[str, float]
+
+    @property
+    def place(self) -> str:
+        """Name of the parameter or module that was changed."""
+        return self.change.place
 
 
 @dataclass(eq=False)
 class EditStep:
-    """What one edit batch did.
+    """One edit batch.
 
     Attributes:
-        requests: The facts; empty where their texts were not kept.
-        layers: One entry per edited layer, in order.
-        targets: Per request: loss, probability and steps of its target value.
-        values: Anchor layer -> target values, n x d_out.
+        requests: The facts; empty if their texts were not stored.
+        changes: The changes, in the order in which they were made.
+        targets: How the target search of each request ended, layer by layer.
+        values: Layer -> target values at its value site, n x d_out.
         numbers: What was logged of the batch.
         hashes: SHA-256 of each request.
-        before: Layer -> SHA-256 of its weight before; ``after``: when the batch was committed.
-        number: Its place among all batches that the journal was told of, those taken back counted in.
+        before: Place -> SHA-256 of its content before the batch.
+        after: Place -> the same when the batch was committed.
+        number: Number of the batch in its journal; rolled-back batches keep theirs. -1 until it is committed.
     """
 
     requests: tuple[EditRequest, ...]
-    layers: list[LayerStep] = field(default_factory=list)
-    targets: list[dict[str, float]] = field(default_factory=list)
+    changes: list[AppliedChange] = field(default_factory=list)
+    targets: list[TargetBody] = field(default_factory=list)
     values: dict[int, Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     hashes: tuple[str, ...] = ()
-    before: dict[int, str] = field(default_factory=dict)
-    after: dict[int, str] = field(default_factory=dict)
+    before: dict[str, str] = field(default_factory=dict)
+    after: dict[str, str] = field(default_factory=dict)
     number: int = -1
 
     def __post_init__(self) -> None:
         self.hashes = self.hashes or tuple(map(request_hash, self.requests))
+
+    @property
+    def places(self) -> list[str]:
+        """The changed places, each once, in order."""
+        return [*dict.fromkeys(part.place for part in self.changes)]
 
 
 def request_hash(request: EditRequest) -> str:

@@ -1,105 +1,100 @@
-"""A journal on disk: a ledger, the originals of the weights, and each batch's keys and factors."""
+"""A journal's folder: the ledger, the original content of edited places, and the tensors of each batch."""
 
 from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from cakeflow.data.schemas import parse_requests
-from cakeflow.errors import EditError, LedgerError, ResumeError
+from cakeflow.errors import LedgerError, RequestError, ResumeError
+from cakeflow.journal.changes import kind_of
 from cakeflow.journal.ledger import Entry, Ledger
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.steps import EditStep, LayerStep
-from cakeflow.solvers.problem import Update
+from cakeflow.journal.schema import BatchBody, ChangeBody, Circumstances, ModelBody, RollbackBody, RunBody, Schema
+from cakeflow.journal.steps import AppliedChange, EditStep
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.hashing import digest
 
 LEDGER = "ledger.jsonl"
-
-
-INCIDENTAL = ("who", "versions", "threads", "earlier")
-"""What may differ when a run goes on."""
-
-
+INCIDENTAL = ("earlier", "format", *Circumstances.model_fields)
+"""Fields that may differ when a run goes on."""
 FROM_A_COPY = "take it from a copy"
 
 
 class JournalStore:
-    """The account of one journal in a folder; what it was told is on disk when it returns.
+    """The folder of one journal; what it was given is on disk when a method returns.
 
-    A folder that holds an account already is taken up: ``tape`` are the entries of the interrupted run, which are
-    compared with what comes rather than written again.
+    If the folder holds an interrupted run, its entries are ``recorded``: what comes is compared with them rather than
+    written again, until they are used up.
 
     Args:
-        folder: Where it lies.
-        texts: Whether the texts of requests are kept; their hashes always are.
+        folder: The folder.
+        texts: Whether the texts of requests are stored; their hashes always are.
+        place: Layer -> name of the weight that format 1 meant by it.
 
     Raises:
-        LedgerError: If the account is broken.
+        LedgerError: If the ledger is broken.
     """
 
-    def __init__(self, folder: Path, *, texts: bool = True) -> None:
-        self.folder, self.texts = folder, texts
-        self.ledger = Ledger(folder / LEDGER)
-        self.tape = deque(entry for entry in self.ledger.entries if entry.kind != "policy")
+    def __init__(self, folder: Path, *, texts: bool = True, place: Callable[[int], str] = "layer {}".format) -> None:
+        self.folder, self.texts, self.place = folder, texts, place
+        self.ledger = Ledger(folder / LEDGER, place)
+        self.recorded = deque(entry for entry in self.ledger.entries if entry.kind != "policy")
 
-    def append(self, kind: str, body: Mapping[str, Any]) -> None:
-        """Write an entry, unless it comes next on the tape: then it must say the same of what matters.
+    def append(self, body: Schema) -> None:
+        """Append an entry; while a run goes on, compare it with the recorded one instead.
 
         Raises:
-            ResumeError: If it does not.
+            ResumeError: If they differ in anything that decides results.
         """
-        if not self.tape:
-            self.ledger.append(kind, body)
-        elif self.tape[0].kind == kind:
-            told = self.tape.popleft()
-            if kind in ("model", "run") and (differing := list(_differences(told.body, body))):
+        if not self.recorded:
+            self.ledger.append(body)
+        elif type(self.recorded[0].body) is type(body):
+            previous = self.recorded.popleft().body
+            if isinstance(body, (ModelBody, RunBody)) and (lines := _differences(previous.to_dict(), body.to_dict())):
                 raise ResumeError(
-                    f"{self.folder} holds a run that differs from this one: {'; '.join(differing)}; restore that, or "
-                    "start a run of its own in another folder"
+                    f"{self.folder} holds a run that differs from this one: {'; '.join(lines)}; restore that, or start "
+                    "a run of its own in another folder"
                 )
 
     def next_step(self, hashes: Sequence[str]) -> EditStep | None:
-        """The batch that comes next on the tape.
+        """The next recorded batch, if the recorded run goes on with one.
 
         Raises:
-            ResumeError: If it is another one than that of these requests.
+            ResumeError: If it has other requests than these.
         """
-        while self.tape and self.tape[0].kind == "evaluation":
-            self.tape.popleft()  # one that does not take place now
-        if not self.tape or self.tape[0].kind != "batch":
+        while self.recorded and self.recorded[0].kind == "evaluation":
+            self.recorded.popleft()  # an evaluation that does not take place now
+        body = self.recorded[0].body if self.recorded else None
+        if not isinstance(body, BatchBody) or (body.hashes and not hashes):
             return None
-        if not hashes and self.tape[0].body["hashes"]:
-            return None
-        step = self.read_step(self.tape.popleft())
+        step = self.read_step(self.recorded.popleft())
         if list(step.hashes) != list(hashes):
-            raise ResumeError(f"{self.folder}: batch {step.number} is not of the requests that come now")
+            raise ResumeError(f"{self.folder}: the next recorded batch, {step.number}, has other requests than these")
         return step
 
-    def commit(self, step: EditStep, number: int, originals: Mapping[int, Tensor]) -> None:
-        """Write a batch, and the originals of layers that were not edited before; all of it or nothing.
+    def commit(self, step: EditStep, number: int, originals: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Write a batch, and the originals of places that were not edited before; all of it or nothing.
 
         Raises:
-            ResumeError: If batches of the interrupted run were not done again yet.
+            ResumeError: If batches of the interrupted run have not been repeated yet.
         """
-        self._require_end_of_tape()
+        self._require_all_repeated()
         entries, names = len(self.ledger.entries), [f"batch-{number:05d}.safetensors"]
         try:
             write_tensors(self.folder / names[0], _tensors(step))
-            for layer, tensor in originals.items():
-                names.append(f"original-{layer:05d}.safetensors")
-                write_tensors(self.folder / names[-1], {str(layer): tensor})
+            for tensors in filter(None, originals.values()):
+                names.append(f"original-{number:05d}-{len(names) - 1}.safetensors")
+                write_tensors(self.folder / names[-1], tensors)
             files = {name: digest(self.folder / name) for name in names}
-            self.ledger.append("batch", {"batch": number, "files": files, **_summary(step, self.texts)})
+            self.ledger.append(_body(step, number, files, texts=self.texts))
             sys.audit("cakeflow.files", "committed", names[0])
         except BaseException:
             self.ledger.withdraw(entries)
@@ -107,28 +102,21 @@ class JournalStore:
                 (self.folder / name).unlink(missing_ok=True)
             raise
 
-    def rollback(self, batches: Sequence[int], hashes: Mapping[int, str]) -> None:
-        """Write that batches were taken back; ``hashes`` are those of the weights that changed by it."""
-        self._require_end_of_tape()
-        self.ledger.append("rollback", {"batches": list(batches), "layers": hashes, **circumstances()})
-
-    def taken_back(self, entry: Entry) -> tuple[list[int], dict[int, str]]:
-        """Numbers of the batches that a rollback took back, and the hashes of the weights that changed by it."""
-        with self._as_written(entry):
-            batches, layers = entry.body["batches"], entry.body["layers"].items()
-            return [int(number) for number in batches], {int(layer): str(told) for layer, told in layers}
+    def rollback(self, batches: Sequence[int], hashes: Mapping[str, str]) -> None:
+        """Write that batches were taken back; ``hashes`` are those of the places that changed by it."""
+        self._require_all_repeated()
+        self.ledger.append(RollbackBody(batches=list(batches), places=dict(hashes), **circumstances().to_dict()))
 
     @property
     def earlier(self) -> int:
-        """How many batches of earlier runs the record begins with."""
-        first = self.ledger.entries[0]
-        with self._as_written(first):
-            return int(first.body.get("earlier", 0))
+        """Number of batches of earlier runs at the beginning of the ledger."""
+        body = self.ledger.entries[0].body
+        return body.earlier if isinstance(body, ModelBody) else 0
 
-    def _require_end_of_tape(self) -> None:
-        if self.tape:
+    def _require_all_repeated(self) -> None:
+        if self.recorded:
             raise ResumeError(
-                f"{self.folder} holds {sum(e.kind == 'batch' for e in self.tape)} batches that were not done again "
+                f"{self.folder} holds {sum(e.kind == 'batch' for e in self.recorded)} batches that were not repeated "
                 "yet; let the interrupted run go on to its end first"
             )
 
@@ -136,65 +124,60 @@ class JournalStore:
         """A batch as it was committed.
 
         Raises:
-            LedgerError: If a file is not the one that was written, or the entry is none of a batch.
+            LedgerError: If a file is not the one that was written, or its content does not fit the entry.
         """
-        with self._as_written(entry):
-            return _step(entry.body, self.read(entry, f"batch-{entry.body['batch']:05d}.safetensors"))
+        body = entry.body
+        if not isinstance(body, BatchBody):
+            raise LedgerError(f"{self._where(entry)} is a {entry.kind}, not a batch; {FROM_A_COPY}")
+        tensors = self.read(entry, f"batch-{body.batch:05d}.safetensors")
+        try:
+            return _step(body, tensors)
+        except (KeyError, ValueError, RequestError) as error:
+            raise LedgerError(
+                f"{self._where(entry)}: the batch does not fit its file ({error}); {FROM_A_COPY}"
+            ) from error
 
-    def originals(self, entry: Entry) -> dict[int, Tensor]:
-        """The originals that were written together with a batch.
+    def originals(self, entry: Entry) -> dict[str, Tensor]:
+        """The originals that were written together with a batch, by name.
 
         Raises:
             LedgerError: As ``read``.
         """
-        with self._as_written(entry):
-            names = [name for name in entry.body["files"] if name.startswith("original-")]
-            return {int(layer): tensor for name in names for layer, tensor in self.read(entry, name).items()}
-
-    @contextmanager
-    def _as_written(self, entry: Entry) -> Iterator[None]:
-        """Whatever else an entry holds than what we write is an error of the ledger."""
-        try:
-            yield
-        except EditError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            where = f"{self.folder / LEDGER}, entry {entry.number}"
-            raise LedgerError(
-                f"{where}: not what cakeflow writes of a {entry.kind} ({error!r}); {FROM_A_COPY}"
-            ) from error
+        files = entry.body.files if isinstance(entry.body, BatchBody) else {}
+        names = [name for name in sorted(files) if name.startswith("original-")]
+        tensors = {name: each for file in names for name, each in self.read(entry, file).items()}
+        return {self.place(int(name)) if name.isdigit() else name: each for name, each in tensors.items()}  # format 1
 
     def read(self, entry: Entry, name: str) -> dict[str, Tensor]:
-        """A file of tensors that an entry tells of.
+        """A file of tensors that an entry names.
 
         Raises:
             LedgerError: If it is missing, is not the one that was written, or lies elsewhere.
         """
-        path, where = self.folder / name, f"{self.folder / LEDGER}, entry {entry.number}"
+        path, where = self.folder / name, self._where(entry)
+        files: Mapping[str, str] = getattr(entry.body, "files", {})
         if Path(name).name != name:
-            raise LedgerError(f"{where}: {name!r} is not a file name; a record may not name files outside its folder")
+            raise LedgerError(f"{where}: {name!r} is not a file name; a ledger may not name files outside its folder")
         if not path.is_file():
             raise LedgerError(f"{where}: {name} is missing; {FROM_A_COPY}")
-        if digest(path) != entry.body["files"][name]:
+        if digest(path) != files.get(name):
             raise LedgerError(f"{where}: {name} was changed after it was written; {FROM_A_COPY}")
         try:
             return load_file(path)
         except SafetensorError as error:
             raise LedgerError(f"{where}: {name} holds no tensors: {error}; {FROM_A_COPY}") from error
 
-
-def run_folder(trainer: L.Trainer) -> Path | None:
-    """Where a Trainer's logger keeps its files, if it does: the run folder."""
-    return Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
+    def _where(self, entry: Entry) -> str:
+        return f"{self.folder / LEDGER}, entry {entry.number}"
 
 
-def _differences(told: Any, now: Any, name: str = "") -> list[str]:
-    """What differs between two bodies, in words; circumstances aside."""
-    if isinstance(told, dict) and isinstance(now, Mapping):
-        names = [part for part in {**told, **now} if part not in INCIDENTAL]
-        return [line for n in names for line in _differences(told.get(n), now.get(n), f"{name}.{n}" if name else n)]
-    told, now = (list(part) if isinstance(part, tuple) else part for part in (told, now))
-    return [] if told == now else [f"{name} was {_short(told)}, is {_short(now)}"]
+def _differences(recorded: Any, now: Any, name: str = "") -> list[str]:
+    """The differences between two bodies, in words."""
+    if isinstance(recorded, dict) and isinstance(now, dict):
+        names = [part for part in {**recorded, **now} if part not in INCIDENTAL]
+        pairs = [(f"{name}.{part}" if name else part, recorded.get(part), now.get(part)) for part in names]
+        return [line for label, one, other in pairs for line in _differences(one, other, label)]
+    return [] if recorded == now else [f"{name} was {_short(recorded)}, is {_short(now)}"]
 
 
 def _short(value: object) -> str:
@@ -202,44 +185,64 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _step(body: dict[str, Any], tensors: dict[str, Tensor]) -> EditStep:
-    told = {int(layer): part for layer, part in body["layers"].items()}
-    updates = {layer: Update(tensors[f"{layer}/right"], tensors.get(f"{layer}/left")) for layer in told}
-    return EditStep(
-        requests=tuple(parse_requests(body["requests"])) if body.get("requests") else (),
-        layers=[
-            LayerStep(layer, tensors[f"{layer}/keys"], updates[layer], _numbers(told[layer]["numbers"]))
-            for layer in body["order"]
-        ],
-        targets=list(map(_numbers, body["targets"])),
-        values={int(name.split("/")[0]): value for name, value in tensors.items() if name.endswith("/target")},
-        numbers=_numbers(body["numbers"]),
-        hashes=tuple(body["hashes"]),
-        before={layer: part["before"] for layer, part in told.items()},
-        after={layer: part["after"] for layer, part in told.items()},
-        number=body["batch"],
-    )
-
-
-def _numbers(told: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: float("nan") if value is None else value for name, value in told.items()}
-
-
 def _tensors(step: EditStep) -> dict[str, Tensor]:
-    tensors = {f"{layer}/target": values for layer, values in step.values.items()}
-    for part in step.layers:
-        tensors |= {f"{part.layer}/keys": part.keys, f"{part.layer}/right": part.update.right}
-        if part.update.left is not None:
-            tensors[f"{part.layer}/left"] = part.update.left
+    """The tensors of a batch: target values by layer, and each change's own by its number and place."""
+    tensors = {f"target/{layer}": values for layer, values in step.values.items()}
+    for index, part in enumerate(step.changes):
+        tensors |= {f"{_prefix(index, part.place)}/{name}": each for name, each in part.change.tensors().items()}
     return tensors
 
 
-def _summary(step: EditStep, texts: bool) -> dict[str, Any]:
-    layers = {
-        part.layer: {"numbers": part.numbers, "before": step.before[part.layer], "after": step.after[part.layer]}
-        for part in step.layers
-    }
-    told = {"requests": [request.to_dict() for request in step.requests]} if texts else {}
-    order = [part.layer for part in step.layers]
-    rest = {"targets": step.targets, "numbers": step.numbers, "layers": layers, "order": order}
-    return {"hashes": list(step.hashes), **told, **rest}
+def _prefix(index: int, place: str) -> str:
+    return f"{index}/{place}"
+
+
+def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) -> BatchBody:
+    changes = [
+        ChangeBody(
+            place=part.place,
+            kind=type(part.change).__name__,
+            numbers=part.numbers,
+            before=step.before[part.place],
+            after=step.after[part.place],
+            prefix=_prefix(index, part.place),
+        )
+        for index, part in enumerate(step.changes)
+    ]
+    requests = {"requests": [request.to_dict() for request in step.requests]} if texts else {}
+    return BatchBody(
+        batch=number,
+        files=files,
+        hashes=list(step.hashes),
+        targets=step.targets,
+        numbers=step.numbers,
+        changes=changes,
+        **requests,
+    )
+
+
+def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
+    values = {_layer_of(name): value for name, value in tensors.items() if "target" in name.split("/")}
+    return EditStep(
+        requests=tuple(parse_requests(body.requests)) if body.requests else (),
+        changes=[AppliedChange(_change(part, tensors), dict(part.numbers)) for part in body.changes],
+        targets=list(body.targets),
+        values=values,
+        numbers=dict(body.numbers),
+        hashes=tuple(body.hashes),
+        before={part.place: part.before for part in reversed(body.changes)},
+        after={part.place: part.after for part in body.changes},
+        number=body.batch,
+    )
+
+
+def _change(body: ChangeBody, tensors: Mapping[str, Tensor]) -> Any:
+    stem = f"{body.prefix or body.place}/"
+    own = {name.removeprefix(stem): each for name, each in tensors.items() if name.startswith(stem)}
+    return kind_of(body.kind).from_tensors(body.place, own)
+
+
+def _layer_of(name: str) -> int:
+    """Layer of target values: ``target/5``, or ``5/target`` in format 1."""
+    first, second = name.split("/")
+    return int(second if first == "target" else first)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -12,16 +11,18 @@ from transformers.pytorch_utils import Conv1D
 
 from cakeflow.errors import ArchitectureError
 
-Role = Literal["block", "mlp_out", "attn_out"]
+Role = str
+"""Name of a module of a block: ``block`` itself, ``mlp_out`` (down projection), ``attn_out`` (the attention's output
+projection), or the path of any other module below the block, such as ``mlp.up_proj`` or ``self_attn.v_proj``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A place in the model: one module of one block.
+    """One module of one block.
 
     Attributes:
         layer: Index of the block, from 0.
-        role: ``block`` (the residual stream after it), ``mlp_out`` (down projection) or ``attn_out``.
+        role: Which module; the output of ``block`` is the residual stream behind it.
     """
 
     layer: int
@@ -53,10 +54,12 @@ class Architecture:
 
     def path(self, site: Site) -> str:
         """Path of the module at a site."""
-        template: str = getattr(self, site.role)
-        return template.format(site.layer)
+        template = getattr(self, site.role) if site.role in ROLES else f"{self.block}.{site.role}"
+        return str(template).format(site.layer)
 
 
+ROLES = ("block", "mlp_out", "attn_out")
+"""Roles whose paths an ``Architecture`` names; any other role is a path below the block."""
 EXCEPTIONS: dict[str, Architecture] = {}
 """``config.model_type`` -> paths, for families whose tree misleads ``find_architecture``. None is known yet."""
 
@@ -122,7 +125,8 @@ def _names_of_norms(model: PreTrainedModel, stack: str) -> list[str]:
     ]
 
 
-def _linear_maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every linear map inside a module, with its path."""
     return ((name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
 
 
@@ -136,7 +140,7 @@ def _last_projection(
 ) -> str:
     """The last linear map of ``child`` that writes the residual width: modules are declared in order of use."""
     width = getattr(model.config, "hidden_size", None)
-    found = [name for name, m in _linear_maps(block.get_submodule(child)) if _width_out(m) == width]
+    found = [name for name, m in linear_maps(block.get_submodule(child)) if _width_out(m) == width]
     found = [f"{child}.{name}" if child else name for name in found if name.split(".")[0] not in skip]
     if not found:
         raise _missing(model, field, f"a Linear or Conv1D that writes config.hidden_size = {width} values")

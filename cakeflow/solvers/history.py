@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.errors import NumericalError
+from cakeflow.errors import NumericalError, ShapeError
 
 Map = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_in"]]
 """A linear map of keys, row by row."""
@@ -27,7 +27,7 @@ class _Rows:
     def __init__(self) -> None:
         self._memory: Tensor | None = None
         self._size = 0
-        self._ends: list[int] = []
+        self.ends: list[int] = []
 
     def __len__(self) -> int:
         return self._size
@@ -41,11 +41,11 @@ class _Rows:
             self._memory = memory
         self._memory[self._size : end] = rows
         self._size = end
-        self._ends.append(end)
+        self.ends.append(end)
 
     def since(self, start: int) -> Iterator[Tensor]:
         """The rows from ``start`` on, as they came."""
-        for end in self._ends:
+        for end in self.ends:
             if end > start:
                 yield self.rows[start:end]
                 start = end
@@ -61,15 +61,15 @@ class _Last(Generic[T]):
 
     def __init__(self, function: Callable[[Tensor], T]) -> None:
         self._function = function
-        self._known: tuple[Tensor, T] | None = None
+        self._result: tuple[Tensor, T] | None = None
 
     def __call__(self, keys: Tensor) -> T:
-        if self._known is None or not torch.equal(self._known[0], keys):
-            self._known = keys.clone(), self._function(keys)
-        return self._known[1]
+        if self._result is None or not torch.equal(self._result[0], keys):
+            self._result = keys.clone(), self._function(keys)
+        return self._result[1]
 
     def forget(self) -> None:
-        self._known = None
+        self._result = None
 
 
 class GramFactor:
@@ -126,34 +126,88 @@ class GramFactor:
 
 
 class KeyHistory:
-    """The keys that earlier edits used at one layer, kept as rows (m x d_in), not as their d_in x d_in sum.
+    """The keys that earlier edits used at one weight, kept as rows (m x d_in), not as their d_in x d_in sum.
 
-    Rows are what resuming, taking back and exporting need, and they let a solve cost m instead of d_in. Derived
-    quantities are remembered by name and extended when rows are added.
+    Rows are what resuming, rolling back and exporting need, and they let a solve cost m instead of d_in. Derived
+    quantities are cached by name and extended when rows are added. Each row belongs to one fact, and the rows of one
+    edit batch stand together, so that a solver can weigh or drop them (``weighted``, ``without``).
 
     Args:
         keys: The first rows, if any.
+        facts: The fact that each of these rows belongs to.
     """
 
-    def __init__(self, keys: Float[Tensor, "m d_in"] | None = None) -> None:
+    def __init__(self, keys: Float[Tensor, "m d_in"] | None = None, facts: Sequence[str] = ()) -> None:
+        self.facts: list[str] = []
         self._rows = _Rows()
         self._derived: dict[Hashable, tuple[KeyHistory, _Last[Tensor]]] = {}
         self._factors: dict[Hashable, GramFactor] = {}
         self._outer: tuple[int, Tensor | float] = 0, 0.0
+        self._scaled: tuple[KeyHistory, Tensor] | None = None
         if keys is not None:
-            self.append(keys)
+            self.append(keys, facts)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     @property
     def keys(self) -> Float[Tensor, "m d_in"] | None:
-        """All rows, or None where there are none."""
+        """All rows, or None if there are none."""
         return self._rows.rows if len(self) else None
 
-    def append(self, keys: Float[Tensor, "n d_in"]) -> None:
-        """Add the keys of a batch that was committed."""
+    @property
+    def batches(self) -> list[slice]:
+        """The rows of each edit batch, oldest first."""
+        ends = self._rows.ends
+        return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
+
+    def append(self, keys: Float[Tensor, "n d_in"], facts: Sequence[str] = ()) -> None:
+        """Add the keys of a committed batch.
+
+        Args:
+            keys: One row per fact.
+            facts: The facts, by the hashes of their requests; unnamed by default.
+
+        Raises:
+            ShapeError: If there are names, but not one per row.
+        """
+        if facts and len(facts) != len(keys):
+            raise ShapeError(f"{len(keys)} keys of {len(facts)} facts; a history needs one fact per key")
         self._rows.append(keys)
+        self.facts += facts or [""] * len(keys)
+
+    def weighted(self, weights: Float[Tensor, " m"]) -> KeyHistory:
+        """The history in which each key counts ``weights`` times, in every solve: ``K^T diag(weights) K``.
+
+        Args:
+            weights: One per key, or one per batch; 0 or more.
+
+        Raises:
+            ShapeError: If there are neither as many weights as keys nor as batches.
+        """
+        sizes = torch.tensor([rows.stop - rows.start for rows in self.batches])
+        each = weights.repeat_interleave(sizes.to(weights.device)) if len(weights) == len(sizes) else weights
+        if len(each) != len(self):
+            raise ShapeError(f"{len(weights)} weights for {len(self)} keys in {len(sizes)} batches; give one per key")
+        scale = each.sqrt()[:, None]
+        result = self._choose(lambda rows: self._rows.rows[rows] * scale[rows].to(self._rows.rows))
+        result._scaled = self, each
+        return result
+
+    def without(self, facts: Collection[str]) -> KeyHistory:
+        """The history without the keys of some facts."""
+        dropped = torch.tensor([fact in facts for fact in self.facts], dtype=torch.bool)
+        return self._choose(lambda rows: self._rows.rows[rows][~dropped[rows]], dropped)
+
+    def _choose(self, rows_of: Callable[[slice], Tensor], dropped: Tensor | None = None) -> KeyHistory:
+        """A history with some rows of each batch."""
+        result = KeyHistory()
+        for rows in self.batches:
+            keys = rows_of(rows)
+            names = [name for at, name in enumerate(self.facts[rows], rows.start) if dropped is None or not dropped[at]]
+            if len(keys):
+                result.append(keys, names)
+        return result
 
     def derive(
         self, name: Hashable, transform: Map, keys: Float[Tensor, "n d_in"]
@@ -161,10 +215,14 @@ class KeyHistory:
         """The history of transformed keys, and ``keys`` transformed; only what is new since the last call is computed.
 
         Args:
-            name: What the result is remembered by; one name stands for one map.
+            name: The result is cached under it; one name stands for one map.
             transform: The map.
-            keys: Keys of the batch in hand, no part of the history yet.
+            keys: Keys of the present batch, which are not in the history yet.
         """
+        if self._scaled is not None:  # weights commute with a linear map, so the unweighted cache serves
+            source, weights = self._scaled
+            child, mapped = source.derive(name, transform, keys)
+            return child.weighted(weights), mapped
         child, last = self._derived.setdefault(name, (KeyHistory(), _Last(transform)))
         for fresh in self._rows.since(len(child)):
             child.append(last(fresh))
@@ -178,7 +236,7 @@ class KeyHistory:
         return factor
 
     def outer(self) -> Float[Tensor, "d_in d_in"] | float:
-        """Sum of the keys' outer products (0 where there are none), extended when rows are added."""
+        """Sum of the keys' outer products (0 if there are none), extended when rows are added."""
         done, total = self._outer
         for fresh in self._rows.since(done):
             total = total + fresh.T @ fresh

@@ -16,7 +16,7 @@ from cakeflow.data.sources import read_entries
 from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.packing import pad, plan
-from cakeflow.forward.tokens import EditBatch, Row, encode, join
+from cakeflow.forward.tokens import Row, TextBatch, encode, join
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
@@ -241,7 +241,7 @@ def said_before(text: str, wanted: str) -> str | None:
 
 
 @torch.no_grad()
-def predicted_rows(lm: LanguageModel, batch: EditBatch, max_tokens: int = 8192) -> list[Row]:
+def predicted_rows(lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192) -> list[Row]:
     """The bare prompts of a batch, the model's own most likely next token in the object's place, as in ROME's code."""
     rows, said = [variants[0] for variants in batch.rows], dict[int, int]()
     for group in plan([row.target for row in rows], max_tokens):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.forward.packing import plan
 from cakeflow.forward.tokens import Row
-from cakeflow.models.architecture import Role, Site
+from cakeflow.models.architecture import ROLES, Role, Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.tracing.attribution import Attribution
 from cakeflow.tracing.result import LAST_SUBJECT, PLACES, Effect, Trace, TraceCache, place_of
@@ -63,8 +63,8 @@ class CausalTrace(Attribution):
                 raise ConfigError(f"trace.{name} must be above 0, got {getattr(self, name)}")
         if self.noise is not None and not self.noise > 0:
             raise ConfigError(f"trace.noise must be above 0, or None for three standard deviations; got {self.noise}")
-        if self.role not in get_args(Role) or self.tokens not in ("subject", "all"):
-            raise ConfigError(f"trace.role is one of {get_args(Role)}, trace.tokens 'subject' or 'all'; got "
+        if self.role not in ROLES or self.tokens not in ("subject", "all"):
+            raise ConfigError(f"trace.role is one of {ROLES}, trace.tokens 'subject' or 'all'; got "
                               f"{self.role!r} and {self.tokens!r}")  # fmt: skip
 
     def run(

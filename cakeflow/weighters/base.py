@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.language import LanguageModel
 
 
@@ -30,7 +30,7 @@ class Weighter(ABC):
         return self
 
     @abstractmethod
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+    def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Weigh the layers.
 
         Args:

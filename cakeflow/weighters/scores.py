@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.errors import ConfigError
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.language import LanguageModel
 from cakeflow.tracing import Attribution, CausalTrace, known_scores
 from cakeflow.tracing.facts import predicted_rows
@@ -106,13 +106,13 @@ class Scores(Weighter):
         return known
 
     @final
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+    def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """See ``Weighter.weigh``."""
         depth = torch.tensor([(layer + 1) / lm.depth for layer in layers], dtype=torch.float64)
         scores = self.score(lm, batch, layers) * depth**self.depth_power
         return score_weights(scores, self.tau, self.normalization).to(lm.device)
 
-    def score(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+    def score(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Scores of the layers in float64, for all facts (l) or fact by fact (n x l)."""
         if self.score_source == "per_request":
             return (self.attribution or CausalTrace()).attribute(lm, predicted_rows(lm, batch), layers)

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.errors import ConfigError
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.language import LanguageModel
 from cakeflow.weighters.base import Weighter
 
@@ -19,7 +19,7 @@ from cakeflow.weighters.base import Weighter
 class Uniform(Weighter):
     """Every layer alike: MEMIT and AlphaEdit."""
 
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+    def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
         """See ``Weighter.weigh``."""
         return torch.full((len(layers),), 1 / len(layers), dtype=torch.float64, device=lm.device)
 
@@ -39,7 +39,7 @@ class OneHot(Weighter):
         if self.layer is not None and self.layer not in layers:
             raise ConfigError(f"OneHot: layer {self.layer} is not among the layers {list(layers)}")
 
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+    def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
         """See ``Weighter.weigh``."""
         self.check(layers)
         return _indicator([layers[len(layers) // 2] if self.layer is None else self.layer], layers, lm)
@@ -49,7 +49,7 @@ class OneHot(Weighter):
 class Endpoints(Weighter):
     """The first and the last candidate: BLUE (boundary layers)."""
 
-    def weigh(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
+    def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
         """See ``Weighter.weigh``."""
         return _indicator([layers[0], layers[-1]], layers, lm)
 

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.errors import ConfigError
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.language import LanguageModel
 from cakeflow.weighters import Scores
 
@@ -25,7 +25,7 @@ class Shuffled(Scores):
 
     seed: int = 0
 
-    def score(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+    def score(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """See ``Scores.score``."""
         generator, stay = torch.Generator().manual_seed(self.seed), torch.arange(len(layers))
         order = stay
@@ -51,7 +51,7 @@ class Noisy(Scores):
         if not self.sigma >= 0:
             raise ConfigError(f"sigma must be 0 or more, got {self.sigma}")
 
-    def score(self, lm: LanguageModel, batch: EditBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+    def score(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """See ``Scores.score``."""
         scores = super().score(lm, batch, layers)
         generator = torch.Generator().manual_seed(self.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.forward.keys import FactReader
-from cakeflow.forward.tokens import EditBatch
+from cakeflow.journal.changes import WeightChange
+from cakeflow.models.architecture import Site
 from cakeflow.tracing import Attribution, CausalTrace
 from cakeflow.tracing.facts import predicted_rows
 
@@ -73,19 +73,16 @@ def single_layer_mismatch(walk: Any, edit: LayerEdit, layers: list[int]) -> Floa
     """
     shares = []
     for index in range(len(edit.batch)):
-        batch, value_site = _one(edit.batch, index), edit.context.value_site
+        batch, value_site = edit.batch.part(slice(index, index + 1)), edit.context.value_site
         reader, row = FactReader(walk.lm, batch), []
         for layer in layers:
-            keys, bare, held = reader.read(layer, value_site)
-            problem = walk.problem(layer, batch, keys, edit.residual[index, None], bare)
+            site = Site(layer, edit.context.site.role)
+            keys, prompt_keys, before = reader.read(site, value_site)
+            problem = walk.problem(site, batch, keys, edit.residual[index, None], prompt_keys)
+            change = WeightChange(walk.lm.weight_name(site), walk.solver.solve(problem).to("cpu"), keys.cpu())
             with walk.journal.trial() as step:
-                walk.journal.apply(step, layer, problem, walk.solver.solve(problem))
-                gained = reader.values(layer, value_site) - held
+                walk.journal.apply(step, change, {})
+                gained = reader.values(site, value_site) - before
             row.append((problem.residual - gained).norm() / problem.residual.norm())
         shares.append(torch.stack(row))
     return torch.stack(shares)
-
-
-def _one(batch: EditBatch, index: int) -> EditBatch:
-    only = slice(index, index + 1)
-    return replace(batch, requests=batch.requests[only], rows=batch.rows[only], essence=batch.essence[only])

@@ -127,7 +127,8 @@ def test_solvers_say_what_they_hold():
 
 PEAK = """
 import torch
-from cakeflow.memory import GIB, PeakMemory
+from cakeflow.core.memory import PeakMemory
+from cakeflow.forward.packing import GIB
 memory = PeakMemory([torch.device("cpu")])
 memory.restart()
 large = torch.ones(2**26)  # a quarter of a GiB

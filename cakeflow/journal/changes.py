@@ -1,0 +1,199 @@
+"""The kinds of changes that an edit makes to a model: each can be applied, undone, hashed and stored."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cakeflow.errors import LedgerError, NumericalError
+from cakeflow.models.base import EditableModel
+from cakeflow.solvers.problem import Update
+from cakeflow.storage.hashing import tensor_hash
+
+
+class Change(ABC):
+    """One reversible change at one place of a model.
+
+    Changes at a place are made one on top of another, and undone all at once: the place gets its original back, then
+    the remaining changes are applied again. So journal, audit, resume, rollback and export need not know the kind.
+    A kind is stored under the name of its class; one of a plugin is found once the plugin is imported.
+
+    Attributes:
+        place: Name of the parameter or module that is changed.
+        keys: n x d_in, the keys that later edits at this place should preserve; none by default.
+    """
+
+    place: str
+    keys: Tensor | None = None
+
+    @abstractmethod
+    def apply(self, model: EditableModel) -> None:
+        """Make the change, on top of what the place holds now.
+
+        Raises:
+            NumericalError: If the place does not hold finite numbers afterwards; it is left so, to be undone.
+        """
+
+    @abstractmethod
+    def read(self, model: EditableModel) -> Any:
+        """What the place holds now, for ``undo``."""
+
+    @abstractmethod
+    def undo(self, model: EditableModel, content: Any) -> None:
+        """Put back what ``read`` returned earlier."""
+
+    @abstractmethod
+    def state(self, model: EditableModel) -> dict[str, Tensor]:
+        """What the place holds now, as tensors by their names in the model's state dict."""
+
+    @abstractmethod
+    def original(self, content: Any) -> dict[str, Tensor]:
+        """What has to be stored of the place's content before any change; empty if the unedited model has it all."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is needed to make the change again."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> Change:
+        """The change at a place that ``tensors`` gave."""
+
+    def hash(self, model: EditableModel) -> str:
+        """SHA-256 of what the place holds now."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state(model).items()):
+            digest.update(f"{name} {tensor_hash(tensor)}\n".encode())
+        return digest.hexdigest()
+
+
+def kind_of(name: str) -> type[Change]:
+    """The kind of change that is stored under a name.
+
+    Raises:
+        LedgerError: If there is none.
+    """
+    kinds = {kind.__name__: kind for kind in _leaves(Change)}  # type: ignore[type-abstract]
+    if name not in kinds:
+        raise LedgerError(
+            f"a change of kind {name!r}: known are {', '.join(sorted(kinds))}; install and import the plugin of this one"
+        )
+    return kinds[name]
+
+
+def _leaves(base: type[Change]) -> list[type[Change]]:
+    children: list[type[Change]] = base.__subclasses__()
+    return [leaf for child in children for leaf in _leaves(child)] if children else [base]
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class WeightChange(Change):
+    """An update added to a weight.
+
+    Half-precision weights get a float32 master that collects the updates, so that small ones are not lost.
+
+    Attributes:
+        place: Name of the weight.
+        update: The update, as factors where it has low rank.
+        keys: n x d_in, the keys that it was solved for; no rows if it was made when a run ended.
+    """
+
+    place: str
+    update: Update
+    keys: Float[Tensor, "n d_in"] = field(default_factory=lambda: torch.empty(0, 0))
+
+    @torch.no_grad()
+    def apply(self, model: EditableModel) -> None:
+        """Add the update, some rows at a time, with one rounding per entry."""
+        weight = model.weight(self.place)
+        if weight.dtype in (torch.float16, torch.bfloat16) and self.place not in model.masters:
+            model.masters[self.place] = weight.detach().float()
+        master = model.masters.get(self.place, weight)
+        oriented = model.oriented(self.place, master)
+        for rows, part in self.update.to(weight.device).rows():
+            oriented[rows] = oriented[rows].double() + part
+        weight.copy_(master)
+        if not torch.isfinite(weight).all():
+            raise NumericalError(
+                f"{self.place}: the edited weight is not finite in {weight.dtype}; set ridge higher or load the model "
+                "in float32"
+            )
+
+    def read(self, model: EditableModel) -> tuple[Tensor, Tensor | None]:
+        """The weight on the CPU, as the module has it, and its master."""
+        return model.weight(self.place).detach().cpu().clone(), model.masters.get(self.place)
+
+    @torch.no_grad()
+    def undo(self, model: EditableModel, content: tuple[Tensor, Tensor | None]) -> None:
+        """Copy the weight back: W + D - D is not W in floating point."""
+        weight, master = content
+        model.weight(self.place).copy_(weight)
+        model.masters.pop(self.place, None)
+        if master is not None:
+            model.masters[self.place] = master
+
+    def state(self, model: EditableModel) -> dict[str, Tensor]:
+        """The weight."""
+        return {self.place: model.weight(self.place).detach()}
+
+    def original(self, content: tuple[Tensor, Tensor | None]) -> dict[str, Tensor]:
+        """The weight before any change."""
+        return {self.place: content[0]}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Keys and factors."""
+        left = {} if self.update.left is None else {"left": self.update.left}
+        return {"keys": self.keys, "right": self.update.right, **left}
+
+    @classmethod
+    def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> WeightChange:
+        """A change from keys and factors."""
+        return cls(place, Update(tensors["right"], tensors.get("left")), tensors["keys"])
+
+    def hash(self, model: EditableModel) -> str:
+        """SHA-256 of the weight."""
+        return tensor_hash(model.weight(self.place))
+
+
+class ModuleChange(Change):
+    """A module put in the place of another, such as a side memory around a projection; no hooks are used.
+
+    Subclasses are frozen dataclasses with the field ``place``; they define ``build``, ``tensors`` and ``from_tensors``.
+    """
+
+    @abstractmethod
+    def build(self, module: nn.Module) -> nn.Module:
+        """The module that takes the place of ``module``, which is what the place holds now."""
+
+    @final
+    def apply(self, model: EditableModel) -> None:
+        """Put the new module into its place."""
+        self.undo(model, self.build(model.module(self.place)))
+
+    @final
+    def read(self, model: EditableModel) -> nn.Module:
+        """The module itself."""
+        return model.module(self.place)
+
+    @final
+    def undo(self, model: EditableModel, content: nn.Module) -> None:
+        """Put the earlier module back."""
+        model.model.set_submodule(self.place, content)
+
+    @final
+    def state(self, model: EditableModel) -> dict[str, Tensor]:
+        """State dict of the module, under the names that it has in the model."""
+        return model.module(self.place).state_dict(prefix=f"{self.place}.")
+
+    @final
+    def original(self, content: nn.Module) -> dict[str, Tensor]:
+        """Nothing: the unedited model has the module."""
+        return {}

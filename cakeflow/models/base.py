@@ -1,0 +1,156 @@
+"""A model to edit: its modules and weights by name, evaluation mode, and its hash."""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from cakeflow.errors import ArchitectureError
+from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps
+
+
+class EditableModel(ABC):
+    """What an edit needs of any transformer, of text or of images.
+
+    Weights are named by their parameter (``model.layers.5.mlp.down_proj.weight``), modules by their path. Subclasses
+    are frozen dataclasses with the fields below; they add what their requests need, such as a tokenizer.
+
+    Attributes:
+        model: The model, in whatever mode it is: calling this object runs it in evaluation mode.
+        architecture: Module paths.
+        masters: Name of a half-precision weight -> float32 copy that collects its changes.
+    """
+
+    model: nn.Module
+    architecture: Architecture
+    masters: dict[str, Tensor]
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """Where the model was loaded from, or its class where it was built."""
+
+    @property
+    @abstractmethod
+    def depth(self) -> int:
+        """Number of blocks."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Device of the inputs."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Type of the weights."""
+
+    @abstractmethod
+    def identity(self) -> bytes:
+        """Everything beside the weights that decides the model's output: config, tokenizer or image processor."""
+
+    def __call__(self, **inputs: Any) -> Any:
+        """A forward pass of the model, in evaluation mode."""
+        with self.evaluating():
+            return self.model(**inputs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put every module into evaluation mode; on exit each returns to its own mode."""
+        training = [module for module in self.model.modules() if module.training]
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+    @property
+    def sharded(self) -> bool:
+        """True if the model is spread over several devices (``device_map``); its blocks then stay where they are."""
+        return len({parameter.device for parameter in self.model.parameters()}) > 1
+
+    def module(self, place: Site | str) -> nn.Module:
+        """The module at a site or path.
+
+        Raises:
+            ArchitectureError: If there is none.
+        """
+        path = place if isinstance(place, str) else self.architecture.path(place)
+        try:
+            return self.model.get_submodule(path)
+        except AttributeError as error:
+            raise ArchitectureError(f"no module {path!r} in {type(self.model).__name__}: {error}") from error
+
+    def weight_name(self, site: Site) -> str:
+        """Name of the weight of the projection at a site."""
+        return f"{self.architecture.path(site)}.weight"
+
+    def weight(self, place: Site | str) -> nn.Parameter:
+        """A weight that an edit may change, by its name or site, in the layout the module has.
+
+        Raises:
+            ArchitectureError: If it is quantized, offloaded, or not there.
+        """
+        name = place if isinstance(place, str) else self.weight_name(place)
+        path, _, attribute = name.rpartition(".")
+        module = self.module(path)
+        weight = getattr(module, attribute, None)
+        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+            raise ArchitectureError(
+                f"{path}: {type(module).__name__} has no floating-point {attribute} to edit (quantized?); load this "
+                "layer dequantized"
+            )
+        if weight.is_meta:
+            raise ArchitectureError(
+                f"{name} is offloaded, so that a change would be lost; make room for its block in device_map or "
+                "max_memory, or load the model in bfloat16"
+            )
+        return weight
+
+    def oriented(self, place: Site | str, tensor: Tensor | None = None) -> Float[Tensor, "d_out d_in"]:
+        """A weight as d_out x d_in, whatever layout its module has.
+
+        Args:
+            place: Name or site of the weight.
+            tensor: A tensor in that weight's layout, such as its original; the weight itself by default.
+        """
+        name = place if isinstance(place, str) else self.weight_name(place)
+        value = self.weight(name).detach() if tensor is None else tensor
+        return value.T if is_transposed(self.module(name.rpartition(".")[0])) else value
+
+    def editable(self) -> list[str]:
+        """Names of all weights that an edit could change: those of the linear maps in the blocks."""
+        blocks = tuple(self.architecture.block.format(layer) + "." for layer in range(self.depth))
+        return [f"{path}.weight" for path, _ in linear_maps(self.model) if path.startswith(blocks)]
+
+    def key_width(self, site: Site) -> int:
+        """Width of the keys of a projection, of a model on the meta device as well."""
+        module = self.module(site)
+        return module.get_parameter("weight").shape[0 if is_transposed(module) else 1]
+
+    def fingerprint(self, blocks: int | None = None) -> str:
+        """SHA-256 of the weights up to and including block ``blocks - 1`` (all by default), config and tokenizer.
+
+        Raises:
+            ArchitectureError: If a weight is offloaded.
+        """
+        digest = hashlib.sha256(self.identity())
+        above = tuple(self.architecture.block.format(i) + "." for i in range(blocks or self.depth, self.depth))
+        for name, tensor in sorted(self.model.state_dict().items()):
+            if not name.startswith(above):
+                if tensor.is_meta:
+                    raise ArchitectureError(
+                        f"{name} is offloaded and cannot be read; make room for it in device_map or max_memory"
+                    )
+                digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
