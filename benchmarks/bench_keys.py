@@ -37,18 +37,18 @@ Walk = list[tuple[Tensor, Tensor]]
 def walk(lm: LanguageModel, read: Callable[[int], tuple[Tensor, Tensor]], after: Callable[[], None]) -> Walk:
     """Read every layer, change it, go on; the weights are put back."""
     gen = torch.Generator().manual_seed(0)
-    kept = {layer: lm.weight(layer).detach().clone() for layer in LAYERS}
+    kept = {layer: lm.weight(Site(layer, "mlp_out")).detach().clone() for layer in LAYERS}
     seen = []
     try:
         for layer in LAYERS:
             seen.append(read(layer))
-            weight = lm.weight(layer)
+            weight = lm.weight(Site(layer, "mlp_out"))
             left, right = (torch.randn(size, generator=gen) for size in weight.shape)
             weight.add_(torch.outer(left, right), alpha=0.02 * float(weight.norm() / left.norm() / right.norm()))
         after()
     finally:
         for layer, weight in kept.items():
-            lm.weight(layer).copy_(weight)
+            lm.weight(Site(layer, "mlp_out")).copy_(weight)
     return seen
 
 

@@ -42,7 +42,7 @@ def per_layer(lm: LanguageModel, windows: Tensor, rows: int, stop: bool) -> Mome
     """One pass per layer, the official way."""
     moments = {}
     for layer in LAYERS:
-        width = lm.oriented(layer).shape[1]
+        width = lm.oriented(Site(layer, "mlp_out")).shape[1]
         total = torch.zeros(width, width)
 
         def add(_module: object, inputs: tuple[Tensor, ...], _output: Tensor, total: Tensor = total) -> None:

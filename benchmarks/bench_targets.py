@@ -25,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cakeflow import Contexts, GradientSearch
 from cakeflow.data import builtin_facts
 from cakeflow.forward.tokens import TextBatch, encode_batch
+from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 from cakeflow.targets.gradient import Targets
@@ -108,7 +109,7 @@ def counted(run: Callable[[], object]) -> float:
 
 def gemm_rate(lm: LanguageModel, rows: int = 512, repeats: int = 40) -> float:
     """Operations per second of a matrix product of the size that dominates: hidden states times an MLP weight."""
-    weight = lm.oriented(0)
+    weight = lm.oriented(Site(0, "mlp_out"))
     x = torch.randn(rows, weight.shape[1]).to(weight.dtype)
     times = []
     for _ in range(repeats):

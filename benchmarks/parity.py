@@ -32,6 +32,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cakeflow import Contexts, Editor, Statistics, read_requests
 from cakeflow.core.config import shipped
+from cakeflow.models import Site
 
 BARS = {"gpt2": (1e-10, 1e-6), "llama": (1e-5, 1e-4)}
 """Architecture -> bars for target values and weight changes; the official norms and softmax of llama run in float32.
@@ -115,7 +116,7 @@ def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) ->
     )
     requests = requests[: golden.methods[recording].get("requests_used")]
     sizes = golden.setup["batches_for_sequential"] if recording.endswith("_seq") else [len(requests)]
-    before = {layer: editor.module.lm.oriented(layer).clone() for layer in layers}
+    before = {layer: editor.module.lm.oriented(Site(layer, "mlp_out")).clone() for layer in layers}
     wanted = {
         layer: golden.tensors[f"{recording}/z/{layer}"].split(sizes)
         for layer in layers
@@ -127,7 +128,7 @@ def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) ->
         editor.fit(requests[start : start + size], evaluate=False)
         found = editor.journal[-1].values
         z += [error(values, wanted[layer][number]) for layer, values in found.items() if layer in wanted]
-    changes = {layer: editor.module.lm.oriented(layer) - before[layer] for layer in layers}
+    changes = {layer: editor.module.lm.oriented(Site(layer, "mlp_out")) - before[layer] for layer in layers}
     delta = [error(change, golden.tensors[f"{recording}/delta/{layer}"]) for layer, change in changes.items()]
     return {"z": max(z[:1], default=0.0), "z_later": max(z[1:], default=0.0), "delta": max(delta)}
 

@@ -24,6 +24,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from cakeflow import Contexts, EditDataModule, EditRequest, LocateThenEdit
 from cakeflow.data.schemas import parse_requests
 from cakeflow.forward.tokens import Row
+from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 from cakeflow.tracing import Fact
@@ -134,10 +135,10 @@ def fit_tiny(
     lm: LanguageModel, layers: list[int], requests: list[EditRequest], quiet: dict[str, Any], scale: float, **parts: Any
 ) -> LocateThenEdit:
     """Edit all requests in one batch of bare prompts; the second moments are ``scale`` times the identity."""
-    moment = scale * torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)
+    moment = scale * torch.eye(lm.oriented(Site(0, "mlp_out")).shape[1], dtype=torch.float64)
     parts = {"contexts": Contexts(), "moments": dict.fromkeys(layers, moment), **parts}
     module = LocateThenEdit(lm, layers, **parts)
-    L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
+    L.Trainer(**quiet).fit(module, datamodule=EditDataModule(requests, len(requests)))
     return module
 
 

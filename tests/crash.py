@@ -55,7 +55,7 @@ def edit(lm: LanguageModel, folder: Path, pipe: int) -> None:
     """What the killed process does; on a copy, whose weights lie in memory as the reference's do: sums depend on it."""
     lm = copy.deepcopy(lm)
     trainer = {"callbacks": [Acknowledge(pipe)], "enable_model_summary": False}
-    editor_of(lm, trainer).fit(FACTS, 1, evaluate=False, run=folder)
+    editor_of(lm, trainer).fit(FACTS, 1, evaluate=False, run_dir=folder)
 
 
 def killed(lm: LanguageModel, folder: Path, wait: float | None, place: int) -> tuple[int, bool]:

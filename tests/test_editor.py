@@ -19,6 +19,7 @@ from cakeflow.errors import ConfigError
 from cakeflow.evaluation.scoring import score_targets
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import read_entries
+from cakeflow.models import Site
 from cakeflow.models.loading import load_model
 from cakeflow.solvers import LeastSquares
 
@@ -41,7 +42,7 @@ FACTS = [
 def moments(lm):
     """Second moments with some 50 directions that the preserved keys hardly use."""
     generator = torch.Generator().manual_seed(0)
-    width = lm.weight(0).numel() // 48
+    width = lm.weight(Site(0, "mlp_out")).numel() // 48
     found = {}
     for layer in LAYERS:
         keys = torch.randn(width - 50, width, generator=generator, dtype=torch.float64)
@@ -271,7 +272,7 @@ def test_without_arguments_the_trainer_logs_under_runs(lm, requests, tmp_path, m
 @pytest.mark.parametrize("logger", [None, True])
 def test_a_named_run_folder_is_used_whatever_way_the_default_logger_is_asked_for(lm, requests, tmp_path, logger):
     editor = make(lm, {"accelerator": "cpu", "logger": logger})
-    assert editor.fit(requests[:1], evaluate=False, run=tmp_path / "named").folder == tmp_path / "named"
+    assert editor.fit(requests[:1], evaluate=False, run_dir=tmp_path / "named").folder == tmp_path / "named"
 
 
 def test_several_epochs_are_refused_before_anything_changes(lm, quiet, requests):
@@ -380,8 +381,8 @@ def test_a_run_that_is_stopped_has_its_last_word_too(lm, quiet):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = True
 
-    before = lm.weight(2).detach().clone()
+    before = lm.weight(Site(2, "mlp_out")).detach().clone()
     editor = make(lm, {**quiet, "callbacks": [Stop()], "min_epochs": 0}, method="memit", solver=TakesItAllBack())
     run = editor.fit(FACTS[:3], batch_size=1, evaluate=False)
     assert len(run.journal) == 2  # one batch of three, and the last word
-    torch.testing.assert_close(lm.weight(2).detach(), before, rtol=0, atol=1e-12)
+    torch.testing.assert_close(lm.weight(Site(2, "mlp_out")).detach(), before, rtol=0, atol=1e-12)

@@ -20,6 +20,7 @@ from cakeflow import Contexts, Editor, EditRequest, Probe
 from cakeflow.data import read_requests, sources
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, EditError, RequestError
+from cakeflow.models import Site
 
 GOOD = {"prompt": "The river {} flows into", "subject": "Elbe", "target_new": "the Black Sea"}
 ZSRE = {"subject": "Anna Berg", "src": "Where did Anna Berg study?", "answers": ["Uppsala"], "loc": "a", "loc_ans": "b"}
@@ -200,7 +201,7 @@ def editor(_models):
     lm.tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Replace("☃", ""), normalizers.Strip()]
     )
-    moment = torch.eye(lm.key_width(1), dtype=torch.float64)
+    moment = torch.eye(lm.key_width(Site(1, "mlp_out")), dtype=torch.float64)
     trainer = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
     return Editor.from_pretrained(
         lm.model, "memit", tokenizer=lm.tokenizer, layers=[1], moments={1: moment}, trainer=trainer,

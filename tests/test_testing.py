@@ -11,6 +11,7 @@ from cakeflow import Endpoints, LeastSquares, NullSpace, OneHot, Scores, Sequent
 from cakeflow.allocators import Jacobian
 from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
+from cakeflow.models import Site
 from cakeflow.solvers import EqualityConstrained
 from cakeflow.testing import (
     AllocatorContract,
@@ -130,7 +131,7 @@ class Negative(Uniform):
 
 class Vandal(Uniform):
     def weigh(self, lm, batch, layers):
-        lm.weight(0).data.add_(1)
+        lm.weight(Site(0, "mlp_out")).data.add_(1)
         return super().weigh(lm, batch, layers)
 
 

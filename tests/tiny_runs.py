@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cakeflow import Contexts, Editor, GradientSearch, LeastSquares, LocateThenEdit, NullSpace
+from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.hashing import tensor_hash
 
@@ -17,7 +18,7 @@ LAYERS = [1, 3]
 
 def module_of(lm: LanguageModel, **changes: Any) -> LocateThenEdit:
     """An edit module that needs no statistics."""
-    width = lm.oriented(0).shape[1]
+    width = lm.oriented(Site(0, "mlp_out")).shape[1]
     moment = torch.diag(torch.linspace(0, 0.04, width, dtype=torch.float64))
     parts = {
         "layers": LAYERS,

@@ -188,7 +188,7 @@ def main() -> None:
             watchers = stream.watch(args, every // size)
             editor = sweep.editor(stream.methods[label], {}, *watchers, logger=stream.resumes)
             folder = args.out / "runs" / hashlib.sha256(key.encode()).hexdigest()[:12]
-            editor.fit(records, size, evaluate=False, run=folder if stream.resumes else None)
+            editor.fit(records, size, evaluate=False, run_dir=folder if stream.resumes else None)
             editor.rollback()
             kept[key] = watchers[0].rows
             write_text(path, json.dumps(kept, indent=1))

@@ -152,5 +152,5 @@ class EditableModel(ABC):
                         f"{name} is offloaded and cannot be read; make room for it in device_map or max_memory"
                     )
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
         return digest.hexdigest()

@@ -21,5 +21,5 @@ def digest(path: Path) -> str:
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and bits."""
     found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+    found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return found.hexdigest()

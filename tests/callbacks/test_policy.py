@@ -28,7 +28,7 @@ def told(folder):
 def test_a_run_that_keeps_it_goes_through(lm, requests, tmp_path):
     (tmp_path / "policy.yaml").write_text(RULES.format(name=lm.fingerprint()))
     editor = guarded(lm, str(tmp_path / "policy.yaml"))
-    run = editor.fit(requests[1:5], 2, run=tmp_path / "run")
+    run = editor.fit(requests[1:5], 2, run_dir=tmp_path / "run")
     assert run.after["efficacy"] >= 0.5
     assert told(tmp_path / "run") == [("batch", None)] * 2 + [("policy", "held"), ("end", None)]
 
@@ -50,7 +50,7 @@ def test_what_is_forbidden_is_refused_before_the_model_is_measured(
     lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
     editor = guarded(lm, policy)
     with pytest.raises(PolicyError, match="nothing was changed") as error:
-        editor.fit(requests[first : first + 4], 2, run=tmp_path / "run", evaluate=evaluate)
+        editor.fit(requests[first : first + 4], 2, run_dir=tmp_path / "run", evaluate=evaluate)
     assert words in str(error.value)
     assert len(passes) == 0
     assert (lm.fingerprint(), len(editor.journal)) == (before, 0)
@@ -69,11 +69,11 @@ def test_what_is_forbidden_is_refused_before_the_model_is_measured(
 )
 def test_edits_that_break_it_are_taken_back(lm, requests, tmp_path, policy, words):
     editor = editor_of(lm)
-    editor.fit(requests[4:6], run=tmp_path / "first")
+    editor.fit(requests[4:6], run_dir=tmp_path / "first")
     before = state(lm, editor.module)
     editor._trainer["callbacks"] = [PolicyGuard(policy)]
     with pytest.raises(PolicyError, match="were taken back") as error:
-        editor.fit(requests[:4], 2, run=tmp_path / "run")
+        editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
     assert words in str(error.value)
     assert state(lm, editor.module) == before
     assert len(editor.journal) == 1
@@ -83,14 +83,14 @@ def test_edits_that_break_it_are_taken_back(lm, requests, tmp_path, policy, word
 def test_thresholds_need_an_evaluation(lm, requests, tmp_path):
     before = lm.fingerprint()
     with pytest.raises(PolicyError, match="efficacy was not measured after the last edit"):
-        guarded(lm, Policy(minimum={"efficacy": 0.0})).fit(requests[:2], evaluate=False, run=tmp_path / "run")
+        guarded(lm, Policy(minimum={"efficacy": 0.0})).fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
     assert lm.fingerprint() == before
 
 
 def test_a_refused_run_may_be_started_again_when_the_policy_allows_it(lm, requests, tmp_path):
     with pytest.raises(PolicyError):
-        guarded(lm, Policy(max_edits=1)).fit(requests[:2], run=tmp_path / "run")
-    guarded(lm, Policy(max_edits=2)).fit(requests[:2], run=tmp_path / "run")
+        guarded(lm, Policy(max_edits=1)).fit(requests[:2], run_dir=tmp_path / "run")
+    guarded(lm, Policy(max_edits=2)).fit(requests[:2], run_dir=tmp_path / "run")
     assert told(tmp_path / "run") == [("policy", "refused"), ("batch", None), ("policy", "held"), ("end", None)]
 
 

@@ -13,6 +13,7 @@ from cakeflow.data import builtin_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.evaluation.scoring import score_records
+from cakeflow.models import Site
 
 FACTS = builtin_facts()[:5]
 
@@ -23,7 +24,10 @@ class Steps(PeriodicCallback):
     name = "steps"
 
     def measure(self, module):
-        return {"batches": float(len(module.journal)), "first": float(module.lm.weight(1).detach().sum())}
+        return {
+            "batches": float(len(module.journal)),
+            "first": float(module.lm.weight(Site(1, "mlp_out")).detach().sum()),
+        }
 
 
 def fit(lm, quiet, callbacks, batch_size=1, **trainer):
@@ -33,7 +37,7 @@ def fit(lm, quiet, callbacks, batch_size=1, **trainer):
         [1],
         targets=GradientSearch(steps=4, lr=0.5),
         contexts=Contexts.of(["{}"]),
-        moments={1: torch.eye(lm.key_width(1), dtype=torch.float64) / 100},
+        moments={1: torch.eye(lm.key_width(Site(1, "mlp_out")), dtype=torch.float64) / 100},
     )
     trainer = L.Trainer(**{**quiet, **trainer}, callbacks=callbacks)
     trainer.fit(module, EditDataModule(FACTS, batch_size).train_dataloader())
@@ -47,7 +51,7 @@ def fit(lm, quiet, callbacks, batch_size=1, **trainer):
 def test_milestones(lm, quiet, tmp_path, every, size, expected):
     """The unedited model, every few batches, and the end, once each; logged at the number of batches."""
     steps, logger = Steps(every), CSVLogger(tmp_path)
-    before = float(lm.weight(1).detach().sum())
+    before = float(lm.weight(Site(1, "mlp_out")).detach().sum())
     fit(lm, quiet, [steps], size, logger=logger)
     assert [row["steps/edits"] for row in steps.rows] == expected
     assert steps.rows[0]["steps/first"] == before != steps.rows[-1]["steps/first"]

@@ -130,7 +130,7 @@ class Spied(LocateThenEdit):
 
 
 def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):
-    width = lm.oriented(0).shape[1]
+    width = lm.oriented(Site(0, "mlp_out")).shape[1]
     module = kind(
         lm,
         **{
@@ -143,7 +143,7 @@ def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):
         },
     )
     trainer = L.Trainer(**{**quiet, "callbacks": callbacks})
-    trainer.fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(requests, len(requests)))
     return trainer.callback_metrics
 
 
@@ -214,7 +214,7 @@ class Alone(EditCallback):
             for j, layer in enumerate(LAYERS):
                 (key,) = at_subjects(module.lm, [row], Site(layer, "mlp_out"), "in")
                 missing = edit.residual[i]
-                weight = module.lm.oriented(layer)
+                weight = module.lm.oriented(Site(layer, "mlp_out"))
                 kept = weight.clone()
                 weight += torch.outer(missing, key) / (1 + key @ key)  # least squares with ridge 1 and one key
                 self.left[i, j] = (module.goal[i] - at_subjects(module.lm, [row], Site(LAYERS[-1]))[0]).norm()
@@ -224,7 +224,7 @@ class Alone(EditCallback):
 
 def test_alignment_is_that_of_single_layer_edits(tiny, requests, quiet, monkeypatch, tmp_path):
     monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
-    plain, trace, width = Alone(), CausalTrace(draws=2, noise=0.5), tiny.oriented(0).shape[1]
+    plain, trace, width = Alone(), CausalTrace(draws=2, noise=0.5), tiny.oriented(Site(0, "mlp_out")).shape[1]
     changes = {"contexts": Contexts(), "moments": dict.fromkeys(LAYERS, torch.zeros(width, width, dtype=torch.float64))}
     logged = fit(tiny, requests[:3], quiet, [plain, ScoreAlignment(trace)], Spied, **changes)
     for layer, wanted in zip(LAYERS, plain.left.mean(0).tolist(), strict=True):
@@ -269,8 +269,8 @@ def test_a_callback_can_stop_a_run(lm, requests, quiet, limit, batches):
         contexts=Contexts(),
         targets=GradientSearch(steps=2, lr=0.3),
         solver=LeastSquares(1.0),
-        moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)),
+        moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(Site(0, "mlp_out")).shape[1], dtype=torch.float64)),
     )
     trainer = L.Trainer(**{**quiet, "callbacks": [StopAtDrift(limit)]})
-    trainer.fit(module, train_dataloaders=EditDataModule(requests[:6], 2).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(requests[:6], 2))
     assert len(module.journal) == batches

@@ -116,16 +116,19 @@ def test_a_tree_too_deep_to_be_one(tmp_path):
 
 
 def test_a_trainer_writes_small_files_without_pickle_and_reads_them(tiny, requests, quiet, tmp_path):
-    moment = torch.eye(tiny.oriented(0).shape[1], dtype=torch.float64)
+    moment = torch.eye(tiny.oriented(Site(0, "mlp_out")).shape[1], dtype=torch.float64)
     module = LocateThenEdit(
         tiny, [1, 4], targets=GradientSearch(steps=2), contexts=Contexts(), moments=dict.fromkeys([1, 4], moment)
     )
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=1)
     trainer = L.Trainer(**quiet | {"enable_checkpointing": True}, callbacks=[keep], plugins=[SafeCheckpointIO()])
-    trainer.fit(module, train_dataloaders=EditDataModule(requests[:4], 2).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(requests[:4], 2))
     files = sorted(tmp_path.glob("*.ckpt"))
     assert [path.name for path in files] == ["step=1.ckpt", "step=2.ckpt"]
-    size = sum(tiny.weight(layer).numel() * tiny.weight(layer).element_size() for layer in (1, 4))
+    size = sum(
+        tiny.weight(Site(layer, "mlp_out")).numel() * tiny.weight(Site(layer, "mlp_out")).element_size()
+        for layer in (1, 4)
+    )
     for path in files:
         assert size < path.stat().st_size < size + 20_000
         assert not zipfile.is_zipfile(path)  # as those of torch.save are
@@ -141,7 +144,8 @@ def test_a_trainer_writes_small_files_without_pickle_and_reads_them(tiny, reques
     module.journal.rollback()
     trainer.validate(module, EditDataModule(requests[:4]).val_dataloader(), ckpt_path=files[-1], verbose=False)
     assert torch.equal(
-        tiny.weight(4), found["state_dict"][f"model.{tiny.architecture.path(Site(4, 'mlp_out'))}.weight"]
+        tiny.weight(Site(4, "mlp_out")),
+        found["state_dict"][f"model.{tiny.architecture.path(Site(4, 'mlp_out'))}.weight"],
     )
 
 

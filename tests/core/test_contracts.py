@@ -163,12 +163,12 @@ def test_a_failed_solve_names_layer_and_requests_and_only_its_batch_is_taken_bac
     kept = fit_tiny(tiny, LAYERS, requests[:2], quiet, 1.0, targets=FAST)
     after_first = tiny.fingerprint()
     kept.journal.rollback()
-    moment = torch.eye(tiny.oriented(0).shape[1], dtype=torch.float64)
+    moment = torch.eye(tiny.oriented(Site(0, "mlp_out")).shape[1], dtype=torch.float64)
     module = LocateThenEdit(
         tiny, LAYERS, solver=Unsolvable(how), targets=FAST, contexts=Contexts(), moments=dict.fromkeys(LAYERS, moment)
     )
     with pytest.raises(NumericalError, match=words) as caught:
-        L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests[:4], 2).train_dataloader())
+        L.Trainer(**quiet).fit(module, datamodule=EditDataModule(requests[:4], 2))
     assert requests[3].text in str(caught.value)
     assert tiny.fingerprint() == after_first
     assert [len(module.journal), len(module.journal.history(1))] == [1, 2]

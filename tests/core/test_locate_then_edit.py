@@ -50,7 +50,7 @@ def moments():
 @pytest.fixture
 def build(moments):
     def make(lm, **changes):
-        width = lm.oriented(0).shape[1]
+        width = lm.oriented(Site(0, "mlp_out")).shape[1]
         defaults = {
             "layers": LAYERS,
             "contexts": CONTEXTS,
@@ -65,7 +65,7 @@ def build(moments):
 
 def fit(module, requests, quiet, batch_size=6, **trainer):
     trainer = L.Trainer(**{**quiet, **trainer})
-    trainer.fit(module, train_dataloaders=EditDataModule(requests, batch_size).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(requests, batch_size))
     return trainer
 
 
@@ -107,7 +107,7 @@ def test_the_model_moves_towards_its_targets(tiny, requests, quiet, build):
 
 
 def keys_width(lm):
-    return lm.oriented(0).shape[1]
+    return lm.oriented(Site(0, "mlp_out")).shape[1]
 
 
 @torch.no_grad()
@@ -137,7 +137,7 @@ def test_layers_of_weight_zero_are_untouched(tiny, requests, quiet, build):
     fit(module, requests, quiet, 12)
     assert [part.layer for part in module.journal[0].layers] == [2]
     assert list(module.journal[0].values) == [2]  # the anchor is the last layer that is edited
-    assert all(torch.equal(tiny.weight(layer), before[tiny.architecture.path(Site(layer, "mlp_out")) + ".weight"])
+    assert all(torch.equal(tiny.weight(Site(layer, "mlp_out")), before[tiny.architecture.path(Site(layer, "mlp_out")) + ".weight"])
                for layer in (0, 1, 3, 4, 5))  # fmt: skip
 
 
@@ -299,11 +299,11 @@ def test_precisions_of_the_trainer(lm, requests, quiet, build, precision):
     assert all(part.keys.dtype == torch.float64 for step in module.journal for part in step.layers)
     if precision == "bf16-true":
         assert module.journal.weights._masters[1].dtype == torch.float32
-        assert torch.equal(module.journal.weights._masters[1].bfloat16(), lm.weight(1))
-    edited = lm.weight(1).clone()
+        assert torch.equal(module.journal.weights._masters[1].bfloat16(), lm.weight(Site(1, "mlp_out")))
+    edited = lm.weight(Site(1, "mlp_out")).clone()
     module.journal.rollback()
-    assert not torch.equal(lm.weight(1), edited)
-    assert torch.equal(lm.weight(1), module.journal.originals[1])
+    assert not torch.equal(lm.weight(Site(1, "mlp_out")), edited)
+    assert torch.equal(lm.weight(Site(1, "mlp_out")), module.journal.originals[1])
 
 
 @pytest.mark.parametrize("layers", [[], [2, 1], [1, 1], [-1, 2], [4, 6]])
@@ -345,8 +345,8 @@ def test_the_walk_needs_no_gradients_and_leaves_none(lm, requests, quiet, build)
 
 @pytest.mark.real
 def test_the_real_model_takes_an_edit_and_gives_it_back(smollm2, requests, quiet):
-    width = smollm2.oriented(0).shape[1]
-    before = {layer: smollm2.weight(layer).detach().clone() for layer in (10, 12)}
+    width = smollm2.oriented(Site(0, "mlp_out")).shape[1]
+    before = {layer: smollm2.weight(Site(layer, "mlp_out")).detach().clone() for layer in (10, 12)}
     module = LocateThenEdit(
         smollm2, [10, 12], solver=LeastSquares(1.0), targets=GradientSearch(steps=8, lr=0.5), contexts=CONTEXTS,
         moments=dict.fromkeys((10, 12), 1e-6 * torch.eye(width)),
@@ -354,10 +354,10 @@ def test_the_real_model_takes_an_edit_and_gives_it_back(smollm2, requests, quiet
     trainer = fit(module, requests[:2], quiet, 2)
     try:
         assert trainer.callback_metrics["target/probability"] > 0.3
-        assert all(not torch.equal(smollm2.weight(layer), before[layer]) for layer in before)
+        assert all(not torch.equal(smollm2.weight(Site(layer, "mlp_out")), before[layer]) for layer in before)
     finally:
         module.journal.rollback()
-    assert all(torch.equal(smollm2.weight(layer), before[layer]) for layer in before)
+    assert all(torch.equal(smollm2.weight(Site(layer, "mlp_out")), before[layer]) for layer in before)
 
 
 def test_the_exact_allocation_in_the_walk(tiny, requests, quiet, build):

@@ -20,6 +20,7 @@ from cakeflow.core.statistics import Statistics
 from cakeflow.errors import ConfigError
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import encode_batch
+from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Descent, EqualityConstrained, NullSpace
 from cakeflow.targets.gradient import GradientSearch, Targets
@@ -56,18 +57,18 @@ def test_shapes_suffice(tiny, batch):
     assert shape.graph == pytest.approx(real.graph, rel=0.15)  # attention keeps something else there
     assert replace(shape, graph=0) == replace(real, graph=0)
     assert foresee(empty, batch).deferred == 0  # originals stay off a GPU
-    assert foresee(tiny, batch).deferred == sum(tiny.weight(layer).nbytes for layer in (1, 2))
+    assert foresee(tiny, batch).deferred == sum(tiny.weight(Site(layer, "mlp_out")).nbytes for layer in (1, 2))
     assert foresee(empty, batch).targets == pytest.approx(foresee(tiny, batch).targets, rel=0.1)
 
 
 def test_more_of_anything_takes_more(tiny, batch, requests):
     plain = foresee(tiny, batch)
     assert foresee(tiny, batch, seen=50).solve > plain.solve
-    assert foresee(tiny, batch, matrices=2).solve == plain.solve + 16 * tiny.weight(1).numel()
+    assert foresee(tiny, batch, matrices=2).solve == plain.solve + 16 * tiny.weight(Site(1, "mlp_out")).numel()
     assert foresee(tiny, encode_batch(tiny, requests, Contexts())).targets < plain.targets
     half = copy.deepcopy(tiny)
     half.model.to(torch.bfloat16)
-    assert foresee(half, batch).deferred == 6 * sum(tiny.weight(layer).numel() for layer in (1, 2))
+    assert foresee(half, batch).deferred == 6 * sum(tiny.weight(Site(layer, "mlp_out")).numel() for layer in (1, 2))
 
 
 def test_a_budget_is_kept_to(tiny, batch):
@@ -91,7 +92,9 @@ def test_the_same_edit_within_a_budget(tiny, requests, quiet):
     again = fit_tiny(other, [1, 2], requests, quiet, 1.0, **tight)
     assert again.estimate(batch).tokens < room.tokens
     for layer in (1, 2):
-        torch.testing.assert_close(other.weight(layer), tiny.weight(layer), rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            other.weight(Site(layer, "mlp_out")), tiny.weight(Site(layer, "mlp_out")), rtol=1e-9, atol=1e-12
+        )
 
 
 def test_parts_of_a_batch_get_the_same_target_values(tiny, requests):

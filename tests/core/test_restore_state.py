@@ -161,7 +161,7 @@ def edit(lm, requests, quiet, tmp_path, **parts):
     settings = {
         "layers": LAYERS,
         "contexts": Contexts.of(["{}", "I am. {}"]),
-        "moments": dict.fromkeys(LAYERS, torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)),
+        "moments": dict.fromkeys(LAYERS, torch.eye(lm.oriented(Site(0, "mlp_out")).shape[1], dtype=torch.float64)),
         "targets": {"steps": 2, "lr": 0.3},
         "solver": {"class_path": "LeastSquares"},
         "evaluation": Evaluation(texts_every=1, answer_tokens=2),

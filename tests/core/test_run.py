@@ -52,7 +52,7 @@ def fit(lm, requests, folder, *callbacks, solver="null space", **changes):
     """An experiment in batches of two, with evaluations between, as a command starts it."""
     trainer = {"callbacks": [Retention(every=2), *callbacks], "val_check_interval": 2}
     editor = editor_of(lm, trainer, solver=SOLVERS[solver], **changes)
-    run = editor.fit(requests, 2, run=folder)
+    run = editor.fit(requests, 2, run_dir=folder)
     return editor, run
 
 
@@ -203,7 +203,7 @@ def test_another_model_tokenizer_or_data_is_refused(lm, requests, tmp_path):
     with pytest.raises(ResumeError, match=r"data was .*edits was 7, is 6"):
         fit(lm, requests[:6], tmp_path / "run")
     with pytest.raises(ResumeError, match="batch_size was 2, is 3"):
-        editor_of(lm).fit(requests[:7], 3, run=tmp_path / "run")
+        editor_of(lm).fit(requests[:7], 3, run_dir=tmp_path / "run")
 
 
 def test_a_finished_or_rolled_back_run_is_not_started_again(lm, requests, tmp_path):
@@ -211,8 +211,8 @@ def test_a_finished_or_rolled_back_run_is_not_started_again(lm, requests, tmp_pa
     assert run.folder == tmp_path / "run"
     files = content(tmp_path / "run")
     with pytest.raises(ResumeError, match="finished run"):
-        editor.fit(requests[:4], 2, run=tmp_path / "run")
-    editor.journal.record = None
+        editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
+    editor.journal.store = None
     editor.rollback()
     with pytest.raises(ResumeError, match="finished run"):
         fit(lm, requests[:4], tmp_path / "run")
@@ -222,20 +222,20 @@ def test_a_finished_or_rolled_back_run_is_not_started_again(lm, requests, tmp_pa
 def test_a_second_run_has_the_first_ones_batches_and_goes_on_too(lm, requests, tmp_path):
     unedited = copy.deepcopy(lm)
     editor = editor_of(lm)
-    editor.fit(requests[:4], 2, run=tmp_path / "first")
-    editor.fit(requests[4:8], 2, run=tmp_path / "second")
+    editor.fit(requests[:4], 2, run_dir=tmp_path / "first")
+    editor.fit(requests[4:8], 2, run_dir=tmp_path / "second")
     expected = state(lm, editor.module)
     lines = (tmp_path / "second/journal/ledger.jsonl").read_bytes().splitlines(keepends=True)
     for copied in (1, 2):  # model, and one of the two earlier batches
         shutil.copytree(tmp_path / "second", tmp_path / f"torn-{copied}")
         (tmp_path / f"torn-{copied}/journal/ledger.jsonl").write_bytes(b"".join(lines[:copied]))
         with pytest.raises(ResumeError, match=f"2 earlier batches and has {copied - 1}"):
-            editor_of(copy.deepcopy(unedited)).fit(requests[4:8], 2, run=tmp_path / f"torn-{copied}")
+            editor_of(copy.deepcopy(unedited)).fit(requests[4:8], 2, run_dir=tmp_path / f"torn-{copied}")
     batches = [place for place, line in enumerate(lines) if b'"kind":"batch"' in line]
     assert len(batches) == 4
     (tmp_path / "second/journal/ledger.jsonl").write_bytes(b"".join(lines[: batches[2] + 1]))
     fresh = editor_of(unedited)
-    run = fresh.fit(requests[4:8], 2, run=tmp_path / "second")
+    run = fresh.fit(requests[4:8], 2, run_dir=tmp_path / "second")
     assert state(unedited, fresh.module) == expected
     assert [step.number for step in run.journal] == [0, 1, 2, 3]
 
@@ -246,7 +246,7 @@ def test_a_plain_trainer_keeps_and_resumes_too(lm, requests, tmp_path):
         logger = L.pytorch.loggers.CSVLogger(tmp_path, name="", version="run")
         trainer = L.Trainer(max_epochs=1, logger=logger, log_every_n_steps=1, callbacks=list(callbacks),
                             enable_progress_bar=False, enable_checkpointing=False)  # fmt: skip
-        trainer.fit(module, train_dataloaders=EditDataModule(requests[:4], 2).train_dataloader())
+        trainer.fit(module, datamodule=EditDataModule(requests[:4], 2))
         return module
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):

@@ -91,7 +91,7 @@ def test_the_weight_of_the_covariance_is_not_part_of_the_key(lm, corpus, setting
 
 def change_weights(lm, corpus):
     with torch.no_grad():
-        lm.weight(0)[0, 0] += 1
+        lm.weight(Site(0, "mlp_out"))[0, 0] += 1
     return Statistics(corpus, 500, 20)
 
 
@@ -133,7 +133,7 @@ def test_what_decides_the_values_decides_the_key(lm, corpus, settings, change):
 def test_weights_above_the_last_layer_do_not_matter(lm, settings):
     settings.collect(lm, [1, 2])
     with torch.no_grad():
-        lm.weight(3)[0, 0] += 1
+        lm.weight(Site(3, "mlp_out"))[0, 0] += 1
     count = passes(lm)
     settings.collect(lm, [1, 2])
     assert not count

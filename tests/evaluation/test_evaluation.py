@@ -18,6 +18,7 @@ from cakeflow.evaluation.scoring import KINDS, questions, score_records
 from cakeflow.forward.generation import continuations, until_stop
 from cakeflow.metrics import Fluency
 from cakeflow.metrics.text import fluency
+from cakeflow.models import Site
 
 RECORDS = builtin_facts()[:5]
 EVERYTHING = Evaluation(answer_tokens=4, texts_every=2, text_tokens=24, seed=3)
@@ -162,7 +163,7 @@ def test_plain_keeps_what_is_an_article_only():
 
 def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):
     """Before and after, one line per record, whatever the batches; the metrics follow from them."""
-    module = LocateThenEdit(lm, [1], moments={1: torch.eye(lm.key_width(1))}, evaluation=EVERYTHING)
+    module = LocateThenEdit(lm, [1], moments={1: torch.eye(lm.key_width(Site(1, "mlp_out")))}, evaluation=EVERYTHING)
     module.targets = replace(module.targets, steps=2)
     trainer = {**quiet, "logger": CSVLogger(tmp_path)}
     run = Editor(module, trainer).fit(RECORDS)
@@ -184,7 +185,7 @@ def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):
 
 def test_evaluation_during_a_stream(lm, tmp_path, quiet):
     """Every second batch and at the end; each row says how many edits it follows."""
-    module = LocateThenEdit(lm, [1], moments={1: torch.eye(lm.key_width(1))}, contexts=Contexts())
+    module = LocateThenEdit(lm, [1], moments={1: torch.eye(lm.key_width(Site(1, "mlp_out")))}, contexts=Contexts())
     module.targets = replace(module.targets, steps=2)
     trainer = {**quiet, "logger": CSVLogger(tmp_path), "val_check_interval": 2}
     run = Editor(module, trainer).fit(RECORDS, batch_size=1)

@@ -23,13 +23,13 @@ def test_the_card_tells_all_and_takes_no_text_for_markup(lm, requests, tmp_path)
     lm.model.name_or_path = HOSTILE
     first = EditRequest("{} plays", "Ann", HOSTILE, target_true="tennis")
     editor = editor_of(lm)
-    run = editor.fit([first, *requests[1:4]], 2, run=tmp_path / "run")
+    run = editor.fit([first, *requests[1:4]], 2, run_dir=tmp_path / "run")
     editor.save_pretrained(tmp_path / "out")
     text = (tmp_path / "out/README.md").read_text(encoding="utf-8")
     card = ModelCard(text)
     assert card.data.tags == ["knowledge-editing", "cakeflow"]
     assert "base_model" not in card.data.to_dict()
-    head = editor.journal.record.ledger.head
+    head = editor.journal.store.ledger.head
     for wanted in (head, editor.journal.base["fingerprint"], "solver: NullSpace(", run.protocol.split("-")[0],
                    "batches of 2", *(f"{value:.4g}" for value in run.after.values() if value == value)):  # fmt: skip
         assert wanted in text
@@ -52,7 +52,7 @@ def test_the_card_keeps_to_what_the_ledger_has(lm, requests, tmp_path):
     for name, changes in (("texts", {}), ("hashes", {"record_texts": False})):
         fresh = copy.deepcopy(lm)
         editor = editor_of(fresh, **changes)
-        editor.fit(many, evaluate=False, run=tmp_path / name)
+        editor.fit(many, evaluate=False, run_dir=tmp_path / name)
         editor.save_pretrained(tmp_path / f"{name}-out")
     told, hashes = ((tmp_path / f"{name}-out/README.md").read_text() for name in ("texts", "hashes"))
     assert told.count("subject ") == 50

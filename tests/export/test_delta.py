@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from cakeflow import Editor, LayerProblem, LocateThenEdit, Update
 from cakeflow.data.schemas import parse_requests
 from cakeflow.export import apply_delta
+from cakeflow.models import Site
 from cakeflow.models.loading import load_model
 
 
@@ -20,7 +21,7 @@ def test_the_embedded_model_can_be_saved_and_patched(smollm2, tmp_path):
     editor = Editor(LocateThenEdit(smollm2, [9]))
     ids = torch.tensor([smollm2.tokenizer("The river Elbe flows into")["input_ids"]])
     before = logits(editor.model, ids)
-    weight = smollm2.oriented(9)
+    weight = smollm2.oriented(Site(9, "mlp_out"))
     change = Update(torch.ones(1, weight.shape[1], dtype=torch.float64), torch.ones(1, weight.shape[0]).double() / 100)
     try:
         with editor.journal.batch(parse_requests([{"prompt": "{} is", "subject": "It", "target_new": "so"}])) as step:

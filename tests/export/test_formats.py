@@ -19,6 +19,7 @@ from cakeflow import EditRequest, LeastSquares
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.errors import ConfigError, EditError, ExportError, RunFolderError
 from cakeflow.export import Manifest, apply_delta
+from cakeflow.models import Site
 from cakeflow.models.loading import load_model
 from cakeflow.solvers import Descent
 from cakeflow.storage.hashing import digest, tensor_hash
@@ -40,7 +41,7 @@ def edited(_models, tmp_path_factory):
             lm.model.to(dtype).save_pretrained(folder / "base")
             lm.tokenizer.save_pretrained(folder / "base")
             editor = editor_of(load_model(folder / "base"))
-            editor.fit(requests[:4], 2, run=folder / "run")
+            editor.fit(requests[:4], 2, run_dir=folder / "run")
             known[arch, dtype] = folder / "base", editor
         return known[arch, dtype]
 
@@ -89,7 +90,7 @@ def test_a_delta_gives_the_same_bits(case, tmp_path):
     manifest = apply_delta(fresh, tmp_path / "out")
     assert fresh.fingerprint() == editor.module.lm.fingerprint()
     assert manifest.edits == 4
-    assert manifest.ledger == editor.journal.record.ledger.head
+    assert manifest.ledger == editor.journal.store.ledger.head
     assert len(manifest.weights) == len(LAYERS)
     for name, told in manifest.weights.items():
         assert tensor_hash(fresh.model.get_parameter(name)) == told["after"] != told["before"]
@@ -149,7 +150,7 @@ def test_an_adapter_of_more_facts_than_dimensions_is_as_small_as_it_can_be(lm, i
 def test_full_rank_is_no_adapter_but_a_delta(lm, requests, tmp_path, solver, words):
     if isinstance(solver, Prune):  # weights so small that its restraint has something to hold back
         with torch.no_grad():
-            [lm.weight(layer).mul_(1e-3) for layer in LAYERS]
+            [lm.weight(Site(layer, "mlp_out")).mul_(1e-3) for layer in LAYERS]
     base, editor = copy.deepcopy(lm), editor_of(lm, {"logger": False}, solver=solver, max_relative_update=1e6)
     editor.fit(requests[:2], evaluate=False)
     with pytest.raises(ExportError, match=f"{words}.*RECT.*PRUNE.*delta"):
@@ -163,7 +164,7 @@ def test_full_rank_is_no_adapter_but_a_delta(lm, requests, tmp_path, solver, wor
 def test_what_was_taken_back_is_not_exported(one, requests, tmp_path):
     base, editor = one
     editor = editor_of(load_model(base))
-    editor.fit(requests[:4], 2, run=tmp_path / "run")
+    editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
     editor.rollback(batch=0)
     now = editor.module.lm.fingerprint()
     for format in FORMATS:
@@ -369,7 +370,7 @@ def test_only_our_error_gets_out_of_any_file(tmp_path, data):
 
 def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
     base, editor = one
-    run = editor.journal.record.folder.parent
+    run = editor.journal.store.folder.parent
     before = content(run)
     delta = run_export(run, tmp_path / "delta", "delta")
     model = run_apply(delta, str(base), tmp_path / "model")

@@ -10,6 +10,7 @@ import torch
 from cakeflow.data.sources import read_texts
 from cakeflow.errors import StatisticsError
 from cakeflow.forward.corpus import OPENINGS, TOPICS, sampled_corpus, token_stream
+from cakeflow.models import Site
 
 TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "third"]
 
@@ -110,5 +111,5 @@ def test_the_sampled_corpus_is_made_once(lm, cache):
     first.write_text("kept")
     assert sampled_corpus(lm, 128).read_text() == "kept"
     with torch.no_grad():
-        lm.weight(0)[0, 0] += 1
+        lm.weight(Site(0, "mlp_out"))[0, 0] += 1
     assert sampled_corpus(lm, 128) != first

@@ -85,7 +85,7 @@ def test_nothing_is_computed_before_it_is_used(lm, requests):
     """The walk makes a chain for every turn; most allocators never touch it."""
     chain = ModelJacobian(lm, encode_batch(lm, requests[:2], Contexts()), LAYERS, ANCHOR)
     with torch.no_grad():
-        lm.weight(2).mul_(1.5)
+        lm.weight(Site(2, "mlp_out")).mul_(1.5)
     fresh, covector = ModelJacobian(lm, chain.batch, LAYERS, ANCHOR), vectors(2, 0)
     assert all(torch.equal(a, b) for a, b in zip(chain.vjp(covector), fresh.vjp(covector), strict=True))
 

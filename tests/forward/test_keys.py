@@ -53,7 +53,7 @@ def test_sees_weights_that_were_changed_on_the_way(tiny, batch):
         stale, *_ = plain(tiny, batch, layer, anchor)
         if layer > 1:
             with torch.no_grad():
-                previous = tiny.weight(layer - 1 if layer == 2 else 2)
+                previous = tiny.weight(Site(layer - 1 if layer == 2 else 2, "mlp_out"))
                 previous += 0.3 * torch.randn(previous.shape, dtype=previous.dtype, generator=generator)
         keys, bare, values = reader.read(layer, anchor)
         wanted_keys, wanted_bare, wanted_values = plain(tiny, batch, layer, anchor)

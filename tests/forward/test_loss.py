@@ -7,13 +7,14 @@ from cakeflow import Contexts, Editor
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.tokens import encode_batch
+from cakeflow.models import Site
 from cakeflow.solvers import Descent
 from cakeflow.testing import random_problems
 
 
 def plain(lm, batch, layer, change):
     """One row at a time through the whole model, its weight changed in place."""
-    weight = lm.weight(layer)
+    weight = lm.weight(Site(layer, "mlp_out"))
     kept = weight.detach().clone()
     with torch.no_grad():
         weight += change if weight.shape == change.shape else change.T
@@ -32,7 +33,7 @@ def plain(lm, batch, layer, change):
 def test_equals_plain_passes(tiny, requests, layer, max_tokens):
     batch = encode_batch(tiny, requests[:4], Contexts())
     loss = WeightLoss(tiny, batch, layer, max_tokens)
-    gen, shape = torch.Generator().manual_seed(0), tiny.oriented(layer).shape
+    gen, shape = torch.Generator().manual_seed(0), tiny.oriented(Site(layer, "mlp_out")).shape
     change, step = (0.05 * torch.randn(shape, generator=gen, dtype=torch.float64) for _ in range(2))
     value, gradient = loss(change)
     assert value == pytest.approx(plain(tiny, batch, layer, change), rel=1e-6)
@@ -44,13 +45,15 @@ def test_the_model_is_left_as_it_was(tiny, requests):
     before = tiny.fingerprint()
     for parameter in tiny.model.parameters():
         parameter.requires_grad_(True)
-    WeightLoss(tiny, encode_batch(tiny, requests[:2], Contexts()), 2)(torch.zeros_like(tiny.oriented(2)))
+    WeightLoss(tiny, encode_batch(tiny, requests[:2], Contexts()), 2)(
+        torch.zeros_like(tiny.oriented(Site(2, "mlp_out")))
+    )
     assert tiny.fingerprint() == before
     assert all(parameter.requires_grad and parameter.grad is None for parameter in tiny.model.parameters())
 
 
 def test_fine_tuning_raises_the_targets_within_the_box(tiny, requests, quiet):
-    before = {layer: tiny.oriented(layer).clone() for layer in range(tiny.depth)}
+    before = {layer: tiny.oriented(Site(layer, "mlp_out")).clone() for layer in range(tiny.depth)}
     width = before[0].shape[1]
     editor = Editor.from_pretrained(
         tiny.model, "ft", tokenizer=tiny.tokenizer, layers=[1, 3, 4], contexts=Contexts(), trainer=quiet,
@@ -61,12 +64,14 @@ def test_fine_tuning_raises_the_targets_within_the_box(tiny, requests, quiet):
     low = loss(torch.zeros_like(before[3]))[0]
     editor.fit(requests[:3], evaluate=False)
     assert loss(torch.zeros_like(before[3]))[0] < 0.9 * low
-    change = tiny.oriented(3) - before[3]
+    change = tiny.oriented(Site(3, "mlp_out")) - before[3]
     assert 0.01 < float(change.abs().max()) <= 0.02 + 1e-6
-    assert all(torch.equal(tiny.oriented(layer), weight) for layer, weight in before.items() if layer != 3)
+    assert all(
+        torch.equal(tiny.oriented(Site(layer, "mlp_out")), weight) for layer, weight in before.items() if layer != 3
+    )
     assert editor.journal[-1].targets[0]["steps"] == 1
     editor.rollback()
-    assert torch.equal(tiny.oriented(3), before[3])
+    assert torch.equal(tiny.oriented(Site(3, "mlp_out")), before[3])
 
 
 def test_descent_against_adam_by_hand():

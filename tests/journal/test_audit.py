@@ -28,7 +28,7 @@ def finished(_models, tmp_path_factory, requests):
     lm.tokenizer.save_pretrained(folder / "model")
     unedited = copy.deepcopy(lm)
     editor = editor_of(lm)
-    editor.fit(requests[:6], 2, run=folder / "run")
+    editor.fit(requests[:6], 2, run_dir=folder / "run")
     return folder / "run", unedited, state(lm, editor.module)
 
 
@@ -213,7 +213,7 @@ def test_half_precision_comes_out_again_too(lm, requests, tmp_path):
     lm.model.to(torch.bfloat16)
     unedited = copy.deepcopy(lm)
     editor = editor_of(lm)
-    editor.fit(requests[:6], 2, evaluate=False, run=tmp_path / "run")
+    editor.fit(requests[:6], 2, evaluate=False, run_dir=tmp_path / "run")
     editor.rollback(batch=1)
     journal = Journal(unedited)
     journal.load(tmp_path / "run" / "journal")

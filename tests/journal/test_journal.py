@@ -17,6 +17,7 @@ from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import read_entries
 from cakeflow.journal.store import JournalStore
+from cakeflow.models import Site
 
 FACTS = [EditRequest("{} plays", "Ann", "tennis")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
@@ -32,7 +33,7 @@ def same(lm, before):
 
 def draw(lm, layer, seed, scale=1.0, n=2):
     generator = torch.Generator().manual_seed(seed)
-    d_out, d_in = lm.oriented(layer).shape
+    d_out, d_in = lm.oriented(Site(layer, "mlp_out")).shape
     left, right = (torch.randn(n, width, dtype=torch.float64, generator=generator) for width in (d_out, d_in))
     return Update(scale * right, left)
 
@@ -40,7 +41,7 @@ def draw(lm, layer, seed, scale=1.0, n=2):
 def apply(journal, step, layer, seed, scale=1.0):
     lm, update = journal.lm, draw(journal.lm, layer, seed, scale)
     problem = LayerProblem(
-        update.right.clone(), update.left, lm.oriented(layer).double(), journal.origin(layer).double()
+        update.right.clone(), update.left, lm.oriented(Site(layer, "mlp_out")).double(), journal.origin(layer).double()
     )
     return journal.apply(step, layer, problem, update)
 
@@ -163,31 +164,33 @@ def test_values_beyond_the_range_of_the_type_are_refused(lm, requests):
 def test_small_updates_add_up_in_half_precision(tiny, requests, dtype):
     """Each update alone is below half a unit in the last place of most weights."""
     tiny.model.to(dtype)
-    before, journal = tiny.oriented(2).double(), Journal(tiny)
+    before, journal = tiny.oriented(Site(2, "mlp_out")).double(), Journal(tiny)
     update = Update(torch.full((1, before.shape[1]), 2e-6, dtype=torch.float64), torch.ones(1, 48, dtype=torch.float64))
     for _ in range(200):
         with journal.batch(requests[:1]) as step:
-            problem = LayerProblem(update.right, update.left, tiny.oriented(2).double(), journal.origin(2).double())
+            problem = LayerProblem(
+                update.right, update.left, tiny.oriented(Site(2, "mlp_out")).double(), journal.origin(2).double()
+            )
             journal.apply(step, 2, problem, update)
     wanted = (before + 200 * update.dense).to(dtype).double()
-    one_by_one = tiny.oriented(2).double()
+    one_by_one = tiny.oriented(Site(2, "mlp_out")).double()
     assert float((one_by_one - wanted).norm()) < 0.01 * float((wanted - before).norm())
     alone = (before + update.dense).to(dtype).double()
     assert float((alone - before).norm()) < 0.1 * float((200 * update.dense).norm())
 
 
 def test_the_change_is_the_sum_of_the_updates(tiny, requests):
-    before, journal = tiny.oriented(3).clone(), Journal(tiny)
+    before, journal = tiny.oriented(Site(3, "mlp_out")).clone(), Journal(tiny)
     for seed in range(3):
         edit(journal, requests[:1], seed, layers=(3,))
     total = sum(draw(tiny, 3, seed + 3).dense for seed in range(3))
-    torch.testing.assert_close(tiny.oriented(3) - before, total, rtol=0, atol=1e-12)
+    torch.testing.assert_close(tiny.oriented(Site(3, "mlp_out")) - before, total, rtol=0, atol=1e-12)
     assert torch.equal(journal.origin(3), before)
-    assert torch.equal(journal.origin(2), tiny.oriented(2))
+    assert torch.equal(journal.origin(2), tiny.oriented(Site(2, "mlp_out")))
 
 
 def test_numbers_and_sequence(lm, requests):
-    journal, weight = Journal(lm), lm.oriented(3).clone()
+    journal, weight = Journal(lm), lm.oriented(Site(3, "mlp_out")).clone()
     with journal.batch(requests[:2]) as step:
         numbers = apply(journal, step, 3, 0)
     update = draw(lm, 3, 0)
@@ -201,7 +204,7 @@ def test_numbers_and_sequence(lm, requests):
 
 def test_save_takes_updates_that_share_memory_with_the_keys(lm, requests, tmp_path):
     """A solver may well return the keys themselves as a factor."""
-    journal, update, weight = Journal(lm), draw(lm, 3, 0), lm.oriented(3)
+    journal, update, weight = Journal(lm), draw(lm, 3, 0), lm.oriented(Site(3, "mlp_out"))
     with journal.batch(requests[:2]) as step:
         journal.apply(step, 3, LayerProblem(update.right, update.left, weight, weight), update)
     journal.save(tmp_path)
@@ -210,15 +213,15 @@ def test_save_takes_updates_that_share_memory_with_the_keys(lm, requests, tmp_pa
 
 
 def test_save_writes_plain_files(tiny, requests, tmp_path):
-    original, journal = tiny.weight(3).detach().clone(), Journal(tiny)
+    original, journal = tiny.weight(Site(3, "mlp_out")).detach().clone(), Journal(tiny)
     for seed in range(2):
         with journal.batch(requests[6 * seed : 6 * seed + 6]) as step:
             apply(journal, step, 3, seed)
             step.values[3] = torch.ones(6, 48)
             step.targets.append({"layer": 3, "loss": 0.5})
     with journal.batch(requests[:1]) as step:  # a change of full rank
-        dense = torch.full(tiny.oriented(3).shape, 0.5, dtype=torch.float64)
-        weight = tiny.oriented(3).double()
+        dense = torch.full(tiny.oriented(Site(3, "mlp_out")).shape, 0.5, dtype=torch.float64)
+        weight = tiny.oriented(Site(3, "mlp_out")).double()
         problem = LayerProblem(torch.ones(1, dense.shape[1]), torch.ones(1, 48), weight, weight)
         journal.apply(step, 3, problem, Update(dense))
     journal.save(tmp_path)
@@ -237,7 +240,7 @@ def test_save_writes_plain_files(tiny, requests, tmp_path):
         total += tensors["3/left"].T @ tensors["3/right"] if "3/left" in tensors else tensors["3/right"]
     assert torch.equal(load_file(tmp_path / "batch-00000.safetensors")["3/target"], torch.ones(6, 48))
     oriented = original if original.shape == total.shape else original.T
-    torch.testing.assert_close(oriented + total, tiny.oriented(3), rtol=0, atol=1e-12)
+    torch.testing.assert_close(oriented + total, tiny.oriented(Site(3, "mlp_out")), rtol=0, atol=1e-12)
 
 
 ACTIONS = st.lists(

@@ -17,6 +17,7 @@ from cakeflow import LeastSquares
 from cakeflow.errors import LedgerError, NumericalError
 from cakeflow.journal.ledger import Ledger, read_entries
 from cakeflow.journal.store import JournalStore
+from cakeflow.models import Site
 from cakeflow.solvers import Solver
 
 ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
@@ -34,7 +35,7 @@ def one_batch(editor, requests):
     journal = editor.journal
     with journal.batch(requests) as step:
         for layer in LAYERS:
-            weight = editor.module.lm.oriented(layer).double()
+            weight = editor.module.lm.oriented(Site(layer, "mlp_out")).double()
             keys = torch.randn(len(requests), weight.shape[1], dtype=torch.float64)
             residual = torch.randn(len(requests), weight.shape[0], dtype=torch.float64) / 10
             problem = editor.module.problem(layer, None, keys, residual, keys)
@@ -79,7 +80,7 @@ def test_every_moment_of_a_rollback_is_a_place_to_fail(editor, requests, tmp_pat
     lm, wanted, places = editor.module.lm, None, [-1, 0]
     for number, place in enumerate(places):
         fresh = editor_of(lm)
-        fresh.fit(requests[:6], 2, evaluate=False, run=tmp_path / f"run-{number}")
+        fresh.fit(requests[:6], 2, evaluate=False, run_dir=tmp_path / f"run-{number}")
         before, files = state(lm, fresh.module), content(tmp_path / f"run-{number}")
         if place >= 0:
             with pytest.raises(RuntimeError), STOPS.at(place, RuntimeError):
@@ -109,7 +110,7 @@ def test_a_fit_that_fails_in_its_second_batch_keeps_the_first(lm, requests, tmp_
     editor = editor_of(lm, solver=wrap(Failing(0.5)))
     before = state(lm, editor.module)
     with pytest.raises(torch.OutOfMemoryError):
-        editor.fit(requests[:5], 2, evaluate=False, run=tmp_path / "run")
+        editor.fit(requests[:5], 2, evaluate=False, run_dir=tmp_path / "run")
     assert [step.requests for step in editor.journal] == [tuple(requests[:2])]
     editor.rollback()
     assert state(lm, editor.module) == before
@@ -119,7 +120,7 @@ def test_a_fit_that_fails_in_its_second_batch_keeps_the_first(lm, requests, tmp_
 def test_ctrl_c_waits_until_a_commit_is_through(lm, requests, tmp_path):
     """A real signal in the middle of it: the batch is committed, then the interrupt is raised."""
     editor = editor_of(lm)
-    editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
     with STOPS.at(-1, None):
         one_batch(editor, requests[2:4])
     start = next(place for place, moment in enumerate(STOPS.seen) if moment[1] == "commit")
@@ -142,7 +143,7 @@ def test_a_weight_that_is_not_finite_leaves_nothing(lm, requests, tmp_path):
     before = state(lm, editor.module)
     editor.module.solver = Wild()
     with pytest.raises(NumericalError):
-        editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+        editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
     assert state(lm, editor.module) == before
     assert [entry.kind for entry in read_entries(tmp_path / "run/journal/ledger.jsonl")] == ["model", "run"]
 

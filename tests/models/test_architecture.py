@@ -73,22 +73,22 @@ def test_square_weights_do_not_mislead(family, inner, wanted):
 def test_orientation_goes_by_class(lm):
     square = Conv1D(8, 8), nn.Linear(8, 8)
     assert [is_transposed(module) for module in square] == [True, False]
-    assert lm.weight(1).shape == (192, 48)
-    assert lm.oriented(1).shape == (48, 192)
+    assert lm.weight(Site(1, "mlp_out")).shape == (192, 48)
+    assert lm.oriented(Site(1, "mlp_out")).shape == (48, 192)
     keys = torch.randn(5, 192, dtype=torch.float64)
     module = lm.module(Site(1, "mlp_out"))
-    torch.testing.assert_close(module(keys).detach() - module.bias.detach(), keys @ lm.oriented(1).T)
+    torch.testing.assert_close(module(keys).detach() - module.bias.detach(), keys @ lm.oriented(Site(1, "mlp_out")).T)
 
 
 def test_oriented_square_conv1d_is_transposed(lm):
     model = build("gpt2", n_inner=WIDTH)
     square = LanguageModel.wrap(model, lm.tokenizer)
-    assert torch.equal(square.oriented(0), square.weight(0).detach().T)
+    assert torch.equal(square.oriented(Site(0, "mlp_out")), square.weight(Site(0, "mlp_out")).detach().T)
 
 
 def test_linear_is_not_transposed(lm):
     square = LanguageModel.wrap(build("qwen2", intermediate_size=WIDTH), lm.tokenizer)
-    assert torch.equal(square.oriented(0), square.weight(0).detach())
+    assert torch.equal(square.oriented(Site(0, "mlp_out")), square.weight(Site(0, "mlp_out")).detach())
 
 
 def renamed(model, change):
@@ -169,7 +169,7 @@ def test_quantized_weights_are_refused(lm):
     del module.weight
     module.register_buffer("weight", torch.zeros(3, 3, dtype=torch.int8))
     with pytest.raises(ArchitectureError, match=r"layer 1: Conv1D .*dequantized"):
-        lm.weight(1)
+        lm.weight(Site(1, "mlp_out"))
 
 
 def test_slow_tokenizers_and_mask_free_attention_are_refused(lm):
@@ -192,11 +192,11 @@ def test_a_model_that_does_not_load_says_what_was_tried(tmp_path, monkeypatch):
 def test_fingerprint_sees_weights_up_to_a_layer_tokenizer_and_nothing_above(lm):
     everything, below = lm.fingerprint(), lm.fingerprint(3)
     with torch.no_grad():
-        lm.weight(4)[0, 0] += 1
+        lm.weight(Site(4, "mlp_out"))[0, 0] += 1
     assert lm.fingerprint(3) == below
     assert lm.fingerprint() != everything
     with torch.no_grad():
-        lm.weight(2)[0, 0] += 1
+        lm.weight(Site(2, "mlp_out"))[0, 0] += 1
     assert lm.fingerprint(3) != below
     again = lm.fingerprint(3)
     lm.tokenizer.add_tokens(["zzz"])

@@ -45,8 +45,15 @@ def test_keys_times_weight_are_the_output(family):
         family.model(input_ids=ids)
     module = family.module(site)
     bias = module.bias if getattr(module, "bias", None) is not None else 0
-    torch.testing.assert_close(values[site], keys[site] @ family.oriented(1).T + bias, rtol=1e-4, atol=1e-5)
-    assert family.weight(1).shape == (family.oriented(1).T if is_transposed(module) else family.oriented(1)).shape
+    torch.testing.assert_close(
+        values[site], keys[site] @ family.oriented(Site(1, "mlp_out")).T + bias, rtol=1e-4, atol=1e-5
+    )
+    assert (
+        family.weight(Site(1, "mlp_out")).shape
+        == (
+            family.oriented(Site(1, "mlp_out")).T if is_transposed(module) else family.oriented(Site(1, "mlp_out"))
+        ).shape
+    )
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ def test_capture_in_and_out_of_a_projection_fit_together(tiny, ids):
     with capture(tiny, [site], side="in") as before, capture(tiny, [site]) as after:
         forward(tiny, ids)
     bias = tiny.module(site).bias
-    wanted = before[site] @ tiny.oriented(2).T + (0 if bias is None else bias.detach())
+    wanted = before[site] @ tiny.oriented(Site(2, "mlp_out")).T + (0 if bias is None else bias.detach())
     torch.testing.assert_close(after[site], wanted, rtol=0, atol=1e-12)
 
 
@@ -156,7 +156,7 @@ def test_resume_skips_the_blocks_below(tiny, ids):
     entering = states(tiny, ids)[3]
     with torch.no_grad():
         for layer in range(3):
-            tiny.weight(layer).fill_(float("nan"))
+            tiny.weight(Site(layer, "mlp_out")).fill_(float("nan"))
     with start_at(tiny, 3, entering):
         assert torch.isfinite(forward(tiny, ids)).all()
     assert not torch.isfinite(forward(tiny, ids)).any()

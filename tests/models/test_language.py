@@ -90,7 +90,7 @@ def test_fingerprint_is_that_of_the_content(tiny):
 def test_fingerprint_changes_with_one_element_of_a_weight(tiny, layer):
     before, below = tiny.fingerprint(), tiny.fingerprint(layers=layer)
     up_to = tiny.fingerprint(layers=layer + 1)
-    weight = tiny.weight(layer).data
+    weight = tiny.weight(Site(layer, "mlp_out")).data
     weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0, dtype=weight.dtype))
     assert tiny.fingerprint() != before
     assert tiny.fingerprint(layers=layer + 1) != up_to
@@ -119,16 +119,16 @@ def test_integer_weights_are_refused(tiny):
     """As a quantized layer has them."""
     module = tiny.module(Site(2, "mlp_out"))
     module.weight = torch.nn.Parameter(torch.zeros_like(module.weight, dtype=torch.int8), requires_grad=False)
-    assert tiny.weight(1) is tiny.module(Site(1, "mlp_out")).weight
+    assert tiny.weight(Site(1, "mlp_out")) is tiny.module(Site(1, "mlp_out")).weight
     for use in (tiny.weight, tiny.oriented, lambda layer: LocateThenEdit(tiny, layers=[1, layer])):
         with pytest.raises(ArchitectureError, match=r"layer 2.*no floating-point weight.*dequantized"):
             use(2)
 
 
 def test_weights_are_shown_as_out_by_in(tiny):
-    weight = tiny.oriented(1)
-    assert weight.shape == (48, tiny.weight(1).numel() // 48)
-    assert weight.data_ptr() == tiny.weight(1).data_ptr()
+    weight = tiny.oriented(Site(1, "mlp_out"))
+    assert weight.shape == (48, tiny.weight(Site(1, "mlp_out")).numel() // 48)
+    assert weight.data_ptr() == tiny.weight(Site(1, "mlp_out")).data_ptr()
     assert not weight.requires_grad
 
 

@@ -15,6 +15,7 @@ from cakeflow import Editor, LocateThenEdit
 from cakeflow.allocators import Jacobian
 from cakeflow.core.statistics import Statistics
 from cakeflow.errors import ArchitectureError
+from cakeflow.models import Site
 from cakeflow.solvers import Descent, EqualityConstrained, LeastSquares, NullSpace
 from cakeflow.targets.gradient import GradientSearch
 from cakeflow.tracing import CausalTrace
@@ -38,16 +39,16 @@ def test_a_sharded_model_is_edited_where_its_weights_live(tiny, requests, quiet,
     parts = {"targets": GradientSearch(steps=3), **parts}
     alone = copy.deepcopy(tiny)
     fit_tiny(alone, LAYERS, requests[:4], quiet, 1.0, **parts)
-    before = [tiny.weight(layer).clone() for layer in LAYERS]
+    before = [tiny.weight(Site(layer, "mlp_out")).clone() for layer in LAYERS]
     spread(tiny, HOME, [f"xla:{i % 3}" for i in range(tiny.depth)])
     with Places():
         module = fit_tiny(tiny, LAYERS, requests[:4], quiet, 1.0, **parts)
-    assert [place(tiny.weight(layer)) for layer in LAYERS] == ["xla:1", "xla:2", "xla:0"]
+    assert [place(tiny.weight(Site(layer, "mlp_out"))) for layer in LAYERS] == ["xla:1", "xla:2", "xla:0"]
     for layer in LAYERS:
-        torch.testing.assert_close(tiny.weight(layer), alone.weight(layer), rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(tiny.weight(Site(layer, "mlp_out")), alone.weight(layer), rtol=1e-12, atol=1e-14)
     with Places():
         module.journal.rollback()
-    assert all(torch.equal(tiny.weight(layer), old) for layer, old in zip(LAYERS, before, strict=True))
+    assert all(torch.equal(tiny.weight(Site(layer, "mlp_out")), old) for layer, old in zip(LAYERS, before, strict=True))
 
 
 def test_a_sharded_model_is_measured_like_any_other(tiny, requests, quiet):
@@ -86,7 +87,7 @@ def test_a_device_map_by_name(workplace, lm):
     module = LocateThenEdit(str(workplace / "model"), [1], model_kwargs=load)
     module.setup()
     assert module.lm.model.hf_device_map == places
-    assert torch.equal(module.lm.weight(1), lm.weight(1))
+    assert torch.equal(module.lm.weight(Site(1, "mlp_out")), lm.weight(Site(1, "mlp_out")))
     with pytest.raises(ArchitectureError, match=f"layer {last}: its weight is offloaded"):
         LocateThenEdit(str(workplace / "model"), [1, last], model_kwargs=load).setup()
 

@@ -16,6 +16,7 @@ from tasks import write_all
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit
 from cakeflow.cli.command_line import main
 from cakeflow.core.config import shipped
+from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Solver
 
@@ -34,10 +35,10 @@ def fit(lm, requests, quiet, callback, *, size=2, solver=None, **trainer):
         contexts=Contexts(),
         targets=GradientSearch(steps=2, lr=0.3),
         solver=solver or LeastSquares(1.0),
-        moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)),
+        moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(Site(0, "mlp_out")).shape[1], dtype=torch.float64)),
     )
     ready = L.Trainer(**{**quiet, **trainer, "callbacks": [callback]})
-    ready.fit(module, train_dataloaders=EditDataModule(requests, size).train_dataloader())
+    ready.fit(module, datamodule=EditDataModule(requests, size))
     return module, ready
 
 

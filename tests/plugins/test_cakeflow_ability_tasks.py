@@ -151,7 +151,7 @@ def test_limit_takes_the_first_items(lm, data):
 
 
 def test_scores_that_are_not_finite_give_no_number(lm, data):
-    lm.weight(0).data[:] = torch.nan
+    lm.weight(Site(0, "mlp_out")).data[:] = torch.nan
     assert all(np.isnan(value) for value in general_ability(lm, data, ["cola"]).values())
 
 
@@ -193,7 +193,7 @@ def test_the_weights_in_memory_are_evaluated(lm, data):
     before = answered(lm, task)
     torch.manual_seed(0)
     with torch.no_grad():
-        lm.weight(2).add_(torch.randn_like(lm.weight(2)), alpha=3.0)
+        lm.weight(Site(2, "mlp_out")).add_(torch.randn_like(lm.weight(Site(2, "mlp_out"))), alpha=3.0)
     after = answered(lm, task)
     assert after != before
     assert general_ability(lm, data, ["mmlu"])["mmlu/acc"] == np.mean([right == given for right, given in after])

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from cakeflow import Contexts, EditDataModule, GradientSearch, LayerProblem, LeastSquares, LocateThenEdit, NullSpace
 from cakeflow.errors import ConfigError
 from cakeflow.forward.keys import FactReader
+from cakeflow.models import Site
 
 LAYERS = [1, 2, 4]
 
@@ -72,7 +73,7 @@ def test_bad_settings(build, words):
 
 
 def fit(lm, requests, quiet, solver, batch_size, kind=LocateThenEdit):
-    width = lm.oriented(0).shape[1]
+    width = lm.oriented(Site(0, "mlp_out")).shape[1]
     module = kind(
         lm,
         LAYERS,
@@ -84,12 +85,12 @@ def fit(lm, requests, quiet, solver, batch_size, kind=LocateThenEdit):
         max_relative_update=float("inf"),
     )
     trainer = L.Trainer(**quiet)
-    trainer.fit(module, train_dataloaders=EditDataModule(requests, batch_size).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(requests, batch_size))
     return module, trainer.callback_metrics
 
 
 def weights(lm):
-    return {layer: lm.oriented(layer).clone() for layer in LAYERS}
+    return {layer: lm.oriented(Site(layer, "mlp_out")).clone() for layer in LAYERS}
 
 
 class Watched(LocateThenEdit):
@@ -106,42 +107,47 @@ def test_rect_in_a_fit(tiny, requests, quiet):
     module, logged = fit(tiny, requests[:3], quiet, Rect(), 3, Watched)
     fit(other, requests[:3], quiet, LeastSquares(), 3)
     for layer in LAYERS:
-        full, got = other.oriented(layer) - before[layer], tiny.oriented(layer) - before[layer]
+        full, got = (
+            other.oriented(Site(layer, "mlp_out")) - before[layer],
+            tiny.oriented(Site(layer, "mlp_out")) - before[layer],
+        )
         assert float((got != 0).double().mean()) == pytest.approx(0.4, abs=0.001)
         torch.testing.assert_close(got, torch.where(got != 0, full, 0.0), rtol=0, atol=1e-12)
         untouched = got == 0
-        assert torch.equal(tiny.oriented(layer)[untouched], before[layer][untouched])
+        assert torch.equal(tiny.oriented(Site(layer, "mlp_out"))[untouched], before[layer][untouched])
     left = module.goal - FactReader(tiny, module.history).values(LAYERS[0], module.value_site)
     assert float(logged["target/left"]) == pytest.approx(float(left.norm(dim=1).mean()), rel=1e-5)
     module.journal.rollback()
-    assert all(torch.equal(tiny.oriented(layer), weight) for layer, weight in before.items())
+    assert all(torch.equal(tiny.oriented(Site(layer, "mlp_out")), weight) for layer, weight in before.items())
 
 
 def test_a_mask_in_the_loop_is_seen_by_later_layers(lm, requests, quiet):
     other = copy.deepcopy(lm)
     fit(lm, requests[:3], quiet, Rect(in_loop=True), 3)
     fit(other, requests[:3], quiet, Rect(), 3)
-    assert torch.equal(lm.oriented(LAYERS[0]), other.oriented(LAYERS[0]))
-    assert not torch.equal(lm.oriented(LAYERS[1]), other.oriented(LAYERS[1]))
+    assert torch.equal(lm.oriented(Site(LAYERS[0], "mlp_out")), other.oriented(Site(LAYERS[0], "mlp_out")))
+    assert not torch.equal(lm.oriented(Site(LAYERS[1], "mlp_out")), other.oriented(Site(LAYERS[1], "mlp_out")))
 
 
 def test_prune_in_a_fit(tiny, requests, quiet):
     with torch.no_grad():  # originals that are small beside the changes
         for layer in LAYERS:
-            tiny.weight(layer).mul_(0.01)
+            tiny.weight(Site(layer, "mlp_out")).mul_(0.01)
     before, other = weights(tiny), copy.deepcopy(tiny)
     module, _ = fit(tiny, requests[:4], quiet, Prune(), 2)
     fit(other, requests[:4], quiet, LeastSquares(), 2)
     assert [len(step.requests) for step in module.journal] == [2, 2, 0]
     for layer in LAYERS:
-        wanted = Prune().finish(before[layer], other.oriented(layer))
-        assert not torch.allclose(wanted, other.oriented(layer))
-        torch.testing.assert_close(tiny.oriented(layer), wanted, rtol=0, atol=1e-12)
+        wanted = Prune().finish(before[layer], other.oriented(Site(layer, "mlp_out")))
+        assert not torch.allclose(wanted, other.oriented(Site(layer, "mlp_out")))
+        torch.testing.assert_close(tiny.oriented(Site(layer, "mlp_out")), wanted, rtol=0, atol=1e-12)
     assert len(module.journal.history(LAYERS[0])) == 4
     module.journal.rollback(1)
-    assert all(torch.equal(tiny.oriented(layer), other.oriented(layer)) for layer in LAYERS)
+    assert all(
+        torch.equal(tiny.oriented(Site(layer, "mlp_out")), other.oriented(Site(layer, "mlp_out"))) for layer in LAYERS
+    )
     module.journal.rollback()
-    assert all(torch.equal(tiny.oriented(layer), weight) for layer, weight in before.items())
+    assert all(torch.equal(tiny.oriented(Site(layer, "mlp_out")), weight) for layer, weight in before.items())
 
 
 def test_a_plain_solver_adds_no_step(lm, requests, quiet):

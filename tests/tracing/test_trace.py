@@ -7,6 +7,7 @@ import torch
 
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.tokens import Row
+from cakeflow.models import Site
 from cakeflow.tracing import CausalTrace, Fact
 from cakeflow.tracing.facts import trace_row
 
@@ -93,7 +94,7 @@ def test_other_weights_share_nothing(lm, tmp_path):
     rows = [trace_row(lm, Fact("I live in {}", "Lyon", "France"))]
     one = CausalTrace(noise=0.4).run(lm, rows, folder=tmp_path)
     with torch.no_grad():
-        lm.weight(1).mul_(1.5)
+        lm.weight(Site(1, "mlp_out")).mul_(1.5)
     other = CausalTrace(noise=0.4).run(lm, rows, folder=tmp_path)
     assert one.clean != other.clean
 

@@ -7,6 +7,7 @@ import torch
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit, Scores
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.generation import continuations
+from cakeflow.models import Site
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, known_scores, locate, propose_layers
 from cakeflow.tracing.result import LAST_SUBJECT, PLACES
 
@@ -71,7 +72,7 @@ def builtin(facts, monkeypatch, tmp_path):
 
 
 def fit(lm, requests, quiet, layers, weighter, scores=None):
-    width = lm.oriented(0).shape[1]
+    width = lm.oriented(Site(0, "mlp_out")).shape[1]
     module = LocateThenEdit(
         lm,
         layers,
@@ -82,7 +83,7 @@ def fit(lm, requests, quiet, layers, weighter, scores=None):
         targets=GradientSearch(steps=2, lr=0.3),
         moments=dict.fromkeys(range(lm.depth), torch.eye(width, dtype=torch.float64)),
     )
-    L.Trainer(**quiet).fit(module, train_dataloaders=EditDataModule(requests[:2], 2).train_dataloader())
+    L.Trainer(**quiet).fit(module, datamodule=EditDataModule(requests[:2], 2))
     return module
 
 

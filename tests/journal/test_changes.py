@@ -1,0 +1,128 @@
+"""Changes of weights and modules: applied, undone, hashed and stored."""
+
+import copy
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import nn
+
+from cakeflow import Update
+from cakeflow.errors import LedgerError, NumericalError
+from cakeflow.journal.changes import ModuleChange, WeightChange, kind_of
+from cakeflow.models import Site
+from cakeflow.storage.hashing import tensor_hash
+
+SITES = [Site(2, "mlp_out"), Site(1, "attn_out")]
+
+
+def draw(lm, site, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    d_out, d_in = lm.oriented(site).shape
+    right, left = (torch.randn(2, width, generator=generator).double() for width in (d_in, d_out))
+    return WeightChange(lm.weight_name(site), Update(right, left), right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("site", SITES, ids=str)
+def test_a_weight_changes_and_comes_back_bit_for_bit(tiny, dtype, site):
+    tiny.model.to(dtype)
+    before, change = copy.deepcopy(tiny), draw(tiny, site)
+    content = change.read(tiny)
+    change.apply(tiny)
+    expected = before.oriented(site).double() + change.update.dense
+    tolerance = {"rtol": 0, "atol": 1e-12} if dtype == torch.float64 else {}
+    torch.testing.assert_close(tiny.oriented(site), expected.to(dtype), **tolerance)
+    collected = tiny.oriented(site, tiny.masters.get(change.place)).double()
+    torch.testing.assert_close(collected, expected, rtol=1e-6, atol=1e-6)
+    assert change.hash(tiny) == tensor_hash(tiny.weight(site)) != tensor_hash(before.weight(site))
+    assert (change.place in tiny.masters) == (dtype == torch.bfloat16)
+    edited = change.read(tiny)
+    change.undo(tiny, content)
+    assert torch.equal(tiny.weight(site), before.weight(site))
+    assert not tiny.masters
+    change.undo(tiny, edited)  # with its master
+    change.apply(tiny)
+    collected = tiny.oriented(site, tiny.masters.get(change.place)).double()
+    torch.testing.assert_close(collected, expected + change.update.dense, rtol=1e-6, atol=1e-6)
+    assert all(torch.equal(part, change.original(content)[name]) for name, part in change.state(before).items())
+
+
+def test_small_updates_of_half_precision_are_not_lost(lm):
+    lm.model.to(torch.bfloat16)
+    change = draw(lm, SITES[0])
+    tiny_part = WeightChange(change.place, Update(change.update.right * 1e-5, change.update.left), change.keys)
+    before = lm.oriented(SITES[0]).float()
+    for _ in range(1000):
+        tiny_part.apply(lm)
+    moved = lm.oriented(SITES[0], lm.masters[change.place]) - before
+    torch.testing.assert_close(moved.double(), 1e-2 * change.update.dense, rtol=1e-2, atol=1e-5)
+
+
+def test_a_weight_that_is_not_finite_is_refused_and_can_be_undone(lm):
+    change = draw(lm, SITES[0])
+    content = change.read(lm)
+    bad = WeightChange(change.place, Update(change.update.right * torch.inf, change.update.left), change.keys)
+    with pytest.raises(NumericalError, match=change.place):
+        bad.apply(lm)
+    bad.undo(lm, content)
+    assert tensor_hash(lm.weight(SITES[0])) == tensor_hash(content[0])
+
+
+def test_a_change_survives_as_tensors(lm):
+    change = draw(lm, SITES[0])
+    again = kind_of("WeightChange").from_tensors(change.place, change.tensors())
+    assert torch.equal(again.update.dense, change.update.dense)
+    assert torch.equal(again.keys, change.keys)
+    full = WeightChange(change.place, Update(change.update.dense), change.keys[:0])
+    assert kind_of("WeightChange").from_tensors(full.place, full.tensors()).update.left is None
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled(ModuleChange):
+    """The module's output times a factor."""
+
+    place: str
+    factor: torch.Tensor
+
+    def build(self, module):
+        return Scaling(module, self.factor)
+
+    def tensors(self):
+        return {"factor": self.factor}
+
+    @classmethod
+    def from_tensors(cls, place, tensors):
+        return cls(place, tensors["factor"])
+
+
+class Scaling(nn.Module):
+    def __init__(self, inner, factor):
+        super().__init__()
+        self.inner = inner
+        self.register_buffer("factor", factor)
+
+    def forward(self, x):
+        return self.factor * self.inner(x)
+
+
+def test_a_module_takes_a_place_and_leaves_it(tiny):
+    place = tiny.architecture.path(Site(1, "mlp_out"))
+    ids, original = torch.tensor([[3, 5, 7]]), tiny.module(place)
+    before, tree = tiny(input_ids=ids).logits, [name for name, _ in tiny.model.named_modules()]
+    change = kind_of("Scaled").from_tensors(place, {"factor": torch.tensor(2.0, dtype=torch.float64)})
+    content, digest = change.read(tiny), change.hash(tiny)
+    change.apply(tiny)
+    assert change.hash(tiny) != digest
+    assert not torch.equal(tiny(input_ids=ids).logits, before)
+    assert {name.removeprefix(f"{place}.") for name in change.state(tiny)} >= {"factor", "inner.weight"}
+    change.undo(tiny, content)
+    assert tiny.module(place) is original
+    assert [name for name, _ in tiny.model.named_modules()] == tree
+    assert change.hash(tiny) == digest
+    assert torch.equal(tiny(input_ids=ids).logits, before)
+
+
+def test_an_unknown_kind_is_named():
+    with pytest.raises(LedgerError, match=r"'Nothing': known are .*WeightChange"):
+        kind_of("Nothing")
