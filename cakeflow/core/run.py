@@ -23,7 +23,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.store import run_folder
 from cakeflow.storage.atomic import write_text
-from cakeflow.storage.hashing import digest
+from cakeflow.storage.hashing import file_hash
 
 log = logging.getLogger(__name__)
 
@@ -148,7 +148,7 @@ def _told_how_to_go_on(module: LocateThenEdit, folder: Path | None) -> Iterator[
 def _end(module: LocateThenEdit, folder: Path) -> None:
     """The record's last entry: the run is complete, and these are its files."""
     assert module.journal.record is not None
-    files = {name: digest(folder / name) for name in FILES if (folder / name).exists()}
+    files = {name: file_hash(folder / name) for name in FILES if (folder / name).exists()}
     module.journal.record.append("end", {"files": files})
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +24,8 @@ from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.atomic import write_tensors
-from cakeflow.storage.cache import cache_folder
+from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.hashing import tensor_hash
 
 log = logging.getLogger(__name__)
 
@@ -89,9 +88,8 @@ class Statistics:
                 cache is damaged; none is replaced without a word, because it may have cost hours.
         """
         windows = self._windows(lm)
-        key = hashlib.sha256(windows.numpy().tobytes())
-        key.update(json.dumps([lm.fingerprint(max(layers) + 1), self.window, str(lm.dtype), FORMAT]).encode())
-        home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
+        key = content_key(lm.fingerprint(max(layers) + 1), tensor_hash(windows), str(lm.dtype), FORMAT)
+        home = (folder or cache_folder() / "statistics") / key[:16]
         paths = {layer: home / f"layer-{layer}.safetensors" for layer in layers}
         known = {layer: self._load(path, lm.key_width(layer)) for layer, path in paths.items() if path.exists()}
         missing = [layer for layer in layers if layer not in known]

@@ -15,7 +15,7 @@ from cakeflow.export.manifest import MANIFEST, Manifest, require_place, weight_n
 from cakeflow.journal.journal import Journal
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_folder, write_tensors
-from cakeflow.storage.hashing import digest
+from cakeflow.storage.hashing import file_hash
 
 Format = Literal["model", "delta", "lora"]
 CARD = "README.md"
@@ -73,7 +73,7 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
 def _put(place: Path, manifest: Manifest, fill: Callable[[Path], None], *, overwrite: bool) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
-        files = {path.name: digest(path) for path in sorted(fresh.glob("*.safetensors"))}
+        files = {path.name: file_hash(path) for path in sorted(fresh.glob("*.safetensors"))}
         (fresh / MANIFEST).write_text(replace(manifest, files=files).text, encoding="utf-8")
 
     write_folder(place, write, overwrite=overwrite)

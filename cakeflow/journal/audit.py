@@ -12,7 +12,7 @@ from cakeflow.journal.ledger import Entry, whole_lines
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
-from cakeflow.storage.hashing import digest, tensor_hash
+from cakeflow.storage.hashing import file_hash, tensor_hash
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _faults(run: Path, record: JournalStore, entry: Entry, told: set[Path]) -> I
             yield f"{where}: {name!r} is not a file name"
         elif not path.is_file():
             yield f"{where}: {name} is missing; {FROM_A_COPY}"
-        elif digest(path) != hashed:
+        elif file_hash(path) != hashed:
             yield f"{where}: {name} was changed after it was written; {FROM_A_COPY}"
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import LedgerError
-from cakeflow.storage.atomic import append_line, cut
+from cakeflow.storage.atomic import append_line, truncate
 
 FIELDS = {"number": int, "kind": str, "time": str, "body": dict, "previous": str, "hash": str}
 
@@ -88,7 +88,7 @@ class Ledger:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         entry = Entry(len(self.entries), kind, now, finite(body), self.head).sealed()
         if self.path.exists() and self.path.stat().st_size > self._size:
-            cut(self.path, self._size)
+            truncate(self.path, self._size)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         append_line(self.path, entry.line)
         self.entries.append(entry)
@@ -100,7 +100,7 @@ class Ledger:
         if len(self.entries) > count:
             del self.entries[count:]
             self._size = sum(len(entry.line) + 1 for entry in self.entries)
-            cut(self.path, self._size)
+            truncate(self.path, self._size)
 
 
 def read_entries(path: Path) -> Iterator[Entry]:

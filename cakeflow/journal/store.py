@@ -21,7 +21,7 @@ from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.steps import EditStep, LayerStep
 from cakeflow.solvers.problem import Update
 from cakeflow.storage.atomic import write_tensors
-from cakeflow.storage.hashing import digest
+from cakeflow.storage.hashing import file_hash
 
 LEDGER = "ledger.jsonl"
 
@@ -98,7 +98,7 @@ class JournalStore:
             for layer, tensor in originals.items():
                 names.append(f"original-{layer:05d}.safetensors")
                 write_tensors(self.folder / names[-1], {str(layer): tensor})
-            files = {name: digest(self.folder / name) for name in names}
+            files = {name: file_hash(self.folder / name) for name in names}
             self.ledger.append("batch", {"batch": number, "files": files, **_summary(step, self.texts)})
             sys.audit("cakeflow.files", "committed", names[0])
         except BaseException:
@@ -175,7 +175,7 @@ class JournalStore:
             raise LedgerError(f"{where}: {name!r} is not a file name; a record may not name files outside its folder")
         if not path.is_file():
             raise LedgerError(f"{where}: {name} is missing; {FROM_A_COPY}")
-        if digest(path) != entry.body["files"][name]:
+        if file_hash(path) != entry.body["files"][name]:
             raise LedgerError(f"{where}: {name} was changed after it was written; {FROM_A_COPY}")
         try:
             return load_file(path)
