@@ -18,10 +18,10 @@ from cakeflow.errors import ConfigError, listed
 
 
 class Records:
-    """Requests on their way through the Trainer, which passes on what it does not know (it takes dataclasses apart).
+    """Requests of one batch; a plain class, because the Trainer takes dataclasses apart.
 
     Args:
-        requests: The requests of one batch.
+        requests: The requests.
     """
 
     def __init__(self, requests: list[EditRequest]) -> None:
@@ -29,23 +29,23 @@ class Records:
 
 
 class EditDataModule(L.LightningDataModule):
-    """Feeds requests to an ``LocateThenEdit``: reads them all, chooses some (see ``selection.select``), makes batches.
+    """Data module that reads requests, selects some (see ``select``) and groups them into edit batches.
 
-    The sequence of the steps: read and check every entry; order or shuffle; drop conflicts; limit; batch.
+    The steps in sequence: read and check every entry; order or shuffle; drop conflicts; limit; batch.
 
     Args:
-        source: See ``read_requests``.
-        batch_size: Edits in one batch, the batches one after another: 1 edits fact by fact, None all in one batch.
-        limit: Use only the first so many requests.
-        shuffle_seed: Shuffle before limiting, with this seed: a sample, or another permutation; None keeps the order.
+        source: Source as in ``read_requests``.
+        batch_size: Edits in one batch: 1 edits fact by fact, None all in one batch.
+        limit: Most requests to use.
+        shuffle_seed: Seed of a shuffle before the limit; None keeps the order.
         eval_batch_size: Records scored together.
-        split: Of a data set that has several.
+        split: Split of a data set that has several.
         order: Case ids of exactly the records to edit, in their sequence, or a file with them.
-        conflicts: What to do about records that contradict each other: ``error``, or ``drop`` all but the first.
+        conflicts: Treatment of records that contradict each other: ``error``, or ``drop`` all but the first.
         snippets: ``attribute_snippets.json`` of the official code, for ``Consistency`` (``snippets.with_references``).
 
     Raises:
-        ConfigError: If a setting is out of its range, or names records that are not there.
+        ConfigError: If a setting is out of its range, or names records that do not exist.
         RequestError: If a request is bad or contradicts another one that is edited. Everything is checked here, before
             any model is loaded.
 
@@ -79,11 +79,11 @@ class EditDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size
 
     def train_dataloader(self) -> DataLoader[EditRequest]:
-        """Edit batches, in order."""
+        """Return a loader of the edit batches, in order."""
         return self._loader(self.batch_size)
 
     def val_dataloader(self) -> DataLoader[EditRequest]:
-        """The same records, to be scored."""
+        """Return a loader of the same records in batches for scoring."""
         return self._loader(self.eval_batch_size)
 
     def _loader(self, size: int) -> DataLoader[EditRequest]:
@@ -91,10 +91,10 @@ class EditDataModule(L.LightningDataModule):
 
 
 def _warn_of_repetitions(requests: Sequence[EditRequest]) -> None:
-    """Published files may state a fact twice, and their tables count it twice: so this is no error."""
-    seen: dict[tuple[str, str, str], int] = {}
+    """Warn of requests that occur twice; no error, because published files and their tables have such."""
+    first: dict[tuple[str, str, str], int] = {}
     edits = [(request.prompt, request.subject, request.target_new) for request in requests]
-    repeated = [f"{i} (as {seen[edit]})" for i, edit in enumerate(edits) if seen.setdefault(edit, i) != i]
+    repeated = [f"{i} (as {first[edit]})" for i, edit in enumerate(edits) if first.setdefault(edit, i) != i]
     if repeated:
         warnings.warn(
             f"records that repeat an earlier one, prompt, subject and target_new: {listed(repeated)} (numbered from 0, "

@@ -84,8 +84,9 @@ class Statistics:
             Layer -> covariance, with its eigenbasis.
 
         Raises:
-            StatisticsError: If the corpus is unreadable or has fewer tokens than the keys are wide, or a file in the
-                cache is damaged; none is replaced without a word, because it may have cost hours.
+            ConfigError: If the corpus cannot be read.
+            StatisticsError: If the corpus has fewer tokens than the keys are wide, or a file in the cache is damaged;
+                none is replaced without a word, because it may have cost hours.
         """
         windows = self._windows(lm)
         key = content_key(lm.fingerprint(max(layers) + 1), tensor_hash(windows), str(lm.dtype), FORMAT)

@@ -161,11 +161,11 @@ def test_every_record_that_cannot_be_asked_is_named_by_its_place(lm, monkeypatch
     expected = [(0, "target_true"), (1, "probes.expected"), (3, "target_new"), (4, "probes.prompt")]
     with pytest.raises(RequestError) as caught:
         check_records(lm, records)
-    assert [(problem.index, problem.field) for problem in caught.value.problems] == expected
+    assert [(problem.index, problem.field) for problem in caught.value.faults] == expected
     for protocol in ("clean", "official"):
         with pytest.raises(RequestError) as caught:
             score_records(lm, [records[2], records[1]], protocol)
-        assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, "probes.expected")]
+        assert [(problem.index, problem.field) for problem in caught.value.faults] == [(1, "probes.expected")]
     check_records(lm, [records[2]])
 
 

@@ -213,7 +213,7 @@ def test_text_without_a_token_is_refused(wordy, request_, field):
     good = EditRequest("The capital of {} is", "Peru", "big")
     with pytest.raises(RequestError) as caught:
         encode_batch(wordy, [good, request_], Contexts())
-    assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, field)]
+    assert [(problem.index, problem.field) for problem in caught.value.faults] == [(1, field)]
 
 
 def test_texts_that_are_too_long_are_refused_all_at_once(lm):
@@ -223,7 +223,7 @@ def test_texts_that_are_too_long_are_refused_all_at_once(lm):
     requests = [fits, EditRequest(long + "{} is", "Peru", "big"), fits, EditRequest("{} is", "Peru", long)]
     with pytest.raises(RequestError, match=f"longer than the model's {limit} positions") as caught:
         encode_batch(lm, requests, Contexts())
-    assert [problem.index for problem in caught.value.problems] == [1, 3]
+    assert [problem.index for problem in caught.value.faults] == [1, 3]
 
 
 def test_a_text_that_is_just_short_enough_is_taken(lm):
