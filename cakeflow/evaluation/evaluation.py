@@ -14,9 +14,9 @@ from torchmetrics import Metric, MetricCollection
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, listed
 from cakeflow.evaluation.protocols import Protocol, checked_protocol
-from cakeflow.evaluation.scoring import KINDS, PromptScores, Question, questions, score_records
+from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
 from cakeflow.forward.generation import continuations, until_stop
-from cakeflow.metrics import Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
+from cakeflow.metrics import KINDS, Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.models.language import LanguageModel
 
 COLUMNS = {
@@ -51,7 +51,7 @@ class Answers:
         """One JSON-ready entry per record; ``first`` is the number of the first."""
         columns = [(name, vars(self.scores)[field].tolist()) for name, field in COLUMNS.items()]
         scored: list[list[dict[str, Any]]] = [[] for _ in self.records]
-        for place, (record, kind, prompt, expected, rival) in enumerate(questions(self.records)):
+        for place, (record, kind, prompt, expected, rival) in enumerate(scored_prompts(self.records)):
             numbers = {name: None if column[place] != column[place] else column[place] for name, column in columns}
             asked = {"kind": KINDS[kind], "prompt": prompt, "expected": expected, "rival": rival}
             scored[record].append({**asked, **numbers})
@@ -145,7 +145,7 @@ class Evaluation:
         """
         scores = score_records(lm, records, self.protocol)
         if self.answer_tokens:
-            scores = replace(scores, answered=_answered(lm, list(questions(records)), self.answer_tokens))
+            scores = replace(scores, answered=_answered(lm, list(scored_prompts(records)), self.answer_tokens))
         return Answers(records, scores, self._texts(lm, records, first))
 
     def _texts(self, lm: LanguageModel, records: Sequence[EditRequest], first: int) -> list[list[str]]:
@@ -193,7 +193,7 @@ def free_prompts(record: EditRequest) -> list[str]:
     return [probe.prompt for probe in record.probes if probe.kind == "generation"]
 
 
-def _answered(lm: LanguageModel, asked: Sequence[Question], tokens: int) -> torch.Tensor:
+def _answered(lm: LanguageModel, asked: Sequence[ScoredPrompt], tokens: int) -> torch.Tensor:
     """1 where the model's own greedy answer is the wanted one, up to case, punctuation and articles."""
     said = continuations(lm, [question.prompt for question in asked], tokens)
     pairs = zip(said, asked, strict=True)
