@@ -19,8 +19,8 @@ from paired import alternate, parser, report
 from torch import Tensor
 
 from cakeflow import EditRequest, read_requests
+from cakeflow.evaluation import score_records, scored_prompts
 from cakeflow.evaluation.evaluation import free_prompts
-from cakeflow.evaluation.scoring import score_records, scored_prompts
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.tokens import encode_prompts
 from cakeflow.models.language import LanguageModel

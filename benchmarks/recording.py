@@ -9,11 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from cakeflow.data import read_entries
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
-from cakeflow.data.sources import read_entries
+from cakeflow.evaluation import score_records, scored_prompts
 from cakeflow.evaluation.protocols import official_token_reads
-from cakeflow.evaluation.scoring import score_records, scored_prompts
 from cakeflow.forward.prefix_tree import predict
 from cakeflow.metrics import KINDS
 from cakeflow.metrics.text import fluency
