@@ -219,6 +219,8 @@ def test_without_a_network_the_hubs_data_sets_come_from_the_cache(tmp_path, monk
     assert read_requests("owner/set") == read_requests("owner/set", "train") == read_requests(COUNTERFACT)
     with pytest.raises(ConfigError, match="test"):
         read_requests("owner/set", "test")
+    with pytest.raises(ConfigError, match="owner/set: entry 0, text = None"):
+        next(read_texts("owner/set"))
 
 
 # ---- bad files ----
