@@ -19,8 +19,8 @@ from paired import alternate, parser, report
 from torch import Tensor
 
 from cakeflow import EditRequest, read_requests
+from cakeflow.evaluation import score_records, scored_prompts
 from cakeflow.evaluation.evaluation import free_prompts
-from cakeflow.evaluation.scoring import questions, score_records
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.tokens import encode_prompts
 from cakeflow.models.language import LanguageModel
@@ -41,7 +41,7 @@ def scores_by_record(lm: LanguageModel, records: list[EditRequest]) -> Tensor:
     """The same, a padded batch per record."""
     found = []
     for record in records:
-        asked = list(questions([record]))
+        asked = list(scored_prompts([record]))
         prompts, targets = [q.prompt for q in asked] * 2, [q.expected for q in asked] + [str(q.rival) for q in asked]
         rows = encode_prompts(lm.tokenizer, prompts, targets)
         width = max(len(row.ids) for row in rows)

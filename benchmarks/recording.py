@@ -9,12 +9,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from cakeflow.data import read_entries
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
-from cakeflow.data.sources import read_entries
+from cakeflow.evaluation import score_records, scored_prompts
 from cakeflow.evaluation.protocols import official_token_reads
-from cakeflow.evaluation.scoring import KINDS, questions, score_records
 from cakeflow.forward.prefix_tree import predict
+from cakeflow.metrics import KINDS
 from cakeflow.metrics.text import fluency
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
@@ -36,7 +37,7 @@ def counterfact(lm: LanguageModel, records: list[EditRequest], recorded: list[di
     """(name, ours, recorded) of every likelihood and flag of CounterFact."""
     scores = score_records(lm, records, "official")
     left = [{kind: list(range(len(case[f"{kind}_prompts_probs"]))) for kind in KINDS} for case in recorded]
-    rows = zip(questions(records), scores.expected, scores.rival, scores.correct, strict=True)
+    rows = zip(scored_prompts(records), scores.expected, scores.rival, scores.correct, strict=True)
     for (record, kind, *_), wanted, rival, correct in rows:
         case, name = recorded[record], f"{KINDS[kind]}_prompts"
         place = left[record][KINDS[kind]].pop(0)
@@ -50,7 +51,7 @@ def counterfact(lm: LanguageModel, records: list[EditRequest], recorded: list[di
 
 def zsre(lm: LanguageModel, records: list[EditRequest], recorded: list[dict[str, Any]]) -> Iterator[Any]:
     """(name, ours, recorded) of every token's flag of zsRE."""
-    asked = list(questions(records))
+    asked = list(scored_prompts(records))
     special = [KINDS[question.kind] == "neighborhood" for question in asked]
     prompts, wanted = [question.prompt for question in asked], [question.expected for question in asked]
     reads = official_token_reads(lm.tokenizer, prompts, wanted, special)

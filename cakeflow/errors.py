@@ -1,4 +1,4 @@
-"""The errors a user can meet: one family, each message naming the item, the value and the remedy."""
+"""The family of errors that cakeflow raises; each message names the item, its value and a remedy."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
-    """Values in a row, for a message: the first ``most`` of them, and how many more there are.
+    """Join values for a message: the first ``most`` of them and the number of the others.
 
     Example:
         >>> listed([3, 5, 8], most=2)
@@ -22,13 +22,13 @@ class EditError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """One fault in one entry of a list of requests.
+    """A fault in one entry of a list of requests.
 
     Attributes:
         index: Position of the entry in the list, from 0 (or the line number, from 1, of a file).
-        field: Field of the entry that is at fault.
-        value: What was found there.
-        remedy: What to do about it.
+        field: Name of the faulty field.
+        value: Its value.
+        remedy: Advice on how to correct it.
     """
 
     index: int
@@ -38,27 +38,27 @@ class Fault:
 
     def __str__(self) -> str:
         try:
-            shown = repr(self.value)
+            value = repr(self.value)
         except Exception:  # nested too deeply, a number of too many digits, or an object that cannot say what it is
-            shown = f"a {type(self.value).__name__} that cannot be shown"
-        return f"entry {self.index}, {self.field} = {shown[:77] + '...' if len(shown) > 80 else shown}: {self.remedy}"
+            value = f"a {type(self.value).__name__} that cannot be shown"
+        return f"entry {self.index}, {self.field} = {value[:77] + '...' if len(value) > 80 else value}: {self.remedy}"
 
 
 class RequestError(EditError, ValueError):
     """Requests that cannot be edited; nothing was changed.
 
     Args:
-        problems: Every fault found, over the whole list.
+        faults: All faults of all entries.
     """
 
-    def __init__(self, problems: Sequence[Fault]) -> None:
-        self.problems = tuple(problems)
-        head = f"{len(self.problems)} problem(s) in the requests; nothing was changed:"
-        super().__init__("\n  ".join([head, *map(str, self.problems)]))
+    def __init__(self, faults: Sequence[Fault]) -> None:
+        self.faults = tuple(faults)
+        head = f"{len(self.faults)} problem(s) in the requests; nothing was changed:"
+        super().__init__("\n  ".join([head, *map(str, self.faults)]))
 
 
 class ArchitectureError(EditError, ValueError):
-    """A model whose blocks, projections or head could not be found."""
+    """A model whose blocks, projections or output head cannot be located."""
 
 
 class ShapeError(EditError, ValueError):
@@ -66,7 +66,7 @@ class ShapeError(EditError, ValueError):
 
 
 class StatisticsError(EditError, ValueError):
-    """Second moments that are missing, too few or do not fit the model."""
+    """Second moments that cannot be collected, are damaged or do not fit the model."""
 
 
 class ConfigError(EditError, ValueError):
@@ -74,15 +74,15 @@ class ConfigError(EditError, ValueError):
 
 
 class RunFolderError(EditError, ValueError):
-    """A run folder that is none, or that has a broken file."""
+    """A folder that is not a run folder, or a run folder with a broken file."""
 
 
 class LedgerError(RunFolderError):
-    """A ledger that was changed after it was written, or files that are not those it tells of."""
+    """A ledger that was changed after it was written, or files that differ from those it lists."""
 
 
 class ResumeError(EditError, ValueError):
-    """A run that cannot go on where it stopped, because something differs."""
+    """A run that cannot be resumed, because its model, data or settings differ."""
 
 
 class ExportError(EditError, ValueError):
@@ -98,4 +98,4 @@ class PluginError(EditError, ImportError):
 
 
 class NumericalError(EditError, ArithmeticError):
-    """A solve that failed or values that are not finite; the batch was taken back."""
+    """A failed solve or values that are not finite; the edits of the batch were taken back."""

@@ -32,7 +32,7 @@ def test_long_values_are_cut(size, whole):
 def test_request_error_lists_all_problems():
     problems = [Fault(0, "a", 1, "x"), Fault(4, "b", None, "y")]
     error = RequestError(problems)
-    assert error.problems == tuple(problems)
+    assert error.faults == tuple(problems)
     assert str(error).splitlines() == [
         "2 problem(s) in the requests; nothing was changed:", "  entry 0, a = 1: x", "  entry 4, b = None: y",
     ]  # fmt: skip

@@ -36,7 +36,7 @@ def outcome(entries):
     try:
         return parse_requests(entries), ()
     except RequestError as error:
-        return [], error.problems
+        return [], error.faults
 
 
 @settings(deadline=None, max_examples=300)

@@ -17,7 +17,7 @@ from records import COUNTERFACT
 from tokenizers import normalizers
 
 from cakeflow import Contexts, Editor, EditRequest, Probe
-from cakeflow.data import read_requests, sources
+from cakeflow.data import read_requests, read_texts, sources
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, EditError, RequestError
 from cakeflow.models import Site
@@ -224,8 +224,8 @@ def untouched(editor):
 def refused(editor, source):
     with pytest.raises(RequestError, match="nothing was changed") as caught:
         editor.fit(source)
-    assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
-    return caught.value.problems
+    assert all(str(problem) in str(caught.value) for problem in caught.value.faults)
+    return caught.value.faults
 
 
 def says(problems, field, remedy):
@@ -271,8 +271,9 @@ def test_broken_files(name, content, line, remedy, untouched, tmp_path, monkeypa
 def test_unreadable_files(name, content, reason, untouched, tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "LARGEST", 2048)
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"{name} .*{reason}"):
-        untouched.fit(tmp_path / name)
+    for read in (untouched.fit, lambda path: list(read_texts(path))):
+        with pytest.raises(ConfigError, match=rf"{name} .*{reason}"):
+            read(tmp_path / name)
 
 
 @pytest.mark.parametrize(("name", "content", "field", "remedy"), ENTRIES, ids=[case[0] for case in ENTRIES])
@@ -384,7 +385,9 @@ def damaged(draw):
 
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.binary(max_size=60) | damaged(), st.sampled_from(["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz"]))
+@given(st.binary(max_size=60) | damaged(), st.sampled_from(["a.json", "a.jsonl", "a.json.gz", "a.jsonl.gz", "a.txt"]))
 def test_whatever_is_in_a_file_only_our_errors_get_out(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
     assert str(outcome(tmp_path / name))
+    with suppress(ConfigError):
+        assert all(isinstance(text, str) for text in read_texts(tmp_path / name))

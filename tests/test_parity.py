@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from cakeflow import read_requests
 from cakeflow.data import builtin_facts
-from cakeflow.evaluation.scoring import KINDS, score_records
+from cakeflow.evaluation.scoring import score_records
+from cakeflow.metrics import KINDS
 from cakeflow.metrics.text import fluency
 from cakeflow.models.loading import load_model
 

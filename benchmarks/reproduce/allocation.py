@@ -21,7 +21,7 @@ import yaml
 from sweep import Row, Sweep, interval, outcomes, parser
 
 from cakeflow import read_requests
-from cakeflow.evaluation.scoring import KINDS
+from cakeflow.metrics import KINDS
 from cakeflow.models.loading import load_model
 from cakeflow.report import save_plot
 

@@ -15,7 +15,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from cakeflow.data.sources import read_entries, read_texts
+from cakeflow.data import read_entries, read_texts
 
 MOST = 10
 """Sentences for a target."""

@@ -25,9 +25,8 @@ from safetensors.torch import load_file
 from cakeflow import Contexts, Editor, EditRequest, Evaluation, GradientSearch, LocateThenEdit, read_requests
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.evaluation.evaluation import Answers
-from cakeflow.evaluation.scoring import KINDS
 from cakeflow.forward.tokens import TextBatch
-from cakeflow.metrics import Consistency
+from cakeflow.metrics import KINDS, Consistency
 from cakeflow.metrics.preference import record_means, success
 from cakeflow.metrics.text import fluency
 from cakeflow.models.language import LanguageModel

@@ -19,7 +19,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
 from cakeflow.storage.atomic import write_text
-from cakeflow.storage.hashing import digest
+from cakeflow.storage.hashing import file_hash
 
 log = logging.getLogger(__name__)
 FILES = ("before.jsonl", "after.jsonl", "run.json", "metrics.csv", "config.yaml", "hparams.yaml")
@@ -142,7 +142,7 @@ def _write_run(folder: Path, module: EditModule, data: EditDataModule, metrics: 
         peaks=dict(module.peaks),
     )
     write_text(folder / "run.json", info.model_dump_json(indent=1))
-    module.journal.close({name: digest(folder / name) for name in FILES if (folder / name).exists()})
+    module.journal.close({name: file_hash(folder / name) for name in FILES if (folder / name).exists()})
 
 
 def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:

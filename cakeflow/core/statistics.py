@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +24,8 @@ from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.atomic import write_tensors
-from cakeflow.storage.cache import cache_folder
+from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.hashing import tensor_hash
 
 log = logging.getLogger(__name__)
 
@@ -85,14 +84,14 @@ class Statistics:
             Site -> covariance, with its eigenbasis.
 
         Raises:
-            StatisticsError: If the corpus is unreadable or has fewer tokens than the keys are wide, or a file in the
-                cache is damaged; none is replaced without a word, because it may have cost hours.
+            ConfigError: If the corpus cannot be read.
+            StatisticsError: If the corpus has fewer tokens than the keys are wide, or a file in the cache is damaged;
+                none is replaced without a word, because it may have cost hours.
         """
         width = max(map(lm.key_width, sites))
         windows, last = self._windows(lm, width), max(site.layer for site in sites)
-        key = hashlib.sha256(windows.numpy().tobytes())
-        key.update(json.dumps([lm.fingerprint(last + 1), self.window, str(lm.dtype), FORMAT]).encode())
-        home = (folder or cache_folder() / "statistics") / key.hexdigest()[:16]
+        key = content_key(lm.fingerprint(last + 1), tensor_hash(windows), str(lm.dtype), FORMAT)
+        home = (folder or cache_folder() / "statistics") / key[:16]
         paths = {site: home / f"{_label(site)}.safetensors" for site in sites}
         loaded = {site: self._load(path, lm.key_width(site)) for site, path in paths.items() if path.exists()}
         missing = [site for site in sites if site not in loaded]

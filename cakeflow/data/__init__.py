@@ -1,4 +1,4 @@
-"""Edit requests: what they are, where they are read from, which of them are edited."""
+"""Edit requests and texts: types, schemas, sources and selection."""
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.contexts import Contexts

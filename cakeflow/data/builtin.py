@@ -1,4 +1,4 @@
-"""The facts that ship with the package, written for it: 16 relations, each record with probes and a reference text."""
+"""The facts that ship with the package: 16 relations, each record with probes and a reference text."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cakeflow.data.request import EditRequest, Probe
 
 
 def builtin_facts() -> list[EditRequest]:
-    """All built-in records, relations interleaved so that any first N of them cover many relations.
+    """Return all built-in records, relations interleaved so that the first N cover many relations.
 
-    Each subject's fact is paired with another target of its relation as the new one. Neighborhood prompts ask the same
-    about other subjects that share the true target, so a good edit leaves their answer alone.
+    The new target of a fact is another target of its relation. Neighborhood prompts are about other subjects that share
+    the true target, so a good edit leaves their answers alone.
 
     Example:
         >>> facts = builtin_facts()
@@ -29,7 +29,7 @@ def builtin_facts() -> list[EditRequest]:
 
 
 def _records(relation: dict[str, Any]) -> Iterator[EditRequest]:
-    """Records of one relation, true targets interleaved."""
+    """Yield the records of one relation, true targets interleaved."""
     targets = relation["targets"]
     names = list(targets)
     for place in range(max(len(target["subjects"]) for target in targets.values())):

@@ -1,4 +1,4 @@
-"""The texts around a prompt in which an edit must hold: an explicit, seeded, stored part of a run."""
+"""Texts around a prompt in which an edit must hold; they are stored with a run."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Contexts:
 
     @classmethod
     def of(cls, templates: Sequence[str]) -> Contexts:
-        """Contexts from a flat list, the bare ``{}`` first: it forms one group, the others the second."""
+        """Build contexts from a flat list: the bare ``{}``, which comes first, is one group, all others the second."""
         groups = (tuple(templates[:1]), tuple(templates[1:]))
         return cls(groups if groups[1] else groups[:1])
 

@@ -1,4 +1,4 @@
-"""Which fields of the records a metric needs, asked before the expensive work starts."""
+"""Fields of the records that metrics need, checked before the expensive work starts."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ FIELDS: Mapping[str, Callable[[EditRequest], bool]] = {
         probe.kind == "neighborhood" and (probe.expected or record.target_true) for probe in record.probes
     ),
 }
-"""Field -> whether a record has it: of the probes one is enough, of the neighborhood one whose answer is known."""
+"""Field -> test for it in a record: one probe of a kind is enough, and a neighborhood probe needs an answer."""
 
 log = logging.getLogger(__name__)
 
 
 def missing_fields(requests: Sequence[EditRequest], needs: Collection[str] = tuple(FIELDS)) -> dict[str, set[int]]:
-    """The records that lack a field.
+    """Return the records that lack a field.
 
     Args:
-        requests: Records.
-        needs: Fields to ask for, names of ``FIELDS``.
+        requests: Records to check.
+        needs: Fields to look for, names of ``FIELDS``.
 
     Returns:
         Field -> indices of the records that lack it; fields that all records have are left out.
@@ -47,18 +47,18 @@ def missing_fields(requests: Sequence[EditRequest], needs: Collection[str] = tup
 
 
 def check_fields(
-    requests: Sequence[EditRequest], needs: Mapping[str, Collection[str]], asked: Collection[str] = ()
+    requests: Sequence[EditRequest], needs: Mapping[str, Collection[str]], explicit: Collection[str] = ()
 ) -> None:
-    """Say, before anything expensive starts, which metrics cannot judge some of the records.
+    """Check which metrics can judge which records.
 
     Args:
         requests: The records that will be scored.
         needs: Metric -> the fields that a record must have, all of them, for this metric to judge it.
-        asked: Metrics that the user named: one that can judge no record at all is an error. The others are passed over
-            then; of every metric that can judge some records only, a warning is logged.
+        explicit: Metrics that the user named. One of these that can judge no record is an error; any other such metric
+            is ignored. A metric that can judge only some records is logged as a warning.
 
     Raises:
-        ConfigError: Naming each such metric, and the fields that are missing.
+        ConfigError: Naming each metric that can judge no record, and the fields that are missing.
     """
     useless: list[str] = []
     short: list[str] = []
@@ -67,7 +67,7 @@ def check_fields(
         if lacking:
             counts = ", ".join(f"{field} is missing in {len(records)}" for field, records in lacking.items())
             nothing = len(set.union(*lacking.values())) == len(requests)
-            if metric in asked or not nothing:
+            if metric in explicit or not nothing:
                 (useless if nothing else short).append(f"{metric}: {counts} of {len(requests)} records")
     if useless:
         raise ConfigError(f"no record can feed {'; '.join(useless)}; add the fields, or leave the metric out")

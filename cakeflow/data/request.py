@@ -1,4 +1,4 @@
-"""What a user asks for: one fact to edit, and the prompts that probe the result."""
+"""Edit requests: a fact to write into a model, and the prompts that probe the result."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from cakeflow.errors import Fault
 
 ProbeKind = Literal["paraphrase", "neighborhood", "generation"]
 
-
-_UNSEEN = ("Zs", "Zl", "Zp", "Cc", "Cf")
-"""Unicode categories of characters that show nothing: white space, controls, zero-width marks."""
+_INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
+"""Unicode categories of invisible characters: white space, controls, zero-width marks."""
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """A prompt that shows what an edit did beyond its own prompt.
+    """A prompt that measures what an edit did beyond its own prompt.
 
     Attributes:
-        kind: ``paraphrase`` (should now give the new target), ``neighborhood`` (another subject:
-            should still give its own answer) or ``generation`` (start of a free text).
+        kind: ``paraphrase`` (should now give the new target), ``neighborhood`` (another subject, should still give its
+            own answer) or ``generation`` (start of a free text).
         prompt: The full prompt, subject filled in.
-        expected: Right continuation after the edit; by default the request's new target for a
-            paraphrase and its true target for a neighborhood prompt.
+        expected: Right continuation after the edit; by default the request's new target for a paraphrase and its true
+            target for a neighborhood prompt.
     """
 
     kind: ProbeKind
@@ -39,13 +38,13 @@ class EditRequest:
 
     Attributes:
         prompt: Text with exactly one ``{}`` where the subject goes, ending where the target starts.
-        subject: What the fact is about.
-        target_new: What the model should continue with.
-        target_true: What it continues with today, where known; the probability forms of the metrics need it.
+        subject: Subject of the fact.
+        target_new: Continuation that the model should give after the edit.
+        target_true: Continuation before the edit, if any; the probability forms of the metrics need it.
         probes: Prompts for evaluation only; editing never looks at them.
-        relation: Name of the relation; with the subject it tells contradictions apart (default: the prompt).
-        reference: A text about the new target, for text metrics.
-        case_id: Name of the record in its data set, by which a published order picks it.
+        relation: Name of the relation, by default the prompt; two targets of one subject and relation contradict.
+        reference: Text about the new target, for text metrics.
+        case_id: Id of the record in its data set, used by published orders.
 
     Example:
         >>> EditRequest("{} plays the sport of", "LeBron James", "tennis").text
@@ -68,26 +67,21 @@ class EditRequest:
 
     @property
     def subject_end(self) -> int:
-        """Index of the character after the subject in ``text``."""
+        """Index in ``text`` of the character after the subject."""
         return self.prompt.index("{}") + len(self.subject)
 
     def to_dict(self) -> dict[str, Any]:
-        """The request as plain JSON-ready data, empty fields left out; ``parse_requests`` reads it back."""
+        """Return JSON-ready data without empty fields; ``parse_requests`` reads it back."""
         return {name: value for name, value in asdict(self).items() if value not in (None, ())}
 
 
-def _starts(text: str, part: str) -> list[int]:
-    """Where a part begins in a text, overlapping occurrences too; a blank one is nowhere."""
+def occurrences(text: str, part: str) -> list[int]:
+    """Return the indices at which a part begins in a text, overlapping ones included; none for a blank part."""
     return [at for at in range(len(text)) if text.startswith(part, at)] if part.strip() else []
 
 
-def _canonical(text: str) -> str:
-    """What tells texts apart to a reader: neither white space around them nor how their accents are written."""
-    return unicodedata.normalize("NFC", text).strip()
-
-
-def _normal_form(text: object, part: object) -> str:
-    """The end of a remedy where only the Unicode normal form keeps a part from being found in a text."""
+def normal_form_hint(text: object, part: object) -> str:
+    """Return the end of a remedy where a part occurs in a text but in another Unicode normal form, else nothing."""
     if isinstance(text, str) and isinstance(part, str) and part.strip() and _canonical(part) in _canonical(text):
         return (
             "; it does once both are in one Unicode normal form (NFC against NFD: the same letters, other code "
@@ -96,13 +90,28 @@ def _normal_form(text: object, part: object) -> str:
     return ""
 
 
+def request_faults(request: EditRequest, index: int) -> list[Fault]:
+    """Return all faults of one request.
+
+    Args:
+        request: Request whose fields may hold anything.
+        index: Position of the request in its list.
+    """
+    return [Fault(index, *fault) for fault in _faults(request)]
+
+
+def _canonical(text: str) -> str:
+    """Return the text as a reader sees it: white space around it and its Unicode normal form make no difference."""
+    return unicodedata.normalize("NFC", text).strip()
+
+
 def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
-    """Everything wrong with one request, as (field, value, remedy)."""
+    """Yield (field, value, remedy) of each fault."""
     for name in ("prompt", "subject", "target_new"):
         yield from _text_faults(name, getattr(request, name))
     for name in ("target_true", "relation", "reference"):
         yield from _text_faults(name, getattr(request, name), optional=True)
-    if request.case_id is not None and type(request.case_id) not in (int, str):
+    if request.case_id is not None and type(request.case_id) not in (int, str):  # bool is an int
         yield "case_id", request.case_id, "must be an integer or a text"
     yield from _prompt_faults(request)
     new, true = request.target_new, request.target_true
@@ -123,26 +132,26 @@ def _prompt_faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
 
 
 def _slot_remedy(prompt: str, subject: object) -> str:
-    """What to do about a prompt that does not have its one ``{}``."""
+    """Return the remedy for a prompt that has no ``{}`` or several."""
     count = prompt.count("{}")
     remedy = f"needs exactly one {{}} for the subject, found {count}"
     if count:
         return f"{remedy}; write braces that are part of the text as {{ }}"
     if not isinstance(subject, str) or not subject.strip():
         return remedy
-    places = len(_starts(prompt, subject))
+    places = len(occurrences(prompt, subject))
     if places > 1:
         return f"{remedy}; the subject occurs {places} times: put {{}} where it is meant"
     if places == 1:
         return f"{remedy}; put it in place of the subject"
-    return f"{remedy}, and the subject does not occur either{_normal_form(prompt, subject)}"
+    return f"{remedy}, and the subject does not occur either{normal_form_hint(prompt, subject)}"
 
 
 def _text_faults(name: str, value: object, *, optional: bool = False) -> Iterator[tuple[str, object, str]]:
     if not isinstance(value, str):
         if value is not None or not optional:
             yield name, value, "must be a string"
-    elif all(unicodedata.category(character) in _UNSEEN for character in value):
+    elif all(unicodedata.category(character) in _INVISIBLE for character in value):
         yield name, value, "must not be empty or blank"
     elif any("\ud800" <= character <= "\udfff" for character in value):
         yield name, value, "has a lone surrogate; give valid Unicode text"
@@ -156,32 +165,31 @@ def _probe_faults(probe: Probe) -> Iterator[tuple[str, object, str]]:
 
 
 def contradictions(requests: Sequence[EditRequest], among: Iterable[int] | None = None) -> list[Fault]:
-    """The requests that contradict an earlier one: no weights can satisfy both.
+    """Find the requests that contradict an earlier one: no weights can satisfy both.
 
-    Two requests contradict each other if they have the same subject and relation (the prompt stands for a relation that
-    is missing) and different new targets; white space around a text and its Unicode normal form make no difference.
-    Each is compared with the first one of its subject and relation, so without those that are named here the others
-    agree.
+    Two requests contradict each other if they have the same subject and relation (by default the prompt) and different
+    new targets; white space around a text and its Unicode normal form make no difference. Each is compared with the
+    first one of its subject and relation, so without the requests named here the others agree.
 
     Args:
-        requests: Requests.
-        among: Indices of those that are to be edited, in their sequence; by default all as they stand.
+        requests: All requests.
+        among: Indices of those that are edited, in their sequence; by default all in order.
 
     Returns:
-        One problem for each, by its index in ``requests``.
+        One fault for each contradicting request, by its index in ``requests``.
 
     Example:
         >>> ends = [EditRequest("{} flows into", "Elbe", sea) for sea in ("the Baltic Sea", "the Black Sea")]
-        >>> [problem.index for problem in contradictions(ends)], [p.index for p in contradictions(ends, [1, 0])]
+        >>> [fault.index for fault in contradictions(ends)], [fault.index for fault in contradictions(ends, [1, 0])]
         ([1], [0])
     """
-    problems: list[Fault] = []
-    seen: dict[tuple[str, str], int] = {}
+    faults: list[Fault] = []
+    first: dict[tuple[str, str], int] = {}
     for index in range(len(requests)) if among is None else among:
         request = requests[index]
-        other = seen.setdefault((_canonical(request.subject), _canonical(request.relation or request.prompt)), index)
+        other = first.setdefault((_canonical(request.subject), _canonical(request.relation or request.prompt)), index)
         target = requests[other].target_new
         if _canonical(target) != _canonical(request.target_new):
             remedy = f"contradicts entry {other} (same subject and relation, target {target!r}); keep one of them"
-            problems.append(Fault(index, "target_new", request.target_new, remedy))
-    return problems
+            faults.append(Fault(index, "target_new", request.target_new, remedy))
+    return faults

@@ -1,4 +1,4 @@
-"""Records of known data sets as edit requests."""
+"""Schemas of entries: ours, CounterFact's and zsRE's, parsed into edit requests."""
 
 from __future__ import annotations
 
@@ -6,20 +6,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
-from cakeflow.data.request import EditRequest, Probe, ProbeKind, _faults, _normal_form, _starts
+from cakeflow.data.request import EditRequest, Probe, ProbeKind, normal_form_hint, occurrences, request_faults
 from cakeflow.errors import Fault, RequestError
 
 
 def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: int = 0) -> list[EditRequest]:
     """Check every entry of a list and return them as requests.
 
-    Whether they can all be edited together is asked of those that are chosen: see ``contradictions``.
+    Contradictions are not checked here, but among the requests that are edited (see ``contradictions``).
 
     Args:
-        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); fields of None are missing. In
-            our own, a prompt without ``{}`` that contains the subject exactly once is given in full: it becomes a
-            template.
-        first: Index that error messages give to the first entry.
+        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); a field of None counts as
+            missing. In our own, a prompt without ``{}`` that contains the subject exactly once becomes a template.
+        first: Index of the first entry in error messages.
 
     Returns:
         One request per entry, in order.
@@ -27,25 +26,25 @@ def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: in
     Raises:
         RequestError: Listing every fault of every entry.
     """
-    problems: list[Fault] = []
+    faults: list[Fault] = []
     requests: list[EditRequest] = []
     for index, entry in enumerate(entries, first):
         try:
             request = entry if isinstance(entry, EditRequest) else _from_mapping(entry)
         except _BadEntryError as bad:
-            problems.append(Fault(index, bad.field, bad.value, bad.remedy))
+            faults.append(Fault(index, bad.field, bad.value, bad.remedy))
             continue
-        problems += (Fault(index, *fault) for fault in _faults(request))
+        faults += request_faults(request, index)
         requests.append(request)
-    if not requests and not problems:
-        problems.append(Fault(first, "requests", [], "give at least one request"))
-    if problems:
-        raise RequestError(problems)
+    if not requests and not faults:
+        faults.append(Fault(first, "requests", [], "give at least one request"))
+    if faults:
+        raise RequestError(faults)
     return requests
 
 
 class _BadEntryError(Exception):
-    """An entry that cannot even be read as a request."""
+    """An entry that cannot be parsed into a request."""
 
     def __init__(self, field: str, value: object, remedy: str) -> None:
         self.field, self.value, self.remedy = field, value, remedy
@@ -54,7 +53,7 @@ class _BadEntryError(Exception):
 def _from_mapping(entry: object) -> EditRequest:
     if not isinstance(entry, Mapping):
         raise _BadEntryError("entry", entry, "give an EditRequest or a mapping with prompt, subject and target_new")
-    # a data set gives each record every column
+    # a data set of several schemas gives each record every column, most of them None
     entry = {name: value for name, value in entry.items() if value is not None}
     if "requested_rewrite" in entry:
         return _from_counterfact(entry)
@@ -64,28 +63,28 @@ def _from_mapping(entry: object) -> EditRequest:
 
 
 def _from_own(entry: Mapping[str, Any]) -> EditRequest:
-    known, needed = {field.name for field in fields(EditRequest)}, ("prompt", "subject", "target_new")
-    if not set(needed) & set(entry):
+    names, required = {field.name for field in fields(EditRequest)}, ("prompt", "subject", "target_new")
+    if not set(required) & set(entry):
         remedy = "missing; every request needs prompt, subject and target_new, or CounterFact's or zsRE's (MEND) fields"
         raise _BadEntryError("prompt", None, f"{remedy}; found {sorted(map(str, entry))}")
-    if unknown := sorted(set(entry) - known, key=str):
-        raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(known))}")
-    values = {name: entry[name] for name in known & set(entry)}
+    if unknown := sorted(set(entry) - names, key=str):
+        raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(names))}")
+    values = {name: entry[name] for name in names & set(entry)}
     prompt, subject = values.get("prompt"), values.get("subject")
-    if (
-        isinstance(prompt, str)
-        and isinstance(subject, str)
-        and "{}" not in prompt
-        and len(_starts(prompt, subject)) == 1
-    ):
-        values["prompt"] = prompt.replace(subject, "{}")
-    for name in needed:
+    if isinstance(prompt, str) and isinstance(subject, str):
+        values["prompt"] = _template(prompt, subject)
+    for name in required:
         if name not in values:
             raise _BadEntryError(name, None, "missing; every request needs prompt, subject and target_new")
     probes = values.pop("probes", None) or ()
     if isinstance(probes, (str, Mapping)) or not isinstance(probes, Iterable):
         raise _BadEntryError("probes", probes, "give a list of {kind, prompt, expected}")
     return EditRequest(**values, probes=tuple(_probe(probe) for probe in probes))
+
+
+def _template(prompt: str, subject: str) -> str:
+    """Return a prompt with ``{}`` in place of its subject, unless it has a ``{}`` or the place is uncertain."""
+    return prompt.replace(subject, "{}") if "{}" not in prompt and len(occurrences(prompt, subject)) == 1 else prompt
 
 
 def _probe(value: object) -> Probe:
@@ -113,7 +112,7 @@ def _texts(entry: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _from_counterfact(entry: Mapping[str, Any]) -> EditRequest:
-    """One record of CounterFact (ROME, Meng et al. 2022), single or multi."""
+    """Parse a record of CounterFact (ROME, Meng et al. 2022), single or multi."""
     rewrite = _need(entry, "requested_rewrite")
     kinds: tuple[tuple[ProbeKind, str], ...] = (
         ("paraphrase", "paraphrase_prompts"),
@@ -133,16 +132,16 @@ def _from_counterfact(entry: Mapping[str, Any]) -> EditRequest:
 
 
 def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
-    """One record of zsRE in MEND's schema: the new target is the gold answer, as in the official evaluation."""
+    """Parse a record of zsRE in MEND's schema; the new target is the gold answer, as in the official evaluation."""
     question, subject = _need(entry, "src"), _need(entry, "subject")
     answers = _texts(entry, "answers")
     if not isinstance(question, str) or not isinstance(subject, str) or subject not in question:
-        raise _BadEntryError("subject", subject, f"the subject must occur in src{_normal_form(question, subject)}")
+        raise _BadEntryError("subject", subject, f"the subject must occur in src{normal_form_hint(question, subject)}")
     if not answers:
         raise _BadEntryError("answers", answers, "give at least one answer")
     probes = [Probe("paraphrase", text) for text in [entry.get("rephrase")] if text]
     if entry.get("loc") and entry.get("loc_ans"):
-        asked = entry["loc"] + "?" if isinstance(entry["loc"], str) else entry["loc"]
-        probes.append(Probe("neighborhood", asked, entry["loc_ans"]))
+        prompt = entry["loc"] + "?" if isinstance(entry["loc"], str) else entry["loc"]
+        probes.append(Probe("neighborhood", prompt, entry["loc_ans"]))
     prompt = question.replace(subject, "{}", 1)
     return EditRequest(prompt, subject, answers[0], probes=tuple(probes), case_id=entry.get("case_id"))

@@ -1,4 +1,4 @@
-"""Which records of a data set are edited, and in which sequence."""
+"""Selection of the records of a data set that are edited, and their sequence."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from cakeflow.data.request import EditRequest, contradictions
-from cakeflow.data.sources import exists, parse_entries, read_text
+from cakeflow.data.sources import exists, parse_json, read_text
 from cakeflow.errors import ConfigError, RequestError, listed
 
 Conflicts = Literal["error", "drop"]
-"""What to do about records that contradict each other."""
+"""Treatment of records that contradict each other."""
 Order = Sequence[int | str] | str | Path
 """A published order: case ids, or a file with them (``.json``: one list; any other: one id a line)."""
 
@@ -30,12 +30,12 @@ def select(
 ) -> list[EditRequest]:
     """Choose records: bring them into order or shuffle them, then drop conflicts, then take the first ``limit``.
 
-    So a limit of N gives N records without conflicts, and the selection of a smaller limit begins that of a larger one.
+    A limit of N gives N records without conflicts, and the selection of a smaller limit begins that of a larger one.
 
     Args:
         requests: All records, in the sequence of their source.
         order: Case ids of exactly the records to edit, in their sequence (``20953`` and ``"20953"`` are one id).
-        shuffle_seed: Of a permutation, where no order is given.
+        shuffle_seed: Seed of a permutation, without an order.
         conflicts: ``error`` refuses a selection with records that contradict each other (``request.contradictions``);
             ``drop`` leaves out those that contradict an earlier one, and logs how many.
         limit: Most records to take.
@@ -63,20 +63,20 @@ def select(
     if shuffle_seed is not None:
         random.Random(shuffle_seed).shuffle(chosen)
     if conflicts == "drop":
-        dropped = {problem.index for problem in contradictions(requests, chosen)}
+        dropped = {fault.index for fault in contradictions(requests, chosen)}
         log.info("%d of %d records contradict an earlier one and are left out", len(dropped), len(chosen))
         chosen = [index for index in chosen if index not in dropped]
     chosen = chosen[:limit]
-    if problems := contradictions(requests, chosen):
-        raise RequestError(problems)
+    if faults := contradictions(requests, chosen):
+        raise RequestError(faults)
     return [requests[index] for index in chosen]
 
 
 def read_order(order: Order) -> list[int | str]:
-    """The case ids of a published order.
+    """Read the case ids of a published order.
 
     Raises:
-        ConfigError: If there is no such file, it holds no id, or something that is none.
+        ConfigError: If there is no such file, it holds no id, or something else than ids.
         RequestError: If a ``.json`` file is broken, naming the line.
     """
     if isinstance(order, (str, Path)):
@@ -85,7 +85,8 @@ def read_order(order: Order) -> list[int | str]:
             raise ConfigError(f"data.order: no file {str(path)[:300]!r}; give case ids, or a file with them")
         text = read_text(path)
         lines = [line.strip() for line in text.split("\n") if line.strip()]
-        order = parse_entries(text, str(path), path.name) if ".json" in path.suffixes else lines
+        entries = parse_json(text, str(path)) if ".json" in path.suffixes else lines
+        order = entries if isinstance(entries, list) else [entries]
     ids = list(order)
     if bad := [case for case in ids if isinstance(case, bool) or not isinstance(case, (int, str))]:
         raise ConfigError(f"data.order must hold case ids, integers or texts; found {listed(bad)}")
@@ -95,7 +96,7 @@ def read_order(order: Order) -> list[int | str]:
 
 
 def _places(requests: Sequence[EditRequest], order: Sequence[int | str]) -> list[int]:
-    """Where the records of an order are."""
+    """Return the index of each record of an order."""
     places: defaultdict[str, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         if request.case_id is not None:
@@ -108,6 +109,6 @@ def _places(requests: Sequence[EditRequest], order: Sequence[int | str]) -> list
         "named more than once": [case for case, count in Counter(ids).items() if count > 1],
         "several records have": [case for case in dict.fromkeys(ids) if len(places.get(case, ())) > 1],
     }
-    if found := [f"{fault} {listed(cases)}" for fault, cases in faults.items() if cases]:
-        raise ConfigError(f"data.order, case ids: {'; '.join(found)}")
+    if messages := [f"{fault} {listed(cases)}" for fault, cases in faults.items() if cases]:
+        raise ConfigError(f"data.order, case ids: {'; '.join(messages)}")
     return [places[case][0] for case in ids]

@@ -1,4 +1,4 @@
-"""Texts about the new targets, from the file that the official code compares generations with."""
+"""Reference texts about the new targets, from the file with which the official code compares generations."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def with_references(entries: Sequence[Any], path: str | Path) -> Iterator[Any]:
     try:
         snippets = json.loads(read_text(Path(path)))
         texts = {
-            (relation, target): " ".join(each["text"] for each in found)
+            (relation, target): " ".join(each["text"] for each in articles)
             for relation, targets in snippets.items()
-            for target, found in targets.items()
+            for target, articles in targets.items()
         }
     except (ValueError, AttributeError, TypeError, KeyError, RecursionError) as error:
         raise ConfigError(f"{path}: not relation -> target -> list of {{name, text}}: {error!r}") from error
@@ -36,7 +36,7 @@ def with_references(entries: Sequence[Any], path: str | Path) -> Iterator[Any]:
 
 
 def _target(entry: Any) -> tuple[Any, Any]:
-    """Relation and new target of an entry of CounterFact, by their ids."""
+    """Ids of the relation and the new target of an entry of CounterFact."""
     rewrite = entry.get("requested_rewrite") if isinstance(entry, Mapping) else None
     new = rewrite.get("target_new") if isinstance(rewrite, Mapping) else None
     ids = (rewrite.get("relation_id"), new.get("id")) if rewrite and isinstance(new, Mapping) else ()

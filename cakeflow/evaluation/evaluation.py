@@ -15,10 +15,10 @@ from torchmetrics import Metric, MetricCollection
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, listed
 from cakeflow.evaluation.protocols import Protocol, checked_protocol
-from cakeflow.evaluation.scoring import KINDS, PromptScores, Question, questions, score_records
+from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
 from cakeflow.forward.generation import continuations, until_stop
 from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
-from cakeflow.metrics import Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
+from cakeflow.metrics import KINDS, Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.models.language import LanguageModel
 
 COLUMNS = {
@@ -53,7 +53,7 @@ class Answers:
         """Yield the answers record by record; ``first`` is the number of the first record."""
         columns = {name: vars(self.scores)[field].tolist() for name, field in COLUMNS.items()}
         prompts: list[list[PromptAnswer]] = [[] for _ in self.records]
-        for place, (record, kind, prompt, expected, rival) in enumerate(questions(self.records)):
+        for place, (record, kind, prompt, expected, rival) in enumerate(scored_prompts(self.records)):
             numbers: dict[str, Any] = {
                 name: None if math.isnan(column[place]) else column[place] for name, column in columns.items()
             }
@@ -146,7 +146,7 @@ class Evaluation:
         """
         scores = score_records(lm, records, self.protocol)
         if self.answer_tokens:
-            scores = replace(scores, answered=_answered(lm, list(questions(records)), self.answer_tokens))
+            scores = replace(scores, answered=_answered(lm, list(scored_prompts(records)), self.answer_tokens))
         return Answers(records, scores, self._texts(lm, records, first))
 
     def _texts(self, lm: LanguageModel, records: Sequence[EditRequest], first: int) -> list[list[str]]:
@@ -194,7 +194,7 @@ def free_prompts(record: EditRequest) -> list[str]:
     return [probe.prompt for probe in record.probes if probe.kind == "generation"]
 
 
-def _answered(lm: LanguageModel, prompts: Sequence[Question], tokens: int) -> torch.Tensor:
+def _answered(lm: LanguageModel, prompts: Sequence[ScoredPrompt], tokens: int) -> torch.Tensor:
     """Return 1 where the model's greedy answer is the expected one, up to case, punctuation and articles, else 0."""
     texts = continuations(lm, [question.prompt for question in prompts], tokens)
     pairs = zip(texts, prompts, strict=True)

@@ -1,4 +1,4 @@
-"""What exactly the model is asked when a continuation of a prompt is scored.
+"""Protocols of scoring a continuation of a prompt: its tokens, and the context of each.
 
 ``clean`` tokenises prompt and continuation together, once, special tokens in front; positions come from character
 offsets, so what is scored are the continuation's own tokens in the text as the model would meet it. ``official``
@@ -7,8 +7,8 @@ does what the code behind the published tables does, errors included, so that it
 - probabilities and exact matches (CounterFact; MEMIT's and AlphaEdit's ``evaluate_utils_counterfact``, with BLUE's
   special tokens): the continuation is tokenised alone, and its tokens are looked up in the logits of the joint text
   from the position on at which the prompt ends when tokenised alone;
-- token accuracies (zsRE; ``evaluate_utils_zsre``): every token is asked by a text of its own, the prompt and the
-  decoded tokens before it, tokenised again; the tokens of a neighborhood answer keep the special tokens in front.
+- token accuracies (zsRE; ``evaluate_utils_zsre``): every token has a context of its own, the prompt and the decoded
+  tokens before it, tokenised again; the tokens of a neighborhood answer keep the special tokens in front.
 
 A published number without its protocol means nothing: on zsRE the two differ by the special tokens alone.
 """
@@ -25,16 +25,15 @@ from cakeflow.forward.tokens import encode_prompts
 
 Protocol = Literal["clean", "official"]
 
-
 Read = tuple[tuple[int, ...], int]
-"""Tokens that the model has read, and the one that should come next."""
+"""A context (the tokens that the model reads) and the token that should come next."""
 
 
 def checked_protocol(protocol: Protocol) -> Protocol:
-    """The protocol, if it is one.
+    """Return the protocol.
 
     Raises:
-        ConfigError: Otherwise.
+        ConfigError: If there is no such protocol.
     """
     if protocol not in get_args(Protocol):
         raise ConfigError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
@@ -42,7 +41,7 @@ def checked_protocol(protocol: Protocol) -> Protocol:
 
 
 def joint_reads(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[list[Read]]:
-    """The clean way: each target token after everything before it in the joint text."""
+    """Return the reads of the ``clean`` protocol: each target token after all tokens before it in the joint text."""
     rows = encode_prompts(tokenizer, prompts, targets)
     return [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
 
@@ -50,7 +49,7 @@ def joint_reads(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targ
 def official_reads(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]
 ) -> list[list[Read]]:
-    """The official way of CounterFact: the target tokenised alone, looked up where the prompt alone ends."""
+    """Return the official reads of CounterFact: the target tokenised alone, looked up where the prompt alone ends."""
     texts = _tokens(tokenizer, [f"{prompt} {target}" for prompt, target in zip(prompts, targets, strict=True)])
     starts = map(len, _tokens(tokenizer, prompts))
     expected = _tokens(tokenizer, [f" {target}" for target in targets], special=False)
@@ -63,25 +62,25 @@ def official_reads(
 def official_token_reads(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str], special: Sequence[bool]
 ) -> list[list[Read]]:
-    """The official way of zsRE: a text per target token, decoded and tokenised again.
+    """Return the official reads of zsRE: a context per target token, decoded and tokenised again.
 
     Args:
-        tokenizer: Of the model.
+        tokenizer: Tokenizer of the model.
         prompts: n prompts.
         targets: n targets.
-        special: Whether special tokens that the tokenizer puts before each target are asked for as well.
+        special: For each target, True to score the special tokens that the tokenizer puts before it as well.
     """
-    asked: list[tuple[int, str, str]] = []
+    tokens: list[tuple[int, str, str]] = []  # prompt, context and label of each target token
     with_special, without = (_tokens(tokenizer, [f" {t}" for t in targets], special=each) for each in (True, False))
     for index, prompt in enumerate(prompts):
         ids = with_special[index] if special[index] else without[index]
-        asked += [
+        tokens += [
             (index, prompt + _text(tokenizer, ids[:i]), _text(tokenizer, ids[i : i + 1])) for i in range(len(ids))
         ]
-    texts = _tokens(tokenizer, [text for _, text, _ in asked])
-    labels = _tokens(tokenizer, [label for *_, label in asked], special=False)
+    texts = _tokens(tokenizer, [text for _, text, _ in tokens])
+    labels = _tokens(tokenizer, [label for *_, label in tokens], special=False)
     reads: list[list[Read]] = [[] for _ in prompts]
-    for (index, *_), text, label in zip(asked, texts, labels, strict=True):
+    for (index, *_), text, label in zip(tokens, texts, labels, strict=True):
         reads[index].append((tuple(text), label[0] if label else tokenizer.eos_token_id))
     return reads
 

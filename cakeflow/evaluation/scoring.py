@@ -1,4 +1,4 @@
-"""How likely the model finds given continuations: what the metrics of edits are fed with."""
+"""Probabilities of the continuations of prompts: the input of the metrics of edits."""
 
 from __future__ import annotations
 
@@ -15,27 +15,39 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import Fault, RequestError
 from cakeflow.evaluation.protocols import Protocol, Read, joint_reads, official_reads, official_token_reads
 from cakeflow.forward.prefix_tree import predict
+from cakeflow.metrics.preference import KINDS
 from cakeflow.models.language import LanguageModel
 
-CHECKED_AT_ONCE = 256
-"""Records whose texts are tokenised together when all are checked."""
+CHECK_SIZE = 256
+"""Records whose texts are tokenised together by ``check_records``: bounds memory, changes no result."""
 
 
-KINDS = ("rewrite", "paraphrase", "neighborhood")
-"""What a scored prompt is; ``PromptScores.kind`` indexes this."""
+class ScoredContinuation(NamedTuple):
+    """A prompt with one continuation.
 
-
-class Asked(NamedTuple):
-    """A prompt with one continuation, and what they are called in messages."""
+    Attributes:
+        record: Index of the record.
+        prompt: The prompt.
+        target: The continuation.
+        fields: Names of both in error messages.
+    """
 
     record: int
     prompt: str
     target: str
-    names: tuple[str, str] = ("prompt", "target")
+    fields: tuple[str, str] = ("prompt", "target")
 
 
-class Question(NamedTuple):
-    """A prompt with the continuation that is right after the edit, and the other one where the record names one."""
+class ScoredPrompt(NamedTuple):
+    """A prompt with its right and its wrong continuation after the edit.
+
+    Attributes:
+        record: Index of the record.
+        kind: Kind of the prompt, an index into ``KINDS``.
+        prompt: The prompt.
+        expected: Continuation that is right after the edit.
+        rival: The other continuation; None if the record has none.
+    """
 
     record: int
     kind: int
@@ -50,12 +62,12 @@ class PromptScores:
 
     Attributes:
         expected: Mean log-probability per token of the continuation that is right after the edit.
-        rival: The same of the other continuation; nan where the record names none.
-        correct: Whether every token of the wanted continuation is the most likely one, teacher-forced.
-        tokens: Share of its tokens that are.
-        answered: 1 where the model gives it when it answers freely, else 0; nan where it was not asked to.
-        record: Which record each prompt belongs to.
-        kind: What each prompt is, as an index into ``KINDS``.
+        rival: Mean log-probability per token of the other continuation; nan if the record has none.
+        correct: True where every token of the right continuation is the arg-max, teacher-forced.
+        tokens: Share of its tokens that are the arg-max.
+        answered: 1 where the model generates the right continuation by itself, else 0; nan where it generated nothing.
+        record: Index of each prompt's record.
+        kind: Kind of each prompt, an index into ``KINDS``.
     """
 
     expected: Float[Tensor, " p"]
@@ -70,7 +82,7 @@ class PromptScores:
 def score_targets(
     lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], max_tokens: int = 4096
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
-    """Score one continuation of each prompt, the clean way.
+    """Score one continuation of each prompt in the ``clean`` protocol.
 
     Args:
         lm: The model.
@@ -84,60 +96,32 @@ def score_targets(
     Raises:
         RequestError: If a target has no token, or a text is longer than the model can read.
     """
-    asked = [Asked(index, *pair) for index, pair in enumerate(zip(prompts, targets, strict=True))]
-    return score_reads(lm, _checked(lm, joint_reads(lm.tokenizer, prompts, targets), asked), max_tokens)
+    pairs = [ScoredContinuation(index, *pair) for index, pair in enumerate(zip(prompts, targets, strict=True))]
+    reads = joint_reads(lm.tokenizer, prompts, targets)
+    _require_readable(lm, reads, pairs)
+    return score_reads(lm, reads, max_tokens)
 
 
 def score_reads(
-    lm: LanguageModel, questions: Sequence[Sequence[Read]], max_tokens: int = 4096
+    lm: LanguageModel, continuations: Sequence[Sequence[Read]], max_tokens: int = 4096
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
-    """Mean log-probability and share of hits of each question.
+    """Compute the mean log-probability and the share of arg-max tokens of each continuation.
 
     Args:
         lm: The model.
-        questions: q lists of what was read and what should come next.
+        continuations: q lists, one ``Read`` for each token of a continuation.
         max_tokens: Most tokens in one forward pass.
     """
-    contexts, labels = zip(*chain.from_iterable(questions), strict=True) if questions else ((), ())
+    contexts, labels = zip(*chain.from_iterable(continuations), strict=True) if continuations else ((), ())
     logprobs, hits = predict(lm, contexts, labels, max_tokens)
-    owner = torch.tensor([index for index, reads in enumerate(questions) for _ in reads], dtype=torch.long)
-    totals = torch.zeros(2, len(questions)).index_add(1, owner, torch.stack([logprobs, hits.float()]))
-    means = totals / torch.bincount(owner, minlength=len(questions))
+    owner = torch.tensor([index for index, reads in enumerate(continuations) for _ in reads], dtype=torch.long)
+    totals = torch.zeros(2, len(continuations)).index_add(1, owner, torch.stack([logprobs, hits.float()]))
+    means = totals / torch.bincount(owner, minlength=len(continuations))
     return means[0], means[1]
 
 
-def _checked(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked]) -> list[list[Read]]:
-    if problems := _problems(lm, reads, asked):
-        raise RequestError(problems)
-    return reads
-
-
-def _problems(lm: LanguageModel, reads: list[list[Read]], asked: Sequence[Asked]) -> list[Fault]:
-    problems: dict[tuple[int, str, str], Fault] = {}  # a target that many prompts share is named once
-    for each, (record, prompt, target, names) in zip(reads, asked, strict=True):
-        if not each or not each[0][0]:
-            remedy = f"has no token of its own after {prompt[-40:]!r}; give another one, or leave the entry out"
-            problems.setdefault((record, names[1], target), Fault(record, names[1], target, remedy))
-        elif len(each[-1][0]) >= lm.longest:
-            remedy = f"longer than the model's {lm.longest} positions, with its target; shorten it or leave it out"
-            problems.setdefault((record, names[0], prompt), Fault(record, names[0], prompt, remedy))
-    return [*problems.values()]
-
-
-def _asked(records: Sequence[EditRequest], first: int = 0) -> list[Asked]:
-    """Every prompt of records with each of its continuations, all that are right before any that are rivals."""
-    found: list[list[Asked]] = [[], []]
-    for index, kind, prompt, *targets in questions(records):
-        of = {records[index].target_true: "target_true", records[index].target_new: "target_new"}
-        for some, target in zip(found, targets, strict=True):
-            if target is not None:
-                names = ("probes.prompt" if kind else "prompt", of.get(target, "probes.expected"))
-                some.append(Asked(first + index, prompt, target, names))
-    return found[0] + found[1]
-
-
 def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:
-    """Whether a model can be asked everything about some records; only its tokenizer is used.
+    """Check that a model can score all prompts of some records; only its tokenizer is used.
 
     Args:
         lm: The model.
@@ -146,13 +130,13 @@ def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:
     Raises:
         RequestError: Naming every record with a prompt that is too long or a continuation without a token.
     """
-    problems: list[Fault] = []
-    for first in range(0, len(records), CHECKED_AT_ONCE):
-        asked = _asked(records[first : first + CHECKED_AT_ONCE], first)
-        reads = joint_reads(lm.tokenizer, [each.prompt for each in asked], [each.target for each in asked])
-        problems += _problems(lm, reads, asked)
-    if problems:
-        raise RequestError(problems)
+    faults: list[Fault] = []
+    for first in range(0, len(records), CHECK_SIZE):
+        pairs = _continuations(records[first : first + CHECK_SIZE], first)
+        reads = joint_reads(lm.tokenizer, [pair.prompt for pair in pairs], [pair.target for pair in pairs])
+        faults += _read_faults(lm, reads, pairs)
+    if faults:
+        raise RequestError(faults)
 
 
 def score_records(
@@ -163,29 +147,30 @@ def score_records(
     Args:
         lm: The model.
         records: The records, probes included.
-        protocol: See ``cakeflow.protocols``.
+        protocol: Tokenisation of the continuations (``cakeflow.evaluation.protocols``).
         max_tokens: Most tokens in one forward pass.
 
     Returns:
-        One entry per prompt, in the order of ``questions``.
+        One entry per prompt, in the order of ``scored_prompts``.
 
     Raises:
         RequestError: As in ``check_records``.
     """
-    record, kind, prompts, expected, rivals = zip(*questions(records), strict=True)
-    known = [i for i, rival in enumerate(rivals) if rival is not None]
-    asked = _asked(records)
-    texts, targets = [each.prompt for each in asked], [each.target for each in asked]
+    record, kind, prompts, expected, rivals = zip(*scored_prompts(records), strict=True)
+    with_rival = [i for i, rival in enumerate(rivals) if rival is not None]
+    pairs = _continuations(records)
+    texts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
     if protocol == "official":
         singly = official_token_reads(lm.tokenizer, prompts, expected, [KINDS[each] == "neighborhood" for each in kind])
         reads = [*official_reads(lm.tokenizer, texts, targets), *singly]
-        asked += asked[: len(prompts)]
+        pairs += pairs[: len(prompts)]
     else:
         reads = joint_reads(lm.tokenizer, texts, targets)
-    scores, hits = score_reads(lm, _checked(lm, reads, asked), max_tokens)
+    _require_readable(lm, reads, pairs)
+    scores, hits = score_reads(lm, reads, max_tokens)
     count = len(prompts)
     rival = torch.full((count,), torch.nan)
-    rival[torch.tensor(known, dtype=torch.long)] = scores[count : count + len(known)]
+    rival[torch.tensor(with_rival, dtype=torch.long)] = scores[count : count + len(with_rival)]
     tokens = hits[-count:] if protocol == "official" else hits[:count]
     return PromptScores(
         expected=scores[:count],
@@ -198,12 +183,43 @@ def score_records(
     )
 
 
-def questions(records: Sequence[EditRequest]) -> Iterator[Question]:
-    """Every prompt of some records that can be scored."""
+def scored_prompts(records: Sequence[EditRequest]) -> Iterator[ScoredPrompt]:
+    """Yield every prompt of some records that can be scored."""
     for index, record in enumerate(records):
-        yield Question(index, 0, record.text, record.target_new, record.target_true)
+        yield ScoredPrompt(index, 0, record.text, record.target_new, record.target_true)
         for probe in record.probes:
             if probe.kind == "paraphrase":
-                yield Question(index, 1, probe.prompt, probe.expected or record.target_new, record.target_true)
+                yield ScoredPrompt(index, 1, probe.prompt, probe.expected or record.target_new, record.target_true)
             elif probe.kind == "neighborhood" and (expected := probe.expected or record.target_true):
-                yield Question(index, 2, probe.prompt, expected, record.target_new if record.target_true else None)
+                # zsRE's neighbors are unrelated questions without a true target: the new one is no rival there
+                yield ScoredPrompt(index, 2, probe.prompt, expected, record.target_new if record.target_true else None)
+
+
+def _continuations(records: Sequence[EditRequest], first: int = 0) -> list[ScoredContinuation]:
+    """Return every prompt of records with each of its continuations: all right ones before all rivals."""
+    right: list[ScoredContinuation] = []
+    rivals: list[ScoredContinuation] = []
+    for index, kind, prompt, *targets in scored_prompts(records):
+        fields = {records[index].target_true: "target_true", records[index].target_new: "target_new"}
+        for pairs, target in zip((right, rivals), targets, strict=True):
+            if target is not None:
+                names = ("probes.prompt" if kind else "prompt", fields.get(target, "probes.expected"))
+                pairs.append(ScoredContinuation(first + index, prompt, target, names))
+    return right + rivals
+
+
+def _require_readable(lm: LanguageModel, reads: list[list[Read]], pairs: Sequence[ScoredContinuation]) -> None:
+    if faults := _read_faults(lm, reads, pairs):
+        raise RequestError(faults)
+
+
+def _read_faults(lm: LanguageModel, reads: list[list[Read]], pairs: Sequence[ScoredContinuation]) -> list[Fault]:
+    faults: dict[tuple[int, str, str], Fault] = {}  # a target that many prompts share is named once
+    for each, (record, prompt, target, (prompt_field, target_field)) in zip(reads, pairs, strict=True):
+        if not each or not each[0][0]:
+            remedy = f"has no token of its own after {prompt[-40:]!r}; give another one, or leave the entry out"
+            faults.setdefault((record, target_field, target), Fault(record, target_field, target, remedy))
+        elif len(each[-1][0]) >= lm.longest:
+            remedy = f"longer than the model's {lm.longest} positions, with its target; shorten it or leave it out"
+            faults.setdefault((record, prompt_field, prompt), Fault(record, prompt_field, prompt, remedy))
+    return [*faults.values()]

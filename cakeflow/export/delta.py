@@ -15,7 +15,7 @@ from cakeflow.export.manifest import REMEDY, Manifest
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import uninterrupted
-from cakeflow.storage.hashing import digest, tensor_hash
+from cakeflow.storage.hashing import file_hash, tensor_hash
 
 DELTA = "delta.safetensors"
 
@@ -57,7 +57,7 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
         raise ExportError(f"{folder} is no delta, but format={manifest.format!r} with files {sorted(manifest.files)}")
     if not path.is_file():
         raise ExportError(f"{path} is missing; {REMEDY}")
-    if digest(path) != manifest.files[DELTA]:
+    if file_hash(path) != manifest.files[DELTA]:
         raise ExportError(f"{path} does not have the hash that the manifest names; {REMEDY}")
     try:
         tensors: dict[str, Tensor] = load_file(path)

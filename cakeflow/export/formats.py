@@ -16,7 +16,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.schema import BatchBody
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_folder, write_tensors
-from cakeflow.storage.hashing import digest
+from cakeflow.storage.hashing import file_hash
 
 CARD = "README.md"
 
@@ -83,7 +83,7 @@ def _require_fit(journal: Journal, format: str) -> None:
 def _put(place: Path, manifest: Manifest, fill: Callable[[Path], None], *, overwrite: bool) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
-        files = {path.name: digest(path) for path in sorted(fresh.glob("*.safetensors"))}
+        files = {path.name: file_hash(path) for path in sorted(fresh.glob("*.safetensors"))}
         (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
 
     write_folder(place, write, overwrite=overwrite)

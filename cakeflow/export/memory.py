@@ -16,7 +16,7 @@ from cakeflow.journal.changes import kind_of
 from cakeflow.journal.journal import Journal
 from cakeflow.models.base import EditableModel
 from cakeflow.storage.atomic import uninterrupted, write_tensors
-from cakeflow.storage.hashing import digest
+from cakeflow.storage.hashing import file_hash
 
 MEMORY = "memory.safetensors"
 
@@ -72,7 +72,7 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = folder / MEMORY
     if manifest.format != "memory" or set(manifest.files) != {MEMORY}:
         raise ExportError(f"{folder} is no memory, but format={manifest.format!r} with files {sorted(manifest.files)}")
-    if not path.is_file() or digest(path) != manifest.files[MEMORY]:
+    if not path.is_file() or file_hash(path) != manifest.files[MEMORY]:
         raise ExportError(f"{path} is missing or does not have the hash that the manifest names; {REMEDY}")
     try:
         return load_file(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from itertools import product
@@ -15,7 +14,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
-from cakeflow.storage.cache import cache_folder
+from cakeflow.storage.cache import cache_folder, content_key
 
 OPENINGS = (
     "The history of {}",
@@ -65,8 +64,8 @@ def sampled_corpus(
         A JSONL file, one sample a line.
     """
     openings = [opening.format(topic) for opening, topic in product(OPENINGS, TOPICS)]
-    name = hashlib.sha256(f"{lm.fingerprint()} {tokens} {seed} {openings}".encode()).hexdigest()[:16]
-    path = cache_folder() / "corpora" / f"sampled-{name}.jsonl"
+    key = content_key(lm.fingerprint(), tokens, seed, openings)
+    path = cache_folder() / "corpora" / f"sampled-{key[:16]}.jsonl"
     if path.exists():
         return path
     length = -(-tokens // len(openings))

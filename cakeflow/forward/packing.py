@@ -1,4 +1,4 @@
-"""Rows of different lengths in one forward pass: padding and grouping."""
+"""Padding and grouping of rows of different lengths for common forward passes."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+GIB = 2**30
+"""Bytes in a gibibyte."""
+
 
 def pad(ids: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> Int[Tensor, "rows time"]:
-    """Stack ragged rows, padded on the right with token 0 (never attended to by the tokens before it)."""
+    """Stack ragged rows, padded on the right with token 0, which no token before it attends to."""
     width = max(map(len, ids))
     return torch.tensor([[*row, *[0] * (width - len(row))] for row in ids], device=device)
 
 
 def plan(lengths: Sequence[int], max_tokens: int, slack: int = 32) -> list[list[int]]:
-    """Group rows of similar length, so that little is padded and no group holds too many tokens.
+    """Group rows of similar length, with little padding and a limit on the tokens in a group.
 
     Args:
         lengths: Tokens in each row.
-        max_tokens: Most tokens in a group, padding included; a longer row gets a group of its own.
+        max_tokens: Most tokens in a group, padding included; a longer row forms a group of its own.
         slack: Most padding tokens in a group; about what one more forward pass costs.
 
     Returns:
@@ -42,7 +45,3 @@ def plan(lengths: Sequence[int], max_tokens: int, slack: int = 32) -> list[list[
             groups.append([index])
             padding = 0
     return groups
-
-
-GIB = 2**30
-"""Bytes."""

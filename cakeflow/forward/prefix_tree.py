@@ -1,10 +1,10 @@
-"""Next-token predictions after many contexts, in few tokens: what contexts begin with alike is read once.
+"""Next-token predictions after many contexts, whose common beginnings are run once.
 
 Contexts are packed into prefix trees. A tree is one row of tokens in which each token attends to its ancestors and
 stands at the position of its depth, so every node is exactly the end of one context. A record of CounterFact is 26
 prompts with their targets; padded, as the official code reads them, that is five to six times the tokens of its tree.
 Attention whose positions come from the mask alone (ALiBi), or that slides over less than a whole text, cannot branch:
-there a row is one text, which still answers for everything that it begins with.
+there a row is one text, which still gives the predictions after each of its beginnings.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
 Context = tuple[int, ...]
-
-
+"""Token ids before a prediction."""
 SIZE = 256
-"""Tokens of a tree, unless one context alone is longer: attention costs size per token, sharing wants it large."""
+"""Most tokens in a tree, unless one context is longer: large trees share more, but attention grows with their size."""
 
 
 @dataclass
@@ -34,14 +33,14 @@ class PrefixTree:
 
     Attributes:
         ids: The token of each node.
-        parent: The node before it, -1 at the beginning.
+        parent: Index of the node before each node; -1 at the beginning.
     """
 
     ids: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
 
     def extend(self, path: list[int], tokens: Sequence[int]) -> list[int]:
-        """Append tokens below the last node of ``path``; the path that they make."""
+        """Append tokens below the last node of ``path`` and return the longer path."""
         for token in tokens:
             self.parent.append(path[-1] if path else -1)
             path = [*path, len(self.ids)]
@@ -49,19 +48,19 @@ class PrefixTree:
         return path
 
     def ancestors(self, width: int) -> Bool[Tensor, "width width"]:
-        """Which nodes each node sees: itself and those before it; padding up to ``width`` sees itself."""
-        seen = torch.eye(width, dtype=torch.bool)
+        """Return the attention mask: a node attends to itself and its ancestors, padding up to ``width`` to itself."""
+        mask = torch.eye(width, dtype=torch.bool)
         for node, parent in enumerate(self.parent):
             if parent >= 0:
-                seen[node] |= seen[parent]
-        return seen
+                mask[node] |= mask[parent]
+        return mask
 
 
 def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree], dict[Context, tuple[int, int]]]:
     """Pack contexts into trees of at most ``size`` tokens where possible; size 0 makes every tree a single text.
 
     Args:
-        contexts: What is to be read, repetitions allowed.
+        contexts: Contexts, repetitions allowed.
         size: Most tokens in a tree of several branches.
 
     Returns:
@@ -76,7 +75,8 @@ def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree
     place: dict[Context, tuple[int, int]] = {}
     path: list[int] = []
     last: Context = ()
-    for context in sorted(set(contexts)):  # what begins a context stands somewhere before it, its siblings beside it
+    # sorted, a context follows its beginnings directly, and contexts with a common beginning are neighbors
+    for context in sorted(set(contexts)):
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(context, last, strict=False)))
         fits = bool(trees) and (len(trees[-1].ids) + len(context) - shared <= size if size else shared == len(last))
         if not fits:
@@ -91,41 +91,41 @@ def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree
 def predict(
     lm: LanguageModel, contexts: Sequence[Context], labels: Sequence[int], max_tokens: int = 4096
 ) -> tuple[Float[Tensor, " m"], Bool[Tensor, " m"]]:
-    """How likely each label is as the next token.
+    """Compute the log-probability of each label as the next token.
 
     Args:
         lm: The model.
-        contexts: m token sequences, none of them empty.
-        labels: The token after each.
+        contexts: m contexts, none of them empty.
+        labels: Token id after each context.
         max_tokens: Most tokens in one forward pass.
 
     Returns:
-        Log-probabilities (natural logarithm), and whether the label is the arg-max.
+        Log-probabilities (natural logarithm), and True where the label is the arg-max.
     """
     branching = lm.places_tokens and lm.sees_all(max(map(len, contexts), default=0))
     trees, place = grow(contexts, SIZE if branching else 0)
     logprobs, hits = torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
-    asked: list[list[int]] = [[] for _ in trees]
+    indices: list[list[int]] = [[] for _ in trees]  # of the contexts in each tree
     for index, context in enumerate(contexts):
-        asked[place[context][0]].append(index)
+        indices[place[context][0]].append(index)
     for group in plan([len(tree.ids) for tree in trees], max_tokens, slack=SIZE):
-        chosen = [(row, index) for row, tree in enumerate(group) for index in asked[tree]]
+        chosen = [(row, index) for row, tree in enumerate(group) for index in indices[tree]]
         ends = torch.tensor([(row, place[contexts[index]][1]) for row, index in chosen], device=lm.device)
-        ends, read = ends.unique(dim=0, return_inverse=True)  # one row of logits for all labels of a context
+        ends, rows = ends.unique(dim=0, return_inverse=True)  # one row of logits for all labels of a context
         with logits_at(lm, *ends.T):
             logits = lm(**_inputs(lm, [trees[tree] for tree in group], branching), use_cache=False).logits[0]
         where = torch.tensor([index for _, index in chosen])
         label = torch.tensor([labels[index] for _, index in chosen], device=lm.device)
-        of_label = logits[read, label].float() - logits.float().logsumexp(-1)[read]
-        logprobs[where], hits[where] = of_label.cpu(), (logits.argmax(-1)[read] == label).cpu()
+        of_label = logits[rows, label].float() - logits.float().logsumexp(-1)[rows]
+        logprobs[where], hits[where] = of_label.cpu(), (logits.argmax(-1)[rows] == label).cpu()
     return logprobs, hits
 
 
 def _inputs(lm: LanguageModel, trees: Sequence[PrefixTree], branching: bool) -> dict[str, Tensor]:
-    """What the model reads, one row per tree, padded on the right."""
+    """Return the arguments of the forward pass, one row per tree, padded on the right."""
     ids = pad([tree.ids for tree in trees], lm.device)
     if not branching:
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    seen = torch.stack([tree.ancestors(ids.shape[1]) for tree in trees]).to(lm.device)
-    mask = torch.zeros(seen.shape, dtype=lm.dtype, device=lm.device).masked_fill(~seen, torch.finfo(lm.dtype).min)
-    return {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": seen.sum(-1) - 1}
+    visible = torch.stack([tree.ancestors(ids.shape[1]) for tree in trees]).to(lm.device)
+    mask = torch.zeros(visible.shape, dtype=lm.dtype, device=lm.device).masked_fill(~visible, torch.finfo(lm.dtype).min)
+    return {"input_ids": ids, "attention_mask": mask[:, None], "position_ids": visible.sum(-1) - 1}

@@ -1,8 +1,8 @@
-"""From text to tokens: rows with the subject's last token and the first target token marked by character offsets.
+"""Tokenisation: rows with the subject's last token and the target's first token marked by character offsets.
 
-Positions come from the fast tokenizer's offset mapping, never from counting tokens of a prefix. Rows are ragged lists;
-whoever runs them pads on the right (``pad``), where causal attention cannot see the padding, so the tokenizer's own
-padding side never matters.
+Positions come from the fast tokenizer's offset mapping, never from counting tokens of a prefix. Rows are ragged lists
+that are padded on the right before a forward pass (``pad``), where causal attention cannot see the padding; the
+tokenizer's own padding side does not matter.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from cakeflow.errors import Fault, RequestError
 from cakeflow.models.language import LanguageModel
 
 ESSENCE = "{} is a"
-"""The neutral prompt on which a target value must not change the model's opinion (ROME 3.1, eq. 4)."""
+"""Neutral prompt on which a target value must not change the model's predictions (ROME 3.1, eq. 4)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One tokenised text.
+    """A tokenised text.
 
     Attributes:
         ids: Token ids, special tokens at the front included.
-        subject: Index of the subject's last token (-1 where the text has no subject).
-        target: Index of the first target token (``len(ids)`` where it has no target).
-        start: Index of the subject's first token (-1 where it was not asked for).
+        subject: Index of the subject's last token; -1 without a subject.
+        target: Index of the first target token; ``len(ids)`` without a target.
+        start: Index of the subject's first token; -1 unless ``encode`` received ``starts``.
     """
 
     ids: tuple[int, ...]
@@ -105,7 +105,7 @@ class TextBatch(EditBatch):
 
 
 def join(prompt: str, target: str) -> str:
-    """Prompt and target as one text, one space between them unless one of them brings it."""
+    """Join prompt and target, with a space between them unless one of them has white space there."""
     return prompt + ("" if prompt[-1].isspace() or target[0].isspace() else " ") + target
 
 
@@ -116,14 +116,14 @@ def encode(
     targets: Sequence[int],
     starts: Sequence[int] = (),
 ) -> list[Row]:
-    """Tokenise texts and find characters in each.
+    """Tokenise texts and mark subject and target in each.
 
     Args:
-        tokenizer: A fast tokenizer; it adds its own special tokens (only those at the front are kept).
+        tokenizer: A fast tokenizer; of the special tokens that it adds, only those at the front stay.
         texts: Complete texts.
         subjects: Index of the character after the subject in each text (0: no subject).
-        targets: Index of the character at which the target starts (``len(text)``: no target).
-        starts: Index of the subject's first character in each text, where its first token is wanted.
+        targets: Index of the target's first character in each text (``len(text)``: no target).
+        starts: Index of the subject's first character in each text, to mark its first token too.
 
     Returns:
         One row per text.
@@ -131,14 +131,14 @@ def encode(
     encoded = tokenizer(
         list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, return_attention_mask=False
     )
-    places = zip(subjects, targets, starts or [-1] * len(texts), strict=True)
-    return [_row(encoded.encodings[i], *ends) for i, ends in enumerate(places)]
+    marks = zip(subjects, targets, starts or [-1] * len(texts), strict=True)
+    return [_row(encoded.encodings[i], *each) for i, each in enumerate(marks)]
 
 
 def _row(encoding: object, subject_end: int, target_start: int, subject_start: int) -> Row:
     ids, offsets = list(encoding.ids), list(encoding.offsets)  # type: ignore[attr-defined]
     special = list(encoding.special_tokens_mask)  # type: ignore[attr-defined]
-    while special and special[-1]:  # an end-of-text marker that the tokenizer added
+    while special and special[-1]:  # an end-of-text token after the target would not be the target's
         del ids[-1], offsets[-1], special[-1]
     inside = [i for i, (start, end) in enumerate(offsets) if start < subject_end and end > start and not special[i]]
     after = [i for i, (start, end) in enumerate(offsets) if end > max(start, target_start) and not special[i]]
@@ -152,7 +152,7 @@ def _row(encoding: object, subject_end: int, target_start: int, subject_start: i
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:
-    """Tokenise prompts each followed by a target; the rows have no subject."""
+    """Tokenise prompts, each followed by a target; the rows have no subject."""
     texts = [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
     return encode(tokenizer, texts, [0] * len(texts), [len(prompt) for prompt in prompts])
 
@@ -161,13 +161,10 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
     """Tokenise the requests of one batch in every context.
 
     Args:
-        lm: The model whose tokenizer is used.
-        requests: n checked requests.
-        contexts: The templates around each prompt, the bare one first.
-        first: Index that error messages give to the first request.
-
-    Returns:
-        The batch.
+        lm: Model whose tokenizer is used.
+        requests: n requests, checked.
+        contexts: Templates around each prompt, the bare one first.
+        first: Index of the first request in error messages.
 
     Raises:
         RequestError: If a target has no token of its own, or a text is longer than the model can read.
@@ -183,7 +180,7 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
     flat = encode(lm.tokenizer, texts, subjects, targets, starts)
     width = len(contexts.templates)
     rows = tuple(tuple(flat[i * width : (i + 1) * width]) for i in range(len(requests)))
-    _check_lengths(lm, requests, rows, first)
+    _check_rows(lm, requests, rows, first)
     essence = encode(
         lm.tokenizer,
         [ESSENCE.replace("{}", request.subject) for request in requests],
@@ -193,19 +190,20 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
     return TextBatch(requests, rows, tuple(essence), contexts.weights, first)
 
 
-def _check_lengths(
+def _check_rows(
     lm: LanguageModel, requests: Sequence[EditRequest], rows: tuple[tuple[Row, ...], ...], first: int
 ) -> None:
-    problems: list[Fault] = []
+    faults: list[Fault] = []
     for index, (request, variants) in enumerate(zip(requests, rows, strict=True), first):
         longest = max(len(row.ids) for row in variants)
-        lost = any(row.subject < 0 for row in variants)
-        untold = any(row.target >= len(row.ids) or row.target <= row.subject for row in variants)
-        faults = (
-            (untold, "target_new", "has no token of its own after the prompt; give another target"),
-            (lost, "subject", "the tokenizer gives it no token; write it otherwise"),
+        no_subject = any(row.subject < 0 for row in variants)
+        # a token may hold the subject's end and the target's beginning: no row can mark both then
+        no_target = any(row.target >= len(row.ids) or row.target <= row.subject for row in variants)
+        checks = (
+            (no_target, "target_new", "has no token of its own after the prompt; give another target"),
+            (no_subject, "subject", "the tokenizer gives it no token; write it otherwise"),
             (longest > lm.longest, "prompt", f"longer than the model's {lm.longest} positions; shorten it"),
         )
-        problems += [Fault(index, field, getattr(request, field), remedy) for found, field, remedy in faults if found]
-    if problems:
-        raise RequestError(problems)
+        faults += [Fault(index, field, getattr(request, field), remedy) for failed, field, remedy in checks if failed]
+    if faults:
+        raise RequestError(faults)

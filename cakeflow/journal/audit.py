@@ -13,7 +13,7 @@ from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody,
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
-from cakeflow.storage.hashing import digest, tensor_hash
+from cakeflow.storage.hashing import file_hash, tensor_hash
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _file_faults(run: Path, store: JournalStore, entry: Entry, named: set[Path])
             yield f"{where}: {name!r} is not a file name"
         elif not path.is_file():
             yield f"{where}: {name} is missing; {FROM_A_COPY}"
-        elif digest(path) != expected:
+        elif file_hash(path) != expected:
             yield f"{where}: {name} was changed after it was written; {FROM_A_COPY}"
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from cakeflow.errors import LedgerError
 from cakeflow.journal.schema import BODIES, Line, S, Schema, parse_as, read_as, upgraded
-from cakeflow.storage.atomic import append_line, cut
+from cakeflow.storage.atomic import append_line, truncate
 
 Place = Callable[[int], str]
 """Layer -> name of the weight that format 1 meant by it."""
@@ -69,7 +69,7 @@ class Ledger:
         line = Line(number=len(self.entries), kind=kind, time=now, body=body.to_dict(), previous=self.head)
         line = line.model_copy(update={"hash": _hash(line)})
         if self.path.exists() and self.path.stat().st_size > self._size:
-            cut(self.path, self._size)
+            truncate(self.path, self._size)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = canonical(dict(line))
         append_line(self.path, text)
@@ -82,7 +82,7 @@ class Ledger:
         if len(self.entries) > count:
             del self.entries[count:]
             self._size = self._end(count)
-            cut(self.path, self._size)
+            truncate(self.path, self._size)
 
     def _end(self, count: int) -> int:
         """Return the size in bytes of the first ``count`` lines."""

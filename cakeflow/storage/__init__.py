@@ -1,25 +1,26 @@
-"""Files that appear whole, their hashes, and the cache folder."""
+"""Atomic and durable writes, hashes of files and tensors, and the cache folder."""
 
 from cakeflow.storage.atomic import (
     append_line,
     check_free,
-    cut,
+    truncate,
     uninterrupted,
     write_folder,
     write_tensors,
     write_text,
     write_whole,
 )
-from cakeflow.storage.cache import cache_folder
-from cakeflow.storage.hashing import digest, tensor_hash
+from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.hashing import file_hash, tensor_hash
 
 __all__ = [
     "append_line",
     "cache_folder",
     "check_free",
-    "cut",
-    "digest",
+    "content_key",
+    "file_hash",
     "tensor_hash",
+    "truncate",
     "uninterrupted",
     "write_folder",
     "write_tensors",

@@ -1,4 +1,4 @@
-"""Writing files so that readers see the old content or the new one, never half of it, and so that it lasts.
+"""Atomic and durable writes: readers see the old content or the new one, and a crash loses neither.
 
 ``sys.audit`` events named ``cakeflow.files`` mark the moments between which a crash could fall; tests stop there.
 """
@@ -22,7 +22,10 @@ from cakeflow.errors import ConfigError
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it and flush the folder."""
+    """Let ``write`` fill a temporary file beside ``path``, flush it to disk, then rename it and flush the folder.
+
+    The order matters: renamed before it is flushed, a file could be empty after a power cut.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -38,21 +41,22 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole."""
+    """Write a text file atomically, as UTF-8."""
     write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole."""
-    ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}  # none share memory
+    """Write a safetensors file atomically."""
+    # safetensors refuses tensors that share memory, so each is copied
+    ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     write_whole(path, lambda temporary: save_file(ready, temporary, dict(metadata or {})))
 
 
 def write_folder(path: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
-    """Let ``write`` fill a new folder, flush it, then put it in the place of ``path``.
+    """Let ``write`` fill a new folder, flush it, then move it to ``path``; the old folder stays until that is done.
 
     Raises:
-        ConfigError: If there is something at ``path`` already and it is not to be overwritten.
+        ConfigError: If ``path`` exists and may not be overwritten.
     """
     check_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -60,8 +64,8 @@ def write_folder(path: Path, write: Callable[[Path], object], *, overwrite: bool
     fresh.mkdir()
     try:
         write(fresh)
-        for found in fresh.rglob("*"):
-            _flush(found)
+        for entry in fresh.rglob("*"):
+            _flush(entry)
         _flush(fresh)
         if path.exists():
             path.rename(old)
@@ -70,15 +74,15 @@ def write_folder(path: Path, write: Callable[[Path], object], *, overwrite: bool
     finally:
         if old.exists() and not path.exists():
             old.rename(path)
-        for left in (fresh, old):
-            shutil.rmtree(left, ignore_errors=True)
+        for folder in (fresh, old):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def check_free(path: Path, *, overwrite: bool) -> None:
-    """Whether a folder may be written; to be asked before the work, too.
+    """Check that a folder may be written, e.g. before the work whose result it is for.
 
     Raises:
-        ConfigError: If something is there that is not to be overwritten, or is no folder.
+        ConfigError: If ``path`` is a file, or a folder with content that may not be overwritten.
     """
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         remedy = "choose another place" if not path.is_dir() else "choose another folder, or overwrite=True"
@@ -86,9 +90,9 @@ def check_free(path: Path, *, overwrite: bool) -> None:
 
 
 def append_line(path: Path, line: bytes) -> None:
-    """Add a line to a file and flush it to disk; if that fails, the file is as before.
+    """Append a line to a file and flush it to disk; if that fails, the file is as before.
 
-    A process that is killed meanwhile may leave a line without its end: readers must leave out such a tail.
+    A process that is killed meanwhile may leave an unfinished last line, which readers must ignore.
     """
     fresh = not path.exists()
     descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
@@ -110,8 +114,8 @@ def append_line(path: Path, line: bytes) -> None:
         _flush(path.parent)
 
 
-def cut(path: Path, size: int) -> None:
-    """Cut a file down to its first bytes."""
+def truncate(path: Path, size: int) -> None:
+    """Shorten a file to its first ``size`` bytes and flush it to disk."""
     with path.open("rb+") as file:
         file.truncate(size)
         os.fsync(file.fileno())
@@ -119,23 +123,24 @@ def cut(path: Path, size: int) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Hold back Ctrl-C until the body has ended, so that it cannot fall between two steps that belong together."""
+    """Delay Ctrl-C until the body has ended, so that it cannot fall between two steps that belong together."""
     usual = signal.getsignal(signal.SIGINT)
+    # only the main thread may set handlers; SIG_IGN, SIG_DFL and None are left as they are
     if threading.current_thread() is not threading.main_thread() or not callable(usual):
         yield
         return
-    held: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: held.append((number, frame)))
+    interrupts: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append((number, frame)))
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
-    if held:
-        usual(*held[0])
+    if interrupts:
+        usual(*interrupts[0])
 
 
 def _flush(path: Path) -> None:
-    """Have the system write a file, or a folder's names, to disk; not every system does so for folders."""
+    """Flush a file, or the names in a folder, to disk; systems that cannot do so for folders are forgiven."""
     folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
     try:

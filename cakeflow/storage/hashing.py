@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 
-def digest(path: Path) -> str:
+def file_hash(path: Path) -> str:
     """SHA-256 of a file's content."""
-    found = hashlib.sha256()
+    sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(2**20):
-            found.update(chunk)
-    return found.hexdigest()
+            sha.update(chunk)
+    return sha.hexdigest()
 
 
 def tensor_hash(tensor: Tensor) -> str:
     """SHA-256 of a tensor's type, shape and bits."""
-    found = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
-    found.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
-    return found.hexdigest()
+    sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+    return sha.hexdigest()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from cakeflow.errors import ConfigError
 from cakeflow.forward.tokens import Row
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
-from cakeflow.storage.cache import cache_folder
+from cakeflow.storage.cache import cache_folder, content_key
 
 PLACES = (
     "first subject token",
@@ -77,14 +76,13 @@ class TraceCache:
     @classmethod
     def of(cls, lm: LanguageModel, settings: dict[str, Any], folder: Path | None) -> TraceCache:
         """The ledger of a model (weights and tokenizer) and of the settings that decide the numbers."""
-        key = hashlib.sha256(json.dumps([lm.fingerprint(), str(lm.dtype), settings], sort_keys=True).encode())
-        return cls((folder or cache_folder() / "traces") / f"{key.hexdigest()[:16]}.jsonl")
+        key = content_key(lm.fingerprint(), str(lm.dtype), settings)
+        return cls((folder or cache_folder() / "traces") / f"{key[:16]}.jsonl")
 
     @staticmethod
     def _name(row: Row) -> str:
         """All that the numbers of a fact depend on: its tokens up to the object's first, and where the subject is."""
-        text = json.dumps([row.ids[: row.target + 1], row.start, row.subject])
-        return hashlib.sha256(text.encode()).hexdigest()[:24]
+        return content_key(row.ids[: row.target + 1], row.start, row.subject)[:24]
 
     def __contains__(self, row: Row) -> bool:
         return self._name(row) in self._known

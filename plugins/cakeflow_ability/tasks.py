@@ -127,7 +127,7 @@ def _read_items(
         entries = read_entries(path)
         problems = [fault for i, entry in enumerate(entries) for fault in _faults(i, entry, fields, label, labels)]
     except RequestError as error:
-        problems = list(error.problems)
+        problems = list(error.faults)
     if problems:
         raise ConfigError("\n  ".join([f"{len(problems)} problem(s) in {path}:", *map(str, problems)]))
     if not entries:

@@ -11,7 +11,7 @@ from cakeflow import EditDataModule, GradientSearch, LocateThenEdit
 from cakeflow.callbacks import NeutralText, PeriodicCallback, Retention
 from cakeflow.data import builtin_facts
 from cakeflow.data.contexts import Contexts
-from cakeflow.errors import ConfigError, StatisticsError
+from cakeflow.errors import ConfigError
 from cakeflow.evaluation.scoring import score_records
 from cakeflow.models import Site
 
@@ -118,7 +118,7 @@ def test_neutral_text_is_read_before_anything_is_edited(lm, quiet, tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(ConfigError, match="a window needs 128"):
         fit(lm, quiet, [NeutralText(tmp_path / "short.txt")])
-    with pytest.raises(StatisticsError):
+    with pytest.raises(ConfigError, match=r"no file or folder .*none\.txt"):
         fit(lm, quiet, [NeutralText([tmp_path / "none.txt"])])
     with pytest.raises(ConfigError, match=r"window must be between 2 and tokens \(64\), got 128"):
         NeutralText("x", tokens=64)

@@ -75,17 +75,17 @@ def test_metrics_name_what_they_need():
 
 
 def test_nothing_is_said_of_full_records(caplog):
-    check_fields(FULL, NEEDS, asked=NEEDS)
+    check_fields(FULL, NEEDS, explicit=NEEDS)
     assert caplog.records == []
 
 
 def test_a_metric_that_was_asked_for_and_can_judge_nothing_is_an_error(caplog):
     """Also where no single field is missing everywhere: a record needs all of them."""
     check_fields([ZSRE, BARE], NEEDS)
-    check_fields([*FULL, BARE], NEEDS, asked=NEEDS)
+    check_fields([*FULL, BARE], NEEDS, explicit=NEEDS)
     half = EditRequest("{} is", "Bob", "tall", "small")
     with pytest.raises(ConfigError, match=r"no record can feed generalization: .* in 1, .* in 1 of 2 records; add"):
-        check_fields([ZSRE, half], NEEDS, asked=["generalization", "specificity_exact"])
+        check_fields([ZSRE, half], NEEDS, explicit=["generalization", "specificity_exact"])
     with pytest.raises(ConfigError) as caught:
-        check_fields([BARE], NEEDS, asked=NEEDS)
+        check_fields([BARE], NEEDS, explicit=NEEDS)
     assert all(metric in str(caught.value) for metric in NEEDS)

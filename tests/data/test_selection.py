@@ -83,7 +83,7 @@ def test_an_error_names_just_what_dropping_would_leave_out(setting, limit):
         return
     with pytest.raises(RequestError) as caught:
         select(records, **way, limit=limit)
-    assert {problem.index for problem in caught.value.problems} == wrong  # case ids are places in the source here
+    assert {problem.index for problem in caught.value.faults} == wrong  # case ids are places in the source here
 
 
 @given(st.integers(1, 30), st.none() | st.integers(1, 40), st.none() | st.integers())

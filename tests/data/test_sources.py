@@ -1,72 +1,21 @@
-"""Requests from files, lists and data sets, unchanged in their own schemas."""
+"""Requests and texts from files, URLs, lists and data sets; requests unchanged in their own schemas."""
 
 import gzip
 import json
 import shutil
-import threading
 import time
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import ClassVar
 
 import datasets
 import huggingface_hub
 import pytest
+from records import SAMPLES, as_json, as_lines, write, write_records
 
-from cakeflow.data import builtin_facts, read_requests
-from cakeflow.data.request import EditRequest, Probe
+from cakeflow.data import EditRequest, Probe, builtin_facts, read_entries, read_requests, read_text, read_texts
+from cakeflow.data.sources import parse_json
 from cakeflow.errors import ConfigError, RequestError
 
-COUNTERFACT = [
-    {
-        "case_id": case,
-        "pararel_idx": 100 + case,
-        "requested_rewrite": {
-            "prompt": "{} keeps its archive in",
-            "relation_id": "P276",
-            "target_new": {"str": new, "id": "Q1"},
-            "target_true": {"str": "Lund", "id": "Q2"},
-            "subject": subject,
-        },
-        "paraphrase_prompts": [f"It rained. The archive of {subject} is in", f"{subject} stores its papers in"],
-        "neighborhood_prompts": ["The Old Mill keeps its archive in"],
-        "attribute_prompts": ["The New Mill keeps its archive in"],
-        "generation_prompts": [f"Visitors of {subject}"],
-    }
-    for case, (subject, new) in enumerate([("The Paper Guild", "Turku"), ("Café Söder", "Malmö")])
-]
-ZSRE = [
-    {
-        "subject": "The Slow Train",
-        "src": "Who directed The Slow Train?",
-        "pred": "Nobody",
-        "rephrase": "By whom was The Slow Train directed?",
-        "alt": "Nils Holm",
-        "answers": ["Ida Dahl"],
-        "loc": "nq question: who wrote the long song",
-        "loc_ans": "Per Ek",
-        "cond": "Nobody >> Nils Holm || Who directed The Slow Train?",
-    }
-]
-OWN = [
-    {"prompt": "{} is made of", "subject": "The bell", "target_new": "tin", "target_true": "bronze", "probes": None},
-    {"prompt": "{} is made of", "subject": "Kærnhuset", "target_new": "木", "probes": [
-        {"kind": "neighborhood", "prompt": "The barn is made of", "expected": "oak"}]},
-]  # fmt: skip
-SAMPLES = {"counterfact": COUNTERFACT, "zsre": ZSRE, "own": OWN}
-
-
-def as_json(records):
-    return json.dumps(records, ensure_ascii=False, indent=1)
-
-
-def as_lines(records):
-    return "\n".join(["", *(json.dumps(record, ensure_ascii=False) for record in records), " ", ""])
-
-
-def write_records(path: Path, records: list) -> Path:
-    return write(path, (as_lines if ".jsonl" in path.name else as_json)(records))
+COUNTERFACT, ZSRE, OWN = SAMPLES.values()
 
 
 @pytest.fixture(autouse=True)
@@ -75,43 +24,8 @@ def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cached")
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", str(tmp_path / "cached" / "downloads"))
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-
-
-class _Site(SimpleHTTPRequestHandler):
-    """Notes what is sent, and says by an ETag whether a file is still the same."""
-
-    sent: ClassVar[list[str]] = []
-
-    def log_message(self, *_):
-        pass
-
-    def do_GET(self):
-        self.sent.append(self.path)
-        super().do_GET()
-
-    def end_headers(self):
-        path = Path(self.translate_path(self.path))
-        if path.is_file():
-            self.send_header("ETag", f'"{path.stat().st_mtime_ns}"')
-        super().end_headers()
-
-
-@pytest.fixture
-def site(tmp_path):
-    """A folder and the URL under which it can be read."""
-    folder = tmp_path / "site"
-    folder.mkdir()
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(_Site, directory=str(folder))) as server:
-        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-        yield folder, f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-def write(path: Path, text: str) -> Path:
-    data = text.encode()
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
-    return path
+    for constants in (huggingface_hub.constants, datasets.config):  # whatever the environment says
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 @pytest.mark.parametrize("suffix", [".json", ".json.gz", ".jsonl", ".jsonl.gz"])
@@ -186,12 +100,12 @@ def test_errors_of_a_url_name_it_and_the_line(site):
         read_requests(f"{url}/a.jsonl")
 
 
-def test_a_url_is_fetched_again_only_when_it_changed(site):
+def test_a_url_is_fetched_again_only_when_it_changed(site, sent):
     folder, url = site
     write_records(folder / "again.json", OWN)
     for _ in range(2):
         assert read_requests(f"{url}/again.json") == read_requests(OWN)
-    assert _Site.sent.count("/again.json") == 1
+    assert sent.count("/again.json") == 1
     write_records(folder / "again.json", ZSRE)
     assert read_requests(f"{url}/again.json") == read_requests(ZSRE)
 
@@ -305,6 +219,8 @@ def test_without_a_network_the_hubs_data_sets_come_from_the_cache(tmp_path, monk
     assert read_requests("owner/set") == read_requests("owner/set", "train") == read_requests(COUNTERFACT)
     with pytest.raises(ConfigError, match="test"):
         read_requests("owner/set", "test")
+    with pytest.raises(ConfigError, match="owner/set: entry 0, text = None"):
+        next(read_texts("owner/set"))
 
 
 # ---- bad files ----
@@ -332,7 +248,7 @@ def test_broken_json_names_file_and_line(name, text, line, tmp_path):
     path = write(tmp_path / name, text)
     with pytest.raises(RequestError) as caught:
         read_requests(path)
-    (problem,) = caught.value.problems
+    (problem,) = caught.value.faults
     assert problem.index == line
     assert f"broken JSON in {path}, line {line}, column" in str(caught.value)
 
@@ -382,4 +298,102 @@ def test_bad_entries_of_a_file_are_all_reported(tmp_path):
     records = [OWN[0], {**OWN[0], "prompt": "none"}, {**OWN[0], "target_new": ""}]
     with pytest.raises(RequestError) as caught:
         read_requests(write(tmp_path / "a.jsonl", as_lines(records)))
-    assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, "prompt"), (2, "target_new")]
+    assert [(problem.index, problem.field) for problem in caught.value.faults] == [(1, "prompt"), (2, "target_new")]
+
+
+# ---- texts ----
+
+TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "third"]
+
+
+def corpus(folder, kind):
+    """A source with the texts, of a kind."""
+    entries = [{"text": text, "other": number} for number, text in enumerate(TEXTS)]
+    dataset = datasets.Dataset.from_list(entries)
+    if kind in ("dataset", "list", "splits"):
+        return {"dataset": dataset, "list": entries, "splits": datasets.DatasetDict(validation=dataset)}[kind]
+    if kind in ("folder", "arrow"):
+        dataset.save_to_disk(folder / "saved")
+        return folder / "saved" if kind == "folder" else next((folder / "saved").glob("*.arrow"))
+    return write_records(folder / f"corpus.{kind}", entries)
+
+
+KINDS = ["jsonl", "json", "jsonl.gz", "json.gz", "arrow", "folder", "dataset", "splits", "list"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_source_of_texts(kind, tmp_path):
+    source = corpus(tmp_path, kind)
+    assert list(read_texts(source)) == TEXTS
+    assert [entry["text"] for entry in read_entries(source)] == TEXTS  # one reader for entries and texts
+
+
+def test_texts_of_a_url(site):
+    folder, url = site
+    corpus(folder, "jsonl.gz")
+    write(folder / "a.txt", TEXTS[0])
+    assert list(read_texts([f"{url}/corpus.jsonl.gz", f"{url}/a.txt?raw=1"])) == [*TEXTS, TEXTS[0]]
+
+
+def test_a_text_file_is_one_document(tmp_path):
+    paths = [write(tmp_path / name, text) for name, text in zip(["a.txt", "b.txt.gz", "c"], TEXTS, strict=True)]
+    assert list(read_texts([paths[0], str(paths[1]), paths[2], corpus(tmp_path, "dataset")])) == TEXTS * 2
+    (tmp_path / "windows.txt").write_bytes("\ufeffone\r\n\r\ntwo\r\n".encode())
+    assert list(read_texts(tmp_path / "windows.txt")) == ["one\n\ntwo\n"]
+    assert read_text(tmp_path / "windows.txt") == "one\r\n\r\ntwo\r\n"
+
+
+def test_json_lines_are_read_as_far_as_they_are_needed(tmp_path, monkeypatch):
+    monkeypatch.setattr("cakeflow.data.sources.LARGEST", 100)
+    path = write(tmp_path / "a.jsonl", '{"text": "one"}\n' * 50 + "broken" + "\n" + "x" * 101)
+    texts = read_texts(path)
+    assert [next(texts) for _ in range(50)] == ["one"] * 50
+    with pytest.raises(ConfigError, match=r"a\.jsonl, line 51, column 1"):
+        next(texts)
+    with pytest.raises(ConfigError, match=r"a\.jsonl has more than"):
+        read_entries(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.jsonl", b'{"text": "a"}\nnot json\n', r"a\.jsonl, line 2, column 1"),
+        ("a.jsonl", b'{"text": "a"}\n{"body": "a"}', r"a\.jsonl: entry 1, text = None: .*field 'text'"),
+        ("a.jsonl", b'{"text": "a"}\n\n{"text": 5}\n', r"a\.jsonl: entry 1, text = 5: "),
+        ("a.jsonl", b"[1]\n", r"a\.jsonl: entry 0, text"),
+        ("a.json", b'{"text": "a"}\n{"text": "b"}', r"a\.json, line 2.*with one object a line \.jsonl"),
+        ("latin.txt", "größer".encode("latin-1"), r"latin\.txt cannot be read as UTF-8 text: .* save it as such"),
+        ("latin.jsonl", '{"text": "größer"}'.encode("latin-1"), r"latin\.jsonl cannot be read as UTF-8 text"),
+        ("a.txt.gz", gzip.compress(b"text")[:-6], r"a\.txt\.gz cannot be read .*fetch it again"),
+        ("a.arrow", b"none", r"a\.arrow' cannot be read as a data set"),
+    ],
+)
+def test_bad_corpora_are_named(name, content, words, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=words):
+        list(read_texts([{"text": "good"}, tmp_path / name]))
+
+
+def test_a_false_gz_is_read_by_its_content(tmp_path):
+    (tmp_path / "a.txt.gz").write_text(TEXTS[1], encoding="utf-8")
+    assert list(read_texts(tmp_path / "a.txt.gz")) == [TEXTS[1]]
+
+
+@pytest.mark.parametrize(
+    "source", [None, 5, b"text", "missing.txt", "no/such-file.arrow", "no/file.txt.gz", "owner/set"]
+)
+def test_what_is_no_corpus(source):
+    with pytest.raises(ConfigError, match=r"; give 'builtin', a \.json"):
+        list(read_texts(source))
+
+
+def test_entries_without_text_are_named():
+    for source in (datasets.Dataset.from_dict({"body": ["x"]}), "builtin", {"body": "x"}):
+        with pytest.raises(ConfigError, match=r"entry 0, text = None: .*field 'text'"):
+            list(read_texts(source))
+
+
+def test_parse_json_counts_from_the_first_line():
+    assert parse_json('{"a": [1]}', "x.json") == {"a": [1]}
+    with pytest.raises(RequestError, match=r"x\.json, line 12, column 2"):
+        parse_json("[1,\n ?]", "x.json", 11)

@@ -14,9 +14,9 @@ from cakeflow import Contexts, Editor, EditRequest, Evaluation, LocateThenEdit, 
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import free_prompts, plain
-from cakeflow.evaluation.scoring import KINDS, questions, score_records
+from cakeflow.evaluation.scoring import score_records, scored_prompts
 from cakeflow.forward.generation import continuations, until_stop
-from cakeflow.metrics import Fluency
+from cakeflow.metrics import KINDS, Fluency
 from cakeflow.metrics.text import fluency
 from cakeflow.models import Site
 
@@ -31,7 +31,7 @@ def test_answers_are_what_the_parts_say(tiny):
     for name in ("expected", "rival", "correct", "tokens", "record", "kind"):
         torch.testing.assert_close(getattr(found.scores, name), getattr(alone, name), equal_nan=True)
     assert alone.answered.isnan().all()
-    asked = list(questions(RECORDS))
+    asked = list(scored_prompts(RECORDS))
     said = [until_stop(text) for text in continuations(tiny, [question.prompt for question in asked], 4)]
     right = [plain(text) == plain(question.expected) for text, question in zip(said, asked, strict=True)]
     assert found.scores.answered.tolist() == right
@@ -69,7 +69,7 @@ def test_rows_hold_every_prompt(tiny):
     found = EVERYTHING.ask(tiny, RECORDS)
     rows = json.loads(json.dumps(list(found.rows(first=7)), allow_nan=False))
     assert [row["index"] for row in rows] == [7, 8, 9, 10, 11]
-    asked = iter(enumerate(questions(RECORDS)))
+    asked = iter(enumerate(scored_prompts(RECORDS)))
     for record, row in zip(RECORDS, rows, strict=True):
         assert {name: row[name] for name in ("case_id", "prompt", "subject", "target_new", "relation")} == {
             name: getattr(record, name) for name in ("case_id", "prompt", "subject", "target_new", "relation")

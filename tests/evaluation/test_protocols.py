@@ -7,7 +7,8 @@ from tokenizers import processors
 from cakeflow import EditRequest, Probe
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.protocols import checked_protocol
-from cakeflow.evaluation.scoring import KINDS, questions, score_records
+from cakeflow.evaluation.scoring import score_records, scored_prompts
+from cakeflow.metrics import KINDS
 
 RECORDS = [
     EditRequest(
@@ -67,7 +68,7 @@ def accuracy(lm, prompt, target, neighborhood):
 
 def test_official_numbers(asked):
     found = score_records(asked, RECORDS, "official")
-    for place, question in enumerate(questions(RECORDS)):
+    for place, question in enumerate(scored_prompts(RECORDS)):
         mean, right = likelihood(asked, question.prompt, question.expected)
         assert float(found.expected[place]) == pytest.approx(mean, abs=1e-5)
         assert bool(found.correct[place]) == right

@@ -6,7 +6,8 @@ from tokenizers import normalizers
 
 from cakeflow import EditRequest, Probe, RequestError
 from cakeflow.data import builtin_facts
-from cakeflow.evaluation.scoring import KINDS, check_records, score_records, score_targets
+from cakeflow.evaluation.scoring import check_records, score_records, score_targets
+from cakeflow.metrics import KINDS
 
 PROMPTS = ["The capital of Peru is", "A", "日本の首都は", "It is said that a very long sentence about the sea"]
 PROMPTS += ["Who is ", "The sign 🙂 means", "Rome, Rome, Rome is called '"]
@@ -147,7 +148,7 @@ def test_targets_without_a_token_are_refused(lm, targets):
 
 def test_every_record_that_cannot_be_asked_is_named_by_its_place(lm, monkeypatch):
     """Whatever part it is checked in, and a target that several prompts share once."""
-    monkeypatch.setattr("cakeflow.evaluation.scoring.CHECKED_AT_ONCE", 2)
+    monkeypatch.setattr("cakeflow.evaluation.scoring.CHECK_SIZE", 2)
     backend = lm.tokenizer.backend_tokenizer
     backend.normalizer = normalizers.Sequence([normalizers.Replace("☃", ""), normalizers.Strip()])
     long = "word " * lm.longest + "is"
@@ -161,11 +162,11 @@ def test_every_record_that_cannot_be_asked_is_named_by_its_place(lm, monkeypatch
     expected = [(0, "target_true"), (1, "probes.expected"), (3, "target_new"), (4, "probes.prompt")]
     with pytest.raises(RequestError) as caught:
         check_records(lm, records)
-    assert [(problem.index, problem.field) for problem in caught.value.problems] == expected
+    assert [(problem.index, problem.field) for problem in caught.value.faults] == expected
     for protocol in ("clean", "official"):
         with pytest.raises(RequestError) as caught:
             score_records(lm, [records[2], records[1]], protocol)
-        assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, "probes.expected")]
+        assert [(problem.index, problem.field) for problem in caught.value.faults] == [(1, "probes.expected")]
     check_records(lm, [records[2]])
 
 

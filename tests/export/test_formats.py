@@ -22,7 +22,7 @@ from cakeflow.export import Manifest, apply_delta
 from cakeflow.models import Site
 from cakeflow.models.loading import load_model
 from cakeflow.solvers import Descent
-from cakeflow.storage.hashing import digest, tensor_hash
+from cakeflow.storage.hashing import file_hash, tensor_hash
 
 FORMATS = ("model", "delta", "lora")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -286,7 +286,7 @@ def forged(folder, tensors, **changes):
     told = json.loads((folder / "manifest.json").read_text())
     del told["hash"]
     manifest = Manifest(**{**told, **changes})
-    files = {"delta.safetensors": digest(folder / "delta.safetensors")}
+    files = {"delta.safetensors": file_hash(folder / "delta.safetensors")}
     text = Manifest(**{**vars(manifest), "files": changes.get("files", files)}).text
     (folder / "manifest.json").write_text(text)
 

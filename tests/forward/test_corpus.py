@@ -1,79 +1,12 @@
-"""Texts from every kind of source, and the model's own samples."""
+"""Texts as tokens, and the model's own samples."""
 
-import gzip
-import json
-
-import datasets
-import pytest
 import torch
 
 from cakeflow.data.sources import read_texts
-from cakeflow.errors import StatisticsError
 from cakeflow.forward.corpus import OPENINGS, TOPICS, sampled_corpus, token_stream
 from cakeflow.models import Site
 
 TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "third"]
-
-
-def jsonl(texts=TEXTS):
-    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
-
-
-def write(folder, kind):
-    dataset = datasets.Dataset.from_dict({"text": TEXTS, "other": [1, 2, 3]})
-    if kind == "dataset":
-        return dataset
-    path = folder / f"corpus.{kind}"
-    if kind == "folder":
-        dataset.save_to_disk(path)
-    elif kind == "arrow":
-        dataset.save_to_disk(folder / "saved")
-        return next((folder / "saved").glob("*.arrow"))
-    elif kind.endswith(".gz"):
-        path.write_bytes(gzip.compress(jsonl().encode()))
-    else:
-        path.write_text(jsonl(), encoding="utf-8")
-    return path
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json", "jsonl.gz", "arrow", "folder", "dataset"])
-def test_records(tmp_path, kind):
-    assert list(read_texts(write(tmp_path, kind))) == TEXTS
-
-
-def test_a_text_file_is_one_document(tmp_path):
-    (tmp_path / "a.txt").write_text(TEXTS[0], encoding="utf-8")
-    (tmp_path / "b.txt.gz").write_bytes(gzip.compress(TEXTS[1].encode()))
-    assert list(read_texts(tmp_path / "a.txt")) == [TEXTS[0]]
-    assert list(read_texts(str(tmp_path / "b.txt.gz"))) == [TEXTS[1]]
-    assert list(read_texts([tmp_path / "a.txt", str(tmp_path / "b.txt.gz"), write(tmp_path, "dataset")])) == [
-        *TEXTS[:2],
-        *TEXTS,
-    ]
-
-
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [('{"text": "a"}\nnot json\n', "line 2"), ('{"body": "a"}\n', "line 1.*field 'text'"), ("[1]\n", "line 1")],
-)
-def test_bad_lines_are_named(tmp_path, content, words):
-    (tmp_path / "bad.jsonl").write_text(content)
-    with pytest.raises(StatisticsError, match=words):
-        list(read_texts(tmp_path / "bad.jsonl"))
-
-
-def test_a_text_that_is_not_a_string_is_refused(tmp_path):
-    (tmp_path / "bad.jsonl").write_text('{"text": "good"}\n{"text": 5}\n')
-    with pytest.raises(StatisticsError, match="line 2"):
-        list(read_texts(tmp_path / "bad.jsonl"))
-
-
-def test_sources_without_text_are_refused(monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(StatisticsError, match="record 0: needs a field 'text'"):
-        list(read_texts(datasets.Dataset.from_dict({"body": ["x"]})))
-    with pytest.raises(StatisticsError, match=r"corpus 'no/such-file\.arrow' is neither"):
-        list(read_texts("no/such-file.arrow"))
 
 
 def test_token_stream_joins_texts_and_stops_at_the_budget(lm):

@@ -4,14 +4,12 @@ import copy
 import dataclasses
 
 import pytest
-import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from cakeflow import Contexts, EditRequest, RequestError
-from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.tokens import encode, encode_batch, encode_prompts, join
 
 TEMPLATES = Contexts((("{}",), ("The sky is blue. {}", "Élan 日本 🙂. {}")))
@@ -111,7 +109,6 @@ def check(tokenizer, row, text, subject_end, target_start):
         assert row.subject == next(i for i, end in enumerate(after) if end >= last)
     first = len(text[:target_start].encode())
     assert row.target == next(i for i, end in enumerate(after) if end > first)
-    assert row.subject < row.target < len(row.ids)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -125,6 +122,7 @@ def test_subject_and_target_are_found(name, variant):
         text = join(prompt, request.target_new)
         assert prompt[start + request.subject_end - len(request.subject) :].startswith(request.subject)
         check(variant.tokenizer, row, text, start + request.subject_end, len(prompt))
+        assert row.subject < row.target < len(row.ids)
 
 
 @pytest.mark.real
@@ -169,17 +167,27 @@ WORDS = st.text(min_size=1, max_size=10).filter(lambda text: text.strip() and "{
 
 
 @pytest.fixture(scope="module")
-def byte_level(_models):
-    return _models["gpt2"].tokenizer
+def gpt2(_models):
+    return _models["gpt2"]
 
 
 @given(before=WORDS | st.just(""), subject=WORDS, after=WORDS | st.just(""), target=WORDS)
-def test_any_text(byte_level, before, subject, after, target):
+@example(before="", subject="0 ", after="", target="l")  # the token " l" is of both
+def test_any_text(gpt2, before, subject, after, target):
+    """Both marks are right; where one token holds the subject's end and the target's beginning, a batch refuses it."""
     prompt = before + subject + after
-    text = join(prompt, target)
-    subject_end = len(before) + len(subject)
-    (row,) = encode(byte_level, [text], [subject_end], [len(prompt)])
-    check(byte_level, row, text, subject_end, len(prompt))
+    text, subject_end = join(prompt, target), len(before) + len(subject)
+    (row,) = encode(gpt2.tokenizer, [text], [subject_end], [len(prompt)])
+    check(gpt2.tokenizer, row, text, subject_end, len(prompt))
+    request = EditRequest(before + "{}" + after, subject, target)
+    if row.subject < row.target:
+        batch = encode_batch(gpt2, [request], Contexts())
+        assert dataclasses.replace(batch.rows[0][0], start=-1) == row
+    else:
+        assert row.subject == row.target
+        with pytest.raises(RequestError, match="no token of its own") as caught:
+            encode_batch(gpt2, [request], Contexts())
+        assert [(fault.index, fault.field) for fault in caught.value.faults] == [(0, "target_new")]
 
 
 @pytest.fixture
@@ -213,7 +221,7 @@ def test_text_without_a_token_is_refused(wordy, request_, field):
     good = EditRequest("The capital of {} is", "Peru", "big")
     with pytest.raises(RequestError) as caught:
         encode_batch(wordy, [good, request_], Contexts())
-    assert [(problem.index, problem.field) for problem in caught.value.problems] == [(1, field)]
+    assert [(problem.index, problem.field) for problem in caught.value.faults] == [(1, field)]
 
 
 def test_texts_that_are_too_long_are_refused_all_at_once(lm):
@@ -223,7 +231,7 @@ def test_texts_that_are_too_long_are_refused_all_at_once(lm):
     requests = [fits, EditRequest(long + "{} is", "Peru", "big"), fits, EditRequest("{} is", "Peru", long)]
     with pytest.raises(RequestError, match=f"longer than the model's {limit} positions") as caught:
         encode_batch(lm, requests, Contexts())
-    assert [problem.index for problem in caught.value.problems] == [1, 3]
+    assert [problem.index for problem in caught.value.faults] == [1, 3]
 
 
 def test_a_text_that_is_just_short_enough_is_taken(lm):
@@ -249,32 +257,3 @@ def test_a_text_that_is_just_short_enough_is_taken(lm):
 )
 def test_join(prompt, target, text):
     assert join(prompt, target) == text
-
-
-def test_pad_puts_zeros_on_the_right():
-    assert torch.equal(pad([[5], [1, 2, 3], [7, 8]]), torch.tensor([[5, 0, 0], [1, 2, 3], [7, 8, 0]]))
-
-
-LENGTHS = st.lists(st.integers(1, 60), max_size=40)
-
-
-@given(LENGTHS, st.integers(1, 200), st.integers(0, 40))
-def test_plan(lengths, max_tokens, slack):
-    """Every row exactly once, longest first; a group keeps the budget (or is a single row) and the padding."""
-    groups = plan(lengths, max_tokens, slack)
-    assert sorted(index for group in groups for index in group) == list(range(len(lengths)))
-    order = [lengths[index] for group in groups for index in group]
-    assert order == sorted(order, reverse=True)
-    for group in groups:
-        longest = max(lengths[index] for index in group)
-        assert lengths[group[0]] == longest
-        assert len(group) == 1 or len(group) * longest <= max_tokens
-        assert sum(longest - lengths[index] for index in group) <= slack
-
-
-@given(LENGTHS.filter(bool))
-def test_plan_wastes_no_group(lengths):
-    """Rows of one length share a group as far as the budget goes, and room for all means one group."""
-    assert len(plan(lengths, max_tokens=10**6, slack=10**6)) == 1
-    assert len(plan([lengths[0]] * 10, max_tokens=3 * lengths[0], slack=0)) == 4
-    assert len(plan(lengths, max_tokens=10**6, slack=0)) == len(set(lengths))

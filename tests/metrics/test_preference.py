@@ -8,8 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics import Metric, MetricCollection
 
-from cakeflow.evaluation.scoring import KINDS
-from cakeflow.metrics import Efficacy, Generalization, Specificity
+from cakeflow.metrics import KINDS, Efficacy, Generalization, Specificity
 from cakeflow.metrics.preference import record_means
 
 METRICS = {"rewrite": Efficacy, "paraphrase": Generalization, "neighborhood": Specificity}

@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
-from cakeflow.evaluation.scoring import KINDS
-from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
+from cakeflow.metrics import KINDS, EditScore, Efficacy, Generalization, Specificity
 
 # (record, kind, succeeds by probability, is the arg-max): two records, worked by hand
 CASE = [

@@ -104,6 +104,9 @@ def test_bad_files(tmp_path):
         Consistency(idf="idf.npy")
     with pytest.raises(ConfigError, match=r"no file .*missing\.txt"):
         Consistency(corpus=tmp_path / "missing.txt")
+    (tmp_path / "latin.txt").write_bytes("größer".encode("latin-1"))
+    with pytest.raises(ConfigError, match=r"latin\.txt cannot be read as UTF-8 text"):
+        Consistency(corpus=tmp_path / "latin.txt")
     (tmp_path / "vocab.json").write_text('{"a": 0, "b": 1}')
     np.save(tmp_path / "idf.npy", np.array([1.0]))
     with pytest.raises(ConfigError, match="no idf vector with its words"):

@@ -1,6 +1,5 @@
 """Files are written whole or not at all."""
 
-import hashlib
 import os
 import signal
 import threading
@@ -14,14 +13,13 @@ from stops import STOPS
 from cakeflow.errors import ConfigError
 from cakeflow.storage.atomic import (
     append_line,
-    cut,
+    truncate,
     uninterrupted,
     write_folder,
     write_tensors,
     write_text,
     write_whole,
 )
-from cakeflow.storage.hashing import digest
 
 
 def test_text_round_trip_makes_folders_and_replaces(tmp_path):
@@ -79,7 +77,7 @@ def test_lines_are_added_whole_or_not_at_all(tmp_path):
     assert [moment[1] for moment in STOPS.seen] == ["append", "appended"]
     assert path.read_bytes() == b"one\n"
     append_line(path, b"two")
-    cut(path, 4)
+    truncate(path, 4)
     assert path.read_bytes() == b"one\n"
 
 
@@ -112,12 +110,6 @@ def test_a_folder_appears_whole_and_replaces_nothing_unasked(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="choose another place"):
         write_folder(tmp_path / "file", fill("x"), overwrite=True)
-
-
-def test_digest_is_that_of_the_content(tmp_path):
-    data = b"x" * (2**20 + 5)
-    (tmp_path / "a").write_bytes(data)
-    assert digest(tmp_path / "a") == hashlib.sha256(data).hexdigest()
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -137,7 +137,7 @@ def test_builtin_facts():
 def test_a_bad_entry_is_named(entry, field):
     with pytest.raises(RequestError, match=field) as error:
         read_facts([KNOWN, entry])
-    assert {problem.index for problem in error.value.problems} == {1}
+    assert {problem.index for problem in error.value.faults} == {1}
 
 
 def test_requests_that_contradict_each_other_may_both_be_traced():
