@@ -108,7 +108,7 @@ def look(lm: LanguageModel, folder: Path, wanted: list[dict[str, str]], told: in
     journal = Journal(copy.deepcopy(lm))
     journal.load(folder / "journal")
     assert len(journal) >= told, f"{told} batches were acknowledged, {len(journal)} are there"
-    assert hashes(journal.lm) == wanted[len(journal)], "the weights are not those of so many batches"
+    assert hashes(journal.model) == wanted[len(journal)], "the weights are not those of so many batches"
     return len(journal)
 
 

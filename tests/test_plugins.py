@@ -7,7 +7,7 @@ import pytest
 from cakeflow_restrain import Rect
 
 from cakeflow import plugins
-from cakeflow.cli.command_line import main
+from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import build_module
 from cakeflow.errors import PluginError
 from cakeflow.plugins import GROUP, find_plugins, load_plugins

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from cakeflow.cli.command_line import main
+from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import build_module
 from cakeflow.core.statistics import Statistics, convergence
 from cakeflow.errors import ConfigError, StatisticsError

@@ -36,11 +36,16 @@ def editor_of(lm: LanguageModel, trainer: dict[str, Any] | None = None, **change
     return Editor(module_of(lm, **changes), {**quiet, **(trainer or {})})
 
 
+def name_of(lm: LanguageModel, layer: int) -> str:
+    """Name of the weight that is edited at a layer."""
+    return lm.weight_name(Site(layer, "mlp_out"))
+
+
 def state(lm: LanguageModel, module: LocateThenEdit) -> dict[str, str]:
     """Hashes of every parameter and of every layer's key history."""
     found = {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
     for layer in range(lm.depth):
-        keys = module.journal.history(layer).keys
+        keys = module.journal.history(name_of(lm, layer)).keys
         found[f"history {layer}"] = "" if keys is None else tensor_hash(keys)
     return found
 

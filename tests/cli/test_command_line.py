@@ -5,7 +5,8 @@ import sys
 
 import pytest
 
-from cakeflow.cli.command_line import main, run
+from cakeflow.cli.command_line import run
+from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.checkpoint import SafeCheckpointIO
 from cakeflow.core.config import shipped
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cakeflow.cli.command_line import main
+from cakeflow.cli.command_line import run_command as main
 from cakeflow.data.sources import read_entries
 from cakeflow.forward.generation import continuations
 from cakeflow.tracing import Trace, read_facts

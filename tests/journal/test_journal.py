@@ -1,6 +1,7 @@
 """What was done can be taken back bit for bit, in any type, at any time, and lands on disk in plain formats."""
 
 import copy
+import dataclasses
 from contextlib import suppress
 from typing import ClassVar
 
@@ -10,15 +11,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from safetensors.torch import load_file
+from tiny_runs import name_of
 
-from cakeflow import LayerProblem, Update
+from cakeflow import Update
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import read_entries
-from cakeflow.journal.store import JournalStore
+from cakeflow.journal.ledger import bodies, read_entries
+from cakeflow.journal.schema import BatchBody, RunBody, TargetBody
 from cakeflow.models import Site
 
+RUN = RunBody(model="tiny", settings={}, edits=0, batch_size=1, data="", who="", versions={}, threads=1)
 FACTS = [EditRequest("{} plays", "Ann", "tennis")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
 
@@ -39,11 +43,17 @@ def draw(lm, layer, seed, scale=1.0, n=2):
 
 
 def apply(journal, step, layer, seed, scale=1.0):
-    lm, update = journal.lm, draw(journal.lm, layer, seed, scale)
-    problem = LayerProblem(
-        update.right.clone(), update.left, lm.oriented(Site(layer, "mlp_out")).double(), journal.origin(layer).double()
-    )
-    return journal.apply(step, layer, problem, update)
+    update = draw(journal.model, layer, seed, scale)
+    journal.apply(step, WeightChange(name_of(journal.model, layer), update, update.right.clone()), {"update": 1.0})
+
+
+def keys_at(journal, layer):
+    """Keys of the committed batches at a layer."""
+    return [change.keys for change in journal.changes if change.place == name_of(journal.model, layer)]
+
+
+def history(journal, layer):
+    return journal.history(name_of(journal.model, layer))
 
 
 def edit(journal, requests, seed, layers=(1, 3), scale=1.0, last=None):
@@ -62,7 +72,7 @@ def test_rollback_of_everything_is_bit_identical(tiny, requests, dtype):
     assert not same(tiny, before)
     journal.rollback()
     assert same(tiny, before)
-    assert len(journal) == len(journal.history(1)) == 0
+    assert len(journal) == len(history(journal, 1)) == 0
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -76,9 +86,9 @@ def test_rollback_of_the_last_batches_equals_never_having_done_them(tiny, reques
     journal.rollback(taken)
     assert same(tiny, snapshots[3 - taken])
     assert len(journal) == 3 - taken
-    keys = [part.keys for step in journal for part in step.layers if part.layer == 3]
-    assert len(journal.history(3)) == 2 * len(keys)
-    assert not keys or torch.equal(journal.history(3).keys, torch.cat(keys))
+    keys = keys_at(journal, 3)
+    assert len(history(journal, 3)) == 2 * len(keys)
+    assert not keys or torch.equal(history(journal, 3).keys, torch.cat(keys))
     for seed in range(3 - taken, 3):  # and doing them again gives the same bits
         edit(journal, requests[:2], 10 * seed, layers=(1, 3) if seed != 1 else (3, 4), scale=1e-3)
     assert same(tiny, snapshots[3])
@@ -108,7 +118,7 @@ def test_a_trial_leaves_nothing(tiny, requests, dtype, fails):
             raise KeyError
     assert same(tiny, before)
     assert len(journal) == 1
-    assert len(journal.history(1)) == 2
+    assert len(history(journal, 1)) == 2
     edit(journal, requests[2:4], seed=3)
     journal.rollback(1)
     assert same(tiny, before)
@@ -120,7 +130,7 @@ def test_a_batch_that_fails_is_taken_back_whole(tiny, requests, dtype, error):
     tiny.model.to(dtype)
     journal = Journal(tiny)
     edit(journal, requests[:2], 0, scale=1e-3)
-    before, rows = bits(tiny), {layer: journal.history(layer).keys.clone() for layer in (1, 3)}
+    before, rows = bits(tiny), {layer: history(journal, layer).keys.clone() for layer in (1, 3)}
 
     def fail():
         with journal.batch(requests[2:4]) as step:
@@ -133,8 +143,8 @@ def test_a_batch_that_fails_is_taken_back_whole(tiny, requests, dtype, error):
         fail()
     assert same(tiny, before)
     assert len(journal) == 1
-    assert all(torch.equal(journal.history(layer).keys, rows[layer]) for layer in rows)
-    assert len(journal.history(4)) == 0
+    assert all(torch.equal(history(journal, layer).keys, rows[layer]) for layer in rows)
+    assert len(history(journal, 4)) == 0
     edit(journal, requests[2:4], 50, scale=1e-3)  # the next batch starts from the same float32 masters
     after = bits(tiny)
     journal.rollback()
@@ -145,7 +155,7 @@ def test_a_batch_that_fails_is_taken_back_whole(tiny, requests, dtype, error):
 
 def test_a_pass_that_is_not_finite_touches_nothing(lm, requests):
     before, journal = bits(lm), Journal(lm)
-    with pytest.raises(NumericalError, match="layer 3: the edited weight is not finite"):
+    with pytest.raises(NumericalError, match=r"3\..*weight: the edited weight is not finite"):
         edit(journal, requests[:2], 0, layers=(1, 3), last=float("inf"))
     assert same(lm, before)
     assert len(journal) == 0
@@ -168,10 +178,7 @@ def test_small_updates_add_up_in_half_precision(tiny, requests, dtype):
     update = Update(torch.full((1, before.shape[1]), 2e-6, dtype=torch.float64), torch.ones(1, 48, dtype=torch.float64))
     for _ in range(200):
         with journal.batch(requests[:1]) as step:
-            problem = LayerProblem(
-                update.right, update.left, tiny.oriented(Site(2, "mlp_out")).double(), journal.origin(2).double()
-            )
-            journal.apply(step, 2, problem, update)
+            journal.apply(step, WeightChange(name_of(tiny, 2), update, update.right), {})
     wanted = (before + 200 * update.dense).to(dtype).double()
     one_by_one = tiny.oriented(Site(2, "mlp_out")).double()
     assert float((one_by_one - wanted).norm()) < 0.01 * float((wanted - before).norm())
@@ -185,62 +192,96 @@ def test_the_change_is_the_sum_of_the_updates(tiny, requests):
         edit(journal, requests[:1], seed, layers=(3,))
     total = sum(draw(tiny, 3, seed + 3).dense for seed in range(3))
     torch.testing.assert_close(tiny.oriented(Site(3, "mlp_out")) - before, total, rtol=0, atol=1e-12)
-    assert torch.equal(journal.origin(3), before)
-    assert torch.equal(journal.origin(2), tiny.oriented(Site(2, "mlp_out")))
+    original = journal.original(name_of(tiny, 3))[name_of(tiny, 3)]
+    assert torch.equal(tiny.oriented(name_of(tiny, 3), original), before)
+    assert journal.original(name_of(tiny, 2)) == {}
+    assert list(journal.state()) == [name_of(tiny, 3)]
 
 
 def test_numbers_and_sequence(lm, requests):
-    journal, weight = Journal(lm), lm.oriented(Site(3, "mlp_out")).clone()
+    journal = Journal(lm)
     with journal.batch(requests[:2]) as step:
-        numbers = apply(journal, step, 3, 0)
-    update = draw(lm, 3, 0)
-    assert numbers["update"] == pytest.approx(float(update.dense.norm()))
-    assert numbers["relative_update"] == pytest.approx(float(update.dense.norm() / weight.norm()), rel=1e-5)
-    assert numbers["residual"] == pytest.approx(float(update.left.norm(dim=1).mean()))
+        apply(journal, step, 3, 0)
+    assert step.changes[0].numbers == {"update": 1.0}
     assert journal[0] is journal[-1] is step
     assert list(journal) == journal[:] == [step]
     assert step.requests == tuple(requests[:2])
+    assert journal.history(name_of(lm, 3)).facts == list(step.hashes)
+
+
+def test_a_change_in_the_place_of_another(tiny, requests):
+    """The batch is as if only the second one had been made; its hash is that of what is there."""
+    journal, other = Journal(tiny), Journal(copy.deepcopy(tiny))
+    for each in (journal, other):
+        edit(each, requests[:2], 0, scale=1e-3)
+    first, second = (draw(tiny, 3, seed) for seed in (5, 6))
+    with journal.batch(requests[2:4]) as step:
+        journal.apply(step, WeightChange(name_of(tiny, 3), first, first.right), {})
+        journal.replace(step, 0, WeightChange(name_of(tiny, 3), second, first.right), {"update": 2.0})
+    with other.batch(requests[2:4]) as alone:
+        other.apply(alone, WeightChange(name_of(tiny, 3), second, first.right), {"update": 2.0})
+    assert same(tiny, bits(other.model))
+    assert (step.before, step.after, step.changes[0].numbers) == (alone.before, alone.after, alone.changes[0].numbers)
+    journal.rollback(1)
+    other.rollback(1)
+    assert same(tiny, bits(other.model))
+
+
+def test_places_inside_one_another_are_refused(lm, requests):
+    journal, before = Journal(lm), bits(lm)
+    edit(journal, requests[:2], 0, layers=(3,))
+    edited = bits(lm)
+    whole = dataclasses.replace(journal.changes[0], place=name_of(lm, 3).removesuffix(".weight"))
+
+    def nest():
+        with journal.batch(requests[2:4]) as step:
+            journal.apply(step, whole, {})
+
+    with pytest.raises(ConfigError, match=rf"{whole.place} cannot be edited: {name_of(lm, 3)} was"):
+        nest()
+    assert same(lm, edited)
+    journal.rollback()
+    assert same(lm, before)
 
 
 def test_save_takes_updates_that_share_memory_with_the_keys(lm, requests, tmp_path):
     """A solver may well return the keys themselves as a factor."""
-    journal, update, weight = Journal(lm), draw(lm, 3, 0), lm.oriented(Site(3, "mlp_out"))
+    journal, update = Journal(lm), draw(lm, 3, 0)
     with journal.batch(requests[:2]) as step:
-        journal.apply(step, 3, LayerProblem(update.right, update.left, weight, weight), update)
+        journal.apply(step, WeightChange(name_of(lm, 3), update, update.right), {})
     journal.save(tmp_path)
-    tensors = load_file(tmp_path / "batch-00000.safetensors")
-    assert torch.equal(tensors["3/keys"], tensors["3/right"])
+    tensors, stem = load_file(tmp_path / "batch-00000.safetensors"), f"0/{name_of(lm, 3)}"
+    assert torch.equal(tensors[f"{stem}/keys"], tensors[f"{stem}/right"])
 
 
 def test_save_writes_plain_files(tiny, requests, tmp_path):
-    original, journal = tiny.weight(Site(3, "mlp_out")).detach().clone(), Journal(tiny)
+    name, journal = name_of(tiny, 3), Journal(tiny)
+    original = tiny.weight(name).detach().clone()
     for seed in range(2):
         with journal.batch(requests[6 * seed : 6 * seed + 6]) as step:
             apply(journal, step, 3, seed)
             step.values[3] = torch.ones(6, 48)
-            step.targets.append({"layer": 3, "loss": 0.5})
+            step.targets.append(TargetBody(layer=3, loss=0.5, probability=0.6, steps=25.0))
+    dense = torch.full(tiny.oriented(name).shape, 0.5, dtype=torch.float64)
     with journal.batch(requests[:1]) as step:  # a change of full rank
-        dense = torch.full(tiny.oriented(Site(3, "mlp_out")).shape, 0.5, dtype=torch.float64)
-        weight = tiny.oriented(Site(3, "mlp_out")).double()
-        problem = LayerProblem(torch.ones(1, dense.shape[1]), torch.ones(1, 48), weight, weight)
-        journal.apply(step, 3, problem, Update(dense))
+        journal.apply(step, WeightChange(name, Update(dense), torch.ones(1, dense.shape[1])), {})
     journal.save(tmp_path)
     with pytest.raises(ConfigError, match="holds a journal already"):
         journal.save(tmp_path)
-    told = [entry.body for entry in read_entries(tmp_path / "ledger.jsonl") if entry.kind == "batch"]
-    assert [len(body["requests"]) for body in told] == [6, 6, 1]
-    assert told[1]["requests"][2]["subject"] == "Frédéric Chopin"
-    assert told[0]["targets"] == [{"layer": 3, "loss": 0.5}]
-    assert set(told[0]["layers"]["3"]["numbers"]) == {"residual", "update", "relative_update"}
-    assert torch.equal(load_file(tmp_path / "original-00003.safetensors")["3"], original)
+    recorded = bodies(read_entries(tmp_path / "ledger.jsonl"), BatchBody)
+    assert [len(body.requests) for body in recorded] == [6, 6, 1]
+    assert recorded[1].requests[2]["subject"] == "Frédéric Chopin"
+    assert recorded[0].targets == [TargetBody(layer=3, loss=0.5, probability=0.6, steps=25.0)]
+    assert [(change.place, change.kind) for change in recorded[0].changes] == [(name, "WeightChange")]
+    assert torch.equal(load_file(tmp_path / "original-00000-0.safetensors")[name], original)
     total = torch.zeros_like(dense)
     for number in range(3):
-        tensors = load_file(tmp_path / f"batch-{number:05d}.safetensors")
-        assert "3/keys" in tensors
-        total += tensors["3/left"].T @ tensors["3/right"] if "3/left" in tensors else tensors["3/right"]
-    assert torch.equal(load_file(tmp_path / "batch-00000.safetensors")["3/target"], torch.ones(6, 48))
-    oriented = original if original.shape == total.shape else original.T
-    torch.testing.assert_close(oriented + total, tiny.oriented(Site(3, "mlp_out")), rtol=0, atol=1e-12)
+        tensors, stem = load_file(tmp_path / f"batch-{number:05d}.safetensors"), f"0/{name}"
+        assert f"{stem}/keys" in tensors
+        right = tensors[f"{stem}/right"]
+        total += tensors[f"{stem}/left"].T @ right if f"{stem}/left" in tensors else right
+    assert torch.equal(load_file(tmp_path / "batch-00000.safetensors")["target/3"], torch.ones(6, 48))
+    torch.testing.assert_close(tiny.oriented(name, original) + total, tiny.oriented(name), rtol=0, atol=1e-12)
 
 
 ACTIONS = st.lists(
@@ -273,8 +314,8 @@ def test_any_sequence_leaves_the_state_of_the_committed_steps(lm, requests, dtyp
             assert same(lm, states[-1])
             assert len(journal) == len(states) - 1
             for layer in range(6):
-                parts = [part.keys for step in journal for part in step.layers if part.layer == layer]
-                keys = journal.history(layer).keys
+                parts = keys_at(journal, layer)
+                keys = history(journal, layer).keys
                 assert keys is None if not parts else torch.equal(keys, torch.cat(parts))
     finally:
         journal.rollback()
@@ -325,7 +366,7 @@ class Life(RuleBasedStateMachine):
         self.journal = Journal(self.lm)
         if folder is None:
             self.folder = self.folders.mktemp("life") / "journal"
-            self.journal.open(JournalStore(self.folder), {})
+            self.journal.open(self.journal.store_at(self.folder), RUN)
         else:
             self.journal.load(folder)
 
@@ -382,12 +423,12 @@ class Life(RuleBasedStateMachine):
             journal = Journal(copy.deepcopy(self.model))
             for seed, layers in plan:
                 edit(journal, FACTS, seed, layers, 1e-2)
-            self.known[plan] = bits(journal.lm)
+            self.known[plan] = bits(journal.model)
         assert same(self.lm, self.known[plan])
         assert [step.number for step in self.journal] == [step[0] for step in self.done]
         for layer in range(4):
-            keys = [part.keys for step in self.journal for part in step.layers if part.layer == layer]
-            found = self.journal.history(layer).keys
+            keys = keys_at(self.journal, layer)
+            found = history(self.journal, layer).keys
             assert found is None if not keys else torch.equal(found, torch.cat(keys))
 
 

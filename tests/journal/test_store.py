@@ -11,15 +11,18 @@ import pytest
 import torch
 from cakeflow_restrain import Prune, Rect
 from stops import STOPS
-from tiny_runs import LAYERS, content, editor_of, state
+from tiny_runs import LAYERS, content, editor_of, name_of, state
 
 from cakeflow import LeastSquares
 from cakeflow.errors import LedgerError, NumericalError
+from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.ledger import Ledger, read_entries
+from cakeflow.journal.schema import ModelBody, RunBody
 from cakeflow.journal.store import JournalStore
 from cakeflow.models import Site
 from cakeflow.solvers import Solver
 
+RUN = RunBody(model="tiny", settings={}, edits=0, batch_size=1, data="", who="", versions={}, threads=1)
 ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
 
 
@@ -38,14 +41,15 @@ def one_batch(editor, requests):
             weight = editor.module.lm.oriented(Site(layer, "mlp_out")).double()
             keys = torch.randn(len(requests), weight.shape[1], dtype=torch.float64)
             residual = torch.randn(len(requests), weight.shape[0], dtype=torch.float64) / 10
-            problem = editor.module.problem(layer, None, keys, residual, keys)
-            journal.apply(step, layer, problem, LeastSquares(1.0).solve(problem))
+            problem = editor.module.problem(Site(layer, "mlp_out"), None, keys, residual, keys)
+            change = WeightChange(name_of(editor.module.lm, layer), LeastSquares(1.0).solve(problem), keys)
+            journal.apply(step, change, {})
 
 
 def begun(lm, requests, folder, earlier):
-    """An editor whose journal is kept, after so many batches."""
+    """An editor whose journal has a folder, after so many batches."""
     editor = editor_of(lm)
-    editor.module.open(folder / "journal", requests, None)
+    editor.journal.open(editor.journal.store_at(folder / "journal"), RUN)
     for number in range(earlier):
         one_batch(editor, requests[2 * number : 2 * number + 2])
     return editor
@@ -57,7 +61,7 @@ def test_every_moment_of_a_batch_is_a_place_to_fail(editor, requests, tmp_path, 
     lm = editor.module.lm
     with STOPS.at(-1, None):
         one_batch(counted := begun(copy.deepcopy(lm), requests, tmp_path / "count", earlier), requests[4:6])
-    first = max(place for place, moment in enumerate(STOPS.seen[:-1]) if moment[1:] == ("layer 1",))
+    first = max(place for place, moment in enumerate(STOPS.seen[:-1]) if moment[1:] == (f"change {name_of(lm, 1)}",))
     moments = STOPS.seen[first:]
     assert len(moments) == least
     assert len(counted.journal) == earlier + 1
@@ -157,8 +161,9 @@ def test_killed_processes_lose_nothing_that_was_acknowledged(tmp_path):
     assert "20 kills" in done.stdout
 
 
-@pytest.mark.parametrize("told", ["two", None, [2]])
-def test_a_forged_number_of_earlier_batches_is_named(tmp_path, told):
-    Ledger(tmp_path / "ledger.jsonl").append("model", {"earlier": told})
-    with pytest.raises(LedgerError, match=r"entry 0: not what cakeflow writes of a model"):
+@pytest.mark.parametrize("earlier", ["two", None, [2]])
+def test_a_forged_number_of_earlier_batches_is_named(tmp_path, earlier):
+    body = ModelBody.model_construct(fingerprint="0" * 64, dtype="torch.float32", earlier=earlier)
+    Ledger(tmp_path / "ledger.jsonl").append(body)
+    with pytest.raises(LedgerError, match=r"entry 0, earlier"):
         _ = JournalStore(tmp_path).earlier

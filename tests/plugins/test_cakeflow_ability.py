@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from tasks import write_all
 
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit
-from cakeflow.cli.command_line import main
+from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import shipped
 from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel

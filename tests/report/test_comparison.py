@@ -7,7 +7,7 @@ import statistics
 
 import pytest
 
-from cakeflow.cli.command_line import main
+from cakeflow.cli.command_line import run_command as main
 from cakeflow.report import RunFolder, compare_runs, to_markdown
 
 

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from cakeflow.cli.command_line import main
+from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import shipped
 from cakeflow.report import RunFolder, render_page
 from cakeflow.report.intervals import Interval, estimate, number, record_values
