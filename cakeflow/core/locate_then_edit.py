@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,7 +44,8 @@ from cakeflow.solvers import LeastSquares, Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem
-from cakeflow.targets.gradient import GradientSearch, Targets
+from cakeflow.targets.base import Targets, TargetSearch
+from cakeflow.targets.gradient import GradientSearch
 from cakeflow.tracing import locate
 from cakeflow.weighters import Scores, Uniform, Weighter
 from cakeflow.weighters.base import effective_layers
@@ -97,7 +99,7 @@ class LocateThenEdit(EditModule):
         weighter: Weighter = Uniform(),
         allocator: Allocator = Sequential(),
         solver: Solver = LeastSquares(),
-        targets: GradientSearch = GradientSearch(),
+        targets: TargetSearch = GradientSearch(),
         statistics: Statistics = Statistics(),
         contexts: Contexts | None = None,
         scores: dict[int, float] | None = None,
@@ -285,7 +287,7 @@ class LocateThenEdit(EditModule):
         active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(self.layers)).any(0)) if positive]
         layers = [self.layers[place] for place in active]
         for index, layer in enumerate(layers):
-            value_site = self.targets.site(layers[-1] if self.allocator.residual_at == "last" else layer)
+            value_site = self.targets.value_site(layers[-1] if self.allocator.residual_at == "last" else layer)
             chain = ModelJacobian(self.lm, batch, layers[index:], value_site)
             yield LayerContext(Site(layer, "mlp_out"), value_site, index, weights[..., active], chain)
 
@@ -329,10 +331,11 @@ class LocateThenEdit(EditModule):
 
     def _find_targets(self, batch: EditBatch, value_site: Site, step: EditStep, room: Footprint) -> Targets:
         bar = tqdm(total=len(batch), desc=f"target values, layer {value_site.layer}", unit="edit", delay=2, leave=False)
-        settings = self.targets if self.solver.needs_targets else replace(self.targets, steps=1)
-        settings = replace(settings, max_tokens=room.tokens)
+        find = partial(self.targets.search, progress=bar.update) if self.solver.needs_targets else self.targets.measure
         with self.phase("targets"), bar:
-            parts = [settings.optimize(self.lm, part, value_site.layer, bar.update) for part in batch.split(room.facts)]
+            parts = [
+                find(self.lm, part, value_site.layer, max_tokens=room.tokens) for part in batch.split(room.facts)
+            ]
         found = Targets.join(parts)
         checked_facts("target values are", found.values, batch, value_site.layer)
         numbers = {"loss": found.loss, "probability": found.probability, "steps": found.steps.double()}

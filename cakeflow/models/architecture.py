@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -21,11 +21,12 @@ class Site:
 
     Attributes:
         layer: Index of the block, from 0.
-        role: ``block`` (the residual stream after it), ``mlp_out`` (down projection) or ``attn_out``.
+        role: ``block`` (the residual stream after it), ``mlp_out`` (down projection), ``attn_out``, or the path of a
+            module inside the block such as ``mlp.up_proj``.
     """
 
     layer: int
-    role: Role = "block"
+    role: str = "block"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class Architecture:
 
     def path(self, site: Site) -> str:
         """Path of the module at a site."""
-        template: str = getattr(self, site.role)
+        template: str = getattr(self, site.role) if site.role in get_args(Role) else f"{self.block}.{site.role}"
         return template.format(site.layer)
 
 

@@ -1,5 +1,33 @@
-"""Target search: the value each fact should have."""
+"""Target search: the value that a module should give for each fact."""
 
-from cakeflow.targets.gradient import GradientSearch, Targets
+from cakeflow.targets.base import Targets, TargetSearch, no_progress
+from cakeflow.targets.gradient import GradientSearch
+from cakeflow.targets.objective import (
+    EssenceKL,
+    NormDecay,
+    ObjectiveTerm,
+    ObjectiveValue,
+    PreparedTerm,
+    SearchProblem,
+    TargetLikelihood,
+    TermRows,
+)
+from cakeflow.targets.stop import LossBelow, SolvedAndNear, StopRule
 
-__all__ = ["GradientSearch", "Targets"]
+__all__ = [
+    "EssenceKL",
+    "GradientSearch",
+    "LossBelow",
+    "NormDecay",
+    "ObjectiveTerm",
+    "ObjectiveValue",
+    "PreparedTerm",
+    "SearchProblem",
+    "SolvedAndNear",
+    "StopRule",
+    "TargetLikelihood",
+    "TargetSearch",
+    "Targets",
+    "TermRows",
+    "no_progress",
+]

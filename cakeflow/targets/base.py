@@ -1,0 +1,113 @@
+"""The target search slot."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from cakeflow.forward.tokens import EditBatch
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+
+
+def no_progress(_facts: int) -> None:
+    """Ignore the number of facts that became done."""
+
+
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Target values and the course of their search, one row per fact.
+
+    Attributes:
+        values: z, n x d_out, in float64.
+        initial: Present value on the bare prompt, n x d_out, in float64.
+        loss: Full objective at z.
+        probability: exp(-mean negative log-likelihood) of the new target at z.
+        steps: Evaluations of the objective.
+        converged: True where the stop rule is met at z.
+    """
+
+    values: Float[Tensor, "n d_out"]
+    initial: Float[Tensor, "n d_out"]
+    loss: Float[Tensor, " n"]
+    probability: Float[Tensor, " n"]
+    steps: Int[Tensor, " n"]
+    converged: Bool[Tensor, " n"]
+
+    @classmethod
+    def join(cls, parts: Sequence[Targets]) -> Targets:
+        """Concatenate the targets of several parts of a batch."""
+        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
+
+
+class TargetSearch(ABC):
+    """Finds the value that a module should give for each fact of a batch.
+
+    Contract: pure (the same batch and weights give the same targets, and the model is left as it was), facts do not
+    influence each other, ``max_tokens`` changes no result beyond rounding. Subclasses are frozen dataclasses. One that
+    searches itself defines fields ``site`` and ``max_tokens`` with defaults; one that changes another search wraps it
+    in a field called ``inner``, whose site and limit it takes over.
+    """
+
+    @property
+    def _inner(self) -> TargetSearch:
+        inner = getattr(self, "inner", None)
+        if not isinstance(inner, TargetSearch):
+            raise TypeError(f"{type(self).__name__} needs fields site and max_tokens, or a TargetSearch as inner")
+        return inner
+
+    @property
+    def site(self) -> str:
+        """Module whose output gets the target: a role, or a path inside the block such as ``mlp.up_proj``."""
+        return self._inner.site
+
+    @property
+    def max_tokens(self) -> int:
+        """Most suffix tokens in one pass with gradients."""
+        return self._inner.max_tokens
+
+    def value_site(self, layer: int) -> Site:
+        """Return the site of the target values of a layer."""
+        return Site(layer, self.site)
+
+    @abstractmethod
+    def search(
+        self,
+        lm: LanguageModel,
+        batch: EditBatch,
+        layer: int,
+        *,
+        max_tokens: int | None = None,
+        progress: Callable[[int], object] = no_progress,
+    ) -> Targets:
+        """Find the target values of a batch under the present weights.
+
+        Args:
+            lm: Model to search with; its weights and gradients are not touched.
+            batch: n facts.
+            layer: Block of the value site.
+            max_tokens: Limit for this call in place of the search's own.
+            progress: Callback that gets the number of facts that became done, after each step.
+
+        Returns:
+            Target values at ``value_site(layer)``.
+
+        Raises:
+            NumericalError: If the search of a fact failed, naming the request.
+        """
+
+    @abstractmethod
+    def measure(self, lm: LanguageModel, batch: EditBatch, layer: int, *, max_tokens: int | None = None) -> Targets:
+        """Return the present values as targets, with the objective evaluated once, for solvers that need no targets.
+
+        Args:
+            lm: Model to measure.
+            batch: n facts.
+            layer: Block of the value site.
+            max_tokens: Limit for this call in place of the search's own.
+        """
