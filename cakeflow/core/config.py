@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from cakeflow.core.locate_then_edit import LocateThenEdit
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, EditError
 from cakeflow.plugins import load_plugins
 
 
@@ -61,7 +63,20 @@ def build_module(configs: list[Path], **values: Any) -> LocateThenEdit:
     def make(kind: type[LocateThenEdit], *args: Any, **kwargs: Any) -> LocateThenEdit:
         return kind(*args, **{**kwargs, **objects})
 
-    return parser.instantiate(config, instantiators=[(make, LocateThenEdit, False)]).model  # type: ignore[no-any-return]
+    with own_errors():
+        return parser.instantiate(config, instantiators=[(make, LocateThenEdit, False)]).model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise the package's own error where jsonargparse hides it in a ``ValueError``, as it does in optional parts."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, EditError):
+            cause = cause.__cause__
+        raise cause or error from None
 
 
 def _is_plain(value: object) -> bool:

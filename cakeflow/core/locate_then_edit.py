@@ -333,9 +333,7 @@ class LocateThenEdit(EditModule):
         bar = tqdm(total=len(batch), desc=f"target values, layer {value_site.layer}", unit="edit", delay=2, leave=False)
         find = partial(self.targets.search, progress=bar.update) if self.solver.needs_targets else self.targets.measure
         with self.phase("targets"), bar:
-            parts = [
-                find(self.lm, part, value_site.layer, max_tokens=room.tokens) for part in batch.split(room.facts)
-            ]
+            parts = [find(self.lm, part, value_site.layer, max_tokens=room.tokens) for part in batch.split(room.facts)]
         found = Targets.join(parts)
         checked_facts("target values are", found.values, batch, value_site.layer)
         numbers = {"loss": found.loss, "probability": found.probability, "steps": found.steps.double()}

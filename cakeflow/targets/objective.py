@@ -126,25 +126,28 @@ class TargetLikelihood(ObjectiveTerm):
     """Negative log-likelihood of the new target: mean over its tokens, then over the contexts.
 
     Attributes:
-        solved_factor: Weight while all tokens of the target are the most likely ones in all contexts (PMET's code:
-            0.1).
+        factor: Weight of the term.
+        solved_factor: Further factor while all tokens of the target are the most likely ones in all contexts (PMET's
+            code: 0.1).
     """
 
+    factor: float = 1.0
     solved_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        _require_factor(self, self.factor)
         if not 0 < self.solved_factor <= 1:
             raise ConfigError(f"TargetLikelihood: solved_factor must lie in (0, 1], got {self.solved_factor}")
 
     def prepare(self, problem: SearchProblem) -> PreparedTerm:
         """Use the suffixes of the problem's prompts."""
-        return _PreparedLikelihood(problem, self.solved_factor, problem.prompts)
+        return _PreparedLikelihood(problem, self, problem.prompts)
 
 
 @dataclass(frozen=True, eq=False)
 class _PreparedLikelihood(PreparedTerm):
     problem: SearchProblem
-    solved_factor: float
+    term: TargetLikelihood
     parts: Sequence[Suffixes]
 
     def rows(self, delta: Tensor) -> Iterator[TermRows]:
@@ -159,7 +162,8 @@ class _PreparedLikelihood(PreparedTerm):
 
     def factor(self, solved: Tensor) -> Tensor:
         # torch.where rounds plain numbers to float32, here for a double-precision model as well
-        return torch.where(solved, self.solved_factor, 1.0).to(self.problem.initial)
+        factor, solved_factor = self.term.factor, self.term.factor * self.term.solved_factor
+        return torch.where(solved, solved_factor, factor).to(self.problem.initial)
 
     def only(self, active: Tensor) -> PreparedTerm:
         return replace(self, parts=[part.only(active) for part in self.parts if bool(active[part.fact].any())])
