@@ -30,11 +30,13 @@ from cakeflow.data.request import EditRequest
 from cakeflow.evaluation.scoring import PromptScores
 from cakeflow.forward.tokens import EditBatch, encode_batch
 from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem
+from cakeflow.targets import Targets, TargetSearch
 from cakeflow.weighters import Weighter
 
 SEEDS = range(5)
@@ -148,6 +150,76 @@ class WeighterContract:
         assert all(torch.equal(part, before[name]) for name, part in lm.model.state_dict().items())
 
 
+class TargetSearchContract:
+    """What ``TargetSearch`` promises."""
+
+    search: ClassVar[TargetSearch]
+    layer: ClassVar[int] = 1
+    tolerance: ClassVar[float] = 1e-6
+    """Relative difference between searches of the same facts in batches or passes of another size."""
+
+    def test_values_are_finite_and_fit_the_value_site(self) -> None:
+        """One row per fact, as wide as the output of the value site."""
+        lm = tiny_model(torch.float64)
+        batch = tiny_batch(lm)
+        present = _outputs(lm, batch, self.search.value_site(self.layer))
+        targets = self.search.search(lm, batch, self.layer)
+        assert targets.values.shape == targets.initial.shape == present.shape
+        assert targets.values.dtype == targets.initial.dtype == torch.float64
+        for numbers in (targets.loss, targets.probability, targets.steps, targets.converged):
+            assert numbers.shape == (len(batch),)
+        assert all(bool(torch.isfinite(numbers).all()) for numbers in vars(targets).values())
+
+    def test_it_is_pure(self) -> None:
+        """The same search gives the same targets; the model keeps its bits and no hook."""
+        lm = tiny_model(torch.float64)
+        before, batch = {name: part.clone() for name, part in lm.model.state_dict().items()}, tiny_batch(lm)
+        for find in (self.search.search, self.search.measure):
+            first, second = vars(find(lm, batch, self.layer)), vars(find(lm, batch, self.layer))
+            assert all(torch.equal(value, second[name]) for name, value in first.items())
+        assert all(torch.equal(part, before[name]) for name, part in lm.model.state_dict().items())
+        assert all(part.grad is None and part.requires_grad for part in lm.model.parameters())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in lm.model.modules())
+
+    def test_facts_do_not_influence_each_other(self) -> None:
+        """Parts of a batch get the values of the whole, and so do smaller passes."""
+        lm = tiny_model(torch.float64)
+        batch = tiny_batch(lm)
+        whole = self.search.search(lm, batch, self.layer).values
+        parts = Targets.join([self.search.search(lm, part, self.layer) for part in batch.split(2)]).values
+        narrow = self.search.search(lm, batch, self.layer, max_tokens=1).values
+        for values in (parts, narrow):
+            assert float((values - whole).norm() / whole.norm()) < self.tolerance
+
+    def test_measuring_returns_the_present_values(self) -> None:
+        """What the value site gives on the bare prompt, at the subject's last token."""
+        lm = tiny_model(torch.float64)
+        batch = tiny_batch(lm)
+        measured = self.search.measure(lm, batch, self.layer)
+        present = _outputs(lm, batch, self.search.value_site(self.layer))
+        assert torch.equal(measured.values, measured.initial)
+        assert measured.steps.tolist() == [1] * len(batch)
+        torch.testing.assert_close(measured.values, present.double(), rtol=self.tolerance, atol=self.tolerance)
+
+    def test_progress_counts_every_fact_once(self) -> None:
+        """The numbers of facts that became done add up to the batch."""
+        lm = tiny_model(torch.float64)
+        batch, counts = tiny_batch(lm), list[int]()
+        self.search.search(lm, batch, self.layer, progress=counts.append)
+        assert sum(counts) == len(batch)
+
+
+@torch.no_grad()
+def _outputs(lm: LanguageModel, batch: EditBatch, site: Site) -> Float[Tensor, "n width"]:
+    """Present output of a site at the last token of each subject, from full passes over the bare prompts."""
+    outputs = []
+    for row, *_ in batch.rows:
+        with capture(lm, [site]) as outputs_by_site:
+            lm(input_ids=torch.tensor([row.ids]))
+        outputs.append(outputs_by_site[site][0, row.subject])
+    return torch.stack(outputs)
+
+
 class MetricContract:
     """What a metric promises: it sees ``PromptScores`` in parts, whole records at a time."""
 
@@ -241,7 +313,7 @@ def random_problems() -> Iterator[LayerProblem]:
         yield LayerProblem(keys, residual, weight, weight.clone(), covariance, history, keys + 0.1)
 
 
-def tiny_model() -> LanguageModel:
+def tiny_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A random GPT-2 of three blocks with a byte-level tokenizer, built offline."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[]))
@@ -252,7 +324,7 @@ def tiny_model() -> LanguageModel:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    return LanguageModel.wrap(model.eval(), fast)
+    return LanguageModel.wrap(model.to(dtype).eval(), fast)
 
 
 def tiny_batch(lm: LanguageModel) -> EditBatch:

@@ -7,15 +7,28 @@ import torch
 from cakeflow_attribution import Noisy, Saliency, Shuffled
 from cakeflow_restrain import Prune, Rect
 
-from cakeflow import Endpoints, LeastSquares, NullSpace, OneHot, Scores, Sequential, ShareAllocator, Uniform, Update
+from cakeflow import (
+    Endpoints,
+    GradientSearch,
+    LeastSquares,
+    NullSpace,
+    OneHot,
+    Scores,
+    Sequential,
+    ShareAllocator,
+    Uniform,
+    Update,
+)
 from cakeflow.allocators import Jacobian
 from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.solvers import EqualityConstrained
+from cakeflow.targets import LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.testing import (
     AllocatorContract,
     MetricContract,
     SolverContract,
+    TargetSearchContract,
     WeighterContract,
     tiny_batch,
     tiny_model,
@@ -56,6 +69,50 @@ def test_solvers(solver):
 )  # fmt: skip
 def test_weighters(weighter):
     holds(WeighterContract, weighter=weighter)
+
+
+SEARCHES = [
+    GradientSearch(4), GradientSearch(4, site="mlp_out", extra_site="attn_out"), GradientSearch(4, site="mlp.c_fc"),
+    GradientSearch(4, essence=None, decay=None, further=(NormDecay(2.0),)), GradientSearch(4, stop=LossBelow(9.0)),
+    GradientSearch(40, 0.5, 5.0, likelihood=TargetLikelihood(solved_factor=0.1), stop=SolvedAndNear(1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_searches(search):
+    holds(TargetSearchContract, search=search)
+
+
+@dataclass(frozen=True)
+class Careless(GradientSearch):
+    """Breaks one promise of the contract."""
+
+    fault: str = ""
+
+    def search(self, lm, batch, layer, **options):
+        targets = super().search(lm, batch, layer, **options)
+        if self.fault == "nan":
+            targets.values[0, 0] = torch.nan
+        if self.fault == "leaks":
+            targets.values[:] += targets.values.mean(0)
+        if self.fault == "edits":
+            lm.model.lm_head.weight.data.mul_(1.01)
+        if self.fault == "hooks":
+            lm.model.lm_head.register_forward_hook(lambda *_: None)
+        return targets
+
+    def measure(self, lm, batch, layer, **options):
+        return (super().search if self.fault == "searches" else super().measure)(lm, batch, layer, **options)
+
+
+@pytest.mark.parametrize(
+    ("fault", "test"),
+    [("nan", "values"), ("leaks", "facts"), ("edits", "it_is"), ("hooks", "it_is"), ("searches", "measuring")],
+)
+def test_a_search_that_breaks_its_contract_is_caught(fault, test):
+    with pytest.raises(AssertionError):
+        holds(TargetSearchContract, f"test_{test}", search=Careless(4, fault=fault))
+    holds(TargetSearchContract, f"test_{test}", search=Careless(4))
 
 
 METRICS = [
