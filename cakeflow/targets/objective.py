@@ -161,9 +161,8 @@ class _PreparedLikelihood(PreparedTerm):
             yield TermRows(part.fact, _by_row(part, nll / contexts) / count, _by_row(part, misses))
 
     def factor(self, solved: Tensor) -> Tensor:
-        # torch.where rounds plain numbers to float32, here for a double-precision model as well
-        factor, solved_factor = self.term.factor, self.term.factor * self.term.solved_factor
-        return torch.where(solved, solved_factor, factor).to(self.problem.initial)
+        # torch.where rounds plain numbers to float32: solved_factor is single precision on every model
+        return self.term.factor * torch.where(solved, self.term.solved_factor, 1.0).to(self.problem.initial)
 
     def only(self, active: Tensor) -> PreparedTerm:
         return replace(self, parts=[part.only(active) for part in self.parts if bool(active[part.fact].any())])
