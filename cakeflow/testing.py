@@ -36,7 +36,7 @@ from cakeflow.solvers import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem
-from cakeflow.targets import Targets, TargetSearch
+from cakeflow.targets import Objective, ObjectiveTerm, ObjectiveValue, SearchProblem, Targets, TargetSearch
 from cakeflow.weighters import Weighter
 
 SEEDS = range(5)
@@ -151,7 +151,7 @@ class WeighterContract:
 
 
 class TargetSearchContract:
-    """What ``TargetSearch`` promises."""
+    """Contract of ``TargetSearch``."""
 
     search: ClassVar[TargetSearch]
     layer: ClassVar[int] = 1
@@ -192,7 +192,7 @@ class TargetSearchContract:
             assert float((values - whole).norm() / whole.norm()) < self.tolerance
 
     def test_measuring_returns_the_present_values(self) -> None:
-        """What the value site gives on the bare prompt, at the subject's last token."""
+        """They are the outputs of the value site at the last token of each subject in the bare prompt."""
         lm = tiny_model(torch.float64)
         batch = tiny_batch(lm)
         measured = self.search.measure(lm, batch, self.layer)
@@ -207,6 +207,49 @@ class TargetSearchContract:
         batch, counts = tiny_batch(lm), list[int]()
         self.search.search(lm, batch, self.layer, progress=counts.append)
         assert sum(counts) == len(batch)
+
+
+class ObjectiveTermContract:
+    """Contract of ``ObjectiveTerm`` and its ``PreparedTerm``."""
+
+    term: ClassVar[ObjectiveTerm]
+
+    def test_the_gradient_is_that_of_the_loss(self) -> None:
+        """Finite numbers, the same ones twice, and the slope along a random direction."""
+        problem = _random_search()
+        delta, direction = torch.randn(2, *problem.initial.shape, generator=_generator(1), dtype=torch.float64)
+        value, again = (self.evaluate(problem, delta) for _ in range(2))
+        assert bool(torch.isfinite(value.loss).all())
+        assert torch.equal(value.loss, again.loss)
+        assert torch.equal(value.grad, again.grad)
+        ahead, behind = (self.evaluate(problem, delta + step * direction).loss for step in (1e-5, -1e-5))
+        torch.testing.assert_close((value.grad * direction).sum((1, 2)), (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-7)
+
+    def test_facts_do_not_influence_each_other(self) -> None:
+        """Other facts may be done, or their vectors change: a fact keeps its loss and its gradient."""
+        problem, mine = _random_search(), torch.tensor([False, True, False])
+        delta, other = torch.randn(2, *problem.initial.shape, generator=_generator(2), dtype=torch.float64)
+        value = self.evaluate(problem, delta)
+        moved = self.evaluate(problem, torch.where(mine[:, None, None], delta, other))
+        alone = Objective({"term": self.term.prepare(problem)}).only(mine).evaluate(delta, ~mine, with_grad=True)
+        for each in (moved, alone):
+            torch.testing.assert_close(each.loss[1], value.loss[1], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(each.grad[1], value.grad[1], rtol=1e-6, atol=1e-9)
+
+    def evaluate(self, problem: SearchProblem, delta: Tensor) -> ObjectiveValue:
+        """Compute the term by itself, with its gradient, for facts of which all but one are solved."""
+        solved = torch.tensor([True, False, True])
+        return Objective({"term": self.term.prepare(problem)}).evaluate(delta, solved, with_grad=True)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _random_search() -> SearchProblem:
+    lm = tiny_model(torch.float64)
+    lm.model.requires_grad_(False)
+    return SearchProblem.prepare(lm, tiny_batch(lm), [Site(1)], 20)
 
 
 @torch.no_grad()
@@ -324,11 +367,13 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    return LanguageModel.wrap(model.to(dtype).eval(), fast)
+    return LanguageModel.wrap(model.eval().type(dtype), fast)
 
 
 def tiny_batch(lm: LanguageModel) -> EditBatch:
     """Three facts as tokens."""
     names = ("Ann", "Bob", "Cleo")
-    requests = [EditRequest(prompt="{} lives in", subject=name, target_new="Rome") for name in names]
+    requests = [
+        EditRequest(prompt="{} lives in", subject=name, target_new="Rome", target_true="Oslo") for name in names
+    ]
     return encode_batch(lm, requests, Contexts())

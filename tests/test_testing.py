@@ -23,10 +23,11 @@ from cakeflow.allocators import Jacobian
 from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.solvers import EqualityConstrained
-from cakeflow.targets import LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
+from cakeflow.targets import EssenceKL, LossBelow, NormDecay, PreparedTerm, SolvedAndNear, TargetLikelihood
 from cakeflow.testing import (
     AllocatorContract,
     MetricContract,
+    ObjectiveTermContract,
     SolverContract,
     TargetSearchContract,
     WeighterContract,
@@ -81,6 +82,37 @@ SEARCHES = [
 @pytest.mark.parametrize("search", SEARCHES, ids=str)
 def test_searches(search):
     holds(TargetSearchContract, search=search)
+
+
+@pytest.mark.parametrize("term", [TargetLikelihood(2.0, 0.25), EssenceKL(3.0), NormDecay()], ids=str)
+def test_terms(term):
+    holds(ObjectiveTermContract, term=term)
+
+
+class Mixing(NormDecay):
+    """Adds the mean of all facts to each."""
+
+    def prepare(self, problem):
+        return Mixed(super().prepare(problem))
+
+
+@dataclass(frozen=True)
+class Mixed(PreparedTerm):
+    """Its prepared form."""
+
+    inner: PreparedTerm
+
+    def rows(self, delta):
+        for rows in self.inner.rows(delta):
+            yield rows._replace(value=rows.value + rows.value.mean())
+
+    def factor(self, solved):
+        return self.inner.factor(solved)
+
+
+def test_a_term_that_mixes_facts_is_caught():
+    with pytest.raises(AssertionError):
+        holds(ObjectiveTermContract, "test_facts", term=Mixing())
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,7 @@ class PreparedTerm(ABC):
 
     @abstractmethod
     def rows(self, delta: Float[Tensor, "n sites d_out"]) -> Iterator[TermRows]:
-        """Evaluate the term, group by group; the graph of a group is freed before the next one is computed.
+        """Evaluate the term group by group, each when it is asked for: the graph of the one before is freed by then.
 
         Args:
             delta: Vectors added at the sites, one row for each of the n facts, done or not.
@@ -151,14 +151,16 @@ class _PreparedLikelihood(PreparedTerm):
     parts: Sequence[Suffixes]
 
     def rows(self, delta: Tensor) -> Iterator[TermRows]:
-        contexts = len(self.problem.batch.weights)
-        for part in self.parts:
-            logits = self.problem.logits(part, delta)
-            nll = torch.nn.functional.cross_entropy(logits, part.label, reduction="none")
-            chosen = logits.detach().gather(1, part.label[:, None])[:, 0]  # ties count as most likely
-            misses = (chosen < logits.detach().amax(1)).to(nll)
-            count = torch.bincount(part.row, minlength=len(part.fact))
-            yield TermRows(part.fact, _by_row(part, nll / contexts) / count, _by_row(part, misses))
+        return (self._group(part, delta) for part in self.parts)
+
+    def _group(self, part: Suffixes, delta: Tensor) -> TermRows:
+        logits = self.problem.logits(part, delta)
+        nll = torch.nn.functional.cross_entropy(logits, part.label, reduction="none")
+        chosen = logits.detach().gather(1, part.label[:, None])[:, 0]  # ties count as most likely
+        misses = (chosen < logits.detach().amax(1)).to(nll)
+        count = torch.bincount(part.row, minlength=len(part.fact))
+        value = _by_row(part, nll / len(self.problem.batch.weights)) / count
+        return TermRows(part.fact, value, _by_row(part, misses))
 
     def factor(self, solved: Tensor) -> Tensor:
         # torch.where rounds plain numbers to float32: solved_factor is single precision on every model
@@ -204,9 +206,11 @@ class _PreparedEssence(PreparedTerm):
     parts: Sequence[tuple[Suffixes, Tensor]]
 
     def rows(self, delta: Tensor) -> Iterator[TermRows]:
-        for part, before in self.parts:
-            now = self.problem.logits(part, delta).log_softmax(-1)
-            yield TermRows(part.fact, (now.exp() * (now - before)).sum(1))
+        return (self._group(part, before, delta) for part, before in self.parts)
+
+    def _group(self, part: Suffixes, before: Tensor, delta: Tensor) -> TermRows:
+        now = self.problem.logits(part, delta).log_softmax(-1)
+        return TermRows(part.fact, (now.exp() * (now - before)).sum(1))
 
     def factor(self, solved: Tensor) -> float:
         return self.weight

@@ -16,13 +16,14 @@ from cakeflow.models.hooks import frozen
 from cakeflow.targets import (
     EssenceKL,
     NormDecay,
+    Objective,
     ObjectiveTerm,
     PreparedTerm,
     SearchProblem,
     TargetLikelihood,
     TermRows,
 )
-from cakeflow.targets.objective import Objective
+from cakeflow.testing import ObjectiveTermContract
 
 from .plain import added, relative, tokenised
 
@@ -286,6 +287,10 @@ class PreparedUnlikelihood(PreparedTerm):
 
     def only(self, active):
         return replace(self, parts=[part.only(active) for part in self.parts if active[part.fact].any()])
+
+
+class TestUnlikelihood(ObjectiveTermContract):
+    term = Unlikelihood(0.2, 0.0)
 
 
 def full_unlikelihood(lm, request, values):
