@@ -107,6 +107,7 @@ class GradientSearch(TargetSearch):
         with frozen(lm), torch.enable_grad():
             return self._descend(problem, self._objective(problem), steps, progress)
 
+    @torch.no_grad()
     def _objective(self, problem: SearchProblem) -> Objective:
         # the order decides the bits: gradients are added term by term
         terms = {"likelihood": self.likelihood, "essence": self.essence, "decay": self.decay}

@@ -194,8 +194,8 @@ class EssenceKL(ObjectiveTerm):
         """Cut the essence prompts and compute the reference distributions."""
         parts = problem.cut(problem.batch.essence, range(len(problem.batch)), read_first=True)
         with torch.no_grad():
-            delta = torch.zeros_like(problem.initial)
-            before = [problem.logits(part, delta).log_softmax(-1) for part in parts]
+            nothing = torch.zeros_like(problem.initial)
+            before = [problem.logits(part, nothing).log_softmax(-1) for part in parts]
         return _PreparedEssence(problem, self.factor, list(zip(parts, before, strict=True)))
 
 
