@@ -87,7 +87,7 @@ class PreparedTerm(ABC):
 
     @abstractmethod
     def rows(self, delta: Float[Tensor, "n sites d_out"]) -> Iterator[TermRows]:
-        """Evaluate the term group by group, each when it is asked for: the graph of the one before is freed by then.
+        """Yield the rows group by group; a group is evaluated once the graph of the one before has been freed.
 
         Args:
             delta: Vectors added at the sites, one row for each of the n facts, done or not.
