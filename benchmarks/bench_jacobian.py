@@ -49,7 +49,7 @@ def walk(
     lm: LanguageModel, batch: TextBatch, layers: list[int], allocator: Allocator
 ) -> tuple[float, list[Tensor], list[Counting]]:
     """Read and allocate at every layer: seconds, shares and chains."""
-    weights, anchor = Uniform().weigh(lm, batch, layers), GradientSearch().site(layers[-1])
+    weights, anchor = Uniform().weigh(lm, batch, layers), GradientSearch().value_site(layers[-1])
     start, shares, chains = time.perf_counter(), [], []
     reader = FactReader(lm, batch)
     for index, layer in enumerate(layers):

@@ -111,7 +111,7 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     lm = load_model("smollm2-135m", dtype="float32")
     batch = encode_batch(lm, builtin_facts()[: args.n], generate_contexts(lm))
-    anchor = GradientSearch().site(LAYERS[-1])
+    anchor = GradientSearch().value_site(LAYERS[-1])
     print(f"{len(batch)} facts in {len(batch.weights)} contexts, layers {LAYERS}")
     found = alternate(
         lambda _number: ours(lm, batch, anchor),

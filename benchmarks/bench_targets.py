@@ -1,4 +1,4 @@
-"""Time the target optimiser against the official way of finding target values.
+"""Time the target search against the official way of finding target values.
 
     python benchmarks/bench_targets.py [--dtype bfloat16] [--json FILE]
 
@@ -28,7 +28,7 @@ from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
-from cakeflow.targets.gradient import Targets
+from cakeflow.targets import Targets
 
 CONTEXTS = Contexts.of(
     [
@@ -82,10 +82,10 @@ def reference(
             scores = lm.head(final_norm(last[0]))[:-1].float().log_softmax(-1)
             picked = scores.gather(2, labels.clamp_min(0)[..., None])[..., 0] * (labels >= 0)
             nll = -(picked.sum(1) / (labels >= 0).sum(1)).mean()
-            kl = settings.kl_factor * (now.exp() * (now - before)).sum()
-            decay = settings.weight_decay * delta.norm() / initial[0].norm() ** 2
+            kl = settings.essence.factor * (now.exp() * (now - before)).sum()
+            decay = settings.decay.factor * delta.norm() / initial[0].norm() ** 2
             loss = nll + kl + decay
-            if loss < settings.stop_loss or step == settings.steps - 1:
+            if loss < settings.stop.loss or step == settings.steps - 1:
                 break
             adam.zero_grad()
             loss.backward()
@@ -136,16 +136,16 @@ def main() -> int:
     batch = encode_batch(lm, builtin_facts()[: args.requests], CONTEXTS)
     rate = gemm_rate(lm)
 
-    GradientSearch(steps=2).optimize(lm, batch, args.layer)  # warm-up
+    GradientSearch(steps=2).search(lm, batch, args.layer)  # warm-up
     start = time.perf_counter()
-    ours: Targets = settings.optimize(lm, batch, args.layer)
+    ours: Targets = settings.search(lm, batch, args.layer)
     our_time = time.perf_counter() - start
     reference(lm, batch, 0, args.layer, GradientSearch(steps=2))
     start = time.perf_counter()
     theirs = [reference(lm, batch, i, args.layer, settings) for i in range(len(batch))]
     their_time = time.perf_counter() - start
 
-    our_flops = counted(lambda: settings.optimize(lm, batch, args.layer))
+    our_flops = counted(lambda: settings.search(lm, batch, args.layer))
     two, one = GradientSearch(steps=2), GradientSearch(steps=1)  # the last evaluation makes no step back
     their_flops = 0.0
     for i, (_, _, steps) in enumerate(theirs):

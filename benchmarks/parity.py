@@ -88,7 +88,7 @@ def overrides(golden: Golden, recipe: str, layers: list[int]) -> dict[str, Any]:
         "contexts": contexts,
         "targets": {
             "steps": h["v_num_grad_steps"], "lr": h["v_lr"], "clamp": h["clamp_norm_factor"],
-            "kl_factor": h["kl_factor"], "weight_decay": h["v_weight_decay"],
+            "essence": {"factor": h["kl_factor"]}, "decay": {"factor": h["v_weight_decay"]},
         },
         "statistics": Statistics(cov_weight=h["mom2_update_weight"]),
         "moments": {layer: golden.tensors[f"covariance/{layer}"] for layer in layers},

@@ -17,6 +17,7 @@ import torchmetrics
 from cakeflow.allocators import Allocator
 from cakeflow.errors import PluginError
 from cakeflow.solvers import Solver
+from cakeflow.targets import ObjectiveTerm, StopRule, TargetSearch
 from cakeflow.tracing import Attribution
 from cakeflow.weighters import Weighter
 
@@ -25,6 +26,9 @@ SLOTS: dict[str, type] = {
     "weighter": Weighter,
     "allocator": Allocator,
     "solver": Solver,
+    "targets": TargetSearch,
+    "objective": ObjectiveTerm,
+    "stop": StopRule,
     "attribution": Attribution,
     "metric": torchmetrics.Metric,
     "callback": L.Callback,

@@ -30,11 +30,13 @@ from cakeflow.data.request import EditRequest
 from cakeflow.evaluation.scoring import PromptScores
 from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem
+from cakeflow.targets import Objective, ObjectiveTerm, ObjectiveValue, SearchProblem, Targets, TargetSearch
 from cakeflow.weighters import Weighter
 
 SEEDS = range(5)
@@ -148,6 +150,119 @@ class WeighterContract:
         assert all(torch.equal(part, before[name]) for name, part in lm.model.state_dict().items())
 
 
+class TargetSearchContract:
+    """Contract of ``TargetSearch``."""
+
+    search: ClassVar[TargetSearch]
+    layer: ClassVar[int] = 1
+    tolerance: ClassVar[float] = 1e-6
+    """Relative difference between searches of the same facts in batches or passes of another size."""
+
+    def test_values_are_finite_and_fit_the_value_site(self) -> None:
+        """One row per fact, as wide as the output of the value site."""
+        lm = tiny_model(torch.float64)
+        batch = tiny_batch(lm)
+        present = _outputs(lm, batch, self.search.value_site(self.layer))
+        targets = self.search.search(lm, batch, self.layer)
+        assert targets.values.shape == targets.initial.shape == present.shape
+        assert targets.values.dtype == targets.initial.dtype == torch.float64
+        for numbers in (targets.loss, targets.probability, targets.steps, targets.converged):
+            assert numbers.shape == (len(batch),)
+        assert all(bool(torch.isfinite(numbers).all()) for numbers in vars(targets).values())
+
+    def test_it_is_pure(self) -> None:
+        """The same search gives the same targets; the model keeps its bits and no hook."""
+        lm = tiny_model(torch.float64)
+        before, batch = {name: part.clone() for name, part in lm.model.state_dict().items()}, tiny_batch(lm)
+        for find in (self.search.search, self.search.measure):
+            first, second = vars(find(lm, batch, self.layer)), vars(find(lm, batch, self.layer))
+            assert all(torch.equal(value, second[name]) for name, value in first.items())
+        assert all(torch.equal(part, before[name]) for name, part in lm.model.state_dict().items())
+        assert all(part.grad is None and part.requires_grad for part in lm.model.parameters())
+        assert not any(part._forward_hooks or part._forward_pre_hooks for part in lm.model.modules())
+
+    def test_facts_do_not_influence_each_other(self) -> None:
+        """Parts of a batch get the values of the whole, and so do smaller passes."""
+        lm = tiny_model(torch.float64)
+        batch = tiny_batch(lm)
+        whole = self.search.search(lm, batch, self.layer).values
+        parts = Targets.join([self.search.search(lm, part, self.layer) for part in batch.split(2)]).values
+        narrow = self.search.search(lm, batch, self.layer, max_tokens=1).values
+        for values in (parts, narrow):
+            assert float((values - whole).norm() / whole.norm()) < self.tolerance
+
+    def test_measuring_returns_the_present_values(self) -> None:
+        """They are the outputs of the value site at the last token of each subject in the bare prompt."""
+        lm = tiny_model(torch.float64)
+        batch = tiny_batch(lm)
+        measured = self.search.measure(lm, batch, self.layer)
+        present = _outputs(lm, batch, self.search.value_site(self.layer))
+        assert torch.equal(measured.values, measured.initial)
+        assert measured.steps.tolist() == [1] * len(batch)
+        torch.testing.assert_close(measured.values, present.double(), rtol=self.tolerance, atol=self.tolerance)
+
+    def test_progress_counts_every_fact_once(self) -> None:
+        """The numbers of facts that became done add up to the batch."""
+        lm = tiny_model(torch.float64)
+        batch, counts = tiny_batch(lm), list[int]()
+        self.search.search(lm, batch, self.layer, progress=counts.append)
+        assert sum(counts) == len(batch)
+
+
+class ObjectiveTermContract:
+    """Contract of ``ObjectiveTerm`` and its ``PreparedTerm``."""
+
+    term: ClassVar[ObjectiveTerm]
+
+    def test_the_gradient_is_that_of_the_loss(self) -> None:
+        """Finite numbers, the same ones twice, and the slope along a random direction."""
+        problem = _random_search()
+        delta, direction = torch.randn(2, *problem.initial.shape, generator=_generator(1), dtype=torch.float64)
+        value, again = (self.evaluate(problem, delta) for _ in range(2))
+        assert bool(torch.isfinite(value.loss).all())
+        assert torch.equal(value.loss, again.loss)
+        assert torch.equal(value.grad, again.grad)
+        ahead, behind = (self.evaluate(problem, delta + step * direction).loss for step in (1e-5, -1e-5))
+        torch.testing.assert_close((value.grad * direction).sum((1, 2)), (ahead - behind) / 2e-5, rtol=1e-4, atol=1e-7)
+
+    def test_facts_do_not_influence_each_other(self) -> None:
+        """Other facts may be done, or their vectors change: a fact keeps its loss and its gradient."""
+        problem, mine = _random_search(), torch.tensor([False, True, False])
+        delta, other = torch.randn(2, *problem.initial.shape, generator=_generator(2), dtype=torch.float64)
+        value = self.evaluate(problem, delta)
+        moved = self.evaluate(problem, torch.where(mine[:, None, None], delta, other))
+        alone = Objective({"term": self.term.prepare(problem)}).only(mine).evaluate(delta, ~mine, with_grad=True)
+        for each in (moved, alone):
+            torch.testing.assert_close(each.loss[1], value.loss[1], rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(each.grad[1], value.grad[1], rtol=1e-6, atol=1e-9)
+
+    def evaluate(self, problem: SearchProblem, delta: Tensor) -> ObjectiveValue:
+        """Compute the term by itself, with its gradient, for facts of which all but one are solved."""
+        solved = torch.tensor([True, False, True])
+        return Objective({"term": self.term.prepare(problem)}).evaluate(delta, solved, with_grad=True)
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def _random_search() -> SearchProblem:
+    lm = tiny_model(torch.float64)
+    lm.model.requires_grad_(False)
+    return SearchProblem.prepare(lm, tiny_batch(lm), [Site(1)], 20)
+
+
+@torch.no_grad()
+def _outputs(lm: LanguageModel, batch: TextBatch, site: Site) -> Float[Tensor, "n width"]:
+    """Present output of a site at the last token of each subject, from full passes over the bare prompts."""
+    outputs = []
+    for row, *_ in batch.rows:
+        with capture(lm, [site]) as outputs_by_site:
+            lm(input_ids=torch.tensor([row.ids]))
+        outputs.append(outputs_by_site[site][0, row.subject])
+    return torch.stack(outputs)
+
+
 class MetricContract:
     """What a metric promises: it sees ``PromptScores`` in parts, whole records at a time."""
 
@@ -241,7 +356,7 @@ def random_problems() -> Iterator[LayerProblem]:
         yield LayerProblem(keys, residual, weight, weight.clone(), covariance, history, keys + 0.1)
 
 
-def tiny_model() -> LanguageModel:
+def tiny_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
     """A random GPT-2 of three blocks with a byte-level tokenizer, built offline."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[]))
@@ -252,11 +367,13 @@ def tiny_model() -> LanguageModel:
         torch.manual_seed(0)
         model = GPT2LMHeadModel(config)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
-    return LanguageModel.wrap(model.eval(), fast)
+    return LanguageModel.wrap(model.eval().type(dtype), fast)
 
 
 def tiny_batch(lm: LanguageModel) -> TextBatch:
     """Three facts as tokens."""
     names = ("Ann", "Bob", "Cleo")
-    requests = [EditRequest(prompt="{} lives in", subject=name, target_new="Rome") for name in names]
+    requests = [
+        EditRequest(prompt="{} lives in", subject=name, target_new="Rome", target_true="Oslo") for name in names
+    ]
     return encode_batch(lm, requests, Contexts())

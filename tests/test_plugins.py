@@ -20,10 +20,14 @@ MODULE = """
 from dataclasses import dataclass
 from cakeflow import LeastSquares, ShareAllocator, Uniform
 from cakeflow.core import EditCallback
+from cakeflow.targets import GradientSearch, LossBelow, NormDecay
 
 @dataclass(frozen=True)
 class Rising(Uniform): pass
 class Watching(EditCallback): pass
+class Calm(GradientSearch): pass
+class Price(NormDecay): pass
+class Soon(LossBelow): pass
 class Unfinished(ShareAllocator): residual_at = "last"
 class LeastSquares(LeastSquares): pass
 class Stranger: pass
@@ -60,10 +64,10 @@ def test_a_config_names_a_plugin_by_its_class(tmp_path):
 
 
 def test_others_are_found(install):
-    install(("Rising", "mylab:Rising"), ("Watching", "mylab:Watching"))
+    slots = {"Rising": "weighter", "Watching": "callback", "Calm": "targets", "Price": "objective", "Soon": "stop"}
+    install(*((name, f"mylab:{name}") for name in slots))
     found = {plugin.name: plugin for plugin in load_plugins()}
-    assert found["Rising"].slot == "weighter"
-    assert found["Watching"].slot == "callback"
+    assert {name: found[name].slot for name in slots} == slots
     assert found["Rising"].path == "mylab:Rising"
 
 

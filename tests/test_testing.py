@@ -7,16 +7,30 @@ import torch
 from cakeflow_attribution import Noisy, Saliency, Shuffled
 from cakeflow_restrain import Prune, Rect
 
-from cakeflow import Endpoints, LeastSquares, NullSpace, OneHot, Scores, Sequential, ShareAllocator, Uniform, Update
+from cakeflow import (
+    Endpoints,
+    GradientSearch,
+    LeastSquares,
+    NullSpace,
+    OneHot,
+    Scores,
+    Sequential,
+    ShareAllocator,
+    Uniform,
+    Update,
+)
 from cakeflow.allocators import Jacobian
 from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.metrics import EditScore, Efficacy, Generalization, Specificity
 from cakeflow.models import Site
 from cakeflow.solvers import EqualityConstrained
+from cakeflow.targets import EssenceKL, LossBelow, NormDecay, PreparedTerm, SolvedAndNear, TargetLikelihood
 from cakeflow.testing import (
     AllocatorContract,
     MetricContract,
+    ObjectiveTermContract,
     SolverContract,
+    TargetSearchContract,
     WeighterContract,
     tiny_batch,
     tiny_model,
@@ -57,6 +71,81 @@ def test_solvers(solver):
 )  # fmt: skip
 def test_weighters(weighter):
     holds(WeighterContract, weighter=weighter)
+
+
+SEARCHES = [
+    GradientSearch(4), GradientSearch(4, site="mlp_out", extra_site="attn_out"), GradientSearch(4, site="mlp.c_fc"),
+    GradientSearch(4, essence=None, decay=None, further=(NormDecay(2.0),)), GradientSearch(4, stop=LossBelow(9.0)),
+    GradientSearch(40, 0.5, 5.0, likelihood=TargetLikelihood(solved_factor=0.1), stop=SolvedAndNear(1.0)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("search", SEARCHES, ids=str)
+def test_searches(search):
+    holds(TargetSearchContract, search=search)
+
+
+@pytest.mark.parametrize("term", [TargetLikelihood(2.0, 0.25), EssenceKL(3.0), NormDecay()], ids=str)
+def test_terms(term):
+    holds(ObjectiveTermContract, term=term)
+
+
+class Mixing(NormDecay):
+    """Adds the mean of all facts to each."""
+
+    def prepare(self, problem):
+        return Mixed(super().prepare(problem))
+
+
+@dataclass(frozen=True)
+class Mixed(PreparedTerm):
+    """Its prepared form."""
+
+    inner: PreparedTerm
+
+    def rows(self, delta):
+        for rows in self.inner.rows(delta):
+            yield rows._replace(value=rows.value + rows.value.mean())
+
+    def factor(self, solved):
+        return self.inner.factor(solved)
+
+
+def test_a_term_that_mixes_facts_is_caught():
+    with pytest.raises(AssertionError):
+        holds(ObjectiveTermContract, "test_facts", term=Mixing())
+
+
+@dataclass(frozen=True)
+class Careless(GradientSearch):
+    """Breaks one promise of the contract."""
+
+    fault: str = ""
+
+    def search(self, lm, batch, layer, **options):
+        targets = super().search(lm, batch, layer, **options)
+        if self.fault == "nan":
+            targets.values[0, 0] = torch.nan
+        if self.fault == "leaks":
+            targets.values[:] += targets.values.mean(0)
+        if self.fault == "edits":
+            lm.model.lm_head.weight.data.mul_(1.01)
+        if self.fault == "hooks":
+            lm.model.lm_head.register_forward_hook(lambda *_: None)
+        return targets
+
+    def measure(self, lm, batch, layer, **options):
+        return (super().search if self.fault == "searches" else super().measure)(lm, batch, layer, **options)
+
+
+@pytest.mark.parametrize(
+    ("fault", "test"),
+    [("nan", "values"), ("leaks", "facts"), ("edits", "it_is"), ("hooks", "it_is"), ("searches", "measuring")],
+)
+def test_a_search_that_breaks_its_contract_is_caught(fault, test):
+    with pytest.raises(AssertionError):
+        holds(TargetSearchContract, f"test_{test}", search=Careless(4, fault=fault))
+    holds(TargetSearchContract, f"test_{test}", search=Careless(4))
 
 
 METRICS = [

@@ -14,7 +14,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 from cakeflow.storage.atomic import write_tensors, write_text
 from cakeflow.storage.cache import cache_folder
-from cakeflow.targets.gradient import Targets
+from cakeflow.targets import Targets, TargetSearch, no_progress
 from cakeflow.weighters.base import effective_layers
 
 Row = dict[str, Any]
@@ -41,28 +42,52 @@ SHOWN = ("efficacy", "generalization", "specificity", "editscore", "efficacy_exa
 
 
 @dataclass(frozen=True)
-class Remembered(GradientSearch):
-    """A target optimiser that finds the values of a batch on the same weights once, and keeps them in the cache.
+class Remembered(TargetSearch):
+    """A target search whose results are kept in the cache: one search per batch, weights and settings.
 
     Attributes:
+        inner: Search to remember.
         spent: Seconds that each search took, when it was done.
     """
 
+    inner: TargetSearch = GradientSearch()
     spent: list[float] = field(default_factory=list, compare=False, repr=False)
 
-    def optimize(
-        self, lm: LanguageModel, batch: TextBatch, layer: int, progress: Callable[[int], object] = lambda done: None
+    def search(
+        self,
+        lm: LanguageModel,
+        batch: TextBatch,
+        layer: int,
+        *,
+        max_tokens: int | None = None,
+        progress: Callable[[int], object] = no_progress,
     ) -> Targets:
-        """See ``GradientSearch.optimize``."""
-        key = hashlib.sha256(repr((lm.fingerprint(), lm.dtype, batch, layer, self)).encode()).hexdigest()
+        """Return the cached targets of the batch, or search for them."""
+        return self._cached(partial(self.inner.search, progress=progress), lm, batch, layer, max_tokens, "search")
+
+    def measure(self, lm: LanguageModel, batch: TextBatch, layer: int, *, max_tokens: int | None = None) -> Targets:
+        """Return the cached present values of the batch, or measure them."""
+        return self._cached(self.inner.measure, lm, batch, layer, max_tokens, "measure")
+
+    def _cached(
+        self,
+        find: Callable[..., Targets],
+        lm: LanguageModel,
+        batch: TextBatch,
+        layer: int,
+        max_tokens: int | None,
+        how: str,
+    ) -> Targets:
+        parts = (lm.fingerprint(), lm.dtype, batch, layer, max_tokens, how, self)
+        key = hashlib.sha256(repr(parts).encode()).hexdigest()
         path = cache_folder() / "targets" / f"{key[:24]}.safetensors"
         if not path.exists():
             start = time.perf_counter()
-            found = vars(super().optimize(lm, batch, layer, progress))
-            write_tensors(path, {**found, "seconds": torch.tensor(time.perf_counter() - start)})
-        found = load_file(path)
-        self.spent.append(float(found.pop("seconds")))
-        return Targets(**found)
+            targets = vars(find(lm, batch, layer, max_tokens=max_tokens))
+            write_tensors(path, {**targets, "seconds": torch.tensor(time.perf_counter() - start)})
+        tensors = load_file(path)
+        self.spent.append(float(tensors.pop("seconds")))
+        return Targets(**tensors)
 
 
 class Watcher(EditCallback):
@@ -131,7 +156,7 @@ class Sweep:
             trainer={"logger": logger, "callbacks": list(callbacks)},
             **setting,
         )
-        editor.module.targets = Remembered(**asdict(editor.module.targets))
+        editor.module.targets = Remembered(editor.module.targets)
         return editor
 
     def unedited(self) -> Row:

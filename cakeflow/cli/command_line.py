@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import MODULE_DEFAULTS, find_config, shipped
+from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
@@ -70,6 +70,11 @@ class EditCLI(LightningCLI):
             super().parse_arguments(parser, args)
         except (UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"a config file cannot be read: {error}; look at the files after --config") from error
+
+    def instantiate_classes(self) -> None:
+        """Make the module, the data and the Trainer; a value that does not fit is an error of ours."""
+        with own_errors():
+            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """A Trainer with a progress bar that leaves room for ours, and a run folder unless the user says otherwise."""

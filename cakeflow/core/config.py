@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from inspect import signature
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from cakeflow.core.module import EditModule
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, EditError
 from cakeflow.plugins import load_plugins
 
 MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.LocateThenEdit"}}
@@ -67,7 +69,20 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
             raise ConfigError(f"{kind.__name__} has no argument {unknown[0]!r}; it has {names}")
         return kind(*args, **{**kwargs, **objects})
 
-    return parser.instantiate(config, instantiators=[(make, EditModule, True)]).model  # type: ignore[no-any-return]
+    with own_errors():
+        return parser.instantiate(config, instantiators=[(make, EditModule, True)]).model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def own_errors() -> Iterator[None]:
+    """Raise the package's own error where jsonargparse hides it in a ``ValueError``, as it does in optional parts."""
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException | None = error
+        while cause and not isinstance(cause, EditError):
+            cause = cause.__cause__
+        raise cause or error from None
 
 
 def _is_plain(value: object) -> bool:

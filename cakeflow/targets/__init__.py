@@ -5,6 +5,7 @@ from cakeflow.targets.gradient import GradientSearch
 from cakeflow.targets.objective import (
     EssenceKL,
     NormDecay,
+    Objective,
     ObjectiveTerm,
     ObjectiveValue,
     PreparedTerm,
@@ -19,6 +20,7 @@ __all__ = [
     "GradientSearch",
     "LossBelow",
     "NormDecay",
+    "Objective",
     "ObjectiveTerm",
     "ObjectiveValue",
     "PreparedTerm",

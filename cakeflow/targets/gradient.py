@@ -70,6 +70,8 @@ class GradientSearch(TargetSearch):
         for name in ("steps", "lr", "clamp", "max_tokens"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"targets.{name} must be above 0, got {getattr(self, name)}")
+        if not isinstance(self.likelihood, ObjectiveTerm):  # a config's null gets here
+            raise ConfigError(f"targets.likelihood must be an ObjectiveTerm, got {self.likelihood!r}")
         if not self.site or self.extra_site in ("", self.site):
             raise ConfigError(
                 f"targets.site and extra_site must be two modules of a block, got {self.site!r} and {self.extra_site!r}"
@@ -105,6 +107,7 @@ class GradientSearch(TargetSearch):
         with frozen(lm), torch.enable_grad():
             return self._descend(problem, self._objective(problem), steps, progress)
 
+    @torch.no_grad()
     def _objective(self, problem: SearchProblem) -> Objective:
         # the order decides the bits: gradients are added term by term
         terms = {"likelihood": self.likelihood, "essence": self.essence, "decay": self.decay}
@@ -166,9 +169,8 @@ def _require_fall(
 ) -> None:
     """Refuse a search that led away from its fact, though the official code goes on, and log one without effect.
 
-    Only the NLL is compared, which is all of the loss at the start: the other terms may grow as it falls. A search
-    without effect is no error because the official recordings on random models have such. A solved fact passes: its NLL
-    may have been near 0 from the start.
+    Only the NLL is compared: the other terms may grow as it falls. A search without effect is no error because the
+    official recordings on random models have such. A solved fact passes: its NLL may have been near 0 from the start.
     """
     for index in (~solved & (steps > 1) & (end >= start)).nonzero()[:, 0].tolist():
         message = (

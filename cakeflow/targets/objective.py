@@ -87,7 +87,7 @@ class PreparedTerm(ABC):
 
     @abstractmethod
     def rows(self, delta: Float[Tensor, "n sites d_out"]) -> Iterator[TermRows]:
-        """Evaluate the term, group by group; the graph of a group is freed before the next one is computed.
+        """Yield the rows group by group; a group is evaluated once the graph of the one before has been freed.
 
         Args:
             delta: Vectors added at the sites, one row for each of the n facts, done or not.
@@ -126,40 +126,45 @@ class TargetLikelihood(ObjectiveTerm):
     """Negative log-likelihood of the new target: mean over its tokens, then over the contexts.
 
     Attributes:
-        solved_factor: Weight while all tokens of the target are the most likely ones in all contexts (PMET's code:
-            0.1).
+        factor: Weight of the term.
+        solved_factor: Further factor while all tokens of the target are the most likely ones in all contexts (PMET's
+            code: 0.1).
     """
 
+    factor: float = 1.0
     solved_factor: float = 1.0
 
     def __post_init__(self) -> None:
+        _require_factor(self, self.factor)
         if not 0 < self.solved_factor <= 1:
             raise ConfigError(f"TargetLikelihood: solved_factor must lie in (0, 1], got {self.solved_factor}")
 
     def prepare(self, problem: SearchProblem) -> PreparedTerm:
         """Use the suffixes of the problem's prompts."""
-        return _PreparedLikelihood(problem, self.solved_factor, problem.prompts)
+        return _PreparedLikelihood(problem, self, problem.prompts)
 
 
 @dataclass(frozen=True, eq=False)
 class _PreparedLikelihood(PreparedTerm):
     problem: SearchProblem
-    solved_factor: float
+    term: TargetLikelihood
     parts: Sequence[Suffixes]
 
     def rows(self, delta: Tensor) -> Iterator[TermRows]:
-        contexts = len(self.problem.batch.weights)
-        for part in self.parts:
-            logits = self.problem.logits(part, delta)
-            nll = torch.nn.functional.cross_entropy(logits, part.label, reduction="none")
-            chosen = logits.detach().gather(1, part.label[:, None])[:, 0]  # ties count as most likely
-            misses = (chosen < logits.detach().amax(1)).to(nll)
-            count = torch.bincount(part.row, minlength=len(part.fact))
-            yield TermRows(part.fact, _by_row(part, nll / contexts) / count, _by_row(part, misses))
+        return (self._group(part, delta) for part in self.parts)
+
+    def _group(self, part: Suffixes, delta: Tensor) -> TermRows:
+        logits = self.problem.logits(part, delta)
+        nll = torch.nn.functional.cross_entropy(logits, part.label, reduction="none")
+        chosen = logits.detach().gather(1, part.label[:, None])[:, 0]  # ties count as most likely
+        misses = (chosen < logits.detach().amax(1)).to(nll)
+        count = torch.bincount(part.row, minlength=len(part.fact))
+        value = _by_row(part, nll / len(self.problem.batch.weights)) / count
+        return TermRows(part.fact, value, _by_row(part, misses))
 
     def factor(self, solved: Tensor) -> Tensor:
-        # torch.where rounds plain numbers to float32, here for a double-precision model as well
-        return torch.where(solved, self.solved_factor, 1.0).to(self.problem.initial)
+        # torch.where rounds plain numbers to float32: solved_factor is single precision on every model
+        return self.term.factor * torch.where(solved, self.term.solved_factor, 1.0).to(self.problem.initial)
 
     def only(self, active: Tensor) -> PreparedTerm:
         return replace(self, parts=[part.only(active) for part in self.parts if bool(active[part.fact].any())])
@@ -189,8 +194,8 @@ class EssenceKL(ObjectiveTerm):
         """Cut the essence prompts and compute the reference distributions."""
         parts = problem.cut(problem.batch.essence, range(len(problem.batch)), read_first=True)
         with torch.no_grad():
-            delta = torch.zeros_like(problem.initial)
-            before = [problem.logits(part, delta).log_softmax(-1) for part in parts]
+            nothing = torch.zeros_like(problem.initial)
+            before = [problem.logits(part, nothing).log_softmax(-1) for part in parts]
         return _PreparedEssence(problem, self.factor, list(zip(parts, before, strict=True)))
 
 
@@ -201,9 +206,11 @@ class _PreparedEssence(PreparedTerm):
     parts: Sequence[tuple[Suffixes, Tensor]]
 
     def rows(self, delta: Tensor) -> Iterator[TermRows]:
-        for part, before in self.parts:
-            now = self.problem.logits(part, delta).log_softmax(-1)
-            yield TermRows(part.fact, (now.exp() * (now - before)).sum(1))
+        return (self._group(part, before, delta) for part, before in self.parts)
+
+    def _group(self, part: Suffixes, before: Tensor, delta: Tensor) -> TermRows:
+        now = self.problem.logits(part, delta).log_softmax(-1)
+        return TermRows(part.fact, (now.exp() * (now - before)).sum(1))
 
     def factor(self, solved: Tensor) -> float:
         return self.weight

@@ -75,6 +75,7 @@ def test_print_config_shows_the_composition_and_loads_nothing(capsys):
     [
         ["--model.solver", "NoSuchSolver"],
         ["--model.targets.learning_rate", "1"],
+        ["--model.targets.essence.factor", "-1"],
         ["--model.solver.init_args.threshhold", "0.1"],
         ["--data.limit", "many"],
     ],

@@ -1,5 +1,6 @@
 """Shipped configs: every method with every model makes a module, without loading anything."""
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from cakeflow.core.datamodule import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
 from cakeflow.solvers import Descent, EqualityConstrained
+from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 
 METHODS, MODELS = shipped("method"), shipped("model")
 PARTS = {
@@ -57,9 +59,12 @@ OVER = {
 }  # fmt: skip
 """CAKE over a method: its weights, everything else as there."""
 TARGETS = {
-    "rome": {"role": "mlp_out", "clamp": 4.0},
-    "pmet": {"role": "mlp_out", "also": "attn_out", "ease": 0.1, "stop_kl": 0.01},
-}
+    "rome": {"site": "mlp_out", "clamp": 4.0},
+    "pmet": {
+        "site": "mlp_out", "extra_site": "attn_out", "likelihood": TargetLikelihood(solved_factor=0.1),
+        "stop": SolvedAndNear(0.01, LossBelow(0.05)),
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -175,6 +180,48 @@ def test_mappings_are_merged_into_the_configured_part():
     assert build(targets={"clamp": 0.5}).targets == GradientSearch(**{**configured, "clamp": 0.5})
 
 
+def written(folder, *texts):
+    """Each text as the targets of a config file of its own."""
+    for number, text in enumerate(texts):
+        (folder / f"{number}.yaml").write_text(f"model: {{targets: {text}}}")
+        yield folder / f"{number}.yaml"
+
+
+def search(folder, *texts, **values):
+    return build_module([METHODS["memit"], MODELS["gpt2-xl"], *written(folder, *texts)], **values).targets
+
+
+PUBLISHED = GradientSearch(steps=20, lr=0.5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "expected"),
+    [
+        (["{likelihood: {solved_factor: 0.1}}", "{lr: 0.3}"], {"likelihood": TargetLikelihood(1.0, 0.1), "lr": 0.3}),
+        (["{lr: 0.3, essence: {factor: 0.2}}", "{decay: {factor: 0.1}}", "{essence: {factor: 0.3}}"],
+         {"lr": 0.3, "essence": EssenceKL(0.3), "decay": NormDecay(0.1)}),
+        (["{essence: null}", "{steps: 3}"], {"essence": None, "steps": 3}),
+        (["{decay: {class_path: EssenceKL, init_args: {factor: 0.2}}}", "{lr: 0.3}"],
+         {"decay": EssenceKL(0.2), "lr": 0.3}),
+        (["{further: [{class_path: NormDecay, init_args: {factor: 2.0}}, {class_path: EssenceKL}]}", "{lr: 0.3}"],
+         {"further": (NormDecay(2.0), EssenceKL()), "lr": 0.3}),
+        (["{stop: {class_path: SolvedAndNear, init_args: {inner: {loss: 0.2}}}}", "{stop: {kl: 0.7}}"],
+         {"stop": SolvedAndNear(0.7, LossBelow(0.2))}),
+        (["{class_path: GradientSearch, init_args: {site: mlp_out}}", "{lr: 0.3}"], {"site": "mlp_out", "lr": 0.3}),
+    ],
+)  # fmt: skip
+def test_targets_of_several_files_merge_field_by_field(tmp_path, texts, expected):
+    assert search(tmp_path, *texts) == replace(PUBLISHED, **expected)
+
+
+def test_targets_of_python_merge_into_those_of_files(tmp_path):
+    overrides = {"essence": {"factor": 0.3}, "decay": None}
+    assert search(tmp_path, "{lr: 0.3}", targets=overrides) == replace(
+        PUBLISHED, lr=0.3, essence=EssenceKL(0.3), decay=None
+    )
+    assert search(tmp_path, "{lr: 0.3}", targets=GradientSearch(steps=1)) == GradientSearch(steps=1)
+
+
 def test_parts_by_class_name():
     module = build(weighter={"class_path": "OneHot", "init_args": {"layer": 7}}, solver={"class_path": "LeastSquares"})
     assert module.weighter == OneHot(7)
@@ -203,6 +250,8 @@ def test_later_files_win(tmp_path):
         {"targets": {"stepz": 3}},
         {"targets": {"steps": "many"}},
         {"targets": {"steps": 0}},
+        {"targets": {"likelihood": None}},
+        {"targets": {"further": [{"class_path": "LossBelow"}]}},
         {"statistics": {"tokens": -1}},
         {"layers": "all"},
         {"layers": [3, 2]},
@@ -225,6 +274,11 @@ def test_what_does_not_fit_is_refused(values):
         build(**values)
     inner = value if isinstance(value, dict) else {}
     assert any(word in str(caught.value) for word in (name, *inner, *inner.get("init_args", {})))
+
+
+def test_a_value_that_an_optional_part_refuses_is_an_error_of_ours():
+    with pytest.raises(ConfigError, match=r"EssenceKL: factor must be 0 or more, got -1\.0"):
+        build(targets={"essence": {"factor": -1.0}})
 
 
 @pytest.mark.parametrize("text", ["model: {layerz: [1]}", "modle: {layers: [1]}", "model: [", "- 1"])

@@ -198,8 +198,8 @@ def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkey
 
 def test_target_values_that_are_not_finite_name_their_fact(lm, requests, quiet):
     class Spoiled(GradientSearch):
-        def optimize(self, *args):
-            found = super().optimize(*args)
+        def search(self, *args, **options):
+            found = super().search(*args, **options)
             found.values[2, 0] = torch.nan
             return found
 

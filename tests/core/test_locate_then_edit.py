@@ -161,7 +161,7 @@ def test_endpoints_with_targets_of_their_own(tiny, requests, quiet, build):
     first = step.layers[0].update.left  # the whole residual of the first layer's own targets
     with torch.no_grad():
         module.journal.rollback()
-    found = TARGETS.optimize(tiny, module_batch(tiny, requests), 1)
+    found = TARGETS.search(tiny, module_batch(tiny, requests), 1)
     torch.testing.assert_close(first, found.values - found.initial, rtol=0, atol=1e-9)
 
 
@@ -193,7 +193,7 @@ def test_weights_per_fact(tiny, requests, quiet, build):
 
 @pytest.mark.parametrize("role", ["mlp_out", "attn_out"])
 def test_targets_at_other_sites(tiny, requests, quiet, build, role):
-    module = build(tiny, targets=replace(TARGETS, role=role))
+    module = build(tiny, targets=replace(TARGETS, site=role))
     fit(module, requests[:4], quiet, 4)
     assert [part.layer for part in module.journal[0].layers] == LAYERS
 

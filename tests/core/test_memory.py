@@ -23,7 +23,7 @@ from cakeflow.forward.tokens import encode_batch
 from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Descent, EqualityConstrained, NullSpace
-from cakeflow.targets.gradient import GradientSearch, Targets
+from cakeflow.targets import GradientSearch, Targets
 
 CONTEXTS = Contexts((("{}",), ("Indeed, {}", "They say that {}")))
 
@@ -101,8 +101,8 @@ def test_parts_of_a_batch_get_the_same_target_values(tiny, requests):
     batch, targets = encode_batch(tiny, requests, CONTEXTS), GradientSearch(steps=4)
     parts = list(batch.split(5))
     assert [len(part) for part in parts] == [5, 5, 2]
-    found = Targets.join([targets.optimize(tiny, part, 2) for part in parts])
-    for name, value in vars(targets.optimize(tiny, batch, 2)).items():
+    found = Targets.join([targets.search(tiny, part, 2) for part in parts])
+    for name, value in vars(targets.search(tiny, batch, 2)).items():
         torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-12)
 
 

@@ -112,8 +112,8 @@ class FailingSearch(GradientSearch):
 
     fail: Failure = field(default_factory=Failure)
 
-    def optimize(self, lm, batch, layer, progress=None):
-        return super().optimize(lm, batch, layer, self.fail)
+    def search(self, lm, batch, layer, *, max_tokens=None, progress=None):
+        return super().search(lm, batch, layer, max_tokens=max_tokens, progress=self.fail)
 
 
 class FailingCallback(EditCallback):
@@ -234,7 +234,7 @@ def test_what_runs_without_a_trainer(tiny, rows, requests, tmp_path, what, inter
         elif what == "contexts":
             generate_contexts(tiny)
         else:
-            GradientSearch(steps=2).optimize(tiny, encode_batch(tiny, requests[:2], Contexts()), 3)
+            GradientSearch(steps=2).search(tiny, encode_batch(tiny, requests[:2], Contexts()), 3)
 
     as_the_user_left_it(tiny, ("train", "frozen", "tokenizer"))
     before = observed(tiny)
@@ -260,6 +260,6 @@ def test_the_numbers_are_those_of_evaluation_mode(lm, requests, quiet, tmp_path)
     """A model handed over in training mode is edited as one in evaluation mode is: dropout plays no part."""
     target = GradientSearch(steps=3, lr=0.3)
     batch = encode_batch(lm, requests[:2], Contexts())
-    wanted = target.optimize(lm, batch, 3).values
+    wanted = target.search(lm, batch, 3).values
     as_the_user_left_it(lm, ("train",))
-    assert torch.equal(target.optimize(lm, batch, 3).values, wanted)
+    assert torch.equal(target.search(lm, batch, 3).values, wanted)

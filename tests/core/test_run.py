@@ -133,9 +133,9 @@ def test_resumed_again_and_again(lm, requests, tmp_path, whole):
 
 def test_the_search_is_not_done_again(lm, requests, tmp_path):
     class Counted(GradientSearch):
-        def optimize(self, lm, batch, layer, progress=lambda done: None):
+        def search(self, lm, batch, layer, **options):
             searched.append(len(batch))
-            return super().optimize(lm, batch, layer, progress)
+            return super().search(lm, batch, layer, **options)
 
     searched, targets = [], Counted(steps=3, lr=0.3)
     with pytest.raises((KeyboardInterrupt, SystemExit)):

@@ -69,7 +69,7 @@ def test_an_injected_value_changes_logits_from_its_position_on(family, role):
 
 
 def edit(lm, requests, quiet, **changes):
-    targets = GradientSearch(steps=20, lr=0.5, clamp=30.0, kl_factor=0.0)
+    targets = GradientSearch(steps=20, lr=0.5, clamp=30.0, essence=None)
     return fit_tiny(lm, LAYERS, requests, quiet, 1e-9, solver=LeastSquares(), targets=targets, **changes)
 
 

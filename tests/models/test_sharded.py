@@ -17,7 +17,7 @@ from cakeflow.core.statistics import Statistics
 from cakeflow.errors import ArchitectureError
 from cakeflow.models import Site
 from cakeflow.solvers import Descent, EqualityConstrained, LeastSquares, NullSpace
-from cakeflow.targets.gradient import GradientSearch
+from cakeflow.targets import GradientSearch
 from cakeflow.tracing import CausalTrace
 from cakeflow.tracing.facts import trace_row
 
@@ -29,7 +29,7 @@ PARTS = {
     "primal": {"solver": LeastSquares(form="primal")},
     "rome": {"solver": EqualityConstrained(at="prompt")},
     "exact": {"allocator": Jacobian()},
-    "pmet": {"targets": GradientSearch(steps=3, role="mlp_out", also="attn_out")},
+    "pmet": {"targets": GradientSearch(steps=3, site="mlp_out", extra_site="attn_out")},
     "ft": {"solver": Descent(steps=2)},
 }
 
