@@ -1,4 +1,4 @@
-"""What edits do to text that has nothing to do with them."""
+"""Side effects of edits on unrelated text."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from cakeflow.forward.corpus import token_stream
 
 
 class NeutralText(PeriodicCallback):
-    """What edits do to text that is not about them, with torchmetrics' own metrics.
+    """Measures the side effects of edits on unrelated text, with torchmetrics' own metrics.
 
     Logs ``neutral/perplexity`` and ``neutral/kl``, the mean divergence in nats of the edited model's next-token
     distribution from the unedited model's, KL(unedited | edited).
 
     Args:
-        source: Held-out text: as for ``Statistics``, but never the same.
-        tokens: How much of it is read.
-        window: Tokens read together.
-        every: Batches between measurements.
+        source: Source of held-out text, as for ``Statistics``, but never the same text.
+        tokens: Number of tokens to read.
+        window: Length of a window in tokens.
+        every: Number of batches between measurements.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -40,7 +40,7 @@ class NeutralText(PeriodicCallback):
         self.source, self.tokens, self.window = source, tokens, window
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Read the text, before anything expensive is done."""
+        """Read the text before the expensive work, so that a bad source stops the run at once."""
         module: Any = pl_module
         stream = token_stream(module.lm, read_texts(self.source), self.tokens)
         if len(stream) < self.window:
@@ -50,7 +50,7 @@ class NeutralText(PeriodicCallback):
 
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``PeriodicCallback``."""
+        """Return perplexity and divergence of the model as it is now."""
         perplexity, divergence = Perplexity(), KLDivergence(log_prob=True)
         for ids in self._windows.split(4):
             now = self._predictions(module, ids)
@@ -61,6 +61,6 @@ class NeutralText(PeriodicCallback):
         return {"perplexity": float(perplexity.compute()), "kl": float(divergence.compute())}
 
     def _predictions(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
-        """Log-probabilities of the token after each but the last."""
+        """Return the log-probabilities of the next token at all places but the last."""
         logits: torch.Tensor = module.lm(input_ids=ids, use_cache=False).logits[:, :-1]
         return logits.float().log_softmax(-1).cpu()

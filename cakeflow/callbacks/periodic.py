@@ -1,4 +1,4 @@
-"""Callbacks that measure the model every few batches."""
+"""Base of callbacks that measure the model every few batches."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from cakeflow.errors import ConfigError
 
 
 class PeriodicCallback(L.Callback):
-    """A callback that measures the unedited model, the model after every few batches, and the final one.
+    """Callback that measures the model before the first batch, after every few batches, and after the last one.
 
-    Subclasses override ``measure``. What it returns is logged as ``{name}/...`` together with ``{name}/edits``, the
-    number of facts edited so far; the step is the number of batches. The same rows are kept in ``rows``, where those of
-    a further run follow.
+    Subclasses override ``measure``. Its numbers are logged as ``{name}/...`` together with ``{name}/edits``, the number
+    of facts edited so far; the step is the number of batches.
+
+    Attributes:
+        rows: The logged rows, of all runs so far.
 
     Args:
-        every: Batches between measurements.
+        every: Number of batches between measurements.
 
     Raises:
-        ConfigError: If that is less than one.
+        ConfigError: If ``every`` is less than 1.
     """
 
     name = "milestone"
@@ -31,41 +33,41 @@ class PeriodicCallback(L.Callback):
             raise ConfigError(f"every must be at least 1 batch, got {every}")
         self.every = every
         self.rows: list[dict[str, float]] = []
-        self._seen = -1
+        self._last = -1
 
     def measure(self, module: Any) -> dict[str, float]:
-        """Numbers about the model as it is now; ``module`` is the ``LocateThenEdit``."""
+        """Return numbers about the model as it is now; ``module`` is the ``LocateThenEdit``."""
         raise NotImplementedError
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
     ) -> None:
-        """Measure the model as it is, once every request was checked."""
+        """Measure the model before the first batch; every request was checked by now."""
         if batch_idx == 0:
-            self._seen = -1  # whatever an earlier run saw
+            self._last = -1  # a Trainer may run the same callback again
             self._measure(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
-        """Measure every few batches."""
+        """Measure after every few batches."""
         if (batch_idx + 1) % self.every == 0:
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure what came after the last time."""
+        """Measure after the last batch, unless that was done."""
         self._measure(trainer, pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Measure what the solver did once, when the run ended."""
+        """Measure the final change that some solvers make when the run ends."""
         self._measure(trainer, pl_module)
 
     def _measure(self, trainer: L.Trainer, module: Any) -> None:
-        if len(module.journal) == self._seen:
+        if len(module.journal) == self._last:
             return
         with module.phase("evaluation"):
             numbers = self.measure(module)
-        self._seen = len(module.journal)
+        self._last = len(module.journal)
         row = {f"{self.name}/{key}": value for key, value in {"edits": float(module.journal.edits), **numbers}.items()}
         self.rows.append(row)
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in row.items()})

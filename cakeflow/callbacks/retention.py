@@ -1,4 +1,4 @@
-"""What a stream of edits does to earlier edits, and to text that has nothing to do with them."""
+"""Retention of earlier edits along a stream of edits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from cakeflow.metrics.preference import Form, checked_form, success
 
 
 class Retention(PeriodicCallback):
-    """Accuracy on edits 1 to k, after n >= k: logs ``retention/mean`` and ``retention/first``, of the first batch.
+    """Measures the success of all edits so far: ``retention/mean``, and of the first batch, ``retention/first``.
 
     Args:
-        every: Batches between measurements.
-        form: What counts as success (``cakeflow.metrics.preference``).
+        every: Number of batches between measurements.
+        form: Criterion of success (``cakeflow.metrics.preference``).
 
     Attributes:
-        curves: For every measurement the success of each batch so far, oldest first.
+        curves: Per measurement the success of each batch so far, oldest first.
     """
 
     name = "retention"
@@ -30,23 +30,23 @@ class Retention(PeriodicCallback):
     def __init__(self, every: int = 1, form: Form = "exact") -> None:
         super().__init__(every)
         if checked_form(form) == "answer":
-            raise ConfigError("Retention asks for no free answers; use form 'exact', 'tokens' or 'probability'")
+            raise ConfigError("Retention does not generate free answers; use form 'exact', 'tokens' or 'probability'")
         self.form = form
         self.curves: list[list[float]] = []
 
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``PeriodicCallback``."""
+        """Return the mean success over edits, and that of the first batch."""
         edits = [(number, request) for number, step in enumerate(module.journal) for request in step.requests]
         if not edits:
             self.curves = []
             return {}
         scores = score_records(module.lm, [replace(request, probes=()) for _, request in edits])
         fields = {name: getattr(scores, name) for name in ("expected", "rival", "correct", "tokens", "answered")}
-        found, batch = success(self.form, **fields), torch.tensor([number for number, _ in edits])
-        judged = ~found.isnan()  # probabilities need a true target
+        hits, batch = success(self.form, **fields), torch.tensor([number for number, _ in edits])
+        judged = ~hits.isnan()  # the form "probability" needs a true target
         if not judged.any():
             return {}
         metric = retention.Retention()
-        metric.update(found[judged], batch[judged])
+        metric.update(hits[judged], batch[judged])
         self.curves.append(metric.by_batch().tolist())
         return {"mean": float(metric.compute()), "first": self.curves[-1][0]}

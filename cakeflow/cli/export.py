@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.console import Console
 
 from cakeflow.export.delta import apply_delta
-from cakeflow.export.formats import Format, export, export_applied
-from cakeflow.export.manifest import Manifest, require_place
+from cakeflow.export.formats import export, export_applied
+from cakeflow.export.manifest import Format, Manifest, require_place
 from cakeflow.journal.audit import replay
 from cakeflow.models.loading import load_model
 

@@ -22,6 +22,7 @@ from cakeflow.errors import EditError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.scoring import check_records
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.schema import EvaluatedRequest, EvaluationBody
 from cakeflow.models.language import LanguageModel
 
 
@@ -53,7 +54,7 @@ class EditModule(L.LightningModule):
             {"fluency"} if evaluation.texts_every else set()
         )
         self.stage = "after"
-        self.outcomes: list[dict[str, Any]] = []
+        self.outcomes: list[EvaluatedRequest] = []
         self.measured: dict[str, dict[str, float]] = {}
         self.evaluated = -1
         self.timings: defaultdict[str, float] = defaultdict(float)
@@ -80,8 +81,9 @@ class EditModule(L.LightningModule):
         self.measured[self.stage] = found = {name: float(value) for name, value in self.metrics.compute().items()}
         self.log_dict({f"{self.stage}/{name}": value for name, value in found.items()})
         if self.journal.record and self.stage in ("before", "after"):
-            told = {"stage": self.stage, "edits": self.journal.edits, "protocol": self.evaluation.id, "metrics": found}
-            self.journal.record.append("evaluation", told)
+            self.journal.record.append(
+                EvaluationBody(stage=self.stage, edits=self.journal.edits, protocol=self.evaluation.id, metrics=found)
+            )
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
         """Lightning's; what is logged while a batch is made becomes part of its account."""

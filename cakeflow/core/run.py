@@ -21,6 +21,7 @@ from cakeflow.evaluation.evaluation import check_texts, warn_of_known
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.provenance import circumstances
+from cakeflow.journal.schema import EndBody, ModelInfo, RunInfo
 from cakeflow.journal.store import run_folder
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.hashing import digest
@@ -95,14 +96,15 @@ def run_fit(trainer: L.Trainer, module: LocateThenEdit, data: EditDataModule, *,
     if folder is not None:
         if evaluate:
             _write_outcomes(folder, "after", module)
-        found = {
-            "metrics": {"before": _without_nan(before), "after": _without_nan(after)},
-            "protocol": module.evaluation.id,
-            "edits": len(data.requests),
-            "timings": timings,
-            "peaks": _without_nan(peaks),
-        }
-        write_text(folder / "run.json", json.dumps({**describe(module), **found}, indent=1, ensure_ascii=False))
+        info = RunInfo(
+            **describe(module),
+            metrics={"before": before, "after": after},
+            protocol=module.evaluation.id,
+            edits=len(data.requests),
+            timings=timings,
+            peaks=peaks,
+        )
+        write_text(folder / "run.json", json.dumps(info.to_dict(), indent=1, ensure_ascii=False))
         _end(module, folder)
     return FitResult(before, after, timings, peaks, logged, module.evaluation.id, module.journal, folder)
 
@@ -120,14 +122,14 @@ def run_evaluate(trainer: L.Trainer, module: LocateThenEdit, data: EditDataModul
 
 
 def describe(module: LocateThenEdit) -> dict[str, Any]:
-    """The model, everything that decides the outcome of its edits, and versions, as JSON-ready data."""
+    """Return the model, everything that decides the outcome of its edits, and versions: the first fields of RunInfo."""
     return {
-        "model": {
-            "source": module.name,
-            "fingerprint_before": module.journal.base["fingerprint"],
-            "dtype": str(module.lm.dtype),
-            "architecture": asdict(module.lm.architecture),
-        },
+        "model": ModelInfo(
+            source=module.name,
+            fingerprint_before=module.journal.base["fingerprint"],
+            dtype=str(module.lm.dtype),
+            architecture=asdict(module.lm.architecture),
+        ),
         "settings": module.settings(),
         "versions": circumstances()["versions"],
     }
@@ -149,17 +151,12 @@ def _end(module: LocateThenEdit, folder: Path) -> None:
     """The record's last entry: the run is complete, and these are its files."""
     assert module.journal.record is not None
     files = {name: digest(folder / name) for name in FILES if (folder / name).exists()}
-    module.journal.record.append("end", {"files": files})
-
-
-def _without_nan(numbers: dict[str, float]) -> dict[str, float | None]:
-    """JSON knows no nan."""
-    return {name: None if value != value else value for name, value in numbers.items()}
+    module.journal.record.append(EndBody(files=files))
 
 
 def _write_outcomes(folder: Path, stage: str, module: LocateThenEdit) -> None:
     """What every record answered, one line each."""
-    lines = (json.dumps(row, ensure_ascii=False) for row in module.outcomes)
+    lines = (json.dumps(row.to_dict(), ensure_ascii=False) for row in module.outcomes)
     write_text(folder / f"{stage}.jsonl", "".join(f"{line}\n" for line in lines))
 
 

@@ -1,7 +1,8 @@
-"""What is asked of a model when edits are evaluated, and what it answered."""
+"""Evaluation of edits: the prompts a model gets, its answers, and the metrics that follow from them."""
 
 from __future__ import annotations
 
+import math
 import string
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,7 @@ from cakeflow.errors import ConfigError, listed
 from cakeflow.evaluation.protocols import Protocol, checked_protocol
 from cakeflow.evaluation.scoring import KINDS, PromptScores, Question, questions, score_records
 from cakeflow.forward.generation import continuations, until_stop
+from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
 from cakeflow.metrics import Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.models.language import LanguageModel
 
@@ -26,17 +28,17 @@ COLUMNS = {
     "tokens": "tokens",
     "answered": "answered",
 }
-"""What ``Answers.rows`` says of each prompt -> field of ``PromptScores``; null where it is nan."""
+"""Field of ``PromptAnswer`` -> field of ``PromptScores``; None where it is nan."""
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """What a model answered about some records.
+    """A model's answers to the prompts of some records.
 
     Attributes:
         records: The records.
-        scores: Of their prompts.
-        texts: The free texts of each record, prompts included; none where they were not asked for.
+        scores: Scores of their prompts.
+        texts: Free texts of each record, prompts included; empty for a record that has none or is not due for any.
     """
 
     records: Sequence[EditRequest]
@@ -44,42 +46,42 @@ class Answers:
     texts: Sequence[Sequence[str]]
 
     def fields(self) -> dict[str, Any]:
-        """Everything that a metric may ask for, by the names of its arguments of ``update``."""
+        """Return all that a metric can use, by the names of the arguments of its ``update``."""
         return {**vars(self.scores), "texts": self.texts, "references": [each.reference for each in self.records]}
 
-    def rows(self, first: int = 0) -> Iterator[dict[str, Any]]:
-        """One JSON-ready entry per record; ``first`` is the number of the first."""
-        columns = [(name, vars(self.scores)[field].tolist()) for name, field in COLUMNS.items()]
-        scored: list[list[dict[str, Any]]] = [[] for _ in self.records]
+    def rows(self, first: int = 0) -> Iterator[EvaluatedRequest]:
+        """Yield the answers record by record; ``first`` is the number of the first record."""
+        columns = {name: vars(self.scores)[field].tolist() for name, field in COLUMNS.items()}
+        prompts: list[list[PromptAnswer]] = [[] for _ in self.records]
         for place, (record, kind, prompt, expected, rival) in enumerate(questions(self.records)):
-            numbers = {name: None if column[place] != column[place] else column[place] for name, column in columns}
-            asked = {"kind": KINDS[kind], "prompt": prompt, "expected": expected, "rival": rival}
-            scored[record].append({**asked, **numbers})
+            numbers: dict[str, Any] = {name: None if math.isnan(column[place]) else column[place] for name, column in columns.items()}
+            answer = PromptAnswer(kind=KINDS[kind], prompt=prompt, expected=expected, rival=rival, **numbers)
+            prompts[record].append(answer)
         names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation")
         for index, (request, texts) in enumerate(zip(self.records, self.texts, strict=True)):
-            said = zip(free_prompts(request), texts, strict=False)
-            yield {
-                "index": first + index,
+            pairs = zip(free_prompts(request), texts, strict=False)
+            yield EvaluatedRequest(
+                index=first + index,
                 **{name: getattr(request, name) for name in names},
-                "prompts": scored[index],
-                "generations": [{"prompt": prompt, "text": text[len(prompt) :]} for prompt, text in said],
-            }
+                prompts=prompts[index],
+                generations=[Generation(prompt=prompt, text=text[len(prompt) :]) for prompt, text in pairs],
+            )
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """How edits are evaluated.
+    """Settings of an evaluation.
 
     Attributes:
-        protocol: How continuations are tokenised and looked up: ``clean``, or ``official`` to compare with published
-            tables (``cakeflow.protocols``).
-        answer_tokens: Length of a free-running answer to every prompt, from which the ``answer`` forms of the metrics
-            come; 0 asks for none. Teacher forcing alone flatters an editor ("The Mirage of Model Editing", 2025).
-        texts_every: Free texts are generated for every so-manieth record (``generation_test_interval`` of the official
-            code), for ``Fluency`` and ``Consistency``; 0 for none.
+        protocol: Tokenisation and scoring of continuations: ``clean``, or ``official`` to compare with published
+            tables (``cakeflow.evaluation.protocols``).
+        answer_tokens: Length of the free-running answer to every prompt, which the ``answer`` forms of the metrics
+            need; 0 for none. Teacher forcing alone flatters an editor ("The Mirage of Model Editing", 2025).
+        texts_every: Interval between the records for which free texts are generated, for ``Fluency`` and
+            ``Consistency`` (``generation_test_interval`` of the official code); 0 for none.
         text_tokens: Length of a free text, prompt included.
-        top_k: Free texts are sampled among so many tokens, 1 is greedy.
-        seed: Of the sampling.
+        top_k: Number of most likely tokens among which free texts are sampled; 1 is greedy.
+        seed: Seed of the sampling.
 
     Raises:
         ConfigError: If a value is out of range.
@@ -100,16 +102,16 @@ class Evaluation:
 
     @property
     def id(self) -> str:
-        """Names everything that decides the numbers; figures with different ids are not comparable."""
+        """Name of everything that decides the numbers; numbers under different ids are not comparable."""
         answers = f"+answers{self.answer_tokens}" if self.answer_tokens else ""
         texts = f"+texts{self.text_tokens}k{self.top_k}s{self.seed}" if self.texts_every else ""
         return f"{self.protocol}-v1{answers}{texts}"
 
     def metrics(self, further: Sequence[Metric] = ()) -> MetricCollection:
-        """Every metric that can be computed from what is asked, by its name in tables and logs.
+        """Return every metric that these settings allow, by its name in tables and logs.
 
         Args:
-            further: Metrics of the user, named by class.
+            further: Further metrics, named by their class.
 
         Raises:
             ConfigError: If two have one name.
@@ -133,15 +135,12 @@ class Evaluation:
         return MetricCollection(metrics, compute_groups=False)
 
     def ask(self, lm: LanguageModel, records: Sequence[EditRequest], first: int = 0) -> Answers:
-        """Ask a model everything about some records.
+        """Return a model's answers to all prompts of some records.
 
         Args:
             lm: The model.
             records: The records, probes included.
             first: Number of the first record among all.
-
-        Returns:
-            Its answers.
         """
         scores = score_records(lm, records, self.protocol)
         if self.answer_tokens:
@@ -149,23 +148,23 @@ class Evaluation:
         return Answers(records, scores, self._texts(lm, records, first))
 
     def _texts(self, lm: LanguageModel, records: Sequence[EditRequest], first: int) -> list[list[str]]:
-        chosen = [bool(self.texts_every) and (first + i) % self.texts_every == 0 for i in range(len(records))]
-        prompts = [free_prompts(record) if expected else [] for record, expected in zip(records, chosen, strict=True)]
+        due = [bool(self.texts_every) and (first + i) % self.texts_every == 0 for i in range(len(records))]
+        prompts = [free_prompts(record) if now else [] for record, now in zip(records, due, strict=True)]
         flat = [prompt for each in prompts for prompt in each]
-        said = iter(continuations(lm, flat, self.text_tokens, total=True, top_k=self.top_k, seed=self.seed))
-        return [[prompt + next(said) for prompt in each] for each in prompts]
+        texts = iter(continuations(lm, flat, self.text_tokens, total=True, top_k=self.top_k, seed=self.seed))
+        return [[prompt + next(texts) for prompt in each] for each in prompts]
 
 
-def check_texts(rows: Sequence[dict[str, Any]]) -> None:
-    """Whether a model writes anything, asked of the unedited one before the expensive work.
+def check_texts(rows: Sequence[EvaluatedRequest]) -> None:
+    """Require that the unedited model writes something, before the expensive work.
 
     Args:
-        rows: Of ``Answers.rows``.
+        rows: Answers of the unedited model.
 
     Raises:
-        ConfigError: If it was asked for free texts, and every one of them is blank.
+        ConfigError: If there are free texts, and every one of them is blank.
     """
-    texts = [each["text"] for row in rows for each in row["generations"]]
+    texts = [each.text for row in rows for each in row.generations]
     if texts and not any(text.strip() for text in texts):
         raise ConfigError(
             f"the model wrote nothing after any of {len(texts)} prompts, so its texts say nothing of an edit; look at "
@@ -173,35 +172,35 @@ def check_texts(rows: Sequence[dict[str, Any]]) -> None:
         )
 
 
-def warn_of_known(rows: Sequence[dict[str, Any]]) -> None:
-    """Warn of the records whose new target the unedited model gives already: there is nothing to edit in them.
+def warn_of_known(rows: Sequence[EvaluatedRequest]) -> None:
+    """Warn of records whose new target the unedited model gives already: there is nothing to edit in them.
 
     Args:
-        rows: Of ``Answers.rows``.
+        rows: Answers of the unedited model.
     """
-    known = [row["index"] for row in rows if any(p["kind"] == "rewrite" and p["correct"] for p in row["prompts"])]
-    if known:
+    indices = [row.index for row in rows if any(prompt.correct for prompt in row.of_kind("rewrite"))]
+    if indices:
         warnings.warn(
-            f"records whose target_new the model gives already, before any edit: {listed(known)} (numbered from 0, in "
+            f"records whose target_new the model gives already, before any edit: {listed(indices)} (numbered from 0, in "
             "the order of the edits); there is nothing to edit in them, leave them out or count them apart",
             stacklevel=3,
         )
 
 
 def free_prompts(record: EditRequest) -> list[str]:
-    """The prompts of a record from which free texts start."""
+    """Return the prompts of a record from which free texts start."""
     return [probe.prompt for probe in record.probes if probe.kind == "generation"]
 
 
-def _answered(lm: LanguageModel, asked: Sequence[Question], tokens: int) -> torch.Tensor:
-    """1 where the model's own greedy answer is the wanted one, up to case, punctuation and articles."""
-    said = continuations(lm, [question.prompt for question in asked], tokens)
-    pairs = zip(said, asked, strict=True)
+def _answered(lm: LanguageModel, prompts: Sequence[Question], tokens: int) -> torch.Tensor:
+    """Return 1 where the model's greedy answer is the expected one, up to case, punctuation and articles, else 0."""
+    texts = continuations(lm, [question.prompt for question in prompts], tokens)
+    pairs = zip(texts, prompts, strict=True)
     return torch.tensor([float(plain(until_stop(text)) == plain(question.expected)) for text, question in pairs])
 
 
 def plain(text: str) -> str:
-    """A text without case, punctuation and articles, as question answering compares them (SQuAD's exact match).
+    """Return a text without case, punctuation and articles, as SQuAD's exact match compares answers.
 
     Example:
         >>> plain(" The Hague, ")

@@ -90,11 +90,11 @@ def _places(lm: LanguageModel, manifest: Manifest, folder: Path) -> dict[str, nn
 def _require_fit(
     name: str, weight: nn.Parameter, manifest: Manifest, tensors: Mapping[str, Tensor], folder: Path
 ) -> None:
-    tensor, told = tensors[name], manifest.weights[name]
+    tensor, hashes = tensors[name], manifest.weights[name]
     if (tensor.shape, tensor.dtype) != (weight.shape, weight.dtype):
         raise ExportError(
             f"{folder}, {name}: {tensor.dtype} {tuple(tensor.shape)}, but the model has {weight.dtype} "
             f"{tuple(weight.shape)}; {REMEDY}"
         )
-    if (tensor_hash(weight), tensor_hash(tensor)) != (told["before"], told["after"]):
+    if (tensor_hash(weight), tensor_hash(tensor)) != (hashes.before, hashes.after):
         raise ExportError(f"{folder}, {name}: not the weight that the manifest tells of; {REMEDY}")

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 from cakeflow.errors import ConfigError, ExportError
 from cakeflow.export.card import model_card
 from cakeflow.export.delta import DELTA
 from cakeflow.export.lora import write_lora
-from cakeflow.export.manifest import MANIFEST, Manifest, require_place, weight_name
+from cakeflow.export.manifest import MANIFEST, Format, Manifest, require_place, weight_name
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.schema import BatchBody
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_folder, write_tensors
 from cakeflow.storage.hashing import digest
 
-Format = Literal["model", "delta", "lora"]
 CARD = "README.md"
 
 
@@ -65,7 +63,7 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
     Raises:
         ConfigError: If something is there already.
     """
-    manifest = replace(applied, format="model", files={})
+    manifest = applied.model_copy(update={"format": "model", "files": {}})
     fill = _model_writer(lm, model_card(manifest, ()))
     return _put(require_place(folder, overwrite=overwrite), manifest, fill, overwrite=overwrite)
 
@@ -74,7 +72,7 @@ def _put(place: Path, manifest: Manifest, fill: Callable[[Path], None], *, overw
     def write(fresh: Path) -> None:
         fill(fresh)
         files = {path.name: digest(path) for path in sorted(fresh.glob("*.safetensors"))}
-        (fresh / MANIFEST).write_text(replace(manifest, files=files).text, encoding="utf-8")
+        (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
 
     write_folder(place, write, overwrite=overwrite)
     return place
@@ -82,9 +80,9 @@ def _put(place: Path, manifest: Manifest, fill: Callable[[Path], None], *, overw
 
 def _write_model(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
     entries = journal.record.ledger.entries if journal.record else ()
-    kept = {step.number for step in journal}
-    told = [entry for entry in entries if entry.kind != "batch" or entry.body.get("batch") in kept]
-    return _model_writer(journal.lm, model_card(manifest, told))
+    numbers = {step.number for step in journal}
+    present = [entry for entry in entries if not isinstance(entry.body, BatchBody) or entry.body.batch in numbers]
+    return _model_writer(journal.lm, model_card(manifest, present))
 
 
 def _model_writer(lm: LanguageModel, card: str) -> Callable[[Path], None]:

@@ -2,7 +2,7 @@
 
 from cakeflow.journal.audit import Audit, base_of, ledger_of, replay, verify
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import Entry, Ledger, read_entries
+from cakeflow.journal.ledger import Entry, Ledger, bodies, read_entries
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.steps import EditStep, LayerStep, request_hash
 from cakeflow.journal.store import JournalStore, run_folder
@@ -18,6 +18,7 @@ __all__ = [
     "LayerStep",
     "Ledger",
     "base_of",
+    "bodies",
     "circumstances",
     "ledger_of",
     "read_entries",

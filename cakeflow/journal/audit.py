@@ -8,7 +8,8 @@ from pathlib import Path
 
 from cakeflow.errors import EditError, LedgerError, RunFolderError
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import Entry, whole_lines
+from cakeflow.journal.ledger import Entry, bodies, whole_lines
+from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RunBody
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
@@ -63,8 +64,9 @@ def verify(run: Path, head: str | None = None) -> Audit:
 def _faults(run: Path, record: JournalStore, entry: Entry, told: set[Path]) -> Iterator[str]:
     """Files of an entry that are not those that were written; notes in ``told`` which ones it tells of."""
     folder = {"batch": record.folder, "end": run}.get(entry.kind)
-    files = entry.body.get("files", {}) if folder else {}
-    for name, hashed in files.items() if folder and isinstance(files, dict) else ():
+    if folder is None or not isinstance(entry.body, (BatchBody, EndBody)):
+        return
+    for name, hashed in entry.body.files.items():
         path, where = folder / name, f"{record.ledger.path}, entry {entry.number}"
         told.add(path)
         if Path(name).name != name:
@@ -117,12 +119,12 @@ def base_of(run: Path, name: str | None = None) -> LanguageModel:
         RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
     """
-    told = {entry.kind: entry.body for entry in JournalStore(ledger_of(run).parent).ledger.entries}
-    name = name or told.get("run", {}).get("model")
-    if not isinstance(name, str):
+    entries = JournalStore(ledger_of(run).parent).ledger.entries
+    names = [body.model for body in bodies(entries, RunBody)]
+    if name is None and not names:
         raise LedgerError(f"{run}: the ledger names no model; name the unedited model: --model NAME")
-    dtype = str(told.get("model", {}).get("dtype", "auto")).removeprefix("torch.")
-    return load_model(name, dtype=dtype)
+    dtypes = ["auto", *(body.dtype.removeprefix("torch.") for body in bodies(entries, ModelBody))]
+    return load_model(name or names[-1], dtype=dtypes[-1])
 
 
 def replay(run: Path, model: str | None = None) -> Journal:

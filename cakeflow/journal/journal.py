@@ -17,6 +17,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.provenance import circumstances
+from cakeflow.journal.schema import FORMAT, ModelBody, RunBody
 from cakeflow.journal.steps import EditStep, LayerStep, request_hash
 from cakeflow.journal.store import JournalStore
 from cakeflow.journal.weights import EditedWeights
@@ -252,7 +253,7 @@ class Journal(Sequence[EditStep]):
                 f"{record.folder} was to go on from {record.earlier} earlier batches and has {len(self.steps)}: it was "
                 "stopped while they were copied; edit those first, then start this run in another folder"
             )
-        record.append("run", {**run, **circumstances()})
+        record.append(RunBody(**run, **circumstances(), format=FORMAT))
 
     def load(self, folder: Path) -> None:
         """Do again every batch that a folder tells of and that was not taken back; the journal is kept there from now.
@@ -266,7 +267,7 @@ class Journal(Sequence[EditStep]):
         record = JournalStore(folder)
         if not record.tape:
             raise LedgerError(f"{folder} has no ledger; give the folder of a journal")
-        record.append("model", self.base)
+        record.append(ModelBody.model_validate(self.base))
         record.tape.clear()
         try:
             for entry in record.ledger.entries:
@@ -293,7 +294,7 @@ class Journal(Sequence[EditStep]):
 
     def _tell(self, record: JournalStore) -> None:
         """Tell a record what was done so far."""
-        record.append("model", {**self.base, "earlier": len(self.steps)})
+        record.append(ModelBody(**self.base, earlier=len(self.steps)))
         known: set[int] = set()
         for step in self.steps:
             layers = {part.layer for part in step.layers} - known

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import LedgerError
+from cakeflow.journal.schema import BODIES, Line, S, Schema, parse_as, read_as, upgraded
 from cakeflow.storage.atomic import append_line, cut
 
-FIELDS = {"number": int, "kind": str, "time": str, "body": dict, "previous": str, "hash": str}
+Place = Callable[[int], str]
+"""Layer -> name of the weight that format 1 meant by it."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +24,9 @@ class Entry:
 
     Attributes:
         number: Its place, from 0.
-        kind: What it tells of: ``model``, ``run``, ``evaluation``, ``batch``, ``rollback``, ``policy`` or ``end``.
+        kind: A key of ``BODIES``.
         time: When it was written (UTC, ISO 8601).
-        body: What happened.
+        body: What happened, as an instance of ``BODIES[kind]``.
         previous: Hash of the entry before; empty in the first one.
         hash: SHA-256 of this entry's line without its hash.
     """
@@ -32,33 +34,9 @@ class Entry:
     number: int
     kind: str
     time: str
-    body: dict[str, Any]
+    body: Schema
     previous: str
-    hash: str = ""
-
-    def sealed(self) -> Entry:
-        """The entry with its hash."""
-        values = {**vars(self), "hash": ""}
-        return Entry(**{**values, "hash": hashlib.sha256(canonical(values)).hexdigest()})
-
-    @property
-    def line(self) -> bytes:
-        """The entry as it stands in the file."""
-        return canonical(vars(self))
-
-
-def canonical(value: Mapping[str, Any]) -> bytes:
-    """JSON in one form only: sorted names, no spaces, ASCII; numbers must be finite."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def finite(value: Any) -> Any:
-    """Data with None in the place of numbers that are not finite: JSON knows none."""
-    if isinstance(value, float):
-        return value if value - value == 0 else None
-    if isinstance(value, Mapping):
-        return {str(name): finite(part) for name, part in value.items()}
-    return [finite(part) for part in value] if isinstance(value, (list, tuple)) else value
+    hash: str
 
 
 class Ledger:
@@ -67,82 +45,114 @@ class Ledger:
     A last line without its end was never acknowledged: it is left out, and cut off when the next entry is added.
 
     Args:
-        path: The file; it is made by the first entry.
+        path: The file; the first entry creates it.
+        place: Names the weight of a layer in entries of format 1.
 
     Raises:
         LedgerError: If an entry is broken, or does not follow the one before.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, place: Place = "layer {}".format) -> None:
         self.path = path
-        self.entries = [] if not path.exists() else list(read_entries(path))
-        self._size = sum(len(entry.line) + 1 for entry in self.entries)
+        self.entries = list(read_entries(path, place)) if path.exists() else []
+        self._size = self._end(len(self.entries)) if self.entries else 0
 
     @property
     def head(self) -> str:
         """Hash of the last entry; empty if there is none."""
         return self.entries[-1].hash if self.entries else ""
 
-    def append(self, kind: str, body: Mapping[str, Any]) -> Entry:
-        """Add an entry; when this returns it is on disk."""
+    def append(self, body: Schema) -> Entry:
+        """Add an entry; it is on disk when this returns."""
+        kind = next(kind for kind, each in BODIES.items() if each is type(body))
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        entry = Entry(len(self.entries), kind, now, finite(body), self.head).sealed()
+        line = Line(number=len(self.entries), kind=kind, time=now, body=body.to_dict(), previous=self.head)
+        line = line.model_copy(update={"hash": _hash(line)})
         if self.path.exists() and self.path.stat().st_size > self._size:
             cut(self.path, self._size)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self.path, entry.line)
-        self.entries.append(entry)
-        self._size += len(entry.line) + 1
-        return entry
+        text = canonical(dict(line))
+        append_line(self.path, text)
+        self.entries.append(_entry(line, body))
+        self._size += len(text) + 1
+        return self.entries[-1]
 
     def withdraw(self, count: int) -> None:
-        """Cut off what follows the first ``count`` entries, which nobody was told of yet."""
+        """Cut off the entries after the first ``count``, which were not acknowledged yet."""
         if len(self.entries) > count:
             del self.entries[count:]
-            self._size = sum(len(entry.line) + 1 for entry in self.entries)
+            self._size = self._end(count)
             cut(self.path, self._size)
 
+    def _end(self, count: int) -> int:
+        """Return the size in bytes of the first ``count`` lines."""
+        return sum(len(line) + 1 for line in whole_lines(self.path)[:count])
 
-def read_entries(path: Path) -> Iterator[Entry]:
-    """The entries of a ledger, each checked against its hash and the one before.
+
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """Return JSON in one form only: sorted names, no spaces, ASCII; numbers must be finite."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+def bodies(entries: Iterable[Entry], kind: type[S]) -> list[S]:
+    """Return the bodies of one type, in order."""
+    return [entry.body for entry in entries if isinstance(entry.body, kind)]
+
+
+def read_entries(path: Path, place: Place = "layer {}".format) -> Iterator[Entry]:
+    """Yield the entries of a ledger, each checked against its hash and the one before.
+
+    Args:
+        path: The file.
+        place: Names the weight of a layer in entries of format 1.
 
     Raises:
         LedgerError: Naming the entry that is broken.
     """
     previous = ""
-    for number, line in enumerate(whole_lines(path)):
-        entry = _read(line, f"{path}, entry {number}")
-        sound = entry.hash == entry.sealed().hash and entry.line == line
-        if not sound or entry.number != number or entry.previous != previous:
-            raise LedgerError(f"{path}, entry {number}: {_why(entry, number, sound=sound)}; {REMEDY}")
-        previous = entry.hash
-        yield entry
+    for number, text in enumerate(whole_lines(path)):
+        where = f"{path}, entry {number}"
+        line = parse_as(Line, text, where, LedgerError, REMEDY)
+        if fault := _fault(line, text, number, previous):
+            raise LedgerError(f"{where}: {fault}; {REMEDY}")
+        previous = line.hash
+        yield _entry(line, _body(line, place, where))
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """The lines of a ledger that have an end."""
+    """Return the lines of a ledger that have an end."""
     return path.read_bytes().split(b"\n")[:-1]
 
 
 REMEDY = "the ledger was changed after it was written; take it from a copy"
 
 
-def _why(entry: Entry, number: int, *, sound: bool) -> str:
+def _hash(line: Line) -> str:
+    return hashlib.sha256(canonical(dict(line) | {"hash": ""})).hexdigest()
+
+
+def _fault(line: Line, text: bytes, number: int, previous: str) -> str:
+    try:
+        sound = line.hash == _hash(line) and canonical(dict(line)) == text
+    except ValueError:  # NaN, which Python reads from JSON
+        sound = False
     if not sound:
         return "its content does not have its hash"
-    if entry.number != number:
-        return f"it says that it is entry {entry.number}"
-    return "it does not follow the entry before"
+    if line.number != number:
+        return f"it says that it is entry {line.number}"
+    return "" if line.previous == previous else "it does not follow the entry before"
 
 
-def _read(line: bytes, where: str) -> Entry:
+def _entry(line: Line, body: Schema) -> Entry:
+    return Entry(line.number, line.kind, line.time, body, line.previous, line.hash)
+
+
+def _body(line: Line, place: Place, where: str) -> Schema:
+    if line.kind not in BODIES:
+        remedy = "read the ledger with the version of cakeflow that wrote it"
+        raise LedgerError(f"{where}, kind = {line.kind!r}: expected {', '.join(BODIES)}; {remedy}")
     try:
-        found = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise LedgerError(f"{where}: {error}; {REMEDY}") from error
-    if not isinstance(found, dict) or set(found) != set(FIELDS):
-        raise LedgerError(f"{where}: expected the fields {', '.join(FIELDS)}; {REMEDY}")
-    for name, kind in FIELDS.items():
-        if not isinstance(found[name], kind) or isinstance(found[name], bool):
-            raise LedgerError(f"{where}, {name} = {str(found[name])[:60]!r}: expected {kind.__name__}; {REMEDY}")
-    return Entry(**found)
+        body = upgraded(line.kind, line.body, place)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise LedgerError(f"{where}: not a {line.kind} of format 1 ({error!r}); {REMEDY}") from error
+    return read_as(BODIES[line.kind], body, where, LedgerError, REMEDY)

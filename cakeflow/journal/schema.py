@@ -1,14 +1,16 @@
 """Everything that is written to a run folder, as types: the same classes write a file and read it back.
 
-Unknown fields are refused. Format 2 is what is written; format 1 (cakeflow 0.1) numbered edited weights by layer, and is
-read by ``upgraded``.
+Unknown fields are refused. Written is format 2; ``upgraded`` reads format 1 (cakeflow 0.1), which numbered edited weights
+by layer.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import (
     AliasChoices,
@@ -23,9 +25,21 @@ from pydantic import (
 
 from cakeflow.errors import EditError
 
-FORMAT = 2
+FORMAT: Final = 2
 """Version of what is written to a run folder."""
 
+
+def plain(value: Any) -> Any:
+    """Return data as JSON has it: texts as names, lists for tuples, None for numbers that are not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(name): plain(part) for name, part in value.items()}
+    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+Json = Annotated[JsonValue, BeforeValidator(plain)]
+"""Any JSON value."""
 Number = Annotated[
     float,
     BeforeValidator(lambda value: math.nan if value is None else value),
@@ -47,7 +61,7 @@ class Schema(BaseModel):
 
 
 def read_as(kind: type[S], data: object, where: str, error: type[EditError], remedy: str) -> S:
-    """Data from a file as one of our types.
+    """Return data from a file as one of our types.
 
     Args:
         kind: The type.
@@ -61,10 +75,25 @@ def read_as(kind: type[S], data: object, where: str, error: type[EditError], rem
     """
     try:
         return kind.model_validate(data)
-    except ValidationError as problem:
-        first = problem.errors()[0]
-        field = ".".join(map(str, first["loc"])) or kind.__name__
-        raise error(f"{where}, {field} = {ascii(first['input'])[:60]}: {first['msg']}; {remedy}") from problem
+    except ValidationError as invalid:
+        raise error(f"{where}, {first_fault(invalid)}; {remedy}") from invalid
+
+
+def first_fault(invalid: ValidationError) -> str:
+    """Return the first thing that pydantic found wrong: field, value and what was expected."""
+    first = invalid.errors(include_url=False, include_context=False)[0]
+    field = ".".join(map(str, first["loc"])) or "content"
+    value = "" if first["type"] == "missing" else f" = {reprlib.repr(first['input'])}"
+    return f"{field}{value}: {first['msg']}"
+
+
+def parse_as(kind: type[S], text: str | bytes, where: str, error: type[EditError], remedy: str) -> S:
+    """Return JSON text as one of our types; arguments and errors as for ``read_as``."""
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as invalid:
+        raise error(f"{where}: {invalid}; {remedy}") from invalid
+    return read_as(kind, data, where, error, remedy)
 
 
 # ---- the ledger: one entry per line, its body by kind ----
@@ -119,11 +148,11 @@ class RunBody(Circumstances):
     """
 
     model: str
-    settings: dict[str, JsonValue]
+    settings: dict[str, Json]
     edits: int
     batch_size: int | None
     data: str
-    format: int = 1
+    format: Literal[1, 2] = 1
 
 
 class EvaluationBody(Schema):
@@ -152,7 +181,7 @@ class ChangeBody(Schema):
         kind: Class of the change.
         numbers: What was logged of it.
         before: SHA-256 of what the place held before the batch.
-        after: The same when the batch was committed.
+        after: SHA-256 of what it held when the batch was committed.
         prefix: What its tensors are called by in the batch's file; the place, unless said otherwise.
     """
 
@@ -180,7 +209,7 @@ class BatchBody(Schema):
     batch: int
     files: dict[str, str]
     hashes: list[str]
-    requests: list[dict[str, JsonValue]] = []
+    requests: list[dict[str, Json]] = []
     targets: list[TargetBody]
     numbers: dict[str, Number]
     changes: list[ChangeBody]
@@ -220,7 +249,7 @@ BODIES: dict[str, type[Schema]] = {
 
 
 def upgraded(kind: str, body: Mapping[str, Any], place: Callable[[int], str]) -> dict[str, Any]:
-    """A body of format 1 in format 2; one of format 2 as it is.
+    """Return a body in format 2; one of format 2 as it is.
 
     Args:
         kind: Of the entry.
@@ -250,11 +279,11 @@ class PromptAnswer(Schema):
         kind: ``rewrite``, ``paraphrase`` or ``neighborhood``.
         prompt: The text.
         expected: The continuation that is right after the edit.
-        rival: The other one, if the request names one.
+        rival: The continuation that was right before, if the request names one; for a neighborhood, the new target.
         expected_logprob: Mean log-probability per token of ``expected``, natural logarithm.
-        rival_logprob: The same of ``rival``.
-        correct: Whether every token of ``expected`` is the most likely one.
-        tokens: Share of its tokens that are.
+        rival_logprob: Mean log-probability per token of ``rival``.
+        correct: True if every token of ``expected`` is the most likely one.
+        tokens: Share of the tokens of ``expected`` that are.
         answered: 1 where the model gives it when it answers freely, else 0; None where it was not asked to.
     """
 
@@ -272,7 +301,7 @@ class PromptAnswer(Schema):
 
     @property
     def success(self) -> bool | None:
-        """Whether ``expected`` is more likely than ``rival``; None without a rival, False if it is not a number."""
+        """True if ``expected`` is more likely than ``rival``, False if it is not a number, None without a rival."""
         if self.rival_logprob is None:
             return None
         return self.expected_logprob is not None and self.expected_logprob > self.rival_logprob
@@ -304,7 +333,7 @@ class EvaluatedRequest(Schema):
         return self.prompt, self.subject, self.target_new
 
     def of_kind(self, kind: str) -> list[PromptAnswer]:
-        """Its prompts of a kind."""
+        """Return the prompts of a kind."""
         return [prompt for prompt in self.prompts if prompt.kind == kind]
 
 
@@ -332,7 +361,7 @@ class RunInfo(Schema):
     """
 
     model: ModelInfo
-    settings: dict[str, JsonValue]
+    settings: dict[str, Json]
     versions: dict[str, str]
     metrics: dict[str, dict[str, Number]] = {}
     protocol: str = "?"

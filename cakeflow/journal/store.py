@@ -18,6 +18,7 @@ from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import EditError, LedgerError, ResumeError
 from cakeflow.journal.ledger import Entry, Ledger
 from cakeflow.journal.provenance import circumstances
+from cakeflow.journal.schema import BatchBody, ChangeBody, EndBody, ModelBody, RollbackBody, RunBody, Schema, TargetBody
 from cakeflow.journal.steps import EditStep, LayerStep
 from cakeflow.solvers.problem import Update
 from cakeflow.storage.atomic import write_tensors
@@ -26,7 +27,7 @@ from cakeflow.storage.hashing import digest
 LEDGER = "ledger.jsonl"
 
 
-INCIDENTAL = ("who", "versions", "threads", "earlier")
+INCIDENTAL = ("who", "versions", "threads", "earlier", "format")
 """What may differ when a run goes on."""
 
 
@@ -52,17 +53,18 @@ class JournalStore:
         self.ledger = Ledger(folder / LEDGER)
         self.tape = deque(entry for entry in self.ledger.entries if entry.kind != "policy")
 
-    def append(self, kind: str, body: Mapping[str, Any]) -> None:
+    def append(self, body: Schema) -> None:
         """Write an entry, unless it comes next on the tape: then it must say the same of what matters.
 
         Raises:
             ResumeError: If it does not.
         """
         if not self.tape:
-            self.ledger.append(kind, body)
-        elif self.tape[0].kind == kind:
-            told = self.tape.popleft()
-            if kind in ("model", "run") and (differing := list(_differences(told.body, body))):
+            self.ledger.append(body)
+        elif type(self.tape[0].body) is type(body):
+            previous = self.tape.popleft().body
+            differing = list(_differences(previous.to_dict(), body.to_dict()))
+            if differing and isinstance(body, (ModelBody, RunBody)):
                 raise ResumeError(
                     f"{self.folder} holds a run that differs from this one: {'; '.join(differing)}; restore that, or "
                     "start a run of its own in another folder"
@@ -76,9 +78,8 @@ class JournalStore:
         """
         while self.tape and self.tape[0].kind == "evaluation":
             self.tape.popleft()  # one that does not take place now
-        if not self.tape or self.tape[0].kind != "batch":
-            return None
-        if not hashes and self.tape[0].body["hashes"]:
+        body = self.tape[0].body if self.tape else None
+        if not isinstance(body, BatchBody) or (not hashes and body.hashes):
             return None
         step = self.read_step(self.tape.popleft())
         if list(step.hashes) != list(hashes):
@@ -99,7 +100,7 @@ class JournalStore:
                 names.append(f"original-{layer:05d}.safetensors")
                 write_tensors(self.folder / names[-1], {str(layer): tensor})
             files = {name: digest(self.folder / name) for name in names}
-            self.ledger.append("batch", {"batch": number, "files": files, **_summary(step, self.texts)})
+            self.ledger.append(_body(step, number, files, texts=self.texts))
             sys.audit("cakeflow.files", "committed", names[0])
         except BaseException:
             self.ledger.withdraw(entries)
@@ -110,20 +111,20 @@ class JournalStore:
     def rollback(self, batches: Sequence[int], hashes: Mapping[int, str]) -> None:
         """Write that batches were taken back; ``hashes`` are those of the weights that changed by it."""
         self._require_end_of_tape()
-        self.ledger.append("rollback", {"batches": list(batches), "layers": hashes, **circumstances()})
+        places = {f"layer {layer}": hashed for layer, hashed in hashes.items()}
+        self.ledger.append(RollbackBody(batches=list(batches), places=places, **circumstances()))
 
     def taken_back(self, entry: Entry) -> tuple[list[int], dict[int, str]]:
         """Numbers of the batches that a rollback took back, and the hashes of the weights that changed by it."""
+        assert isinstance(entry.body, RollbackBody)
         with self._as_written(entry):
-            batches, layers = entry.body["batches"], entry.body["layers"].items()
-            return [int(number) for number in batches], {int(layer): str(told) for layer, told in layers}
+            return entry.body.batches, {_layer(place): hashed for place, hashed in entry.body.places.items()}
 
     @property
     def earlier(self) -> int:
         """How many batches of earlier runs the record begins with."""
-        first = self.ledger.entries[0]
-        with self._as_written(first):
-            return int(first.body.get("earlier", 0))
+        first = self.ledger.entries[0].body
+        return first.earlier if isinstance(first, ModelBody) else 0
 
     def _require_end_of_tape(self) -> None:
         if self.tape:
@@ -138,8 +139,9 @@ class JournalStore:
         Raises:
             LedgerError: If a file is not the one that was written, or the entry is none of a batch.
         """
+        assert isinstance(entry.body, BatchBody)
         with self._as_written(entry):
-            return _step(entry.body, self.read(entry, f"batch-{entry.body['batch']:05d}.safetensors"))
+            return _step(entry.body, self.read(entry, f"batch-{entry.body.batch:05d}.safetensors"))
 
     def originals(self, entry: Entry) -> dict[int, Tensor]:
         """The originals that were written together with a batch.
@@ -147,8 +149,9 @@ class JournalStore:
         Raises:
             LedgerError: As ``read``.
         """
+        assert isinstance(entry.body, BatchBody)
         with self._as_written(entry):
-            names = [name for name in entry.body["files"] if name.startswith("original-")]
+            names = [name for name in entry.body.files if name.startswith("original-")]
             return {int(layer): tensor for name in names for layer, tensor in self.read(entry, name).items()}
 
     @contextmanager
@@ -175,7 +178,8 @@ class JournalStore:
             raise LedgerError(f"{where}: {name!r} is not a file name; a record may not name files outside its folder")
         if not path.is_file():
             raise LedgerError(f"{where}: {name} is missing; {FROM_A_COPY}")
-        if digest(path) != entry.body["files"][name]:
+        assert isinstance(entry.body, (BatchBody, EndBody))
+        if digest(path) != entry.body.files[name]:
             raise LedgerError(f"{where}: {name} was changed after it was written; {FROM_A_COPY}")
         try:
             return load_file(path)
@@ -202,27 +206,27 @@ def _short(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
-def _step(body: dict[str, Any], tensors: dict[str, Tensor]) -> EditStep:
-    told = {int(layer): part for layer, part in body["layers"].items()}
-    updates = {layer: Update(tensors[f"{layer}/right"], tensors.get(f"{layer}/left")) for layer in told}
+def _layer(place: str) -> int:
+    return int(place.removeprefix("layer "))
+
+
+def _step(body: BatchBody, tensors: dict[str, Tensor]) -> EditStep:
+    layers = {_layer(change.place): change for change in body.changes}
+    updates = {layer: Update(tensors[f"{layer}/right"], tensors.get(f"{layer}/left")) for layer in layers}
     return EditStep(
-        requests=tuple(parse_requests(body["requests"])) if body.get("requests") else (),
+        requests=tuple(parse_requests(body.requests)) if body.requests else (),
         layers=[
-            LayerStep(layer, tensors[f"{layer}/keys"], updates[layer], _numbers(told[layer]["numbers"]))
-            for layer in body["order"]
+            LayerStep(layer, tensors[f"{layer}/keys"], updates[layer], change.numbers)
+            for layer, change in layers.items()
         ],
-        targets=list(map(_numbers, body["targets"])),
+        targets=[dict(target) for target in body.targets],
         values={int(name.split("/")[0]): value for name, value in tensors.items() if name.endswith("/target")},
-        numbers=_numbers(body["numbers"]),
-        hashes=tuple(body["hashes"]),
-        before={layer: part["before"] for layer, part in told.items()},
-        after={layer: part["after"] for layer, part in told.items()},
-        number=body["batch"],
+        numbers=body.numbers,
+        hashes=tuple(body.hashes),
+        before={layer: change.before for layer, change in layers.items()},
+        after={layer: change.after for layer, change in layers.items()},
+        number=body.batch,
     )
-
-
-def _numbers(told: Mapping[str, float | None]) -> dict[str, float]:
-    return {name: float("nan") if value is None else value for name, value in told.items()}
 
 
 def _tensors(step: EditStep) -> dict[str, Tensor]:
@@ -234,12 +238,24 @@ def _tensors(step: EditStep) -> dict[str, Tensor]:
     return tensors
 
 
-def _summary(step: EditStep, texts: bool) -> dict[str, Any]:
-    layers = {
-        part.layer: {"numbers": part.numbers, "before": step.before[part.layer], "after": step.after[part.layer]}
+def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) -> BatchBody:
+    changes = [
+        ChangeBody(
+            place=f"layer {part.layer}",
+            kind="WeightChange",
+            numbers=part.numbers,
+            before=step.before[part.layer],
+            after=step.after[part.layer],
+            prefix=str(part.layer),
+        )
         for part in step.layers
-    }
-    told = {"requests": [request.to_dict() for request in step.requests]} if texts else {}
-    order = [part.layer for part in step.layers]
-    rest = {"targets": step.targets, "numbers": step.numbers, "layers": layers, "order": order}
-    return {"hashes": list(step.hashes), **told, **rest}
+    ]
+    return BatchBody(
+        batch=number,
+        files=files,
+        hashes=list(step.hashes),
+        **({"requests": [request.to_dict() for request in step.requests]} if texts else {}),
+        targets=[TargetBody.model_validate(target) for target in step.targets],
+        numbers=step.numbers,
+        changes=changes,
+    )

@@ -1,4 +1,4 @@
-"""What people look at: tables for the terminal, plots, the page of a run, and runs side by side."""
+"""Reports for people: tables for the terminal, plots, the page of a run, and runs side by side."""
 
 from cakeflow.report.comparison import compare_runs, to_csv, to_markdown
 from cakeflow.report.figures import (

@@ -14,15 +14,15 @@ from cakeflow.report.intervals import Interval, estimate, number, paired
 from cakeflow.report.views import method, peak_memory, run_changes, seconds_per_edit
 
 DELTA = "\N{GREEK CAPITAL LETTER DELTA} "
-"""Before the name of a metric: its difference from the first run."""
+"""Prefix of a metric's name for its difference from the first run."""
 
 
 def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """One row per run: what it was, what it took, and its metrics after editing.
+    """Return one row per run: model, method, edits, metrics after editing, time and memory.
 
     Returns:
-        Text, numbers (nan where the run does not tell), per metric that any run has an ``Interval`` and, under its name
-        after a delta, the difference from the first run: paired by record, where both have the same ones.
+        Text and numbers, nan where a run has none. Every metric of any run is an ``Interval``; under ``DELTA`` and its
+        name stands the difference from the first run, paired by record, if both have the same records.
     """
     after = [
         {name: change.after for name, change in run_changes(run).items()} | differences(runs[0], run) for run in runs
@@ -31,10 +31,10 @@ def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
     return [
         {
             "run": str(run.path),
-            "model": str(run.info["model"].get("source", "?")),
+            "model": run.info.model.source,
             "method": method(run),
             "edits": run.size,
-            "protocol": run.info.get("protocol", "?"),
+            "protocol": run.info.protocol,
             **{name: metrics.get(name, Interval(math.nan)) for name in names},
             "seconds per edit": seconds_per_edit(run),
             "peak GiB": peak_memory(run) / GIB,
@@ -44,27 +44,27 @@ def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
 
 
 def differences(first: RunFolder, run: RunFolder) -> dict[str, Interval]:
-    """Delta and metric -> difference of a run from the first, paired by record; nothing if they cannot be compared."""
-    if run is first or run.info.get("protocol") != first.info.get("protocol"):
+    """Return a run's differences from the first, paired by record; empty if the runs cannot be compared."""
+    if run is first or run.info.protocol != first.info.protocol:
         return {}
-    found = paired(first.after or (), run.after or ())
-    return {DELTA + name: value for name, value in found.items() if not math.isnan(value.mean)}
+    changes = paired(first.after or (), run.after or ())
+    return {DELTA + name: value for name, value in changes.items() if not math.isnan(value.mean)}
 
 
-def shown(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """What a row holds -> one text per run."""
+def as_texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Return per field of the rows one text for each run."""
     return {name: [_text(name, row[name]) for row in rows] for name in rows[0]}
 
 
 def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The runs side by side as a Markdown table."""
-    lines = [[name, *(text.replace("|", "\\|") for text in texts)] for name, texts in shown(rows).items()]
+    """Return the runs side by side as a Markdown table."""
+    lines = [[name, *(text.replace("|", "\\|") for text in texts)] for name, texts in as_texts(rows).items()]
     lines.insert(1, ["---"] * (len(rows) + 1))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """One line per run; an interval becomes its mean and its 95 % bounds, and what is not known stays empty."""
+    """Return CSV with a line per run; an interval becomes its mean and 95 % bounds, nan an empty cell."""
     flat = [_flat(row) for row in rows]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
@@ -80,11 +80,11 @@ def _text(name: str, value: Any) -> str:
 
 
 def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    cells: dict[str, Any] = {}
     for label, value in row.items():
         name = label.replace(DELTA, "delta_")
         if isinstance(value, Interval):
-            found |= {name: value.mean, f"{name}_low": value.mean - value.half, f"{name}_high": value.mean + value.half}
+            cells |= {name: value.mean, f"{name}_low": value.mean - value.half, f"{name}_high": value.mean + value.half}
         else:
-            found[name.replace(" ", "_")] = value
-    return {name: "" if value != value else value for name, value in found.items()}
+            cells[name.replace(" ", "_")] = value
+    return {name: "" if value != value else value for name, value in cells.items()}

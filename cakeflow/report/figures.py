@@ -1,4 +1,4 @@
-"""Plots. They draw into ``ax``, or into a new figure."""
+"""Plots, drawn into ``ax`` or into a new figure."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cakeflow.tracing import PLACES, Trace
 
 
 def plot_trace(trace: Trace, ax: Axes | None = None) -> Axes:
-    """Heat map of indirect effects by place and layer (CAKE, figure 6; ROME, figure 2)."""
+    """Draw a heat map of indirect effects by place and layer (CAKE, figure 6; ROME, figure 2)."""
     effects = trace.map
     traced = [place for place in range(len(PLACES)) if not bool(effects[place].isnan().all())]
     ax = ax or plt.figure(figsize=(2 + 0.25 * len(trace.layers), 1.5 + 0.3 * len(traced)), layout="tight").gca()
@@ -35,7 +35,7 @@ def plot_trace(trace: Trace, ax: Axes | None = None) -> Axes:
 
 
 def plot_weights(scores: Mapping[int, float], weights: Mapping[int, float], ax: Axes | None = None) -> Axes:
-    """Scores of layers beside the weights they became (CAKE, figure 2)."""
+    """Draw the scores of layers beside the weights that follow from them (CAKE, figure 2)."""
     ax = ax or plt.figure(figsize=(2 + 0.5 * len(weights), 3), layout="tight").gca()
     layers = range(len(weights))
     bars = ax.bar([x - 0.2 for x in layers], [scores[layer] for layer in weights], 0.4, color="tab:purple")
@@ -51,15 +51,15 @@ def plot_weights(scores: Mapping[int, float], weights: Mapping[int, float], ax: 
 def plot_layers(
     metrics: Mapping[str, float] | Sequence[Mapping[str, float]], names: Sequence[str], ax: Axes | None = None
 ) -> Axes:
-    """What was logged per layer (``layer{l}/{name}``): one line per name and edit batch, over the layers.
+    """Draw the numbers logged per layer (``layer{l}/{name}``): one line per name and edit batch, over the layers.
 
     ``["share"]`` shows the allocation ratios, ``["drift"]`` CAKE's figure 5, ``["shift_error", "shift_limit"]`` both
-    sides of theorem 2, ``["sensitivity"]`` how far layers are from the identity, ``["left_alone"]`` table 5's fits.
+    sides of theorem 2, ``["sensitivity"]`` the distance of layers from the identity, ``["left_alone"]`` table 5's fits.
 
     Args:
         metrics: Logged numbers of one batch, or of several in order (later ones are drawn darker).
-        names: What to show.
-        ax: Where to draw.
+        names: Names of the numbers to draw.
+        ax: Axes to draw into.
 
     Raises:
         ConfigError: If none of the names was logged.
@@ -67,12 +67,12 @@ def plot_layers(
     rows = [metrics] if isinstance(metrics, Mapping) else list(metrics)
     ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
     for color, name in enumerate(names):
-        found = [by_layer(row, name) for row in rows]
-        if not any(found):
+        lines = [by_layer(row, name) for row in rows]
+        if not any(lines):
             raise ConfigError(f"nothing was logged as 'layer{{l}}/{name}'; add the callback that measures it")
-        for batch, values in enumerate(found, 1):
-            label = name if batch == len(found) else None
-            ax.plot(list(values), list(values.values()), "o-", color=f"C{color}", alpha=batch / len(found), label=label)
+        for batch, values in enumerate(lines, 1):
+            label = name if batch == len(lines) else None
+            ax.plot(list(values), list(values.values()), "o-", color=f"C{color}", alpha=batch / len(lines), label=label)
     ax.set(xlabel="layer", xticks=sorted({layer for row in rows for name in names for layer in by_layer(row, name)}))
     ax.set_ylim(bottom=0)
     ax.legend(fontsize="small")
@@ -80,17 +80,17 @@ def plot_layers(
 
 
 def by_layer(metrics: Mapping[str, float], name: str) -> dict[int, float]:
-    """Layer -> what was logged as ``layer{l}/{name}``."""
+    """Return per layer the number that was logged as ``layer{l}/{name}``."""
     matches = ((re.fullmatch(rf"layer(\d+)/{re.escape(name)}", key), value) for key, value in metrics.items())
     return {int(match[1]): float(value) for match, value in matches if match}
 
 
 def plot_losses(losses: Mapping[int, Sequence[float]], ax: Axes | None = None) -> Axes:
-    """Loss of each edit's target value when its search ended, in the order of editing; a running median over many.
+    """Draw the final loss of each edit's target search, in the order of editing, with a running median over many.
 
     Args:
-        losses: Anchor layer -> loss per edit.
-        ax: Where to draw.
+        losses: Layer of the value site -> loss per edit.
+        ax: Axes to draw into.
     """
     ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
     for color, (layer, values) in enumerate(losses.items()):
@@ -113,19 +113,19 @@ Curves = dict[str, list[tuple[float, float, float]]]
 
 
 def curves_of(rows: Iterable[Mapping[str, float]]) -> dict[str, Curves]:
-    """What was measured along the edits (ability, retention, ...), from logged rows or from a callback's ``rows``.
+    """Return the measurements along the edits (ability, retention, ...) in logged rows or in a callback's ``rows``.
 
-    ``PeriodicCallback`` log ``{name}/edits`` and, beside it, ``{name}/{metric}`` or ``{name}/{task}/{metric}``, perhaps with
-    a ``_stderr``: a plot per name and metric, with a line per task.
+    A ``PeriodicCallback`` logs ``{name}/edits`` and, beside it, ``{name}/{metric}`` or ``{name}/{task}/{metric}``,
+    perhaps with a ``_stderr``: this makes a plot per name and metric, with a line per task.
 
     Returns:
-        Plot -> line -> points: edits so far, value and standard error (nan where there is none).
+        Plot -> line -> points: edits so far, value, and standard error (nan if there is none).
 
     Example:
         >>> curves_of([{"ability/edits": 0.0, "ability/rte/f1": 0.5}, {"ability/edits": 9.0, "ability/rte/f1": 0.4}])
         {'ability f1': {'rte': [(0.0, 0.5, nan), (9.0, 0.4, nan)]}}
     """
-    found: dict[str, Curves] = {}
+    plots: dict[str, Curves] = {}
     for row in rows:
         for key, value in row.items():
             name, _, rest = key.partition("/")
@@ -134,16 +134,16 @@ def curves_of(rows: Iterable[Mapping[str, float]]) -> dict[str, Curves]:
                 continue
             task, _, metric = rest.rpartition("/")
             point = edits, value, row.get(f"{key}_stderr", math.nan)
-            found.setdefault(f"{name} {metric}", {}).setdefault(task or metric, []).append(point)
-    return found
+            plots.setdefault(f"{name} {metric}", {}).setdefault(task or metric, []).append(point)
+    return plots
 
 
 def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], ax: Axes | None = None) -> Axes:
-    """What was measured along the edits: a line each, with 95 % intervals.
+    """Draw measurements along the edits: a line each, with 95 % intervals.
 
     Args:
         curves: Label -> (edits so far, value, standard error) of every measurement.
-        ax: Where to draw.
+        ax: Axes to draw into.
     """
     ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
     for label, points in curves.items():
@@ -156,7 +156,7 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], ax: 
 
 
 def save_plot(ax: Axes, path: Path) -> None:
-    """Write the figure of a plot, and close it."""
+    """Write the figure of a plot to a file, and close it."""
     figure = ax.get_figure(root=True)
     assert figure is not None
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ def save_plot(ax: Axes, path: Path) -> None:
 
 
 INK, SERIES = "#0a0b0c", tuple(f"#0{number}0b0c" for number in range(1, 7))
-"""Colors that stand for those of the page: ``svg`` puts CSS variables in their place."""
+"""Placeholder colors: ``svg`` replaces them with the CSS variables of the page."""
 STYLE: dict[str, Any] = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -180,15 +180,15 @@ STYLE: dict[str, Any] = {
     "xtick.color": INK,
     "ytick.color": INK,
 }
-"""Settings under which a plot for ``svg`` is drawn."""
+"""Settings of matplotlib for ``svg``."""
 
 
 def svg(draw: Callable[[Axes], object], name: str) -> str:
-    """A plot as an ``<svg>`` element for a page: the same text for the same plot, in the page's colors and fonts.
+    """Return a plot as an ``<svg>`` element in a page's colors and fonts: the same text for the same plot.
 
     Args:
-        draw: Draws the plot into the axes it is given.
-        name: Begins every id in the element, so that several can stand in one page.
+        draw: Function that draws the plot into axes.
+        name: Prefix of every id in the element, so that several can stand in one page.
     """
     buffer = io.StringIO()
     with plt.rc_context(STYLE):  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Metrics of single records, and what they say about the mean: 95 % intervals from the standard error over records."""
+"""Metrics per record, and 95 % intervals of their mean from the standard error over records."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cakeflow.report.folder import EvaluatedRequest
+from cakeflow.journal.schema import EvaluatedRequest
 
 Values = NDArray[np.float64]
 Z = 1.959963984540054
-"""Standard errors to either side that hold 95 % of a normal distribution."""
+"""Half the width of a 95 % interval, in standard errors."""
 KINDS = {"efficacy": "rewrite", "generalization": "paraphrase", "specificity": "neighborhood"}
 """Metric -> kind of prompt."""
 FORMS = {"": "success", "_exact": "correct", "_tokens": "tokens", "_answer": "answered"}
-"""Ending of a metric's name -> what it asks of a prompt (see ``cakeflow.metrics.preference``)."""
+"""Ending of a metric's name -> field of ``PromptAnswer`` (see ``cakeflow.metrics.preference``)."""
 SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS}
-"""Metrics that are shares, shown in percent; those of plugins may be anything."""
+"""Metrics that are shares, printed in percent; those of plugins may have any unit."""
 UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 
 
@@ -32,41 +32,44 @@ class Interval:
 
     @classmethod
     def of(cls, values: Values) -> Interval:
-        """Mean over the records that are not nan.
+        """Return the mean over the records that are not nan, with its interval.
 
         Example:
             >>> Interval.of(np.array([1.0, 0.0, np.nan, 1.0, 0.0]))
             Interval(mean=0.5, half=0.565...)
         """
-        known = values[~np.isnan(values)]
-        if not len(known):
+        values = values[~np.isnan(values)]
+        if not len(values):
             return cls(math.nan)
-        half = Z * known.std(ddof=1) / math.sqrt(len(known)) if len(known) > 1 else math.nan
-        return cls(float(known.mean()), float(half))
+        half = Z * values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        return cls(float(values.mean()), float(half))
 
 
 def record_values(records: Sequence[EvaluatedRequest]) -> dict[str, Values]:
-    """Metric -> value of every record, nan where it cannot be judged.
+    """Return per metric the value of every record, nan where it cannot be judged.
 
-    A record's value is the mean over its prompts of the metric's kind; ``editscore`` is what ``harmonic`` makes of the
-    three others.
+    A record's value is the mean over its prompts of the metric's kind; ``editscore`` is ``harmonic`` of the three
+    others.
     """
-    found = {}
+    values = {}
     for form, field in FORMS.items():
         for metric, kind in KINDS.items():
             means = (_mean(record, kind, field) for record in records)
-            found[metric + form] = np.fromiter(means, np.float64, len(records))
+            values[metric + form] = np.fromiter(means, np.float64, len(records))
         if not form:
-            found["editscore"] = harmonic([found[metric] for metric in KINDS])
-    return found
+            values["editscore"] = harmonic([values[metric] for metric in KINDS])
+    return values
 
 
 def paired(first: Sequence[EvaluatedRequest], second: Sequence[EvaluatedRequest]) -> dict[str, Interval]:
-    """Metric -> what the second side has more than the first, taken record by record; nothing if the records differ."""
+    """Return per metric the mean difference of the second side from the first, paired by record.
+
+    Empty if the records differ.
+    """
     if [(record.index, record.key) for record in first] != [(record.index, record.key) for record in second]:
         return {}
-    less, more = record_values(first), record_values(second)
-    return {name: Interval.of(more[name] - less[name]) for name in more}
+    before, after = record_values(first), record_values(second)
+    return {name: Interval.of(after[name] - before[name]) for name in after}
 
 
 def _mean(record: EvaluatedRequest, kind: str, field: str) -> float:
@@ -76,7 +79,7 @@ def _mean(record: EvaluatedRequest, kind: str, field: str) -> float:
 
 
 def harmonic(parts: Sequence[Values]) -> Values:
-    """Per-record values whose mean is the harmonic mean of the parts' means, and whose spread is its (delta method).
+    """Return per-record values whose mean is the harmonic mean of the parts' means, with its spread (delta method).
 
     ``S = k / sum_j 1/m_j`` has ``dS/dm_j = S^2 / (k m_j^2)``; record i of N moves ``m_j`` by ``(x_ij - m_j) / n_j``.
 
@@ -90,13 +93,13 @@ def harmonic(parts: Sequence[Values]) -> Values:
     score = len(parts) / (1 / means).sum()
     values = np.full(size, score)
     for part, mean in zip(parts, means, strict=True):
-        known = ~np.isnan(part)
-        values[known] += score**2 / (len(parts) * mean**2) * (part[known] - mean) * size / known.sum()
+        judged = ~np.isnan(part)
+        values[judged] += score**2 / (len(parts) * mean**2) * (part[judged] - mean) * size / judged.sum()
     return values
 
 
 def number(value: float | None, spec: str = ".4g") -> str:
-    """A number, or a dash for none.
+    """Format a number, with a dash for None and nan.
 
     Example:
         >>> number(0.000123456), number(2, "+.1f"), number(float("nan")) == UNKNOWN
@@ -106,7 +109,7 @@ def number(value: float | None, spec: str = ".4g") -> str:
 
 
 def estimate(name: str, interval: Interval, sign: str = "") -> str:
-    """A metric with half the width of its interval, in percent if it is a share.
+    """Format a metric with half the width of its interval, in percent if it is a share.
 
     Example:
         >>> estimate("efficacy", Interval(0.975, 0.0484)), estimate("efficacy", Interval(0.1), "+")

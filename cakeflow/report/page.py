@@ -1,4 +1,4 @@
-"""A run as one HTML page that needs nothing beside it: no network, no other file, and no script to be read."""
+"""A run as one self-contained HTML page: it needs no network, no other file, and no script to be readable."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from cakeflow.report.folder import RunFolder
 from cakeflow.report.intervals import estimate, number
 
 METRICS = {
-    "efficacy": ("Efficacy", "edited prompts that get the new target"),
-    "generalization": ("Generalization", "paraphrases of them that do, too"),
-    "specificity": ("Specificity", "prompts about other subjects that keep their own answer"),
+    "efficacy": ("Efficacy", "edited prompts answered with the new target"),
+    "generalization": ("Generalization", "paraphrases answered with the new target"),
+    "specificity": ("Specificity", "prompts about other subjects with their answer unchanged"),
     "editscore": ("EditScore", "harmonic mean of the three"),
 }
-"""The metrics that lead the page: name -> title and what it is."""
+"""The metrics at the top of the page: name -> title and description."""
 PER_LAYER = {
-    "share": "what the layer takes of the remaining residual",
-    "drift": "how far the layer's effect at the value site is from its share",
-    "residual": "mean norm of what the layer was asked to add",
+    "share": "part of the remaining residual that the layer takes",
+    "drift": "distance of the layer's effect at the value site from its share",
+    "residual": "mean norm of the layer's residual",
     "update": "norm of the weight change",
-    "relative_update": "that norm over the weight's",
+    "relative_update": "norm of the weight change over that of the weight",
 }
-"""What is logged per layer, in the order of the page; whatever else was logged follows."""
+"""Numbers logged per layer, in the order of the page -> caption; any others follow."""
 MOST_BATCHES = 12
-"""Batches drawn in one plot of layers."""
+"""Largest number of batches drawn in one plot of layers."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A drawn plot: the ``<svg>`` element, what it shows in words, and its caption."""
+    """A plot: the ``<svg>`` element, its content in words for screen readers, and its caption."""
 
     svg: Markup
     words: str
@@ -50,10 +50,12 @@ class Figure:
 
 
 def render_page(run: RunFolder) -> str:
-    """The page of a run: everything from the run folder is escaped, and the page's own script is the only one allowed.
+    """Return the page of a run.
+
+    Everything from the run folder is escaped, and the page's own script is the only one that a browser may execute.
 
     Args:
-        run: What the run left on disk.
+        run: The run folder.
 
     Returns:
         HTML; the same for the same folder.
@@ -71,7 +73,7 @@ def render_page(run: RunFolder) -> str:
     text = environment.get_template("page.html").render(
         run=run,
         info=run.info,
-        model=PurePath(str(run.info["model"].get("source", "a model"))).name,
+        model=PurePath(run.info.model.source).name,
         method=views.method(run),
         css=css,
         script=script,
@@ -97,7 +99,7 @@ def _figure(name: str, words: str, caption: str, draw: Callable[[Axes], object])
 
 
 def _layers(run: RunFolder) -> dict[str, Any]:
-    """What was logged per layer: the last batch as a table, and all batches (some, of very many) as plots."""
+    """Return the numbers logged per layer: those of the last batch, and plots of all batches (a sample of many)."""
     rows = views.layer_rows(run)
     names = dict.fromkeys(key.split("/", 1)[1] for row in rows for key in row if "/" in key)
     ordered = [*(name for name in PER_LAYER if name in names), *(name for name in names if name not in PER_LAYER)]
@@ -122,13 +124,13 @@ def _layer_plot(rows: Sequence[Mapping[str, float]], name: str) -> Callable[[Axe
     def draw(ax: Axes) -> None:
         legend = plot_layers(rows, [name], ax).get_legend()
         assert legend is not None
-        legend.remove()  # the caption says it
+        legend.remove()  # the title of the figure names the only quantity
 
     return draw
 
 
 def _figures(run: RunFolder) -> dict[str, Any]:
-    """Target losses, and what was measured along the edits."""
+    """Return plots of the target losses and of the measurements along the edits."""
     losses, curves = views.losses(run), curves_of(run.log)
     loss = None
     if losses:
@@ -151,10 +153,10 @@ def _curve_plot(lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> Ca
 
 
 def _summary(values: Sequence[float]) -> str:
-    known = [value for value in values if not math.isnan(value)]
-    if not known:
+    values = [value for value in values if not math.isnan(value)]
+    if not values:
         return "none is a number"
-    return f"median {number(median(known))}, from {number(min(known))} to {number(max(known))}"
+    return f"median {number(median(values))}, from {number(min(values))} to {number(max(values))}"
 
 
 def _course(label: str, points: Sequence[tuple[float, float, float]]) -> str:
@@ -162,16 +164,16 @@ def _course(label: str, points: Sequence[tuple[float, float, float]]) -> str:
 
 
 def _phases(run: RunFolder) -> list[dict[str, Any]]:
-    """Seconds of each phase, its part of all of them, and its peak in GiB."""
-    timings, peaks = run.info.get("timings", {}), run.info.get("peaks", {})
-    total = sum(seconds or 0 for seconds in timings.values()) or 1
+    """Return the seconds of each phase, their share of the total, and its peak memory in GiB."""
+    timings = {phase: 0 if math.isnan(seconds) else seconds for phase, seconds in run.info.timings.items()}
+    total = sum(timings.values()) or 1
     return [
         {
             "name": phase,
-            "seconds": seconds or 0,
-            "part": (seconds or 0) / total,
-            "per_edit": (seconds or 0) / max(1, run.size),
-            "peak": (math.nan if peaks.get(phase) is None else peaks[phase]) / GIB,
+            "seconds": seconds,
+            "part": seconds / total,
+            "per_edit": seconds / max(1, run.size),
+            "peak": run.info.peaks.get(phase, math.nan) / GIB,
         }
         for phase, seconds in timings.items()
     ]

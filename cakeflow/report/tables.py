@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan, nan
 from typing import Any
 
 from rich.table import Table
@@ -10,13 +11,25 @@ from rich.text import Text
 
 from cakeflow.forward.packing import GIB
 from cakeflow.journal.ledger import Entry
+from cakeflow.journal.schema import (
+    BatchBody,
+    Circumstances,
+    EndBody,
+    EvaluationBody,
+    ModelBody,
+    PolicyBody,
+    RollbackBody,
+    RunBody,
+    Schema,
+)
 from cakeflow.plugins import Plugin
-from cakeflow.report.comparison import DELTA, shown
+from cakeflow.report.comparison import DELTA, as_texts
+from cakeflow.report.intervals import KINDS
 from cakeflow.tracing import Trace
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = "") -> Table:
-    """Metrics times 100, as published tables show them, one column per stage; what no stage could judge is left out."""
+    """Return the metrics times 100, as in published tables, one column per stage, without those that are nan at all."""
     table = Table(title=f"Metrics (%){protocol and f', {protocol}'}", title_justify="left")
     table.add_column("metric")
     for name in columns:
@@ -29,7 +42,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = ""
 
 
 def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits: int) -> Table:
-    """Seconds per phase, in all and per edit, and its peak memory beyond the model; idle phases are left out."""
+    """Return seconds per phase, in total and per edit, and peak memory beyond the model, without idle phases."""
     table = Table(title="Time and memory", title_justify="left")
     for name in ("phase", "seconds", "per edit", "peak GiB"):
         table.add_column(name, justify="left" if name == "phase" else "right")
@@ -41,7 +54,7 @@ def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits
 
 
 def texts_table(prompts: Sequence[str], expected: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
-    """Prompts with their continuations before and after."""
+    """Return prompts with their continuations before and after."""
     table = Table(title="Generations", title_justify="left", show_lines=True)
     for name in ("prompt", "new target", "before", "after"):
         table.add_column(name)
@@ -51,7 +64,7 @@ def texts_table(prompts: Sequence[str], expected: Sequence[str], before: Sequenc
 
 
 def plugins_table(plugins: Sequence[Plugin]) -> Table:
-    """Installed plugins; what is wrong with one stands in the last column."""
+    """Return the installed plugins; the last column says why one cannot be used."""
     table = Table(title="Plugins", title_justify="left")
     for name in ("name", "slot", "class", "package", "problem"):
         table.add_column(name, overflow="fold")
@@ -61,7 +74,7 @@ def plugins_table(plugins: Sequence[Plugin]) -> Table:
 
 
 def trace_table(trace: Trace, weights: Mapping[int, float]) -> Table:
-    """Score, standard error and weight of each traced layer."""
+    """Return score, standard error and weight of each traced layer."""
     table = Table(title="Causal trace: indirect effect at the subject's last token", title_justify="left")
     for name in ("layer", "AIE", "standard error", "weight"):
         table.add_column(name, justify="right")
@@ -72,10 +85,10 @@ def trace_table(trace: Trace, weights: Mapping[int, float]) -> Table:
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Runs side by side, from ``compare_runs``: one column per run."""
+    """Return runs side by side, from ``compare_runs``, one column per run."""
     table = Table(title="Runs, metrics after editing (%) ± half of the 95 % interval", title_justify="left")
     table.add_column("")
-    for name, *texts in ([name, *texts] for name, texts in shown(rows).items()):
+    for name, texts in as_texts(rows).items():
         if name == "run":
             for text in texts:
                 table.add_column(Text(text), overflow="fold")
@@ -87,34 +100,35 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def ledger_table(entries: Sequence[Entry]) -> Table:
-    """Who did what, and when; the first digits of each entry's hash."""
+    """Return the entries of a ledger: what happened, when and by whom, with the first digits of each hash."""
     table = Table(title="Ledger", title_justify="left")
-    for name in ("entry", "time (UTC)", "what", "details", "who", "hash"):
+    for name in ("entry", "time (UTC)", "kind", "details", "who", "hash"):
         table.add_column(name, overflow="fold", justify="right" if name == "entry" else "left")
     who = ""
     for entry in entries:
-        who = str(entry.body.get("who", who))
-        cells = (entry.time[:19].replace("T", " "), entry.kind, _details(entry.kind, entry.body), who, entry.hash[:12])
+        who = entry.body.who if isinstance(entry.body, Circumstances) else who
+        cells = (entry.time[:19].replace("T", " "), entry.kind, _details(entry.body), who, entry.hash[:12])
         table.add_row(str(entry.number), *map(Text, cells))
     return table
 
 
-def _details(kind: str, body: Mapping[str, Any]) -> str:
-    if kind == "batch":
-        facts = [f"{each.get('subject')} -> {each.get('target_new')}" for each in body.get("requests", ())]
-        more = ", ..." if len(facts) > 3 else ""
-        edits = len(body.get("hashes", ()))
-        return f"batch {body.get('batch')}, {edits} edits" + (f": {', '.join(facts[:3])}{more}" if facts else "")
-    if kind == "rollback":
-        return f"batches {', '.join(map(str, body.get('batches', ())))} taken back"
-    if kind == "evaluation":
-        rates = {name: body.get("metrics", {}).get(name) for name in ("efficacy", "generalization", "specificity")}
-        found = [f"{name} {100 * value:.1f}" for name, value in rates.items() if isinstance(value, float)]
-        return f"{body.get('stage')}, {body.get('edits')} edits: {', '.join(found)}"
-    known = {
-        "model": f"{str(body.get('fingerprint'))[:12]}, {body.get('dtype')}",
-        "run": f"{body.get('model')}, {body.get('edits')} edits in batches of {body.get('batch_size')}",
-        "policy": "; ".join([str(body.get("outcome")), *map(str, body.get("faults", ()))]),
-        "end": f"{len(body.get('files', ()))} files",
-    }
-    return known.get(kind, "")
+def _details(body: Schema) -> str:
+    match body:
+        case ModelBody():
+            return f"{body.fingerprint[:12]}, {body.dtype}"
+        case RunBody():
+            return f"{body.model}, {body.edits} edits in batches of {body.batch_size or body.edits}"
+        case EvaluationBody():
+            rates = [
+                f"{name} {100 * body.metrics[name]:.1f}" for name in KINDS if not isnan(body.metrics.get(name, nan))
+            ]
+            return f"{body.stage}, {body.edits} edits: {', '.join(rates)}"
+        case BatchBody():
+            facts = [f"{request.get('subject')} -> {request.get('target_new')}" for request in body.requests[:3]]
+            facts += ["..."] if len(body.requests) > 3 else []
+            return f"batch {body.batch}, {len(body.hashes)} edits" + (f": {', '.join(facts)}" if facts else "")
+        case RollbackBody():
+            return f"batches {', '.join(map(str, body.batches))} taken back"
+        case PolicyBody():
+            return "; ".join([body.outcome, *body.faults])
+    return f"{len(body.files)} files" if isinstance(body, EndBody) else ""
