@@ -54,7 +54,9 @@ class Answers:
         columns = {name: vars(self.scores)[field].tolist() for name, field in COLUMNS.items()}
         prompts: list[list[PromptAnswer]] = [[] for _ in self.records]
         for place, (record, kind, prompt, expected, rival) in enumerate(questions(self.records)):
-            numbers: dict[str, Any] = {name: None if math.isnan(column[place]) else column[place] for name, column in columns.items()}
+            numbers: dict[str, Any] = {
+                name: None if math.isnan(column[place]) else column[place] for name, column in columns.items()
+            }
             answer = PromptAnswer(kind=KINDS[kind], prompt=prompt, expected=expected, rival=rival, **numbers)
             prompts[record].append(answer)
         names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation")
@@ -181,8 +183,8 @@ def warn_of_known(rows: Sequence[EvaluatedRequest]) -> None:
     indices = [row.index for row in rows if any(prompt.correct for prompt in row.of_kind("rewrite"))]
     if indices:
         warnings.warn(
-            f"records whose target_new the model gives already, before any edit: {listed(indices)} (numbered from 0, in "
-            "the order of the edits); there is nothing to edit in them, leave them out or count them apart",
+            f"records whose target_new the model gives already, before any edit: {listed(indices)} (numbered from 0, "
+            "in the order of the edits); there is nothing to edit in them, leave them out or count them apart",
             stacklevel=3,
         )
 

@@ -54,7 +54,7 @@ class Manifest(Schema):
     edits: Annotated[int, Field(ge=0)]
     ledger: SHA256 | Literal[""]
     weights: dict[str, WeightHashes]
-    files: dict[FileName, SHA256] = {}
+    files: dict[FileName, SHA256] = Field(default_factory=dict)
     version: Literal[1] = 1
     hash: SHA256 | Literal[""] = ""
 

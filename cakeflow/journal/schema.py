@@ -1,7 +1,7 @@
 """Everything that is written to a run folder, as types: the same classes write a file and read it back.
 
-Unknown fields are refused. Written is format 2; ``upgraded`` reads format 1 (cakeflow 0.1), which numbered edited weights
-by layer.
+Unknown fields are refused. Files are written in format 2; ``upgraded`` reads format 1 (cakeflow 0.1), which numbered edited
+weights by layer.
 """
 
 from __future__ import annotations
@@ -263,7 +263,7 @@ def upgraded(kind: str, body: Mapping[str, Any], place: Callable[[int], str]) ->
     if kind == "rollback":
         return {**rest, "places": {place(int(layer)): hashed for layer, hashed in layers.items()}}
     changes = [
-        {**layers[str(layer)], "place": place(layer), "kind": "WeightChange", "prefix": str(layer)}
+        {**layers[str(layer)], "place": place(int(layer)), "kind": "WeightChange", "prefix": str(layer)}
         for layer in body["order"]
     ]
     return {**rest, "changes": changes}

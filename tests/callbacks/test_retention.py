@@ -81,7 +81,7 @@ def test_retention_scores_every_edit_so_far(lm, quiet, form):
 
 
 def test_retention_asks_for_no_free_answers():
-    with pytest.raises(ConfigError, match="asks for no free answers"):
+    with pytest.raises(ConfigError, match="'exact', 'tokens' or 'probability'"):
         Retention(form="answer")
 
 

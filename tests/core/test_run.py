@@ -64,7 +64,7 @@ def kept(folder):
 
 def told(folder):
     """The ledger without hashes of files that tell of seconds."""
-    return [(entry.kind, entry.body if entry.kind != "end" else sorted(entry.body["files"]))
+    return [(entry.kind, entry.body if entry.kind != "end" else sorted(entry.body.files))
             for entry in read_entries(folder / "journal/ledger.jsonl")]  # fmt: skip
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from bodies import EXAMPLES, forge, raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import JSON
@@ -14,7 +15,6 @@ from cakeflow.cli.command_line import main
 from cakeflow.errors import EditError, LedgerError, ResumeError, RunFolderError
 from cakeflow.journal.audit import replay, verify
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import Ledger, read_entries
 from cakeflow.journal.store import JournalStore
 
 
@@ -55,7 +55,7 @@ def test_a_flipped_byte_of_any_file_is_noticed_and_its_entry_named(run):
     files = sorted(path for path in run.rglob("*") if path.is_file())
     assert len(files) >= 9
     entries = verify(run).entries
-    told = {name: entry.number for entry in entries for name in entry.body.get("files", ())}
+    told = {name: entry.number for entry in entries for name in getattr(entry.body, "files", ())}
     for path in files:
         whole = path.read_bytes()
         for place in {0, len(whole) // 3, len(whole) - 1}:
@@ -89,23 +89,15 @@ def test_missing_files_and_missing_last_entries(run):
 def test_a_forged_ledger_with_sound_hashes_does_not_fit_its_weights(run):
     """Whoever rewrites the whole chain still has to make the tensors agree."""
     path = run / "journal/ledger.jsonl"
-    entries = list(read_entries(path))
-    path.unlink()
-    ledger = Ledger(path)
-    for entry in entries:
-        if entry.kind != "batch" or entry.body["batch"] != 1:
-            ledger.append(entry.kind, entry.body)
+    forge(path, [(kind, body) for kind, body in raw(path) if body.get("batch") != 1])
     assert any("does not begin where it ended" in fault for fault in verify(run).faults)
 
 
 def test_paths_that_lead_out_of_the_folder_are_refused(run):
     path = run / "journal/ledger.jsonl"
-    entries = list(read_entries(path))
-    path.unlink()
-    ledger = Ledger(path)
-    for entry in entries[:4]:
-        files = entry.body.get("files", {})
-        ledger.append(entry.kind, entry.body | {"files": {f"../../{name}": told for name, told in files.items()}})
+    entries = raw(path)[:4]
+    entries[3][1]["files"] = {f"../../{name}": told for name, told in entries[3][1]["files"].items()}
+    forge(path, entries)
     assert any("is not a file name" in fault for fault in verify(run).faults)
     record = JournalStore(run / "journal")
     with pytest.raises(LedgerError, match="may not name files outside"):
@@ -142,14 +134,11 @@ def test_another_model_is_not_replayed(finished, tiny):
 def test_weights_that_come_out_otherwise_are_refused_and_nothing_is_left(finished, run):
     """As on another machine: the ledger tells of other hashes than those that come out here."""
     path, lm = run / "journal/ledger.jsonl", copy.deepcopy(finished[1])
-    entries = list(read_entries(path))
-    path.unlink()
-    ledger = Ledger(path)
-    for entry in entries:
-        body = copy.deepcopy(entry.body)
-        if body.get("batch") == 2:
-            body["layers"]["3"]["after"] = "0" * 64
-        ledger.append(entry.kind, body)
+    entries = raw(path)
+    (last,) = (body for _, body in entries if body.get("batch") == 2)
+    (change,) = (change for change in last["changes"] if "3" in change["place"])
+    change["after"] = "0" * 64
+    forge(path, entries)
     journal = Journal(lm)
     before = state(lm, _Holder(journal))
     with pytest.raises(ResumeError, match=r"batch 2: the weights of layers \[3\] come out otherwise"):
@@ -160,15 +149,11 @@ def test_weights_that_come_out_otherwise_are_refused_and_nothing_is_left(finishe
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(body=st.dictionaries(st.sampled_from(["batch", "files", "layers", "hashes", "targets", "order", "numbers",
-                                             "requests", "batches"]), JSON),
-       kind=st.sampled_from(["batch", "rollback", "end", "run", "model"]))  # fmt: skip
-def test_only_our_errors_get_out_of_a_ledger_with_any_bodies(finished, run, body, kind):
-    path = run / "journal/ledger.jsonl"
-    path.unlink(missing_ok=True)
-    ledger = Ledger(path)
-    entries = list(read_entries(finished[0] / "journal/ledger.jsonl"))
-    ledger.append("model", entries[0].body)
-    ledger.append(kind, body)
+                                             "requests", "batches", "changes", "places"]), JSON),
+       kind=st.sampled_from(["batch", "rollback", "end", "run", "model"]), whole=st.booleans())  # fmt: skip
+def test_only_our_errors_get_out_of_a_ledger_with_any_bodies(finished, run, body, kind, whole):
+    first = raw(finished[0] / "journal/ledger.jsonl")[0]
+    forge(run / "journal/ledger.jsonl", [first, (kind, {**EXAMPLES[kind], **body} if whole else body)])
     assert isinstance(verify(run).faults, list)
     journal = Journal(copy.deepcopy(finished[1]))
     try:
@@ -193,7 +178,7 @@ def test_the_commands(finished, run, capsys, monkeypatch):
     assert "1 batches taken back, 2 left" in capsys.readouterr().out
     assert verify(run).faults == []
     main(["rollback", str(run), "--batch", "0", "--model", model])
-    assert main(["log", str(run)])[-1].body["batches"] == [0]
+    assert main(["log", str(run)])[-1].body.batches == [0]
     assert len(main(["replay", str(run), "--model", model])) == 1
     with pytest.raises(SystemExit):
         main(["rollback", str(run), "--batch", "7", "--model", model])

@@ -215,7 +215,7 @@ def test_save_writes_plain_files(tiny, requests, tmp_path):
         with journal.batch(requests[6 * seed : 6 * seed + 6]) as step:
             apply(journal, step, 3, seed)
             step.values[3] = torch.ones(6, 48)
-            step.targets.append({"layer": 3, "loss": 0.5})
+            step.targets.append({"layer": 3, "loss": 0.5, "probability": 0.25, "steps": 2.0})
     with journal.batch(requests[:1]) as step:  # a change of full rank
         dense = torch.full(tiny.oriented(3).shape, 0.5, dtype=torch.float64)
         weight = tiny.oriented(3).double()
@@ -224,11 +224,11 @@ def test_save_writes_plain_files(tiny, requests, tmp_path):
     journal.save(tmp_path)
     with pytest.raises(ConfigError, match="holds a journal already"):
         journal.save(tmp_path)
-    told = [entry.body for entry in read_entries(tmp_path / "ledger.jsonl") if entry.kind == "batch"]
+    told = [entry.body.to_dict() for entry in read_entries(tmp_path / "ledger.jsonl") if entry.kind == "batch"]
     assert [len(body["requests"]) for body in told] == [6, 6, 1]
     assert told[1]["requests"][2]["subject"] == "Frédéric Chopin"
-    assert told[0]["targets"] == [{"layer": 3, "loss": 0.5}]
-    assert set(told[0]["layers"]["3"]["numbers"]) == {"residual", "update", "relative_update"}
+    assert told[0]["targets"] == [{"layer": 3, "loss": 0.5, "probability": 0.25, "steps": 2.0}]
+    assert set(told[0]["changes"][0]["numbers"]) == {"residual", "update", "relative_update"}
     assert torch.equal(load_file(tmp_path / "original-00003.safetensors")["3"], original)
     total = torch.zeros_like(dense)
     for number in range(3):

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from bodies import EXAMPLES, forge
 from cakeflow_restrain import Prune, Rect
 from stops import STOPS
 from tiny_runs import LAYERS, content, editor_of, state
 
 from cakeflow import LeastSquares
 from cakeflow.errors import LedgerError, NumericalError
-from cakeflow.journal.ledger import Ledger, read_entries
+from cakeflow.journal.ledger import read_entries
 from cakeflow.journal.store import JournalStore
 from cakeflow.solvers import Solver
 
@@ -158,6 +159,6 @@ def test_killed_processes_lose_nothing_that_was_acknowledged(tmp_path):
 
 @pytest.mark.parametrize("told", ["two", None, [2]])
 def test_a_forged_number_of_earlier_batches_is_named(tmp_path, told):
-    Ledger(tmp_path / "ledger.jsonl").append("model", {"earlier": told})
-    with pytest.raises(LedgerError, match=r"entry 0: not what cakeflow writes of a model"):
-        _ = JournalStore(tmp_path).earlier
+    forge(tmp_path / "ledger.jsonl", [("model", {**EXAMPLES["model"], "earlier": told})])
+    with pytest.raises(LedgerError, match=r"entry 0, earlier = .*integer"):
+        JournalStore(tmp_path)
