@@ -1,7 +1,6 @@
 """What is exported is the edited model: the same bits, or the stated tolerance; and nothing else can be made of it."""
 
 import copy
-import hashlib
 import json
 import re
 import resource
@@ -24,6 +23,8 @@ from cakeflow.export import Manifest, apply_delta
 from cakeflow.models.loading import load_model
 from cakeflow.solvers import Descent
 from cakeflow.storage.hashing import digest, tensor_hash
+
+from .forgery import rendered, sealed_text
 
 FORMATS = ("model", "delta", "lora")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -257,11 +258,6 @@ def test_any_flipped_byte_of_a_delta_is_noticed(delta):
             path.write_bytes(bytes(data))
             refused(lm, folder, "take it from a copy")
         path.write_bytes(whole)
-    whole = (folder / "manifest.json").read_bytes()
-    for place in range(len(whole)):  # reading it takes no model
-        (folder / "manifest.json").write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(ExportError):
-            Manifest.read(folder)
 
 
 def test_a_delta_is_for_one_model_only(delta, one, edited, requests, tmp_path):
@@ -287,17 +283,6 @@ def forged(folder, tensors, **changes):
     told = json.loads((folder / "manifest.json").read_text())
     files = {"delta.safetensors": digest(folder / "delta.safetensors")}
     (folder / "manifest.json").write_text(sealed_text(told | {"files": files} | changes))
-
-
-def sealed_text(values):
-    """A manifest's file of any values, with the hash that fits them."""
-    rest = {name: value for name, value in values.items() if name != "hash"}
-    sealed = rest | {"hash": hashlib.sha256(rendered(rest).encode()).hexdigest()}
-    return rendered(sealed)
-
-
-def rendered(values):
-    return json.dumps(values, indent=1, sort_keys=True) + "\n"
 
 
 def test_a_forged_delta_reaches_no_other_weight(delta):
@@ -364,14 +349,6 @@ def test_only_our_errors_get_out_of_a_manifest(delta, changes, sealed):
             assert {name: value for name, value in told.items() if original.get(name) != value}.keys() <= free
     finally:
         path.write_text(whole)
-
-
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary(max_size=100) | JSON.map(json.dumps).map(str.encode) | st.just(b"[" * 100_000))
-def test_only_our_error_gets_out_of_any_file(tmp_path, data):
-    (tmp_path / "manifest.json").write_bytes(data)
-    with pytest.raises(ExportError):
-        Manifest.read(tmp_path)
 
 
 def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):

@@ -20,6 +20,7 @@ from cakeflow.journal.store import JournalStore
 
 FACTS = [EditRequest("{} plays", "Ann", "tennis")]
 DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
+RUN = {"model": "m", "settings": {}, "edits": 0, "batch_size": None, "data": ""}
 
 
 def bits(lm):
@@ -322,7 +323,7 @@ class Life(RuleBasedStateMachine):
         self.journal = Journal(self.lm)
         if folder is None:
             self.folder = self.folders.mktemp("life") / "journal"
-            self.journal.open(JournalStore(self.folder), {})
+            self.journal.open(JournalStore(self.folder), RUN)
         else:
             self.journal.load(folder)
 

@@ -143,15 +143,11 @@ class Shelf(Schema):
     [
         ({}, r"file, books: Field required; look$"),
         ({"books": [{"a": "x" * 500}]}, r"file, books\.0\.a = 'x+\.\.\.x+': Input should be a valid integer; look$"),
-        ({"books": [], "name": "\ud800"}, None),
         ({"books": [], "pages": 3}, r"file, pages = 3: .*not permitted; look$"),
         (7, r"file, content = 7: .*; look$"),
     ],
 )
 def test_an_error_names_place_field_value_and_remedy(data, words):
-    if words is None:
-        assert read_as(Shelf, data, "file", LedgerError, "look").to_dict() == data
-        return
     with pytest.raises(LedgerError, match=words) as error:
         read_as(Shelf, data, "file", LedgerError, "look")
     assert len(str(error.value)) < 200
