@@ -1,6 +1,7 @@
 """A policy forbids edits, or takes them back; what it did is on record."""
 
 import pytest
+from pydantic import ValidationError
 from tiny_runs import editor_of, state
 
 from cakeflow.callbacks import Policy, PolicyGuard, Retention
@@ -120,8 +121,19 @@ def test_a_refused_run_may_be_started_again_when_the_policy_allows_it(lm, reques
 def test_a_bad_policy_is_refused(tmp_path, text, words):
     path = tmp_path / "policy.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as error:
         PolicyGuard(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_a_policy_is_made_of_plain_data_and_does_not_change():
+    policy = Policy(models=["a", "b"], denied_subjects=("x",), minimum={"efficacy": 1})
+    assert (policy.models, policy.denied_subjects, policy.minimum) == (("a", "b"), ("x",), {"efficacy": 1.0})
+    assert policy.hash == Policy(models=("a", "b"), denied_subjects=["x"], minimum={"efficacy": 1.0}).hash
+    with pytest.raises(ValidationError, match="frozen"):
+        policy.max_edits = 3
+    with pytest.raises(ConfigError, match="max_edits = -1.* rules are models, max_edits"):
+        Policy(max_edits=-1)
 
 
 def test_a_policy_that_is_not_there(tmp_path):
