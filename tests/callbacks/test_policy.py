@@ -132,7 +132,7 @@ def test_a_policy_is_made_of_plain_data_and_does_not_change():
     assert policy.hash == Policy(models=("a", "b"), denied_subjects=["x"], minimum={"efficacy": 1.0}).hash
     with pytest.raises(ValidationError, match="frozen"):
         policy.max_edits = 3
-    with pytest.raises(ConfigError, match="max_edits = -1.* rules are models, max_edits"):
+    with pytest.raises(ConfigError, match=r"max_edits = -1.* rules are models, max_edits"):
         Policy(max_edits=-1)
 
 
