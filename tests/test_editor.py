@@ -257,7 +257,7 @@ def test_logger_with_a_folder_gets_the_journal(lm, quiet, requests, tmp_path):
     assert run.folder == tmp_path / "mine" / "version_0"
     entries = list(read_entries(run.folder / "journal" / "ledger.jsonl"))
     assert [entry.kind for entry in entries] == ["model", "run", "evaluation", "batch", "evaluation", "end"]
-    assert [entry["subject"] for entry in entries[3].body["requests"]] == ["The Eiffel Tower", "Australia"]
+    assert [entry["subject"] for entry in entries[3].body.requests] == ["The Eiffel Tower", "Australia"]
     assert (run.folder / "metrics.csv").is_file()
 
 

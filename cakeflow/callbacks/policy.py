@@ -61,7 +61,7 @@ class Policy(BaseModel):
     max_drop: Bounds = {}
 
     def __init__(self, **rules: Any) -> None:
-        try:
+        try:  # not in a validator: ConfigError is a ValueError, which pydantic would wrap in its own error
             super().__init__(**rules)
         except ValidationError as invalid:
             raise ConfigError(
@@ -81,7 +81,10 @@ class Policy(BaseModel):
             raise ConfigError(f"policy {str(path)!r} cannot be read: {error}") from error
         if not isinstance(rules, dict):
             raise ConfigError(f"policy {str(path)!r}: expected rules ({', '.join(cls.model_fields)}), got {rules!r}")
-        return cls(**{str(name): value for name, value in rules.items()})
+        try:
+            return cls(**{str(name): value for name, value in rules.items()})
+        except ConfigError as error:
+            raise ConfigError(f"{path}: {error}") from error
 
     @property
     def hash(self) -> str:

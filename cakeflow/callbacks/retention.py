@@ -35,7 +35,7 @@ class Retention(PeriodicCallback):
         self.curves: list[list[float]] = []
 
     def measure(self, module: Any) -> dict[str, float]:
-        """Return the mean success over batches, and that of the first batch."""
+        """Return the mean success over edits, and that of the first batch."""
         edits = [(number, request) for number, step in enumerate(module.journal) for request in step.requests]
         if not edits:
             self.curves = []

@@ -183,8 +183,8 @@ def warn_of_known(rows: Sequence[EvaluatedRequest]) -> None:
     indices = [row.index for row in rows if any(prompt.correct for prompt in row.of_kind("rewrite"))]
     if indices:
         warnings.warn(
-            f"records whose target_new the model gives already, before any edit: {listed(indices)} (numbered from 0, in "
-            "the order of the edits); there is nothing to edit in them, leave them out or count them apart",
+            f"records whose target_new the model gives already, before any edit: {listed(indices)} (numbered from 0, "
+            "in the order of the edits); there is nothing to edit in them, leave them out or count them apart",
             stacklevel=3,
         )
 

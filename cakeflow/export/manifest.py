@@ -61,7 +61,7 @@ class Manifest(Schema):
     edits: Annotated[int, Field(ge=0)]
     ledger: SHA256 | Literal[""]
     weights: dict[str, WeightHashes]
-    files: dict[FileName, SHA256] = {}
+    files: dict[FileName, SHA256] = Field(default_factory=dict)
     changes: list[ChangeInfo] = []
     version: Literal[2] = 2
     hash: SHA256 | Literal[""] = ""
@@ -75,6 +75,7 @@ class Manifest(Schema):
             if original is not None and (before := tensor_hash(original)) != (after := tensor_hash(tensor)):
                 weights[name] = WeightHashes(before=before, after=after)
         entries = journal.store.ledger.entries if journal.store else []
+        modules = [change for change in journal.changes if isinstance(change, ModuleChange)]
         return cls(
             format=format,
             model=[journal.model.name, *(run.model for run in bodies(entries, RunBody))][-1],
@@ -83,11 +84,7 @@ class Manifest(Schema):
             edits=journal.edits,
             ledger=journal.store.ledger.head if journal.store else "",
             weights=weights,
-            changes=[
-                ChangeInfo(place=change.place, kind=type(change).__name__)
-                for change in journal.changes
-                if isinstance(change, ModuleChange)
-            ],
+            changes=[ChangeInfo(place=change.place, kind=type(change).__name__) for change in modules],
         )
 
     @classmethod

@@ -15,7 +15,7 @@ from cakeflow.journal.schema import BODIES, Line, S, Schema, parse_as, read_as, 
 from cakeflow.storage.atomic import append_line, truncate
 
 Place = Callable[[int], str]
-"""Layer -> name of the weight that format 1 meant by it."""
+"""Layer -> name of its edited weight, which format 1 did not write."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Entry:
     """One line of a ledger.
 
     Attributes:
-        number: Its place, from 0.
+        number: Place in the ledger, from 0.
         kind: A key of ``BODIES``.
-        time: When it was written (UTC, ISO 8601).
-        body: What happened, as an instance of ``BODIES[kind]``.
+        time: Time of writing (UTC, ISO 8601).
+        body: An instance of ``BODIES[kind]``.
         previous: Hash of the entry before; empty in the first one.
         hash: SHA-256 of this entry's line without its hash.
     """

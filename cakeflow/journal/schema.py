@@ -1,7 +1,7 @@
 """Everything that is written to a run folder, as types: the same classes write a file and read it back.
 
-Unknown fields are refused. Format 2 is what is written; format 1 (cakeflow 0.1) numbered edited weights by layer, and is
-read by ``upgraded``.
+Unknown fields are refused. Files have format 2; ``upgraded`` reads format 1 (cakeflow 0.1), which numbered weights by
+layer.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ def read_as(kind: type[S], data: object, where: str, error: type[EditError], rem
 
     Args:
         kind: The type.
-        data: What JSON gave.
-        where: The place of the data, for messages.
-        error: The error to raise.
-        remedy: Its last words.
+        data: Parsed JSON.
+        where: File and line of the data, for the message.
+        error: Type of the error to raise.
+        remedy: Advice at the end of the message.
 
     Raises:
-        EditError: Of the given type, naming field, value and what was expected.
+        EditError: ``error``, naming field, value and the expected type.
     """
     try:
         return kind.model_validate(data)
@@ -80,7 +80,7 @@ def read_as(kind: type[S], data: object, where: str, error: type[EditError], rem
 
 
 def first_fault(invalid: ValidationError) -> str:
-    """Return the first thing that pydantic found wrong: field, value and what was expected."""
+    """Return the first fault in words: field, value and the expected type."""
     first = invalid.errors(include_url=False, include_context=False)[0]
     field = ".".join(map(str, first["loc"])) or "content"
     value = "" if first["type"] == "missing" else f" = {reprlib.repr(first['input'])}"
@@ -100,13 +100,13 @@ def parse_as(kind: type[S], text: str | bytes, where: str, error: type[EditError
 
 
 class Line(Schema):
-    """A line of the ledger, whatever happened.
+    """A line of the ledger, its body unparsed.
 
     Attributes:
-        number: Its place, from 0.
+        number: Place in the ledger, from 0.
         kind: A key of ``BODIES``.
-        time: When it was written (UTC, ISO 8601).
-        body: What happened, as written: its hash is over this.
+        time: Time of writing (UTC, ISO 8601).
+        body: The body as it stands in the file, over which the hash is taken.
         previous: Hash of the line before; empty in the first one.
         hash: SHA-256 of this line without its hash.
     """
@@ -120,7 +120,7 @@ class Line(Schema):
 
 
 class ModelBody(Schema):
-    """The unedited model: hash and type of its weights, and how many batches were done before this run."""
+    """The unedited model: hash and type of its weights, and the number of batches before this run."""
 
     fingerprint: str
     dtype: str
@@ -128,7 +128,7 @@ class ModelBody(Schema):
 
 
 class Circumstances(Schema):
-    """Who ran something, where, and with what; it may differ when a run goes on."""
+    """User and machine, versions of packages, and number of threads; they may differ when a run is resumed."""
 
     who: str
     versions: dict[str, str]
@@ -136,15 +136,15 @@ class Circumstances(Schema):
 
 
 class RunBody(Circumstances):
-    """A run begins.
+    """The start of a run.
 
     Attributes:
-        model: Name of the model, as it was given.
+        model: Name of the model, as the user wrote it.
         settings: Everything that decides the outcome, as text.
-        edits: Requests in the run.
-        batch_size: Edits in a batch.
+        edits: Number of requests in the run.
+        batch_size: Number of edits in a batch; None for one batch.
         data: SHA-256 of all requests.
-        format: Of the entries that follow.
+        format: Format of the entries that follow.
     """
 
     model: str
@@ -156,7 +156,7 @@ class RunBody(Circumstances):
 
 
 class EvaluationBody(Schema):
-    """Metrics at a stage (``before``, ``after``), and how many edits they follow."""
+    """Metrics at a stage (``before``, ``after``), and the number of edits before it."""
 
     stage: str
     edits: int
@@ -165,7 +165,7 @@ class EvaluationBody(Schema):
 
 
 class TargetBody(Schema):
-    """How the target search of one request at one layer ended."""
+    """Result of the target search of one request at one layer: final loss, probability and steps."""
 
     layer: int
     loss: Number
@@ -179,10 +179,10 @@ class ChangeBody(Schema):
     Attributes:
         place: Name of the parameter or module that was changed.
         kind: Class of the change.
-        numbers: What was logged of it.
-        before: SHA-256 of what the place held before the batch.
-        after: SHA-256 of what it held when the batch was committed.
-        prefix: What its tensors are called by in the batch's file; the place, unless said otherwise.
+        numbers: Logged numbers of the change.
+        before: SHA-256 of the parameter or module before the batch.
+        after: SHA-256 of the parameter or module after the batch.
+        prefix: Prefix of the names of its tensors in the batch's file; empty for the place itself.
     """
 
     place: str
@@ -197,13 +197,13 @@ class BatchBody(Schema):
     """One edit batch.
 
     Attributes:
-        batch: Its number.
+        batch: Number of the batch.
         files: File name -> SHA-256.
         hashes: SHA-256 of each request.
-        requests: The requests, where their texts are kept.
-        targets: Per layer and request.
-        numbers: What was logged of the batch.
-        changes: What was changed, in order.
+        requests: The requests; empty if their texts are not stored.
+        targets: Results of the target search, per value site and request.
+        numbers: Logged numbers of the batch.
+        changes: The changes, in order.
     """
 
     batch: int
@@ -216,7 +216,7 @@ class BatchBody(Schema):
 
 
 class RollbackBody(Circumstances):
-    """Batches that were taken back, and the hashes of the places that changed by it."""
+    """Numbers of the batches that were rolled back, and SHA-256 of every place that changed by it."""
 
     batches: list[int]
     places: dict[str, str]
@@ -231,7 +231,7 @@ class PolicyBody(Schema):
 
 
 class EndBody(Schema):
-    """The run is complete, and these are its files: name -> SHA-256."""
+    """The end of a complete run, and its files: name -> SHA-256."""
 
     files: dict[str, str]
 
@@ -252,9 +252,9 @@ def upgraded(kind: str, body: Mapping[str, Any], place: Callable[[int], str]) ->
     """Return a body in format 2; one of format 2 as it is.
 
     Args:
-        kind: Of the entry.
-        body: As it stands in the ledger.
-        place: Layer -> name of the weight that format 1 meant by it.
+        kind: Kind of the entry.
+        body: The body as it stands in the ledger.
+        place: Names the weight of a layer.
     """
     if kind not in ("batch", "rollback") or "layers" not in body:
         return dict(body)
@@ -263,7 +263,7 @@ def upgraded(kind: str, body: Mapping[str, Any], place: Callable[[int], str]) ->
     if kind == "rollback":
         return {**rest, "places": {place(int(layer)): hashed for layer, hashed in layers.items()}}
     changes = [
-        {**layers[str(layer)], "place": place(layer), "kind": "WeightChange", "prefix": str(layer)}
+        {**layers[str(layer)], "place": place(int(layer)), "kind": "WeightChange", "prefix": str(layer)}
         for layer in body["order"]
     ]
     return {**rest, "changes": changes}
@@ -277,14 +277,14 @@ class PromptAnswer(Schema):
 
     Attributes:
         kind: ``rewrite``, ``paraphrase`` or ``neighborhood``.
-        prompt: The text.
+        prompt: Text of the prompt.
         expected: The continuation that is right after the edit.
         rival: The continuation that was right before, if the request names one; for a neighborhood, the new target.
         expected_logprob: Mean log-probability per token of ``expected``, natural logarithm.
         rival_logprob: Mean log-probability per token of ``rival``.
         correct: True if every token of ``expected`` is the most likely one.
         tokens: Share of the tokens of ``expected`` that are.
-        answered: 1 where the model gives it when it answers freely, else 0; None where it was not asked to.
+        answered: 1 if the free answer is ``expected``, else 0; None without free answers.
     """
 
     kind: str
@@ -329,7 +329,7 @@ class EvaluatedRequest(Schema):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Common to a request's evaluation and its edit in the journal."""
+        """Prompt, subject and new target: common to a request's evaluation and its edit in the ledger."""
         return self.prompt, self.subject, self.target_new
 
     def of_kind(self, kind: str) -> list[PromptAnswer]:
@@ -351,13 +351,13 @@ class RunInfo(Schema):
 
     Attributes:
         model: The model.
-        settings: As in the ledger.
-        versions: Of the packages.
+        settings: Everything that decides the outcome, as text.
+        versions: Versions of the packages.
         metrics: Stage -> metric -> value.
-        protocol: Names how the metrics were measured.
-        edits: Requests in the run.
+        protocol: Protocol of the metrics; only numbers under the same one are comparable.
+        edits: Number of requests in the run.
         timings: Seconds per phase.
-        peaks: Most bytes per phase beyond the model.
+        peaks: Peak memory per phase beyond the model, in bytes.
     """
 
     model: ModelInfo

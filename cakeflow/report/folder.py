@@ -40,7 +40,7 @@ class EditedRequest(Schema):
 
     @property
     def key(self) -> tuple[str, str, str]:
-        """Common to a request's evaluation and its edit in the journal."""
+        """Prompt, subject and new target: common to a request's evaluation and its edit in the ledger."""
         return self.prompt, self.subject, self.target_new
 
 

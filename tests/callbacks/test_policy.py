@@ -1,6 +1,7 @@
 """A policy forbids edits, or takes them back; what it did is on record."""
 
 import pytest
+from pydantic import ValidationError
 from tiny_runs import editor_of, state
 
 from cakeflow.callbacks import Policy, PolicyGuard, Retention
@@ -21,8 +22,9 @@ def guarded(lm, *policy):
 
 
 def told(folder):
-    return [(entry.kind, entry.body.get("outcome")) for entry in read_entries(folder / "journal/ledger.jsonl")
-            if entry.kind in ("batch", "policy", "rollback", "end")]  # fmt: skip
+    entries = read_entries(folder / "journal/ledger.jsonl")
+    kinds = ("batch", "policy", "rollback", "end")
+    return [(entry.kind, getattr(entry.body, "outcome", None)) for entry in entries if entry.kind in kinds]
 
 
 def test_a_run_that_keeps_it_goes_through(lm, requests, tmp_path):
@@ -97,14 +99,19 @@ def test_a_refused_run_may_be_started_again_when_the_policy_allows_it(lm, reques
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("max_edit: 3", "unknown rule 'max_edit'; rules are models, max_edits"),
+        ("max_edit: 3", "max_edit = 3: .* rules are models, max_edits"),
         ("max_edits: 0", "max_edits = 0"),
         ("max_edits: many", "max_edits = 'many'"),
-        ("models: gpt2", "models = 'gpt2': expected a list"),
-        ("denied_subjects: ['(']", r"'\(' is no regular expression"),
-        ("minimum: {efficacy: high}", "minimum = .*expected a mapping"),
-        ("minimum: [efficacy]", "expected a mapping"),
-        ("max_drop: {efficacy: .nan}", "max_drop"),
+        ("max_edits: true", "max_edits = True: .* integer"),
+        ("models: gpt2", "models = 'gpt2': .* tuple"),
+        ("models: [1]", r"models\.0 = 1: .* string"),
+        ("denied_subjects: ['(']", r"denied_subjects\.0 = '\(': .*no regular expression"),
+        ("minimum: {efficacy: high}", r"minimum\.efficacy = 'high': .* number"),
+        ("minimum: {efficacy: true}", r"minimum\.efficacy = True: .* number"),
+        ("minimum: {1: 0.5}", r"minimum\.1"),
+        ("minimum: [efficacy]", "minimum = .* dictionary"),
+        ("max_drop: {efficacy: .nan}", r"max_drop\.efficacy = nan"),
+        ("1: 2", "1 = 2: .* rules are models"),
         ("- 1", "expected rules"),
         ("", "expected rules"),
         ("a: [", "cannot be read"),
@@ -114,8 +121,19 @@ def test_a_refused_run_may_be_started_again_when_the_policy_allows_it(lm, reques
 def test_a_bad_policy_is_refused(tmp_path, text, words):
     path = tmp_path / "policy.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=words):
+    with pytest.raises(ConfigError, match=words) as error:
         PolicyGuard(str(path))
+    assert str(path) in str(error.value)
+
+
+def test_a_policy_is_made_of_plain_data_and_does_not_change():
+    policy = Policy(models=["a", "b"], denied_subjects=("x",), minimum={"efficacy": 1})
+    assert (policy.models, policy.denied_subjects, policy.minimum) == (("a", "b"), ("x",), {"efficacy": 1.0})
+    assert policy.hash == Policy(models=("a", "b"), denied_subjects=["x"], minimum={"efficacy": 1.0}).hash
+    with pytest.raises(ValidationError, match="frozen"):
+        policy.max_edits = 3
+    with pytest.raises(ConfigError, match=r"max_edits = -1.* rules are models, max_edits"):
+        Policy(max_edits=-1)
 
 
 def test_a_policy_that_is_not_there(tmp_path):

@@ -2,16 +2,16 @@
 
 import copy
 import json
-from contextlib import suppress
+import math
+import re
 
+from bodies import body
 from huggingface_hub import ModelCard
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import JSON
 from tiny_runs import editor_of
 
 from cakeflow import EditRequest
-from cakeflow.errors import LedgerError
 from cakeflow.export import Manifest
 from cakeflow.export.card import escape, model_card
 from cakeflow.journal.ledger import Entry
@@ -65,17 +65,39 @@ def test_the_card_keeps_to_what_the_ledger_has(lm, requests, tmp_path):
     quiet = editor_of(copy.deepcopy(lm), {"logger": False})
     quiet.fit(requests[:2], evaluate=False)
     quiet.save_pretrained(tmp_path / "bare")
-    assert "No ledger is at hand" in (tmp_path / "bare/README.md").read_text()
+    assert "There is no ledger here" in (tmp_path / "bare/README.md").read_text()
 
 
-@given(kind=st.sampled_from(["run", "evaluation", "batch"]), body=st.dictionaries(st.text(), JSON, max_size=3))
-def test_a_ledger_of_another_form_gives_our_error(kind, body):
-    manifest = Manifest("model", "base", "0" * 64, "torch.float32", 1, "", {})
-    run = Entry(0, "run", "", {"versions": {}, "batch_size": None, "settings": {}}, "")
-    assert "in one batch" in model_card(manifest, [run])
-    with suppress(LedgerError):
-        model_card(manifest, [run, Entry(1, kind, "", body, "")])
-        assert kind == "batch"  # one without texts is sound
+TEXT = st.text(max_size=8) | st.just(HOSTILE)
+MANIFEST = Manifest(
+    format="model", model="m", fingerprint="0" * 64, dtype="torch.float32", edits=1, ledger="", weights={}
+)
+
+
+@given(model=TEXT, settings=st.dictionaries(TEXT, TEXT, max_size=2), name=TEXT, rate=st.floats(), subject=TEXT)
+def test_any_ledger_gives_a_card_without_markup_of_its_own(model, settings, name, rate, subject):
+    contents = [
+        body("run", batch_size=None, settings=settings),
+        body("batch", requests=[{"subject": subject}]),
+        body("evaluation", metrics={name: rate}, protocol=model),
+    ]
+    entries = [Entry(number, "", "", each, "", "") for number, each in enumerate(contents)]
+    card = model_card(MANIFEST.model_copy(update={"model": model}), entries)
+    shown = [line for line in card.splitlines() if line.startswith('{"subject"')]
+    assert [json.loads(line) for line in shown] == [{"subject": subject}]
+    assert (f"| {rate:.4g} |" in card) == math.isfinite(rate)
+    outside = re.sub(r"^(`{3,})$.*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
+    headings = [line for line in outside.splitlines() if line.startswith("#")]
+    assert headings[1:] == ["## Method", "## Metrics", "## Edits", "## How to verify"]
+    assert "<script>" not in outside
+    assert "\x1b" not in card
+
+
+def test_weights_that_changed_after_the_measurement_are_named():
+    kinds = ["run", "evaluation", "rollback"]
+    entries = [Entry(number, kind, "", body(kind), "", "") for number, kind in enumerate(kinds)]
+    assert "changed after the last measurement" in model_card(MANIFEST, entries)
+    assert "changed after the last measurement" not in model_card(MANIFEST, entries[:2])
 
 
 @given(text=st.text())

@@ -5,6 +5,7 @@ import json
 import random
 
 import pytest
+from bodies import body
 
 from cakeflow.journal.ledger import Ledger
 
@@ -78,7 +79,7 @@ def write_journal(path, records, batch):
         requests = [{name: entry[name] for name in names} for entry in part]
         losses = [0.5 / (start + place) for place in range(1, len(part) + 1)]
         targets = [{"layer": 9, "loss": loss, "probability": 0.9, "steps": 20.0} for loss in losses]
-        steps.append({"batch": len(steps), "requests": requests, "targets": targets, "layers": {}})
+        steps.append({"batch": len(steps), "requests": requests, "targets": targets})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_ledger(path, steps)
 
@@ -86,9 +87,9 @@ def write_journal(path, records, batch):
 def write_ledger(path, steps):
     path.unlink(missing_ok=True)
     ledger = Ledger(path)
-    ledger.append("run", {})
+    ledger.append(body("run"))
     for step in steps:
-        ledger.append("batch", step)
+        ledger.append(body("batch", **step))
 
 
 def write_run(folder, size=12, batch=4, neighbors=3, change=lambda record: record):

@@ -1,8 +1,10 @@
 """Reading a run folder back, and refusing a broken one by file, line and remedy."""
 
 import json
+from pathlib import Path
 
 import pytest
+from bodies import body
 
 from cakeflow.errors import RunFolderError
 from cakeflow.journal.ledger import Ledger
@@ -18,7 +20,7 @@ def test_everything_is_read(run_folder):
     assert [edit.targets[0].loss for edit in run.edits] == [0.5 / n for n in range(1, 13)]
     assert run.after[5].target_true is None
     assert run.after[5].prompts[0].success is None
-    assert run.after[0].generations[0][0] == "Person 0 is known for"
+    assert run.after[0].generations[0].prompt == "Person 0 is known for"
     assert run.log[2]["step"] == 1
     assert run.config.startswith("model:")
     assert run.metrics("after") == {"efficacy": 0.875, "margin": 1.5}
@@ -39,15 +41,15 @@ def test_targets_at_several_layers_go_to_their_requests(run_folder):
 def test_a_ledger_that_goes_on_from_an_earlier_run_gives_the_own_edits_without_those_taken_back(run_folder):
     ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
     fact = {"prompt": "{} is", "subject": "Ann", "target_new": "here"}
-    ledger.append("run", {})
+    ledger.append(body("run"))
     for number, name in enumerate(("Ann", "Bob", "Cid"), 3):
-        ledger.append("batch", {"batch": number, "requests": [fact | {"subject": name}], "targets": []})
-    ledger.append("rollback", {"batches": [4]})
+        ledger.append(body("batch", batch=number, requests=[fact | {"subject": name}]))
+    ledger.append(body("rollback", batches=[4]))
     assert [edit.subject for edit in RunFolder.read(run_folder).edits] == ["Ann", "Cid"]
 
 
 def test_without_texts_there_are_no_edits_to_show(run_folder):
-    write_ledger(run_folder / "journal" / "ledger.jsonl", [{"batch": 0, "targets": [], "hashes": ["ab"]}])
+    write_ledger(run_folder / "journal" / "ledger.jsonl", [{"hashes": ["ab"]}])
     assert RunFolder.read(run_folder).edits == []
 
 
@@ -79,21 +81,36 @@ def without(*names):
     ("file", "number", "change", "words"),
     [
         ("run.json", 1, lambda line: line[:-3], ["run.json", "delete the file"]),
-        ("run.json", 1, lambda line: "[]", ["run.json", "expected an object, found list"]),
-        ("run.json", 1, without("settings"), ["settings = 'None'", "expected dict"]),
-        ("run.json", 1, lambda line: json.dumps(json.loads(line) | {"edits": "many"}), ["edits = 'many'", "int"]),
+        ("run.json", 1, lambda line: "[]", ["run.json", "content = []"]),
+        ("run.json", 1, without("settings"), ["run.json, settings: Field required", "run the edit again"]),
+        ("run.json", 1, lambda line: json.dumps(json.loads(line) | {"edits": "many"}), ["edits = 'many'", "integer"]),
         (
             "run.json",
             1,
             lambda line: json.dumps(json.loads(line) | {"timings": {"keys": "x"}}),
-            ["timings, keys = 'x'"],
+            ["run.json, timings.keys = 'x'"],
         ),
         ("after.jsonl", 3, lambda line: line[:40], ["after.jsonl, line 3", "run the edit again"]),
-        ("before.jsonl", 12, without("subject"), ["before.jsonl, line 12", "subject", "expected str"]),
-        ("after.jsonl", 1, lambda line: line.replace('"expected_logprob": -', '"expected_logprob": "a', 1), ["line 1"]),
-        ("after.jsonl", 2, lambda line: line.replace('"correct": true', '"correct": 1'), ["line 2, prompts", "bool"]),
-        ("after.jsonl", 2, lambda line: line.replace('"text":', '"words":'), ["line 2, generations", "text"]),
-        ("journal/ledger.jsonl", 2, without("kind"), ["ledger.jsonl, entry 1", "kind"]),
+        ("before.jsonl", 12, without("subject"), ["before.jsonl, line 12, subject: Field required"]),
+        (
+            "after.jsonl",
+            1,
+            lambda line: line.replace('"expected_logprob": -6.0', '"expected_logprob": "a"', 1),
+            ["line 1, prompts.", "expected_logprob = 'a'"],
+        ),
+        (
+            "after.jsonl",
+            2,
+            lambda line: line.replace('"correct": true', '"correct": 1'),
+            ["line 2, prompts.0.correct = 1", "boolean"],
+        ),
+        (
+            "after.jsonl",
+            2,
+            lambda line: line.replace('"text":', '"words":'),
+            ["line 2, generations.0.text: Field required"],
+        ),
+        ("journal/ledger.jsonl", 2, without("kind"), ["ledger.jsonl, entry 1, kind: Field required"]),
         (
             "journal/ledger.jsonl",
             3,
@@ -135,3 +152,12 @@ def test_a_log_probability_that_is_no_number_fails(run_folder):
 def broken(record):
     record["prompts"][0]["expected_logprob"] = None
     return record
+
+
+def test_a_run_folder_of_format_1_is_read():
+    run = RunFolder.read(Path(__file__).parents[1] / "fixtures/format1/run")
+    assert (len(run.before), len(run.after), run.size, run.info.protocol) == (4, 4, 4, "clean-v1")
+    assert [edit.subject for edit in run.edits] == [record.subject for record in run.after][2:]  # batch 0 was undone
+    assert [(target.layer, target.steps) for target in run.edits[0].targets] == [(1, 3.0)]
+    assert run.after[0].prompts[0].expected == "Rome"
+    assert run.after[0].prompts[0].expected_logprob > run.before[0].prompts[0].expected_logprob

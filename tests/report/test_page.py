@@ -144,7 +144,7 @@ def test_everything_from_the_run_is_escaped(make_run):
     folder = make_run(change=hostile)
     info = json.loads((folder / "run.json").read_text())
     named = {name: {f"{HOSTILE}{key}": value for key, value in info[name].items()} for name in ("timings", "versions")}
-    info = hostile(info | {"model": info["model"] | {HOSTILE: HOSTILE}}) | named
+    info = hostile(info | {"model": info["model"] | {"architecture": {HOSTILE: HOSTILE}}}) | named
     (folder / "run.json").write_text(json.dumps(info))
     table = (folder / "metrics.csv").read_text()
     (folder / "metrics.csv").write_text(table.replace("cloze", "<script>x<_script>$y").replace("drift", "<b>$z"))
@@ -169,7 +169,7 @@ def test_a_run_that_was_not_evaluated_says_so_and_shows_the_rest(run_folder):
         (run_folder / name).unlink()
     texts = Page(render_page(RunFolder.read(run_folder))).texts
     assert "Not evaluated" in texts["metrics"]
-    assert "No breakdown" in texts["relations"]
+    assert "No relations" in texts["relations"]
     assert "Person 11" in texts["edits"]
     assert "No timings" in texts["cost"]
     assert "No YAML" in texts["config"]
@@ -179,7 +179,7 @@ def test_a_run_that_was_not_evaluated_says_so_and_shows_the_rest(run_folder):
     (run_folder / "metrics.csv").unlink()
     texts = Page(render_page(RunFolder.read(run_folder))).texts
     assert "No edits" in texts["edits"]
-    assert "Nothing per layer" in texts["layers"]
+    assert "No numbers per layer" in texts["layers"]
     assert "No target losses" in texts["targets"]
     assert "Not measured" in texts["ability"]
 

@@ -84,7 +84,7 @@ def test_the_same_fact_twice_takes_two_entries(run_folder):
         path = run_folder / name
         path.write_text(path.read_text().replace("Person 3", "Person 0"))  # both of relation P103
     path = run_folder / "journal" / "ledger.jsonl"
-    steps = [entry.body for entry in read_entries(path) if entry.kind == "batch"]
+    steps = [entry.body.to_dict() for entry in read_entries(path) if entry.kind == "batch"]
     steps[0]["requests"][3]["subject"] = "Person 0"
     write_ledger(path, steps)
     views = edit_views(RunFolder.read(run_folder))

@@ -45,14 +45,14 @@
   controls.addEventListener("submit", (event) => event.preventDefault());
 
   const filter = () => {
-    const wanted = find.value.toLowerCase().split(/\s+/).filter(Boolean);
-    let shown = 0;
+    const terms = find.value.toLowerCase().split(/\s+/).filter(Boolean);
+    let visible = 0;
     for (const { item, text } of edits) {
       const fails = !show.value || Number(item.dataset[show.value] ?? 1) < 1;
-      item.hidden = !(fails && wanted.every((word) => text.includes(word)));
-      shown += !item.hidden;
+      item.hidden = !(fails && terms.every((word) => text.includes(word)));
+      visible += !item.hidden;
     }
-    count.textContent = `${shown} of ${edits.length} edits`;
+    count.textContent = `${visible} of ${edits.length} edits`;
   };
   const order = () => {
     const [key, down] = sort.value.split(" ");

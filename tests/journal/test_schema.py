@@ -1,0 +1,158 @@
+"""The types of what a run folder holds: strict, immutable, and the same for writing and reading."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from bodies import EXAMPLES, body
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from strategies import JSON
+
+from cakeflow.errors import LedgerError, RunFolderError
+from cakeflow.journal.ledger import Ledger, bodies, canonical, read_entries
+from cakeflow.journal.schema import (
+    BODIES,
+    BatchBody,
+    EvaluatedRequest,
+    PromptAnswer,
+    RollbackBody,
+    RunBody,
+    RunInfo,
+    Schema,
+    parse_as,
+    plain,
+    read_as,
+    upgraded,
+)
+
+RUN = Path(__file__).parents[1] / "fixtures/format1/run"
+PLACE = "transformer.h.{}.mlp.c_proj.weight".format
+
+
+def test_every_line_of_the_ledger_of_format_1_is_read():
+    lines = [json.loads(line) for line in (RUN / "journal/ledger.jsonl").read_text().splitlines()]
+    entries = list(read_entries(RUN / "journal/ledger.jsonl", PLACE))
+    assert [entry.kind for entry in entries] == [
+        "model", "run", "evaluation", "batch", "batch", "evaluation", "end", "rollback",
+    ]  # fmt: skip
+    for line, entry in zip(lines, entries, strict=True):
+        assert (line["number"], line["hash"], line["previous"]) == (entry.number, entry.hash, entry.previous)
+        assert type(entry.body) is BODIES[entry.kind]
+        if entry.kind not in ("batch", "rollback"):
+            assert canonical(entry.body.to_dict()) == canonical(line["body"])
+    assert [run.format for run in bodies(entries, RunBody)] == [1]
+
+
+def test_layers_of_format_1_become_places():
+    path = RUN / "journal/ledger.jsonl"
+    lines = [json.loads(line)["body"] for line in path.read_text().splitlines()]
+    entries = Ledger(path, PLACE).entries
+    for entry in entries[3:5]:
+        raw = lines[entry.number]
+        assert isinstance(entry.body, BatchBody)
+        assert [change.place for change in entry.body.changes] == [PLACE(layer) for layer in raw["order"]]
+        for layer, change in zip(raw["order"], entry.body.changes, strict=True):
+            assert (change.kind, change.prefix) == ("WeightChange", str(layer))
+            assert {name: getattr(change, name) for name in ("numbers", "before", "after")} == raw["layers"][str(layer)]
+        rest = entry.body.to_dict()
+        del rest["changes"]
+        assert canonical(rest) == canonical({name: raw[name] for name in raw if name not in ("layers", "order")})
+    (rollback,) = bodies(entries, RollbackBody)
+    assert rollback.places == {PLACE(int(layer)): hashed for layer, hashed in lines[7]["layers"].items()}
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_bodies_of_format_2_need_no_upgrade(kind):
+    assert upgraded(kind, EXAMPLES[kind], PLACE) == EXAMPLES[kind]
+
+
+@pytest.mark.parametrize("name", ["before.jsonl", "after.jsonl"])
+def test_answers_of_format_1_are_read(name):
+    for line in (RUN / name).read_text().splitlines():
+        data = json.loads(line)
+        request = parse_as(EvaluatedRequest, line, name, RunFolderError, "")
+        renamed = line.replace('"wanted"', '"expected"').replace('"wanted_logprob"', '"expected_logprob"')
+        assert json.dumps(request.to_dict(), ensure_ascii=False) == renamed
+        assert request.key == (data["prompt"], data["subject"], data["target_new"])
+        assert [prompt.prompt for prompt in request.of_kind("neighborhood")] == ["Eve lives in"]
+
+
+def test_run_info_of_format_1_is_read():
+    text = (RUN / "run.json").read_text()
+    info = parse_as(RunInfo, text, "run.json", RunFolderError, "")
+    assert json.dumps(info.to_dict(), indent=1, ensure_ascii=False) == text
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_bodies_are_strict_and_immutable(kind):
+    whole = body(kind)
+    assert BODIES[kind].model_validate(whole.to_dict()) == whole
+    with pytest.raises(ValidationError):
+        BODIES[kind].model_validate(EXAMPLES[kind] | {"more": 1})
+    name = next(iter(EXAMPLES[kind]))
+    with pytest.raises(ValidationError, match="frozen"):
+        setattr(whole, name, None)
+    for value in (b"bytes", 1.5, object()):
+        with pytest.raises(ValidationError, match=name):
+            BODIES[kind].model_validate(EXAMPLES[kind] | {name: value})
+
+
+@given(value=st.floats())
+def test_numbers_that_are_not_finite_are_null_in_the_file(value):
+    written = body("evaluation", metrics={"loss": value})
+    text = json.dumps(written.to_dict(), allow_nan=False)
+    (loss,) = parse_as(BODIES["evaluation"], text, "", LedgerError, "").metrics.values()
+    assert loss == value if math.isfinite(value) else math.isnan(loss)
+
+
+@given(value=JSON)
+def test_plain_data_stays_as_it_is(value):
+    assert json.loads(json.dumps(plain(value), allow_nan=False)) == plain(value) == plain(plain(value))
+
+
+def test_plain_data_is_json():
+    data = {"a": float("nan"), 3: (1.5, float("inf")), "b": (True, "x", None)}
+    assert plain(data) == {"a": None, "3": [1.5, None], "b": [True, "x", None]}
+    assert body("run", settings={"layers": (1, 2)}).settings == {"layers": [1, 2]}
+
+
+@pytest.mark.parametrize(
+    ("scores", "success"), [((-1.0, -2.0), True), ((-2.0, -1.0), False), ((None, -1.0), False), ((-1.0, None), None)]
+)
+def test_success_is_against_the_rival(scores, success):
+    names = ("expected_logprob", "rival_logprob")
+    answer = PromptAnswer(
+        kind="rewrite", prompt="a", expected="b", correct=True, **dict(zip(names, scores, strict=True))
+    )
+    assert answer.success is success
+
+
+class Shelf(Schema):
+    """A type for messages."""
+
+    books: list[dict[str, int]]
+    name: str = ""
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({}, r"file, books: Field required; look$"),
+        ({"books": [{"a": "x" * 500}]}, r"file, books\.0\.a = 'x+\.\.\.x+': Input should be a valid integer; look$"),
+        ({"books": [], "pages": 3}, r"file, pages = 3: .*not permitted; look$"),
+        (7, r"file, content = 7: .*; look$"),
+    ],
+)
+def test_an_error_names_place_field_value_and_remedy(data, words):
+    with pytest.raises(LedgerError, match=words) as error:
+        read_as(Shelf, data, "file", LedgerError, "look")
+    assert len(str(error.value)) < 200
+
+
+@pytest.mark.parametrize("text", ["", "{", b"\xff", "[" * 100_000, '{"books": [' + "1" * 5000 + "]}"])
+def test_text_that_is_no_json_is_an_error_of_the_file(text):
+    with pytest.raises(RunFolderError, match=r"^file.*; look$"):
+        parse_as(Shelf, text, "file", RunFolderError, "look")
