@@ -118,10 +118,10 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def edit(self, batch: B, step: EditStep) -> None:
         """Edit one batch through ``journal.apply(step, ...)``; what is logged meanwhile is stored with the batch."""
 
-    def finish(self) -> None:  # noqa: B027 - most methods are done with their last batch
+    def finish(self) -> None:
         """Complete a run, after its last batch."""
 
-    def check_model(self) -> None:  # noqa: B027 - not every method has settings that depend on the model
+    def check_model(self) -> None:
         """Check that the settings fit the model, once it is loaded."""
 
     @final

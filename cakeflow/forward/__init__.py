@@ -12,7 +12,6 @@ from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode
 
 __all__ = [
     "GIB",
-    "TextBatch",
     "FactReader",
     "LinearMap",
     "ModelJacobian",
@@ -20,6 +19,7 @@ __all__ = [
     "Recording",
     "Row",
     "Suffixes",
+    "TextBatch",
     "WeightLoss",
     "continuations",
     "cut",

@@ -135,9 +135,9 @@ def test_layers_of_weight_zero_are_untouched(tiny, requests, quiet, build):
     before = bits(tiny)
     module = build(tiny, weighter=OneHot(2))
     fit(module, requests, quiet, 12)
-    assert [part.layer for part in module.journal[0].layers] == [2]
+    assert [change.place for change in module.journal.changes] == [name_of(tiny, 2)]
     assert list(module.journal[0].values) == [2]  # the anchor is the last layer that is edited
-    assert all(torch.equal(tiny.weight(Site(layer, "mlp_out")), before[tiny.architecture.path(Site(layer, "mlp_out")) + ".weight"])
+    assert all(torch.equal(tiny.weight(Site(layer, "mlp_out")), before[name_of(tiny, layer)])
                for layer in (0, 1, 3, 4, 5))  # fmt: skip
 
 
@@ -156,9 +156,9 @@ def test_endpoints_with_targets_of_their_own(tiny, requests, quiet, build):
     module = build(tiny, weighter=Endpoints(), allocator=Sequential(0.0, "self"))
     fit(module, requests, quiet, 12)
     step = module.journal[0]
-    assert [part.layer for part in step.layers] == [1, 4]
+    assert [part.place for part in step.changes] == [name_of(tiny, 1), name_of(tiny, 4)]
     assert set(step.values) == {1, 4}
-    first = step.layers[0].update.left  # the whole residual of the first layer's own targets
+    first = step.changes[0].change.update.left  # the whole residual of the first layer's own targets
     with torch.no_grad():
         module.journal.rollback()
     found = TARGETS.search(tiny, module_batch(tiny, requests), 1)
@@ -195,7 +195,7 @@ def test_weights_per_fact(tiny, requests, quiet, build):
 def test_targets_at_other_sites(tiny, requests, quiet, build, role):
     module = build(tiny, targets=replace(TARGETS, site=role))
     fit(module, requests[:4], quiet, 4)
-    assert [part.layer for part in module.journal[0].layers] == LAYERS
+    assert [change.place for change in module.journal.changes] == [name_of(tiny, layer) for layer in LAYERS]
 
 
 @pytest.mark.parametrize("history", [True, False])
@@ -296,14 +296,14 @@ def test_precisions_of_the_trainer(lm, requests, quiet, build, precision):
     dtype = {"bf16-true": torch.bfloat16, "32-true": torch.float64, "64-true": torch.float64}[precision]
     assert lm.dtype == dtype
     assert all(torch.isfinite(p).all() for p in lm.model.parameters())
-    assert all(part.keys.dtype == torch.float64 for step in module.journal for part in step.layers)
+    assert all(change.keys.dtype == torch.float64 for change in module.journal.changes)
     if precision == "bf16-true":
         assert module.journal.weights._masters[1].dtype == torch.float32
         assert torch.equal(module.journal.weights._masters[1].bfloat16(), lm.weight(Site(1, "mlp_out")))
     edited = lm.weight(Site(1, "mlp_out")).clone()
     module.journal.rollback()
     assert not torch.equal(lm.weight(Site(1, "mlp_out")), edited)
-    assert torch.equal(lm.weight(Site(1, "mlp_out")), module.journal.originals[1])
+    assert torch.equal(lm.weight(Site(1, "mlp_out")), module.journal.original(name_of(lm, 1))[name_of(lm, 1)])
 
 
 @pytest.mark.parametrize("layers", [[], [2, 1], [1, 1], [-1, 2], [4, 6]])

@@ -11,7 +11,7 @@ def test_stages_outcomes_and_phases(lm, requests, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # evaluate logs under runs/
     editor = editor_of(lm)
     module = editor.module
-    run = editor.fit(requests[:3], run=tmp_path / "run")
+    run = editor.fit(requests[:3], run_dir=tmp_path / "run")
     assert module.measured.keys() == {"before", "after"}
     assert repr(module.measured["after"]) == repr(run.after)
     assert [row.index for row in module.outcomes] == [0, 1, 2]
@@ -31,7 +31,7 @@ def test_a_watcher_that_cannot_measure_does_not_undo_an_edit(lm, requests, tmp_p
 
     editor = editor_of(lm, {"callbacks": [Watcher()]})
     with pytest.warns(UserWarning, match="Watcher measured nothing here: nothing to see"):
-        editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+        editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
     assert len(editor.journal) == 1
 
 
@@ -41,7 +41,7 @@ def test_what_is_logged_while_a_batch_is_made_is_in_its_account(lm, requests, tm
             module.log(f"seen/{edit.context.site.layer}", 1.5)
 
     editor = editor_of(lm, {"callbacks": [Watcher()]})
-    editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
     numbers = editor.journal[0].numbers
     assert (numbers["seen/1"], numbers["seen/3"]) == (1.5, 1.5)
     assert {"n_eff", "target/loss", "target/left", "layer1/share", "layer3/update"} <= set(numbers)

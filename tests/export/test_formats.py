@@ -22,7 +22,7 @@ from cakeflow.errors import ConfigError, EditError, ExportError, RunFolderError
 from cakeflow.export import Manifest, apply_delta
 from cakeflow.models.loading import load_model
 from cakeflow.solvers import Descent
-from cakeflow.storage.hashing import digest, tensor_hash
+from cakeflow.storage.hashing import file_hash, tensor_hash
 
 from .forgery import rendered, sealed_text
 
@@ -43,7 +43,7 @@ def edited(_models, tmp_path_factory):
             lm.model.to(dtype).save_pretrained(folder / "base")
             lm.tokenizer.save_pretrained(folder / "base")
             editor = editor_of(load_model(folder / "base"))
-            editor.fit(requests[:4], 2, run=folder / "run")
+            editor.fit(requests[:4], 2, run_dir=folder / "run")
             known[arch, dtype] = folder / "base", editor
         return known[arch, dtype]
 
@@ -92,7 +92,7 @@ def test_a_delta_gives_the_same_bits(case, tmp_path):
     manifest = apply_delta(fresh, tmp_path / "out")
     assert fresh.fingerprint() == editor.module.lm.fingerprint()
     assert manifest.edits == 4
-    assert manifest.ledger == editor.journal.record.ledger.head
+    assert manifest.ledger == editor.journal.store.ledger.head
     assert len(manifest.weights) == len(LAYERS)
     for name, told in manifest.weights.items():
         assert tensor_hash(fresh.model.get_parameter(name)) == told.after != told.before
@@ -166,7 +166,7 @@ def test_full_rank_is_no_adapter_but_a_delta(lm, requests, tmp_path, solver, wor
 def test_what_was_taken_back_is_not_exported(one, requests, tmp_path):
     base, editor = one
     editor = editor_of(load_model(base))
-    editor.fit(requests[:4], 2, run=tmp_path / "run")
+    editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
     editor.rollback(batch=0)
     now = editor.module.lm.fingerprint()
     for format in FORMATS:
@@ -281,7 +281,7 @@ def forged(folder, tensors, **changes):
     """A delta whose hashes fit, whoever made it."""
     save_file(tensors, folder / "delta.safetensors")
     told = json.loads((folder / "manifest.json").read_text())
-    files = {"delta.safetensors": digest(folder / "delta.safetensors")}
+    files = {"delta.safetensors": file_hash(folder / "delta.safetensors")}
     (folder / "manifest.json").write_text(sealed_text(told | {"files": files} | changes))
 
 
@@ -353,7 +353,7 @@ def test_only_our_errors_get_out_of_a_manifest(delta, changes, sealed):
 
 def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
     base, editor = one
-    run = editor.journal.record.folder.parent
+    run = editor.journal.store.folder.parent
     before = content(run)
     delta = run_export(run, tmp_path / "delta", "delta")
     model = run_apply(delta, str(base), tmp_path / "model")

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import JSON
-from tiny_runs import editor_of
+from tiny_runs import editor_of, name_of
 
 from cakeflow.errors import ConfigError, ExportError
 from cakeflow.export import Manifest, require_place
-from cakeflow.export.manifest import WeightHashes, weight_name
+from cakeflow.export.manifest import WeightHashes
 from cakeflow.storage.hashing import tensor_hash
 
 from .forgery import rendered, sealed_text
@@ -103,13 +103,13 @@ def test_only_our_error_gets_out_of_any_file(tmp_path, data):
 
 def test_a_manifest_tells_of_the_weights_that_differ(lm, requests, tmp_path):
     editor = editor_of(lm)
-    before = {weight_name(lm, layer): tensor_hash(lm.weight(layer)) for layer in (1, 3)}
-    editor.fit(requests[:2], evaluate=False, run=tmp_path / "run")
+    before = {name_of(lm, layer): tensor_hash(lm.weight(name_of(lm, layer))) for layer in (1, 3)}
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
     manifest = Manifest.of(editor.journal, "delta")
     assert {name: hashes.before for name, hashes in manifest.weights.items()} == before
-    assert manifest.weights[weight_name(lm, 3)].after == tensor_hash(lm.weight(3))
+    assert manifest.weights[name_of(lm, 3)].after == tensor_hash(lm.weight(name_of(lm, 3)))
     assert (manifest.model, manifest.edits, manifest.files) == (editor.module.name, 2, {})
-    assert manifest.ledger == editor.journal.record.ledger.head
+    assert manifest.ledger == editor.journal.store.ledger.head
     editor.rollback()
     assert Manifest.of(editor.journal, "model").weights == {}
 

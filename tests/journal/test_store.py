@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from bodies import forge
 from cakeflow_restrain import Prune, Rect
 from stops import STOPS
 from tiny_runs import LAYERS, content, editor_of, name_of, state
@@ -16,8 +17,8 @@ from tiny_runs import LAYERS, content, editor_of, name_of, state
 from cakeflow import LeastSquares
 from cakeflow.errors import LedgerError, NumericalError
 from cakeflow.journal.changes import WeightChange
-from cakeflow.journal.ledger import Ledger, read_entries
-from cakeflow.journal.schema import ModelBody, RunBody
+from cakeflow.journal.ledger import read_entries
+from cakeflow.journal.schema import RunBody
 from cakeflow.journal.store import JournalStore
 from cakeflow.models import Site
 from cakeflow.solvers import Solver
@@ -163,7 +164,8 @@ def test_killed_processes_lose_nothing_that_was_acknowledged(tmp_path):
 
 @pytest.mark.parametrize("earlier", ["two", None, [2]])
 def test_a_forged_number_of_earlier_batches_is_named(tmp_path, earlier):
-    body = ModelBody.model_construct(fingerprint="0" * 64, dtype="torch.float32", earlier=earlier)
-    Ledger(tmp_path / "ledger.jsonl").append(body)
+    forge(
+        tmp_path / "ledger.jsonl", [("model", {"fingerprint": "0" * 64, "dtype": "torch.float32", "earlier": earlier})]
+    )
     with pytest.raises(LedgerError, match=r"entry 0, earlier"):
         _ = JournalStore(tmp_path).earlier
