@@ -104,10 +104,7 @@ class Statistics:
 
     def _windows(self, lm: LanguageModel) -> Int[Tensor, "windows window"]:
         """The corpus as rows of tokens, after whatever the tokenizer puts in front of a text."""
-        source = self.source
-        if source is None:
-            with tqdm(total=self.tokens, desc="sampling a corpus", unit="token", delay=2) as bar:
-                source = sampled_corpus(lm, self.tokens, self.seed, bar.update)
+        source = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else self.source
         stream = token_stream(lm, read_texts(source), self.tokens)
         front: list[int] = lm.tokenizer("")["input_ids"]
         body = self.window - len(front)

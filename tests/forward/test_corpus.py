@@ -10,6 +10,7 @@ import torch
 from cakeflow.data.sources import read_texts
 from cakeflow.errors import StatisticsError
 from cakeflow.forward.corpus import OPENINGS, TOPICS, sampled_corpus, token_stream
+from cakeflow.forward.generation import continuations
 
 TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "third"]
 
@@ -103,6 +104,15 @@ def test_the_sampled_corpus_is_deterministic_and_leaves_the_rng_alone(tiny, cach
     assert len(texts) == len(OPENINGS) * len(TOPICS)
     assert texts[0].startswith("The history of the sea")
     assert len(token_stream(tiny, texts, 10**6)) >= 640
+
+
+def test_a_sample_depends_on_its_opening_alone(tiny, cache):
+    """Whichever samples are made beside it; 640 tokens are 5 for each of the 128 openings."""
+    texts = list(read_texts(sampled_corpus(tiny, 640)))
+    for number, topic in ((0, TOPICS[0]), (len(TOPICS) + 2, TOPICS[2])):
+        prompt = OPENINGS[number // len(TOPICS)].format(topic)
+        settings = {"top_k": 50, "seed": 0, "endless": True, "with_prompt": True}
+        assert continuations(tiny, [prompt], 5, 1, **settings) == [texts[number]]
 
 
 def test_the_sampled_corpus_is_made_once(lm, cache):
