@@ -45,7 +45,7 @@ from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem
 from cakeflow.targets.gradient import GradientSearch, Targets
 from cakeflow.tracing import locate
-from cakeflow.weighters import Scores, Uniform, Weighter
+from cakeflow.weighters import Uniform, Weighter
 from cakeflow.weighters.base import effective_layers
 
 SETTINGS = (
@@ -300,7 +300,7 @@ class LocateThenEdit(EditModule):
             ConfigError: If the budget is too small.
         """
         seen = waiting + self.journal.edits if self.use_history else 0
-        tokens, matrices = self.targets.max_tokens, self.solver.held()
+        tokens, matrices = self.targets.max_tokens, self.solver.total_matrices()
         return Footprint.estimate(
             self.lm, batch, self.layers, tokens=tokens, budget=self.budget, seen=seen, matrices=matrices
         )
@@ -311,8 +311,7 @@ class LocateThenEdit(EditModule):
             raise ConfigError(
                 f"layers must be block indices in ascending order, got {layers!r}; e.g. [9, 10, 11] or auto"
             )
-        if isinstance(self.weighter, Scores) and self.weighter.scores is None and self.weighter.attribution is None:
-            self.weighter = replace(self.weighter, scores=scores)
+        self.weighter = self.weighter.with_scores(scores)
         self.weighter.check(layers)
         self.layers = list(layers)
 

@@ -13,7 +13,7 @@ from cakeflow.models.language import LanguageModel
 
 
 class Weighter(ABC):
-    """Says how much each candidate layer matters, for all facts at once or per fact.
+    """Importance of each candidate layer, for all facts at once or per fact.
 
     Contract: weights are finite and not negative, at least one is positive, and the model is left bit-identical.
     """
@@ -26,7 +26,11 @@ class Weighter(ABC):
         """
 
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Weighter:
-        """The weighter with what it has to measure on the unedited model; called once, before the first edit."""
+        """Return the weighter with its measurements of the unedited model; called once, before the first edit."""
+        return self
+
+    def with_scores(self, scores: dict[int, float] | None) -> Weighter:
+        """Return the weighter with the causal scores of a model (layer -> score), if it needs scores and has none."""
         return self
 
     @abstractmethod
