@@ -92,8 +92,13 @@ class Update:
 
     def to(self, device: torch.device | str) -> Update:
         """Copy the update to a device."""
-        left, deferred = (None if part is None else part.to(device) for part in (self.left, self.deferred))
-        return replace(self, right=self.right.to(device), left=left, deferred=deferred)
+        left, deferred = self.left, self.deferred
+        return replace(
+            self,
+            right=self.right.to(device),
+            left=None if left is None else left.to(device),
+            deferred=None if deferred is None else deferred.to(device),
+        )
 
     def norm(self) -> float:
         """Return the Frobenius norm of D."""

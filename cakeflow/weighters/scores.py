@@ -121,9 +121,7 @@ class Scores(Weighter):
         complete.check(layers)
         return torch.tensor([(complete.scores or {})[layer] for layer in layers], dtype=torch.float64)
 
-    def weights(
-        self, lm: LanguageModel, scores: Float[Tensor, "*n l"], layers: Sequence[int]
-    ) -> Float[Tensor, "*n l"]:
+    def weights(self, lm: LanguageModel, scores: Float[Tensor, "*n l"], layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Turn scores of the layers into weights: depth factor, normalization, softmax."""
         depth = torch.tensor([(layer + 1) / lm.depth for layer in layers], dtype=torch.float64)
         return score_weights(scores * depth**self.depth_power, self.tau, self.normalization).to(lm.device)
