@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -196,7 +197,7 @@ def _outer_products(
     with capture(lm, sites, side="in", stop=True) as seen:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     for site in sites:
-        keys = seen[site].flatten(0, 1)
+        keys = rearrange(seen[site], "rows window width -> (rows window) width")
         keys = keys if keys.dtype == torch.float64 else keys.float()
         yield site.layer, _gram(keys)
 

@@ -22,7 +22,7 @@ class Weighter(ABC):
         """Refuse settings that do not fit the candidate layers; called before anything expensive.
 
         Raises:
-            ConfigError: Naming what does not fit.
+            ConfigError: If a setting does not fit.
         """
 
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Weighter:
@@ -48,7 +48,7 @@ class Weighter(ABC):
 
 
 def effective_layers(weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n"]:
-    """``N_eff = 1 / ||w||^2`` of normalised weights: how many layers share the work (CAKE, Theorem 3).
+    """Compute ``N_eff = 1 / ||w||^2`` of normalised weights: the effective number of layers (CAKE, Theorem 3).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Weights from scores of layers: CAKE's softmax."""
+"""Weights from layer scores: CAKE's softmax."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Normalization = Literal["none", "max", "minmax", "zscore"]
 def score_weights(
     scores: Float[Tensor, "*n l"], tau: float = 0.1, normalization: Normalization = "none"
 ) -> Float[Tensor, "*n l"]:
-    """``softmax(s / tau)`` (CAKE eq. 5), after an optional normalisation of the scores.
+    """Compute ``softmax(s / tau)`` (CAKE eq. 5), after an optional normalization of the scores.
 
-    With the paper's own scores and tau = 0.1 these weights are within 4 % of uniform; look at N_eff, which every run
+    With the paper's own scores and tau = 0.1 these weights are within 4 % of uniform; check N_eff, which every run
     logs, before crediting the allocation with a gain.
 
     Args:

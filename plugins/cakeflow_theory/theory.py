@@ -107,7 +107,7 @@ class WeightShiftBound(EditCallback):
 
 
 def weight_shift_bound(edit: LayerEdit, share: Float[Tensor, "*n 1"], ideal: Float[Tensor, "n d_out"]) -> Bound:
-    """Compute both sides of theorem 2 for the update ``residual^T Q^T`` of a layer with the ideal residual ``ideal``."""
+    """Compute both sides of theorem 2 for an update ``residual^T Q^T`` and the ideal residual of its layer."""
     amplifier = edit.update.right
     return Bound(
         error=_spectral((ideal - edit.problem.residual).T @ amplifier),

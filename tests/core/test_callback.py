@@ -24,7 +24,7 @@ from cakeflow.forward.generation import continuations
 from cakeflow.models.architecture import Site
 from cakeflow.testing import DenseLinearMap
 from cakeflow.tracing import CausalTrace, Fact
-from cakeflow.tracing.facts import said_before
+from cakeflow.tracing.facts import text_before
 
 N, D_OUT, D_IN, LAYERS = 3, 5, 7, [1, 2, 4]
 
@@ -193,7 +193,7 @@ def test_scores_before_and_after(lm, requests, quiet, monkeypatch, tmp_path):
     prompts = [Fact("The sea of {} is", name, "x") for name in ("Ann", "Bob", "Lund")]
     said = continuations(lm, [fact.text for fact in prompts], 8)
     facts = [Fact(f.prompt, f.subject, text.split()[0]) for f, text in zip(prompts, said, strict=True)]
-    assert any(said_before(text, fact.object) is not None for fact, text in zip(facts, said, strict=True))
+    assert any(text_before(text, fact.object) is not None for fact, text in zip(facts, said, strict=True))
     callback = ScoreDrift(facts, trace=CausalTrace(draws=2))
     logged = fit(lm, requests[:2], quiet, [callback])
     before = callback._before
