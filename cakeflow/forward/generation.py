@@ -108,7 +108,7 @@ def continuations(
         prompts: n prompts.
         tokens: Most new tokens, or most tokens in all (``total``).
         max_tokens: Most tokens in one batch, new ones included; by default those whose keys and values take a GiB.
-        total: Whether ``tokens`` counts those of the prompt as well, as the official generation tests do.
+        total: Count the prompt's tokens as well, as the official generation tests do.
         top_k: Number of most likely tokens to sample from; 1 is greedy, and equal prompts are then continued once.
         seed: Seed of the sampling noise; every prompt and every repetition of it has noise of its own.
         endless: Suppress the end-of-text token, so that every continuation has its full length.

@@ -101,8 +101,8 @@ def is_transposed(module: nn.Module) -> bool:
 def _missing(model: PreTrainedModel, field: str, description: str) -> ArchitectureError:
     return ArchitectureError(
         f"{type(model).__name__} (model_type {model.config.model_type!r}): could not find {field}; looked for "
-        f"{description}. Give the paths yourself: Editor.from_pretrained(..., architecture=Architecture(block=..., mlp_out=..., "
-        f"attn_out=..., final_norm=..., head=...))"
+        f"{description}. Give the paths yourself: Editor.from_pretrained(..., architecture=Architecture(block=..., "
+        f"mlp_out=..., attn_out=..., final_norm=..., head=...))"
     )
 
 

@@ -104,15 +104,15 @@ def read_facts(source: Any, split: str | None = None) -> list[Fact]:
     if entries and all(isinstance(entry, Fact) for entry in entries):
         return entries
     if entries and all(isinstance(entry, Mapping) and "attribute" in entry for entry in entries):
-        return _from_known(entries)
+        return _from_template(entries)
     facts = [Fact.of(request) for request in parse_requests(entries) if request.target_true]
     if not facts:
         raise RequestError([Fault(0, "target_true", None, "a trace needs facts with a true target; none has one")])
     return facts
 
 
-def _from_known(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
-    _check_known(entries, ("template", "subject", "attribute"))
+def _from_template(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    _check_fields(entries, ("template", "subject", "attribute"))
     return [Fact(entry["template"].strip(), entry["subject"], entry["attribute"].strip()) for entry in entries]
 
 
@@ -134,11 +134,11 @@ def open_facts(prompts: Sequence[str], subjects: Sequence[str]) -> list[Fact]:
     if not prompts or not subjects:
         raise ConfigError(f"facts need both prompts and subjects; got prompts={prompts}, subjects={subjects}")
     entries = [{"template": prompt, "subject": subject} for subject, prompt in product(subjects, prompts)]
-    _check_known(entries, ("template", "subject"))
+    _check_fields(entries, ("template", "subject"))
     return [Fact(entry["template"].strip(), entry["subject"]) for entry in entries]
 
 
-def _check_known(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
+def _check_fields(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
     problems = []
     for index, entry in enumerate(entries):
         for field in fields:
