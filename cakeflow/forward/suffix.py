@@ -199,13 +199,18 @@ class Recording:
             fact: Index of each row's fact.
             reads: (row, column in the suffix, label) of the logits to read.
         """
-        if self.cache is None:
-            return self._whole(first, start, fact, reads)
+        row, column, label = torch.tensor(reads, device=start.device).T
+        entering = self.outputs[Site(max(first - 1, 0))]
+        if self.cache is None:  # every row from its beginning
+            whole = torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1)
+            return Suffixes(
+                first, fact, self.tokens, whole, entering, None, (), (), start, row, column + start[row], label
+            )
         prefix = int(start.max())
         columns = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(self.tokens.shape[1] - 1)
-        entering = self.outputs[Site(max(first - 1, 0))]
-        cached = [pair if i >= first else (None, None) for i, pair in enumerate(self.cache)]
-        row, column, label = torch.tensor(reads, device=start.device).T
+        # clones, so that the keys and values of the whole rows can be freed
+        pairs = [tuple(part[:, :, :prefix].clone() for part in pair) for pair in self.cache[first:]]
+        keys, values = zip(*[(None, None)] * first, *pairs, strict=True)
         return Suffixes(
             first=first,
             fact=fact,
@@ -213,36 +218,11 @@ class Recording:
             positions=columns,
             hidden=take(entering, columns),
             mask=_mask(start, prefix, width, entering.dtype),
-            # clones, so that the keys and values of the whole rows can be freed
-            keys=tuple(None if keys is None else keys[:, :, :prefix].clone() for keys, _ in cached),
-            values=tuple(None if values is None else values[:, :, :prefix].clone() for _, values in cached),
+            keys=keys,
+            values=values,
             changed_column=torch.zeros_like(start),
             row=row,
             column=column,
-            label=label,
-        )
-
-    def _whole(
-        self,
-        first: int,
-        start: Int[Tensor, " rows"],
-        fact: Int[Tensor, " rows"],
-        reads: Sequence[tuple[int, int, int]],
-    ) -> Suffixes:
-        """Take every row from its beginning, for attention that cannot run on cached keys."""
-        row, column, label = torch.tensor(reads, device=start.device).T
-        return Suffixes(
-            first=first,
-            fact=fact,
-            tokens=self.tokens,
-            positions=torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1),
-            hidden=self.outputs[Site(max(first - 1, 0))],
-            mask=None,
-            keys=(),
-            values=(),
-            changed_column=start,
-            row=row,
-            column=column + start[row],
             label=label,
         )
 
