@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from cakeflow.forward.generation import continuations
 from cakeflow.models.language import LanguageModel
@@ -59,8 +60,8 @@ def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> Path:
     path = cache_folder() / "corpora" / f"sampled-{hashlib.sha256(key.encode()).hexdigest()[:16]}.jsonl"
     if not path.exists():
         length = -(-tokens // len(openings))
-        samples = continuations(
-            lm, openings, length, top_k=50, seed=seed, endless=True, with_prompt=True, title="sampling a corpus"
-        )
+        together = 64 * (length + 16)  # 64 openings: smaller batches are much slower on a CPU
+        settings: dict[str, Any] = {"endless": True, "with_prompt": True, "title": "sampling a corpus"}
+        samples = continuations(lm, openings, length, together, top_k=50, seed=seed, **settings)
         write_text(path, "".join(json.dumps({"text": sample}) + "\n" for sample in samples))
     return path
