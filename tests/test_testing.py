@@ -65,7 +65,7 @@ def test_solvers(solver):
 
 @pytest.mark.parametrize(
     "weighter",
-    [Uniform(), OneHot(), OneHot(2), Endpoints(), Scores(SCORES), Shuffled(SCORES), Noisy(SCORES),
+    [Uniform(), OneHot(), OneHot(2), Endpoints(), Scores(SCORES), Shuffled(Scores(SCORES)), Noisy(Scores(SCORES)),
      Scores(attribution=Saliency(), score_source="per_request")],
     ids=str,
 )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Allocators: which share of the remaining residual each layer takes."""
+"""Allocators: the share of the remaining residual for each layer."""
 
 from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
-from cakeflow.allocators.jacobian import Jacobian
+from cakeflow.allocators.jacobian import Jacobian, conjugate_gradients
 from cakeflow.allocators.sequential import Sequential, shares_from_fractions
 from cakeflow.forward.jacobian import LinearMap
 
@@ -12,5 +12,6 @@ __all__ = [
     "LinearMap",
     "Sequential",
     "ShareAllocator",
+    "conjugate_gradients",
     "shares_from_fractions",
 ]

@@ -17,14 +17,14 @@ ResidualAt = Literal["last", "self"]
 
 @dataclass(frozen=True, eq=False)
 class LayerContext:
-    """One layer's turn in the walk.
+    """One layer of the walk over the edited layers.
 
     Attributes:
-        site: The projection about to be edited.
-        value_site: Where target values are set and residuals measured.
+        site: The projection to edit.
+        value_site: Site of the target values and residuals.
         index: Position of this layer among the edited ones.
         weights: Weights of all edited layers, (n x) l.
-        linear_map: What the layers from this one on do to the value site; nothing is computed unless it is used.
+        linear_map: Map from output changes of this and the later layers to the value site; computed on first use.
     """
 
     site: Site
@@ -35,26 +35,26 @@ class LayerContext:
 
 
 class Allocator(ABC):
-    """Says what part of the remaining residual the layer in hand should produce.
+    """Split of the remaining residual among the edited layers.
 
-    Contract: linear in the residual. ``residual_at`` says where residuals are measured: ``last``, at the last edited
-    layer, or ``self``, at each layer, which then gets target values of its own.
+    Contract: linear in the residual. ``residual_at`` is the site of the residuals: ``last``, the last edited layer, or
+    ``self``, each layer, which then gets target values of its own.
     """
 
     residual_at: ResidualAt
 
     @abstractmethod
     def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
-        """What this layer's output should change by.
+        """Return the change of this layer's output.
 
         Args:
-            residual: What is missing at the value site now, measured after the layers before were edited.
-            context: Whose turn it is.
+            residual: Remaining residual at the value site, measured after the edits of the layers before.
+            context: The layer.
         """
 
 
 class ShareAllocator(Allocator):
-    """An allocator that is one number per layer; subclass this one and define ``shares``.
+    """An allocator with one share per layer; subclasses define ``shares``.
 
     Contract of ``shares``: a pure function of the weights; each share in (0, 1]; with ``residual_at = "last"`` the last
     share is 1.
@@ -62,9 +62,9 @@ class ShareAllocator(Allocator):
 
     @abstractmethod
     def shares(self, weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
-        """Share of what is left that each layer takes when its turn comes."""
+        """Return each layer's share of the residual that remains when it is edited."""
 
     @final
     def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
-        """The share of this turn, times the residual."""
+        """Return the layer's share of the residual."""
         return self.shares(context.weights)[..., context.index, None] * residual

@@ -1,4 +1,4 @@
-"""The exact allocation: what each layer adds is chosen for what reaches the value site."""
+"""Exact allocation: the smallest changes whose effects at the value site add up to the residual."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cakeflow.errors import ConfigError, NumericalError
 class Jacobian(Allocator):
     """``delta_l = w_l M_l^T (sum_{j >= l} w_j M_j M_j^T)^-1 R`` (CAKE, theorem 1), for each fact with its own M.
 
-    The smallest changes, weighted by 1 / w_j, whose effects at the value site add up to the residual; ``Sequential`` is the
-    same with every M_j taken as the identity. Conjugate gradients solve the system without forming it: with M close to
-    the identity a few steps serve. Before each layer both M and the residual are measured anew.
+    The smallest changes, weighted by 1 / w_j, whose effects at the value site add up to the residual; with the identity
+    for every M_j this is ``Sequential``. Conjugate gradients solve the system without forming it: with M close to the
+    identity a few steps suffice. M and the residual are measured again before each layer.
 
     Attributes:
-        tolerance: Relative residual at which a fact's solution is taken.
-        iterations: Most steps.
+        tolerance: Relative residual at which a fact's system counts as solved.
+        iterations: Largest number of steps.
     """
 
     tolerance: float = 1e-4
@@ -32,24 +32,24 @@ class Jacobian(Allocator):
 
     def __post_init__(self) -> None:
         if not 0 < self.tolerance < 1 or not self.iterations > 0:
-            given = f"{self.tolerance} and {self.iterations}"
-            raise ConfigError(f"Jacobian: tolerance must lie in (0, 1) and iterations be above 0, got {given}")
+            values = f"{self.tolerance} and {self.iterations}"
+            raise ConfigError(f"Jacobian: tolerance must lie in (0, 1) and iterations be above 0, got {values}")
 
     def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
-        """See ``Allocator.allocate``."""
+        """Solve the system of the layers from this one on and return this layer's part."""
         weights = (context.weights / context.weights.amax(-1, keepdim=True))[..., context.index :]
         if weights.shape[-1] == 1:
             return residual
-        chain = context.linear_map
-        if chain is None:
-            raise ConfigError("Jacobian needs the turn's chain")
+        linear_map = context.linear_map
+        if linear_map is None:
+            raise ConfigError("Jacobian needs the linear map of the layer's context, which has none")
 
         def effect(covector: Tensor) -> Tensor:
-            pulled = chain.vjp(covector)
-            return chain.jvp([weights[..., j, None] * each for j, each in enumerate(pulled)])
+            parts = linear_map.vjp(covector)
+            return linear_map.jvp([weights[..., j, None] * part for j, part in enumerate(parts)])
 
         solution = conjugate_gradients(effect, residual, self.tolerance, self.iterations)
-        return weights[..., 0, None] * chain.vjp(solution)[0]
+        return weights[..., 0, None] * linear_map.vjp(solution)[0]
 
 
 def conjugate_gradients(
@@ -61,10 +61,10 @@ def conjugate_gradients(
     """Solve n systems ``A_i x_i = b_i`` side by side, each A_i symmetric and positive definite.
 
     Args:
-        apply: Multiplies row i by A_i.
+        apply: Product of row i with A_i.
         right: b, one row per system.
-        tolerance: Relative residual at which a system is solved; it is then left alone.
-        iterations: Most steps.
+        tolerance: Relative residual at which a system counts as solved; its solution then stays fixed.
+        iterations: Largest number of steps.
 
     Raises:
         NumericalError: If a system is not solved by then, or is not positive definite.
@@ -77,9 +77,9 @@ def conjugate_gradients(
     """
     solution, rest = torch.zeros_like(right), right.clone()
     direction, energy = rest.clone(), rest.square().sum(-1)
-    wanted = tolerance**2 * energy
+    goal = tolerance**2 * energy
     for _ in range(iterations):
-        active = energy > wanted
+        active = energy > goal
         if not bool(active.any()):
             return solution
         product = apply(direction)
@@ -89,13 +89,13 @@ def conjugate_gradients(
         step = torch.where(active, energy / curvature, 0.0)[:, None]
         solution = solution + step * direction
         rest = rest - step * product
-        now = torch.where(active, rest.square().sum(-1), energy)
-        direction = torch.where(active[:, None], rest + (now / energy)[:, None] * direction, direction)
-        energy = now
-    if bool((energy > wanted).any()):
-        left = float((energy / wanted).max().sqrt()) * tolerance
+        updated = torch.where(active, rest.square().sum(-1), energy)
+        direction = torch.where(active[:, None], rest + (updated / energy)[:, None] * direction, direction)
+        energy = updated
+    if bool((energy > goal).any()):
+        worst = float((energy / goal).max().sqrt()) * tolerance
         raise NumericalError(
-            f"the exact allocation left a relative residual of {left:.1e} after {iterations} steps; allow more "
+            f"the exact allocation left a relative residual of {worst:.1e} after {iterations} steps; allow more "
             "iterations or a larger tolerance"
         )
     return solution

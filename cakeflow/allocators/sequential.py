@@ -1,4 +1,4 @@
-"""One formula for the whole family: MEMIT, AlphaEdit, PMET, BLUE, ROME and CAKE differ in the weights."""
+"""Sequential allocation: MEMIT, AlphaEdit, PMET, BLUE, ROME and CAKE as one formula with different weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from cakeflow.errors import ConfigError
 
 
 def shares_from_fractions(fractions: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
-    """Turn fractions of the original residual into shares of what is left: ``f_i / sum_{j >= i} f_j``.
+    """Turn fractions of the original residual into shares of the remaining one: ``f_i / sum_{j >= i} f_j``.
 
     This is CAKE's sequential rule (eq. 6): with weights as fractions, the share of layer l is
     w_l / sum_{k >= l} w_k. Only ratios matter, so the largest entry is scaled to 1 first; equal weights then give
@@ -25,20 +25,20 @@ def shares_from_fractions(fractions: Float[Tensor, "*n l"]) -> Float[Tensor, "*n
         [0.25, 0.3333333432674408, 0.5, 1.0]
     """
     scaled = fractions / fractions.amax(-1, keepdim=True)
-    left = scaled.flip(-1).cumsum(-1).flip(-1)
-    return scaled / left.clamp_min(torch.finfo(scaled.dtype).tiny)
+    remaining = scaled.flip(-1).cumsum(-1).flip(-1)
+    return scaled / remaining.clamp_min(torch.finfo(scaled.dtype).tiny)  # trailing fractions of 0 have the share 0
 
 
 @dataclass(frozen=True)
 class Sequential(ShareAllocator):
-    """``(w_l / sum_{k >= l} w_k) ** power`` of what is left (CAKE eq. 6 with power 1).
+    """Shares ``(w_l / sum_{k >= l} w_k) ** power`` of the remaining residual (CAKE eq. 6 with power 1).
 
     Uniform weights with power 1 are MEMIT and AlphaEdit, with power 0.5 PMET's 1/sqrt(remaining); power 0 with
     ``residual_at="self"`` is BLUE; a single weight is ROME.
 
     Attributes:
         power: 1 for the weighted split, 0.5 for its square root, 0 for the whole residual at every layer.
-        residual_at: Where residuals are measured: at the ``last`` edited layer, or at each layer itself (``self``).
+        residual_at: Site of the residuals: the ``last`` edited layer, or each layer itself (``self``).
     """
 
     power: float = 1.0
@@ -51,5 +51,5 @@ class Sequential(ShareAllocator):
             raise ConfigError(f"residual_at must be 'last' or 'self', got {self.residual_at!r}")
 
     def shares(self, weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
-        """See ``ShareAllocator.shares``."""
+        """Return the power of each layer's share of the remaining weights."""
         return shares_from_fractions(weights) ** self.power

@@ -44,7 +44,6 @@ from cakeflow.targets.base import Targets, TargetSearch
 from cakeflow.targets.gradient import GradientSearch
 from cakeflow.tracing.window import locate
 from cakeflow.weighters.base import Weighter, effective_layers
-from cakeflow.weighters.scores import Scores
 from cakeflow.weighters.static import Uniform
 
 SETTINGS = (
@@ -202,7 +201,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             max_tokens=self.targets.max_tokens,
             max_bytes=self.max_bytes,
             earlier=earlier if self.use_history else 0,
-            matrices=self.solver.held(),
+            matrices=self.solver.total_matrices(),
         )
 
     def _choose_layers(self, layers: Sequence[int], scores: dict[int, float] | None) -> None:
@@ -211,8 +210,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             raise ConfigError(
                 f"layers must be block indices in ascending order, got {layers!r}; e.g. [9, 10, 11] or auto"
             )
-        if isinstance(self.weighter, Scores) and self.weighter.scores is None and self.weighter.attribution is None:
-            self.weighter = replace(self.weighter, scores=scores)
+        self.weighter = self.weighter.with_scores(scores)
         self.weighter.check(layers)
         self.layers = list(layers)
 

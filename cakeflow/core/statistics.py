@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -109,10 +110,7 @@ class Statistics:
             lm: The model.
             width: Width of the widest keys: there must be as many tokens.
         """
-        source = self.source
-        if source is None:
-            with tqdm(total=self.tokens, desc="sampling a corpus", unit="token", delay=2) as bar:
-                source = sampled_corpus(lm, self.tokens, self.seed, bar.update)
+        source = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else self.source
         stream = token_stream(lm, read_texts(source), self.tokens)
         front: list[int] = lm.tokenizer("")["input_ids"]
         body = self.window - len(front)
@@ -204,7 +202,7 @@ def _outer_products(
     with capture(lm, ordered, side="in", stop=True) as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     for site in ordered:
-        keys = inputs[site].flatten(0, 1)
+        keys = rearrange(inputs[site], "rows window width -> (rows window) width")
         keys = keys if keys.dtype == torch.float64 else keys.float()
         yield site, _gram(keys)
 

@@ -1,16 +1,17 @@
-"""How a model goes on by itself."""
+"""Text generation: one sampler for answers, free texts, contexts and corpora."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import LogitsProcessor
+from transformers import LogitsProcessor, StoppingCriteria
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.forward.packing import GIB, plan
@@ -20,49 +21,33 @@ SEEDS = ("The", "Therefore", "Because", "I", "You")
 """First words of the generated contexts, as in MEMIT's official code."""
 
 
-def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Contexts:
-    """Sample one short text after each of ``SEEDS`` from the model as it is now.
+STOPS = (".", "\n")
+"""Characters that end an answer, beside the end-of-text token."""
 
-    Top-k sampling with k = 5 and ``length`` tokens in all, as in MEMIT's code, but seeded, so that the same model
-    gives the same contexts; the caller's random state is left alone.
+
+def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Contexts:
+    """Sample one short text after each of ``SEEDS`` from the model in its present state.
+
+    Top-k sampling with k = 5 and ``length`` tokens in all, as in MEMIT's code, but reproducible: the same model and
+    seed give the same contexts.
 
     Args:
         lm: The model, not edited yet.
-        seed: Of the sampling.
+        seed: Seed of the sampling noise.
         length: Tokens of each text, seed word and special tokens included.
 
     Returns:
         The bare prompt, and a group with the five sampled texts, each followed by ``". {}"``.
     """
-    texts = []
-    devices = [lm.device] if lm.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), lm.evaluating():
-        torch.manual_seed(seed)
-        for word in SEEDS:
-            encoded = lm.tokenizer(word, return_tensors="pt").to(lm.device)
-            output = lm.model.generate(  # type: ignore[operator]
-                input_ids=encoded["input_ids"],
-                attention_mask=encoded["attention_mask"],
-                do_sample=True,
-                top_k=5,
-                top_p=1.0,
-                temperature=1.0,
-                max_new_tokens=length - encoded["input_ids"].shape[1],
-                pad_token_id=lm.tokenizer.eos_token_id,
-            )
-            texts.append(str(lm.tokenizer.decode(output[0], skip_special_tokens=True)))
+    texts = continuations(lm, SEEDS, length, total=True, top_k=5, seed=seed, with_prompt=True)
     clean = [text.replace("{", " ").replace("}", " ").strip() for text in texts]
     return Contexts((("{}",), tuple(f"{text}. {{}}" for text in clean)))
 
 
-STOPS = (".", "\n")
-"""Where an answer ends by itself, beside the end-of-text token."""
-
-
 class TopK(LogitsProcessor):
-    """Samples among the ``k`` most likely tokens, each row with noise of its own (the Gumbel-max form of sampling).
+    """Gumbel-max sampling among the ``k`` most likely tokens, with separate noise for each row.
 
-    So what a row becomes depends on its seed only, neither on its neighbours in the batch nor on a global random state.
+    A row's text depends on its own seed only, neither on its neighbours in the batch nor on the global random state.
 
     Args:
         noise: Gumbel noise for each row and step.
@@ -75,16 +60,29 @@ class TopK(LogitsProcessor):
     def __call__(
         self, input_ids: Int[Tensor, "rows time"], scores: Float[Tensor, "rows vocabulary"]
     ) -> Float[Tensor, "rows vocabulary"]:
-        """0 for the token drawn, minus infinity for all others."""
+        """Return 0 for the sampled token and minus infinity for all others."""
         best, token = scores.float().topk(self.noise.shape[2])
-        drawn = token.gather(1, (best + self.noise[:, input_ids.shape[1] - self.start]).argmax(1, keepdim=True))
-        return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)
+        sample = token.gather(1, (best + self.noise[:, input_ids.shape[1] - self.start]).argmax(1, keepdim=True))
+        return torch.full_like(scores, -torch.inf).scatter(1, sample, 0.0)
+
+
+class _Progress(StoppingCriteria):
+    """Advances a progress bar by the rows that grow at each step; never stops the generation."""
+
+    def __init__(self, bar: Any, limits: Sequence[int], start: int) -> None:
+        self.bar, self.limits, self.start = bar, limits, start
+
+    def __call__(self, input_ids: Int[Tensor, "rows time"], scores: Any, **_: Any) -> Bool[Tensor, " rows"]:
+        """Count the new tokens of rows within their limits."""
+        step = input_ids.shape[1] - self.start
+        self.bar.update(sum(limit >= step for limit in self.limits))
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def gumbel(seeds: Sequence[int], steps: int, k: int) -> Float[Tensor, "rows steps k"]:
     """Gumbel noise, each row from its own seed; a row's first steps do not depend on how many follow."""
     rows = [torch.rand(steps, k, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) for seed in seeds]
-    return -(-torch.stack(rows).clamp_min(1e-300).log()).log()
+    return -(-torch.stack(rows).clamp_min(1e-300).log()).log()  # the clamp keeps the logarithm of a 0 finite
 
 
 @torch.no_grad()
@@ -97,41 +95,51 @@ def continuations(
     total: bool = False,
     top_k: int = 1,
     seed: int = 0,
+    endless: bool = False,
+    with_prompt: bool = False,
+    title: str = "generation",
 ) -> list[str]:
-    """Continuation of each prompt, all prompts in common batches with cached attention keys and values.
+    """Continue each prompt, in common batches with cached attention keys and values.
+
+    The result depends neither on the composition of the batches nor on the global random state.
 
     Args:
         lm: The model.
         prompts: n prompts.
         tokens: Most new tokens, or most tokens in all (``total``).
         max_tokens: Most tokens in one batch, new ones included; by default those whose keys and values take a GiB.
-        total: Whether ``tokens`` counts those of the prompt as well, as the official generation tests do.
-        top_k: Sample among so many most likely tokens; 1 is greedy, and equal prompts are then continued once.
-        seed: Of the sampling; every prompt and every repetition of it draws for itself.
+        total: Count the prompt's tokens as well, as the official generation tests do.
+        top_k: Number of most likely tokens to sample from; 1 is greedy, and equal prompts are then continued once.
+        seed: Seed of the sampling noise; every prompt and every repetition of it has noise of its own.
+        endless: Suppress the end-of-text token, so that every continuation has its full length.
+        with_prompt: Return each prompt with its continuation, decoded as one text.
+        title: Label of the progress bar, which counts new tokens.
 
     Returns:
-        n texts without their prompts, special tokens left out; they end where the model's positions do.
+        n texts without special tokens; they end where the model's positions do.
     """
-    max_tokens = max_tokens or max(1, GIB // _cached(lm))
     rows = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts]
-    seen: Counter[tuple[int, ...]] = Counter()
+    repeats: Counter[tuple[int, ...]] = Counter()
     keys = []
     for row in rows:  # a row and its number among equal ones; greedily all of them are number 0
-        keys.append((row, seen[row]))
-        seen[row] += top_k > 1
-    asked = list(dict.fromkeys(keys))
-    rooms = [max(0, min(tokens if total else len(row) + tokens, lm.longest) - len(row)) for row, _ in asked]
+        keys.append((row, repeats[row]))
+        repeats[row] += top_k > 1
+    unique = list(dict.fromkeys(keys))
+    lengths = [len(row) for row, _ in unique]
+    limits = [max(0, min(tokens if total else n + tokens, lm.longest) - n) for n in lengths]
+    budget = max_tokens or max(1, GIB // _cached(lm))
     texts: dict[tuple[tuple[int, ...], int], str] = {}
-    with tqdm(total=len(asked), desc="generation", unit="text", delay=5, leave=False) as bar:
-        for group in plan(
-            [len(row) + room for (row, _), room in zip(asked, rooms, strict=True)], max_tokens, slack=max_tokens
-        ):
-            for part in _within(group, [len(row) for row, _ in asked], rooms, lm.longest):
-                seeds = [_seed(seed, *asked[i]) for i in part]
-                found = _generate(lm, [asked[i][0] for i in part], max(rooms[i] for i in part), top_k, seeds)
-                for i, new in zip(part, found, strict=True):
-                    texts[asked[i]] = str(lm.tokenizer.decode(new[: rooms[i]], skip_special_tokens=True))
-                bar.update(len(part))
+    with tqdm(total=sum(limits), desc=title, unit="token", delay=2, leave=False) as bar:
+        for group in plan([sum(pair) for pair in zip(lengths, limits, strict=True)], budget, slack=budget):
+            for part in _within(group, lengths, limits, lm.longest):
+                chosen, steps = [unique[i] for i in part], [limits[i] for i in part]
+                noise = gumbel([_seed(seed, *key) for key in chosen], max(steps), top_k) if top_k > 1 else None
+                end = bar.n + sum(steps)
+                new = _generate(lm, [row for row, _ in chosen], steps, noise, endless, bar)
+                bar.update(end - bar.n)  # rows that ended early
+                for key, ids, limit in zip(chosen, new, steps, strict=True):
+                    ids = [*(key[0] if with_prompt else ()), *ids[:limit].tolist()]
+                    texts[key] = str(lm.tokenizer.decode(ids, skip_special_tokens=True))
     return [texts[key] for key in keys]
 
 
@@ -142,9 +150,9 @@ def _cached(lm: LanguageModel) -> int:
     return 2 * lm.depth * int(getattr(config, "num_key_value_heads", None) or heads) * width * lm.dtype.itemsize
 
 
-def _within(group: list[int], lengths: Sequence[int], rooms: Sequence[int], longest: int) -> list[list[int]]:
-    """A group whole, or row by row where its longest row and its largest room together pass the model's positions."""
-    fits = max(lengths[i] for i in group) + max(rooms[i] for i in group) <= longest
+def _within(group: list[int], lengths: Sequence[int], limits: Sequence[int], longest: int) -> list[list[int]]:
+    """Split a group row by row where its longest row and its largest limit together exceed the model's positions."""
+    fits = max(lengths[i] for i in group) + max(limits[i] for i in group) <= longest
     return [group] if fits else [[i] for i in group]
 
 
@@ -153,30 +161,37 @@ def _seed(seed: int, row: tuple[int, ...], number: int) -> int:
 
 
 def _generate(
-    lm: LanguageModel, rows: Sequence[tuple[int, ...]], tokens: int, top_k: int, seeds: Sequence[int]
-) -> Sequence[Tensor] | Int[Tensor, "rows tokens"]:
-    """New tokens of rows of different lengths, which are padded on the left: all end where the new tokens begin."""
-    if not tokens:
-        return [torch.empty(0, dtype=torch.long)] * len(rows)
-    width, end = max(map(len, rows)), lm.tokenizer.eos_token_id
-    ids = torch.tensor([[end] * (width - len(row)) + list(row) for row in rows], device=lm.device)
+    lm: LanguageModel,
+    rows: Sequence[tuple[int, ...]],
+    limits: Sequence[int],
+    noise: Float[Tensor, "rows tokens k"] | None,
+    endless: bool,
+    bar: Any,
+) -> Int[Tensor, "rows tokens"]:
+    """Return new tokens of rows of different lengths, as many as the largest limit unless all rows end earlier."""
+    if not (tokens := max(limits)):
+        return torch.empty(len(rows), 0, dtype=torch.long)
+    # padded on the left, so that all rows end where the new tokens begin
+    width, filler = max(map(len, rows)), lm.tokenizer.eos_token_id or 0
+    ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
-    draw = [TopK(gumbel(seeds, tokens, top_k).to(lm.device), width)] if top_k > 1 else []
     with lm.evaluating():
         output: Tensor = lm.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
-            do_sample=False,
+            do_sample=False,  # sampling is the processor's task: generate's own draws from the global random state
             repetition_penalty=1.0,
+            min_new_tokens=tokens if endless else None,
             max_new_tokens=tokens,
-            pad_token_id=end,
-            logits_processor=draw,
+            pad_token_id=filler,
+            logits_processor=[] if noise is None else [TopK(noise.to(lm.device), width)],
+            stopping_criteria=[_Progress(bar, limits, width)],
         )
     return output[:, width:]
 
 
 def until_stop(text: str) -> str:
-    """A continuation up to where it ends by itself: the first full stop or line break, or the end of the text.
+    """Return a continuation up to the first full stop or line break, or all of it where there is none.
 
     Example:
         >>> until_stop(" Rome. It is old")

@@ -1,11 +1,11 @@
-"""The part of a forward pass that depends on a change at one position, cut free from the rest.
+"""Suffixes: the part of a forward pass that depends on a change at one position.
 
-A change at one position of one block changes nothing below that block and nothing before that position. So
-each row's *suffix* (from the injected token to the last token whose prediction counts) runs through the upper blocks
-only, attending to keys and values of its prefix that were computed once; logits are taken only where the objective
-reads them. Exact: the same numbers as a full pass, up to rounding (field of locate-then-edit methods: ROME's
-``compute_z`` runs everything at every step). Attention whose positions come from the mask alone (ALiBi) cannot start in
-the middle; there a row's "suffix" is all of it, and only the blocks below are saved.
+A change at one position of one block changes nothing below that block and nothing before that position. So each row's
+*suffix*, from the changed token to the last token whose prediction counts, runs through the upper blocks only and
+attends to keys and values of its prefix that were computed once; logits are computed only where the objective reads
+them. The results equal those of a full pass up to rounding (ROME's ``compute_z`` does the full pass at every step).
+Attention that takes its positions from the mask alone (ALiBi) cannot start in the middle of a row; there the suffix is
+the whole row, and only the blocks below are saved.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from einops import rearrange, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -29,7 +30,7 @@ from cakeflow.models.language import LanguageModel
 
 
 class _FrozenPrefix(Cache):
-    """Attention keys and values of prefixes; what is appended in a forward pass is used there and forgotten."""
+    """Attention keys and values of prefixes; states appended in a forward pass are used there and not stored."""
 
     def __init__(self, keys: Sequence[Tensor | None], values: Sequence[Tensor | None]) -> None:
         super().__init__(layers=[])
@@ -44,30 +45,29 @@ class _FrozenPrefix(Cache):
         return _prepend(keys, key_states), _prepend(values, value_states)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        return 0
+        return 0  # positions and mask are explicit: models must not shift them by a cached length
 
 
 def _prepend(prefix: Tensor, states: Tensor) -> Tensor:
     """Put a prefix before the states of one or several copies of its rows."""
-    copies = len(states) // len(prefix)
-    return torch.cat([prefix.expand(copies, *prefix.shape).flatten(0, 1), states], 2)
+    return torch.cat([repeat(prefix, "rows ... -> (copies rows) ...", copies=len(states) // len(prefix)), states], 2)
 
 
 @dataclass(frozen=True, eq=False)
 class Suffixes:
-    """Rows of similar suffix length, ready to run again with something changed at one position of each.
+    """Rows of similar suffix length, ready to run again with a change at one position of each.
 
     Attributes:
-        first: The block at which they start.
-        fact: Which fact each row belongs to.
-        tokens: Tokens of the suffixes (ids, or embeddings), padded on the right.
-        positions: Their positions in the full rows.
-        hidden: What enters block ``first``.
-        mask: Additive attention mask, suffix over (prefix, suffix).
+        first: First block that runs.
+        fact: Index of each row's fact.
+        tokens: Tokens of the suffixes (ids or embeddings), padded on the right.
+        positions: Positions of the tokens in the full rows.
+        hidden: Input of block ``first``.
+        mask: Additive attention mask, suffix over (prefix, suffix); None where whole rows run.
         keys, values: Attention keys and values of the prefixes, one entry per block; copies of the rows share them.
-        changed_column: Column of every row at which changes are made.
-        row, column: Where logits are read.
-        label: The token that each of those positions should predict (-1: none).
+        changed_column: Column of each row at which changes are made.
+        row, column: Row and column of each logit to read.
+        label: The token that each of these positions should predict (-1: none).
     """
 
     first: int
@@ -75,7 +75,7 @@ class Suffixes:
     tokens: Tensor
     positions: Int[Tensor, "rows time"]
     hidden: Float[Tensor, "rows time width"]
-    mask: Float[Tensor, "rows 1 time seen"] | None
+    mask: Float[Tensor, "rows 1 time keys"] | None
     keys: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
     values: tuple[Float[Tensor, "rows heads prefix size"] | None, ...]
     changed_column: Int[Tensor, " rows"]
@@ -86,21 +86,21 @@ class Suffixes:
     def logits(
         self, lm: LanguageModel, sites: Sequence[Site], delta: Float[Tensor, "rows sites width"]
     ) -> Float[Tensor, "read vocabulary"]:
-        """Logits at (row, column) with ``delta`` added to the sites' outputs at each row's origin."""
+        """Compute the logits with ``delta`` added to the sites' outputs at each row's changed column."""
         return self.run(lm, *(inject(lm, site, delta[:, i], self.changed_column) for i, site in enumerate(sites)))
 
     def run(self, lm: LanguageModel, *changes: AbstractContextManager[None]) -> Float[Tensor, "read vocabulary"]:
-        """Logits at (row, column) while the changes are in force."""
+        """Compute the logits at (row, column) under some changes of the model."""
         with self._changed(lm, changes), logits_at(lm, self.row, self.column):
             return self._forward(lm).logits[0]  # type: ignore[no-any-return]
 
     def output(
         self, lm: LanguageModel, site: Site, *changes: AbstractContextManager[None]
     ) -> Float[Tensor, "rows time width"]:
-        """What a site gives while the changes are in force; nothing above it is run."""
-        with self._changed(lm, changes), capture(lm, [site], stop=True) as seen:
+        """Compute the output of a site under some changes of the model; the blocks above are not run."""
+        with self._changed(lm, changes), capture(lm, [site], stop=True) as outputs:
             self._forward(lm)
-        return seen[site]
+        return outputs[site]
 
     @contextmanager
     def _changed(self, lm: LanguageModel, changes: Sequence[AbstractContextManager[None]]) -> Iterator[None]:
@@ -112,8 +112,8 @@ class Suffixes:
     def _forward(self, lm: LanguageModel) -> Any:
         kind = "inputs_embeds" if self.tokens.is_floating_point() else "input_ids"
         if self.mask is None:
-            seen_by_all = torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
-            return lm(attention_mask=seen_by_all, use_cache=False, **{kind: self.tokens})
+            mask = torch.ones(self.tokens.shape[:2], dtype=torch.long, device=self.tokens.device)
+            return lm(attention_mask=mask, use_cache=False, **{kind: self.tokens})
         try:
             return lm(
                 position_ids=self.positions,
@@ -124,25 +124,28 @@ class Suffixes:
             )
         except torch.OutOfMemoryError:
             raise
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError) as error:  # a model's own code refuses the cache or the mask
             raise ArchitectureError(
-                f"{type(lm.model).__name__}: its attention cannot go on from cached keys and an explicit mask: {error}"
+                f"{type(lm.model).__name__}: its attention cannot run on cached keys and an explicit mask: {error}"
             ) from error
 
     def copies(self, count: int) -> Suffixes:
-        """The same rows ``count`` times, one copy after the other."""
-        offset = len(self.fact) * torch.arange(count, device=self.row.device).repeat_interleave(len(self.row))
-        names = ("fact", "tokens", "positions", "hidden", "changed_column", "row", "column", "label")
-        parts: dict[str, Any] = {name: torch.cat([getattr(self, name)] * count) for name in names}
-        parts["mask"] = None if self.mask is None else torch.cat([self.mask] * count)
-        return replace(self, **{**parts, "row": parts["row"] + offset})
+        """Repeat the rows ``count`` times, one copy after the other."""
+        names = ("fact", "tokens", "positions", "hidden", "mask", "changed_column", "column", "label")
+        parts: dict[str, Any] = {
+            name: repeat(part, "rows ... -> (copies rows) ...", copies=count)
+            for name in names
+            if (part := getattr(self, name)) is not None
+        }
+        first_row = len(self.fact) * torch.arange(count, device=self.row.device)
+        return replace(self, **parts, row=rearrange(first_row[:, None] + self.row, "copies read -> (copies read)"))
 
-    def only(self, kept: Tensor) -> Suffixes:
-        """The rows whose fact is marked in ``kept`` (one boolean per fact)."""
-        rows = kept[self.fact]
+    def only(self, active: Tensor) -> Suffixes:
+        """Select the rows whose fact is marked in ``active`` (one boolean per fact)."""
+        rows = active[self.fact]
         if bool(rows.all()):
             return self
-        number = rows.cumsum(0) - 1
+        number = rows.cumsum(0) - 1  # old row -> new row
         read = rows[self.row]
         parts: dict[str, Any] = {
             name: getattr(self, name)[rows] for name in ("fact", "tokens", "positions", "hidden", "changed_column")
@@ -159,9 +162,9 @@ class Recording:
     """A full pass over rows, from which suffixes are cut.
 
     Attributes:
-        tokens: What went in: ids, or embeddings.
-        outputs: Outputs of the sites that were asked for.
-        cache: Attention keys and values, one entry per block; None where the attention cannot go on from them.
+        tokens: The input: ids, or embeddings.
+        outputs: Outputs of the recorded sites.
+        cache: Attention keys and values, one entry per block; None where the attention cannot run on them.
     """
 
     tokens: Tensor
@@ -171,11 +174,11 @@ class Recording:
     @classmethod
     @torch.no_grad()
     def of(cls, lm: LanguageModel, tokens: Tensor, sites: Sequence[Site]) -> Recording:
-        """Run rows of ids or embeddings, padded on the right; nothing above the last block is computed."""
+        """Run rows of ids or embeddings, padded on the right; the head is not computed."""
         cache, kind = DynamicCache(), "inputs_embeds" if tokens.is_floating_point() else "input_ids"
-        seen_by_all = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+        mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)  # padding is to the right of all
         with capture(lm, sites) as outputs, capture(lm, [Site(lm.depth - 1)], stop=True):
-            lm(attention_mask=seen_by_all, past_key_values=cache, use_cache=True, **{kind: tokens})
+            lm(attention_mask=mask, past_key_values=cache, use_cache=True, **{kind: tokens})
         layers: list[Any] = cache.layers
         return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if lm.places_tokens else None)
 
@@ -187,22 +190,27 @@ class Recording:
         fact: Int[Tensor, " rows"],
         reads: Sequence[tuple[int, int, int]],
     ) -> Suffixes:
-        """The rows from ``start`` on, ``width`` columns, ready to go on at block ``first``.
+        """Cut the rows from ``start`` on, ``width`` columns, to run again from block ``first``.
 
         Args:
-            first: Lowest block that will run again; the output of the block below must have been recorded.
+            first: Lowest block to run again; the output of the block below must be recorded.
             start: First column of each row's suffix.
-            width: Of the suffixes.
-            fact: Which fact each row belongs to.
-            reads: (row, column in the suffix, label) of the logits wanted.
+            width: Number of columns.
+            fact: Index of each row's fact.
+            reads: (row, column in the suffix, label) of the logits to read.
         """
-        if self.cache is None:
-            return self._whole(first, start, fact, reads)
+        row, column, label = torch.tensor(reads, device=start.device).T
+        entering = self.outputs[Site(max(first - 1, 0))]
+        if self.cache is None:  # every row from its beginning
+            whole = torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1)
+            return Suffixes(
+                first, fact, self.tokens, whole, entering, None, (), (), start, row, column + start[row], label
+            )
         prefix = int(start.max())
         columns = (start[:, None] + torch.arange(width, device=start.device)).clamp_max(self.tokens.shape[1] - 1)
-        entering = self.outputs[Site(max(first - 1, 0))]
-        kept = [pair if i >= first else (None, None) for i, pair in enumerate(self.cache)]
-        row, column, label = torch.tensor(reads, device=start.device).T
+        # clones, so that the keys and values of the whole rows can be freed
+        pairs = [tuple(part[:, :, :prefix].clone() for part in pair) for pair in self.cache[first:]]
+        keys, values = zip(*[(None, None)] * first, *pairs, strict=True)
         return Suffixes(
             first=first,
             fact=fact,
@@ -210,46 +218,22 @@ class Recording:
             positions=columns,
             hidden=take(entering, columns),
             mask=_mask(start, prefix, width, entering.dtype),
-            keys=tuple(None if keys is None else keys[:, :, :prefix].clone() for keys, _ in kept),
-            values=tuple(None if values is None else values[:, :, :prefix].clone() for _, values in kept),
+            keys=keys,
+            values=values,
             changed_column=torch.zeros_like(start),
             row=row,
             column=column,
             label=label,
         )
 
-    def _whole(
-        self,
-        first: int,
-        start: Int[Tensor, " rows"],
-        fact: Int[Tensor, " rows"],
-        reads: Sequence[tuple[int, int, int]],
-    ) -> Suffixes:
-        """The same, but with every row from its beginning."""
-        row, column, label = torch.tensor(reads, device=start.device).T
-        return Suffixes(
-            first=first,
-            fact=fact,
-            tokens=self.tokens,
-            positions=torch.arange(self.tokens.shape[1], device=start.device).expand(len(start), -1),
-            hidden=self.outputs[Site(max(first - 1, 0))],
-            mask=None,
-            keys=(),
-            values=(),
-            changed_column=start,
-            row=row,
-            column=column + start[row],
-            label=label,
-        )
-
 
 def take(values: Tensor, columns: Int[Tensor, "rows width"]) -> Tensor:
-    """The wanted columns of each row."""
+    """Select columns of each row."""
     return values[torch.arange(len(columns), device=columns.device)[:, None], columns]
 
 
 def first_changed(site: Site) -> int:
-    """The first block that has to run again when the output of ``site`` changes."""
+    """Return the first block that has to run again when the output of ``site`` changes."""
     return site.layer + (site.role == "block")
 
 
@@ -267,8 +251,8 @@ def cut(
     Args:
         lm: The model.
         rows: Tokenised texts with a subject; the last token is a label only.
-        facts: Which fact each row belongs to.
-        sites: Where vectors will be injected.
+        facts: Index of each row's fact.
+        sites: Sites at which vectors will be injected.
         max_tokens: Most tokens in one group of suffixes.
         read_first: Read logits at the first position only (no labels) instead of before each target token.
 
@@ -288,13 +272,13 @@ def cut(
         fact = torch.tensor([facts[i] for i in group], device=lm.device)
         reads = _first_position(len(group)) if read_first else before_targets([rows[i] for i in group])
         groups.append(recording.cut(first, start, lengths[group[0]], fact, reads))
-        held = [take(recording.outputs[site], start[:, None])[:, 0] for site in sites]
-        outputs.update(zip(group, torch.stack(held, 1), strict=True))
+        at_subject = [take(recording.outputs[site], start[:, None])[:, 0] for site in sites]
+        outputs.update(zip(group, torch.stack(at_subject, 1), strict=True))
     return groups, torch.stack([outputs[i] for i in range(len(rows))])
 
 
 def _require_full_attention(lm: LanguageModel, longest: int) -> None:
-    """Our masks let every token see all before it; a sliding window shorter than the text would be ignored."""
+    """Refuse texts longer than a sliding window: the masks here let every token attend to all before it."""
     if not lm.sees_all(longest):
         raise ArchitectureError(
             f"a text of {longest} tokens is longer than the model's sliding attention window; "
@@ -307,7 +291,7 @@ def _first_position(count: int) -> list[tuple[int, int, int]]:
 
 
 def before_targets(rows: Sequence[Row], *, from_subject: bool = True) -> list[tuple[int, int, int]]:
-    """(row, column, label) of every target token: the column that predicts it, from the subject or the row's start."""
+    """Return (row, column, label) of every target token; the column before it, from the subject or the row's start."""
     starts = [row.subject if from_subject else 0 for row in rows]
     return [
         (i, at - 1 - start, row.ids[at])
@@ -317,7 +301,7 @@ def before_targets(rows: Sequence[Row], *, from_subject: bool = True) -> list[tu
 
 
 def _mask(start: Int[Tensor, " rows"], prefix: int, width: int, dtype: torch.dtype) -> Tensor:
-    """0 where a suffix position may look (its own prefix, and the suffix up to itself), the lowest number elsewhere."""
+    """Build the additive mask: 0 for a position's own prefix and the suffix up to it, the lowest number elsewhere."""
     before = torch.arange(prefix, device=start.device) < start[:, None]
     causal = torch.ones(width, width, dtype=torch.bool, device=start.device).tril()
     allowed = torch.cat([before[:, None].expand(-1, width, -1), causal.expand(len(start), -1, -1)], 2)

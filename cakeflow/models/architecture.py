@@ -1,4 +1,4 @@
-"""Where things are in a decoder: found from the module tree, with a table only for exceptions."""
+"""Module paths of a decoder, derived from the module tree, with a table only for exceptions."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Architecture:
     head: str
 
     def path(self, site: Site) -> str:
-        """Path of the module at a site."""
+        """Return the path of the module at a site."""
         template = getattr(self, site.role) if site.role in ROLES else f"{self.block}.{site.role}"
         return str(template).format(site.layer)
 
@@ -61,7 +61,7 @@ class Architecture:
 ROLES = ("block", "mlp_out", "attn_out")
 """Roles whose paths an ``Architecture`` names; any other role is a path below the block."""
 EXCEPTIONS: dict[str, Architecture] = {}
-"""``config.model_type`` -> paths, for families whose tree misleads ``find_architecture``. None is known yet."""
+"""``config.model_type`` -> paths, for families whose tree misleads ``find_architecture``; none so far."""
 
 
 def find_architecture(model: PreTrainedModel) -> Architecture:
@@ -71,10 +71,10 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         model: A Hugging Face causal language model.
 
     Returns:
-        The paths; ``EXCEPTIONS`` wins over what the tree suggests.
+        The paths; an entry in ``EXCEPTIONS`` takes precedence over the tree.
 
     Raises:
-        ArchitectureError: Saying what was looked for and how to give it by hand.
+        ArchitectureError: If a module is missing, with a description of it and the way to pass paths by hand.
     """
     if model.config.model_type in EXCEPTIONS:
         return EXCEPTIONS[model.config.model_type]
@@ -97,15 +97,15 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether the module keeps its weight as d_in x d_out (GPT-2's ``Conv1D``); by class, never by shape."""
+    """True if the weight is stored as d_in x d_out (GPT-2's ``Conv1D``); decided by class, never by shape."""
     return isinstance(module, Conv1D)
 
 
-def _missing(model: PreTrainedModel, field: str, wanted: str) -> ArchitectureError:
+def _missing(model: PreTrainedModel, field: str, description: str) -> ArchitectureError:
     return ArchitectureError(
-        f"{type(model).__name__} (model_type {model.config.model_type!r}): could not find {field}; looked for {wanted}."
-        f" Give the paths yourself: Editor.from_pretrained(..., architecture=Architecture(block=..., mlp_out=..., "
-        f"attn_out=..., final_norm=..., head=...))"
+        f"{type(model).__name__} (model_type {model.config.model_type!r}): could not find {field}; looked for "
+        f"{description}. Give the paths yourself: Editor.from_pretrained(..., architecture=Architecture(block=..., "
+        f"mlp_out=..., attn_out=..., final_norm=..., head=...))"
     )
 
 
@@ -126,7 +126,7 @@ def _names_of_norms(model: PreTrainedModel, stack: str) -> list[str]:
 
 
 def linear_maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every linear map inside a module, with its path."""
+    """Return every linear map inside a module, with its path."""
     return ((name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
 
 
@@ -138,10 +138,10 @@ def _width_out(module: nn.Module) -> int:
 def _last_projection(
     model: PreTrainedModel, block: nn.Module, field: str, child: str, skip: tuple[str, ...] = ()
 ) -> str:
-    """The last linear map of ``child`` that writes the residual width: modules are declared in order of use."""
+    """Return the last linear map of ``child`` onto the residual width; modules are declared in order of use."""
     width = getattr(model.config, "hidden_size", None)
-    found = [name for name, m in linear_maps(block.get_submodule(child)) if _width_out(m) == width]
-    found = [f"{child}.{name}" if child else name for name in found if name.split(".")[0] not in skip]
-    if not found:
+    names = [name for name, m in linear_maps(block.get_submodule(child)) if _width_out(m) == width]
+    names = [f"{child}.{name}" if child else name for name in names if name.split(".")[0] not in skip]
+    if not names:
         raise _missing(model, field, f"a Linear or Conv1D that writes config.hidden_size = {width} values")
-    return found[-1]
+    return names[-1]

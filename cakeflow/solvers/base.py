@@ -11,15 +11,15 @@ from cakeflow.solvers.problem import LayerProblem, Update
 
 
 class Solver(ABC):
-    """Turns keys and residuals into a weight change.
+    """A map from keys and residuals to a weight change.
 
-    Contract: pure (the same problem gives the same update; nothing but memos of the problem's history is touched),
+    Contract: pure (the same problem gives the same update; only cached results of the problem's history change),
     float64 in and out, no reference to a model. Subclasses are frozen dataclasses that override ``solve`` only; to
     change another solver, wrap it in one whose field is called ``inner``.
 
     Attributes:
-        matrices: Float64 matrices as large as the weight that ``solve`` or ``finish`` holds at once, the inner solver's
-            aside; what the foreseen memory counts.
+        matrices: Number of float64 matrices of the weight's size that ``solve`` or ``finish`` needs at once, those of
+            the inner solver aside; part of the memory estimate.
     """
 
     matrices = 0  # no annotation: jsonargparse stumbles over ClassVar here
@@ -31,19 +31,19 @@ class Solver(ABC):
 
     @property
     def needs_targets(self) -> bool:
-        """Whether keys and residuals are used: without them no target values are looked for."""
+        """True if keys and residuals are used; without them no target values are searched for."""
         return self._inner.needs_targets if self._inner else True
 
-    def held(self) -> int:
-        """``matrices`` of this solver and those inside it."""
-        return self.matrices + (self._inner.held() if self._inner else 0)
+    def total_matrices(self) -> int:
+        """Return the sum of ``matrices`` over this solver and those inside it."""
+        return self.matrices + (self._inner.total_matrices() if self._inner else 0)
 
     @abstractmethod
     def solve(self, problem: LayerProblem) -> Update:
         """Solve one layer.
 
         Args:
-            problem: Keys n x d_in, residuals n x d_out, and what to preserve.
+            problem: Keys n x d_in, residuals n x d_out, and the keys to preserve.
 
         Returns:
             The change of the weight, d_out x d_in, as factors where it has low rank.
@@ -55,10 +55,10 @@ class Solver(ABC):
     def finish(
         self, original_weight: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
     ) -> Float[Tensor, "d_out d_in"]:
-        """What a layer's weight becomes when a run of edits ends; by default what an inner solver says, or as it is.
+        """Return a layer's weight for the end of a run of edits; by default that of an inner solver, or unchanged.
 
         Args:
             original_weight: The weight before any edit.
-            weight: The weight now, in float32 or float64; returned itself where nothing is to change.
+            weight: The present weight, in float32 or float64; the same object is returned where nothing changes.
         """
         return self._inner.finish(original_weight, weight) if self._inner else weight

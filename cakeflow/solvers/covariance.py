@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import copy
 from functools import cached_property
 
 import torch
@@ -11,14 +12,26 @@ from torch import Tensor
 from cakeflow.errors import NumericalError
 
 
+class _Spectrum:
+    """A second moment and its eigenbasis on their first device; covariances on other devices share it."""
+
+    def __init__(self, moment: Float[Tensor, "d_in d_in"]) -> None:
+        self.moment = moment
+
+    @cached_property
+    def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
+        values, vectors = torch.linalg.eigh((self.moment + self.moment.T) / 2)
+        return values.clamp_min(0), vectors  # rounding gives a singular C slightly negative eigenvalues
+
+
 class Covariance:
     """Second moment C = E[k k^T] of the keys that an edit should preserve, with its eigenbasis.
 
     Args:
         moment: C, d_in x d_in, symmetric and positive semi-definite.
         weight: lambda: C counts as this many keys in a least-squares solve (``mom2_update_weight`` in MEMIT's code).
-        eigen: Eigenvalues (ascending) and eigenvectors (columns) where known already; computed on first use otherwise.
-        threshold: Below it an eigenvalue counts as null, unless a solver says otherwise (``nullspace_threshold``).
+        eigen: Eigenvalues (ascending) and eigenvectors (columns); by default computed on first use.
+        threshold: Eigenvalues below it count as null, unless a solver sets its own (``nullspace_threshold``).
     """
 
     def __init__(
@@ -28,37 +41,48 @@ class Covariance:
         eigen: tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]] | None = None,
         threshold: float = 0.02,
     ) -> None:
-        self.moment = moment.double()
-        self.weight, self.threshold = weight, threshold
+        self._spectrum = _Spectrum(moment.double())
+        self.weight, self.threshold, self.device = weight, threshold, moment.device
         if eigen is not None:  # columns contiguous, as eigh leaves them: products with some of them are then fastest
-            self.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
+            self._spectrum.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
 
     def __len__(self) -> int:
-        return len(self.moment)
+        return len(self._spectrum.moment)
+
+    @cached_property
+    def moment(self) -> Float[Tensor, "d_in d_in"]:
+        """C in float64."""
+        return self._spectrum.moment.to(self.device)
 
     @cached_property
     def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
         """Eigenvalues, ascending and not below 0, and eigenvectors as columns, in float64."""
-        values, vectors = torch.linalg.eigh((self.moment + self.moment.T) / 2)
-        return values.clamp_min(0), vectors
+        values, vectors = self._spectrum.eigen
+        return values.to(self.device), vectors.T.to(self.device).T  # transposed: a copy would lose the columns' layout
 
     def to(self, device: torch.device | str) -> Covariance:
-        """The same numbers on a device; each part is copied when it is first used, most solves need one of them."""
-        return self if self.moment.device == torch.device(device) else _Moved(self, device)
+        """Return the covariance on a device; each part is copied on first use, since most solves need only one."""
+        if self.device == torch.device(device):
+            return self
+        moved = copy(self)
+        moved.device = torch.device(device)
+        for part in ("moment", "eigen"):  # cached for the old device
+            moved.__dict__.pop(part, None)
+        return moved
 
     def rank(self, threshold: float) -> int:
-        """Number of directions whose second moment is below the threshold: the size of the null space."""
+        """Return the number of directions whose second moment is below the threshold: the size of the null space."""
         return int((self.eigen[0] < threshold).sum())
 
     def project(self, keys: Float[Tensor, "n d_in"], threshold: float) -> Float[Tensor, "n d_in"]:
-        """Keys projected on the null space of C: ``K P``, P = U U^T, U the eigenvectors below the threshold."""
+        """Project keys on the null space of C: ``K P``, P = U U^T, U the eigenvectors below the threshold."""
         vectors, rank = self.eigen[1], self.rank(threshold)
-        if rank <= len(vectors) // 2:
+        if rank <= len(vectors) // 2:  # multiply with the smaller part of the basis, since P = I - V V^T as well
             return (keys @ vectors[:, :rank]) @ vectors[:, :rank].T
         return torch.addmm(keys, keys @ vectors[:, rank:], vectors[:, rank:].T, alpha=-1)
 
     def solve(self, keys: Float[Tensor, "n d_in"], ridge: float) -> Float[Tensor, "n d_in"]:
-        """``K (lambda C + ridge I)^-1``.
+        """Compute ``K (lambda C + ridge I)^-1``.
 
         Raises:
             NumericalError: If that matrix is singular.
@@ -71,23 +95,3 @@ class Covariance:
                 f"{float(values[-1]):.1e}); collect more tokens or set ridge above 0"
             )
         return ((keys @ vectors) / scale) @ vectors.T
-
-
-class _Moved(Covariance):
-    """A covariance whose parts are copied to a device on first use."""
-
-    def __init__(self, source: Covariance, device: torch.device | str) -> None:
-        self.source, self.device = source, device
-        self.weight, self.threshold = source.weight, source.threshold
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    @cached_property
-    def moment(self) -> Float[Tensor, "d_in d_in"]:  # type: ignore[override]
-        return self.source.moment.to(self.device)
-
-    @cached_property
-    def eigen(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]]:
-        values, vectors = self.source.eigen
-        return values.to(self.device), vectors.T.to(self.device).T

@@ -15,13 +15,13 @@ from cakeflow.solvers.problem import LayerProblem, Update
 class Descent(Solver):
     """Adam on the weight itself, on the model's loss; no entry moves further than ``bound`` (FT-L, Zhu et al. 2020).
 
-    Keys and residual are not used, so that no target values are looked for.
+    Keys and residual are not used, so that no target values are searched for.
 
     Attributes:
-        steps: Most steps.
-        lr: Of Adam.
+        steps: Largest number of steps.
+        lr: Learning rate of Adam.
         bound: Largest change of an entry; None leaves it free.
-        stop_loss: Mean negative log-likelihood at which it ends.
+        stop_loss: Mean negative log-likelihood at which the descent ends.
     """
 
     matrices = 6
@@ -32,7 +32,7 @@ class Descent(Solver):
 
     @property
     def needs_targets(self) -> bool:
-        """See ``Solver.needs_targets``."""
+        """False: the loss takes the place of keys and residuals."""
         return False
 
     def __post_init__(self) -> None:
@@ -41,14 +41,14 @@ class Descent(Solver):
                 raise ConfigError(f"Descent: {name} must be above 0, got {getattr(self, name)}")
 
     def solve(self, problem: LayerProblem) -> Update:
-        """See ``Solver.solve``."""
+        """Descend the model's loss from the present weight."""
         if problem.loss is None:
             raise ConfigError("Descent needs the model's loss; the problem has none")
         change = torch.zeros_like(problem.weight, dtype=torch.float64).requires_grad_()
         adam = torch.optim.Adam([change], lr=self.lr)
         for step in range(self.steps):
             loss, change.grad = problem.loss(change.detach())
-            if not loss < float("inf"):
+            if not loss < float("inf"):  # not a number as well
                 raise NumericalError(
                     f"Descent: the loss is {loss} at step {step}; lower lr or load the model in float32"
                 )

@@ -23,7 +23,7 @@ class LeastSquares(Solver):
 
     Attributes:
         ridge: Multiple of the identity in A (``L2`` in AlphaEdit's code).
-        form: Which form to use; ``auto`` takes the smaller system.
+        form: ``dual``, ``primal``, or ``auto`` for the smaller system.
     """
 
     ridge: float = 0.0
@@ -36,12 +36,12 @@ class LeastSquares(Solver):
             raise ConfigError(f"form must be 'auto', 'dual' or 'primal', got {self.form!r}")
 
     def solve(self, problem: LayerProblem) -> Update:
-        """See ``Solver.solve``."""
+        """Solve in the form with the smaller system, or in the one of ``form``."""
         if problem.covariance is None and self.ridge == 0:
             raise ConfigError("LeastSquares without a covariance needs ridge above 0")
         n, d_in = problem.keys.shape
         dual = self.form == "dual" or (self.form == "auto" and n + len(problem.history) <= d_in)
-        return Update((_dual if dual else _primal)(problem, self.ridge), problem.residual)
+        return Update((_dual if dual else _primal)(problem, self.ridge), problem.residual, is_plain=True)
 
 
 def _dual(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
@@ -56,13 +56,14 @@ def _dual(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
 
 
 def _primal(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
-    """Cholesky factor of A as it is: jitter would be a ridge that nobody asked for, so a failure is an error."""
+    """Rows ``K A^-1`` by the Cholesky factor of A."""
     keys = problem.keys
     system = keys.T @ keys
     system += problem.history.outer()
     if problem.covariance is not None:
         system.add_(problem.covariance.moment, alpha=problem.covariance.weight)
     system.diagonal().add_(ridge)
+    # no jitter on failure: it would be a ridge that the user did not choose
     lower, info = torch.linalg.cholesky_ex(system)
     pivots = lower.diagonal().square()
     if int(info) or pivots.min() <= 1e-15 * pivots.max():

@@ -1,4 +1,4 @@
-"""Any solver, restricted to changes that leave the preserved keys' outputs alone."""
+"""Null-space projection over another solver: changes that leave the outputs of the preserved keys alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class NullSpace(Solver):
     ridge = 1 (eq. 63), the official code has 10.
 
     Attributes:
-        inner: The solver that sees projected keys and no covariance.
+        inner: The solver; its problem has projected keys and no covariance.
         threshold: Eigenvalues of C below it count as null; None takes the covariance's own, which is the model's.
     """
 
@@ -31,7 +31,7 @@ class NullSpace(Solver):
             raise ConfigError(f"threshold must be above 0, got {self.threshold}")
 
     def solve(self, problem: LayerProblem) -> Update:
-        """See ``Solver.solve``."""
+        """Solve the projected problem by ``inner``."""
         covariance = problem.covariance
         if covariance is None:
             raise ShapeError("NullSpace needs the covariance of the keys to preserve; the problem has none")

@@ -1,4 +1,4 @@
-"""What a solver sees and what it returns: pure numbers, no model and no tokenizer. Rows are facts."""
+"""Input and output of solvers: pure numbers, no model and no tokenizer. Rows are facts."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from cakeflow.solvers.history import KeyHistory
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """The weight change wanted at one layer: ``W + D`` should map each key to its value plus its residual.
+    """The task at one layer: find D such that ``W + D`` maps each key to its value plus its residual.
 
     Attributes:
         keys: n x d_in, one key per fact.
-        residual: n x d_out, what the layer's output for that key should change by.
-        weight: d_out x d_in, the weight now.
-        origin: d_out x d_in, the weight before any edit.
-        covariance: Second moment of the keys to preserve, or None where a wrapper has dealt with them.
+        residual: n x d_out, the change of the layer's output for that key.
+        weight: d_out x d_in, the present weight.
+        original_weight: d_out x d_in, the weight before any edit.
+        covariance: Second moment of the keys to preserve, or None where a wrapper accounts for them.
         history: Keys of earlier edits, to preserve as well.
-        bare: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
+        prompt_keys: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
         loss: The model's loss at ``weight + change`` and its gradient, for solvers that descend it.
 
     Raises:
@@ -46,7 +46,7 @@ class LayerProblem:
         (n, d_in), (d_out, width) = self.keys.shape, self.weight.shape
         if self.residual.shape != (n, d_out) or width != d_in or self.original_weight.shape != self.weight.shape:
             raise ShapeError(
-                "a layer problem needs keys n x d_in, residual n x d_out, weight and origin d_out x d_in; got "
+                "a layer problem needs keys n x d_in, residual n x d_out, weight and original_weight d_out x d_in; got "
                 f"{tuple(self.keys.shape)}, {tuple(self.residual.shape)}, {tuple(self.weight.shape)}, "
                 f"{tuple(self.original_weight.shape)}"
             )
@@ -54,13 +54,13 @@ class LayerProblem:
             raise ShapeError(f"covariance is {len(self.covariance)} wide, the keys are {d_in} wide")
 
     def in_null_space(self, threshold: float) -> LayerProblem:
-        """The same problem with every key projected on the null space of the covariance, which is then dropped."""
+        """Project all keys on the null space of the covariance and drop the covariance."""
         covariance = self.covariance
         if covariance is None:
             raise ShapeError("a null space needs a covariance; give the problem one")
         name, project = ("null space", threshold), partial(covariance.project, threshold=threshold)
-        seen, keys = self.history.derive(name, project, self.keys)
-        return replace(self, keys=keys, covariance=None, history=seen)
+        history, keys = self.history.derive(name, project, self.keys)
+        return replace(self, keys=keys, covariance=None, history=history)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,12 +70,14 @@ class Update:
     Attributes:
         right: n x d_in (or D itself, d_out x d_in).
         left: n x d_out, or None.
-        deferred: What takes its place once all layers of the batch are written, or None where it stays.
+        deferred: Update that replaces this one once all layers of the batch are written, or None where it stays.
+        is_plain: ``left`` is the problem's residual itself, so that D is linear in the residual; set by the solver.
     """
 
     right: Float[Tensor, "n d_in"]
     left: Float[Tensor, "n d_out"] | None = None
     deferred: Update | None = None
+    is_plain: bool = False
 
     @property
     def dense(self) -> Float[Tensor, "d_out d_in"]:
@@ -83,21 +85,24 @@ class Update:
         return self.right if self.left is None else self.left.T @ self.right
 
     def rows(self, count: int = 512) -> Iterator[tuple[slice, Float[Tensor, "rows d_in"]]]:
-        """D, some rows at a time: whole, it is the largest thing that an edit could hold."""
+        """Yield D some rows at a time: whole, it is the largest tensor of an edit."""
         for start in range(0, self.right.shape[0] if self.left is None else self.left.shape[1], count):
             some = slice(start, start + count)
             yield some, (self.right[some] if self.left is None else self.left[:, some].T @ self.right)
 
     def to(self, device: torch.device | str) -> Update:
-        """The same numbers on a device."""
-        left, kept = self.left, self.deferred
-        return Update(
-            self.right.to(device), None if left is None else left.to(device), None if kept is None else kept.to(device)
+        """Copy the update to a device."""
+        left, deferred = self.left, self.deferred
+        return replace(
+            self,
+            right=self.right.to(device),
+            left=None if left is None else left.to(device),
+            deferred=None if deferred is None else deferred.to(device),
         )
 
     def norm(self) -> float:
-        """Frobenius norm of D."""
+        """Return the Frobenius norm of D."""
         if self.left is None:
             return float(torch.linalg.vector_norm(self.right))
-        squared = ((self.left @ self.left.T) * (self.right @ self.right.T)).sum()  # D itself is far larger
+        squared = ((self.left @ self.left.T) * (self.right @ self.right.T)).sum()  # n x n, where D is d_out x d_in
         return float(squared.clamp_min(0).sqrt())

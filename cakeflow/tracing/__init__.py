@@ -1,9 +1,9 @@
-"""Locating facts: causal traces of what a model knows."""
+"""Location of facts: causal traces of what a model knows."""
 
 from cakeflow.tracing.attribution import Attribution
-from cakeflow.tracing.facts import Fact, KnownFact, known_facts, known_rows, open_facts, read_facts
+from cakeflow.tracing.facts import Fact, KnownFact, known_facts, known_rows, open_facts, predicted_rows, read_facts
 from cakeflow.tracing.result import PLACES, Trace
-from cakeflow.tracing.trace import CausalTrace
+from cakeflow.tracing.trace import CausalTrace, noise_of
 from cakeflow.tracing.window import Proposal, known_scores, locate, propose_layers
 
 __all__ = [
@@ -18,7 +18,9 @@ __all__ = [
     "known_rows",
     "known_scores",
     "locate",
+    "noise_of",
     "open_facts",
+    "predicted_rows",
     "propose_layers",
     "read_facts",
 ]

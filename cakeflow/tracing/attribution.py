@@ -1,4 +1,4 @@
-"""The slot for what scores layers."""
+"""The attribution slot: measures of layer scores."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from cakeflow.models.language import LanguageModel
 
 
 class Attribution(ABC):
-    """Says how much each layer has to do with what a model says at the end of a prompt.
+    """A measure of each layer's contribution to a model's prediction at the end of a prompt.
 
-    Contract: pure (the same facts get the same scores, whichever others are asked with them, up to settings that are
-    taken from all of them), and the model is left bit-identical. Subclasses are frozen dataclasses.
+    Contract: pure (a fact's scores do not depend on the other facts of the call, except through settings derived from
+    all of them), and the model stays bit-identical. Subclasses are frozen dataclasses.
     """
 
     @abstractmethod
@@ -25,6 +25,6 @@ class Attribution(ABC):
 
         Args:
             lm: The model.
-            rows: n facts as tokens: the subject marked, the token to be explained at ``target``.
+            rows: n facts as tokens: the subject marked, the token to explain at ``target``.
             layers: l layers.
         """

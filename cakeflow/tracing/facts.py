@@ -1,4 +1,4 @@
-"""Facts that a model knows: what a trace can be run on."""
+"""Facts that a model knows: the input of traces."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from cakeflow.forward.tokens import Row, TextBatch, encode, join
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
-ASKED_AT_ONCE = 128
-"""Facts whose continuations are generated together."""
+CHUNK = 128
+"""Number of facts whose continuations are generated together."""
 
 _CAPITAL = r"\b[A-Z\u00c0-\u00de]"
 _CAPITALISED = re.compile(_CAPITAL)
@@ -30,12 +30,12 @@ _NAME = re.compile(rf"[^.,;:!?\n]*?({_CAPITAL}\w*(?: {_CAPITAL}\w*)*)")
 
 @dataclass(frozen=True, slots=True)
 class Fact:
-    """Something that a model may know.
+    """A fact that a model may know.
 
     Attributes:
-        prompt: Text with exactly one ``{}`` where the subject goes.
-        subject: What the fact is about.
-        object: How the prompt goes on; where it is left empty, ``known_facts`` takes the name that the model gives.
+        prompt: Text with exactly one ``{}`` in place of the subject.
+        subject: Subject of the fact.
+        object: Continuation of the prompt; if it is empty, ``known_facts`` fills in the model's own answer.
 
     Example:
         >>> Fact("The capital of {} is", "France", "Paris").text
@@ -48,12 +48,12 @@ class Fact:
 
     @property
     def text(self) -> str:
-        """The prompt with the subject filled in."""
+        """Prompt with the subject filled in."""
         return self.prompt.replace("{}", self.subject)
 
     @classmethod
     def of(cls, request: EditRequest) -> Fact:
-        """What a request says is true today; its new target where it does not say."""
+        """Return the fact behind a request: its true target, or its new target where it has none."""
         return cls(request.prompt.strip(), request.subject, (request.target_true or request.target_new).strip())
 
 
@@ -63,19 +63,19 @@ class KnownFact:
 
     Attributes:
         fact: The fact, with its object.
-        said: How the model goes on after the prompt, greedily.
-        before: What it says before the object.
+        continuation: The model's greedy continuation of the prompt.
+        before: The part of the continuation before the object.
     """
 
     fact: Fact
-    said: str
+    continuation: str
     before: str
 
     def to_dict(self, number: int) -> dict[str, Any]:
-        """The fact in ROME's ``known_1000`` schema, which ``read_facts`` reads back.
+        """Return the fact in ROME's ``known_1000`` schema, which ``read_facts`` reads back.
 
         Args:
-            number: Its ``known_id``.
+            number: The ``known_id``.
         """
         fact = self.fact
         return {
@@ -83,7 +83,7 @@ class KnownFact:
             "subject": fact.subject,
             "attribute": fact.object,
             "template": fact.prompt,
-            "prediction": self.said,
+            "prediction": self.continuation,
             "prompt": join(fact.text, self.before) if self.before else fact.text,
         }
 
@@ -92,53 +92,53 @@ def read_facts(source: Any, split: str | None = None) -> list[Fact]:
     """Read facts from ROME's ``known_1000`` schema (subject, template, attribute) or from anything with requests.
 
     Args:
-        source: As for ``read_requests``, or a list of ``Fact``. Of requests, ``target_true`` is the object; those
-            without one are left out.
-        split: Of a data set that has several.
+        source: A source for ``read_requests``, or a list of ``Fact``. The object of a request is its ``target_true``;
+            requests without one are skipped.
+        split: Split of a data set.
 
     Raises:
         ConfigError: If there is no such source or split, or it cannot be reached.
-        RequestError: Naming every entry that is no fact, or saying that none is left.
+        RequestError: If an entry is no fact (all are named), or none has a true target.
     """
     entries = read_entries(source, split)
     if entries and all(isinstance(entry, Fact) for entry in entries):
         return entries
     if entries and all(isinstance(entry, Mapping) and "attribute" in entry for entry in entries):
-        return _from_known(entries)
+        return _from_template(entries)
     facts = [Fact.of(request) for request in parse_requests(entries) if request.target_true]
     if not facts:
         raise RequestError([Fault(0, "target_true", None, "a trace needs facts with a true target; none has one")])
     return facts
 
 
-def _from_known(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
-    _check_known(entries, ("template", "subject", "attribute"))
+def _from_template(entries: Sequence[Mapping[str, Any]]) -> list[Fact]:
+    _check_fields(entries, ("template", "subject", "attribute"))
     return [Fact(entry["template"].strip(), entry["subject"], entry["attribute"].strip()) for entry in entries]
 
 
 def open_facts(prompts: Sequence[str], subjects: Sequence[str]) -> list[Fact]:
-    """Every prompt about every subject, to be completed by a model: facts without an object.
+    """Combine every prompt with every subject: facts without an object, for a model to complete.
 
     Args:
         prompts: Texts with one ``{}`` each.
-        subjects: What they are about.
+        subjects: Subjects of the facts.
 
     Raises:
         ConfigError: If there are only prompts or only subjects.
-        RequestError: Naming every prompt and subject at fault.
+        RequestError: If prompts or subjects are faulty (all are named).
 
     Example:
         >>> [fact.text for fact in open_facts(["The capital of {} is", "In {} they speak"], ["Peru"])]
         ['The capital of Peru is', 'In Peru they speak']
     """
     if not prompts or not subjects:
-        raise ConfigError(f"facts are asked for with prompts and subjects; got prompts={prompts}, subjects={subjects}")
+        raise ConfigError(f"facts need both prompts and subjects; got prompts={prompts}, subjects={subjects}")
     entries = [{"template": prompt, "subject": subject} for subject, prompt in product(subjects, prompts)]
-    _check_known(entries, ("template", "subject"))
+    _check_fields(entries, ("template", "subject"))
     return [Fact(entry["template"].strip(), entry["subject"]) for entry in entries]
 
 
-def _check_known(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
+def _check_fields(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -> None:
     problems = []
     for index, entry in enumerate(entries):
         for field in fields:
@@ -151,9 +151,9 @@ def _check_known(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) ->
         raise RequestError(problems)
 
 
-def trace_row(lm: LanguageModel, fact: Fact, said: str = "") -> Row:
-    """A fact as tokens: prompt, what the model itself says before the object, object."""
-    text = join(fact.text, said) if said else fact.text
+def trace_row(lm: LanguageModel, fact: Fact, before: str = "") -> Row:
+    """Tokenise a fact: prompt, the model's own words before the object, object."""
+    text = join(fact.text, before) if before else fact.text
     start = fact.prompt.index("{}")
     (row,) = encode(lm.tokenizer, [join(text, fact.object)], [start + len(fact.subject)], [len(text)], [start])
     return row
@@ -162,92 +162,93 @@ def trace_row(lm: LanguageModel, fact: Fact, said: str = "") -> Row:
 def known_rows(
     lm: LanguageModel, facts: Sequence[Fact], limit: int | None = None, tokens: int = 8
 ) -> tuple[list[Row], int]:
-    """What ``known_facts`` finds, as tokens: what the model says before the object becomes part of the prompt.
+    """Tokenise the result of ``known_facts``; the model's words before the object become part of the prompt.
 
     Args:
         lm: The model.
-        facts: Facts to ask for, in order.
-        limit: Stop once so many are known.
+        facts: Candidate facts, in order.
+        limit: Largest number of rows.
         tokens: Length of the continuation.
 
     Returns:
-        Prompt and object of each known fact as a row with its subject marked, and how many facts were asked.
+        Prompt and object of each fact that the model knows as a row with its subject marked, and the number of
+        candidates tried.
 
     Raises:
         RequestError: If the model knows none of them.
     """
-    known, asked = known_facts(lm, facts, limit, tokens)
-    return [trace_row(lm, each.fact, each.before) for each in known], asked
+    matches, tried = known_facts(lm, facts, limit, tokens)
+    return [trace_row(lm, match.fact, match.before) for match in matches], tried
 
 
 def known_facts(
     lm: LanguageModel, facts: Sequence[Fact], limit: int | None = None, tokens: int = 8
 ) -> tuple[list[KnownFact], int]:
-    """The facts that the model states when it goes on greedily (CAKE, appendix E).
+    """Select the facts that the model states in its greedy continuation (CAKE, appendix E).
 
-    A fact is known if the continuation names the object before any other capitalised word. A fact without an object
-    takes the name that the continuation gives first; it is the model's own answer, right or wrong.
+    A fact counts as known if the continuation names the object before any other capitalised word. A fact without an
+    object takes the first name in the continuation, which is the model's own answer, right or wrong.
 
     Args:
         lm: The model.
-        facts: Facts to ask for, in order.
-        limit: Stop once so many are known.
+        facts: Candidate facts, in order.
+        limit: Largest number of facts to return.
         tokens: Length of the continuation.
 
     Returns:
-        The known facts in order, and how many facts were asked.
+        The facts that the model knows, in order, and the number of candidates tried.
 
     Raises:
         RequestError: If the model knows none of them.
     """
-    known: list[KnownFact] = []
-    for start in range(0, len(facts), ASKED_AT_ONCE):
-        part = facts[start : start + ASKED_AT_ONCE]
-        said = continuations(lm, [fact.text for fact in part], tokens)
-        for asked, (fact, text) in enumerate(zip(part, said, strict=True), start + 1):
+    matches: list[KnownFact] = []
+    for start in range(0, len(facts), CHUNK):
+        part = facts[start : start + CHUNK]
+        texts = continuations(lm, [fact.text for fact in part], tokens)
+        for tried, (fact, text) in enumerate(zip(part, texts, strict=True), start + 1):
             fact = fact if fact.object else replace(fact, object=first_name(text))
-            before = said_before(text, fact.object) if fact.object else None
+            before = text_before(text, fact.object) if fact.object else None
             if before is not None:
-                known.append(KnownFact(fact, text, before))
-            if len(known) == limit:
-                return known, asked
-    if not known:
+                matches.append(KnownFact(fact, text, before))
+            if len(matches) == limit:
+                return matches, tried
+    if not matches:
         remedy = "the model knows none of the facts; give some that it states by itself"
         raise RequestError([Fault(0, "facts", f"{len(facts)} facts", remedy)])
-    return known, len(facts)
+    return matches, len(facts)
 
 
 def first_name(text: str) -> str:
-    """The first capitalised words of a text; empty if its first clause has none, or if the text ends with them.
+    """Return the first capitalised words of a text; empty if its first clause has none, or if the text ends with them.
 
     Example:
         >>> first_name(" the city of New York, where"), first_name(" a village. The"), first_name(" called New Yo")
         ('New York', '', '')
     """
-    found = _NAME.match(text)
-    return found[1] if found and found.end() < len(text) else ""
+    match = _NAME.match(text)
+    return match[1] if match and match.end() < len(text) else ""  # a name at the very end may be cut off
 
 
-def said_before(text: str, wanted: str) -> str | None:
-    """What a text says before it names something, or None if it does not, or names something else first.
+def text_before(text: str, name: str) -> str | None:
+    """Return the text before a name, or None if the name is absent or another one comes first.
 
     Example:
-        >>> said_before(" the city of Paris, in France", "Paris"), said_before(" Rome, not Paris", "Paris")
+        >>> text_before(" the city of Paris, in France", "Paris"), text_before(" Rome, not Paris", "Paris")
         ('the city of', None)
     """
-    found = re.search(rf"(?<!\w){re.escape(wanted)}(?!\w)", text)
-    before = text[: found.start()].strip() if found else ""
-    return before if found and not _CAPITALISED.search(before) else None
+    match = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)
+    before = text[: match.start()].strip() if match else ""
+    return before if match and not _CAPITALISED.search(before) else None
 
 
 @torch.no_grad()
 def predicted_rows(lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192) -> list[Row]:
-    """The bare prompts of a batch, the model's own most likely next token in the object's place, as in ROME's code."""
-    rows, said = [variants[0] for variants in batch.rows], dict[int, int]()
+    """Return a batch's bare prompts with the model's most likely next token as the object, as in ROME's code."""
+    rows, answers = [variants[0] for variants in batch.rows], dict[int, int]()
     for group in plan([row.target for row in rows], max_tokens):
         ids = pad([rows[i].ids[: rows[i].target] for i in group], lm.device)
         ends = torch.tensor([rows[i].target - 1 for i in group], device=lm.device)
         with logits_at(lm, torch.arange(len(group), device=lm.device), ends):
             logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
-        said |= dict(zip(group, logits.argmax(-1).tolist(), strict=True))
-    return [replace(row, ids=(*row.ids[: row.target], said[i])) for i, row in enumerate(rows)]
+        answers |= dict(zip(group, logits.argmax(-1).tolist(), strict=True))
+    return [replace(row, ids=(*row.ids[: row.target], answers[i])) for i, row in enumerate(rows)]

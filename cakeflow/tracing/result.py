@@ -1,4 +1,4 @@
-"""What a trace found: kept fact by fact while it runs, then as one table of effects."""
+"""Results of a trace: stored fact by fact while it runs, then one table of effects."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ LAST_SUBJECT = PLACES.index("last subject token")
 
 
 def place_of(row: Row, token: int) -> int:
-    """Which of ``PLACES`` a token of a traced fact is; a subject of one token counts as its last."""
+    """Return the index in ``PLACES`` of a token of a traced fact; a subject of one token counts as its last."""
     if token == row.subject:
         return LAST_SUBJECT
     if token < row.subject:
@@ -50,8 +50,8 @@ class Effect:
 
     Attributes:
         clean: Probability of the object's first token in the clean run.
-        corrupted: The same in the corrupted runs, mean over draws.
-        effects: What each restoration gains over ``corrupted``, by place and layer; None where nothing was restored.
+        corrupted: Mean probability in the corrupted runs, over the draws.
+        effects: Gain of each restoration over ``corrupted``, by place and layer; None for places without a token.
     """
 
     clean: float
@@ -60,44 +60,46 @@ class Effect:
 
 
 class TraceCache:
-    """Effects by fact, in a file that grows line by line; what was written stays when a trace is interrupted."""
+    """Effects by fact, in a file that grows line by line, so that an interrupted trace keeps its results."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._known: dict[str, Effect] = {}
+        self._effects: dict[str, Effect] = {}
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         self._torn = bool(text) and not text.endswith("\n")
         for line in text.split("\n"):
             with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                entry = json.loads(line)  # a line that was being written when a process died is traced again
+                entry = json.loads(
+                    line
+                )  # a line cut off by the death of a process is skipped: its fact is traced again
                 fact = entry.pop("fact")
-                self._known[fact] = Effect(**entry)
+                self._effects[fact] = Effect(**entry)
 
     @classmethod
     def of(cls, lm: LanguageModel, settings: dict[str, Any], folder: Path | None) -> TraceCache:
-        """The ledger of a model (weights and tokenizer) and of the settings that decide the numbers."""
+        """Open the cache of a model (weights and tokenizer) and of the settings that decide the numbers."""
         key = content_key(lm.fingerprint(), str(lm.dtype), settings)
         return cls((folder or cache_folder() / "traces") / f"{key[:16]}.jsonl")
 
     @staticmethod
     def _name(row: Row) -> str:
-        """All that the numbers of a fact depend on: its tokens up to the object's first, and where the subject is."""
+        """Hash all that a fact's effects depend on: its tokens up to the object's first, and the subject's position."""
         return content_key(row.ids[: row.target + 1], row.start, row.subject)[:24]
 
     def __contains__(self, row: Row) -> bool:
-        return self._name(row) in self._known
+        return self._name(row) in self._effects
 
     def __getitem__(self, row: Row) -> Effect:
-        return self._known[self._name(row)]
+        return self._effects[self._name(row)]
 
     def add(self, rows: Sequence[Row], effects: Sequence[Effect]) -> None:
-        """Keep the effects of some facts, on disk too."""
+        """Store the effects of some facts, in memory and on disk."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write("\n" if self._torn else "")
             self._torn = False
             for row, effect in zip(rows, effects, strict=True):
-                self._known[self._name(row)] = effect
+                self._effects[self._name(row)] = effect
                 handle.write(json.dumps({"fact": self._name(row), **asdict(effect)}) + "\n")
 
 
@@ -107,9 +109,9 @@ class Trace:
 
     Attributes:
         clean: Probability of the object in the clean run.
-        corrupted: The same in the corrupted runs.
+        corrupted: Probability of the object in the corrupted runs.
         effects: Indirect effect of each fact, place (see ``PLACES``) and layer; nan where there is no such place.
-        settings: The trace's, with the noise as resolved and the layers.
+        settings: Settings of the trace, with the resolved noise and the layers.
     """
 
     clean: Float[Tensor, " n"]
@@ -118,21 +120,21 @@ class Trace:
     settings: dict[str, Any]
 
     @classmethod
-    def of(cls, found: Sequence[Effect], settings: dict[str, Any]) -> Trace:
+    def of(cls, facts: Sequence[Effect], settings: dict[str, Any]) -> Trace:
         """Collect the facts' effects."""
         absent = [math.nan] * len(settings["layers"])
-        effects = [[place or absent for place in effect.effects] for effect in found]
-        runs = torch.tensor([[effect.clean, effect.corrupted] for effect in found], dtype=torch.float64)
+        effects = [[place or absent for place in effect.effects] for effect in facts]
+        runs = torch.tensor([[effect.clean, effect.corrupted] for effect in facts], dtype=torch.float64)
         return cls(runs[:, 0], runs[:, 1], torch.tensor(effects, dtype=torch.float64), settings)
 
     @property
     def layers(self) -> list[int]:
-        """The traced layers."""
+        """Indices of the traced layers."""
         return list(self.settings["layers"])
 
     @property
     def scores(self) -> dict[int, float]:
-        """Layer -> AIE at the subject's last token: what ``Scores`` takes (CAKE eq. 69)."""
+        """Layer -> AIE at the subject's last token, in the form for ``Scores`` (CAKE eq. 69)."""
         return dict(zip(self.layers, self.effects[:, LAST_SUBJECT].mean(0).tolist(), strict=True))
 
     @property
@@ -147,7 +149,7 @@ class Trace:
         return self.effects.nanmean(0)
 
     def save(self, path: Path) -> None:
-        """Write scores, errors and settings as JSON, the effects of each fact included."""
+        """Write scores, errors, settings and the effects of each fact as JSON."""
         content = {
             "scores": self.scores,
             "errors": self.errors,
@@ -166,10 +168,10 @@ class Trace:
 
     @classmethod
     def load(cls, path: Path) -> Trace:
-        """Read what ``save`` wrote.
+        """Read a file of ``save``.
 
         Raises:
-            ConfigError: If the file is something else.
+            ConfigError: If the file is not a trace.
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
+from einops import rearrange, reduce, repeat
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -22,15 +23,15 @@ from cakeflow.models.language import LanguageModel
 
 @dataclass(frozen=True, eq=False)
 class TraceRuns:
-    """Clean and corrupted runs of n facts, from which runs with a restored state go on.
+    """Clean and corrupted runs of n facts, the starting points of runs with a restored state.
 
     Attributes:
         lm: The model.
         rows: The facts.
         spans: For each of l layers the sites that are restored together, in ascending order.
         clean: Probability of each object in the clean run.
-        outputs: What the sites gave in the clean run.
-        noisy: The corrupted runs, those of one fact together.
+        outputs: Outputs of the sites in the clean run.
+        noisy: The corrupted runs, ordered by fact, then by draw.
     """
 
     lm: LanguageModel
@@ -48,32 +49,32 @@ class TraceRuns:
         spans: Sequence[Sequence[Site]],
         noise: Float[Tensor, "n draws time width"],
     ) -> TraceRuns:
-        """Do the clean and the corrupted runs; the noise is added to the embeddings."""
+        """Compute the clean and the corrupted runs; the noise is added to the embeddings."""
         ids = pad([row.ids[: row.target] for row in rows], lm.device)
         sites = sorted({site for span in spans for site in span}, key=lambda site: site.layer)
         with capture(lm, sites) as outputs:
             logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
         clean = _chance(logits[range(len(rows)), [row.target - 1 for row in rows]], _answers(rows, ids.device))
         embeds = lm.model.get_input_embeddings()(ids)
-        noisy = (embeds[:, None] + noise.to(embeds)).flatten(0, 1)
+        noisy = rearrange(embeds[:, None] + noise.to(embeds), "n draws time width -> (n draws) time width")
         below = [_entering(first_changed(span[0])) for span in spans] + [_entering(lm.depth)]
         return cls(lm, rows, spans, clean, outputs, Recording.of(lm, noisy, [*dict.fromkeys(below)]))
 
     @property
     def draws(self) -> int:
-        """Corrupted runs of each fact."""
+        """Number of corrupted runs of each fact."""
         return len(self.noisy.tokens) // len(self.rows)
 
     def corrupted(self) -> Float[Tensor, " n"]:
-        """Probability of each object in the corrupted runs, mean over the draws."""
+        """Return the probability of each object in the corrupted runs, mean over the draws."""
         suffixes = self._from([row.target - 1 for row in self.rows], self.lm.depth)
         return self._mean_chance(suffixes.run(self.lm), suffixes.label)[0]
 
     def restored(self, at: Sequence[int]) -> Float[Tensor, "n l"]:
-        """Probability of each object with each span's clean output put back at one token.
+        """Return the probability of each object with each span's clean output restored at one token.
 
-        The runs climb together: each joins at the first block that its span changes, so a block runs once for all that
-        have begun, and its matrix products are large.
+        The runs climb together: each joins at the first block that its span changes, so that a block runs once for all
+        active runs, with large matrix products.
 
         Args:
             at: The token of each fact; one past a fact's end stands for its last.
@@ -85,38 +86,39 @@ class TraceRuns:
         starts, suffixes = sorted({*firsts}), self._from(at, firsts[0])
         hidden = suffixes.hidden[:0]
         for first, following in zip(starts, [*starts[1:], None], strict=True):
-            begun = spans[: bisect_right(firsts, first)]
+            active = spans[: bisect_right(firsts, first)]
             entering = take(self.noisy.outputs[_entering(first)], suffixes.positions)
             hidden = torch.cat([hidden, *[entering] * firsts.count(first)])
-            running = replace(suffixes.copies(len(begun)), first=first, hidden=hidden)
-            changes = self._restorations(
-                at, suffixes.changed_column, begun, range(first - 1, following or self.lm.depth)
-            )
+            running = replace(suffixes.copies(len(active)), first=first, hidden=hidden)
+            # from the block below on: the output of a ``block`` site is restored before its next block runs
+            layers = range(first - 1, following or self.lm.depth)
+            changes = self._restorations(at, suffixes.changed_column, active, layers)
             if following is not None:
                 hidden = running.output(self.lm, Site(following - 1), *changes)
-        found = torch.empty(len(spans), len(at), dtype=torch.float64)
-        found[order] = self._mean_chance(running.run(self.lm, *changes), running.label)
-        return found.T
+        chances = torch.empty(len(spans), len(at), dtype=torch.float64)
+        chances[order] = self._mean_chance(running.run(self.lm, *changes), running.label)
+        return chances.T
 
     def _restorations(
-        self, at: Sequence[int], origin: Int[Tensor, " runs"], begun: Sequence[Sequence[Site]], layers: range
+        self, at: Sequence[int], columns: Int[Tensor, " runs"], spans: Sequence[Sequence[Site]], layers: range
     ) -> list[AbstractContextManager[None]]:
-        """What puts clean outputs back into copies of the runs, one copy per span, in some layers."""
+        """Build the patches that restore clean outputs in copies of the runs, one copy per span, in some layers."""
         count, facts = len(self.noisy.tokens), range(len(at))
         every = torch.arange(count, device=self.noisy.tokens.device)
         changes = []
         for site, output in self.outputs.items():
-            copies = [copy for copy, span in enumerate(begun) if site.layer in layers and site in span]
+            copies = [copy for copy, span in enumerate(spans) if site.layer in layers and site in span]
             if copies:
                 rows = torch.cat([copy * count + every for copy in copies])
-                value = output[facts, at].repeat_interleave(self.draws, 0).repeat(len(copies), 1)
-                changes.append(patch(self.lm, site, value, rows, origin.repeat(len(copies))))
+                value = repeat(output[facts, at], "n width -> (c n draws) width", c=len(copies), draws=self.draws)
+                places = repeat(columns, "runs -> (c runs)", c=len(copies))
+                changes.append(patch(self.lm, site, value, rows, places))
         return changes
 
     def _from(self, at: Sequence[int], first: int) -> Suffixes:
-        """The corrupted runs from each fact's token on; the object's logits are read at their ends."""
+        """Cut the corrupted runs at each fact's token; the object's logits are read at their ends."""
         device = self.noisy.tokens.device
-        start = torch.tensor(at, device=device).repeat_interleave(self.draws)
+        start = repeat(torch.tensor(at, device=device), "n -> (n draws)", draws=self.draws)
         ends = [row.target - 1 - token for row, token in zip(self.rows, at, strict=True)]
         answers = _answers(self.rows, device).tolist()
         reads = [
@@ -129,12 +131,13 @@ class TraceRuns:
     def _mean_chance(
         self, logits: Float[Tensor, "read vocabulary"], label: Int[Tensor, " read"]
     ) -> Float[Tensor, "copies n"]:
-        """Probability of each object, mean over the draws, one row per copy of the runs."""
-        return _chance(logits, label).view(-1, len(self.rows), self.draws).mean(-1)
+        """Return the probability of each object, mean over the draws, one row per copy of the runs."""
+        chances = _chance(logits, label)
+        return reduce(chances, "(copies n draws) -> copies n", "mean", n=len(self.rows), draws=self.draws)
 
 
 def _entering(first: int) -> Site:
-    """Whose output enters block ``first`` (block 0 starts from the embeddings themselves)."""
+    """Return the site whose output enters block ``first``; block 0, which has none, runs on the embeddings."""
     return Site(max(first - 1, 0))
 
 
@@ -146,5 +149,5 @@ def _chance(logits: Float[Tensor, "n vocabulary"], label: Int[Tensor, " n"]) -> 
     precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
     chance: Tensor = torch.softmax(precise, -1).gather(1, label[:, None])[:, 0].double().cpu()
     if not bool(torch.isfinite(chance).all()):
-        raise NumericalError("a trace found a probability that is not finite; load the model in float32")
+        raise NumericalError("a probability of the trace is not finite; load the model in float32")
     return chance

@@ -1,4 +1,4 @@
-"""Causal tracing: how much of a corrupted fact comes back when one state of the clean run is restored."""
+"""Causal tracing: recovery of a corrupted fact when one state of the clean run is restored."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -30,21 +31,21 @@ class CausalTrace(Attribution):
     """Average indirect effects of a model's layers (ROME 2.1; CAKE appendix E, eq. 67-69).
 
     For each fact: a clean run; runs whose subject tokens have Gaussian noise on their embeddings; and, per layer, the
-    same runs with the clean output put back. The effect is the gain in probability of the object's first token, a mean
-    over the draws. All restorations of a fact share its draws, so they differ by the restoration alone.
+    corrupted runs with the clean output restored. The effect is the gain in probability of the object's first token, a
+    mean over the draws. All restorations of a fact share its draws, so they differ by the restoration alone.
 
     A restored state changes nothing below it and nothing before it, so each restoration runs from its layer and its
-    token only (see ``suffixes``).
+    token only (see ``forward.suffix``).
 
     Attributes:
-        role: What is restored: ``block`` (the residual stream), ``mlp_out`` or ``attn_out``.
-        window: How many layers around the traced one are restored together, clipped at the model's ends; ROME takes 10
-            for MLPs.
-        tokens: Where: at the ``subject``'s last token, or at ``all`` tokens one by one, from the subject's first on (a
-            state before it is the same in all runs).
-        draws: Noise draws.
+        role: The restored output: ``block`` (the residual stream), ``mlp_out`` or ``attn_out``.
+        window: Number of layers around the traced one that are restored together, clipped at the model's ends; ROME
+            takes 10 for MLPs.
+        tokens: The restored tokens: the ``subject``'s last one, or ``all`` one by one, from the subject's first on
+            (states before it are equal in all runs).
+        draws: Number of noise draws.
         noise: Standard deviation of the noise; None takes three times that of the facts' subject embeddings.
-        seed: Of the draws; a fact sees the same ones whichever others are traced.
+        seed: Seed of the noise draws, which do not depend on the other facts.
         max_tokens: Most tokens in one forward pass of several facts, each counted once per draw and layer; bounds
             memory, changes no result.
     """
@@ -70,21 +71,21 @@ class CausalTrace(Attribution):
     def run(
         self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int] = (), folder: Path | None = None
     ) -> Trace:
-        """Trace facts, or take from the cache what was traced before.
+        """Trace facts, except those whose effects are in the cache.
 
         Args:
-            lm: The model; nothing of it is changed.
+            lm: The model, which stays unchanged.
             rows: n facts as tokens, from ``known_rows``: the subject marked, the object's first token at ``target``.
             layers: l layers; all by default.
-            folder: Of the cache, by default under ``cache_folder()``. Facts are kept there as they are done, under a
-                hash of model, settings and layers, so that an interrupted trace goes on where it stopped.
+            folder: Folder of the cache, by default under ``cache_folder()``. Effects are stored there fact by fact,
+                under a hash of model, settings and layers, so that an interrupted trace resumes.
 
         Returns:
             Effects of every fact, place and layer.
 
         Raises:
             ConfigError: If a layer is not in the model.
-            RequestError: If there is no fact, or one that has no object or whose prompt is nothing but the subject.
+            RequestError: If there is no fact, or a fact lacks an object or words beside the subject.
             NumericalError: If a probability is not finite.
         """
         layers = require_layers(lm, layers)
@@ -92,22 +93,22 @@ class CausalTrace(Attribution):
         noise = self.noise_scale(lm, rows)
         settings = {**asdict(self), "noise": noise, "layers": layers}
         log.info("tracing %d facts in %d layers, noise %.4g", len(rows), len(layers), noise)
-        ledger = TraceCache.of(lm, {**settings, "max_tokens": None}, folder)
-        missing = [row for row in dict.fromkeys(rows) if row not in ledger]
+        cache = TraceCache.of(lm, {**settings, "max_tokens": None}, folder)
+        missing = [row for row in dict.fromkeys(rows) if row not in cache]
         with tqdm(total=len(missing), desc="causal trace", unit="fact", delay=2) as bar:
             lengths = [(row.target - self._first(row)) * self.draws * len(layers) for row in missing]
             for group in plan(lengths, self.max_tokens):
                 chosen = [missing[i] for i in group]
-                ledger.add(chosen, self._effects(lm, chosen, layers, noise))
+                cache.add(chosen, self._effects(lm, chosen, layers, noise))
                 bar.update(len(chosen))
-        return Trace.of([ledger[row] for row in rows], settings)
+        return Trace.of([cache[row] for row in rows], settings)
 
     def noise_scale(self, lm: LanguageModel, rows: Sequence[Row]) -> float:
-        """The noise's standard deviation: as given, or three times that of the facts' subject embeddings."""
+        """Return the noise's standard deviation: ``noise``, or three times that of the facts' subject embeddings."""
         return self.noise or 3 * float(_subject_embeddings(lm, rows).std())
 
     def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
-        """Effects at the subject's last token; see ``Attribution``."""
+        """Return the effects at the subject's last token."""
         return self.run(lm, rows, layers).effects[:, LAST_SUBJECT]
 
     @torch.no_grad()
@@ -115,25 +116,25 @@ class CausalTrace(Attribution):
         spans = [[Site(each, self.role) for each in self.span(layer, lm.depth)] for layer in layers]
         runs = TraceRuns.of(lm, rows, spans, noise_of(lm, rows, noise, self))
         low = runs.corrupted()
-        found = torch.zeros(len(rows), len(PLACES), len(layers), dtype=torch.float64)
-        seen = torch.zeros(len(rows), len(PLACES), dtype=torch.float64)
+        sums = torch.zeros(len(rows), len(PLACES), len(layers), dtype=torch.float64)
+        counts = torch.zeros(len(rows), len(PLACES), dtype=torch.float64)
         for at in self._positions(rows):
             here = [i for i, (row, token) in enumerate(zip(rows, at, strict=True)) if token < row.target]
             place = [place_of(rows[i], at[i]) for i in here]
-            found[here, place] += (runs.restored(at) - low[:, None])[here]
-            seen[here, place] += 1
+            sums[here, place] += (runs.restored(at) - low[:, None])[here]
+            counts[here, place] += 1
         return [
             Effect(clean, corrupted, [(total / n).tolist() if n else None for total, n in zip(*each, strict=True)])
-            for clean, corrupted, *each in zip(runs.clean.tolist(), low.tolist(), found, seen, strict=True)
+            for clean, corrupted, *each in zip(runs.clean.tolist(), low.tolist(), sums, counts, strict=True)
         ]
 
     def span(self, layer: int, depth: int) -> range:
-        """The layers restored together when ``layer`` is traced."""
+        """Return the layers that are restored together when ``layer`` is traced."""
         first = layer - self.window // 2
         return range(max(first, 0), min(first + self.window, depth))
 
     def _positions(self, rows: Sequence[Row]) -> Iterator[list[int]]:
-        """For each step, the token of every fact at which a state is restored; past the end where it has no more."""
+        """Yield for each step the token of every fact at which a state is restored; it may lie past the fact's end."""
         steps = 1 if self.tokens == "subject" else max(row.target - row.start for row in rows)
         for step in range(steps):
             yield [self._first(row) + step for row in rows]
@@ -143,7 +144,7 @@ class CausalTrace(Attribution):
 
 
 def require_layers(lm: LanguageModel, layers: Sequence[int]) -> list[int]:
-    """The layers to trace; all of them where none is named.
+    """Return the layers to trace, by default all.
 
     Raises:
         ConfigError: If one is not in the model.
@@ -156,13 +157,13 @@ def require_layers(lm: LanguageModel, layers: Sequence[int]) -> list[int]:
 def noise_of(
     lm: LanguageModel, rows: Sequence[Row], scale: float, trace: CausalTrace
 ) -> Float[Tensor, "n draws time width"]:
-    """What is added to the embeddings of each fact's noisy runs; the same draws for every fact, as in ROME's code."""
+    """Draw the noise on the embeddings of each fact's corrupted runs; all facts have equal draws, as in ROME's code."""
     width, longest = lm.embedding.shape[1], max(row.target for row in rows)
     noise = torch.zeros(len(rows), trace.draws, longest, width)
     for i, row in enumerate(rows):
         size = row.subject + 1 - row.start
         draws = torch.randn(size, trace.draws, width, generator=torch.Generator().manual_seed(trace.seed))
-        noise[i, :, row.start : row.subject + 1] = scale * draws.transpose(0, 1)
+        noise[i, :, row.start : row.subject + 1] = scale * rearrange(draws, "time draws width -> draws time width")
     return noise
 
 

@@ -1,4 +1,4 @@
-"""Which layers to edit in a model that nobody tuned."""
+"""Proposal of layers to edit, from traces of the model."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Proposal:
     Attributes:
         layers: The window, ascending.
         recovered: Gain in probability when the window's MLP outputs are restored together (its AIE).
-        error: Standard error of that over the facts.
-        runner_up: The next best window, by its first layer, and its gain.
-        trace: Where this comes from; ``trace.scores`` has every window by its middle layer.
-        scores: Layer -> causal score of each layer of the window alone, where it was traced.
+        error: Standard error of the gain over the facts.
+        runner_up: First layer of the next best window, and its gain.
+        trace: The trace behind the proposal; ``trace.scores`` has every window by its middle layer.
+        scores: Layer -> causal score of each layer of the window alone; empty if there is no such trace.
     """
 
     layers: list[int]
@@ -39,7 +39,7 @@ class Proposal:
 
     @property
     def reason(self) -> str:
-        """One sentence for people."""
+        """One sentence on the evidence."""
         first, gain = self.runner_up
         return (
             f"restoring the MLP outputs of layers {self.layers[0]} to {self.layers[-1]} together recovers "
@@ -49,16 +49,16 @@ class Proposal:
 
 
 def propose_layers(trace: Trace, depth: int) -> Proposal:
-    """The window of adjacent layers whose MLP outputs, restored together at the subject's last token, recover most.
+    """Select the window of adjacent layers whose MLP outputs, restored at the subject's last token, recover most.
 
-    An edit writes into these outputs at this token, so this asks where writing the right values helps. Windows that the
-    model's ends cut short are left out, and so are those with the first block, unless there is no other: a trace puts
-    its noise on the embeddings, and the first MLP, which sees hardly more than its own token, undoes the noise whatever
-    the fact (on SmolLM2-135M it alone recovers more than any window of five without it).
+    An edit writes into these outputs at this token, so the trace measures where the right values help. Windows clipped
+    by the model's ends are excluded, and so are those with the first block, unless there is no other: a trace puts its
+    noise on the embeddings, and the first MLP, whose input is little more than its own token, removes the noise
+    whatever the fact (on SmolLM2-135M it alone recovers more than any window of five without it).
 
     Args:
-        trace: Of ``mlp_out`` in windows of as many layers as shall be edited, over all layers.
-        depth: Blocks of the model.
+        trace: A trace with ``role="mlp_out"``, all layers, and ``window`` = number of layers to edit.
+        depth: Number of blocks of the model.
 
     Raises:
         ConfigError: If the trace is of another kind.
@@ -77,18 +77,18 @@ def propose_layers(trace: Trace, depth: int) -> Proposal:
 
 
 def locate(lm: LanguageModel, width: int = 5, facts: Sequence[Fact] = (), limit: int = 60) -> Proposal:
-    """Trace a model and propose the layers to edit; the same model gives the same answer from the cache.
+    """Trace a model and propose the layers to edit; for a model that was traced before, the result is cached.
 
     Args:
         lm: The model, not edited.
-        width: Layers to edit.
-        facts: What to trace; the built-in facts by default. Those that the model does not state are left out.
+        width: Number of layers to edit.
+        facts: Candidate facts, by default the built-in ones; those that the model does not state are skipped.
         limit: Most facts to trace.
 
     Raises:
         RequestError: If the model knows none of the facts.
     """
-    rows = _known(lm, facts, limit)
+    rows = _rows(lm, facts, limit)
     proposal = propose_layers(CausalTrace(role="mlp_out", window=width).run(lm, rows), lm.depth)
     log.info("layers %s: %s", proposal.layers, proposal.reason)
     return replace(proposal, scores=CausalTrace().run(lm, rows, proposal.layers).scores)
@@ -97,23 +97,23 @@ def locate(lm: LanguageModel, width: int = 5, facts: Sequence[Fact] = (), limit:
 def known_scores(
     lm: LanguageModel, attribution: Attribution, layers: Sequence[int], facts: Sequence[Fact] = (), limit: int = 60
 ) -> dict[int, float]:
-    """Layer -> score, the mean over facts that the model knows.
+    """Compute layer -> score, the mean over facts that the model knows.
 
     Args:
         lm: The model, not edited.
-        attribution: What scores.
-        layers: Which layers.
-        facts: As for ``locate``.
+        attribution: Measure of the scores.
+        layers: Layers to score.
+        facts: Candidate facts, by default the built-in ones.
         limit: Most facts to score.
 
     Raises:
         RequestError: If the model knows none of the facts.
     """
-    scores = attribution.attribute(lm, _known(lm, facts, limit), layers).mean(0)
+    scores = attribution.attribute(lm, _rows(lm, facts, limit), layers).mean(0)
     return dict(zip(layers, scores.tolist(), strict=True))
 
 
-def _known(lm: LanguageModel, facts: Sequence[Fact], limit: int) -> list[Row]:
-    rows, asked = known_rows(lm, facts or read_facts("builtin"), limit)
-    log.info("the model knows %d of %d facts", len(rows), asked)
+def _rows(lm: LanguageModel, facts: Sequence[Fact], limit: int) -> list[Row]:
+    rows, tried = known_rows(lm, facts or read_facts("builtin"), limit)
+    log.info("the model knows %d of %d facts", len(rows), tried)
     return rows

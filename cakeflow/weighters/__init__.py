@@ -1,4 +1,4 @@
-"""Weighters: how much each candidate layer matters. A weight of 0 leaves the layer out of the edit."""
+"""Weighters: the importance of each candidate layer. A weight of 0 excludes the layer from the edit."""
 
 from cakeflow.weighters.base import Weighter
 from cakeflow.weighters.scores import Scores

@@ -13,7 +13,7 @@ from cakeflow.models.language import LanguageModel
 
 
 class Weighter(ABC):
-    """Says how much each candidate layer matters, for all facts at once or per fact.
+    """Importance of each candidate layer, for all facts at once or per fact.
 
     Contract: weights are finite and not negative, at least one is positive, and the model is left bit-identical.
     """
@@ -22,11 +22,15 @@ class Weighter(ABC):
         """Refuse settings that do not fit the candidate layers; called before anything expensive.
 
         Raises:
-            ConfigError: Naming what does not fit.
+            ConfigError: If a setting does not fit.
         """
 
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Weighter:
-        """The weighter with what it has to measure on the unedited model; called once, before the first edit."""
+        """Return the weighter with its measurements of the unedited model; called once, before the first edit."""
+        return self
+
+    def with_scores(self, scores: dict[int, float] | None) -> Weighter:
+        """Return the weighter with the causal scores of a model (layer -> score), if it needs scores and has none."""
         return self
 
     @abstractmethod
@@ -44,7 +48,7 @@ class Weighter(ABC):
 
 
 def effective_layers(weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n"]:
-    """``N_eff = 1 / ||w||^2`` of normalised weights: how many layers share the work (CAKE, Theorem 3).
+    """Compute ``N_eff = 1 / ||w||^2`` of normalised weights: the effective number of layers (CAKE, Theorem 3).
 
     Example:
         >>> import torch

@@ -1,11 +1,11 @@
-"""Weights from scores of layers: CAKE's softmax."""
+"""Weights from layer scores: CAKE's softmax."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, final, get_args
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
@@ -24,9 +24,9 @@ Normalization = Literal["none", "max", "minmax", "zscore"]
 def score_weights(
     scores: Float[Tensor, "*n l"], tau: float = 0.1, normalization: Normalization = "none"
 ) -> Float[Tensor, "*n l"]:
-    """``softmax(s / tau)`` (CAKE eq. 5), after an optional normalisation of the scores.
+    """Compute ``softmax(s / tau)`` (CAKE eq. 5), after an optional normalization of the scores.
 
-    With the paper's own scores and tau = 0.1 these weights are within 4 % of uniform; look at N_eff, which every run
+    With the paper's own scores and tau = 0.1 these weights are within 4 % of uniform; check N_eff, which every run
     logs, before crediting the allocation with a gain.
 
     Args:
@@ -52,19 +52,19 @@ def score_weights(
 
 @dataclass(frozen=True)
 class Scores(Weighter):
-    """Softmax of layer scores: known ones, or measured ones. Subclasses override ``score`` to change the scores.
+    """Softmax of layer scores, given or measured.
 
     Attributes:
         scores: Layer -> score; every candidate layer needs one. None measures them with ``attribution`` or, without
             one, takes the causal scores of the ``LocateThenEdit``, which a model's config brings along.
         tau: Temperature of the softmax.
-        normalization: Of the scores, before the softmax.
+        normalization: Normalization of the scores before the softmax.
         depth_power: alpha: scores are multiplied by (l / L)^alpha first, l counted from 1, L the model's depth (CAKE,
             section 3.2's boundary strategy). 0 leaves them as they are.
         score_source: ``global``, the mean over facts that the unedited model knows, as in the paper; or
             ``per_request``, on each request's own prompt, for the token that the model predicts there now.
-        attribution: What measures scores that are not given, before the first edit or per request; a ``CausalTrace``
-            unless given. A trace with ``noise=None`` takes its scale from the subjects that it sees.
+        attribution: Measure of scores that are not given, before the first edit or per request; by default a
+            ``CausalTrace``. A trace with ``noise=None`` takes its scale from the subjects of the facts at hand.
     """
 
     scores: dict[int, float] | None = None
@@ -85,7 +85,7 @@ class Scores(Weighter):
             raise ConfigError(f"score_source must be 'global' or 'per_request', got {self.score_source!r}")
 
     def check(self, layers: Sequence[int]) -> None:
-        """See ``Weighter.check``."""
+        """Refuse missing and infinite scores of the candidate layers."""
         if self.score_source == "per_request" or self.scores is None:
             return
         scores = self.scores
@@ -98,24 +98,30 @@ class Scores(Weighter):
             raise ConfigError(f"Scores: the score of layer {bad[0]} is {scores[bad[0]]}; give finite scores")
 
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Scores:
-        """Measure global scores that are not known; see ``Weighter.prepare``."""
+        """Measure global scores that were not given."""
         if self.score_source == "per_request" or self.scores is not None:
             return self
-        known = replace(self, scores=known_scores(lm, self.attribution or CausalTrace(), layers))
-        known.check(layers)
-        return known
+        complete = replace(self, scores=known_scores(lm, self.attribution or CausalTrace(), layers))
+        complete.check(layers)
+        return complete
 
-    @final
+    def with_scores(self, scores: dict[int, float] | None) -> Scores:
+        """Take a model's causal scores, unless the user named scores or an attribution."""
+        return replace(self, scores=scores) if self.scores is None and self.attribution is None else self
+
     def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
-        """See ``Weighter.weigh``."""
-        depth = torch.tensor([(layer + 1) / lm.depth for layer in layers], dtype=torch.float64)
-        scores = self.score(lm, batch, layers) * depth**self.depth_power
-        return score_weights(scores, self.tau, self.normalization).to(lm.device)
+        """Return the softmax of the layers' scores."""
+        return self.weights(lm, self.score(lm, batch, layers), layers)
 
     def score(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
-        """Scores of the layers in float64, for all facts (l) or fact by fact (n x l)."""
+        """Return the layers' scores in float64, for all facts (l) or fact by fact (n x l)."""
         if self.score_source == "per_request":
             return (self.attribution or CausalTrace()).attribute(lm, predicted_rows(lm, batch), layers)
-        known = self.prepare(lm, layers)
-        known.check(layers)
-        return torch.tensor([(known.scores or {})[layer] for layer in layers], dtype=torch.float64)
+        complete = self.prepare(lm, layers)
+        complete.check(layers)
+        return torch.tensor([(complete.scores or {})[layer] for layer in layers], dtype=torch.float64)
+
+    def weights(self, lm: LanguageModel, scores: Float[Tensor, "*n l"], layers: Sequence[int]) -> Float[Tensor, "*n l"]:
+        """Turn scores of the layers into weights: depth factor, normalization, softmax."""
+        depth = torch.tensor([(layer + 1) / lm.depth for layer in layers], dtype=torch.float64)
+        return score_weights(scores * depth**self.depth_power, self.tau, self.normalization).to(lm.device)

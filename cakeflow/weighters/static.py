@@ -17,10 +17,10 @@ from cakeflow.weighters.base import Weighter
 
 @dataclass(frozen=True)
 class Uniform(Weighter):
-    """Every layer alike: MEMIT and AlphaEdit."""
+    """Equal weights for all layers: MEMIT and AlphaEdit."""
 
     def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
-        """See ``Weighter.weigh``."""
+        """Return 1 / l for every layer."""
         return torch.full((len(layers),), 1 / len(layers), dtype=torch.float64, device=lm.device)
 
 
@@ -35,12 +35,12 @@ class OneHot(Weighter):
     layer: int | None = None
 
     def check(self, layers: Sequence[int]) -> None:
-        """See ``Weighter.check``."""
+        """Refuse a layer that is no candidate."""
         if self.layer is not None and self.layer not in layers:
             raise ConfigError(f"OneHot: layer {self.layer} is not among the layers {list(layers)}")
 
     def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
-        """See ``Weighter.weigh``."""
+        """Return 1 for the layer and 0 for all others."""
         self.check(layers)
         return _indicator([layers[len(layers) // 2] if self.layer is None else self.layer], layers, lm)
 
@@ -50,7 +50,7 @@ class Endpoints(Weighter):
     """The first and the last candidate: BLUE (boundary layers)."""
 
     def weigh(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, " l"]:
-        """See ``Weighter.weigh``."""
+        """Return 1 for the first and the last layer and 0 for all others."""
         return _indicator([layers[0], layers[-1]], layers, lm)
 
 

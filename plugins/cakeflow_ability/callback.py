@@ -1,13 +1,13 @@
-"""What editing costs elsewhere: general ability before, during and after a run."""
+"""General ability before, during and after a run of edits."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from cakeflow.callbacks.periodic import PeriodicCallback
+from cakeflow.callbacks import PeriodicCallback
+from cakeflow.core import LocateThenEdit
 from cakeflow_ability.tasks import TASKS, load_tasks, score_tasks
 
 log = logging.getLogger(__name__)
@@ -21,12 +21,12 @@ class GeneralAbility(PeriodicCallback):
 
     Args:
         data: Folder of the local tasks; see ``general_ability``.
-        tasks: Which tasks.
+        tasks: Names of the tasks.
         every: Batches between evaluations.
         limit: Items of each task, from its start; None takes all.
 
     Raises:
-        ConfigError: As ``general_ability``; files are read and checked here, before a model is loaded or edited.
+        ConfigError: For the reasons of ``general_ability``; all files are read before a model is loaded or edited.
     """
 
     name = "ability"
@@ -41,9 +41,11 @@ class GeneralAbility(PeriodicCallback):
         super().__init__(every)
         self.limit, self._tasks = limit, load_tasks(data, tasks, limit)
 
-    def measure(self, module: Any) -> dict[str, float]:
-        """See ``PeriodicCallback``."""
+    def measure(self, module: LocateThenEdit) -> dict[str, float]:
+        """Score the model on the tasks and log their accuracies."""
         numbers = score_tasks(module.lm, self._tasks, self.limit)
-        shown = [f"{name.removesuffix('/acc')} {value:.3f}" for name, value in numbers.items() if name.endswith("/acc")]
-        log.info("accuracy: %s", ", ".join(shown))
+        accuracies = [
+            f"{name.removesuffix('/acc')} {value:.3f}" for name, value in numbers.items() if name.endswith("/acc")
+        ]
+        log.info("accuracy: %s", ", ".join(accuracies))
         return numbers

@@ -20,10 +20,10 @@ import torch
 import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from cakeflow.data.sources import read_entries
+from cakeflow.data import read_entries
 from cakeflow.errors import ConfigError, Fault, RequestError
-from cakeflow.evaluation.scoring import score_reads
-from cakeflow.models.language import LanguageModel
+from cakeflow.evaluation import score_reads
+from cakeflow.models import LanguageModel
 
 TASKS = ("sst2", "mrpc", "cola", "rte", "nli", "mmlu")
 """Tasks that read ``FOLDER/NAME.jsonl``; prompts and fields stand in ``prompts/NAME.yaml``."""
@@ -45,18 +45,18 @@ def general_ability(
     """Score a model on language tasks, zero-shot, by the likelihood of each answer.
 
     Args:
-        lm: The model; nothing about it changes.
+        lm: The model, which stays unchanged.
         data: Folder with ``NAME.jsonl`` for each local task, GLUE's or MMLU's fields on every line. Without a folder,
             every task is lm-eval's own.
-        tasks: Names out of ``TASKS``; any other is a task or group of lm-eval, whose data comes from the hub, or a task
+        tasks: Names from ``TASKS``; any other is a task or group of lm-eval, whose data comes from the hub, or a task
             file in its format.
         limit: Items of each task, from its start; None takes all.
 
     Returns:
-        Of each local task ``{task}/acc``, ``{task}/f1`` (mean over classes, weighted by their items) and ``{task}/mcc``
-        (Matthews), each with its standard error as ``..._stderr``: 1.96 of it to either side is a 95 % interval, some
-        0.1 for accuracy on 100 items. Of lm-eval's tasks, their own metrics. All nan where the model's scores are not
-        finite.
+        For each local task ``{task}/acc``, ``{task}/f1`` (mean over classes, weighted by their items) and
+        ``{task}/mcc`` (Matthews), each with its standard error as ``..._stderr``: 1.96 of it to either side is a 95 %
+        interval, some 0.1 for accuracy on 100 items. For lm-eval's tasks, their own metrics. All nan where the model's
+        scores are not finite.
 
     Raises:
         ConfigError: If lm-eval is not installed, a task is unknown or cannot be loaded, or a file is missing, empty or
@@ -79,19 +79,19 @@ def load_tasks(data: str | Path | None, tasks: Sequence[str], limit: int | None 
         manager = TaskManager(include_defaults=not local.issuperset(tasks))
         for name in tasks:
             if name in local:
-                found = manager.load([_local_task(name, Path(str(data)), limit)])
+                entry = manager.load([_local_task(name, Path(str(data)), limit)])
             else:
-                found = load_other(manager, name)
+                entry = load_other(manager, name)
             for kind, members in loaded.items():
-                members.update(found[kind])
+                members.update(entry[kind])
     return loaded
 
 
 def load_other(manager: Any, name: str) -> dict[str, Any]:
-    """A task or group of lm-eval's own, by name or file, from its ``TaskManager``; see ``general_ability``."""
+    """Load a task or group of lm-eval's own, by name or file, from its ``TaskManager``."""
     try:
         return dict(manager.load([name]))
-    except Exception as error:  # whatever a stranger's task does when its data cannot be had
+    except Exception as error:  # a task's own code may raise anything when its data cannot be downloaded
         raise ConfigError(
             f"task {name!r} cannot be loaded by lm-eval, whose tasks need the hub; cakeflow's own ({', '.join(TASKS)}) "
             f"need data=FOLDER with a .jsonl file of each: {type(error).__name__}: {error}"
@@ -99,7 +99,7 @@ def load_other(manager: Any, name: str) -> dict[str, Any]:
 
 
 def _local_task(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
-    """One of ``TASKS`` as lm-eval's task configuration."""
+    """Return one of ``TASKS`` as lm-eval's task configuration."""
     text = files("cakeflow_ability").joinpath("prompts", f"{name}.yaml").read_text(encoding="utf-8")
     return {
         "task": name,
@@ -118,7 +118,7 @@ def _local_task(name: str, folder: Path, limit: int | None) -> dict[str, Any]:
 def _read_items(
     path: Path, limit: int | None, *, fields: Sequence[str], label: str, labels: Sequence[object], **_: object
 ) -> dict[str, Any]:
-    """The items of a file: its fields, and the place of the label among the choices. All lines are checked."""
+    """Read the items of a file: the fields, and the label's index among the choices. All lines are checked."""
     from datasets import Dataset
 
     if not path.is_file():
@@ -162,19 +162,19 @@ def score_tasks(lm: LanguageModel, tasks: Mapping[str, Any], limit: int | None =
             task.set_config(key="num_fewshot", value=0)
     with _quiet(), lm.evaluating():
         harness = _harness(lm)
-        found = evaluate(harness, dict(tasks), limit=limit, bootstrap_iters=DRAWS)
+        results = evaluate(harness, dict(tasks), limit=limit, bootstrap_iters=DRAWS)
     numbers: dict[str, float] = {}
-    for name, row in {**found["results"], **found.get("groups", {})}.items():
+    for name, row in {**results["results"], **results.get("groups", {})}.items():
         numbers |= {f"{name}/{metric}": value for metric, value in _plain(row).items()}
     for name, task in tasks["tasks"].items():
         for metric, rule in task.aggregation().items():
             if isinstance(rule, Agreement):
-                numbers[f"{name}/{metric}_stderr"] = rule.error([sample[metric] for sample in found["samples"][name]])
+                numbers[f"{name}/{metric}_stderr"] = rule.error([sample[metric] for sample in results["samples"][name]])
     return numbers if harness.finite else dict.fromkeys(numbers, math.nan)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers of a row of results, whose names are ``metric,filter`` and ``metric_stderr,filter``."""
+    """Return the numbers of a row of results with the keys ``metric,filter`` and ``metric_stderr,filter``."""
     numbers = {}
     for key, value in row.items():
         metric, _, kind = key.partition(",")
@@ -185,11 +185,11 @@ def _plain(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _harness(lm: LanguageModel) -> Any:
-    """The model as lm-eval asks it; its tokenizer is a copy, because lm-eval gives it a padding token."""
+    """Wrap the model for lm-eval, with a copy of its tokenizer, because lm-eval adds a padding token."""
     from lm_eval.models.huggingface import HFLM
 
     class Scored(HFLM):  # type: ignore[misc]
-        """Scores answers as everything else is scored here: only their tokens meet the vocabulary."""
+        """Scorer of answers by ``score_reads``: only their own tokens are projected to the vocabulary."""
 
         finite = True
 
@@ -209,7 +209,7 @@ def _harness(lm: LanguageModel) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without lm-eval's bars, prints and warnings, and without a trace in the random number generators."""
+    """Suppress lm-eval's bars, prints and warnings, and restore the random number generators."""
     logger, sink = logging.getLogger("lm_eval"), io.StringIO()
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -222,20 +222,20 @@ def _quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Agreement:
-    """A metric of the table of right and given answers, as lm-eval's aggregation.
+    """A metric of the confusion matrix, as lm-eval's aggregation.
 
     Args:
-        measure: Takes tables of counts, ... x c right answers x c given ones; gives ... numbers.
+        measure: Function from confusion matrices (... x c labels x c answers) to ... numbers.
     """
 
     measure: Callable[[Counts], Numbers]
 
     def __call__(self, pairs: Sequence[tuple[int, int]]) -> float:
-        """The metric of (right, given) answers."""
+        """Compute the metric of (label, answer) pairs."""
         return float(self.measure(_table(pairs)))
 
     def error(self, pairs: Sequence[tuple[int, int]]) -> float:
-        """Its standard error: items drawn anew, with replacement, are a multinomial draw of the table."""
+        """Estimate the standard error; a bootstrap sample of items is a multinomial draw of the matrix."""
         table = _table(pairs)
         draws = np.random.default_rng(0).multinomial(len(pairs), table.ravel() / len(pairs), size=DRAWS)
         return float(self.measure(draws.reshape(DRAWS, *table.shape)).std(ddof=1))
@@ -248,29 +248,29 @@ def _table(pairs: Sequence[tuple[int, int]]) -> Counts:
 
 
 def weighted_f1(table: Counts) -> Numbers:
-    """Mean over classes of F1, weighted by the items of each; a class without any counts nothing.
+    """Compute the mean F1 over classes, weighted by their items.
 
     Example:
         >>> weighted_f1(np.array([[3, 1], [2, 2]])).round(4).item()
         0.619
     """
-    right, given = table.sum(-1), table.sum(-2)
-    f1 = 2 * np.diagonal(table, axis1=-2, axis2=-1) / np.maximum(right + given, 1)
-    return np.asarray((f1 * right).sum(-1) / right.sum(-1))
+    labels, answers = table.sum(-1), table.sum(-2)
+    f1 = 2 * np.diagonal(table, axis1=-2, axis2=-1) / np.maximum(labels + answers, 1)
+    return np.asarray((f1 * labels).sum(-1) / labels.sum(-1))
 
 
 def matthews(table: Counts) -> Numbers:
-    """Matthews' correlation coefficient, for any number of classes; 0 where all answers are the same.
+    """Compute Matthews' correlation coefficient, for any number of classes; 0 where all answers are the same.
 
     Example:
         >>> matthews(np.array([[3, 1], [2, 2]])).round(4).item()
         0.2582
     """
-    right, given, items = table.sum(-1), table.sum(-2), table.sum((-2, -1))
-    agreed = items * np.trace(table, axis1=-2, axis2=-1) - (right * given).sum(-1)
-    spread = (items**2 - (right**2).sum(-1)) * (items**2 - (given**2).sum(-1))
+    labels, answers, items = table.sum(-1), table.sum(-2), table.sum((-2, -1))
+    agreed = items * np.trace(table, axis1=-2, axis2=-1) - (labels * answers).sum(-1)
+    spread = (items**2 - (labels**2).sum(-1)) * (items**2 - (answers**2).sum(-1))
     return np.asarray(agreed / np.sqrt(np.maximum(spread, 1)))
 
 
 METRICS = {"acc": "mean", "f1": Agreement(weighted_f1), "mcc": Agreement(matthews)}
-"""Metric of the local tasks -> how lm-eval gets it from the items."""
+"""Metrics of the local tasks, each with lm-eval's aggregation over the items."""

@@ -1,4 +1,4 @@
-"""Scores from gradients: what a small change of a layer's state at the subject's last token would do."""
+"""Layer scores from gradients by a layer's state at the subject's last token."""
 
 from __future__ import annotations
 
@@ -11,15 +11,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.errors import ConfigError, NumericalError
-from cakeflow.forward.packing import pad, plan
-from cakeflow.forward.tokens import Row
-from cakeflow.models.architecture import Role, Site
-from cakeflow.models.hooks import capture, logits_at
-from cakeflow.models.language import LanguageModel
-from cakeflow.tracing import Attribution, CausalTrace
-from cakeflow.tracing.trace import noise_of
+from cakeflow.forward import Row, pad, plan
+from cakeflow.models import LanguageModel, Role, Site, capture, logits_at
+from cakeflow.tracing import Attribution, CausalTrace, noise_of
 
-TOKEN_BUDGET = 2048
+MAX_TOKENS = 2048
 """Most tokens in one forward and backward pass."""
 
 Metric = Literal["log_probability", "probability"]
@@ -30,15 +26,15 @@ class Saliency(Attribution):
     """Norm of the gradient of ``log p(object)`` by a layer's output at the subject's last token (CAKE, appendix F.2).
 
     Attributes:
-        role: Which output of the layer.
+        role: Output of the layer: ``block``, ``mlp_out`` or ``attn_out``.
     """
 
     role: Role = "block"
 
     def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
-        """See ``Attribution``."""
+        """Return the gradients' norms."""
         sites, scores = [Site(layer, self.role) for layer in layers], torch.zeros(len(rows), len(layers)).double()
-        for group in plan([row.target for row in rows], TOKEN_BUDGET):
+        for group in plan([row.target for row in rows], MAX_TOKENS):
             chosen = [rows[i] for i in group]
             _, gradients = states(lm, chosen, sites, embeddings(lm, chosen), "log_probability")
             scores[group] = gradients.norm(dim=-1).cpu()
@@ -55,7 +51,7 @@ class IntegratedGradients(Attribution):
 
     Attributes:
         steps: Points on the line, the clean end included.
-        trace: Which state is scored (``role``), and the noise (``noise``, ``draws``, ``seed``).
+        trace: Settings of the state (``role``) and of the noise (``noise``, ``draws``, ``seed``).
     """
 
     steps: int = 5
@@ -68,10 +64,10 @@ class IntegratedGradients(Attribution):
             raise ConfigError("IntegratedGradients scores single layers at the subject's last token")
 
     def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
-        """See ``Attribution``."""
+        """Return the first-order effects, mean over the noise draws."""
         sites, scores = [Site(layer, self.trace.role) for layer in layers], torch.zeros(len(rows), len(layers)).double()
         scale = self.trace.noise_scale(lm, rows)
-        for group in plan([row.target for row in rows], TOKEN_BUDGET):
+        for group in plan([row.target for row in rows], MAX_TOKENS):
             chosen = [rows[i] for i in group]
             noise = noise_of(lm, chosen, scale, self.trace).to(lm.device, lm.dtype)
             effects = [self._effects(lm, chosen, sites, noise[:, draw]) for draw in range(self.trace.draws)]
@@ -90,23 +86,23 @@ class IntegratedGradients(Attribution):
 
 
 def embeddings(lm: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "n time width"]:
-    """What goes into the model for the prompts, padded on the right."""
+    """Return the input embeddings of the prompts, padded on the right."""
     with torch.no_grad():
-        found: Tensor = lm.model.get_input_embeddings()(pad([row.ids[: row.target] for row in rows], lm.device))
-    return found
+        inputs: Tensor = lm.model.get_input_embeddings()(pad([row.ids[: row.target] for row in rows], lm.device))
+    return inputs
 
 
 def states(
     lm: LanguageModel, rows: Sequence[Row], sites: Sequence[Site], inputs: Float[Tensor, "n time width"], metric: Metric
 ) -> tuple[Float[Tensor, "n l width"], Float[Tensor, "n l width"]]:
-    """Outputs of sites at each subject's last token, and the gradients of the metric by them, in float64.
+    """Return outputs of sites at each subject's last token and the gradients of the metric by them, in float64.
 
     Args:
         lm: The model.
         rows: n facts; the metric is that of the token at ``target``.
-        sites: l places.
+        sites: l sites.
         inputs: Embeddings of the prompts.
-        metric: What is differentiated.
+        metric: The function to differentiate.
 
     Raises:
         NumericalError: If a gradient is not finite.
@@ -116,16 +112,16 @@ def states(
         torch.tensor(each, device=lm.device)
         for each in zip(*((row.subject, row.target - 1, row.ids[row.target]) for row in rows), strict=True)
     )
-    seen_by_all = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
-    with torch.enable_grad(), capture(lm, sites) as seen, logits_at(lm, every, last):
-        inputs = inputs.detach().requires_grad_()
-        logits = lm(inputs_embeds=inputs, attention_mask=seen_by_all, use_cache=False).logits[0]
+    mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
+    with torch.enable_grad(), capture(lm, sites) as captured, logits_at(lm, every, last):
+        inputs = inputs.detach().requires_grad_()  # a graph from the bottom, though the model's weights may be frozen
+        logits = lm(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits[0]
         value = logits.double().log_softmax(-1)[every, answer]
         value = value.exp() if metric == "probability" else value
-        gradients = torch.autograd.grad(value.sum(), [seen[site] for site in sites])
+        gradients = torch.autograd.grad(value.sum(), [captured[site] for site in sites])
     outputs, slopes = (
         torch.stack([value[every, at] for value in values], 1).detach().double()
-        for values in ([seen[site] for site in sites], gradients)
+        for values in ([captured[site] for site in sites], gradients)
     )
     if not bool(torch.isfinite(slopes).all()):
         raise NumericalError("a gradient is not finite; load the model in float32")

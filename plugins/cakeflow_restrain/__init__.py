@@ -1,4 +1,4 @@
-"""Solvers that hold another solver's change back: RECT and PRUNE, over any solver."""
+"""Solvers that restrain the change of another solver: RECT and PRUNE."""
 
 from cakeflow_restrain.prune import Prune
 from cakeflow_restrain.rect import Rect

@@ -1,4 +1,4 @@
-"""Damp the singular values of a run's whole change that stand out above the original weight's."""
+"""Damping of a run's whole change where its singular values exceed the original weight's."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Prune(Solver):
 
     Attributes:
         inner: Any solver.
-        base: Of the logarithm; the paper also tries 2, 1.5 and 1.2.
+        base: Base of the logarithm; the paper also tries 2, 1.5 and 1.2.
         double_add: Add D' to the edited weight, ``W_0 + D + D'``, as the code of AlphaEdit's and BLUE's repositories
             does; published PRUNE numbers from there carry it.
     """
@@ -36,16 +36,16 @@ class Prune(Solver):
             raise ConfigError(f"Prune: base must be above 1, got {self.base}")
 
     def solve(self, problem: LayerProblem) -> Update:
-        """See ``Solver.solve``."""
+        """Solve by ``inner``; the damping is the task of ``finish``."""
         return self.inner.solve(problem)
 
     def finish(
         self, original_weight: Float[Tensor, "d_out d_in"], weight: Float[Tensor, "d_out d_in"]
     ) -> Float[Tensor, "d_out d_in"]:
-        """See ``Solver.finish``."""
-        origin, weight = original_weight.double(), self.inner.finish(original_weight, weight).double()
-        left, values, right = torch.linalg.svd(weight - origin, full_matrices=False)
-        limit = torch.linalg.matrix_norm(origin, 2)
+        """Damp the singular values of the run's whole change."""
+        original, weight = original_weight.double(), self.inner.finish(original_weight, weight).double()
+        left, values, right = torch.linalg.svd(weight - original, full_matrices=False)
+        limit = torch.linalg.matrix_norm(original, 2)
         damped = torch.where(values > limit, (values / limit).log() / math.log(self.base) + limit, values)
         change: Tensor = (left * damped) @ right
-        return change + (weight if self.double_add else origin)
+        return change + (weight if self.double_add else original)

@@ -1,4 +1,4 @@
-"""Keep only the entries of a change that are large beside the weight."""
+"""Masking of a change: only entries that are large relative to the weight stay."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Rect(Solver):
     Attributes:
         inner: Any solver.
         keep: Share of the entries that stay: 0.4 in AlphaEdit's and BLUE's repositories, 0.2 in the original.
-        in_loop: Whether later layers see the masked change already. The official code masks when all layers are done,
-            so that what they made up for is not what is kept.
+        in_loop: Mask each layer's change before the next layer is solved. The official code masks when all layers are
+            done, so that later layers compensate for changes that are then masked.
     """
 
     matrices = 5
@@ -36,7 +36,7 @@ class Rect(Solver):
             raise ConfigError(f"Rect: keep must lie in (0, 1], got {self.keep}")
 
     def solve(self, problem: LayerProblem) -> Update:
-        """See ``Solver.solve``."""
+        """Mask the change of ``inner``, at once or deferred until all layers are written."""
         update = self.inner.solve(problem)
         change = update.dense
         masked = Update(change * largest(change / (problem.weight.double() + EPSILON), self.keep))
@@ -44,7 +44,7 @@ class Rect(Solver):
 
 
 def largest(values: Float[Tensor, "rows columns"], keep: float) -> Tensor:
-    """Where the share ``keep`` of largest magnitudes is; the smallest of them is the official code's ``kthvalue``.
+    """Return the mask of the share ``keep`` of largest magnitudes; the least of them is the official ``kthvalue``.
 
     Example:
         >>> import torch

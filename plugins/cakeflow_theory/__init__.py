@@ -1,4 +1,4 @@
-"""CAKE's theory, measured while a model is edited: drift, theorem 2, alignment of scores."""
+"""Measurements of CAKE's theory during edits: drift, theorem 2, alignment of scores."""
 
 from cakeflow_theory.alignment import ScoreAlignment, alignment, single_layer_mismatch
 from cakeflow_theory.theory import ResidualDrift, ScoreDrift, WeightShiftBound

@@ -120,7 +120,7 @@ def test_bad_settings_are_refused(settings):
         Jacobian(**settings)
 
 
-def test_a_turn_without_a_chain_is_refused():
+def test_a_context_without_a_linear_map_is_refused():
     here = LayerContext(Site(0, "mlp_out"), Site(1), 0, torch.ones(2).double())
-    with pytest.raises(ConfigError, match="chain"):
+    with pytest.raises(ConfigError, match="Jacobian needs the linear map"):
         EXACT.allocate(residual(), here)

@@ -123,9 +123,9 @@ def test_second_moments_in_several_passes(tiny, tmp_path):
 
 
 def test_solvers_say_what_they_hold():
-    assert NullSpace().held() == EqualityConstrained().held() == 0
-    assert Prune(Rect(NullSpace())).held() == Prune.matrices + Rect.matrices
-    assert Descent().held() > 0
+    assert NullSpace().total_matrices() == EqualityConstrained().total_matrices() == 0
+    assert Prune(Rect(NullSpace())).total_matrices() == Prune.matrices + Rect.matrices
+    assert Descent().total_matrices() > 0
 
 
 PEAK = """

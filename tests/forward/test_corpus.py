@@ -4,9 +4,19 @@ import torch
 
 from cakeflow.data.sources import read_texts
 from cakeflow.forward.corpus import OPENINGS, TOPICS, sampled_corpus, token_stream
+from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
 
 TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "third"]
+
+
+def test_a_sample_depends_on_its_opening_alone(tiny, cache):
+    """Whichever samples are made beside it; 640 tokens are 5 for each of the 128 openings."""
+    texts = list(read_texts(sampled_corpus(tiny, 640)))
+    for number, topic in ((0, TOPICS[0]), (len(TOPICS) + 2, TOPICS[2])):
+        prompt = OPENINGS[number // len(TOPICS)].format(topic)
+        settings = {"top_k": 50, "seed": 0, "endless": True, "with_prompt": True}
+        assert continuations(tiny, [prompt], 5, 1, **settings) == [texts[number]]
 
 
 def test_token_stream_joins_texts_and_stops_at_the_budget(lm):

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tqdm.auto import tqdm
 
-from cakeflow.forward.generation import TopK, _cached, continuations, gumbel, until_stop
+from cakeflow.forward.generation import SEEDS, TopK, _cached, continuations, generate_contexts, gumbel, until_stop
 
 PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
 
@@ -73,6 +74,72 @@ def test_samples_are_a_rows_own(tiny):
             : len(continuations(tiny, PROMPTS[:1], 3, top_k=5, seed=1)[0])
         ]
     )
+
+
+def recorded(monkeypatch):
+    """The progress bars of the generation, with the sizes of their updates."""
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs, disable=True)
+            self.total, self.title, self.updates = kwargs["total"], kwargs["desc"], []
+            bars.append(self)
+
+        def update(self, n=1):
+            self.n += n
+            self.updates.append(n)
+
+    monkeypatch.setattr("cakeflow.forward.generation.tqdm", Bar)
+    return bars
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 4096])
+def test_the_bar_counts_tokens_while_they_are_generated(tiny, monkeypatch, max_tokens):
+    bars = recorded(monkeypatch)
+    continuations(tiny, PROMPTS, 12, max_tokens, total=True, title="texts")
+    sizes = [max(0, 12 - len(tiny.tokenizer(prompt)["input_ids"])) for prompt in dict.fromkeys(PROMPTS)]
+    (bar,) = bars
+    assert bar.title == "texts"
+    assert bar.n == bar.total == sum(sizes)
+    assert max(bar.updates) <= len(sizes)  # one forward pass at most
+    assert len([n for n in bar.updates if n]) >= max(sizes)
+
+
+def ending(lm):
+    """Let the model end every text at once, whatever comes before."""
+    head = torch.nn.Linear(lm.head.in_features, lm.head.out_features, dtype=lm.dtype)
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.zeros_(head.bias)
+    head.bias.data[lm.tokenizer.eos_token_id] = 50.0
+    lm.model.set_output_embeddings(head)
+    lm.model.generation_config.eos_token_id = lm.tokenizer.eos_token_id
+    return lm
+
+
+def test_texts_end_by_themselves_unless_they_are_endless(lm, monkeypatch):
+    bars = recorded(monkeypatch)
+    for top_k in (1, 5):
+        assert continuations(ending(lm), PROMPTS, 6, top_k=top_k) == [""] * len(PROMPTS)
+        assert bars[-1].n == bars[-1].total > 1
+        texts = continuations(lm, PROMPTS, 6, top_k=top_k, endless=True)
+        assert [len(lm.tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts] == [6] * len(PROMPTS)
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_a_prompt_comes_before_its_continuation(tiny, top_k):
+    texts = continuations(tiny, PROMPTS, 5, top_k=top_k, with_prompt=True)
+    assert texts == [
+        prompt + text for prompt, text in zip(PROMPTS, continuations(tiny, PROMPTS, 5, top_k=top_k), strict=True)
+    ]
+
+
+def test_contexts_are_samples_of_the_seed_words(tiny):
+    """The same sampler: each seed word alone gives the same text, in any batch."""
+    group = generate_contexts(tiny, seed=3).groups[1]
+    for word, context in zip(SEEDS, group, strict=True):
+        (text,) = continuations(tiny, [word], 10, 1, total=True, top_k=5, seed=3, with_prompt=True)
+        assert context == text.replace("{", " ").replace("}", " ").strip() + ". {}"
 
 
 def test_samples_follow_the_distribution():

@@ -40,6 +40,26 @@ def test_a_known_eigenbasis_is_used():
     assert Covariance(torch.eye(2), eigen=(values, vectors)).eigen[0] is values
 
 
+def test_a_covariance_moves_part_by_part(monkeypatch):
+    """Each part is copied once, on first use; the eigenbasis is computed where the moment is, and once for all."""
+    calls, eigh = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix.device.type) or eigh(matrix))
+    here = Covariance(moment([3.0, 0.5])[0], weight=7.0, threshold=0.3)
+    assert here.to("cpu") is here
+    assert here.moment is here.to("meta").to("cpu").moment
+    there = here.to("meta")
+    assert (len(there), there.weight, there.threshold) == (2, 7.0, 0.3)
+    assert there.moment.device.type == "meta"
+    assert there.moment is there.moment
+    assert here.moment.device.type == "cpu"
+    assert calls == []
+    assert [part.device.type for part in there.eigen] == ["meta"] * 2
+    assert there.eigen[1] is there.eigen[1]
+    assert there.to("cpu").eigen[0] is here.to("meta").to("cpu").eigen[0] is here.eigen[0]
+    assert there.to("cpu").eigen[1].stride() == here.eigen[1].stride()
+    assert calls == ["cpu"]
+
+
 def test_float32_moments_become_float64():
     assert Covariance(torch.eye(3)).moment.dtype == torch.float64
 

@@ -226,6 +226,25 @@ class Dense(LeastSquares):
         return Update(super().solve(problem).dense)
 
 
+@pytest.mark.parametrize(
+    ("solver", "plain"),
+    [
+        (LeastSquares(0.3), True),
+        (LeastSquares(0.3, "primal"), True),
+        (NullSpace(LeastSquares(0.3)), True),
+        (EqualityConstrained(), True),
+        (Dense(0.3), False),
+    ],
+    ids=str,
+)
+def test_a_plain_update_has_the_residual_as_its_factor(solver, plain):
+    problem = Case(n=2, null=3).problem()
+    update = solver.solve(problem)
+    assert update.is_plain is plain
+    assert (update.left is problem.residual) is plain
+    assert update.to("meta").is_plain is plain
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_singular_covariance_is_refused(form):
     case = Case(n=2, m=0)

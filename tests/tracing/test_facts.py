@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from cakeflow import EditRequest, RequestError
 from cakeflow.forward.generation import continuations
 from cakeflow.tracing import Fact, KnownFact, known_facts, known_rows, open_facts, read_facts
-from cakeflow.tracing.facts import first_name, said_before, trace_row
+from cakeflow.tracing.facts import first_name, text_before, trace_row
 
 KNOWN = {"subject": "Zoe", "template": "{} lives in", "attribute": "Rome", "prompt": "Zoe lives in", "known_id": 1}
 
@@ -29,7 +29,7 @@ KNOWN = {"subject": "Zoe", "template": "{} lives in", "attribute": "Rome", "prom
     ],
 )
 def test_what_is_said_before_the_object(text, wanted, before):
-    assert said_before(text, wanted) == before
+    assert text_before(text, wanted) == before
 
 
 def test_a_row_marks_subject_and_object(tiny):
@@ -51,7 +51,7 @@ def test_known_facts_are_those_that_the_model_states(lm):
         facts += [Fact(prompt, name, each[0]), Fact(prompt, name, "qqq")]
     rows, asked = known_rows(lm, facts)
     wanted = [fact for fact, text in zip(facts, [t for t in said for _ in (0, 1)], strict=True)
-              if said_before(text, fact.object) is not None]  # fmt: skip
+              if text_before(text, fact.object) is not None]  # fmt: skip
     assert asked == len(facts)
     assert len(wanted) >= 2
     assert [lm.tokenizer.decode(row.ids[row.target :]).strip() for row in rows] == [fact.object for fact in wanted]
@@ -86,7 +86,7 @@ def test_romes_schema_has_the_words_before_the_object_in_the_prompt():
 def test_a_first_name_is_said_before_any_other(text):
     name = first_name(text)
     if name:
-        assert said_before(text, name) is not None
+        assert text_before(text, name) is not None
         assert not text.endswith(name) or text.count(name) > 1
         assert name[0] in "AÉ"
 

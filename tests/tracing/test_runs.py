@@ -17,8 +17,8 @@ def with_first(output, value):
 
 
 @torch.no_grad()
-def plain(lm, row, trace, scale, layer, token):
-    """Effect of one restoration, by full passes of this fact alone."""
+def plain(lm, row, trace, scale, layer, tokens):
+    """Effects of restorations at single tokens, by full passes of this fact alone."""
     noise = noise_of(lm, [row], scale, trace)[0]
     ids = torch.tensor([row.ids[: row.target]])
     embeds = lm.model.get_input_embeddings()(ids)
@@ -48,7 +48,7 @@ def plain(lm, row, trace, scale, layer, token):
     high = chance(embeds, None)
     noisy = embeds + noise.to(embeds)
     low = chance(noisy, False)
-    return float(high), float(low), float(chance(noisy, token) - low)
+    return float(high), float(low), [float(chance(noisy, token) - low) for token in tokens]
 
 
 @pytest.mark.parametrize(("role", "window"), [("block", 1), ("block", 2), ("mlp_out", 3), ("attn_out", 1)])
@@ -58,12 +58,15 @@ def test_equals_full_passes(tiny, rows, tmp_path, role, window):
     for i, row in enumerate(rows):
         wanted = torch.zeros(len(PLACES), tiny.depth, dtype=torch.float64)
         count = torch.zeros(len(PLACES), 1)
-        for token in range(row.start, row.target):
-            each = [plain(tiny, row, trace, 0.5, layer, token) for layer in range(tiny.depth)]
-            wanted[place_of(row, token)] += torch.tensor([effect for _, _, effect in each], dtype=torch.float64)
+        tokens = range(row.start, row.target)
+        layers = [plain(tiny, row, trace, 0.5, layer, tokens) for layer in range(tiny.depth)]
+        for token, effects in zip(
+            tokens, torch.tensor([each[2] for each in layers], dtype=torch.float64).T, strict=True
+        ):
+            wanted[place_of(row, token)] += effects
             count[place_of(row, token)] += 1
-        assert found.clean[i] == pytest.approx(each[0][0], rel=1e-9)
-        assert found.corrupted[i] == pytest.approx(each[0][1], rel=1e-9)
+        assert found.clean[i] == pytest.approx(layers[0][0], rel=1e-9)
+        assert found.corrupted[i] == pytest.approx(layers[0][1], rel=1e-9)
         torch.testing.assert_close(found.effects[i], wanted / count, rtol=0, atol=1e-12, equal_nan=True)
     subject = replace(trace, tokens="subject").run(tiny, rows, folder=tmp_path)
     at_subject = [i for i in range(len(PLACES)) if not subject.effects[:, i].isnan().all()]
@@ -88,6 +91,6 @@ def test_models_that_cannot_go_on_from_cached_keys(lm, rows, tmp_path, role):
     trace = CausalTrace(role=role, draws=2, noise=0.5)
     found = trace.run(bloom, rows, folder=tmp_path)
     for i, row in enumerate(rows):
-        wanted = [plain(bloom, row, trace, 0.5, layer, row.subject)[2] for layer in range(bloom.depth)]
+        wanted = [plain(bloom, row, trace, 0.5, layer, [row.subject])[2][0] for layer in range(bloom.depth)]
         assert found.effects[i, LAST_SUBJECT].tolist() == pytest.approx(wanted, abs=1e-6)
     assert float(found.effects.nan_to_num().abs().max()) > 1e-4

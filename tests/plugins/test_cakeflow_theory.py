@@ -1,0 +1,250 @@
+"""The theory's quantities: on dense matrices by hand, and in a fit against plain forward passes."""
+
+import lightning as L
+import pytest
+import torch
+from cakeflow_theory.alignment import ScoreAlignment, alignment
+from cakeflow_theory.theory import (
+    ResidualDrift,
+    ScoreDrift,
+    WeightShiftBound,
+    alone,
+    score_drift,
+    sensitivity,
+    weight_shift_bound,
+)
+from hypothesis import given
+from hypothesis import strategies as st
+from torchmetrics.functional import kendall_rank_corrcoef
+
+from cakeflow import Contexts, EditDataModule, GradientSearch, LayerProblem, LeastSquares, LocateThenEdit, Sequential
+from cakeflow.allocators import Jacobian, LayerContext
+from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.forward.generation import continuations
+from cakeflow.models.architecture import Site
+from cakeflow.testing import DenseLinearMap
+from cakeflow.tracing import CausalTrace, Fact
+from cakeflow.tracing.facts import text_before
+
+N, D_OUT, D_IN, LAYERS = 3, 5, 7, [1, 2, 4]
+
+
+def edit(seed, spread, index=0):
+    """The first of three layers, whose M is I + spread * noise."""
+    gen = torch.Generator().manual_seed(seed)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+
+    eye = torch.eye(D_OUT, dtype=torch.float64)
+    matrices = [eye + spread * normal(N, D_OUT, D_OUT) / D_OUT**0.5 for _ in range(2)] + [eye.expand(N, -1, -1)]
+    weights = torch.rand(3, generator=gen, dtype=torch.float64) + 0.1
+    context = LayerContext(Site(1, "mlp_out"), Site(4), index, weights, DenseLinearMap(matrices[index:]))
+    missing = normal(N, D_OUT)
+    share = Sequential().allocate(missing, context)
+    weight = normal(D_OUT, D_IN)
+    problem = LayerProblem(normal(N, D_IN), share, weight, weight)
+    return LayerEdit(context, None, missing, problem, LeastSquares(ridge=0.5).solve(problem)), matrices
+
+
+@given(st.integers(0, 200), st.floats(0, 0.4))
+def test_theorem_2_holds(seed, spread):
+    found, matrices = edit(seed, spread)
+    share = Sequential().shares(found.context.weights)[0]
+    reached = alone(found, tolerance=1e-12)
+    bound = weight_shift_bound(found, share, reached)
+    ideal = torch.linalg.solve(matrices[0], found.residual)
+    torch.testing.assert_close(reached, ideal, rtol=0, atol=1e-6)
+    wider = matrices[0] @ matrices[0].mT + 0.1 * torch.eye(D_OUT, dtype=torch.float64)
+    damped = (matrices[0].mT @ torch.linalg.solve(wider, found.residual)[..., None])[..., 0]
+    torch.testing.assert_close(alone(found, 0.1, tolerance=1e-12), damped, rtol=0, atol=1e-6)
+    error = torch.linalg.matrix_norm((ideal - found.problem.residual).T @ found.update.right, 2)
+    assert bound.error == pytest.approx(float(error), rel=1e-5, abs=1e-9)
+    assert bound.mismatch == pytest.approx(float(torch.linalg.matrix_norm(ideal - found.residual, 2)), abs=1e-6)
+    assert bound.error <= bound.limit * (1 + 1e-9)
+
+
+def test_theorem_2_when_every_layer_reaches_the_anchor_unchanged():
+    found, _ = edit(0, 0.0)
+    share = float(Sequential().shares(found.context.weights)[0])
+    bound = weight_shift_bound(found, torch.tensor(share), alone(found))
+    assert bound.mismatch == pytest.approx(0, abs=1e-9)
+    assert bound.propagation == pytest.approx((1 - share) * float(torch.linalg.matrix_norm(found.residual, 2)))
+    assert bound.error == pytest.approx(
+        (1 - share) * float(torch.linalg.matrix_norm(found.residual.T @ found.update.right, 2))
+    )
+    assert sensitivity(found.context.linear_map, found.residual)[0] == pytest.approx(0, abs=1e-12)
+
+
+def test_sensitivity_is_the_distance_from_the_identity():
+    found, matrices = edit(3, 0.3)
+    exact = float((matrices[0] - torch.eye(D_OUT)).square().sum((1, 2)).mean() / D_OUT) ** 0.5
+    assert sensitivity(found.context.linear_map, found.residual, draws=4000)[0] == pytest.approx(exact, rel=0.05)
+
+
+# ---- in a fit ----
+
+
+def at_subjects(lm, rows, site, side="out"):
+    """What a site holds at each row's subject, by full forward passes."""
+    held = []
+
+    def keep(row, value):
+        held.append((value[0] if isinstance(value, tuple) else value)[0, row.subject])
+
+    for row in rows:
+        handle = lm.module(site).register_forward_hook(
+            lambda _m, args, out, row=row: keep(row, args if side == "in" else out)
+        )
+        with torch.no_grad():
+            lm.model(input_ids=torch.tensor([row.ids]), use_cache=False)
+        handle.remove()
+    return torch.stack(held)
+
+
+class Plain(EditCallback):
+    """What is missing at the anchor, by full forward passes over the bare prompts."""
+
+    def __init__(self):
+        self.residual, self.shares = [], []
+
+    def measure(self, module):
+        rows = [variants[0] for variants in module.history.rows]
+        self.residual.append(module.goal - at_subjects(module.lm, rows, Site(LAYERS[-1])))
+
+    def on_layer_solved(self, module, edit):
+        self.measure(module)
+        self.shares.append(edit.problem.residual)
+
+    def on_batch_edited(self, module, left):
+        self.measure(module)
+
+
+class Spied(LocateThenEdit):
+    """Keeps the batch and the target values."""
+
+    def _find_targets(self, batch, anchor, *rest):
+        found = super()._find_targets(batch, anchor, *rest)
+        self.history, self.goal = batch, found.values
+        return found
+
+
+def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):
+    width = lm.oriented(0).shape[1]
+    module = kind(
+        lm,
+        **{
+            "layers": LAYERS,
+            "contexts": Contexts.of(["{}", "I am. {}"]),
+            "targets": GradientSearch(steps=4, lr=0.3),
+            "solver": LeastSquares(1.0),
+            "moments": dict.fromkeys(LAYERS, torch.eye(width, dtype=torch.float64)),
+            **changes,
+        },
+    )
+    trainer = L.Trainer(**{**quiet, "callbacks": callbacks})
+    trainer.fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
+    return trainer.callback_metrics
+
+
+def test_drift_equals_full_passes(tiny, requests, quiet):
+    plain = Plain()
+    logged = fit(tiny, requests[:4], quiet, [ResidualDrift(), plain], Spied)
+    total = 0.0
+    for index, layer in enumerate(LAYERS):
+        actual = plain.residual[index] - plain.residual[index + 1]
+        wanted = float((actual - plain.shares[index]).norm(dim=1).mean())
+        assert wanted > 1e-3
+        assert float(logged[f"layer{layer}/drift"]) == pytest.approx(wanted, rel=1e-5)
+        total += wanted
+    assert float(logged["drift"]) == pytest.approx(total, rel=1e-5)
+    assert float(logged["target/left"]) == pytest.approx(float(plain.residual[-1].norm(dim=1).mean()), rel=1e-5)
+
+
+def test_no_common_residual_no_drift(lm, requests, quiet):
+    logged = fit(lm, requests[:2], quiet, [ResidualDrift()], allocator=Sequential(power=0, residual_at="self"))
+    assert "drift" not in logged
+
+
+@pytest.mark.filterwarnings("error:.*theorem 2")
+def test_both_sides_of_theorem_2_are_logged(lm, requests, quiet):
+    logged = fit(lm, requests[:3], quiet, [WeightShiftBound()])
+    for layer in LAYERS:
+        assert 0 <= float(logged[f"layer{layer}/shift_error"]) <= float(logged[f"layer{layer}/shift_limit"])
+    assert float(logged["layer4/sensitivity"]) == 0
+    assert float(logged["layer1/sensitivity"]) > 0.01
+
+
+def test_what_cannot_be_measured_leaves_the_edit_alone(lm, requests, quiet):
+    with pytest.warns(UserWarning, match="WeightShiftBound measured nothing"):
+        logged = fit(lm, requests[:2], quiet, [WeightShiftBound(tolerance=1e-12, iterations=1)])
+    assert "layer1/shift_error" not in logged
+    assert float(logged["target/left"]) > 0
+
+
+def test_an_exact_allocation_has_sensitivities_only(lm, requests, quiet):
+    logged = fit(lm, requests[:2], quiet, [WeightShiftBound()], allocator=Jacobian())
+    assert "layer1/sensitivity" in logged
+    assert "layer1/shift_error" not in logged
+
+
+def test_scores_before_and_after(lm, requests, quiet, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
+    prompts = [Fact("The sea of {} is", name, "x") for name in ("Ann", "Bob", "Lund")]
+    said = continuations(lm, [fact.text for fact in prompts], 8)
+    facts = [Fact(f.prompt, f.subject, text.split()[0]) for f, text in zip(prompts, said, strict=True)]
+    assert any(text_before(text, fact.object) is not None for fact, text in zip(facts, said, strict=True))
+    callback = ScoreDrift(facts, trace=CausalTrace(draws=2))
+    logged = fit(lm, requests[:2], quiet, [callback])
+    before = callback._before
+    after = CausalTrace(draws=2, noise=before.settings["noise"]).run(lm, callback._rows, LAYERS)
+    assert float(logged["score_drift"]) == pytest.approx(score_drift(before, after), rel=1e-6)
+    assert score_drift(before, after) > 0
+
+
+class Alone(EditCallback):
+    """What remains when one layer takes everything, for each fact, by hand."""
+
+    def on_layer_solved(self, module, edit):
+        if edit.context.index:
+            return
+        rows = [variants[0] for variants in edit.batch.rows]
+        self.left = torch.zeros(len(rows), len(LAYERS), dtype=torch.float64)
+        for i, row in enumerate(rows):
+            for j, layer in enumerate(LAYERS):
+                (key,) = at_subjects(module.lm, [row], Site(layer, "mlp_out"), "in")
+                missing = edit.residual[i]
+                weight = module.lm.oriented(layer)
+                kept = weight.clone()
+                weight += torch.outer(missing, key) / (1 + key @ key)  # least squares with ridge 1 and one key
+                self.left[i, j] = (module.goal[i] - at_subjects(module.lm, [row], Site(LAYERS[-1]))[0]).norm()
+                self.left[i, j] /= missing.norm()
+                weight.copy_(kept)
+
+
+def test_alignment_is_that_of_single_layer_edits(tiny, requests, quiet, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
+    plain, trace, width = Alone(), CausalTrace(draws=2, noise=0.5), tiny.oriented(0).shape[1]
+    changes = {"contexts": Contexts(), "moments": dict.fromkeys(LAYERS, torch.zeros(width, width, dtype=torch.float64))}
+    logged = fit(tiny, requests[:3], quiet, [plain, ScoreAlignment(trace)], Spied, **changes)
+    for layer, wanted in zip(LAYERS, plain.left.mean(0).tolist(), strict=True):
+        assert float(logged[f"layer{layer}/left_alone"]) == pytest.approx(wanted, rel=1e-5)
+    depth = torch.tensor(LAYERS, dtype=torch.float64).expand_as(plain.left)
+    assert float(logged["alignment_of_depth"]) == pytest.approx(float(alignment(depth, plain.left).mean()), abs=1e-6)
+    assert -1 <= float(logged["alignment"]) <= 1
+
+
+@given(st.integers(2, 6), st.integers(2, 6), st.integers(0, 50))
+def test_alignment_is_kendalls_tau_b(n, layers, seed):
+    gen = torch.Generator().manual_seed(seed)
+    scores, mismatch = (torch.randint(0, 5, (n, layers), generator=gen).double() for _ in range(2))
+    wanted = kendall_rank_corrcoef(scores.T, -mismatch.T)
+    torch.testing.assert_close(alignment(scores, mismatch), wanted.double(), rtol=0, atol=1e-6, equal_nan=True)
+    torch.testing.assert_close(
+        alignment(scores[:1], mismatch[:1]), wanted[:1].double(), rtol=0, atol=1e-6, equal_nan=True
+    )
+
+
+def test_no_common_residual_no_alignment(lm, requests, quiet):
+    logged = fit(lm, requests[:2], quiet, [ScoreAlignment()], allocator=Sequential(power=0, residual_at="self"))
+    assert "alignment" not in logged
