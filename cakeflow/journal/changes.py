@@ -177,6 +177,9 @@ class ModuleChange(Change):
     def apply(self, model: EditableModel) -> None:
         """Put the new module into its place."""
         self.undo(model, self.build(model.module(self.place)))
+        for name, parameter in model.module(self.place).named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NumericalError(f"{self.place}: {name} of the new module is not finite; train in smaller steps")
 
     @final
     def read(self, model: EditableModel) -> nn.Module:
