@@ -59,8 +59,7 @@ class RoutedProjection(nn.Module):
     @torch.no_grad()
     def routes(self, inputs: Float[Tensor, "*tokens d_in"]) -> Tensor:
         """Return True for each token whose input lies within the radius of a key."""
-        # the default mode of cdist subtracts squares, which rounds small distances to 0
-        mode = "donot_use_mm_for_euclid_dist"
+        mode = "donot_use_mm_for_euclid_dist"  # the default subtracts squares, which rounds small distances to 0
         distance = torch.cdist(inputs.flatten(0, -2).float(), self.keys.float(), compute_mode=mode)
         return (distance <= self.radius.float()).any(-1).view(inputs.shape[:-1])
 

@@ -100,9 +100,8 @@ class SideMemory(EditModule[TextBatch]):
             self.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         hidden = inputs[self.site].float().cpu()
         keys = torch.stack([hidden[i, row.subject] for i, row in enumerate(rows)])
-        places = [(i, t) for i, row in enumerate(rows) for t in range(len(row.ids)) if t != row.subject]
-        others = torch.stack([hidden[place] for place in places])
-        distance = torch.cdist(keys, others, compute_mode="donot_use_mm_for_euclid_dist")
+        others = [hidden[i, t] for i, row in enumerate(rows) for t in range(len(row.ids)) if t != row.subject]
+        distance = torch.cdist(keys, torch.stack(others), compute_mode="donot_use_mm_for_euclid_dist")
         return keys, self.reach * distance.min(dim=1).values
 
     def fit_update(self, batch: TextBatch, start: SideMemoryChange) -> tuple[Float[Tensor, "d_out d_in"], float]:
@@ -133,12 +132,12 @@ class SideMemory(EditModule[TextBatch]):
 
     def mask(self, outputs: int, first: int) -> Float[Tensor, "d_out 1"]:
         """Draw the outputs that a batch may change; ``first`` is the place of its first fact in the run."""
-        return (
-            torch.rand(outputs, 1, generator=torch.Generator().manual_seed(self.seed + first)) < self.density
-        ).float()
+        generator = torch.Generator().manual_seed(self.seed + first)
+        return (torch.rand(outputs, 1, generator=generator) < self.density).float()
 
     def preserved(self, place: str) -> Float[Tensor, "d_in m"]:
         """Return an orthonormal basis of the keys of earlier batches: the memory must not change its answers there."""
         keys = self.journal.history(place).keys
         keys = torch.zeros(0, self.lm.key_width(self.site)) if keys is None else keys.cpu()
-        return torch.linalg.qr(keys.T)[0]
+        basis: Tensor = torch.linalg.qr(keys.T)[0]
+        return basis
