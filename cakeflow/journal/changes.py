@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import isabstract
 from typing import Any, final
 
 import torch
@@ -80,7 +81,7 @@ def kind_of(name: str) -> type[Change]:
     Raises:
         LedgerError: If there is none.
     """
-    kinds = {kind.__name__: kind for kind in _leaves(Change)}  # type: ignore[type-abstract]
+    kinds = {kind.__name__: kind for kind in _kinds(Change) if not isabstract(kind)}  # type: ignore[type-abstract]
     if name not in kinds:
         raise LedgerError(
             f"a change of kind {name!r}: known are {', '.join(sorted(kinds))}; install and import the plugin of this one"
@@ -88,9 +89,8 @@ def kind_of(name: str) -> type[Change]:
     return kinds[name]
 
 
-def _leaves(base: type[Change]) -> list[type[Change]]:
-    children: list[type[Change]] = base.__subclasses__()
-    return [leaf for child in children for leaf in _leaves(child)] if children else [base]
+def _kinds(base: type[Change]) -> list[type[Change]]:
+    return [base, *(kind for child in base.__subclasses__() for kind in _kinds(child))]
 
 
 @final
