@@ -16,7 +16,7 @@ from stops import STOPS
 from cakeflow import Editor, EditRequest
 from cakeflow.callbacks import Policy, PolicyGuard
 from cakeflow.core import SafeCheckpointIO, build_module
-from cakeflow.errors import ConfigError, ExportError, NumericalError, PolicyError, ResumeError
+from cakeflow.errors import ConfigError, ExportError, LedgerError, NumericalError, PolicyError, ResumeError
 from cakeflow.evaluation import score_targets
 from cakeflow.export import apply_memory
 from cakeflow.journal import Journal, WeightChange, kind_of, replay, verify
@@ -369,6 +369,24 @@ def test_a_memory_that_is_not_finite_is_undone(lm):
     with pytest.raises(NumericalError, match=place(lm)), journal.batch(FACTS[:1]) as step:
         journal.apply(step, bad, {})
     assert (hashes(lm), tree(lm), len(journal)) == (before, modules, 0)
+
+
+@pytest.mark.slow
+def test_a_folder_names_the_kind_that_is_not_imported(run):
+    """The remedy is to import the plugin, not to take the file from a copy."""
+    code = "import sys, pathlib; from cakeflow.journal import verify; print(*verify(pathlib.Path(sys.argv[1])).faults)"
+    done = subprocess.run([sys.executable, "-c", code, str(run[1])], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("a change of kind 'SideMemoryChange': known are WeightChange; install and import")
+    assert "from a copy" not in done.stdout
+
+
+def test_kinds_are_all_classes_that_can_be_made():
+    class Wider(SideMemoryChange):
+        """A kind that builds on another one, which stays known."""
+
+    assert (kind_of("SideMemoryChange"), kind_of("Wider")) == (SideMemoryChange, Wider)
+    with pytest.raises(LedgerError, match=r"'ModuleChange': known are .*SideMemoryChange, WeightChange"):
+        kind_of("ModuleChange")
 
 
 def test_a_change_comes_back_from_its_tensors():
