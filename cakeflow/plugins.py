@@ -16,6 +16,7 @@ import torchmetrics
 
 from cakeflow.allocators import Allocator
 from cakeflow.errors import PluginError
+from cakeflow.journal import Change
 from cakeflow.solvers import Solver
 from cakeflow.targets import ObjectiveTerm, StopRule, TargetSearch
 from cakeflow.tracing import Attribution
@@ -31,6 +32,8 @@ SLOTS: dict[str, type] = {
     "stop": StopRule,
     "attribution": Attribution,
     "metric": torchmetrics.Metric,
+    "change": Change,
+    "module": L.LightningModule,  # EditModule itself stands above this file
     "callback": L.Callback,
 }
 """What a plugin can be: slot -> base class."""

@@ -165,7 +165,7 @@ class PolicyGuard(L.Callback):
 
     def _require_permission(self, module: Any, loader: Any) -> None:
         requests = [request for records in loader or () for request in records.requests]
-        refusals = list(self.policy.refusals([module.name, module.journal.base["fingerprint"]], requests))
+        refusals = list(self.policy.refusals([module.name, module.journal.base.fingerprint], requests))
         if refusals:
             self._decide(module, "refused", refusals)
 

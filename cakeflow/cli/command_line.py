@@ -169,10 +169,11 @@ def run_command(args: Sequence[str] | None = None) -> Any:
     logging.getLogger("cakeflow").setLevel(logging.INFO)
     words = sys.argv[1:] if args is None else list(args)
     try:
+        if words[:1] != ["plugins"]:  # which shows those that cannot be used
+            load_plugins()  # a run folder may hold changes of a plugin's kind
         if words[:1] and words[0] in COMMANDS:
             command = COMMANDS[words[0]]
             return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
-        load_plugins()
         cli = EditCLI(
             EditModule,
             EditDataModule,

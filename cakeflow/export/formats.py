@@ -75,6 +75,8 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
 def _require_fit(journal: Journal, format: str) -> None:
     """Refuse a format that cannot hold the changes that are in force."""
     modules = [change.place for change in journal.changes if isinstance(change, ModuleChange)]
+    if modules and len(modules) < len(journal.changes):
+        raise ExportError(f"format = {format!r}: weights were changed and modules put in place; no format holds both")
     if (format == "memory") != bool(modules):
         reason = f"modules were put in place at {', '.join(modules)}" if modules else "no module was put in place"
         raise ExportError(f"format = {format!r}: {reason}; export as {'memory' if modules else 'model, delta or lora'}")

@@ -47,10 +47,13 @@ def apply_memory(model: EditableModel, folder: str | Path) -> Manifest:
     manifest = Manifest.read(folder)
     tensors = _read(folder, manifest)
     require_base(model, manifest, folder)
-    changes = [
-        kind_of(change.kind).from_tensors(change.place, _of(index, tensors))
-        for index, change in enumerate(manifest.changes)
-    ]
+    try:
+        changes = [
+            kind_of(change.kind).from_tensors(change.place, _of(index, tensors))
+            for index, change in enumerate(manifest.changes)
+        ]
+    except KeyError as error:
+        raise ExportError(f"{folder / MEMORY} has no tensor {error}; {REMEDY}") from error
     originals = {change.place: (change, change.read(model)) for change in reversed(changes)}
     with uninterrupted():
         try:

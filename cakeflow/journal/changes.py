@@ -6,6 +6,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from inspect import isabstract
 from typing import Any, final
 
 import torch
@@ -27,11 +28,13 @@ class Change(ABC):
 
     Attributes:
         place: Name of the parameter or module that is changed.
-        keys: n x d_in, the keys that later edits at this place should preserve; none by default.
     """
 
     place: str
-    keys: Tensor | None = None
+
+    def preserved_keys(self) -> Float[Tensor, "n d_in"] | None:
+        """Return one key per request, which later edits at this place should preserve; None by default."""
+        return None
 
     @abstractmethod
     def apply(self, model: EditableModel) -> None:
@@ -80,7 +83,7 @@ def kind_of(name: str) -> type[Change]:
     Raises:
         LedgerError: If there is none.
     """
-    kinds = {kind.__name__: kind for kind in _leaves(Change)}  # type: ignore[type-abstract]
+    kinds = {kind.__name__: kind for kind in _kinds(Change) if not isabstract(kind)}  # type: ignore[type-abstract]
     if name not in kinds:
         raise LedgerError(
             f"a change of kind {name!r}: known are {', '.join(sorted(kinds))}; install and import the plugin of this one"
@@ -88,9 +91,8 @@ def kind_of(name: str) -> type[Change]:
     return kinds[name]
 
 
-def _leaves(base: type[Change]) -> list[type[Change]]:
-    children: list[type[Change]] = base.__subclasses__()
-    return [leaf for child in children for leaf in _leaves(child)] if children else [base]
+def _kinds(base: type[Change]) -> list[type[Change]]:
+    return [base, *(kind for child in base.__subclasses__() for kind in _kinds(child))]
 
 
 @final
@@ -126,6 +128,10 @@ class WeightChange(Change):
                 f"{self.place}: the edited weight is not finite in {weight.dtype}; set ridge higher or load the model "
                 "in float32"
             )
+
+    def preserved_keys(self) -> Float[Tensor, "n d_in"] | None:
+        """Return the keys, if there are any."""
+        return self.keys if len(self.keys) else None
 
     def read(self, model: EditableModel) -> tuple[Tensor, Tensor | None]:
         """The weight on the CPU, as the module has it, and its master."""
@@ -177,6 +183,9 @@ class ModuleChange(Change):
     def apply(self, model: EditableModel) -> None:
         """Put the new module into its place."""
         self.undo(model, self.build(model.module(self.place)))
+        for name, parameter in model.module(self.place).named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NumericalError(f"{self.place}: {name} of the new module is not finite; train in smaller steps")
 
     @final
     def read(self, model: EditableModel) -> nn.Module:

@@ -362,8 +362,9 @@ class Journal(Sequence[EditStep]):
     def _remember(self, step: EditStep) -> None:
         """Add a step's keys to the histories; changes made when a run ends have none."""
         for part in step.changes:
-            if part.change.keys is not None and len(part.change.keys):
-                self.history(part.place).append(part.change.keys.to(self.model.device), step.hashes)
+            keys = part.change.preserved_keys()
+            if keys is not None:
+                self.history(part.place).append(keys.to(self.model.device), step.hashes)
 
     def _become(self, steps: list[EditStep], places: set[str], *, rehash: bool = False) -> None:
         """Have the state after these steps; it differs from the present one in ``places``."""

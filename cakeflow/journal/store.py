@@ -132,6 +132,8 @@ class JournalStore:
         tensors = self.read(entry, f"batch-{body.batch:05d}.safetensors")
         try:
             return _step(body, tensors)
+        except LedgerError:  # a ValueError too, with a remedy of its own: the kind of a change is not known
+            raise
         except (KeyError, ValueError, RequestError) as error:
             raise LedgerError(
                 f"{self._where(entry)}: the batch does not fit its file ({error}); {FROM_A_COPY}"
