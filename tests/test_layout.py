@@ -3,6 +3,7 @@
 import ast
 import configparser
 import re
+from graphlib import TopologicalSorter
 from pathlib import Path
 from statistics import median
 
@@ -46,6 +47,18 @@ def dotted(node):
         parts.append(node.attr)
         node = node.value
     return ".".join([node.id, *reversed(parts)]) if isinstance(node, ast.Name) else ""
+
+
+ROOMS = (
+    "errors", "storage", "data", "solvers", "models", "forward", "allocators", "metrics", "journal", "targets",
+    "tracing", "evaluation", "export", "weighters", "plugins", "core", "callbacks", "report", "editor", "cli", "testing",
+    "__init__",
+)  # fmt: skip
+"""From the ground up: a room imports from lower ones only."""
+FACES = {"cakeflow", *(f"cakeflow.{room}" for room in ROOMS)}
+"""What plugins and benchmarks may import from: rooms, not files in them."""
+PARTICIPLES = {"found", "told", "wanted", "asked", "kept", "given", "known", "shown", "seen", "held", "said"}
+OPENINGS = re.compile(r"(What|Whether|How|Which|Where)\b")
 
 
 @pytest.fixture(params=CORE, ids=name)
@@ -187,6 +200,86 @@ def test_what_runs_data_is_seen(code, bad):
     assert bool(list(running_data(code))) is bad
 
 
+def room(path):
+    """The room of a file of the core."""
+    return path.relative_to(ROOT / "cakeflow").parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Names of the modules that a file imports, wherever in it; imports for annotations alone aside."""
+    source = tree(path)
+    for node in ast.walk(source):
+        if isinstance(node, ast.If) and dotted(node.test) == "TYPE_CHECKING":
+            node.body = []
+    for node in ast.walk(source):
+        if isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def test_the_top_has_rooms_and_five_files():
+    top = {path.name for path in (ROOT / "cakeflow").iterdir()} - {"__pycache__", "py.typed"}
+    files = {"__init__.py", "editor.py", "errors.py", "plugins.py", "testing.py"}
+    assert top - files == {each for each in ROOMS if (ROOT / "cakeflow" / each).is_dir()}
+    assert files <= top
+
+
+def test_no_room_imports_upward(core):
+    """So there is no cycle between rooms either."""
+    modules = [module.split(".")[1] for module in imports(core) if module.startswith("cakeflow.")]
+    upward = [module for module in modules if ROOMS.index(module) > ROOMS.index(room(core))]
+    assert upward == []
+
+
+def test_no_cycle_between_files():
+    """Each file after those that it imports; a cycle has no such order."""
+    graph = {}
+    for path in CORE:
+        own = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        graph[own] = {module for module in imports(path) if module != own and module.startswith("cakeflow.")}
+    list(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("folder", ["plugins", "benchmarks"])
+def test_others_import_from_the_faces_of_rooms(folder):
+    inside = [
+        (name(path), module)
+        for path in PYTHON
+        if path.is_relative_to(ROOT / folder)
+        for module in imports(path)
+        if module.split(".")[0] == "cakeflow" and module not in FACES
+    ]
+    assert inside == []
+
+
+def bound(path):
+    """Names that a file binds: variables, attributes, parameters, functions and classes."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, (ast.Name, ast.Attribute)) and isinstance(node.ctx, ast.Store):
+            yield node.id if isinstance(node, ast.Name) else node.attr
+        elif isinstance(node, ast.arg):
+            yield node.arg
+        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            yield node.name
+
+
+def test_names_are_nouns_and_verbs():
+    files = [path for path in PYTHON if path.parts[len(ROOT.parts)] in ("cakeflow", "plugins")]
+    lines_of_code = sum(path.read_text(encoding="utf-8").count("\n") for path in files)
+    participles = [each for path in files for each in bound(path) if PARTICIPLES & set(each.lower().split("_"))]
+    assert len(participles) <= 5 * lines_of_code / 1000, participles
+
+
+def test_docstrings_say_it_directly():
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    files = [path for path in PYTHON if path.parts[len(ROOT.parts)] in ("cakeflow", "plugins")]
+    nodes = [(path, node) for path in files for node in ast.walk(tree(path)) if isinstance(node, kinds)]
+    texts = [(name(path), text) for path, node in nodes if (text := ast.get_docstring(node))]
+    openings = [(path, text.split("\n")[0]) for path, text in texts if OPENINGS.match(text)]
+    assert len(openings) <= len(texts) / 100, openings
+
+
 def test_core_imports_neither_tests_nor_plugins(core):
     plugins = {path.name for path in (ROOT / "plugins").iterdir()} if (ROOT / "plugins").is_dir() else set()
     modules = [node.module or "" for node in ast.walk(tree(core)) if isinstance(node, ast.ImportFrom)]
@@ -205,7 +298,18 @@ def test_every_module_has_tests(core):
 
 def test_every_test_file_has_a_module():
     plugins = {path.parent.name for path in (ROOT / "plugins").glob("*/__init__.py")}
-    further = {"layout", "parity", "families", "sharded", "template", "malformed", "poisoned", "fuzz"}
+    further = {
+        "layout",
+        "parity",
+        "families",
+        "sharded",
+        "template",
+        "malformed",
+        "poisoned",
+        "fuzz",
+        "format1",
+        "path",
+    }
     stems = {path.stem for path in CORE} | PARTS | further | plugins
     assert plugins <= {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "plugins").glob("test_*.py")}
     for path in (ROOT / "tests").rglob("test_*.py"):

@@ -100,7 +100,13 @@ class EditDataModule(L.LightningDataModule):
             self._checked = True
 
     def train_dataloader(self) -> DataLoader[EditBatch]:
-        """Edit batches, in order."""
+        """Edit batches, in order.
+
+        Raises:
+            ConfigError: If no module has been attached: the batches are its tokens.
+        """
+        if not self._batches:
+            raise ConfigError("edit batches need a model: give the data to the Trainer, fit(module, datamodule=data)")
         return DataLoader(self._batches, batch_size=None)  # type: ignore[arg-type]
 
     def val_dataloader(self) -> DataLoader[EditRequest] | list[Any]:

@@ -61,13 +61,13 @@ class LocateThenEdit(EditModule[TextBatch]):
         base: An embedded name, hub id, folder or GGUF file of a model, or a ``LanguageModel``. Names load on first use.
         layers: Candidate layers, ascending; the weighter says which of them are edited. ``auto`` traces the model
             before the first edit and takes the window of five that ``locate`` proposes.
-        site: The projection of each layer that is edited: ``mlp_out``, ``attn_out``, or the path of any linear map
-            below a block. One that does not write the residual stream needs target values at its own output:
-            ``targets.site`` of the same name, and an allocator with ``residual_at="self"``.
         weighter: How much each layer matters.
         allocator: Which share of the remaining residual each layer takes.
         solver: The closed-form weight change.
         targets: The search for target values.
+        site: The projection of each layer that is edited: ``mlp_out``, ``attn_out``, or the path of any linear map
+            below a block. One that does not write the residual stream needs target values at its own output:
+            ``targets.site`` of the same name, and an allocator with ``residual_at="self"``.
         statistics: How the second moments of the keys to preserve are collected.
         contexts: Texts around each prompt; None samples them from the model before the first edit.
         scores: Causal score of each layer of this model, for a ``Scores`` weighter that was given none; with
@@ -95,11 +95,11 @@ class LocateThenEdit(EditModule[TextBatch]):
         self,
         base: str | LanguageModel = "smollm2-135m",
         layers: Sequence[int] | Literal["auto"] = (),
-        site: Role = "mlp_out",
         weighter: Weighter = Uniform(),
         allocator: Allocator = Sequential(),
         solver: Solver = LeastSquares(),
         targets: TargetSearch = GradientSearch(),
+        site: Role = "mlp_out",
         statistics: Statistics = Statistics(),
         contexts: Contexts | None = None,
         scores: dict[int, float] | None = None,

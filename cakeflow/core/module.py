@@ -141,12 +141,13 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
     @final
     def setup(self, stage: str | None = None) -> None:
-        """Load the model, if it was given by name, and open the journal's folder when a run begins."""
+        """Load the model, if it was given by name, and open the journal's folder when a run begins by itself."""
         if not hasattr(self, "lm"):
             self.adopt(load_model(str(self._base), **self._loading))
             self.check_model()
-        if stage == "fit" or (stage == "validate" and self.stage == "before"):
-            self._open_journal()
+        folder = run_folder(self.trainer) if stage == "fit" else None
+        if folder and not (self.journal.store and self.journal.store.folder == folder / "journal"):
+            self.open_journal(folder, self.trainer.datamodule)  # type: ignore[attr-defined]
 
     @final
     def on_train_start(self) -> None:
@@ -257,12 +258,16 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
                 except EditError as error:
                     warnings.warn(f"{type(callback).__name__} measured nothing here: {error}", stacklevel=2)
 
-    def _open_journal(self) -> None:
-        """Store every batch in the run folder, if the Trainer has one, from now on."""
-        folder, store = run_folder(self.trainer), self.journal.store
-        if folder is None or (store is not None and store.folder == folder / "journal"):
-            return
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
+    def open_journal(self, folder: Path, data: Any) -> None:
+        """Store every batch in a run folder from now on; an interrupted run there goes on.
+
+        Args:
+            folder: The run folder.
+            data: The run's ``EditDataModule``.
+
+        Raises:
+            ResumeError: If the folder holds a run that differs, or a finished one.
+        """
         requests: Sequence[EditRequest] = data.requests if data else ()
         run = RunBody(
             model=self.name,

@@ -95,6 +95,9 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         record.clear()
     data.evaluate = evaluate
     data.attach(module, edit=True, evaluate=evaluate)
+    folder = run_folder(trainer)
+    if folder is not None:  # before any logger writes: a folder that is refused stays as it is
+        module.open_journal(folder, data)
     before: dict[str, float] = {}
     if evaluate:
         before = run_evaluate(trainer, module, data, "before").metrics
@@ -106,7 +109,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if evaluate and module.evaluated != len(module.journal):  # the last validation came before the last batch
         run_evaluate(trainer, module, data, "after")
-    folder, after = run_folder(trainer), dict(module.metrics_at.get("after", {}))
+    after = dict(module.metrics_at.get("after", {}))
     if folder is not None:
         _write_run(folder, module, data, {"before": before, "after": after})
     return FitResult(

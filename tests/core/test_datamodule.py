@@ -1,15 +1,18 @@
 """The data module: batches, limits and order."""
 
+import copy
 import json
 
 import datasets
 import lightning as L
 import pytest
+from tiny_runs import module_of
 
-from cakeflow.core.datamodule import EditDataModule, Records
+from cakeflow.core.datamodule import EditDataModule
 from cakeflow.data import builtin_facts
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, RequestError
+from cakeflow.forward.tokens import EditBatch, TextBatch
 
 REQUESTS = [EditRequest("{} is number", f"Item {i}", str(i)) for i in range(10)]
 
@@ -23,6 +26,13 @@ def numbers(loader):
     return [[int(request.target_new) for request in batch.requests] for batch in loader]
 
 
+def batches_of(lm, *args, **kwargs):
+    """The edit batches that a module gets."""
+    data = EditDataModule(*args, **kwargs)
+    data.attach(module_of(lm), edit=True, evaluate=False)
+    return data.train_dataloader()
+
+
 def test_it_is_a_lightning_data_module():
     assert isinstance(EditDataModule(REQUESTS), L.LightningDataModule)
 
@@ -31,17 +41,36 @@ def test_it_is_a_lightning_data_module():
     ("batch_size", "wanted"),
     [(None, [10]), (1, [1] * 10), (4, [4, 4, 2]), (10, [10]), (99, [10])],
 )
-def test_edit_batches_keep_the_order(batch_size, wanted):
-    batches = numbers(EditDataModule(REQUESTS, batch_size).train_dataloader())
+def test_edit_batches_keep_the_order(lm, batch_size, wanted):
+    batches = list(batches_of(lm, REQUESTS, batch_size))
     assert [len(batch) for batch in batches] == wanted
-    assert [number for batch in batches for number in batch] == list(range(10))
-    assert all(isinstance(batch, Records) for batch in EditDataModule(REQUESTS, batch_size).train_dataloader())
+    assert [batch.first for batch in batches] == [sum(wanted[:i]) for i in range(len(wanted))]
+    assert [number for batch in numbers(batches) for number in batch] == list(range(10))
+    assert all(type(batch) is TextBatch for batch in batches)
 
 
-def test_validation_covers_the_same_records_in_its_own_batches():
+def test_batches_need_a_model():
+    """A Trainer that got an empty loader would edit nothing and say nothing."""
+    with pytest.raises(ConfigError, match=r"need a model.*datamodule=data"):
+        EditDataModule(REQUESTS).train_dataloader()
+
+
+def test_validation_covers_the_same_records_in_its_own_batches(lm):
     data = EditDataModule(REQUESTS, batch_size=2, limit=7, eval_batch_size=3)
     assert numbers(data.val_dataloader()) == [[0, 1, 2], [3, 4, 5], [6]]
-    assert numbers(data.train_dataloader()) == [[0, 1], [2, 3], [4, 5], [6]]
+    assert all(type(batch) is EditBatch for batch in data.val_dataloader())
+    assert numbers(batches_of(lm, REQUESTS, batch_size=2, limit=7)) == [[0, 1], [2, 3], [4, 5], [6]]
+
+
+def test_another_module_gets_its_own_batches(lm):
+    data, first, second = EditDataModule(REQUESTS), module_of(lm), module_of(copy.deepcopy(lm))
+    for module in (first, first, second):
+        data.attach(module, edit=True, evaluate=True)
+    (batch,) = data.train_dataloader()
+    data.attach(second, edit=True, evaluate=True)
+    assert next(iter(data.train_dataloader())) is batch
+    data.attach(first, edit=True, evaluate=True)
+    assert next(iter(data.train_dataloader())) is not batch
 
 
 @pytest.mark.parametrize(("limit", "wanted"), [(None, 10), (1, 1), (4, 4), (99, 10)])
@@ -65,8 +94,8 @@ def test_shuffling_is_seeded_and_comes_before_the_limit():
     assert [request.subject for request in REQUESTS] == [f"Item {i}" for i in range(10)]  # the caller's list is left
 
 
-def test_epochs_repeat_the_order():
-    loader = EditDataModule(REQUESTS, 3, shuffle_seed=1).train_dataloader()
+def test_epochs_repeat_the_order(lm):
+    loader = batches_of(lm, REQUESTS, 3, shuffle_seed=1)
     assert numbers(loader) == numbers(loader)
 
 
@@ -90,14 +119,13 @@ def test_only_what_is_edited_must_agree():
     assert EditDataModule([clash, *REQUESTS], conflicts="drop", limit=4).requests == [clash, *REQUESTS[:3]]
 
 
-def test_order_and_split_reach_the_reader(tmp_path):
+def test_order_and_split_reach_the_reader(lm, tmp_path):
     folder = tmp_path / "set"
     folder.mkdir()
     for split, count in (("train", 10), ("test", 4)):
         lines = [json.dumps({**request.to_dict(), "case_id": i}) for i, request in enumerate(REQUESTS[:count])]
         (folder / f"{split}.jsonl").write_text("\n".join(lines))
-    data = EditDataModule(folder, split="test", order=[3, 0], batch_size=1)
-    assert numbers(data.train_dataloader()) == [[3], [0]]
+    assert numbers(batches_of(lm, folder, split="test", order=[3, 0], batch_size=1)) == [[3], [0]]
     with pytest.raises(ConfigError, match="no record has 9"):
         EditDataModule(folder, split="test", order=[9])
 

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
+from tiny_runs import name_of
 
 from cakeflow import (
     Contexts,
@@ -84,7 +85,7 @@ def test_one_step_per_batch(lm, requests, quiet, build, batch_size, steps):
     assert trainer.global_step == steps
     assert len(module.journal) == steps
     assert [request for step in module.journal for request in step.requests] == requests
-    assert len(module.journal.history(1)) == 12
+    assert len(module.journal.history(name_of(module.lm, 1))) == 12
 
 
 def test_only_the_edited_projections_change(tiny, requests, quiet, build):
@@ -183,8 +184,8 @@ def test_weights_per_fact(tiny, requests, quiet, build):
     """A fact whose weight at a layer is zero asks nothing of it."""
     module = build(tiny, weighter=PerFact())
     fit(module, requests, quiet, 12)
-    first, second = module.journal[0].layers
-    assert (first.layer, second.layer) == (1, 4)
+    first, second = module.journal.changes
+    assert [first.place, second.place] == [name_of(tiny, 1), name_of(tiny, 4)]
     assert first.update.left[:6].norm(dim=1).min() > 0
     assert first.update.left[6:].norm() == 0
     assert second.update.left[6:].norm(dim=1).min() > 0
@@ -242,7 +243,7 @@ def test_a_failing_batch_is_taken_back_and_those_before_stay(tiny, requests, qui
         fit(module, requests, quiet)
     assert same(tiny, after_first)
     assert len(module.journal) == 1
-    assert len(module.journal.history(1)) == 6
+    assert len(module.journal.history(name_of(module.lm, 1))) == 6
     module.journal.rollback()
     assert same(tiny, before)
     assert not [m for m in tiny.model.modules() if m._forward_hooks or "forward" in m.__dict__]

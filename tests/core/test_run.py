@@ -254,7 +254,7 @@ def test_a_plain_trainer_keeps_and_resumes_too(lm, requests, tmp_path):
     with pytest.warns(UserWarning, match="Experiment logs directory"):
         module = train(lm)
     entries = [entry.kind for entry in read_entries(tmp_path / "run/journal/ledger.jsonl")]
-    assert entries == ["model", "run", "batch", "batch"]
+    assert entries == ["model", "run", "batch", "batch", "evaluation"]
     assert len(module.journal) == 2
 
 
@@ -280,5 +280,5 @@ def test_a_file_that_was_changed_meanwhile_is_noticed(lm, requests, tmp_path):
 
 def test_settings_are_those_that_were_given(lm):
     """What a run measures before its first edit must not look like another experiment when it is resumed."""
-    assert LocateThenEdit(lm, LAYERS)._given == LocateThenEdit(lm, LAYERS)._given
-    assert " at 0x" not in json.dumps(LocateThenEdit(lm, LAYERS, solver=type("Own", (LeastSquares,), {})())._given)
+    assert LocateThenEdit(lm, LAYERS).settings() == LocateThenEdit(lm, LAYERS).settings()
+    assert " at 0x" not in json.dumps(LocateThenEdit(lm, LAYERS, solver=type("Own", (LeastSquares,), {})()).settings())

@@ -14,6 +14,7 @@ from cakeflow.data import select
 from cakeflow.data.request import EditRequest, contradictions
 from cakeflow.data.selection import read_order
 from cakeflow.errors import ConfigError, RequestError
+from cakeflow.forward.tokens import EditBatch
 
 RECORDS = [EditRequest("{} is number", f"Item {i}", str(i), case_id=100 + i) for i in range(6)]
 
@@ -90,7 +91,7 @@ def test_an_error_names_just_what_dropping_would_leave_out(setting, limit):
 def test_a_stream_covers_the_records_in_sequence(count, batch_size, seed):
     records = [EditRequest("{} is", f"s{i}", "x") for i in range(count)]
     data = EditDataModule(records, batch_size, shuffle_seed=seed)
-    batches = [batch.requests for batch in data.train_dataloader()]
+    batches = [batch.requests for batch in EditBatch(data.requests).split(data.batch_size)]
     assert [request for batch in batches for request in batch] == select(records, shuffle_seed=seed)
     sizes = [len(batch) for batch in batches]
     assert all(size == (batch_size or count) for size in sizes[:-1])

@@ -39,7 +39,7 @@ def plain(lm, batch, layer, anchor):
 def test_equals_full_passes_layer_by_layer(tiny, batch, layers, max_tokens):
     reader, anchor = FactReader(tiny, batch, max_tokens), Site(layers[-1])
     for layer in layers:
-        keys, bare, values = reader.read(layer, anchor)
+        keys, bare, values = reader.read(Site(layer, "mlp_out"), anchor)
         wanted_keys, wanted_bare, wanted_values = plain(tiny, batch, layer, anchor)
         torch.testing.assert_close(keys, wanted_keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(bare, wanted_bare, rtol=0, atol=1e-12)
@@ -55,7 +55,7 @@ def test_sees_weights_that_were_changed_on_the_way(tiny, batch):
             with torch.no_grad():
                 previous = tiny.weight(Site(layer - 1 if layer == 2 else 2, "mlp_out"))
                 previous += 0.3 * torch.randn(previous.shape, dtype=previous.dtype, generator=generator)
-        keys, bare, values = reader.read(layer, anchor)
+        keys, bare, values = reader.read(Site(layer, "mlp_out"), anchor)
         wanted_keys, wanted_bare, wanted_values = plain(tiny, batch, layer, anchor)
         torch.testing.assert_close(keys, wanted_keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(bare, wanted_bare, rtol=0, atol=1e-12)
@@ -68,7 +68,7 @@ def test_values_at_the_layer_itself(tiny, batch, role):
     reader = FactReader(tiny, batch)
     for layer in (1, 4):
         anchor = Site(layer, role)
-        *_, values = reader.read(layer, anchor)
+        *_, values = reader.read(Site(layer, "mlp_out"), anchor)
         torch.testing.assert_close(values, plain(tiny, batch, layer, anchor)[-1], rtol=0, atol=1e-12)
 
 
@@ -77,7 +77,7 @@ def test_weights_of_the_mean(lm, batch):
     assert batch.weights == pytest.approx((0.5, *[0.1] * 5))
     bare = encode_batch(lm, batch.requests, Contexts())
     reader, anchor = FactReader(lm, bare), Site(3)
-    keys, *_ = reader.read(3, anchor)
+    keys, *_ = reader.read(Site(3, "mlp_out"), anchor)
     assert reader.others is None
     with torch.no_grad(), capture(lm, [Site(3, "mlp_out")], side="in") as seen:
         lm.model(input_ids=torch.tensor([bare.rows[2][0].ids]), use_cache=False)

@@ -32,7 +32,7 @@ def plain(lm, batch, layer, change):
 @pytest.mark.parametrize("layer", [0, 3])
 def test_equals_plain_passes(tiny, requests, layer, max_tokens):
     batch = encode_batch(tiny, requests[:4], Contexts())
-    loss = WeightLoss(tiny, batch, layer, max_tokens)
+    loss = WeightLoss(tiny, batch, Site(layer, "mlp_out"), max_tokens)
     gen, shape = torch.Generator().manual_seed(0), tiny.oriented(Site(layer, "mlp_out")).shape
     change, step = (0.05 * torch.randn(shape, generator=gen, dtype=torch.float64) for _ in range(2))
     value, gradient = loss(change)

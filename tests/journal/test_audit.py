@@ -113,7 +113,7 @@ def test_replay_reproduces_every_weight(finished, run):
     assert content(folder) == content(run)
     fresh = Journal(copy.deepcopy(unedited))
     fresh.load(folder / "journal")
-    assert state(fresh.lm, _Holder(fresh)) == wanted
+    assert state(fresh.model, _Holder(fresh)) == wanted
 
 
 class _Holder:

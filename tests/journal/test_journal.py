@@ -3,64 +3,22 @@
 import copy
 import dataclasses
 from contextlib import suppress
-from typing import ClassVar
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from safetensors.torch import load_file
 from tiny_runs import name_of
 
 from cakeflow import Update
-from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import bodies, read_entries
-from cakeflow.journal.schema import BatchBody, RunBody, TargetBody
+from cakeflow.journal.schema import BatchBody, TargetBody
 from cakeflow.models import Site
-
-RUN = RunBody(model="tiny", settings={}, edits=0, batch_size=1, data="", who="", versions={}, threads=1)
-FACTS = [EditRequest("{} plays", "Ann", "tennis")]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64, torch.float16]
-
-
-def bits(lm):
-    return {name: tensor.clone() for name, tensor in lm.model.state_dict().items()}
-
-
-def same(lm, before):
-    return all(torch.equal(tensor, before[name]) for name, tensor in lm.model.state_dict().items())
-
-
-def draw(lm, layer, seed, scale=1.0, n=2):
-    generator = torch.Generator().manual_seed(seed)
-    d_out, d_in = lm.oriented(Site(layer, "mlp_out")).shape
-    left, right = (torch.randn(n, width, dtype=torch.float64, generator=generator) for width in (d_out, d_in))
-    return Update(scale * right, left)
-
-
-def apply(journal, step, layer, seed, scale=1.0):
-    update = draw(journal.model, layer, seed, scale, len(step.hashes) or 2)
-    journal.apply(step, WeightChange(name_of(journal.model, layer), update, update.right.clone()), {"update": 1.0})
-
-
-def keys_at(journal, layer):
-    """Keys of the committed batches at a layer."""
-    return [change.keys for change in journal.changes if change.place == name_of(journal.model, layer)]
-
-
-def history(journal, layer):
-    return journal.history(name_of(journal.model, layer))
-
-
-def edit(journal, requests, seed, layers=(1, 3), scale=1.0, last=None):
-    with journal.batch(requests) as step:
-        for layer in layers[:-1]:
-            apply(journal, step, layer, seed + layer, scale)
-        apply(journal, step, layers[-1], seed + layers[-1], last or scale)
+from journal.edits import DTYPES, apply, bits, draw, edit, history, keys_at, same
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -345,96 +303,3 @@ def test_reverted_for_a_while(tiny, dtype):
     assert same(tiny, edited)
     journal.rollback()
     assert same(tiny, before)
-
-
-class Life(RuleBasedStateMachine):
-    """Batches come and go, fail, are saved, loaded, and survive the end of their process."""
-
-    dtype = torch.float32
-    model = None
-    folders = None
-    known: ClassVar[dict] = {}
-
-    def __init__(self):
-        super().__init__()
-        self.begin(None)
-        self.done = []
-
-    def begin(self, folder):
-        """A new process: the unedited model, and what is on disk."""
-        self.lm = copy.deepcopy(self.model)
-        self.journal = Journal(self.lm)
-        if folder is None:
-            self.folder = self.folders.mktemp("life") / "journal"
-            self.journal.open(self.journal.store_at(self.folder), RUN)
-        else:
-            self.journal.load(folder)
-
-    @rule(seed=st.integers(0, 5), layers=st.sets(st.integers(0, 2), min_size=1))
-    def edits(self, seed, layers):
-        edit(self.journal, FACTS, seed, sorted(layers), 1e-2)
-        self.done.append((self.journal[-1].number, seed, tuple(sorted(layers))))
-
-    @rule(seed=st.integers(0, 5), layers=st.sets(st.integers(0, 2), min_size=1))
-    def fails(self, seed, layers):
-        with pytest.raises(NumericalError):
-            edit(self.journal, FACTS, seed, [*sorted(layers), 3], 1e-2, last=float("nan"))
-
-    @rule(count=st.integers(0, 3))
-    def rolls_back(self, count):
-        self.journal.rollback(count)
-        del self.done[max(0, len(self.done) - count) :]
-
-    @precondition(lambda self: self.done)
-    @rule(data=st.data())
-    def rolls_back_one(self, data):
-        batch = data.draw(st.sampled_from(self.done))
-        self.journal.rollback(batch=batch[0])
-        self.done.remove(batch)
-
-    @rule()
-    def dies_and_is_loaded(self):
-        self.begin(self.folder)
-
-    @rule(torn=st.binary(max_size=30).filter(lambda data: b"\n" not in data))
-    def dies_writing(self, torn):
-        with (self.folder / "ledger.jsonl").open("ab") as file:
-            file.write(torn)
-        (self.folder / ".batch-00099.safetensors.1.tmp").write_bytes(torn)
-        self.begin(self.folder)
-
-    @rule()
-    def moves(self):
-        """Saved elsewhere, and gone on with there."""
-        folder = self.folders.mktemp("life") / "moved"
-        self.journal.save(folder)
-        self.folder = folder
-        self.begin(folder)
-
-    @rule()
-    def looks_back(self):
-        with self.journal.reverted():
-            assert same(self.lm, self.model.model.state_dict())
-
-    @invariant()
-    def is_as_if_only_what_is_left_had_been_done(self):
-        plan = tuple(step[1:] for step in self.done)
-        if plan not in self.known:
-            journal = Journal(copy.deepcopy(self.model))
-            for seed, layers in plan:
-                edit(journal, FACTS, seed, layers, 1e-2)
-            self.known[plan] = bits(journal.model)
-        assert same(self.lm, self.known[plan])
-        assert [step.number for step in self.journal] == [step[0] for step in self.done]
-        for layer in range(4):
-            keys = keys_at(self.journal, layer)
-            found = history(self.journal, layer).keys
-            assert found is None if not keys else torch.equal(found, torch.cat(keys))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_life_of_a_journal(lm, dtype, tmp_path_factory, requests):
-    lm.model.to(dtype)
-    parts = {"dtype": dtype, "model": lm, "folders": tmp_path_factory, "known": {}}
-    machine = type("Life", (Life,), parts)
-    run_state_machine_as_test(machine, settings=settings(max_examples=25, stateful_step_count=12, deadline=None))

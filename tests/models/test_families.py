@@ -121,7 +121,7 @@ def test_half_precision_is_edited_and_taken_back_bit_for_bit(name, dtype, lm, qu
     assert half.dtype == dtype
     assert bool((chances(half, FACTS) > low + 0.3).all())
     assert all(
-        step.dtype == torch.float64 for part in module.journal[0].layers for step in (part.keys, part.update.right)
+        each.dtype == torch.float64 for change in module.journal.changes for each in (change.keys, change.update.right)
     )
     module.journal.rollback()
     assert all(torch.equal(part, before[key]) for key, part in half.model.state_dict().items())

@@ -88,17 +88,17 @@ def test_fingerprint_is_that_of_the_content(tiny):
 
 @pytest.mark.parametrize("layer", [0, 3, 5])
 def test_fingerprint_changes_with_one_element_of_a_weight(tiny, layer):
-    before, below = tiny.fingerprint(), tiny.fingerprint(layers=layer)
-    up_to = tiny.fingerprint(layers=layer + 1)
+    before, below = tiny.fingerprint(), tiny.fingerprint(blocks=layer)
+    up_to = tiny.fingerprint(blocks=layer + 1)
     weight = tiny.weight(Site(layer, "mlp_out")).data
     weight[1, 2] = torch.nextafter(weight[1, 2], torch.tensor(9.0, dtype=weight.dtype))
     assert tiny.fingerprint() != before
-    assert tiny.fingerprint(layers=layer + 1) != up_to
-    assert (tiny.fingerprint(layers=layer) == below) == (layer > 0)  # 0 means all
+    assert tiny.fingerprint(blocks=layer + 1) != up_to
+    assert (tiny.fingerprint(blocks=layer) == below) == (layer > 0)  # 0 means all
 
 
 def test_fingerprint_changes_with_embedding_type_and_settings(tiny):
-    before = {tiny.fingerprint(), tiny.fingerprint(layers=1)}
+    before = {tiny.fingerprint(), tiny.fingerprint(blocks=1)}
     for change in (
         lambda one: one.model.get_input_embeddings().weight.data[0, 0].add_(1e-9),
         lambda one: one.model.to(torch.float32),
@@ -106,7 +106,7 @@ def test_fingerprint_changes_with_embedding_type_and_settings(tiny):
     ):
         changed = copy.deepcopy(tiny)
         change(changed)
-        assert {changed.fingerprint(), changed.fingerprint(layers=1)}.isdisjoint(before)
+        assert {changed.fingerprint(), changed.fingerprint(blocks=1)}.isdisjoint(before)
 
 
 def test_fingerprint_changes_with_the_tokenizer(tiny):
@@ -121,7 +121,7 @@ def test_integer_weights_are_refused(tiny):
     module.weight = torch.nn.Parameter(torch.zeros_like(module.weight, dtype=torch.int8), requires_grad=False)
     assert tiny.weight(Site(1, "mlp_out")) is tiny.module(Site(1, "mlp_out")).weight
     for use in (tiny.weight, tiny.oriented, lambda layer: LocateThenEdit(tiny, layers=[1, layer])):
-        with pytest.raises(ArchitectureError, match=r"layer 2.*no floating-point weight.*dequantized"):
+        with pytest.raises(ArchitectureError, match=r"\.2\.mlp.*no floating-point weight.*dequantized"):
             use(2)
 
 

@@ -1,0 +1,72 @@
+"""One way through: each request is tokenized, checked and estimated once, and few files lie between fit and weight."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from tiny_runs import editor_of, name_of
+
+import cakeflow
+from cakeflow import LeastSquares
+from cakeflow.core import datamodule, locate_then_edit, module
+from cakeflow.journal.journal import Journal
+
+FOLDER = f"{Path(cakeflow.__file__).parent}/"
+
+
+def test_everything_is_done_once_per_request(lm, requests, tmp_path, monkeypatch):
+    counts, requests = Counter(), requests[:5]
+
+    def counted(owner, name, key):
+        function = getattr(owner, name)
+
+        def call(*args, **kwargs):
+            counts.update(key(*args, **kwargs))
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, call)
+
+    def per_request(kind, place):
+        return lambda *args, **_: [(kind, request.subject) for request in args[place]]
+
+    counted(datamodule, "parse_requests", per_request("parsed", 0))
+    counted(locate_then_edit, "encode_batch", per_request("tokenized", 1))
+    counted(module, "check_records", per_request("checked", 1))
+    counted(
+        locate_then_edit.Footprint,
+        "estimate",
+        lambda _lm, batch, *_, **__: [("estimated", request.subject) for request in batch.requests],
+    )
+    counted(Journal, "open", lambda *_: ["opened"])
+    editor = editor_of(lm)
+    result = editor.fit(requests, 2, run_dir=tmp_path / "run")
+    assert len(editor.journal) == 3
+    assert result.folder == tmp_path / "run"
+    kinds = ("parsed", "tokenized", "checked", "estimated")
+    assert counts == Counter({(kind, request.subject): 1 for kind in kinds for request in requests} | {"opened": 1})
+
+
+def test_few_files_lie_between_fit_and_the_changed_weight(lm, requests, tmp_path):
+    """Files of the package whose code runs from ``Editor.fit`` to the first change, of the plainest edit."""
+    editor = editor_of(lm, solver=LeastSquares(0.5))
+    weight = lm.weight(name_of(lm, 1))
+    before, files = weight.detach().clone(), []
+
+    def profile(frame, event, _argument):
+        path = frame.f_code.co_filename
+        inside = event == "call" and path.startswith(FOLDER) and frame.f_code.co_name != "<module>"
+        if inside and path not in files and torch.equal(weight, before):
+            files.append(path)
+
+    sys.setprofile(profile)
+    try:
+        editor.fit(requests[:1], evaluate=False, run_dir=tmp_path / "run")
+    finally:
+        sys.setprofile(None)
+    assert not torch.equal(weight, before)
+    names = [path.removeprefix(FOLDER) for path in files]
+    assert len(names) <= MOST_FILES, names
+
+
+MOST_FILES = 5
