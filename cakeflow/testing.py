@@ -70,7 +70,7 @@ class AllocatorContract:
     tolerance: ClassVar[float] = 1e-9
     """Relative deviation from linearity; raise it for an allocator that solves iteratively."""
 
-    def test_what_it_gives_fits_and_its_shares_keep_the_contract(self) -> None:
+    def test_shares_fit_and_keep_the_contract(self) -> None:
         """The share is finite and has the residual's shape; shares lie in (0, 1], and the last layer takes the rest."""
         for context, residual in random_contexts():
             checked_residual(self.allocator, self.allocator.allocate(residual, context), residual, context)

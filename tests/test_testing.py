@@ -227,12 +227,12 @@ class Vandal(Uniform):
 @pytest.mark.parametrize(
     ("contract", "only", "given", "error", "words"),
     [
-        (AllocatorContract, "test_what", {"allocator": Half()}, ShapeError, "Half: the last layer must take all"),
+        (AllocatorContract, "test_shares", {"allocator": Half()}, ShapeError, "Half: the last layer must take the whole"),
         (AllocatorContract, "test_it_is_linear", {"allocator": Bent()}, AssertionError, None),
-        (AllocatorContract, "test_what", {"allocator": Squared()}, ShapeError, r"Squared: shares must lie in \(0, 1\]"),
+        (AllocatorContract, "test_shares", {"allocator": Squared()}, ShapeError, r"Squared: shares must lie in \(0, 1\]"),
         (SolverContract, "test_it_is_pure", {"solver": Growing()}, AssertionError, None),
-        (SolverContract, "test_what", {"solver": Turned()}, ShapeError, "Turned: layer 0 needs an update of shape"),
-        (SolverContract, "test_what", {"solver": Broken()}, NumericalError, "layer 0: .*Broken: the update has values"),
+        (SolverContract, "test_updates_fit", {"solver": Turned()}, ShapeError, "Turned: layer 0 needs an update of shape"),
+        (SolverContract, "test_updates_fit", {"solver": Broken()}, NumericalError, "layer 0: .*Broken: the update has values"),
         (WeighterContract, "test_", {"weighter": Negative()}, ShapeError, "Negative: weights must be finite"),
         (WeighterContract, "test_", {"weighter": Vandal()}, AssertionError, None),
     ],
