@@ -176,7 +176,7 @@ class TargetSearchContract:
         assert all(bool(torch.isfinite(numbers).all()) for numbers in vars(targets).values())
 
     def test_it_is_pure(self) -> None:
-        """The same search gives the same targets; the model keeps its bits and no hook."""
+        """Equal searches give equal targets; the model keeps its bits, and no hook stays behind."""
         lm = tiny_model(torch.float64)
         before, batch = {name: part.clone() for name, part in lm.model.state_dict().items()}, tiny_batch(lm)
         for find in (self.search.search, self.search.measure):

@@ -68,7 +68,11 @@ class Wrong(LeastSquares):
     [
         ({"allocator": Narrow()}, ShapeError, r"test_contracts.Narrow: \(3,\) weights gave \(6,\) shares"),
         ({"allocator": Greedy()}, ShapeError, r"test_contracts.Greedy: shares must lie in \(0, 1\]"),
-        ({"allocator": Leaving()}, ShapeError, "test_contracts.Leaving: the last layer must take the whole remaining residual"),
+        (
+            {"allocator": Leaving()},
+            ShapeError,
+            "test_contracts.Leaving: the last layer must take the whole remaining residual",
+        ),
         (
             {"allocator": Lost()},
             NumericalError,
