@@ -1,6 +1,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
-FIT := $(BIN)/cakeflow fit --config configs/method/cake.yaml --config configs/model/smollm2-135m.yaml --config configs/data/builtin.yaml
+FIT := $(BIN)/cakeflow fit --method cake --model smollm2-135m --data builtin
 
 .PHONY: demo small-demo test lint types audit setup clean
 

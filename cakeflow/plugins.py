@@ -1,7 +1,7 @@
-"""Plugins: classes that other packages add, found through the entry points of group ``cakeflow.plugins``.
+"""Plugins: classes that other packages add through entry points of the group ``cakeflow.plugins``.
 
-An entry is ``ClassName = module:ClassName``. Once imported, configs know the class by its short name; a full
-``class_path`` needs no entry point at all.
+An entry is ``ClassName = module:ClassName``. Configs name an imported class by its short name; a full ``class_path``
+needs no entry point.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ from importlib.metadata import EntryPoint, entry_points
 import lightning as L
 import torchmetrics
 
-from cakeflow.allocators import Allocator
+from cakeflow.allocators.base import Allocator
 from cakeflow.errors import PluginError
-from cakeflow.journal import Change
-from cakeflow.solvers import Solver
-from cakeflow.targets import ObjectiveTerm, StopRule, TargetSearch
-from cakeflow.tracing import Attribution
-from cakeflow.weighters import Weighter
+from cakeflow.journal.changes import Change
+from cakeflow.solvers.base import Solver
+from cakeflow.targets.base import TargetSearch
+from cakeflow.targets.objective import ObjectiveTerm
+from cakeflow.targets.stop import StopRule
+from cakeflow.tracing.attribution import Attribution
+from cakeflow.weighters.base import Weighter
 
 GROUP = "cakeflow.plugins"
 SLOTS: dict[str, type] = {
@@ -36,7 +38,7 @@ SLOTS: dict[str, type] = {
     "module": L.LightningModule,  # EditModule itself stands above this file
     "callback": L.Callback,
 }
-"""What a plugin can be: slot -> base class."""
+"""Kinds of plugins: slot -> base class."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ class Plugin:
     """One entry point.
 
     Attributes:
-        name: The short name in configs.
+        name: Short name in configs.
         path: ``module:Class``.
-        package: Who brings it, with its version.
-        slot: Which of ``SLOTS`` it fills, or nothing.
-        problem: Why it cannot be used, or nothing.
+        package: Package that provides it, with its version.
+        slot: Key of ``SLOTS``; empty if it fits none.
+        problem: Reason why it cannot be used; empty if it can.
     """
 
     name: str
@@ -62,25 +64,25 @@ class Plugin:
 
 
 def find_plugins() -> list[Plugin]:
-    """Every installed plugin, imported and checked, in the order of their names."""
-    found = [_examine(entry) for entry in entry_points(group=GROUP)]
+    """Import and check every installed plugin; return them sorted by name."""
+    plugins = [_examine(entry) for entry in entry_points(group=GROUP)]
     ours = {kind.__name__ for base in SLOTS.values() for kind in _subclasses(base) if _is_ours(kind)}
-    count = Counter([plugin.name for plugin in found] + list(ours))
+    count = Counter([plugin.name for plugin in plugins] + list(ours))
     clash = "another one has the same name; rename one or uninstall its package"
-    checked = [replace(each, problem=each.problem or (clash if count[each.name] > 1 else "")) for each in found]
+    checked = [replace(each, problem=each.problem or (clash if count[each.name] > 1 else "")) for each in plugins]
     return sorted(checked, key=lambda plugin: (plugin.name, plugin.package))
 
 
 def load_plugins() -> list[Plugin]:
-    """Import every installed plugin, so that configs can name it.
+    """Import every installed plugin, so that configs can use its short name.
 
     Raises:
-        PluginError: Naming each plugin that cannot be used, and why.
+        PluginError: Naming each plugin that cannot be used and the reason.
     """
-    found = find_plugins()
-    if bad := [plugin for plugin in found if plugin.problem]:
+    plugins = find_plugins()
+    if bad := [plugin for plugin in plugins if plugin.problem]:
         raise PluginError("\n  ".join(f"{plugin}: {plugin.problem}" for plugin in bad))
-    return found
+    return plugins
 
 
 def _examine(entry: EntryPoint) -> Plugin:
@@ -88,19 +90,17 @@ def _examine(entry: EntryPoint) -> Plugin:
     plugin = Plugin(entry.name, entry.value, package)
     try:
         kind = entry.load()
-    except Exception as error:  # whatever a stranger's module does when it is imported
-        return replace(plugin, problem=f"cannot be imported: {type(error).__name__}: {error}; mend or uninstall it")
+    except Exception as error:  # importing foreign code can raise anything
+        return replace(plugin, problem=f"cannot be imported: {type(error).__name__}: {error}; fix or uninstall it")
     slots = [slot for slot, base in SLOTS.items() if inspect.isclass(kind) and issubclass(kind, base)]
     if not slots:
         bases = ", ".join(f"{base.__module__}.{base.__qualname__}" for base in SLOTS.values())
-        return replace(plugin, problem=f"is no subclass of any of {bases}")
+        return replace(plugin, problem=f"is not a subclass of any of {bases}")
     if inspect.isabstract(kind):
         missing = ", ".join(sorted(kind.__abstractmethods__))
         return replace(plugin, slot=slots[0], problem=f"does not define {missing}")
     if kind.__name__ != entry.name:
-        problem = (
-            f"its class is called {kind.__name__}; give the entry point that name, under which configs look for it"
-        )
+        problem = f"its class is called {kind.__name__}; give the entry point that name, which configs use"
         return replace(plugin, slot=slots[0], problem=problem)
     return replace(plugin, slot=slots[0])
 

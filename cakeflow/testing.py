@@ -1,4 +1,4 @@
-"""Contracts of the slots as test classes: subclass one, give it your object, and pytest runs the rest.
+"""Contracts of the slots as test classes: subclass one, give it your object, and pytest runs the checks.
 
     from cakeflow.testing import AllocatorContract
     from mylab import Halving
@@ -6,7 +6,7 @@
     class TestHalving(AllocatorContract):
         allocator = Halving()
 
-Everything runs offline on small random numbers and a tiny random model.
+Everything runs offline, on small random tensors and a tiny random model.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-from cakeflow.allocators import Allocator, LayerContext
+from cakeflow.allocators.base import Allocator, LayerContext
 from cakeflow.core.contracts import checked_residual, checked_update, checked_weights
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
@@ -32,115 +32,120 @@ from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
-from cakeflow.solvers import Solver
+from cakeflow.solvers.base import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem
-from cakeflow.targets import Objective, ObjectiveTerm, ObjectiveValue, SearchProblem, Targets, TargetSearch
-from cakeflow.weighters import Weighter
+from cakeflow.targets.base import Targets, TargetSearch
+from cakeflow.targets.objective import Objective, ObjectiveTerm, ObjectiveValue, SearchProblem
+from cakeflow.weighters.base import Weighter
 
 SEEDS = range(5)
 
 
 @dataclass(frozen=True)
 class DenseLinearMap:
-    """A chain whose Jacobians are given matrices.
+    """A ``LinearMap`` with explicit Jacobians.
 
     Attributes:
-        matrices: One per layer, n x d_out x d_out.
+        matrices: Jacobian of each layer for each fact, n x d_out x d_out.
     """
 
     matrices: Sequence[Float[Tensor, "n d_out d_out"]]
 
     def vjp(self, covector: Float[Tensor, "n d_out"]) -> list[Float[Tensor, "n d_out"]]:
-        """See ``LinearMap.vjp``."""
+        """Apply the transposed Jacobian of each layer."""
         return [torch.einsum("nij,ni->nj", matrix, covector) for matrix in self.matrices]
 
     def jvp(self, tangents: Sequence[Float[Tensor, "n d_out"]]) -> Float[Tensor, "n d_out"]:
-        """See ``LinearMap.jvp``."""
+        """Apply the Jacobian of each layer and sum the results."""
         pairs = zip(self.matrices, tangents, strict=True)
         return torch.stack([torch.einsum("nij,nj->ni", matrix, tangent) for matrix, tangent in pairs]).sum(0)
 
 
 class AllocatorContract:
-    """What ``Allocator`` and ``ShareAllocator`` promise."""
+    """Contract of ``Allocator`` and ``ShareAllocator``."""
 
     allocator: ClassVar[Allocator]
     tolerance: ClassVar[float] = 1e-9
-    """Relative error of what should be linear; raise it for an allocator that solves iteratively."""
+    """Relative deviation from linearity; raise it for an allocator that solves iteratively."""
 
-    def test_what_it_gives_fits_and_its_shares_keep_the_contract(self) -> None:
-        """Shape, finite numbers, shares in (0, 1], and the last layer takes the rest."""
-        for context, missing in random_turns():
-            checked_residual(self.allocator, self.allocator.allocate(missing, context), missing, context)
+    def test_shares_fit_and_keep_the_contract(self) -> None:
+        """The share is finite and has the residual's shape; shares lie in (0, 1], and the last layer takes the rest."""
+        for context, residual in random_contexts():
+            checked_residual(self.allocator, self.allocator.allocate(residual, context), residual, context)
 
     def test_it_is_linear_in_the_residual(self) -> None:
-        """Twice the residual is twice the answer, and a sum gives the sum."""
-        for context, missing in random_turns():
-            other = missing.flip(0).contiguous()
-            together = self.allocator.allocate(2 * missing + other, context)
-            apart = 2 * self.allocator.allocate(missing, context) + self.allocator.allocate(other, context)
+        """Twice the residual gives twice the share, and a sum of residuals the sum of their shares."""
+        for context, residual in random_contexts():
+            other = residual.flip(0).contiguous()
+            together = self.allocator.allocate(2 * residual + other, context)
+            apart = 2 * self.allocator.allocate(residual, context) + self.allocator.allocate(other, context)
             torch.testing.assert_close(together, apart, rtol=self.tolerance, atol=self.tolerance)
 
     def test_it_is_pure(self) -> None:
-        """The same question gets the same answer, and nothing that it was given changes."""
-        for context, missing in random_turns():
-            kept = missing.clone(), context.weights.clone()
-            first, second = self.allocator.allocate(missing, context), self.allocator.allocate(missing, context)
+        """Equal arguments give equal shares, and stay as they are."""
+        for context, residual in random_contexts():
+            copies = residual.clone(), context.weights.clone()
+            first, second = self.allocator.allocate(residual, context), self.allocator.allocate(residual, context)
             assert torch.equal(first, second)
-            assert torch.equal(missing, kept[0])
-            assert torch.equal(context.weights, kept[1])
+            assert torch.equal(residual, copies[0])
+            assert torch.equal(context.weights, copies[1])
 
 
 class SolverContract:
-    """What ``Solver`` promises."""
+    """Contract of ``Solver``."""
 
     solver: ClassVar[Solver]
 
-    def test_what_it_gives_fits(self) -> None:
-        """Shape and finite numbers."""
+    def test_updates_fit(self) -> None:
+        """Updates are finite and have the shape of the weight."""
         for problem in random_problems():
             checked_update(self.solver, self.solver.solve(problem), problem, 0)
 
     def test_it_is_pure(self) -> None:
-        """The same problem gets the same update, and nothing of it changes."""
+        """Equal problems give equal updates, and stay as they are."""
         for problem in random_problems():
-            kept = [part.clone() for part in (problem.keys, problem.residual, problem.weight, problem.original_weight)]
+            copies = [
+                part.clone() for part in (problem.keys, problem.residual, problem.weight, problem.original_weight)
+            ]
             assert torch.equal(self.solver.solve(problem).dense, self.solver.solve(problem).dense)
             now = problem.keys, problem.residual, problem.weight, problem.original_weight
-            assert all(torch.equal(part, before) for part, before in zip(now, kept, strict=True))
+            assert all(torch.equal(part, before) for part, before in zip(now, copies, strict=True))
 
     def test_the_order_of_facts_is_irrelevant(self) -> None:
-        """Facts are a set."""
+        """A permutation of the facts gives the same update."""
         for problem in random_problems():
             keys, residual = problem.keys.flip(0), problem.residual.flip(0)
-            bare = None if problem.prompt_keys is None else problem.prompt_keys.flip(0)
-            turned = self.solver.solve(replace(problem, keys=keys, residual=residual, prompt_keys=bare)).dense
-            torch.testing.assert_close(turned, self.solver.solve(problem).dense, rtol=1e-6, atol=1e-9)
+            prompt_keys = None if problem.prompt_keys is None else problem.prompt_keys.flip(0)
+            flipped = replace(problem, keys=keys, residual=residual, prompt_keys=prompt_keys)
+            torch.testing.assert_close(
+                self.solver.solve(flipped).dense, self.solver.solve(problem).dense, rtol=1e-6, atol=1e-9
+            )
 
-    def test_nothing_wanted_nothing_changed(self) -> None:
-        """A residual of 0 asks for no change."""
+    def test_a_zero_residual_changes_nothing(self) -> None:
+        """The update of a zero residual is zero."""
         for problem in random_problems():
-            nothing = replace(problem, residual=torch.zeros_like(problem.residual))
-            assert float(self.solver.solve(nothing).dense.abs().max()) == 0
+            solved = replace(problem, residual=torch.zeros_like(problem.residual))
+            assert float(self.solver.solve(solved).dense.abs().max()) == 0
 
     def test_the_end_of_a_run_keeps_the_shape(self) -> None:
-        """What ``finish`` makes of a weight fits in its place."""
+        """``finish`` returns a finite weight of the same shape."""
         for problem in random_problems():
             update = checked_update(self.solver, self.solver.solve(problem), problem, 0)
-            ended = self.solver.finish(problem.original_weight, problem.weight + update.dense)
-            assert ended.shape == problem.weight.shape
-            assert bool(torch.isfinite(ended).all())
+            final = self.solver.finish(problem.original_weight, problem.weight + update.dense)
+            assert final.shape == problem.weight.shape
+            assert bool(torch.isfinite(final).all())
 
 
 class WeighterContract:
-    """What ``Weighter`` promises."""
+    """Contract of ``Weighter``."""
 
     weighter: ClassVar[Weighter]
     layers: ClassVar[Sequence[int]] = (0, 1, 2)
 
     def test_weights_fit_and_the_model_stays(self) -> None:
-        """Shape, sign, finite numbers; no bit of the model changes."""
+        """Weights have a valid shape, are finite and not negative; no bit of the model changes."""
         lm = tiny_model()
         before = {name: part.clone() for name, part in lm.model.state_dict().items()}
         batch = tiny_batch(lm)
@@ -171,7 +176,7 @@ class TargetSearchContract:
         assert all(bool(torch.isfinite(numbers).all()) for numbers in vars(targets).values())
 
     def test_it_is_pure(self) -> None:
-        """The same search gives the same targets; the model keeps its bits and no hook."""
+        """Equal searches give equal targets; the model keeps its bits, and no hook stays behind."""
         lm = tiny_model(torch.float64)
         before, batch = {name: part.clone() for name, part in lm.model.state_dict().items()}, tiny_batch(lm)
         for find in (self.search.search, self.search.measure):
@@ -264,12 +269,12 @@ def _outputs(lm: LanguageModel, batch: TextBatch, site: Site) -> Float[Tensor, "
 
 
 class MetricContract:
-    """What a metric promises: it sees ``PromptScores`` in parts, whole records at a time."""
+    """Contract of metrics, which get ``PromptScores`` in parts of whole records."""
 
     metric: ClassVar[Metric]
 
     def test_parts_add_up(self) -> None:
-        """Several updates, in any order, come to one update with everything."""
+        """Several updates, in any order, give the value of one update with everything."""
         for scores in random_scores():
             whole, parts = self.value(scores), [_records(scores, range(4)), _records(scores, range(4, 9))]
             assert bool(torch.isfinite(whole).all())
@@ -277,7 +282,7 @@ class MetricContract:
             torch.testing.assert_close(self.value(*reversed(parts)), whole)
 
     def test_a_reset_forgets(self) -> None:
-        """What was seen before a reset has no influence."""
+        """Updates before a reset have no influence."""
         metric = copy.deepcopy(self.metric)
         for scores in random_scores():
             metric.reset()
@@ -285,7 +290,7 @@ class MetricContract:
             torch.testing.assert_close(metric.compute(), self.value(scores))
 
     def test_devices_join(self) -> None:
-        """The states of two processes reduce to that of one (``dist_reduce_fx``)."""
+        """The states of two processes merge to the state of one (``dist_reduce_fx``)."""
         for scores in random_scores():
             metric, other = copy.deepcopy(self.metric), copy.deepcopy(self.metric)
             _feed(metric, _records(scores, range(4)))
@@ -294,7 +299,7 @@ class MetricContract:
             torch.testing.assert_close(metric.compute(), self.value(scores))
 
     def value(self, *parts: PromptScores) -> Tensor:
-        """The metric's value after some updates."""
+        """Return the metric's value after some updates."""
         metric = copy.deepcopy(self.metric)
         metric.reset()
         for part in parts:
@@ -303,12 +308,12 @@ class MetricContract:
 
 
 def _feed(metric: Metric, scores: PromptScores) -> None:
-    """As evaluations do: each metric gets the fields that its ``update`` names."""
+    """Update a metric as evaluations do: with the fields that its ``update`` names."""
     MetricCollection(metric).update(**vars(scores))
 
 
 def random_scores() -> Iterator[PromptScores]:
-    """Scores of nine records with prompts of every kind; one record in three names no rival."""
+    """Yield scores of nine records with prompts of every kind; every third record has no rival."""
     for seed in SEEDS:
         gen = torch.Generator().manual_seed(seed)
         record = torch.arange(9).repeat_interleave(6)
@@ -324,8 +329,8 @@ def _records(scores: PromptScores, some: range) -> PromptScores:
     return PromptScores(**{name: value[chosen] for name, value in vars(scores).items()})
 
 
-def random_turns() -> Iterator[tuple[LayerContext, Float[Tensor, "n d_out"]]]:
-    """Turns of several models' worth of layers, with weights for all facts and fact by fact, and what is missing."""
+def random_contexts() -> Iterator[tuple[LayerContext, Float[Tensor, "n d_out"]]]:
+    """Yield layer contexts and residuals of several models, with weights for all facts together and fact by fact."""
     for seed in SEEDS:
         gen = torch.Generator().manual_seed(seed)
         n, width, layers = 3, 4, seed + 1
@@ -342,22 +347,22 @@ def random_turns() -> Iterator[tuple[LayerContext, Float[Tensor, "n d_out"]]]:
 
 
 def random_problems() -> Iterator[LayerProblem]:
-    """Problems with and without a history; some directions of the second moment are nearly null."""
+    """Yield problems with and without a history; some directions of the second moment are nearly null."""
     for seed in SEEDS:
         gen = torch.Generator().manual_seed(seed)
         n, d_in, d_out = 3, 8, 5
         normal = [torch.randn(rows, d_in, generator=gen, dtype=torch.float64) for rows in (n, 2, d_in, d_out)]
-        keys, seen, basis, weight = normal
+        keys, earlier, basis, weight = normal
         vectors = torch.linalg.qr(basis).Q
         values = torch.tensor([1e-4] * 4 + [1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
         covariance = Covariance((vectors * values) @ vectors.T, weight=2.0)
         residual = torch.randn(n, d_out, generator=gen, dtype=torch.float64)
-        history = KeyHistory(seen) if seed % 2 else KeyHistory()
+        history = KeyHistory(earlier) if seed % 2 else KeyHistory()
         yield LayerProblem(keys, residual, weight, weight.clone(), covariance, history, keys + 0.1)
 
 
 def tiny_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
-    """A random GPT-2 of three blocks with a byte-level tokenizer, built offline."""
+    """Build a random GPT-2 of three blocks with a byte-level tokenizer, offline."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={"<end>": 0} | {c: i for i, c in enumerate(alphabet, 1)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -371,7 +376,7 @@ def tiny_model(dtype: torch.dtype = torch.float32) -> LanguageModel:
 
 
 def tiny_batch(lm: LanguageModel) -> TextBatch:
-    """Three facts as tokens."""
+    """Encode three facts."""
     names = ("Ann", "Bob", "Cleo")
     requests = [
         EditRequest(prompt="{} lives in", subject=name, target_new="Rome", target_true="Oslo") for name in names

@@ -76,8 +76,8 @@ def test_others_are_found(install):
     [
         ("Gone", "mylab:Gone", "cannot be imported: AttributeError"),
         ("Broken", "broken:Broken", "cannot be imported: ModuleNotFoundError.*something_that_is_not_there"),
-        ("Stranger", "mylab:Stranger", "no subclass of any of cakeflow.weighters.base.Weighter"),
-        ("number", "mylab:number", "no subclass"),
+        ("Stranger", "mylab:Stranger", "not a subclass of any of cakeflow.weighters.base.Weighter"),
+        ("number", "mylab:number", "not a subclass"),
         ("Unfinished", "mylab:Unfinished", "does not define shares"),
         ("Going", "mylab:Rising", "its class is called Rising"),
         ("LeastSquares", "mylab:LeastSquares", "another one has the same name"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,22 +29,30 @@ from cakeflow.plugins import load_plugins
 from cakeflow.report import metrics_table, phases_table, texts_table
 
 EXAMPLES = 5
-"""Number of texts that are shown before and after."""
-NAMED = ("method", "model", "data")
+"""Number of generated texts to show before and after an edit."""
+CONFIG_KINDS = ("method", "model", "data")
 """Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
-
-
-EPILOG = (
-    "cakeflow fit --method NAME --model NAME --data NAME takes shipped configs by name; a model may also be a folder, a "
-    "GGUF file or a hub id. Options of the method: cakeflow fit --model.help. Further commands, each with --help: "
-    + ", ".join(COMMANDS)
+NAMES_HELP = (
+    "Shipped configs are chosen by name: --method NAME --model NAME --data NAME, e.g. --method cake --model "
+    "smollm2-135m --data builtin. A model may also be a folder, a GGUF file or a hub id; data may be a file, a URL or "
+    "a hub data set. Options of the method: cakeflow fit --model.help."
 )
+EPILOG = f"{NAMES_HELP} Further commands, each with --help: {', '.join(COMMANDS)}."
 
 
 class _Trainer(L.Trainer):
-    """Lightning's Trainer; ``evaluate`` is the field's word for ``validate``."""
+    """Lightning's Trainer: devices, precision, loggers, callbacks.
 
-    evaluate = L.Trainer.validate
+    The docstrings of its methods are the help texts of the commands.
+    """
+
+    def fit(self, *args: Any, **kwargs: Any) -> None:
+        """Edit facts in a model, and show metrics, times and generated texts before and after."""
+        super().fit(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Measure how a model answers requests, without editing it."""
+        return super().validate(*args, **kwargs)
 
 
 class EditCLI(LightningCLI):
@@ -53,41 +62,45 @@ class EditCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The commands, and the arguments of the Trainer's methods that are not options."""
+        """Return the commands, each with the arguments of the Trainer's method that are not options."""
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule", "ckpt_path", "weights_only"},
             "evaluate": {"model", "dataloaders", "datamodule", "ckpt_path", "weights_only", "verbose"},
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the run folder, and the edit module's default class."""
-        parser.add_argument("--run_dir", type=str | None, default=None, help="run folder; an interrupted run goes on")
+        """Add ``--run_dir`` and the default class of the edit module."""
+        parser.add_argument(
+            "--run_dir", type=str | None, default=None, help="Run folder. An interrupted run in it is resumed."
+        )
         parser.set_defaults(MODULE_DEFAULTS)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Read options and configs; of configs that are no YAML at all, jsonargparse says so for most, not for all."""
+        """Parse options and configs, and turn errors that jsonargparse lets through into ``ConfigError``."""
         try:
-            super().parse_arguments(parser, args)
+            with warnings.catch_warnings():  # the words are those of the process, with names replaced by options
+                warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
+                super().parse_arguments(parser, args)
         except (UnicodeDecodeError, RecursionError) as error:
-            raise ConfigError(f"a config file cannot be read: {error}; look at the files after --config") from error
+            raise ConfigError(f"a config file cannot be read: {error}; check the files given as --config") from error
 
     def instantiate_classes(self) -> None:
-        """Make the module, the data and the Trainer; a value that does not fit is an error of ours."""
+        """Create the module, the data and the Trainer."""
         with own_errors():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """A Trainer with a progress bar that leaves room for ours, and a run folder unless the user says otherwise."""
+        """Return a Trainer with a progress bar and, unless the user configures a logger, a run folder."""
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
             config["logger"] = default_logger(self._get(self.config_init, "run_dir"))
         elif self._get(self.config_init, "run_dir") is not None:
-            raise ConfigError("--run_dir names a folder, and so does trainer.logger; leave out one of them")
+            raise ConfigError("--run_dir and trainer.logger both name a folder; leave out one of them")
         config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
         return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
-        """Edit, and show what changed."""
+        """Edit the facts, and print metrics, times and generated texts."""
         console = Console()
         model.setup()
         prompts = [request.text for request in datamodule.requests[:EXAMPLES]]
@@ -101,13 +114,13 @@ class EditCLI(LightningCLI):
         console.print(f"run folder: {result.folder}", soft_wrap=True)
 
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
-        """Evaluate the model as it is."""
+        """Evaluate the model as it is, and print the metrics."""
         self.result = result = run_evaluate(self.trainer, model, datamodule, "now")
         Console().print(metrics_table({"now": result.metrics}, result.protocol))
 
 
 class _CommandParser(ArgumentParser):
-    """Takes ``runs`` as the words that are left (``compare RUN RUN``), where a list would be one word, and ``-n``."""
+    """Parser of the plain commands: ``runs`` is a list of words (``compare RUN RUN``), and ``--n`` is also ``-n``."""
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if args == ("runs",):
@@ -118,11 +131,14 @@ class _CommandParser(ArgumentParser):
 
 
 def expand_names(words: Sequence[str]) -> list[str]:
-    """The words of ``fit`` or ``evaluate`` with ``--method``, ``--model`` and ``--data`` as options that configs know.
+    """Replace ``--method``, ``--model`` and ``--data`` in a command by options of Lightning's CLI.
 
-    A shipped name or a YAML file becomes a ``--config``; any other model or data source is passed on as
-    ``--model.base`` or ``--data.source``. The method's config comes first, then the model's, then the data's, so that
-    whatever else is given wins over them.
+    A shipped name or a YAML file becomes a ``--config``; any other model or data source becomes ``--model.base`` or
+    ``--data.source``. The method's config comes first, then the model's, then the data's. All other options follow, so
+    they override the configs.
+
+    Args:
+        words: The command and its options.
 
     Raises:
         ConfigError: If there is no such method.
@@ -136,11 +152,11 @@ def expand_names(words: Sequence[str]) -> list[str]:
     remaining = iter(words[1:])
     for word in remaining:
         option, joined, value = word.partition("=")
-        if option.removeprefix("--") in NAMED and option.startswith("--"):
+        if option.removeprefix("--") in CONFIG_KINDS and option.startswith("--"):
             names[option.removeprefix("--")] = value if joined else next(remaining, "")
         else:
             rest.append(word)
-    options = [option for kind in NAMED if kind in names for option in _as_options(kind, names[kind])]
+    options = [option for kind in CONFIG_KINDS if kind in names for option in _as_options(kind, names[kind])]
     return [*words[:1], *options, *rest]
 
 
@@ -152,7 +168,7 @@ def _as_options(kind: str, name: str) -> list[str]:
 
 
 def main() -> None:
-    """Run the console script; a command's result is for Python, not for the shell's exit status."""
+    """Run the console script; returns nothing, because a result would become the exit status."""
     run_command()
 
 
@@ -160,7 +176,7 @@ def run_command(args: Sequence[str] | None = None) -> Any:
     """Run one command.
 
     Args:
-        args: Words after the program's name; those of the process by default.
+        args: Words after the program's name; by default those of the process.
 
     Returns:
         The command's result.
@@ -184,7 +200,12 @@ def run_command(args: Sequence[str] | None = None) -> Any:
             seed_everything_default=False,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"epilog": EPILOG},
+            parser_kwargs={
+                "description": "Edit facts in transformer language models.",
+                "epilog": EPILOG,
+                "fit": {"epilog": NAMES_HELP},
+                "evaluate": {"epilog": NAMES_HELP},
+            },
             args=expand_names(words),
         )
     except EditError as error:

@@ -1,4 +1,4 @@
-"""``cakeflow export`` and ``cakeflow apply``: a run becomes an export, a delta becomes a model."""
+"""The commands ``cakeflow export`` and ``cakeflow apply``."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from cakeflow.models.loading import load_model
 def run_export(
     run: Path, out: Path, format: Format = "model", model: str | None = None, overwrite: bool = False
 ) -> Path:
-    """Write what a run made of its model: the whole model with a card, the edited weights alone, or a LoRA adapter.
+    """Export the edited model of a run: the whole model, the edited weights alone, or a LoRA adapter.
 
     Args:
         run: A run folder.
         out: Folder for the export.
-        format: ``model``; ``delta``, for ``cakeflow apply``; or ``lora``, which PEFT loads.
-        model: The base model, where it is not found under the name that the run had for it.
-        overwrite: Replace an export that is there.
+        format: ``model``, a model card included; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; or ``memory``,
+            for runs that put modules in place.
+        model: Name or folder of the base model, if it cannot be loaded by the name that the run was started with.
+        overwrite: Replace an existing export.
 
     Raises:
-        RunFolderError: If the folder is none of a run, or its ledger is broken.
-        ResumeError: If this is another model, or the edits come out otherwise on this machine.
-        ExportError: If the run's edits are of full rank (``lora``).
+        RunFolderError: If the folder is not a run folder, or its ledger is damaged.
+        ResumeError: If the model is another one, or the edits give other weights on this machine.
+        ExportError: If the format cannot hold the run's edits, such as edits of full rank in ``lora``.
     """
     require_place(out, overwrite=overwrite)
     journal = replay(run, model)
@@ -38,16 +39,16 @@ def run_export(
 
 
 def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False) -> Path:
-    """Put a delta into the model that it was made from, and write the edited model.
+    """Apply a delta to the model that it was made from, and write the edited model.
 
     Args:
         delta: A folder that ``cakeflow export --format delta`` wrote.
         model: The base model: an embedded name, a hub id, a folder or a GGUF file.
         out: Folder for the edited model.
-        overwrite: Replace an export that is there.
+        overwrite: Replace an existing export.
 
     Raises:
-        ExportError: If this is another model, or the delta was changed.
+        ExportError: If the model is another one, or the delta was changed.
     """
     dtype = Manifest.read(delta).dtype.removeprefix("torch.")
     require_place(out, overwrite=overwrite)

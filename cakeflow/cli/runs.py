@@ -1,4 +1,4 @@
-"""Commands beside Lightning's: plain functions, whose arguments are the options."""
+"""Commands for run folders and plugins: plain functions whose arguments are the options."""
 
 from __future__ import annotations
 
@@ -15,38 +15,32 @@ from cakeflow.journal.audit import Audit, replay, verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry
 from cakeflow.plugins import Plugin, find_plugins, load_plugins
-from cakeflow.report import (
-    RunFolder,
-    compare_runs,
-    ledger_table,
-    plugins_table,
-    render_page,
-    runs_table,
-    to_csv,
-    to_markdown,
-)
+from cakeflow.report.comparison import compare_runs, to_csv, to_markdown
+from cakeflow.report.folder import RunFolder
+from cakeflow.report.page import render_page
+from cakeflow.report.tables import ledger_table, plugins_table, runs_table
 from cakeflow.storage.atomic import write_text
 
 
 def run_plugins() -> list[Plugin]:
-    """List the installed plugins: their short names, what they are, and which package brings them.
+    """List the installed plugins with their kind and package.
 
     Raises:
-        PluginError: After the list, naming each plugin that cannot be used, and why.
+        PluginError: After the list, naming each plugin that cannot be used and the reason.
     """
     Console().print(plugins_table(find_plugins()))
     return load_plugins()
 
 
 def run_report(run: Path, out: Path | None = None) -> Path:
-    """Write a run as one HTML page, which needs no network: metrics, every edit, layers, costs, config.
+    """Write a report of a run as one HTML page that works offline: metrics, edits, layers, costs and config.
 
     Args:
         run: A run folder.
-        out: The page; ``report.html`` in the run folder by default.
+        out: File of the page; by default ``report.html`` in the run folder.
 
     Raises:
-        RunFolderError: If the folder is none of a run, or has a broken file.
+        RunFolderError: If the folder is not a run folder, or has a damaged file.
     """
     out = out or run / "report.html"
     write_text(out, render_page(RunFolder.read(run)))
@@ -55,17 +49,17 @@ def run_report(run: Path, out: Path | None = None) -> Path:
 
 
 def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None = None) -> list[dict[str, Any]]:
-    """Show runs side by side: metrics after editing with 95 % intervals over records, time and memory.
+    """Compare runs: metrics after editing with 95 % intervals over records, time and memory.
 
-    Runs of the same records under one protocol are also compared record by record with the first one.
+    Runs with the records and the protocol of the first run are also compared with it record by record.
 
     Args:
         runs: Run folders.
-        csv: A file for one line per run, with the intervals' bounds.
-        markdown: A file for the table.
+        csv: CSV file with one line per run, bounds of the intervals included.
+        markdown: Markdown file of the table.
 
     Raises:
-        RunFolderError: If a folder is none of a run, or has a broken file.
+        RunFolderError: If a folder is not a run folder, or has a damaged file.
     """
     rows, console = compare_runs([RunFolder.read(run) for run in runs]), Console()
     console.print(runs_table(rows))
@@ -79,71 +73,72 @@ def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None
 
 
 def run_log(run: Path) -> list[Entry]:
-    """Show who did what to a model, and when: the ledger of a run.
+    """Show the ledger of a run: who changed the model, how and when.
 
     Args:
         run: A run folder.
 
     Raises:
-        RunFolderError: If it is none.
+        RunFolderError: If the folder is not a run folder.
         LedgerError: If the ledger was changed after it was written.
     """
-    found = verify(run)
-    if not found.entries and found.faults:
-        raise LedgerError(found.faults[0])
-    Console().print(ledger_table(found.entries))
-    return found.entries
+    audit = verify(run)
+    if not audit.entries and audit.faults:
+        raise LedgerError(audit.faults[0])
+    Console().print(ledger_table(audit.entries))
+    return audit.entries
 
 
 def run_verify(run: Path, head: str | None = None) -> Audit:
-    """Check every hash of a run: the chain of its ledger, its files, and that its weights follow on one another.
+    """Verify that nothing in a run folder was changed: the hash chain of the ledger, the files and the weights.
 
     Args:
         run: A run folder.
-        head: The hash that the ledger's last entry must have, if it was noted: only that shows missing last entries.
+        head: Expected hash of the last entry, as an earlier ``verify`` printed it; without it, entries missing at the
+            end go unnoticed.
 
     Raises:
-        LedgerError: Naming every entry that is not as it was written.
+        LedgerError: Naming every entry that was changed after it was written.
     """
-    found, console = verify(run, head), Console()
-    if found.faults:
-        raise LedgerError("\n  ".join([f"{run}: {len(found.faults)} fault(s)", *found.faults]))
-    console.print(f"{run}: {len(found.entries)} entries and all files are as they were written", soft_wrap=True)
-    console.print(f"head {found.head}", soft_wrap=True)
-    if found.unknown:
-        console.print(f"files that no entry tells of: {', '.join(found.unknown)}", soft_wrap=True, markup=False)
-    return found
+    audit, console = verify(run, head), Console()
+    if audit.faults:
+        raise LedgerError("\n  ".join([f"{run}: {len(audit.faults)} fault(s)", *audit.faults]))
+    console.print(f"{run}: {len(audit.entries)} entries and all files are as they were written", soft_wrap=True)
+    console.print(f"head {audit.head}", soft_wrap=True)
+    if audit.unknown:
+        console.print(f"files that no entry lists: {', '.join(audit.unknown)}", soft_wrap=True, markup=False)
+    return audit
 
 
 def run_replay(run: Path, model: str | None = None) -> Journal:
-    """Do a run's batches again from the unedited model: every weight must come out as recorded, bit for bit.
+    """Repeat a run from the unedited model, and check that every weight comes out as recorded, bit for bit.
 
     Args:
         run: A run folder.
-        model: The unedited model, where it is not found under the name that the run was started with.
+        model: Name or folder of the unedited model, if it cannot be loaded by the name that the run was started with.
 
     Raises:
         ResumeError: If the model is another one, or a batch leads to other weights.
-        LedgerError: If the ledger or a file is not what was written.
+        LedgerError: If the ledger or a file was changed after it was written.
     """
     journal = replay(run, model)
     places = [*dict.fromkeys(change.place for change in journal.changes)]
-    told = f"{len(journal)} batches, {journal.edits} edits in {', '.join(places)}: all of it comes out as recorded"
-    Console().print(f"{run}: {told}", soft_wrap=True, markup=False)
+    summary = f"{len(journal)} batches, {journal.edits} edits in {', '.join(places)}: every weight as recorded"
+    Console().print(f"{run}: {summary}", soft_wrap=True, markup=False)
     return journal
 
 
 def run_rollback(run: Path, n: int | None = None, batch: int | None = None, model: str | None = None) -> Journal:
-    """Take back a run's last batches, or one of them; the ledger gets an entry, and the files stay for the record.
+    """Take back the last batches of a run, or one batch; the ledger notes it, and the files of the run stay.
 
     Args:
         run: A run folder.
-        n: How many batches; all by default.
-        batch: Number of one batch instead, as ``cakeflow log`` shows it.
-        model: As for ``cakeflow replay``.
+        n: Number of batches to take back; all by default.
+        batch: Number of the one batch to take back instead, as ``cakeflow log`` shows it.
+        model: Name or folder of the unedited model, if it cannot be loaded by the name that the run was started with.
 
     Raises:
-        ConfigError: If there is no such batch.
+        ConfigError: If there are not as many batches, or no such batch.
         ResumeError: If the model is another one, or a batch leads to other weights.
     """
     if n is not None and n < 1:
@@ -151,7 +146,7 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
     journal = replay(run, model)
     before = len(journal)
     journal.rollback(n, batch=batch)
-    Console().print(f"{run}: {before - len(journal)} batches taken back, {len(journal)} left", soft_wrap=True)
+    Console().print(f"{run}: {before - len(journal)} batches taken back, {len(journal)} remain", soft_wrap=True)
     return journal
 
 
@@ -168,4 +163,4 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": run_export,
     "apply": run_apply,
 }
-"""Name -> function."""
+"""Command -> function; its docstring is the help text."""

@@ -1,4 +1,4 @@
-"""``cakeflow trace`` and ``cakeflow facts``."""
+"""The commands ``cakeflow trace`` and ``cakeflow facts``."""
 
 from __future__ import annotations
 
@@ -10,24 +10,13 @@ from rich.console import Console
 
 from cakeflow.errors import ConfigError
 from cakeflow.models.loading import load_model
-from cakeflow.report import (
-    plot_trace,
-    plot_weights,
-    save_plot,
-    trace_table,
-)
+from cakeflow.report.figures import plot_trace, plot_weights, save_plot
+from cakeflow.report.tables import trace_table
 from cakeflow.storage.atomic import write_text
-from cakeflow.tracing import (
-    CausalTrace,
-    KnownFact,
-    Trace,
-    known_facts,
-    known_rows,
-    open_facts,
-    propose_layers,
-    read_facts,
-)
-from cakeflow.tracing.trace import require_layers
+from cakeflow.tracing.facts import KnownFact, known_facts, known_rows, open_facts, read_facts
+from cakeflow.tracing.result import Trace
+from cakeflow.tracing.trace import CausalTrace, require_layers
+from cakeflow.tracing.window import propose_layers
 from cakeflow.weighters.base import effective_layers
 from cakeflow.weighters.scores import Normalization, score_weights
 
@@ -43,41 +32,42 @@ def run_trace(
     trace: CausalTrace = CausalTrace(),
     split: str | None = None,
 ) -> Trace:
-    """Find out which layers recall what a model knows: scores, heat map and weights.
+    """Measure by causal tracing which layers recall facts, and write scores, a heat map and layer weights.
 
-    Facts that the model does not state by itself are left out. Writes ``trace.json``, ``map.png`` and ``weights.png``.
+    Facts that the model does not state by itself are left out. The files are ``trace.json``, ``map.png`` and
+    ``weights.png``.
 
     Args:
         model: An embedded name, a hub id, a folder or a GGUF file.
-        data: ``builtin``, or a file, URL, folder or hub data set of known facts (ROME's schema) or of requests with a
-            true target.
+        data: ``builtin``, or a file, URL, folder or hub data set with known facts (ROME's schema) or with requests that
+            have a true target.
         layers: Layers to trace; all by default.
         out: Folder for the results.
-        limit: Most facts to trace.
-        tau: Temperature of the weights shown.
-        normalization: Of the scores, before the weights.
-        trace: How it is done.
-        split: Of a data set that has several.
+        limit: Largest number of facts to trace.
+        tau: Temperature of the softmax that turns scores into the weights shown.
+        normalization: Normalization of the scores before that softmax.
+        trace: Settings of the trace, such as its window and number of noise draws.
+        split: Split of a data set that has several.
     """
     console, facts, lm = Console(), read_facts(data, split), load_model(model)
     traced = require_layers(lm, layers or ())
-    known, asked = known_rows(lm, facts, limit)
-    console.print(f"the model knows {len(known)} of {asked} facts; the others are left out")
-    found = trace.run(lm, known, traced)
-    scores = found.scores
+    rows, tried = known_rows(lm, facts, limit)
+    console.print(f"the model knows {len(rows)} of {tried} facts; the others are left out")
+    result = trace.run(lm, rows, traced)
+    scores = result.scores
     weights = score_weights(torch.tensor(list(scores.values()), dtype=torch.float64), tau, normalization)
     shares = dict(zip(scores, weights.tolist(), strict=True))
-    console.print(trace_table(found, shares))
-    console.print(f"clean {found.clean.mean():.3f}, corrupted {found.corrupted.mean():.3f}, ", end="")
-    console.print(f"noise {found.settings['noise']:.4g}; N_eff {float(effective_layers(weights)):.2f}")
-    if trace.role == "mlp_out" and trace.window > 1 and found.layers == list(range(lm.depth)):
-        proposal = propose_layers(found, lm.depth)
+    console.print(trace_table(result, shares))
+    console.print(f"clean {result.clean.mean():.3f}, corrupted {result.corrupted.mean():.3f}, ", end="")
+    console.print(f"noise {result.settings['noise']:.4g}; N_eff {float(effective_layers(weights)):.2f}")
+    if trace.role == "mlp_out" and trace.window > 1 and result.layers == list(range(lm.depth)):
+        proposal = propose_layers(result, lm.depth)
         console.print(f"proposed layers {proposal.layers}: {proposal.reason}", soft_wrap=True)
-    found.save(out / "trace.json")
-    save_plot(plot_trace(found), out / "map.png")
+    result.save(out / "trace.json")
+    save_plot(plot_trace(result), out / "map.png")
     save_plot(plot_weights(scores, shares), out / "weights.png")
     console.print(f"written to {out}", soft_wrap=True)
-    return found
+    return result
 
 
 def run_facts(
@@ -89,28 +79,33 @@ def run_facts(
     out: Path = Path("runs/known_facts.json"),
     limit: int | None = None,
 ) -> list[KnownFact]:
-    """Write down which facts a model states by itself, in ROME's ``known_1000`` schema: ``cakeflow trace`` reads it.
+    """Write the facts that a model states by itself to a file that ``cakeflow trace --data`` reads.
+
+    The file has the schema of ROME's ``known_1000``.
 
     Args:
         model: An embedded name, a hub id, a folder or a GGUF file.
-        data: Facts to ask for: ``builtin``, or a file, URL, folder or hub data set of known facts (ROME's schema) or of
-            requests with a true target.
-        split: Of a data set that has several.
-        prompts: Texts with one ``{}`` each, asked about every subject instead of ``data``: the first name that the
-            model gives is taken for the answer, right or wrong.
-        subjects: What the prompts are about.
-        out: The file; with the suffix ``.jsonl`` one fact a line, otherwise one JSON list.
-        limit: Most facts to write.
+        data: Candidate facts: ``builtin``, or a file, URL, folder or hub data set with known facts (ROME's schema) or
+            with requests that have a true target.
+        split: Split of a data set that has several.
+        prompts: Prompts with one ``{}`` each, used with every subject in place of ``data``; the first name in the
+            model's continuation counts as its answer, right or wrong.
+        subjects: Subjects of the prompts.
+        out: JSON file; with the suffix ``.jsonl``, one fact per line.
+        limit: Largest number of facts to write.
+
+    Raises:
+        ConfigError: If ``out`` is a folder, or ``limit`` is below 1.
     """
     if out.is_dir():
         raise ConfigError(f"out={str(out)!r} is a folder; name a .json or .jsonl file")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
     console = Console()
-    asking = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
-    known, asked = known_facts(load_model(model), asking, limit)
-    entries = [each.to_dict(number) for number, each in enumerate(known)]
+    candidates = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
+    facts, tried = known_facts(load_model(model), candidates, limit)
+    entries = [fact.to_dict(number) for number, fact in enumerate(facts)]
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     write_text(out, lines if out.suffix == ".jsonl" else json.dumps(entries, ensure_ascii=False, indent=1))
-    console.print(f"the model states {len(known)} of {asked} facts by itself; written to {out}", soft_wrap=True)
-    return known
+    console.print(f"the model states {len(facts)} of {tried} facts by itself; written to {out}", soft_wrap=True)
+    return facts

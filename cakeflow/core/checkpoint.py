@@ -1,4 +1,4 @@
-"""Lightning's checkpoints as safetensors files: nothing is pickled, and nothing that is read can run."""
+"""Lightning's checkpoints as safetensors files, without pickle: reading one cannot run code."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from cakeflow.errors import ConfigError, RunFolderError
 from cakeflow.storage.atomic import write_tensors
 
 FORMAT = "cakeflow checkpoint 1"
-"""Stands in the metadata of every file; another number for another form."""
+"""Format of the file, in its metadata."""
 
 
 class SafeCheckpointIO(CheckpointIO):
-    """Writes what the Trainer hands over (nested dicts, lists and tuples of plain values and tensors) to one file.
+    """Writes a Trainer's checkpoint (nested dicts, lists and tuples of plain values and tensors) to one file.
 
-    The tensors have names of ours; where they belong is a tree in the file's metadata, as JSON.
+    The tensors are numbered; a JSON tree in the metadata of the file says where they belong.
 
     Example:
         >>> import tempfile, torch
@@ -34,15 +34,15 @@ class SafeCheckpointIO(CheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint whole.
+        """Write a checkpoint, whole or not at all.
 
         Args:
-            checkpoint: What to keep.
-            path: The file.
+            checkpoint: Content of the checkpoint.
+            path: File to write.
             storage_options: Not used; the Trainer passes it on.
 
         Raises:
-            ConfigError: If a value is neither plain nor a tensor, naming its place.
+            ConfigError: If a value is neither plain nor a tensor, naming its place in the tree.
         """
         tensors: dict[str, Tensor] = {}
         tree = _packed(checkpoint, "checkpoint", tensors)
@@ -54,12 +54,12 @@ class SafeCheckpointIO(CheckpointIO):
         """Read a checkpoint.
 
         Args:
-            path: The file.
-            map_location: Device of the tensors; the CPU unless a device or its name is given.
-            weights_only: Not used: there is never more to a file than numbers and text.
+            path: File to read.
+            map_location: Device of the tensors or its name; the CPU for anything else.
+            weights_only: Not used; files contain only numbers and text.
 
         Raises:
-            RunFolderError: If the file is none of ours, is cut off, or its tree is not one.
+            RunFolderError: If the file was not written by this class, is cut off, or has a damaged tree.
         """
         device = str(map_location) if isinstance(map_location, (str, torch.device)) else "cpu"
         try:
@@ -70,34 +70,34 @@ class SafeCheckpointIO(CheckpointIO):
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             checkpoint = _unpacked(json.loads(metadata["tree"]), tensors)
             if tensors or not isinstance(checkpoint, dict):
-                raise ValueError(f"its tree is no checkpoint, or leaves out {sorted(tensors)}")
+                raise ValueError(f"its tree is not a checkpoint, or leaves out {sorted(tensors)}")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunFolderError(
-                f"{path} is no checkpoint that cakeflow wrote, or is damaged: {error}; take an earlier one"
+                f"{path} is not a checkpoint that cakeflow wrote, or is damaged: {error}; use an earlier one"
             ) from error
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Delete a checkpoint, if it is there."""
+        """Delete a checkpoint, if it exists."""
         Path(path).unlink(missing_ok=True)
 
 
 def with_safe_checkpoints(trainer: L.Trainer) -> L.Trainer:
-    """The same Trainer, writing such checkpoints instead of pickled ones, unless the user chose a ``CheckpointIO``."""
+    """Let a Trainer write safetensors checkpoints instead of pickled ones, unless it has a ``CheckpointIO`` already."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = SafeCheckpointIO()
     return trainer
 
 
 def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> dict[str, Any]:
-    """A node of the tree: its kind and content; tensors go to ``tensors``."""
+    """Return a node of the tree, ``{kind: content}``, and add its tensors to ``tensors``."""
     if isinstance(value, Tensor):
         name = f"t{len(tensors)}"
         tensors[name] = value
         return {"tensor": name}
     if isinstance(value, Mapping):
         if wrong := [key for key in value if not isinstance(key, (str, int))]:
-            raise ConfigError(f"{place} has the key {wrong[0]!r}; a checkpoint has keys of text and whole numbers only")
+            raise ConfigError(f"{place} has the key {wrong[0]!r}; keys of a checkpoint must be text or whole numbers")
         return {"dict": [[key, _packed(each, f"{place}[{key!r}]", tensors)] for key, each in value.items()]}
     if isinstance(value, (list, tuple)):
         parts = [_packed(each, f"{place}[{i}]", tensors) for i, each in enumerate(value)]
@@ -105,16 +105,16 @@ def _packed(value: Any, place: str, tensors: dict[str, Tensor]) -> dict[str, Any
     if value is None or isinstance(value, (bool, int, float, str)):
         return {"value": value}
     raise ConfigError(
-        f"{place} is a {type(value).__name__}; a checkpoint holds plain values and tensors only: give it such a "
-        "state_dict, or leave it out"
+        f"{place} is a {type(value).__name__}; a checkpoint can hold plain values and tensors only: give it such "
+        "a state_dict, or leave it out"
     )
 
 
 def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
-    """What a node stands for; every tensor is used once.
+    """Return the value of a node; every tensor is used once.
 
     Raises:
-        ValueError: If it is no node.
+        ValueError: If the node is malformed.
     """
     kind, content = next(iter(node.items())) if isinstance(node, dict) and len(node) == 1 else ("", node)
     if kind == "tensor":
@@ -126,4 +126,4 @@ def _unpacked(node: Any, tensors: dict[str, Tensor]) -> Any:
         return tuple(parts) if kind == "tuple" else parts
     if kind == "value" and not isinstance(content, (dict, list)):
         return content
-    raise ValueError(f"{str(node)[:60]!r} in its tree is unknown")
+    raise ValueError(f"{str(node)[:60]!r} in its tree is not a node")

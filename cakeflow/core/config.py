@@ -1,4 +1,4 @@
-"""Experiments as YAML: shipped configs by name, composed and checked by jsonargparse."""
+"""Experiments as YAML: shipped configs by name, merged and checked by jsonargparse."""
 
 from __future__ import annotations
 
@@ -20,39 +20,39 @@ MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.Locat
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """Name -> file of the shipped configs of a kind (``method``, ``model`` or ``data``)."""
+    """Return the shipped configs of a kind (``method``, ``model`` or ``data``): name -> file."""
     folder = Path(str(files("cakeflow_configs"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
 def find_config(kind: str, name: str | Path) -> Path:
-    """A shipped config by name, or any YAML file by path.
+    """Find a shipped config by name, or any YAML file by path.
 
     Raises:
-        ConfigError: Naming the known ones.
+        ConfigError: If there is neither; the message lists the shipped names.
     """
-    known = shipped(kind)
-    if str(name) in known:
-        return known[str(name)]
+    configs = shipped(kind)
+    if str(name) in configs:
+        return configs[str(name)]
     if Path(name).is_file():
         return Path(name)
-    raise ConfigError(f"no {kind} config {str(name)!r}; shipped: {', '.join(known)}; or give the path of a YAML file")
+    raise ConfigError(f"no {kind} config {str(name)!r}; shipped: {', '.join(configs)}; or give the path of a YAML file")
 
 
 def build_module(configs: list[Path], **values: Any) -> EditModule:
-    """An edit module from config files, later ones winning, and values given in Python, which win over all.
+    """Build an edit module from config files and arguments; later files override earlier ones, arguments override all.
 
     Args:
         configs: YAML files with a ``model:`` section, as for ``cakeflow fit --config``. Its ``class_path`` names the
-            module's class, ``LocateThenEdit`` by default.
-        values: Arguments of that class; a mapping is merged into the configured part of that name.
+            class of the module, ``LocateThenEdit`` by default.
+        values: Arguments of that class. A mapping is merged into the configured part of that name.
 
     Raises:
         ConfigError: If a name or value does not fit.
     """
     plain = {name: value for name, value in values.items() if _is_plain(value)}
     objects = {name: value for name, value in values.items() if name not in plain}
-    load_plugins()
+    load_plugins()  # the parser resolves short names among the imported classes
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(EditModule, "model", required=False)
     parser.set_defaults(MODULE_DEFAULTS)
@@ -75,7 +75,7 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Raise the package's own error where jsonargparse hides it in a ``ValueError``, as it does in optional parts."""
+    """Unwrap an ``EditError`` from the ``ValueError`` that jsonargparse raises for optional parts."""
     try:
         yield
     except ValueError as error:
@@ -86,7 +86,7 @@ def own_errors() -> Iterator[None]:
 
 
 def _is_plain(value: object) -> bool:
-    """True if a config file could hold the value."""
+    """Return True if a config file could hold the value."""
     if isinstance(value, (list, dict)):
         return all(part is None or _is_plain(part) for part in (value.values() if isinstance(value, dict) else value))
     return isinstance(value, (str, int, float))

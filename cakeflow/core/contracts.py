@@ -1,4 +1,4 @@
-"""What the walk demands of whoever fills a slot, checked as it goes; an error names the class at fault."""
+"""Checks of what the parts of a method return during an edit; an error names the class at fault."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.allocators import Allocator, LayerContext, ShareAllocator
+from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
 from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.forward.tokens import TextBatch
-from cakeflow.solvers import Solver
+from cakeflow.solvers.base import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
-from cakeflow.weighters import Weighter
+from cakeflow.weighters.base import Weighter
 
 
 def checked_facts(
-    what: str, values: Float[Tensor, "n width"], batch: TextBatch, layer: int
+    label: str, values: Float[Tensor, "n width"], batch: TextBatch, layer: int
 ) -> Float[Tensor, "n width"]:
-    """Numbers of a batch, one row per fact.
+    """Return the values of a batch if all of them are finite.
 
     Args:
-        what: Their name in an error message.
-        values: One row per fact.
-        batch: The n facts.
-        layer: Where they were read or computed.
+        label: Beginning of the error message: the name of the values and a verb.
+        values: n x width, one row per fact.
+        batch: n facts.
+        layer: Index of the block that the values belong to.
 
     Raises:
-        NumericalError: If they are not finite, naming the facts.
+        NumericalError: If some are not, naming the facts.
     """
     finite = torch.isfinite(values)
     if not bool(finite.all()):
         bad = (~finite).any(1).nonzero()[:, 0].tolist()
-        found = float(values[~finite][0])
+        example = float(values[~finite][0])
         raise NumericalError(
-            f"layer {layer}, {batch.name(bad)}: {what} not finite ({found}); load the model in float32, or leave such "
-            "requests out"
+            f"layer {layer}, {batch.name(bad)}: {label} not finite ({example}); load the model in float32, or leave "
+            "such requests out"
         )
     return values
 
 
 @contextmanager
 def naming(layer: int, batch: TextBatch) -> Iterator[None]:
-    """Numerical errors of the body get layer and requests in front, which solvers do not know."""
+    """Add layer and requests, which solvers do not know, to the message of a numerical error in the body."""
     try:
         yield
     except (NumericalError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -53,18 +53,18 @@ def naming(layer: int, batch: TextBatch) -> Iterator[None]:
 
 
 def solved(solver: Solver, problem: LayerProblem, layer: int, batch: TextBatch, limit: float) -> Update:
-    """What a solver makes of one layer, checked.
+    """Solve the problem of one layer and check the update.
 
     Args:
-        solver: The solver.
-        problem: What it is asked.
+        solver: Solver to call.
+        problem: Problem of the layer.
         layer: Index of the block.
-        batch: The n facts.
-        limit: Largest Frobenius norm of the change, in norms of the weight.
+        batch: n facts.
+        limit: Largest Frobenius norm of the update, in norms of the weight.
 
     Raises:
-        ShapeError: See ``checked_update``.
-        NumericalError: If it fails, or its change is not finite or has run away; layer and requests are named.
+        ShapeError: If the update does not fit the weight.
+        NumericalError: If the solver fails, or its update is not finite or too large; layer and requests are named.
     """
     with naming(layer, batch):
         update = checked_update(solver, solver.solve(problem), problem, layer)
@@ -93,10 +93,10 @@ def _largest(update: Update, batch: TextBatch) -> str:
 
 
 def checked_weights(weighter: Weighter, weights: Tensor, facts: int, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
-    """A weighter's answer, in float64.
+    """Return the weights of a weighter in float64.
 
     Raises:
-        ShapeError: If it is neither (l) nor (n, l), not finite, negative or all 0.
+        ShapeError: If their shape is neither (l) nor (n, l), or they are not finite, negative or all 0.
     """
     if tuple(weights.shape) not in ((len(layers),), (facts, len(layers))):
         raise ShapeError(
@@ -111,24 +111,24 @@ def checked_weights(weighter: Weighter, weights: Tensor, facts: int, layers: Seq
 
 
 def checked_residual(
-    allocator: Allocator, residual: Tensor, missing: Float[Tensor, "n d_out"], context: LayerContext
+    allocator: Allocator, share: Tensor, residual: Float[Tensor, "n d_out"], context: LayerContext
 ) -> Float[Tensor, "n d_out"]:
-    """An allocator's answer.
+    """Return an allocator's share of the remaining residual for one layer.
 
     Raises:
-        ShapeError: If it has another shape than what is missing, or its shares break ``ShareAllocator``'s contract.
+        ShapeError: If its shape differs from the residual's, or the shares break the contract of ``ShareAllocator``.
         NumericalError: If it is not finite.
     """
-    if residual.shape != missing.shape:
-        raise ShapeError(f"{_name(allocator)}: expected {tuple(missing.shape)}, got {tuple(residual.shape)}")
-    if not bool(torch.isfinite(residual).all()):
-        bad = (~torch.isfinite(residual)).any(1).nonzero()[:, 0].tolist()
+    if share.shape != residual.shape:
+        raise ShapeError(f"{_name(allocator)}: expected {tuple(residual.shape)}, got {tuple(share.shape)}")
+    if not bool(torch.isfinite(share).all()):
+        bad = (~torch.isfinite(share)).any(1).nonzero()[:, 0].tolist()
         raise NumericalError(
-            f"{_name(allocator)}: what it gives layer {context.site.layer} is not finite for facts {bad[:3]} of the batch"
+            f"{_name(allocator)}: the share of layer {context.site.layer} is not finite, facts {bad[:3]} of the batch"
         )
     if isinstance(allocator, ShareAllocator):
         _check_shares(allocator, context)
-    return residual
+    return share
 
 
 def _check_shares(allocator: ShareAllocator, context: LayerContext) -> None:
@@ -137,18 +137,18 @@ def _check_shares(allocator: ShareAllocator, context: LayerContext) -> None:
         raise ShapeError(
             f"{_name(allocator)}: {tuple(context.weights.shape)} weights gave {tuple(shares.shape)} shares"
         )
-    taken = context.weights > 0  # where a fact gives a layer no weight, it takes nothing there
-    if not bool((((shares > 0) | ~taken) & (shares >= 0) & (shares <= 1 + 1e-12)).all()):
+    active = context.weights > 0  # a fact may give a layer no weight, and then no share
+    if not bool((((shares > 0) | ~active) & (shares >= 0) & (shares <= 1 + 1e-12)).all()):
         raise ShapeError(f"{_name(allocator)}: shares must lie in (0, 1], got {shares.tolist()}")
-    if allocator.residual_at == "last" and bool((((shares[..., -1] - 1).abs() > 1e-12) & taken[..., -1]).any()):
+    if allocator.residual_at == "last" and bool((((shares[..., -1] - 1).abs() > 1e-12) & active[..., -1]).any()):
         raise ShapeError(
-            f"{_name(allocator)}: the last layer must take all that is left (a share of 1), got "
+            f"{_name(allocator)}: the last layer must take the whole remaining residual (a share of 1), got "
             f"{shares[..., -1].tolist()}"
         )
 
 
 def checked_update(solver: Solver, update: Update, problem: LayerProblem, layer: int) -> Update:
-    """A solver's answer.
+    """Return a solver's update.
 
     Raises:
         ShapeError: If it does not fit the weight.
@@ -158,11 +158,12 @@ def checked_update(solver: Solver, update: Update, problem: LayerProblem, layer:
         if part is None:
             continue
         (n, d_in), (_, d_out) = problem.keys.shape, problem.residual.shape
-        wanted = ((d_out, d_in),) if part.left is None else ((n, d_in), (n, d_out))
-        found = tuple(tuple(each.shape) for each in (part.right, part.left) if each is not None)
-        if found != wanted:
-            raise ShapeError(f"{_name(solver)}: layer {layer} needs an update of shape {wanted}, got {found}")
-        if not all(bool(torch.isfinite(each).all()) for each in (part.right, part.left) if each is not None):
+        expected = ((d_out, d_in),) if part.left is None else ((n, d_in), (n, d_out))
+        factors = [each for each in (part.right, part.left) if each is not None]
+        shapes = tuple(tuple(each.shape) for each in factors)
+        if shapes != expected:
+            raise ShapeError(f"{_name(solver)}: layer {layer} needs an update of shape {expected}, got {shapes}")
+        if not all(bool(torch.isfinite(each).all()) for each in factors):
             raise NumericalError(
                 f"layer {layer}: {_name(solver)}: the update has values that are not finite; set ridge higher"
             )

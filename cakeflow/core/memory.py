@@ -1,4 +1,4 @@
-"""Memory beyond the model: foreseen from shapes, kept within a budget, and measured."""
+"""Memory beyond the model: estimated from shapes, limited to a budget, and measured."""
 
 from __future__ import annotations
 
@@ -22,27 +22,23 @@ from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture, frozen, inject
 from cakeflow.models.language import LanguageModel
 
-PASS = 8192
+PASS_TOKENS = 8192
 """Most tokens in a forward pass without gradients."""
-
-
-SOFT = 8 * GIB
-"""What target values and keys keep to where no budget is given; more tokens at once would hardly be faster."""
-
-
+DEFAULT_BYTES = 8 * GIB
+"""Limit for target searches and keys without a budget; more tokens at once would hardly be faster."""
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Bytes that one token takes while target values are looked for.
+    """Bytes per token during the target search.
 
     Attributes:
-        graph: What the blocks above the value site keep for the backward pass.
+        graph: Tensors that the blocks above the value site save for the backward pass.
         cache: Attention keys and values of those blocks.
-        through: What the largest block holds for a moment, without gradients.
+        through: Largest temporary tensors of a block in a pass without gradients.
         hidden: One hidden state.
-        logits: Logits of one position, with what their losses and gradients need: seven float32 copies.
+        logits: Logits of one position with their losses and gradients: seven float32 copies.
     """
 
     graph: int
@@ -53,28 +49,28 @@ class TokenCost:
 
     @classmethod
     def above(cls, lm: LanguageModel, site: Site, tokens: int = 8) -> TokenCost:
-        """Count the bytes by running a few tokens, on the model or on one of the same shape on the meta device.
+        """Count the bytes by running a few tokens.
 
         Args:
-            lm: The model.
-            site: The topmost projection that is edited.
-            tokens: How many tokens to run.
+            lm: The model, or one of the same shape on the meta device.
+            site: The topmost edited projection.
+            tokens: Number of tokens to run.
         """
         embeds = lm.embedding.new_zeros(1, tokens, lm.embedding.shape[1])
         delta = lm.embedding.new_zeros(1, lm.width).requires_grad_()
         cache, saved = DynamicCache(), {}
         own = {parameter.untyped_storage()._cdata for parameter in lm.model.parameters()}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def save(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in own:
-                saved[storage._cdata] = storage  # kept alive, so that no two share an address
+                saved[storage._cdata] = storage  # a reference keeps it alive: no other storage gets its address
             return tensor
 
         with (
             frozen(lm),
             torch.enable_grad(),
-            saved_tensors_hooks(keep, lambda tensor: tensor),
+            saved_tensors_hooks(save, lambda tensor: tensor),
             inject(lm, Site(site.layer), delta, torch.zeros(1, dtype=torch.long, device=lm.device)),
             capture(lm, [Site(lm.depth - 1)], stop=True),
         ):
@@ -90,27 +86,27 @@ class TokenCost:
         )
 
     def of_pass(self, row: Row, *, essence: bool = False) -> int:
-        """A row's suffix in a pass with gradients."""
+        """Return the bytes of a row's suffix in a pass with gradients."""
         suffix, reads = (1, 1) if essence else (_suffix(row), len(row.ids) - row.target)
         return suffix * self.graph + (row.subject + suffix) * self.cache + reads * self.logits
 
     def of_search(self, rows: Sequence[Row]) -> int:
-        """What is held for a fact as long as its value is looked for: prefixes, suffixes, the essence before."""
+        """Return the bytes held per fact during the target search: prefixes, suffixes, the essence before the edit."""
         return sum(row.subject * self.cache + 2 * len(row.ids) * self.hidden for row in rows) + self.logits // 7
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes that one edit batch takes beyond the model, and the parts in which it is done.
+    """Bytes that one edit batch takes beyond the model, and the sizes of its parts.
 
     Attributes:
-        stored: Originals and, for half precision, float32 masters, as long as the edits last.
-        keys: While keys are read.
-        targets: During the target search.
-        solve: While a layer is solved.
+        stored: Originals and, for half precision, float32 masters; held as long as the edits last.
+        keys: Bytes while keys are read.
+        targets: Bytes during the target search.
+        solve: Bytes while a layer is solved.
         facts: Number of facts in one part of the target search.
         suffix_tokens: Most suffix tokens in a pass with gradients.
-        pass_tokens: Most tokens in a pass without.
+        pass_tokens: Most tokens in a pass without gradients.
     """
 
     stored: int
@@ -123,7 +119,7 @@ class Footprint:
 
     @property
     def peak(self) -> int:
-        """Most bytes at one time."""
+        """Largest number of bytes at one time."""
         return self.stored + max(self.keys, self.targets, self.solve)
 
     @classmethod
@@ -141,24 +137,24 @@ class Footprint:
         """Choose the largest parts that fit, and estimate the peak.
 
         Args:
-            lm: The model; shapes suffice, so that it may be on the meta device.
+            lm: The model; it may be on the meta device, because only shapes matter.
             batch: n facts.
-            sites: The projections that are edited.
+            sites: The edited projections.
             max_tokens: Most suffix tokens in a pass with gradients (``TargetSearch.max_tokens``).
-            max_bytes: Most bytes beyond the model; None keeps to ``SOFT`` where there is a choice, and refuses nothing.
-            earlier: Number of facts edited before whose keys are preserved.
+            max_bytes: Most bytes beyond the model; None aims at ``DEFAULT_BYTES``, and refuses nothing.
+            earlier: Number of facts from earlier batches whose keys are preserved.
             matrices: Float64 matrices as large as a weight that the solver holds (``Solver.matrices``).
 
         Raises:
-            ConfigError: If the limit is too small for the smallest parts, naming the phase.
+            ConfigError: If the limit is too small for the smallest parts; the message names the phase.
         """
         cost, n = TokenCost.above(lm, sites[-1]), len(batch)
         weights = [lm.module(site).get_parameter("weight") for site in sites]
         d_in, stored = lm.key_width(sites[0]), sum(map(_stored, weights))
-        free = (SOFT if max_bytes is None else max_bytes) - stored
+        free = (DEFAULT_BYTES if max_bytes is None else max_bytes) - stored
         prompts = sum(row.subject + 1 for rows in batch.rows for row in rows)
         hidden = prompts * cost.hidden
-        pass_tokens = int(max(256, min(PASS, prompts, free / 4 / cost.through)))
+        pass_tokens = int(max(256, min(PASS_TOKENS, prompts, free / 4 / cost.through)))
         squares = 1 if n + earlier <= d_in else 5  # eigenvectors of C; C, the system and its factor in the primal form
         solve = hidden + 8 * d_in * (squares * d_in + 8 * n + 4 * earlier) + matrices * 8 * weights[0].numel()
         suffix = sum(map(_suffix, (row for rows in batch.rows for row in rows))) / n
@@ -167,18 +163,18 @@ class Footprint:
         longest = max(_suffix(row) for rows in batch.rows for row in rows)
         tokens = max(int(min(max_tokens, free / 2 / token)), longest)
         facts = max(1, int(min(n, (free - hidden - tokens * token) / fact)))
-        facts = ceil(n / ceil(n / facts))  # in parts of one size
+        facts = ceil(n / ceil(n / facts))  # parts of equal size
         targets = int(hidden + facts * fact + min(tokens, facts * suffix) * token)
         keys = hidden + pass_tokens * cost.through + 32 * n * d_in
         footprint = cls(stored, keys, targets, solve, facts, tokens, pass_tokens)
         if max_bytes is not None and footprint.peak > max_bytes:
-            raise ConfigError(footprint._complaint(max_bytes))
+            raise ConfigError(footprint._excess(max_bytes))
         return footprint
 
-    def _complaint(self, max_bytes: float) -> str:
-        parts = {"reading keys": self.keys, "finding one target value": self.targets, "solving a layer": self.solve}
+    def _excess(self, max_bytes: float) -> str:
+        parts = {"reading keys": self.keys, "searching one target value": self.targets, "solving a layer": self.solve}
         worst = max(parts, key=parts.__getitem__)
-        remedy = "use shorter or fewer contexts" if worst.startswith("finding") else "edit fewer facts in a batch"
+        remedy = "use shorter or fewer contexts" if worst.startswith("searching") else "edit fewer facts in a batch"
         return (
             f"memory_budget is {max_bytes / GIB:.3g} GiB, but {worst} takes about {self.peak / GIB:.3g} GiB beyond the "
             f"model; {remedy}, or raise memory_budget"
@@ -186,7 +182,7 @@ class Footprint:
 
 
 def _stored(weight: Tensor) -> int:
-    """Bytes of an original and a master; on GPUs originals lie in the host's memory."""
+    """Return the bytes of an original and a master; the originals of GPU weights are in host memory."""
     master = 4 * weight.numel() if weight.dtype in (torch.float16, torch.bfloat16) else 0
     return master + (weight.nbytes if weight.device.type == "cpu" else 0)
 
@@ -196,18 +192,19 @@ def _suffix(row: Row) -> int:
 
 
 def _per_token(cost: TokenCost, batch: TextBatch) -> Iterator[float]:
-    """Bytes per suffix token of each row in a pass with gradients."""
+    """Yield the bytes per suffix token of each row in a pass with gradients."""
     yield from (cost.of_pass(row) / _suffix(row) for rows in batch.rows for row in rows)
     yield from (cost.of_pass(row, essence=True) for row in batch.essence)
 
 
 class PeakMemory:
-    """The most memory in use at one time beyond what is in use now, on the devices of a model.
+    """Peak memory of some devices beyond the memory in use at the start.
 
-    On GPUs what PyTorch's allocator holds; on the CPU the process's resident memory, where Linux counts it, else nan.
+    Counts the memory of PyTorch's allocator on GPUs, and the resident memory of the process on the CPU under Linux;
+    elsewhere the peak is nan.
 
     Args:
-        devices: Where to look.
+        devices: Devices to measure.
     """
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -215,15 +212,15 @@ class PeakMemory:
         self.base = self._now()
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak."""
         for gpu in self.gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
-        with suppress(OSError):  # where Linux's files are missing or locked, the peak is that of the whole process
+        with suppress(OSError):  # without the right to reset it, the peak is that of the whole process
             if not self.gpus:
                 RESET.write_text("5")
 
     def bytes(self) -> float:
-        """The peak since ``restart``, beyond the beginning."""
+        """Return the peak since ``restart``, beyond the memory at the start."""
         if self.gpus:
             return sum(torch.cuda.max_memory_allocated(gpu) for gpu in self.gpus) - self.base
         return _status("VmHWM") - self.base
@@ -235,7 +232,7 @@ class PeakMemory:
 
 
 def _status(name: str) -> float:
-    """A line of Linux's account of this process, in bytes."""
+    """Read a field of the process status of Linux, in bytes."""
     if sys.platform != "linux":
         return float("nan")
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())

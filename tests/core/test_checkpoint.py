@@ -83,7 +83,9 @@ def test_files_that_are_none_of_ours(tmp_path):
     bad["text"].write_text("state_dict: 1")
     bad["empty"].touch()
     for path in (*bad.values(), tmp_path):
-        with pytest.raises(RunFolderError, match=f"{path.name}.* is no checkpoint that cakeflow wrote, or is damaged"):
+        with pytest.raises(
+            RunFolderError, match=f"{path.name}.* is not a checkpoint that cakeflow wrote, or is damaged"
+        ):
             IO.load_checkpoint(path)
 
 

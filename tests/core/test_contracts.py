@@ -68,11 +68,15 @@ class Wrong(LeastSquares):
     [
         ({"allocator": Narrow()}, ShapeError, r"test_contracts.Narrow: \(3,\) weights gave \(6,\) shares"),
         ({"allocator": Greedy()}, ShapeError, r"test_contracts.Greedy: shares must lie in \(0, 1\]"),
-        ({"allocator": Leaving()}, ShapeError, "test_contracts.Leaving: the last layer must take all that is left"),
+        (
+            {"allocator": Leaving()},
+            ShapeError,
+            "test_contracts.Leaving: the last layer must take the whole remaining residual",
+        ),
         (
             {"allocator": Lost()},
             NumericalError,
-            "layer 1, request 0 .*test_contracts.Lost: what it gives .* not finite",
+            "layer 1, request 0 .*test_contracts.Lost: the share of layer 1 is not finite",
         ),
         ({"solver": Wrong()}, ShapeError, "test_contracts.Wrong: layer 2 needs an update of shape"),
         ({"solver": Wrong(spoil="values")}, NumericalError, "layer 2, request 0 .*test_contracts.Wrong: .* not finite"),

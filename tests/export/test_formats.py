@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from cakeflow_restrain import Prune, Rect
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
@@ -16,60 +15,15 @@ from safetensors.torch import load_file, save_file
 from tiny_runs import LAYERS, content, editor_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from cakeflow import EditRequest, LeastSquares
-from cakeflow.cli.export import run_apply, run_export
-from cakeflow.errors import ConfigError, EditError, ExportError, RunFolderError
-from cakeflow.export import Manifest, apply_delta
+from cakeflow.errors import ConfigError, EditError, ExportError
+from cakeflow.export import apply_delta
 from cakeflow.models.loading import load_model
-from cakeflow.solvers import Descent
 from cakeflow.storage.hashing import file_hash, tensor_hash
 
+from .conftest import logits
 from .forgery import rendered, sealed_text
 
 FORMATS = ("model", "delta", "lora")
-DTYPES = (torch.float32, torch.bfloat16)
-QUIET = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # peft asks for it
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.05}
-
-
-@pytest.fixture(scope="module")
-def edited(_models, tmp_path_factory):
-    """(architecture, type) -> folder of the base model, and an editor after a run of two batches in a run folder."""
-    known = {}
-
-    def find(arch, dtype, requests):
-        if (arch, dtype) not in known:
-            folder, lm = tmp_path_factory.mktemp("edited"), copy.deepcopy(_models[arch])
-            lm.model.to(dtype).save_pretrained(folder / "base")
-            lm.tokenizer.save_pretrained(folder / "base")
-            editor = editor_of(load_model(folder / "base"))
-            editor.fit(requests[:4], 2, run_dir=folder / "run")
-            known[arch, dtype] = folder / "base", editor
-        return known[arch, dtype]
-
-    return find
-
-
-@pytest.fixture(params=[(arch, dtype) for arch in ("gpt2", "llama") for dtype in DTYPES], ids=str)
-def case(request, edited, requests):
-    """Of both architectures in both types."""
-    return edited(*request.param, requests)
-
-
-@pytest.fixture
-def one(edited, requests):
-    """One of them."""
-    return edited("gpt2", torch.float32, requests)
-
-
-@pytest.fixture
-def ids(_models, requests):
-    return torch.tensor([_models["gpt2"].tokenizer(requests[0].text)["input_ids"]])
-
-
-@torch.no_grad()
-def logits(model, ids):
-    return model(input_ids=ids).logits
 
 
 def test_a_model_loads_and_gives_the_same_logits(case, ids, tmp_path):
@@ -100,67 +54,6 @@ def test_a_delta_gives_the_same_bits(case, tmp_path):
     with pytest.raises(ExportError, match="edited already"):
         apply_delta(fresh, tmp_path / "out")
     assert fresh.fingerprint() == after
-
-
-@QUIET
-def test_an_adapter_loads_in_peft_and_agrees(case, ids, tmp_path):
-    peft = pytest.importorskip("peft")
-    base, editor = case
-    editor.export(tmp_path / "out", "lora")
-    plain = AutoModelForCausalLM.from_pretrained(base)
-    unedited, wanted = logits(plain, ids), logits(editor.model, ids)
-    adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
-    off = (logits(adapted, ids) - wanted).abs().max() / wanted.abs().max()
-    moved = (unedited - wanted).abs().max() / wanted.abs().max()
-    assert off < TOLERANCE[wanted.dtype] < moved
-    assert all(
-        tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out/adapter_model.safetensors").values()
-    )
-    assert Manifest.read(tmp_path / "out").fingerprint == load_model(base).fingerprint()
-
-
-@QUIET
-def test_an_adapter_of_more_facts_than_dimensions_is_as_small_as_it_can_be(lm, ids, tmp_path):
-    """60 facts in 3 batches in a model that is 48 wide; and layers whose ranks differ."""
-    peft = pytest.importorskip("peft")
-    lm.model.float()
-    base, editor = copy.deepcopy(lm), editor_of(lm)
-    torch.manual_seed(0)
-    for layers in ([1, 3], [1], [1]):
-        with editor.journal.batch([EditRequest("{} is", f"a{n}", "b") for n in range(20)]) as step:
-            for layer in layers:
-                keys, residual = torch.randn(20, 192).double(), torch.randn(20, 48).double()
-                problem = editor.module.problem(layer, None, keys, residual, keys)
-                editor.journal.apply(step, layer, problem, LeastSquares(50.0).solve(problem))
-    editor.export(tmp_path / "out", "lora")
-    shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "out/adapter_model.safetensors").items()}
-    assert sorted(shapes.values()) == sorted([(48, 192), (48, 48), (20, 192), (48, 20)])
-    wanted = logits(lm.model, ids)
-    adapted = peft.PeftModel.from_pretrained(base.model, tmp_path / "out")
-    torch.testing.assert_close(logits(adapted, ids), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
-
-
-@pytest.mark.parametrize(
-    ("solver", "words"),
-    [
-        (Rect(LeastSquares(0.5)), "batch 0 changed layer 1"),
-        (Prune(LeastSquares(0.5)), "batch 1, made when the run ended, changed layer 1"),
-        (Descent(steps=2), "batch 0 changed layer 1"),
-    ],
-    ids=["rect", "prune", "ft"],
-)
-def test_full_rank_is_no_adapter_but_a_delta(lm, requests, tmp_path, solver, words):
-    if isinstance(solver, Prune):  # weights so small that its restraint has something to hold back
-        with torch.no_grad():
-            [lm.weight(layer).mul_(1e-3) for layer in LAYERS]
-    base, editor = copy.deepcopy(lm), editor_of(lm, {"logger": False}, solver=solver, max_relative_update=1e6)
-    editor.fit(requests[:2], evaluate=False)
-    with pytest.raises(ExportError, match=f"{words}.*RECT.*PRUNE.*delta"):
-        editor.export(tmp_path / "out", "lora")
-    assert list(tmp_path.iterdir()) == []
-    editor.export(tmp_path / "out", "delta")
-    apply_delta(base, tmp_path / "out")
-    assert base.fingerprint() == lm.fingerprint()
 
 
 def test_what_was_taken_back_is_not_exported(one, requests, tmp_path):
@@ -349,30 +242,3 @@ def test_only_our_errors_get_out_of_a_manifest(delta, changes, sealed):
             assert {name: value for name, value in told.items() if original.get(name) != value}.keys() <= free
     finally:
         path.write_text(whole)
-
-
-def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
-    base, editor = one
-    run = editor.journal.store.folder.parent
-    before = content(run)
-    delta = run_export(run, tmp_path / "delta", "delta")
-    model = run_apply(delta, str(base), tmp_path / "model")
-    assert f"written to {model}" in capsys.readouterr().out.replace("\n", "")
-    assert load_model(model).fingerprint() == editor.module.lm.fingerprint()
-    assert "There is no ledger here" in (model / "README.md").read_text()
-    whole = run_export(run, tmp_path / "whole", model=str(base))
-    weights = [load_file(folder / "model.safetensors") for folder in (model, whole)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
-    assert "## Metrics" in (whole / "README.md").read_text()
-    assert content(run) == before
-    with pytest.raises(ConfigError, match="exists already"):
-        run_export(run, whole)
-    with pytest.raises(ConfigError, match="exists already"):
-        run_apply(delta, str(base), model)
-    run_apply(delta, str(base), model, overwrite=True)
-    with pytest.raises(ExportError, match="edited already"):
-        run_apply(delta, str(model), tmp_path / "twice")
-    with pytest.raises(RunFolderError, match=r"has no journal/ledger\.jsonl"):
-        run_export(tmp_path / "nothing", tmp_path / "out")
-    assert not (tmp_path / "nothing").exists()
-    assert not (tmp_path / "out").exists()

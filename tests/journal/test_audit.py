@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from strategies import JSON
 from tiny_runs import content, editor_of, state
 
-from cakeflow.cli.command_line import run_command as main
 from cakeflow.errors import EditError, LedgerError, ResumeError, RunFolderError
 from cakeflow.journal.audit import replay, verify
 from cakeflow.journal.journal import Journal
@@ -160,33 +159,6 @@ def test_only_our_errors_get_out_of_a_ledger_with_any_bodies(finished, run, body
         journal.load(run / "journal")
     except EditError:
         assert len(journal) == 0
-
-
-def test_the_commands(finished, run, capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
-    model = str(finished[0].parent / "model")
-    entries = main(["log", str(run)])
-    printed = capsys.readouterr().out
-    assert len(entries) == 8
-    for word in ("batch 2, 2 edits", "evaluation", entries[-1].hash[:12]):
-        assert word in printed
-    main(["verify", str(run)])
-    assert entries[-1].hash in capsys.readouterr().out
-    main(["replay", str(run), "--model", model])
-    assert "3 batches, 6 edits" in capsys.readouterr().out
-    main(["rollback", str(run), "-n", "1", "--model", model])
-    assert "1 batches taken back, 2 left" in capsys.readouterr().out
-    assert verify(run).faults == []
-    main(["rollback", str(run), "--batch", "0", "--model", model])
-    assert main(["log", str(run)])[-1].body.batches == [0]
-    assert len(main(["replay", str(run), "--model", model])) == 1
-    with pytest.raises(SystemExit):
-        main(["rollback", str(run), "--batch", "7", "--model", model])
-    assert "no single batch 7" in capsys.readouterr().err
-    (run / "run.json").write_text("{}")
-    with pytest.raises(SystemExit):
-        main(["verify", str(run)])
-    assert "run.json was changed" in capsys.readouterr().err
 
 
 def test_a_folder_that_is_no_run(tmp_path):

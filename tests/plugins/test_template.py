@@ -43,7 +43,7 @@ def environment(tmp_path_factory):
 
 
 def test_it_is_listed(environment, tmp_path):
-    listed = run(str(environment), "-c", "from cakeflow.cli import run; run()", "plugins", where=tmp_path)
+    listed = run(str(environment), "-c", "from cakeflow.cli import main; main()", "plugins", where=tmp_path)
     assert "Halving" in listed
     assert "allocator" in listed
 

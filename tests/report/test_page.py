@@ -239,14 +239,6 @@ def test_a_real_run_through_the_command_line(workplace, monkeypatch, capsys):
     capsys.readouterr()
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(["report", str(tmp_path)])
-    assert stop.value.code == 2
-    assert "no run.json" in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "report.html").exists()
-
-
 @pytest.fixture(scope="module")
 def chromium():
     """A headless Chromium: the system's, or Playwright's own."""

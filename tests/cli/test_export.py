@@ -1,0 +1,50 @@
+"""``cakeflow export`` and ``cakeflow apply``, run in this process."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_runs import content, editor_of
+
+from cakeflow.cli.export import run_apply, run_export
+from cakeflow.errors import ConfigError, ExportError, RunFolderError
+from cakeflow.models.loading import load_model
+
+
+@pytest.fixture
+def one(_models, requests, tmp_path):
+    """Folder of the base model, and an editor after a run of two batches in a run folder."""
+    lm = copy.deepcopy(_models["gpt2"])
+    lm.model.float().save_pretrained(tmp_path / "base")
+    lm.tokenizer.save_pretrained(tmp_path / "base")
+    editor = editor_of(load_model(tmp_path / "base"))
+    editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
+    return tmp_path / "base", editor
+
+
+def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
+    base, editor = one
+    run = editor.journal.store.folder.parent
+    before = content(run)
+    delta = run_export(run, tmp_path / "delta", "delta")
+    model = run_apply(delta, str(base), tmp_path / "model")
+    assert f"written to {model}" in capsys.readouterr().out.replace("\n", "")
+    assert load_model(model).fingerprint() == editor.module.lm.fingerprint()
+    assert "There is no ledger here" in (model / "README.md").read_text()
+    whole = run_export(run, tmp_path / "whole", model=str(base))
+    weights = [load_file(folder / "model.safetensors") for folder in (model, whole)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[1])
+    assert "## Metrics" in (whole / "README.md").read_text()
+    assert content(run) == before
+    with pytest.raises(ConfigError, match="exists already"):
+        run_export(run, whole)
+    with pytest.raises(ConfigError, match="exists already"):
+        run_apply(delta, str(base), model)
+    run_apply(delta, str(base), model, overwrite=True)
+    with pytest.raises(ExportError, match="edited already"):
+        run_apply(delta, str(model), tmp_path / "twice")
+    with pytest.raises(RunFolderError, match=r"has no journal/ledger\.jsonl"):
+        run_export(tmp_path / "nothing", tmp_path / "out")
+    assert not (tmp_path / "nothing").exists()
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,46 @@
+"""Loading models by name, folder or file."""
+
+import time
+
+import pytest
+import torch
+
+from cakeflow.errors import ConfigError
+from cakeflow.models.loading import load_model
+from cakeflow.storage.cache import cache_folder
+
+
+@pytest.mark.parametrize("name", ["no-such-folder/no-such-model/at-all", "smollm2", "missing.gguf", ""])
+def test_unknown_model_says_what_was_tried(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match=r"smollm2-135m.*folder.*\.gguf.*hub id"):
+        load_model(name)
+
+
+def test_folder_without_a_model(tmp_path):
+    with pytest.raises(ConfigError, match="is neither"):
+        load_model(tmp_path)
+
+
+def test_folder_loads_with_its_own_type(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path)
+    tiny.tokenizer.save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.dtype == torch.float64
+    assert loaded.fingerprint() == tiny.fingerprint()
+    assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
+
+
+@pytest.mark.real
+def test_embedded_model_loads_and_loads_again_from_the_cache(smollm2):
+    first = load_model("smollm2-135m")
+    folder = next((cache_folder() / "models").iterdir())
+    stamp = (folder / "model.safetensors").stat().st_mtime_ns
+    start = time.perf_counter()
+    second = load_model("smollm2-135m")
+    assert time.perf_counter() - start < 10
+    assert (folder / "model.safetensors").stat().st_mtime_ns == stamp
+    assert first.fingerprint() == second.fingerprint() == smollm2.fingerprint()
+    assert (second.depth, second.dtype) == (30, torch.float32)
+    ids = second.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    assert second.tokenizer.decode(second.model(ids).logits[0, -1].argmax()) == " Paris"
