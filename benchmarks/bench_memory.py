@@ -3,11 +3,11 @@
     python benchmarks/bench_memory.py [--facts 100] [--recipes alphaedit memit ...] [--budgets 1 0.5] [--json FILE]
     python benchmarks/bench_memory.py --recipes --budgets          # estimated only
 
-Every recipe is run in a process of its own (``LocateThenEdit.peaks``; two steps per target value, which is when the peak
-is reached). Columns are the phases' peaks in GiB beyond the model, then their maximum, what ``LocateThenEdit.estimate``
-said before the edit, and the whole, model included, as in table 11 of CAKE's paper. A row per budget runs ``alphaedit``
-within that many GiB. The estimated rows take each model's shape on the meta device, the facts as SmolLM2's tokenizer
-cuts them, and the layers of the shipped model config.
+Every recipe is run in a process of its own (``LocateThenEdit.peaks``; two steps per target value, which is when the
+peak is reached). Columns are the phases' peaks in GiB beyond the model, then their maximum, what
+``LocateThenEdit.estimate`` said before the edit, and the whole, model included, as in table 11 of CAKE's paper. A row
+per budget runs ``alphaedit`` within that many GiB. The estimated rows take each model's shape on the meta device, the
+facts as SmolLM2's tokenizer cuts them, and the layers of the shipped model config.
 """
 
 from __future__ import annotations

@@ -3,9 +3,10 @@
     python benchmarks/bench_statistics.py [--tokens 8192] [--json FILE]
 
 Ours is ``Statistics.collect`` with an empty cache, reading the corpus and writing the files included, without the
-eigenbases (the official code has none at this point). The reference is ``layer_stats``: per layer a pass over the same windows that stops at the layer, and
-float32 sums. ``full_forward`` is against passes that go on to the logits, as a collection without such a stop does.
-Text: the prompts and reference texts of the built-in facts.
+eigenbases (the official code has none at this point). The reference is ``layer_stats``: per layer a pass over the same
+windows that stops at the layer, and float32 sums. ``full_forward`` is against passes that go on to the logits, as a
+collection without such a stop does. Text: the prompts and reference texts of the
+built-in facts.
 """
 
 from __future__ import annotations
