@@ -19,12 +19,9 @@ from paired import alternate, parser, report
 from torch import Tensor
 
 from cakeflow import EditRequest, read_requests
-from cakeflow.evaluation import score_records, scored_prompts
-from cakeflow.evaluation.evaluation import free_prompts
-from cakeflow.forward.generation import continuations
-from cakeflow.forward.tokens import encode_prompts
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.evaluation import free_prompts, score_records, scored_prompts
+from cakeflow.forward import continuations, encode_prompts
+from cakeflow.models import LanguageModel, load_model
 
 TOTAL = 100
 """Tokens of a text, prompt included."""

@@ -18,48 +18,44 @@ from pathlib import Path
 
 import torch
 import yaml
-from cakeflow_theory.theory import sensitivity
+from cakeflow_theory import sensitivity
 from torch import Tensor
 
 from cakeflow import GradientSearch, Uniform
 from cakeflow.allocators import Allocator, Jacobian, LayerContext, Sequential
-from cakeflow.core.config import find_config
-from cakeflow.data import builtin_facts
-from cakeflow.data.contexts import Contexts
-from cakeflow.forward.jacobian import ModelJacobian
-from cakeflow.forward.keys import FactReader
-from cakeflow.forward.tokens import TextBatch, encode_batch
-from cakeflow.models.architecture import Site
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.core import find_config
+from cakeflow.data import Contexts, builtin_facts
+from cakeflow.forward import FactReader, ModelJacobian, TextBatch, encode_batch
+from cakeflow.models import LanguageModel, Site, load_model
 
 
 class Counting(ModelJacobian):
-    """A chain that counts its products."""
+    """A linear map that counts its products with the transpose."""
 
-    pulls = 0
+    products = 0
 
     def vjp(self, covector: Tensor) -> list[Tensor]:
-        """See ``ModelJacobian.vjp``."""
-        object.__setattr__(self, "pulls", self.pulls + 1)
+        """Count the product and compute it."""
+        object.__setattr__(self, "products", self.products + 1)
         return super().vjp(covector)
 
 
 def walk(
     lm: LanguageModel, batch: TextBatch, layers: list[int], allocator: Allocator
 ) -> tuple[float, list[Tensor], list[Counting]]:
-    """Read and allocate at every layer: seconds, shares and chains."""
-    weights, anchor = Uniform().weigh(lm, batch, layers), GradientSearch().value_site(layers[-1])
-    start, shares, chains = time.perf_counter(), [], []
+    """Read and allocate at every layer: seconds, shares and linear maps."""
+    weights, value_site = Uniform().weigh(lm, batch, layers), GradientSearch().value_site(layers[-1])
+    start, shares, maps = time.perf_counter(), [], []
     reader = FactReader(lm, batch)
     for index, layer in enumerate(layers):
-        *_, values = reader.read(layer, anchor)
+        site = Site(layer, "mlp_out")
+        *_, values = reader.read(site, value_site)
         noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
         residual = noise * (values.norm(dim=1) / noise.norm(dim=1))[:, None]
-        chains.append(Counting(lm, batch, layers[index:], anchor))
-        context = LayerContext(Site(layer, "mlp_out"), anchor, index, weights, chains[-1])
+        maps.append(Counting(lm, batch, layers[index:], value_site))
+        context = LayerContext(site, value_site, index, weights, maps[-1])
         shares.append(allocator.allocate(residual, context))
-    return time.perf_counter() - start, shares, chains
+    return time.perf_counter() - start, shares, maps
 
 
 def main() -> None:
@@ -80,7 +76,7 @@ def main() -> None:
     seconds = {name: statistics.median(run[0] for run in found) for name, found in runs.items()}
     exact, rule = runs["jacobian"][0], runs["sequential"][0]
     apart = [float((a - b).norm() / b.norm()) for a, b in zip(exact[1], rule[1], strict=True)]
-    steps = [chain.pulls - 1 for chain in exact[2]]
+    steps = [each.products - 1 for each in exact[2]]
     norms = sensitivity(exact[2][0], exact[1][0])
     print(f"{len(batch)} facts, layers {layers}, {args.threads} threads, medians of {args.repeats}")
     print(f"sequential {seconds['sequential']:.3f} s, jacobian {seconds['jacobian']:.3f} s (keys and values included)")

@@ -19,12 +19,8 @@ from torch import Tensor
 
 from cakeflow import GradientSearch
 from cakeflow.data import builtin_facts
-from cakeflow.forward.generation import generate_contexts
-from cakeflow.forward.keys import FactReader
-from cakeflow.forward.tokens import TextBatch, encode_batch
-from cakeflow.models.architecture import Site
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.forward import FactReader, TextBatch, encode_batch, generate_contexts
+from cakeflow.models import LanguageModel, Site, load_model
 
 LAYERS = [9, 10, 11, 12, 13]
 TOLERANCE = 1e-4
@@ -71,7 +67,7 @@ def at_subjects(lm: LanguageModel, rows: list[tuple[tuple[int, ...], int]], site
     return torch.cat(found)
 
 
-def official(lm: LanguageModel, batch: TextBatch, anchor: Site) -> Walk:
+def official(lm: LanguageModel, batch: TextBatch, value_site: Site) -> Walk:
     """Keys and values with full forward passes."""
     prompts = [(row.ids[: row.target], row.subject) for rows in batch.rows for row in rows]
     bare = [(rows[0].ids[: rows[0].target], rows[0].subject) for rows in batch.rows]
@@ -85,16 +81,16 @@ def official(lm: LanguageModel, batch: TextBatch, anchor: Site) -> Walk:
             again.append(keys(layer))
 
     again: list[Tensor] = []
-    seen = walk(lm, lambda layer: (keys(layer), at_subjects(lm, bare, anchor, "out")), for_history)
+    seen = walk(lm, lambda layer: (keys(layer), at_subjects(lm, bare, value_site, "out")), for_history)
     if not all(torch.equal(key, late) for (key, _), late in zip(seen, again, strict=True)):
         raise AssertionError("keys of the history differ from those that were read before the layer changed")
     return seen
 
 
-def ours(lm: LanguageModel, batch: TextBatch, anchor: Site) -> Walk:
+def ours(lm: LanguageModel, batch: TextBatch, value_site: Site) -> Walk:
     """Keys and values in one climb; the history takes the keys that were read."""
     reader = FactReader(lm, batch)
-    return walk(lm, lambda layer: reader.read(layer, anchor)[::2], lambda: None)
+    return walk(lm, lambda layer: reader.read(Site(layer, "mlp_out"), value_site)[::2], lambda: None)
 
 
 def difference(got: Walk, want: Walk) -> float:
@@ -111,11 +107,11 @@ def main() -> int:
     torch.set_num_threads(args.threads)
     lm = load_model("smollm2-135m", dtype="float32")
     batch = encode_batch(lm, builtin_facts()[: args.n], generate_contexts(lm))
-    anchor = GradientSearch().value_site(LAYERS[-1])
+    value_site = GradientSearch().value_site(LAYERS[-1])
     print(f"{len(batch)} facts in {len(batch.weights)} contexts, layers {LAYERS}")
     found = alternate(
-        lambda _number: ours(lm, batch, anchor),
-        lambda _number: official(lm, batch, anchor),
+        lambda _number: ours(lm, batch, value_site),
+        lambda _number: official(lm, batch, value_site),
         difference,
         args.repeats,
         TOLERANCE,

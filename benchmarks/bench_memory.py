@@ -1,13 +1,13 @@
-"""Peak memory of one batch of edits, per recipe: measured on SmolLM2, foreseen by shape for the models of the papers.
+"""Peak memory of one batch of edits, per recipe: measured on SmolLM2, estimated by shape for the models of the papers.
 
     python benchmarks/bench_memory.py [--facts 100] [--recipes alphaedit memit ...] [--budgets 1 0.5] [--json FILE]
-    python benchmarks/bench_memory.py --recipes --budgets          # foreseen only
+    python benchmarks/bench_memory.py --recipes --budgets          # estimated only
 
-Every recipe is run in a process of its own (``LocateThenEdit.peaks``; two steps per target value, which is when the peak is
-reached). Columns are the phases' peaks in GiB beyond the model, then their maximum, what ``LocateThenEdit.estimate`` said
-before the edit, and the whole, model included, as in table 11 of CAKE's paper. A row per budget runs ``alphaedit``
-within that many GiB. The foreseen rows take each model's shape on the meta device, the facts as SmolLM2's tokenizer
-cuts them, and the layers of the shipped model config.
+Every recipe is run in a process of its own (``LocateThenEdit.peaks``; two steps per target value, which is when the
+peak is reached). Columns are the phases' peaks in GiB beyond the model, then their maximum, what
+``LocateThenEdit.estimate`` said before the edit, and the whole, model included, as in table 11 of CAKE's paper. A row
+per budget runs ``alphaedit`` within that many GiB. The estimated rows take each model's shape on the meta device, the
+facts as SmolLM2's tokenizer cuts them, and the layers of the shipped model config.
 """
 
 from __future__ import annotations
@@ -25,14 +25,10 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from cakeflow import Editor, EditRequest
-from cakeflow.core.config import find_config
-from cakeflow.core.memory import Footprint
+from cakeflow.core import Footprint, find_config
 from cakeflow.data import builtin_facts
-from cakeflow.forward.generation import generate_contexts
-from cakeflow.forward.packing import GIB
-from cakeflow.forward.tokens import encode_batch
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.forward import GIB, encode_batch, generate_contexts
+from cakeflow.models import LanguageModel, Site, load_model
 
 RECIPES = ["alphaedit", "cake", "memit", "pmet", "rect", "prune", "rome", "emmet", "alphaedit_blue", "ft"]
 SHAPES: dict[str, dict[str, Any]] = {
@@ -61,10 +57,10 @@ def measure(recipe: str, count: int, budget: float | None) -> dict[str, float]:
     module.targets = replace(module.targets, steps=2)
     module.contexts = generate_contexts(module.lm)
     batch = encode_batch(module.lm, facts(count), module.contexts)
-    foreseen = module.estimate(batch).peak
+    estimated = module.estimate(batch).peak
     run = editor.fit(facts(count), evaluate=False)
     model = sum(parameter.nbytes for parameter in editor.model.parameters())
-    return {**run.peaks, "foreseen": float(foreseen), "model": float(model)}
+    return {**run.peaks, "estimated": float(estimated), "model": float(model)}
 
 
 def elsewhere(recipe: str, count: int, budget: float | None) -> dict[str, float]:
@@ -80,7 +76,7 @@ def line(name: str, found: dict[str, float]) -> str:
     phases = "".join(f"{found.get(phase, 0) / GIB:12.2f}" for phase in PHASES)
     peak = max(found.get(phase, 0) for phase in PHASES)
     whole = (peak + found["model"]) / GIB
-    return f"{name:30s}{phases}{peak / GIB:10.2f}{found['foreseen'] / GIB:10.2f}{whole:10.2f}"
+    return f"{name:30s}{phases}{peak / GIB:10.2f}{found['estimated'] / GIB:10.2f}{whole:10.2f}"
 
 
 def shaped(name: str, dtype: torch.dtype, tokenizer: Any) -> LanguageModel:
@@ -91,7 +87,7 @@ def shaped(name: str, dtype: torch.dtype, tokenizer: Any) -> LanguageModel:
         return LanguageModel.wrap(AutoModelForCausalLM.from_config(config, dtype=dtype), tokenizer)
 
 
-def foresee(count: int) -> dict[str, dict[str, float]]:
+def estimate(count: int) -> dict[str, dict[str, float]]:
     """Every model by type and budget."""
     small = load_model("smollm2-135m")
     contexts = generate_contexts(small)
@@ -100,17 +96,17 @@ def foresee(count: int) -> dict[str, dict[str, float]]:
         layers = yaml.safe_load(find_config("model", name).read_text())["model"]["layers"]
         for dtype in (torch.float32, torch.bfloat16):
             lm = shaped(name, dtype, small.tokenizer)
-            batch = encode_batch(lm, facts(count), contexts)
+            batch, sites = encode_batch(lm, facts(count), contexts), [Site(layer, "mlp_out") for layer in layers]
             for budget in (None, 4.0):
-                room = Footprint.estimate(lm, batch, layers, tokens=1024, budget=budget and budget * GIB)
+                size = Footprint.estimate(lm, batch, sites, max_tokens=1024, max_bytes=budget and budget * GIB)
                 model = sum(parameter.nbytes for parameter in lm.model.parameters())
                 key = f"{name}, {str(dtype)[6:]}, {f'{budget:g} GiB' if budget else 'no budget'}"
-                rows[key] = {**vars(room), "peak": room.peak, "model": model}
+                rows[key] = {**vars(size), "peak": size.peak, "model": model}
     return rows
 
 
 def main() -> None:
-    """Measure, foresee, print."""
+    """Measure, estimate, print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--facts", type=int, default=100)
     options.add_argument("--recipes", nargs="*", default=RECIPES)
@@ -123,19 +119,19 @@ def main() -> None:
         return
     found: dict[str, Any] = {}
     print(f"SmolLM2-135M, {args.facts} facts, GiB\n{'recipe':30s}" + "".join(f"{name:>12s}" for name in PHASES), end="")
-    print(f"{'peak':>10s}{'foreseen':>10s}{'whole':>10s}")
+    print(f"{'peak':>10s}{'estimated':>10s}{'whole':>10s}")
     cases = [(recipe, None) for recipe in args.recipes] + [(RECIPES[0], budget) for budget in args.budgets]
     for recipe, budget in cases:
         name = recipe if budget is None else f"{recipe}, {budget:g} GiB at most"
         found[name] = elsewhere(recipe, args.facts, budget)
         print(line(name, found[name]), flush=True)
-    columns = ("kept", "keys", "targets", "solve", "peak", "whole", "facts", "tokens")
-    print(f"\nforeseen, {args.facts} facts, GiB\n{'model':36s}" + "".join(f"{name:>8s}" for name in columns))
-    for name, row in foresee(args.facts).items():
+    columns = ("stored", "keys", "targets", "solve", "peak", "whole", "facts", "tokens")
+    print(f"\nestimated, {args.facts} facts, GiB\n{'model':36s}" + "".join(f"{name:>8s}" for name in columns))
+    for name, row in estimate(args.facts).items():
         found[name] = row
-        sizes = [row[part] / GIB for part in ("kept", "keys", "targets", "solve", "peak")]
+        sizes = [row[part] / GIB for part in ("stored", "keys", "targets", "solve", "peak")]
         sizes.append((row["peak"] + row["model"]) / GIB)
-        counts = "".join(f"{row[part]:8.0f}" for part in ("facts", "tokens"))
+        counts = "".join(f"{row[part]:8.0f}" for part in ("facts", "suffix_tokens"))
         print(f"{name:36s}" + "".join(f"{size:8.2f}" for size in sizes) + counts, flush=True)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))

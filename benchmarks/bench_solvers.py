@@ -23,10 +23,7 @@ import torch
 from paired import Figures, alternate, parser, report
 from torch import Tensor
 
-from cakeflow.solvers import LeastSquares, NullSpace, Solver
-from cakeflow.solvers.covariance import Covariance
-from cakeflow.solvers.history import KeyHistory
-from cakeflow.solvers.problem import LayerProblem
+from cakeflow.solvers import Covariance, KeyHistory, LayerProblem, LeastSquares, NullSpace, Solver
 
 TOLERANCE = 1e-9
 THRESHOLD, RIDGE, LAMBDA = 0.02, 10.0, 15_000.0

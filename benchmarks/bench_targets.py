@@ -24,10 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from cakeflow import Contexts, GradientSearch
 from cakeflow.data import builtin_facts
-from cakeflow.forward.tokens import TextBatch, encode_batch
-from cakeflow.models import Site
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.forward import TextBatch, encode_batch
+from cakeflow.models import LanguageModel, Site, load_model
 from cakeflow.targets import Targets
 
 CONTEXTS = Contexts.of(

@@ -19,13 +19,9 @@ import torch
 from paired import alternate, parser, report
 from torch import Tensor, nn
 
-from cakeflow.forward.tokens import Row
-from cakeflow.models.architecture import Site
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
-from cakeflow.tracing import CausalTrace, Trace, known_rows, read_facts
-from cakeflow.tracing.result import LAST_SUBJECT, PLACES, place_of
-from cakeflow.tracing.trace import noise_of
+from cakeflow.forward import Row
+from cakeflow.models import LanguageModel, Site, load_model
+from cakeflow.tracing import LAST_SUBJECT, PLACES, CausalTrace, Trace, known_rows, noise_of, place_of, read_facts
 
 TOLERANCE = 1e-4
 TRACES = {"subject": CausalTrace(), "all": CausalTrace(tokens="all"), "window": CausalTrace(role="mlp_out", window=10)}

@@ -13,8 +13,8 @@ from collections import defaultdict
 import torch
 
 from cakeflow.data import builtin_facts
-from cakeflow.evaluation.scoring import score_targets
-from cakeflow.models.loading import load_model
+from cakeflow.evaluation import score_targets
+from cakeflow.models import load_model
 
 
 def main() -> None:

@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cakeflow import Contexts, Editor, Statistics, read_requests
-from cakeflow.core.config import shipped
+from cakeflow.core import shipped
 from cakeflow.models import Site
 
 BARS = {"gpt2": (1e-10, 1e-6), "llama": (1e-5, 1e-4)}

@@ -9,16 +9,11 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from cakeflow.data import read_entries
-from cakeflow.data.request import EditRequest
-from cakeflow.data.schemas import parse_requests
-from cakeflow.evaluation import score_records, scored_prompts
-from cakeflow.evaluation.protocols import official_token_reads
-from cakeflow.forward.prefix_tree import predict
-from cakeflow.metrics import KINDS
-from cakeflow.metrics.text import fluency
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.data import EditRequest, parse_requests, read_entries
+from cakeflow.evaluation import official_token_reads, score_records, scored_prompts
+from cakeflow.forward import predict
+from cakeflow.metrics import KINDS, fluency
+from cakeflow.models import LanguageModel, load_model
 
 BARS = {"nll": 1e-4, "flags": 0, "entropy": 1e-9}
 """Largest difference of a mean negative log-likelihood, number of unequal flags, largest difference of an entropy."""

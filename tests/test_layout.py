@@ -286,6 +286,35 @@ def test_core_imports_neither_tests_nor_plugins(core):
     assert {module.split(".")[0] for module in modules}.isdisjoint({"tests", "benchmarks", *plugins})
 
 
+def imports(path):
+    """(module, name) of every absolute import of a name."""
+    nodes = [node for node in ast.walk(tree(path)) if isinstance(node, ast.ImportFrom) and node.module]
+    return [(node.module, alias.name) for node in nodes for alias in node.names]
+
+
+def exported(path):
+    """The names in ``__all__``."""
+    (names,) = [
+        node.value for node in tree(path).body if isinstance(node, ast.Assign) and dotted(node.targets[0]) == "__all__"
+    ]
+    return ast.literal_eval(names)
+
+
+@pytest.mark.parametrize("path", [path for path in CORE if path.name == "__init__.py"], ids=name)
+def test_a_room_exports_what_it_imports(path):
+    assert set(exported(path)) == {alias for _, alias in imports(path)}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PYTHON if name(path).startswith(("benchmarks", "plugins"))], ids=name
+)
+def test_plugins_and_benchmarks_import_public_names_only(path):
+    for module, alias in imports(path):
+        top, *rooms = module.split(".")
+        if top == "cakeflow" and rooms not in (["errors"], ["plugins"], ["testing"]):
+            assert alias in exported(ROOT.joinpath(top, *rooms, "__init__.py")), f"{module}.{alias}"
+
+
 def test_every_module_has_tests(core):
     """``tests/test_X.py`` for a module; in a package, ``tests/PACKAGE/test_X.py`` or ``tests/test_PACKAGE.py``."""
     if core.name == "__init__.py":

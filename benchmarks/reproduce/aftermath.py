@@ -26,15 +26,11 @@ from sweep import Sweep, write_table
 from torch import Tensor
 
 from cakeflow import EditDataModule, EditRequest
-from cakeflow.core.config import find_config
-from cakeflow.forward.generation import continuations
-from cakeflow.forward.packing import pad, plan
-from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.core import find_config
+from cakeflow.forward import continuations, pad, plan
+from cakeflow.models import LanguageModel, Site, capture, load_model
 from cakeflow.report import save_plot
-from cakeflow.storage.atomic import write_tensors, write_text
+from cakeflow.storage import write_tensors, write_text
 
 CASE = EditRequest("{} died in the city of", "Fedele Fischetti", "Paris", "Naples", relation="P20")
 ASKED = "The tragic death of Fedele Fischetti occurred in"

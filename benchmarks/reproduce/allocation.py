@@ -22,7 +22,7 @@ from sweep import Row, Sweep, interval, outcomes, parser
 
 from cakeflow import read_requests
 from cakeflow.metrics import KINDS
-from cakeflow.models.loading import load_model
+from cakeflow.models import load_model
 from cakeflow.report import save_plot
 
 BASE = "uniform"

@@ -21,7 +21,7 @@ def main() -> None:
     """Print one row per method and setting."""
     options = parser(__doc__)
     options.add_argument("--methods", nargs="+", default=["memit", "alphaedit", "cake_paper", "cake"])
-    options.add_argument("--settings", type=Path, help="YAML list of arguments of EditModule, one setting each")
+    options.add_argument("--settings", type=Path, help="YAML list of arguments of LocateThenEdit, one setting each")
     args = options.parse_args()
     settings = yaml.safe_load(args.settings.read_text()) if args.settings else [{}]
     row = start(args)

@@ -28,17 +28,16 @@ from typing import Any
 import lightning as L
 import matplotlib.pyplot as plt
 import yaml
-from cakeflow_ability.callback import GeneralAbility
-from cakeflow_ability.tasks import TASKS
-from cakeflow_theory.theory import ResidualDrift
+from cakeflow_ability import TASKS, GeneralAbility
+from cakeflow_theory import ResidualDrift
 from sweep import Sweep, write_table
 
 from cakeflow import EditDataModule, Evaluation
 from cakeflow.callbacks import PeriodicCallback
-from cakeflow.core.config import find_config
-from cakeflow.models.loading import load_model
+from cakeflow.core import find_config
+from cakeflow.models import load_model
 from cakeflow.report import curves_of, plot_curves, save_plot
-from cakeflow.storage.atomic import write_text
+from cakeflow.storage import write_text
 
 Points = list[dict[str, float]]
 
@@ -49,7 +48,7 @@ class Quality(PeriodicCallback):
     name = "quality"
 
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``PeriodicCallback``."""
+        """Evaluate the records of every batch so far."""
         records = [request for step in module.journal for request in step.requests]
         if not records:
             return {}
@@ -64,7 +63,7 @@ class Drift(PeriodicCallback):
     name = "layers"
 
     def measure(self, module: Any) -> dict[str, float]:
-        """See ``PeriodicCallback``."""
+        """Return what the last batch logged."""
         logged = module.trainer.callback_metrics
         return {name: float(value) for name, value in logged.items() if re.fullmatch(r"layer\d+/drift", name)}
 

@@ -24,18 +24,14 @@ import torch
 from safetensors.torch import load_file
 
 from cakeflow import Contexts, Editor, EditRequest, Evaluation, GradientSearch, LocateThenEdit, read_requests
-from cakeflow.core.callback import EditCallback, LayerEdit
-from cakeflow.evaluation.evaluation import Answers
-from cakeflow.forward.tokens import TextBatch
-from cakeflow.metrics import KINDS, Consistency
-from cakeflow.metrics.preference import record_means, success
-from cakeflow.metrics.text import fluency
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
-from cakeflow.storage.atomic import write_tensors, write_text
-from cakeflow.storage.cache import cache_folder
+from cakeflow.core import EditCallback, LayerEdit
+from cakeflow.evaluation import Answers
+from cakeflow.forward import TextBatch
+from cakeflow.metrics import KINDS, Consistency, fluency, record_means, success
+from cakeflow.models import LanguageModel, load_model
+from cakeflow.storage import cache_folder, write_tensors, write_text
 from cakeflow.targets import Targets, TargetSearch, no_progress
-from cakeflow.weighters.base import effective_layers
+from cakeflow.weighters import effective_layers
 
 Row = dict[str, Any]
 SHOWN = ("efficacy", "generalization", "specificity", "editscore", "efficacy_exact", "generalization_exact")
@@ -97,7 +93,7 @@ class Watcher(EditCallback):
         self.found: list[float] = []
 
     def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
-        """See ``EditCallback``."""
+        """Note N_eff at the first layer of a batch."""
         if edit.context.index == 0:
             self.found.append(float(effective_layers(edit.context.weights).mean()))
 

@@ -26,9 +26,8 @@ import yaml
 from sweep import Row, Sweep, interval, markdown, outcomes, write_table
 
 from cakeflow import EditDataModule, EditRequest, Evaluation
-from cakeflow.core.config import find_config
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.core import find_config
+from cakeflow.models import LanguageModel, load_model
 from cakeflow.report import save_plot
 
 SCALES = {"embedded": (100, 50), "full": (2000, 100)}

@@ -2,11 +2,11 @@
 
     python benchmarks/reproduce/theory.py --data verbatim_300.json --corpus valid.txt test.txt --records 100
 
-Per layer: the share eta of what is left that it takes; how far its effect at the anchor is from that share (drift);
-how far the layers between it and the anchor are from the identity (``sensitivity``); both sides of theorem 2; and what
-remains of the residual when it is edited alone, fact by fact. Then N_eff, the drift of the causal scores, and Kendall's
-tau of scores and single-layer fits, beside that of the mere layer numbers. Written to ``--json FILE``, and beside it as
-CSV, Markdown and PNG.
+Per layer: the share eta of the remaining residual that it takes; how far its effect at the value site is from that
+share (drift); how far the layers between it and the value site are from the identity (``sensitivity``); both sides of
+theorem 2; and what remains of the residual when it is edited alone, fact by fact. Then N_eff, the drift of the causal
+scores, and Kendall's tau of scores and single-layer fits, beside that of the mere layer numbers. Written to ``--json
+FILE``, and beside it as CSV, Markdown and PNG.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ import math
 from pathlib import Path
 
 import matplotlib.pyplot as plt
-from cakeflow_theory.alignment import ScoreAlignment
-from cakeflow_theory.theory import ResidualDrift, ScoreDrift, WeightShiftBound
+from cakeflow_theory import ResidualDrift, ScoreAlignment, ScoreDrift, WeightShiftBound
 from sweep import Sweep, parser, write_table
 
 from cakeflow import read_requests
 from cakeflow.report import plot_layers, save_plot
-from cakeflow.storage.atomic import write_text
+from cakeflow.storage import write_text
 
 PER_LAYER = ("share", "drift", "sensitivity", "shift_error", "shift_limit", "left_alone")
 PANELS = (("share",), ("drift",), ("sensitivity",), ("shift_error", "shift_limit"), ("left_alone",))

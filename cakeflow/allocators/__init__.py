@@ -6,12 +6,6 @@ from cakeflow.allocators.sequential import Sequential, shares_from_fractions
 from cakeflow.forward.jacobian import LinearMap
 
 __all__ = [
-    "Allocator",
-    "Jacobian",
-    "LayerContext",
-    "LinearMap",
-    "Sequential",
-    "ShareAllocator",
-    "conjugate_gradients",
+    "Allocator", "Jacobian", "LayerContext", "LinearMap", "Sequential", "ShareAllocator", "conjugate_gradients",
     "shares_from_fractions",
-]
+]  # fmt: skip

@@ -7,23 +7,11 @@ from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.memory import Footprint
 from cakeflow.core.module import EditModule
-from cakeflow.core.run import FitResult, run_evaluate, run_fit
+from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
 
 __all__ = [
-    "EditCallback",
-    "EditDataModule",
-    "EditModule",
-    "FitResult",
-    "Footprint",
-    "LayerEdit",
-    "LocateThenEdit",
-    "SafeCheckpointIO",
-    "Statistics",
-    "build_module",
-    "find_config",
-    "run_evaluate",
-    "run_fit",
-    "shipped",
-    "with_safe_checkpoints",
-]
+    "EditCallback", "EditDataModule", "EditModule", "EvaluationResult", "FitResult", "Footprint", "LayerEdit",
+    "LocateThenEdit", "SafeCheckpointIO", "Statistics", "build_module", "find_config", "run_evaluate", "run_fit",
+    "shipped", "with_safe_checkpoints",
+]  # fmt: skip

@@ -10,18 +10,6 @@ from cakeflow.data.snippets import with_references
 from cakeflow.data.sources import read_entries, read_requests, read_text, read_texts
 
 __all__ = [
-    "Contexts",
-    "EditRequest",
-    "Probe",
-    "builtin_facts",
-    "check_fields",
-    "contradictions",
-    "missing_fields",
-    "parse_requests",
-    "read_entries",
-    "read_requests",
-    "read_text",
-    "read_texts",
-    "select",
-    "with_references",
-]
+    "Contexts", "EditRequest", "Probe", "builtin_facts", "check_fields", "contradictions", "missing_fields",
+    "parse_requests", "read_entries", "read_requests", "read_text", "read_texts", "select", "with_references",
+]  # fmt: skip

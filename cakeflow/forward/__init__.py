@@ -11,27 +11,7 @@ from cakeflow.forward.suffix import Recording, Suffixes, cut
 from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode_prompts, join
 
 __all__ = [
-    "GIB",
-    "FactReader",
-    "LinearMap",
-    "ModelJacobian",
-    "PromptStream",
-    "Recording",
-    "Row",
-    "Suffixes",
-    "TextBatch",
-    "WeightLoss",
-    "continuations",
-    "cut",
-    "encode",
-    "encode_batch",
-    "encode_prompts",
-    "generate_contexts",
-    "join",
-    "pad",
-    "plan",
-    "predict",
-    "sampled_corpus",
-    "token_stream",
-    "until_stop",
-]
+    "GIB", "FactReader", "LinearMap", "ModelJacobian", "PromptStream", "Recording", "Row", "Suffixes", "TextBatch",
+    "WeightLoss", "continuations", "cut", "encode", "encode_batch", "encode_prompts", "generate_contexts", "join",
+    "pad", "plan", "predict", "sampled_corpus", "token_stream", "until_stop",
+]  # fmt: skip

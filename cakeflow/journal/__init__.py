@@ -10,26 +10,7 @@ from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
 from cakeflow.journal.store import JournalStore
 
 __all__ = [
-    "AppliedChange",
-    "Audit",
-    "Change",
-    "EditStep",
-    "Entry",
-    "EvaluatedRequest",
-    "Journal",
-    "JournalStore",
-    "Ledger",
-    "ModuleChange",
-    "PromptAnswer",
-    "RunInfo",
-    "WeightChange",
-    "base_of",
-    "bodies",
-    "circumstances",
-    "kind_of",
-    "ledger_of",
-    "read_entries",
-    "replay",
-    "request_hash",
-    "verify",
-]
+    "AppliedChange", "Audit", "Change", "EditStep", "Entry", "EvaluatedRequest", "Journal", "JournalStore", "Ledger",
+    "ModuleChange", "PromptAnswer", "RunInfo", "WeightChange", "base_of", "bodies", "circumstances", "kind_of",
+    "ledger_of", "read_entries", "replay", "request_hash", "verify",
+]  # fmt: skip

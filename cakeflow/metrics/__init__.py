@@ -1,7 +1,10 @@
 """Metrics: torchmetrics classes fed with log-probabilities and texts, never with a model."""
 
-from cakeflow.metrics.preference import KINDS, Efficacy, Generalization, Specificity
+from cakeflow.metrics.preference import KINDS, Efficacy, Generalization, Specificity, record_means, success
 from cakeflow.metrics.score import EditScore
-from cakeflow.metrics.text import Consistency, Fluency
+from cakeflow.metrics.text import Consistency, Fluency, fluency
 
-__all__ = ["KINDS", "Consistency", "EditScore", "Efficacy", "Fluency", "Generalization", "Specificity"]
+__all__ = [
+    "KINDS", "Consistency", "EditScore", "Efficacy", "Fluency", "Generalization", "Specificity", "fluency",
+    "record_means", "success",
+]  # fmt: skip

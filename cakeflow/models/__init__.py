@@ -6,17 +6,6 @@ from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 
 __all__ = [
-    "Architecture",
-    "LanguageModel",
-    "Role",
-    "Site",
-    "capture",
-    "find_architecture",
-    "frozen",
-    "inject",
-    "is_transposed",
-    "load_model",
-    "logits_at",
-    "patch",
-    "start_at",
-]
+    "Architecture", "LanguageModel", "Role", "Site", "capture", "find_architecture", "frozen", "inject",
+    "is_transposed", "load_model", "logits_at", "patch", "start_at",
+]  # fmt: skip

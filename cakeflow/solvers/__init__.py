@@ -10,14 +10,6 @@ from cakeflow.solvers.null_space import NullSpace
 from cakeflow.solvers.problem import LayerProblem, Update
 
 __all__ = [
-    "Covariance",
-    "Descent",
-    "EqualityConstrained",
-    "GramFactor",
-    "KeyHistory",
-    "LayerProblem",
-    "LeastSquares",
-    "NullSpace",
-    "Solver",
-    "Update",
-]
+    "Covariance", "Descent", "EqualityConstrained", "GramFactor", "KeyHistory", "LayerProblem", "LeastSquares",
+    "NullSpace", "Solver", "Update",
+]  # fmt: skip

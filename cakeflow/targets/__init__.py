@@ -16,20 +16,7 @@ from cakeflow.targets.objective import (
 from cakeflow.targets.stop import LossBelow, SolvedAndNear, StopRule
 
 __all__ = [
-    "EssenceKL",
-    "GradientSearch",
-    "LossBelow",
-    "NormDecay",
-    "Objective",
-    "ObjectiveTerm",
-    "ObjectiveValue",
-    "PreparedTerm",
-    "SearchProblem",
-    "SolvedAndNear",
-    "StopRule",
-    "TargetLikelihood",
-    "TargetSearch",
-    "Targets",
-    "TermRows",
-    "no_progress",
-]
+    "EssenceKL", "GradientSearch", "LossBelow", "NormDecay", "Objective", "ObjectiveTerm", "ObjectiveValue",
+    "PreparedTerm", "SearchProblem", "SolvedAndNear", "StopRule", "TargetLikelihood", "TargetSearch", "Targets",
+    "TermRows", "no_progress",
+]  # fmt: skip

@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow import Sequential, ShareAllocator, shares_from_fractions
-from cakeflow.allocators import LayerContext
+from cakeflow.allocators import LayerContext, Sequential, ShareAllocator, shares_from_fractions
 from cakeflow.errors import ConfigError
 from cakeflow.models.architecture import Site
 
