@@ -1,4 +1,4 @@
-"""The walk of one edit, top to bottom: weigh the layers, find targets, share the residual, solve, change the weights."""
+"""The walk of one edit, top to bottom: weigh layers, find targets, share the residual, solve, change the weights."""
 
 from __future__ import annotations
 
@@ -120,8 +120,8 @@ class LocateThenEdit(EditModule[TextBatch]):
                 raise ConfigError(f"{name} must be above 0, got {limit}")
         if site != "mlp_out" and not isinstance(allocator, ShareAllocator):
             raise ConfigError(
-                f"site is {site!r}, but {type(allocator).__name__} follows the outputs of whole blocks, which are those "
-                "of mlp_out alone; use an allocator of shares, such as Sequential"
+                f"site is {site!r}, but {type(allocator).__name__} follows the outputs of whole blocks, which are "
+                "those of mlp_out alone; use an allocator of shares, such as Sequential"
             )
         loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
         super().__init__(base, evaluation, metrics, loading, record_texts=record_texts)

@@ -42,8 +42,8 @@ B = TypeVar("B", bound=EditBatch, default=Any)
 class EditModule(L.LightningModule, ABC, Generic[B]):
     """The base of edit methods: model, journal, evaluation and phases; a subclass says how a batch is edited.
 
-    Subclasses define ``settings``, ``encode``, ``prepare`` and ``edit``, and ``finish`` if something is left to do when a
-    run ends. Whatever changes the model goes through ``journal.apply``: then batches are whole or not there, stored,
+    Subclasses define ``settings``, ``encode``, ``prepare`` and ``edit``, and ``finish`` if something is left to do when
+    a run ends. Whatever changes the model goes through ``journal.apply``: then batches are whole or not there, stored,
     resumed, rolled back and exported.
 
     Attributes:

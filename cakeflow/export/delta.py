@@ -81,7 +81,7 @@ def require_base(lm: EditableModel, manifest: Manifest, folder: Path) -> None:
     if fingerprint != manifest.fingerprint:
         raise ExportError(
             f"{folder} is for {manifest.model!a} with the hash {manifest.fingerprint[:16]}..., this model has "
-            f"{fingerprint[:16]}...: other weights (edited already?), another config, tokenizer or version of transformers"
+            f"{fingerprint[:16]}...: other weights (edited already?), another config, tokenizer or transformers version"
         )
 
 

@@ -62,7 +62,7 @@ class Manifest(Schema):
     ledger: SHA256 | Literal[""]
     weights: dict[str, WeightHashes]
     files: dict[FileName, SHA256] = Field(default_factory=dict)
-    changes: list[ChangeInfo] = []
+    changes: list[ChangeInfo] = Field(default_factory=list)
     version: Literal[2] = 2
     hash: SHA256 | Literal[""] = ""
 

@@ -46,7 +46,7 @@ class Change(ABC):
 
     @abstractmethod
     def read(self, model: EditableModel) -> Any:
-        """What the place holds now, for ``undo``."""
+        """Return the content of the place, for ``undo``."""
 
     @abstractmethod
     def undo(self, model: EditableModel, content: Any) -> None:
@@ -54,11 +54,11 @@ class Change(ABC):
 
     @abstractmethod
     def state(self, model: EditableModel) -> dict[str, Tensor]:
-        """What the place holds now, as tensors by their names in the model's state dict."""
+        """Return the content of the place, as tensors by their names in the model's state dict."""
 
     @abstractmethod
     def original(self, content: Any) -> dict[str, Tensor]:
-        """What has to be stored of the place's content before any change; empty if the unedited model has it all."""
+        """Return the tensors to store of the place before any change; none if the unedited model has them all."""
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -86,7 +86,7 @@ def kind_of(name: str) -> type[Change]:
     kinds = {kind.__name__: kind for kind in _kinds(Change) if not isabstract(kind)}  # type: ignore[type-abstract]
     if name not in kinds:
         raise LedgerError(
-            f"a change of kind {name!r}: known are {', '.join(sorted(kinds))}; install and import the plugin of this one"
+            f"a change of kind {name!r}: known are {', '.join(sorted(kinds))}; import the plugin that has this one"
         )
     return kinds[name]
 

@@ -17,7 +17,7 @@ from cakeflow.models.architecture import Architecture, Site, is_transposed, line
 
 
 class EditableModel(ABC):
-    """What an edit needs of any transformer, of text or of images.
+    """The interface of a transformer to edit, of text or of images.
 
     Weights are named by their parameter (``model.layers.5.mlp.down_proj.weight``), modules by their path. Subclasses
     are frozen dataclasses with the fields below; they add what their requests need, such as a tokenizer.
@@ -35,7 +35,7 @@ class EditableModel(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """Where the model was loaded from, or its class where it was built."""
+        """Name or folder that the model was loaded from, or its class if it was built."""
 
     @property
     @abstractmethod

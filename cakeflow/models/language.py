@@ -66,7 +66,7 @@ class LanguageModel(EditableModel):
 
     @property
     def name(self) -> str:
-        """Where the model was loaded from, or its class where it was built."""
+        """Name or folder that the model was loaded from, or its class if it was built."""
         return str(self.model.name_or_path) or type(self.model).__name__
 
     @property

@@ -92,7 +92,7 @@ class GramFactor:
         return len(self._whitened)
 
     def _new_rows(self, keys: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n d_in"]]:
-        """What new keys would add: the diagonal block of L and the rows of Y (Schur complement)."""
+        """Return what new keys would add: the diagonal block of L and the rows of Y (Schur complement)."""
         mapped = self._transform(keys)
         schur = torch.eye(len(keys), dtype=keys.dtype, device=keys.device) + keys @ mapped.T
         if len(self):
