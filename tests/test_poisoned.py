@@ -11,6 +11,7 @@ from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import build_module
 from cakeflow.core.statistics import Statistics, convergence
 from cakeflow.errors import ConfigError, StatisticsError
+from cakeflow.models import Site
 from cakeflow.models.loading import load_model
 
 PACKED = struct.pack("<Q", 2) + b"{}"
@@ -25,14 +26,16 @@ POISONED = {
     "without-tensors": PACKED,
 }
 
+SITES = [Site(1, "mlp_out"), Site(2, "mlp_out")]
+
 
 @pytest.fixture
 def statistics(lm, tmp_path):
     """Settings whose statistics lie in a folder, and the file of the one layer."""
     (tmp_path / "corpus.txt").write_text("the sea was calm and every small boat came home before night " * 30)
     found = Statistics(tmp_path / "corpus.txt", tokens=300, window=20)
-    found.collect(lm, [2], tmp_path / "kept")
-    return found, next((tmp_path / "kept").rglob("layer-2.safetensors"))
+    found.collect(lm, SITES[1:], tmp_path / "kept")
+    return found, next((tmp_path / "kept").rglob("layer-2-mlp_out.safetensors"))
 
 
 @pytest.mark.parametrize("name", [*POISONED, "cut", "other-shape"])
@@ -42,13 +45,13 @@ def test_poisoned_statistics_are_named_and_made_again_once_deleted(name, lm, sta
     path.write_bytes(POISONED.get(name, good[:-100]))
     if name == "other-shape":
         save_file({part: torch.ones(3, 3) for part in ("moment", "eigenvalues", "eigenvectors")}, path)
-    with pytest.raises(StatisticsError, match=rf"{path} is damaged .*; delete it, it is made again"):
-        settings.collect(lm, [1, 2], tmp_path / "kept")
-    assert not path.with_name("layer-1.safetensors").exists()  # nothing was collected before the fault was seen
+    with pytest.raises(StatisticsError, match=rf"{path} is damaged .*; delete it, and it is collected again"):
+        settings.collect(lm, SITES, tmp_path / "kept")
+    assert not path.with_name("layer-1-mlp_out.safetensors").exists()  # nothing was collected before the fault was seen
     with pytest.raises(StatisticsError, match="is damaged"):
         convergence(path)
     path.unlink()
-    settings.collect(lm, [2], tmp_path / "kept")
+    settings.collect(lm, SITES[1:], tmp_path / "kept")
     assert path.read_bytes() == good
 
 
@@ -57,9 +60,9 @@ def test_poisoned_partial_sums_are_named(lm, statistics, tmp_path):
     partial = path.with_name("partial.safetensors")
     partial.write_bytes(POISONED["garbage"])
     with pytest.raises(StatisticsError, match=r"partial.safetensors is damaged"):
-        settings.collect(lm, [1, 2], tmp_path / "kept")
+        settings.collect(lm, SITES, tmp_path / "kept")
     save_file({"sum/1": torch.ones(2, 2)}, partial)  # not all that there must be: begun again
-    assert sorted(settings.collect(lm, [1, 2], tmp_path / "kept")) == [1, 2]
+    assert [site.layer for site in settings.collect(lm, SITES, tmp_path / "kept")] == [1, 2]
 
 
 @pytest.mark.parametrize("name", POISONED)
@@ -100,7 +103,7 @@ def test_poisoned_configs(name, tmp_path, monkeypatch, capsys):
     """The command line ends with status 2, nothing of it is executed, and no model is loaded."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.argv", ["cakeflow"])
-    monkeypatch.setattr("cakeflow.core.locate_then_edit.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.core.module.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     path = tmp_path / "mine.yaml"
     path.write_bytes(CONFIGS[name])
     with pytest.raises(ConfigError, match=r"mine.yaml"):

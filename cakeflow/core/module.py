@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Generic, final
 
 import lightning as L
+import torch
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import TypeVar
@@ -165,7 +166,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         if step := self.journal.replay_next(batch.requests):
             self.log_dict(step.numbers, batch_size=len(step.hashes))
         else:
-            with self.journal.batch(batch.requests) as step:
+            with _float32_by_default(), self.journal.batch(batch.requests) as step:
                 self.edit(batch, step)
 
     @final
@@ -194,14 +195,16 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     @final
     def validation_step(self, batch: EditBatch, _: int) -> None:
         """Ask the model about some requests."""
-        with self.phase("evaluation"):
+        with _float32_by_default(), self.phase("evaluation"):
             answers = self.evaluation.ask(self.lm, batch.requests, first=len(self.answers))
             self.answers += answers.rows(first=len(self.answers))
             fields = answers.fields().items()
             self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})
 
     def on_validation_epoch_end(self) -> None:
-        """Log every metric under the stage's name, and the number of edits it follows."""
+        """Log every metric under the stage's name, and the number of edits it follows; not in a sanity check."""
+        if self.trainer.sanity_checking:
+            return
         self.log("edits", float(self.journal.edits))
         self.evaluated = len(self.journal)
         self.metrics_at[self.stage] = values = {name: float(each) for name, each in self.metrics.compute().items()}
@@ -289,3 +292,14 @@ def run_folder(trainer: L.Trainer) -> Path | None:
 def described(value: object) -> Any:
     """A setting as JSON-ready data, without the address of any object, which differs from process to process."""
     return value if isinstance(value, (int, list)) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+@contextmanager
+def _float32_by_default() -> Iterator[None]:
+    """Make new tensors float32: under ``precision="bf16-true"`` a step's default, and so its sums, would be too."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)

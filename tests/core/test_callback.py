@@ -6,6 +6,7 @@ import torch
 
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit
 from cakeflow.core.callback import EditCallback
+from cakeflow.models import Site
 
 LAYERS = [1, 2, 4]
 
@@ -29,8 +30,8 @@ def test_a_callback_can_stop_a_run(lm, requests, quiet, limit, batches):
         contexts=Contexts(),
         targets=GradientSearch(steps=2, lr=0.3),
         solver=LeastSquares(1.0),
-        moments=dict.fromkeys(LAYERS, torch.eye(lm.oriented(0).shape[1], dtype=torch.float64)),
+        moments=dict.fromkeys(LAYERS, torch.eye(lm.key_width(Site(0, "mlp_out")), dtype=torch.float64)),
     )
     trainer = L.Trainer(**{**quiet, "callbacks": [StopAtDrift(limit)]})
-    trainer.fit(module, train_dataloaders=EditDataModule(requests[:6], 2).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(requests[:6], 2))
     assert len(module.journal) == batches

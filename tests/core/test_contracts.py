@@ -175,7 +175,7 @@ def test_a_failed_solve_names_layer_and_requests_and_only_its_batch_is_taken_bac
         L.Trainer(**quiet).fit(module, datamodule=EditDataModule(requests[:4], 2))
     assert requests[3].text in str(caught.value)
     assert tiny.fingerprint() == after_first
-    assert [len(module.journal), len(module.journal.history(1))] == [1, 2]
+    assert [len(module.journal), len(module.journal.history(tiny.weight_name(Site(1, "mlp_out"))))] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -185,9 +185,9 @@ def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkey
     """A hidden state may overflow for one prompt only."""
     read = FactReader.read
 
-    def spoiled(self, layer, anchor):
-        found = read(self, layer, anchor)
-        if layer == 2:
+    def spoiled(self, site, value_site):
+        found = read(self, site, value_site)
+        if site.layer == 2:
             found[part][1, 3] = torch.inf
         return found
 

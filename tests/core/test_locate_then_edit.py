@@ -299,8 +299,9 @@ def test_precisions_of_the_trainer(lm, requests, quiet, build, precision):
     assert all(torch.isfinite(p).all() for p in lm.model.parameters())
     assert all(change.keys.dtype == torch.float64 for change in module.journal.changes)
     if precision == "bf16-true":
-        assert module.journal.weights._masters[1].dtype == torch.float32
-        assert torch.equal(module.journal.weights._masters[1].bfloat16(), lm.weight(Site(1, "mlp_out")))
+        master = lm.masters[lm.weight_name(Site(1, "mlp_out"))]
+        assert master.dtype == torch.float32
+        assert torch.equal(master.bfloat16(), lm.weight(Site(1, "mlp_out")))
     edited = lm.weight(Site(1, "mlp_out")).clone()
     module.journal.rollback()
     assert not torch.equal(lm.weight(Site(1, "mlp_out")), edited)
@@ -318,12 +319,12 @@ def test_layers_added_after_edits_are_measured_on_the_unedited_model(lm, request
     statistics = Statistics(str(tmp_path / "corpus.txt"), tokens=300, window=20)
     module = build(lm, statistics=statistics)
     fit(module, requests[:6], quiet)
-    wanted = statistics.collect(copy.deepcopy(lm), [4])[4].moment  # of the edited model
+    wanted = statistics.collect(copy.deepcopy(lm), [Site(4, "mlp_out")])[Site(4, "mlp_out")].moment  # once edited
     del module.covariances[4]
     fit(module, requests[6:], quiet)
     found = module.covariances[4].moment
     module.journal.rollback()
-    assert torch.equal(found, statistics.collect(lm, [4])[4].moment)
+    assert torch.equal(found, statistics.collect(lm, [Site(4, "mlp_out")])[Site(4, "mlp_out")].moment)
     assert not torch.equal(found, wanted)
 
 

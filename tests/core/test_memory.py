@@ -34,11 +34,13 @@ def batch(tiny, requests):
 
 
 def foresee(lm, batch, budget=None, **rest):
-    return Footprint.estimate(lm, batch, [1, 2], tokens=1024, budget=budget, **rest)
+    return Footprint.estimate(
+        lm, batch, [Site(1, "mlp_out"), Site(2, "mlp_out")], max_tokens=1024, max_bytes=budget, **rest
+    )
 
 
 def test_a_token_costs_the_same_in_every_block(tiny):
-    costs = [TokenCost.above(tiny, layer) for layer in range(tiny.depth)]
+    costs = [TokenCost.above(tiny, Site(layer, "mlp_out")) for layer in range(tiny.depth)]
     graphs, caches = [cost.graph for cost in costs], [cost.cache for cost in costs]
     for kinds in (graphs, caches):
         steps = [low - high for low, high in pairwise(kinds)]
@@ -53,22 +55,22 @@ def test_shapes_suffice(tiny, batch):
     with torch.device("meta"):
         shape = AutoModelForCausalLM.from_config(tiny.model.config, dtype=tiny.dtype)
     empty = LanguageModel.wrap(shape, tiny.tokenizer)
-    shape, real = TokenCost.above(empty, 2), TokenCost.above(tiny, 2)
+    shape, real = (TokenCost.above(each, Site(2, "mlp_out")) for each in (empty, tiny))
     assert shape.graph == pytest.approx(real.graph, rel=0.15)  # attention keeps something else there
     assert replace(shape, graph=0) == replace(real, graph=0)
-    assert foresee(empty, batch).deferred == 0  # originals stay off a GPU
-    assert foresee(tiny, batch).deferred == sum(tiny.weight(Site(layer, "mlp_out")).nbytes for layer in (1, 2))
+    assert foresee(empty, batch).stored == 0  # originals stay off a GPU
+    assert foresee(tiny, batch).stored == sum(tiny.weight(Site(layer, "mlp_out")).nbytes for layer in (1, 2))
     assert foresee(empty, batch).targets == pytest.approx(foresee(tiny, batch).targets, rel=0.1)
 
 
 def test_more_of_anything_takes_more(tiny, batch, requests):
     plain = foresee(tiny, batch)
-    assert foresee(tiny, batch, seen=50).solve > plain.solve
+    assert foresee(tiny, batch, earlier=50).solve > plain.solve
     assert foresee(tiny, batch, matrices=2).solve == plain.solve + 16 * tiny.weight(Site(1, "mlp_out")).numel()
     assert foresee(tiny, encode_batch(tiny, requests, Contexts())).targets < plain.targets
     half = copy.deepcopy(tiny)
     half.model.to(torch.bfloat16)
-    assert foresee(half, batch).deferred == 6 * sum(tiny.weight(Site(layer, "mlp_out")).numel() for layer in (1, 2))
+    assert foresee(half, batch).stored == 6 * sum(tiny.weight(Site(layer, "mlp_out")).numel() for layer in (1, 2))
 
 
 def test_a_budget_is_kept_to(tiny, batch):
@@ -78,7 +80,7 @@ def test_a_budget_is_kept_to(tiny, batch):
     for share in (0.9, 0.7, 0.5, 0.4):
         room = foresee(tiny, batch, free.peak * share)
         assert room.peak <= free.peak * share
-        seen.add((room.facts, room.tokens))
+        seen.add((room.facts, room.suffix_tokens))
     assert len(seen) == 4
 
 
@@ -90,7 +92,7 @@ def test_the_same_edit_within_a_budget(tiny, requests, quiet):
     room = module.estimate(batch)
     tight = {"targets": targets, "contexts": CONTEXTS, "memory_budget": room.peak / 2 / GIB}
     again = fit_tiny(other, [1, 2], requests, quiet, 1.0, **tight)
-    assert again.estimate(batch).tokens < room.tokens
+    assert again.estimate(batch).suffix_tokens < room.suffix_tokens
     for layer in (1, 2):
         torch.testing.assert_close(
             other.weight(Site(layer, "mlp_out")), tiny.weight(Site(layer, "mlp_out")), rtol=1e-9, atol=1e-12
@@ -117,9 +119,10 @@ def test_a_budget_too_small_is_refused_before_anything(tiny, requests, quiet):
 
 def test_second_moments_in_several_passes(tiny, tmp_path):
     settings = Statistics(tokens=800, window=32)
-    whole = settings.collect(tiny, [1, 2, 3], tmp_path / "whole")
-    parts = settings.collect(tiny, [1, 2, 3], tmp_path / "parts", budget=1.0)
-    assert all(torch.equal(whole[layer].moment, parts[layer].moment) for layer in (1, 2, 3))
+    sites = [Site(layer, "mlp_out") for layer in (1, 2, 3)]
+    whole = settings.collect(tiny, sites, tmp_path / "whole")
+    parts = settings.collect(tiny, sites, tmp_path / "parts", max_bytes=1.0)
+    assert all(torch.equal(whole[site].moment, parts[site].moment) for site in sites)
 
 
 def test_solvers_say_what_they_hold():

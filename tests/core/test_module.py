@@ -14,11 +14,11 @@ def test_stages_outcomes_and_phases(lm, requests, tmp_path, monkeypatch):
     run = editor.fit(requests[:3], run_dir=tmp_path / "run")
     assert module.metrics_at.keys() == {"before", "after"}
     assert repr(module.metrics_at["after"]) == repr(run.after)
-    assert [row.index for row in module.outcomes] == [0, 1, 2]
+    assert [row.index for row in module.answers] == [0, 1, 2]
     assert module.evaluated == len(module.journal) == 1
     assert {"evaluation", "targets", "keys", "solve"} <= set(module.timings)
     assert editor.evaluate(requests[3:5]).metrics.keys() == run.after.keys()
-    assert (module.stage, [row.subject for row in module.outcomes]) == ("now", [r.subject for r in requests[3:5]])
+    assert (module.stage, [row.subject for row in module.answers]) == ("now", [r.subject for r in requests[3:5]])
     with module.phase("something"):
         pass
     assert module.timings["something"] >= 0

@@ -230,7 +230,7 @@ def test_what_runs_without_a_trainer(tiny, rows, requests, tmp_path, what, inter
         if what == "trace":
             CausalTrace(draws=2).run(tiny, rows, [1, 2])
         elif what == "statistics":
-            Statistics(source=text, tokens=512, window=32).collect(tiny, [1, 2])
+            Statistics(source=text, tokens=512, window=32).collect(tiny, [Site(1, "mlp_out"), Site(2, "mlp_out")])
         elif what == "contexts":
             generate_contexts(tiny)
         else:

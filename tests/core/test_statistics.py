@@ -29,6 +29,14 @@ def settings(corpus):
     return Statistics(corpus, tokens=500, window=20, batch_tokens=60)
 
 
+MLP = {layer: Site(layer, "mlp_out") for layer in range(4)}
+
+
+def at(*layers):
+    """The MLP output projections of layers."""
+    return [MLP[layer] for layer in layers]
+
+
 def passes(lm):
     """Count forward passes of the real model."""
     count = []
@@ -49,43 +57,43 @@ def direct(lm, layer, tokens=500, window=20):
 
 
 def test_one_pass_equals_direct_outer_products(tiny, settings):
-    found = settings.collect(tiny, [1, 3])
-    assert sorted(found) == [1, 3]
-    for layer, covariance in found.items():
-        torch.testing.assert_close(covariance.moment, direct(tiny, layer), rtol=0, atol=1e-12)
+    found = settings.collect(tiny, at(1, 3))
+    assert list(found) == at(1, 3)
+    for site, covariance in found.items():
+        torch.testing.assert_close(covariance.moment, direct(tiny, site.layer), rtol=0, atol=1e-12)
         values, vectors = covariance.eigen
         torch.testing.assert_close((vectors * values) @ vectors.T, covariance.moment, rtol=0, atol=1e-10)
         assert covariance.weight == 15_000
 
 
 def test_several_rows_at_once_change_nothing(lm, settings, corpus):
-    one = settings.collect(lm, [2])[2].moment
-    other = Statistics(corpus, 500, 20, batch_tokens=1).collect(lm, [2], corpus.parent / "fresh")[2].moment
+    one = settings.collect(lm, at(2))[MLP[2]].moment
+    other = Statistics(corpus, 500, 20, batch_tokens=1).collect(lm, at(2), corpus.parent / "fresh")[MLP[2]].moment
     torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
 def test_a_second_call_reads_the_cache(lm, settings, cache):
-    first = settings.collect(lm, [1, 2])
+    first = settings.collect(lm, at(1, 2))
     count = passes(lm)
-    again = settings.collect(lm, [1, 2])
+    again = settings.collect(lm, at(1, 2))
     assert not count
-    assert torch.equal(first[1].moment, again[1].moment)
-    assert torch.equal(first[1].eigen[1], again[1].eigen[1])
+    assert torch.equal(first[MLP[1]].moment, again[MLP[1]].moment)
+    assert torch.equal(first[MLP[1]].eigen[1], again[MLP[1]].eigen[1])
     assert [path.name for path in sorted((cache / "statistics").rglob("*.safetensors"))] == [
-        "layer-1.safetensors",
-        "layer-2.safetensors",
+        "layer-1-mlp_out.safetensors",
+        "layer-2-mlp_out.safetensors",
     ]
 
 
 def test_a_given_folder_is_used(lm, settings, tmp_path):
-    settings.collect(lm, [1], tmp_path / "here")
-    assert len(list((tmp_path / "here").rglob("layer-1.safetensors"))) == 1
+    settings.collect(lm, at(1), tmp_path / "here")
+    assert len(list((tmp_path / "here").rglob("layer-1-mlp_out.safetensors"))) == 1
 
 
 def test_the_weight_of_the_covariance_is_not_part_of_the_key(lm, corpus, settings):
-    settings.collect(lm, [1])
+    settings.collect(lm, at(1))
     count = passes(lm)
-    assert Statistics(corpus, 500, 20, cov_weight=3.0).collect(lm, [1])[1].weight == 3
+    assert Statistics(corpus, 500, 20, cov_weight=3.0).collect(lm, at(1))[MLP[1]].weight == 3
     assert not count
 
 
@@ -123,19 +131,19 @@ def change_dtype(lm, corpus):
     ids=["weights", "tokenizer", "text", "dtype", "tokens", "window"],
 )
 def test_what_decides_the_values_decides_the_key(lm, corpus, settings, change):
-    settings.collect(lm, [1])
+    settings.collect(lm, at(1))
     other = change(lm, corpus)
     count = passes(lm)
-    other.collect(lm, [1])
+    other.collect(lm, at(1))
     assert count
 
 
 def test_weights_above_the_last_layer_do_not_matter(lm, settings):
-    settings.collect(lm, [1, 2])
+    settings.collect(lm, at(1, 2))
     with torch.no_grad():
         lm.weight(Site(3, "mlp_out"))[0, 0] += 1
     count = passes(lm)
-    settings.collect(lm, [1, 2])
+    settings.collect(lm, at(1, 2))
     assert not count
 
 
@@ -153,20 +161,20 @@ def interrupt_after(lm, passes_done, error):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny, settings, tmp_path, monkeypatch, error):
     monkeypatch.setattr(module, "SAVE_EVERY", 0)
-    wanted = settings.collect(tiny, [1, 3], tmp_path / "whole")
+    wanted = settings.collect(tiny, at(1, 3), tmp_path / "whole")
     count = passes(tiny)
     handle = interrupt_after(tiny, 5, error)
     with pytest.raises(error):
-        settings.collect(tiny, [1, 3], tmp_path / "broken")
+        settings.collect(tiny, at(1, 3), tmp_path / "broken")
     handle.remove()
     assert [path.name for path in (tmp_path / "broken").rglob("*.safetensors")] == ["partial.safetensors"]
     count.clear()
-    found = settings.collect(tiny, [1, 3], tmp_path / "broken")
+    found = settings.collect(tiny, at(1, 3), tmp_path / "broken")
     assert len(count) == -(-(500 // 20) // 3) - 5  # went on, did not start again
     for layer in (1, 3):
-        assert torch.equal(found[layer].moment, wanted[layer].moment)
-        assert torch.equal(found[layer].eigen[0], wanted[layer].eigen[0])
-        files = [next((tmp_path / name).rglob(f"layer-{layer}.safetensors")) for name in ("whole", "broken")]
+        assert torch.equal(found[MLP[layer]].moment, wanted[MLP[layer]].moment)
+        assert torch.equal(found[MLP[layer]].eigen[0], wanted[MLP[layer]].eigen[0])
+        files = [next((tmp_path / name).rglob(f"layer-{layer}-mlp_out.safetensors")) for name in ("whole", "broken")]
         assert convergence(files[0]) == convergence(files[1])
     assert not list((tmp_path / "broken").rglob("partial*"))
 
@@ -175,24 +183,24 @@ def test_a_partial_pass_over_other_layers_is_not_used(lm, settings, monkeypatch)
     monkeypatch.setattr(module, "SAVE_EVERY", 0)
     handle = interrupt_after(lm, 5, RuntimeError)
     with pytest.raises(RuntimeError):
-        settings.collect(lm, [1, 3])
+        settings.collect(lm, at(1, 3))
     handle.remove()
-    found = settings.collect(lm, [2, 3])
-    torch.testing.assert_close(found[3].moment, direct(lm, 3), rtol=0, atol=1e-12)
+    found = settings.collect(lm, at(2, 3))
+    torch.testing.assert_close(found[MLP[3]].moment, direct(lm, 3), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("early", "late"), [([3], [1, 3]), ([1, 3], [3])])
 def test_layers_share_a_folder_only_where_their_values_agree(lm, settings, early, late):
-    settings.collect(lm, early)
-    found = settings.collect(lm, late)
+    settings.collect(lm, at(*early))
+    found = settings.collect(lm, at(*late))
     assert sorted(found) == late
     for layer in late:
-        torch.testing.assert_close(found[layer].moment, direct(lm, layer), rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[MLP[layer]].moment, direct(lm, layer), rtol=0, atol=1e-12)
 
 
 def test_convergence_is_the_change_over_the_second_half(lm, settings, cache):
-    found = settings.collect(lm, [1])[1].moment
-    path = next(cache.rglob("layer-1.safetensors"))
+    found = settings.collect(lm, at(1))[MLP[1]].moment
+    path = next(cache.rglob("layer-1-mlp_out.safetensors"))
     half = direct(lm, 1, tokens=240)  # 12 of 25 windows, a whole number of batches
     assert convergence(path) == pytest.approx(float((found - half).norm() / found.norm()), rel=1e-9)
     assert set(load_file(path)) == {"moment", "eigenvalues", "eigenvectors"}
@@ -200,16 +208,16 @@ def test_convergence_is_the_change_over_the_second_half(lm, settings, cache):
 
 def test_too_few_tokens_are_refused(lm, corpus):
     with pytest.raises(StatisticsError, match=r"has 100 tokens; at least 192 are needed for keys 192 wide"):
-        Statistics(corpus, tokens=100, window=20).collect(lm, [1])
+        Statistics(corpus, tokens=100, window=20).collect(lm, at(1))
     with pytest.raises(StatisticsError, match="at least 100000"):
-        Statistics(corpus, tokens=500, window=100_000).collect(lm, [1])
+        Statistics(corpus, tokens=500, window=100_000).collect(lm, at(1))
 
 
 def test_values_that_are_not_finite_are_refused_and_not_cached(lm, settings, cache):
     with torch.no_grad():
         lm.model.transformer.h[1].mlp.c_fc.weight.fill_(float("inf"))
-    with pytest.raises(StatisticsError, match="layer-1: the second moment is not finite"):
-        settings.collect(lm, [1])
+    with pytest.raises(StatisticsError, match="layer-1-mlp_out: the second moment is not finite"):
+        settings.collect(lm, at(1))
     assert not list(cache.rglob("layer-*"))
 
 
@@ -218,16 +226,16 @@ def test_a_beginning_of_text_token_stands_before_every_window(lm, settings):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     assert lm.tokenizer("")["input_ids"] == [0]
-    windows = settings._windows(lm)
+    windows = settings._windows(lm, 1)
     assert windows.shape == (500 // 19, 20)
     assert (windows[:, 0] == 0).all()
     assert not (windows[:, 1:] == 0).any()
 
 
 def test_without_a_source_the_model_samples_its_own(lm):
-    found = Statistics(tokens=400, window=16, batch_tokens=400).collect(lm, [0])
-    assert torch.isfinite(found[0].moment).all()
-    assert float(found[0].moment.diagonal().min()) > 0
+    found = Statistics(tokens=400, window=16, batch_tokens=400).collect(lm, at(0))
+    assert torch.isfinite(found[MLP[0]].moment).all()
+    assert float(found[MLP[0]].moment.diagonal().min()) > 0
 
 
 @pytest.mark.parametrize("name", ["tokens", "window", "cov_weight", "batch_tokens"])

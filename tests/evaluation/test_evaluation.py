@@ -135,7 +135,7 @@ def test_metrics_that_can_judge_nothing_are_an_error_before_anything_is_asked(lm
         Editor(module, quiet).fit(bare)
     assert not len(module.journal)
     found = Editor(LocateThenEdit(lm, [1]), quiet).evaluate(bare)
-    assert math.isnan(found["specificity"])
+    assert math.isnan(found.metrics["specificity"])
     assert not [record for record in caplog.records if record.name.startswith("cakeflow.data")]
     Editor(LocateThenEdit(lm, [1]), quiet).evaluate([*bare, RECORDS[0]])
     (said,) = [record.message for record in caplog.records if record.name.startswith("cakeflow.data")]

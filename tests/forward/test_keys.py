@@ -85,9 +85,9 @@ def test_weights_of_the_mean(lm, batch):
 
 
 def test_float32_models_are_read_in_float64(lm, batch):
-    wanted, *_ = FactReader(lm, batch).read(2, Site(2))
+    wanted, *_ = FactReader(lm, batch).read(Site(2, "mlp_out"), Site(2))
     lm.model.float()
-    keys, _, values = FactReader(lm, batch).read(2, Site(2))
+    keys, _, values = FactReader(lm, batch).read(Site(2, "mlp_out"), Site(2))
     assert keys.dtype == values.dtype == torch.float64
     torch.testing.assert_close(keys, wanted, rtol=0, atol=1e-5)
 
@@ -104,7 +104,7 @@ def test_a_stream_keeps_the_order_of_its_prompts(tiny):
 
 def test_reading_leaves_the_model_alone(tiny, batch):
     before = {name: tensor.clone() for name, tensor in tiny.model.state_dict().items()}
-    keys, _, values = FactReader(tiny, batch).read(3, Site(4))
+    keys, _, values = FactReader(tiny, batch).read(Site(3, "mlp_out"), Site(4))
     assert not keys.requires_grad
     assert not values.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())

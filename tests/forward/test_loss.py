@@ -45,7 +45,7 @@ def test_the_model_is_left_as_it_was(tiny, requests):
     before = tiny.fingerprint()
     for parameter in tiny.model.parameters():
         parameter.requires_grad_(True)
-    WeightLoss(tiny, encode_batch(tiny, requests[:2], Contexts()), 2)(
+    WeightLoss(tiny, encode_batch(tiny, requests[:2], Contexts()), Site(2, "mlp_out"))(
         torch.zeros_like(tiny.oriented(Site(2, "mlp_out")))
     )
     assert tiny.fingerprint() == before
@@ -60,7 +60,7 @@ def test_fine_tuning_raises_the_targets_within_the_box(tiny, requests, quiet):
         solver={"class_path": "Descent", "init_args": {"lr": 0.01, "bound": 0.02}},
         moments=dict.fromkeys([1, 3, 4], torch.eye(width, dtype=torch.float64)),
     )  # fmt: skip
-    loss = WeightLoss(tiny, encode_batch(tiny, requests[:3], Contexts()), 3)
+    loss = WeightLoss(tiny, encode_batch(tiny, requests[:3], Contexts()), Site(3, "mlp_out"))
     low = loss(torch.zeros_like(before[3]))[0]
     editor.fit(requests[:3], evaluate=False)
     assert loss(torch.zeros_like(before[3]))[0] < 0.9 * low
@@ -69,7 +69,7 @@ def test_fine_tuning_raises_the_targets_within_the_box(tiny, requests, quiet):
     assert all(
         torch.equal(tiny.oriented(Site(layer, "mlp_out")), weight) for layer, weight in before.items() if layer != 3
     )
-    assert editor.journal[-1].targets[0]["steps"] == 1
+    assert editor.journal[-1].targets[0].steps == 1
     editor.rollback()
     assert torch.equal(tiny.oriented(Site(3, "mlp_out")), before[3])
 

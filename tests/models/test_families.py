@@ -95,7 +95,7 @@ def test_padding_sides_agree(family, requests):
     for side in ("left", "right"):
         family.tokenizer.padding_side = side
         batch = encode_batch(family, requests[:4], Contexts())
-        found.append(FactReader(family, batch).read(1, Site(2)))
+        found.append(FactReader(family, batch).read(Site(1, "mlp_out"), Site(2)))
         texts = [row[0].ids[: row[0].subject + 1] for row in batch.rows]
         for i, ids in enumerate(texts):  # each prompt alone, without any padding
             with capture(family, [Site(1, "mlp_out")], side="in") as keys:

@@ -97,9 +97,9 @@ def test_integer_weights_are_refused(tiny):
     module = tiny.module(Site(2, "mlp_out"))
     module.weight = torch.nn.Parameter(torch.zeros_like(module.weight, dtype=torch.int8), requires_grad=False)
     assert tiny.weight(Site(1, "mlp_out")) is tiny.module(Site(1, "mlp_out")).weight
-    for use in (tiny.weight, tiny.oriented, lambda layer: LocateThenEdit(tiny, layers=[1, layer])):
+    for use in (tiny.weight, tiny.oriented, lambda site: LocateThenEdit(tiny, layers=[1, site.layer])):
         with pytest.raises(ArchitectureError, match=r"\.2\.mlp.*no floating-point weight.*dequantized"):
-            use(2)
+            use(Site(2, "mlp_out"))
 
 
 def test_tied_embeddings_load_and_print(lm):

@@ -70,7 +70,7 @@ def test_the_walk_searches_or_measures_as_the_solver_needs(tiny, requests, quiet
     module = fit_tiny(tiny, [2, 3], requests[:2], quiet, 1.0, solver=solver, targets=search)
     assert search.calls == [expected]
     steps = {"search": 3.0, "measure": 1.0}[expected]
-    assert [target["steps"] for target in module.journal[-1].targets] == [steps, steps]
+    assert [target.steps for target in module.journal[-1].targets] == [steps, steps]
 
 
 def test_a_wrapper_in_a_config(tmp_path):

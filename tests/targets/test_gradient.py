@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from cakeflow import Contexts, GradientSearch
 from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
-from cakeflow.forward.tokens import encode_batch
+from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
@@ -227,7 +227,8 @@ def test_a_fact_that_the_model_states_already_may_keep_its_loss(lm, requests, ca
     row = batch.rows[0][0]
     with torch.no_grad():
         likely = lm.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].argmax()
-    batch = replace(batch, rows=((replace(row, ids=(*row.ids[: row.target], int(likely))),),))
+    rows = ((replace(row, ids=(*row.ids[: row.target], int(likely))),),)
+    batch = TextBatch(batch.requests, rows, batch.essence, batch.weights)
     found = replace(FAST, lr=1e-30).search(lm, batch, 3)
     assert not caplog.records
     assert found.steps.tolist() == [6]
