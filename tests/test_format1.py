@@ -56,7 +56,7 @@ def test_its_edits_lead_to_the_weights_of_then():
 
 def test_it_goes_on_in_format_2(run, capsys):
     run_command(["rollback", str(run), "--model", str(FIXTURE / "model")])
-    assert "1 batches taken back, 0 left" in capsys.readouterr().out
+    assert "1 batches taken back, 0 remain" in capsys.readouterr().out
     assert verify(run).faults == []
     last = list(read_entries(run / "journal" / "ledger.jsonl"))[-1].body
     assert isinstance(last, RollbackBody)

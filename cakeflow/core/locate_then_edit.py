@@ -137,13 +137,17 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
         self.max_relative_update = max_relative_update
         self.footprints: dict[int, Footprint] = {}
-        self._settings = {name: described(getattr(self, name)) for name in SETTINGS}
+        self._settings = self.used_settings()
         if isinstance(base, LanguageModel):
             self.check_model()
 
     def settings(self) -> dict[str, Any]:
         """Everything beside the model that decides the outcome, as it was given."""
         return self._settings
+
+    def used_settings(self) -> dict[str, Any]:
+        """The settings with the chosen layers and the sampled contexts."""
+        return {name: described(getattr(self, name)) for name in SETTINGS}
 
     def check_model(self) -> None:
         """Check that the model has the layers, and that their weights can be edited.

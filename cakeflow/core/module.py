@@ -101,7 +101,11 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
-        """Everything beside the model that decides the outcome of the edits, as JSON-ready data."""
+        """Everything beside the model that decides the outcome of the edits, as it was given, as JSON-ready data."""
+
+    def used_settings(self) -> dict[str, Any]:
+        """The settings after a run, with what it chose or sampled by itself."""
+        return self.settings()
 
     @abstractmethod
     def encode(self, requests: Sequence[EditRequest]) -> B:

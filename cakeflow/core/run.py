@@ -137,7 +137,7 @@ def _write_run(folder: Path, module: EditModule, data: EditDataModule, metrics: 
             dtype=str(module.lm.dtype),
             architecture=asdict(module.lm.architecture),
         ),
-        settings=module.settings(),
+        settings=module.used_settings(),
         versions=circumstances().versions,
         metrics=metrics,
         protocol=module.evaluation.id,

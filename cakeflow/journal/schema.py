@@ -42,8 +42,8 @@ Json = Annotated[JsonValue, BeforeValidator(plain)]
 """Any JSON value."""
 Number = Annotated[
     float,
-    BeforeValidator(lambda value: math.nan if value is None else value),
-    PlainSerializer(lambda value: value if math.isfinite(value) else None, when_used="json"),
+    BeforeValidator(lambda value: math.nan if plain(value) is None else value),
+    PlainSerializer(plain, when_used="json"),
 ]
 """A number; one that is not finite is null in the file, because JSON has none."""
 SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -351,7 +351,7 @@ class RunInfo(Schema):
 
     Attributes:
         model: The model.
-        settings: Everything that decides the outcome, as text.
+        settings: Everything that decided the outcome, sampled contexts and chosen layers included, as text.
         versions: Versions of the packages.
         metrics: Stage -> metric -> value.
         protocol: Protocol of the metrics; only numbers under the same one are comparable.

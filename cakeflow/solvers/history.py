@@ -173,6 +173,7 @@ class KeyHistory:
         """
         if facts and len(facts) != len(keys):
             raise ShapeError(f"{len(keys)} keys of {len(facts)} facts; a history needs one fact per key")
+        self._scaled = None  # the new keys have no weight of the view's
         self._rows.append(keys)
         self.facts += facts or [""] * len(keys)
 
@@ -183,12 +184,15 @@ class KeyHistory:
             weights: One per key, or one per batch; 0 or more.
 
         Raises:
+            NumericalError: If a weight is negative or not finite.
             ShapeError: If there are neither as many weights as keys nor as batches.
         """
-        sizes = torch.tensor([rows.stop - rows.start for rows in self.batches])
+        sizes = torch.tensor([rows.stop - rows.start for rows in self.batches], dtype=torch.long)
         each = weights.repeat_interleave(sizes.to(weights.device)) if len(weights) == len(sizes) else weights
         if len(each) != len(self):
             raise ShapeError(f"{len(weights)} weights for {len(self)} keys in {len(sizes)} batches; give one per key")
+        if not bool((each.isfinite() & (each >= 0)).all()):
+            raise NumericalError(f"weights of keys must be finite and 0 or more, got {each.tolist()}")
         scale = each.sqrt()[:, None]
         result = self._choose(lambda rows: self._rows.rows[rows] * scale[rows].to(self._rows.rows))
         result._scaled = self, each

@@ -6,6 +6,7 @@ import torch
 from cakeflow import EditDataModule, GradientSearch, LocateThenEdit
 from cakeflow.data import builtin_facts
 from cakeflow.data.contexts import Contexts
+from cakeflow.models import Site
 
 FACTS = builtin_facts()[:5]
 
@@ -17,8 +18,8 @@ def fit(lm, quiet, callbacks, batch_size=1, **trainer):
         [1],
         targets=GradientSearch(steps=4, lr=0.5),
         contexts=Contexts.of(["{}"]),
-        moments={1: torch.eye(lm.key_width(1), dtype=torch.float64) / 100},
+        moments={1: torch.eye(lm.key_width(Site(1, "mlp_out")), dtype=torch.float64) / 100},
     )
     trainer = L.Trainer(**{**quiet, **trainer}, callbacks=callbacks)
-    trainer.fit(module, EditDataModule(FACTS, batch_size).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(FACTS, batch_size))
     return module

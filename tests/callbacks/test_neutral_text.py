@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cakeflow.callbacks import NeutralText
-from cakeflow.errors import ConfigError, StatisticsError
+from cakeflow.errors import ConfigError
 
 from .conftest import FACTS, fit
 
@@ -38,7 +38,7 @@ def test_neutral_text_is_read_before_anything_is_edited(lm, quiet, tmp_path):
     (tmp_path / "short.txt").write_text("Too short.")
     with pytest.raises(ConfigError, match="a window needs 128"):
         fit(lm, quiet, [NeutralText(tmp_path / "short.txt")])
-    with pytest.raises(StatisticsError):
+    with pytest.raises(ConfigError, match="no file or folder"):
         fit(lm, quiet, [NeutralText([tmp_path / "none.txt"])])
     with pytest.raises(ConfigError, match=r"window must be between 2 and tokens \(64\), got 128"):
         NeutralText("x", tokens=64)

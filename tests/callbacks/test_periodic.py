@@ -7,6 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from cakeflow.callbacks import PeriodicCallback
 from cakeflow.errors import ConfigError
+from cakeflow.models import Site
 
 from .conftest import fit
 
@@ -17,7 +18,10 @@ class Steps(PeriodicCallback):
     name = "steps"
 
     def measure(self, module):
-        return {"batches": float(len(module.journal)), "first": float(module.lm.weight(1).detach().sum())}
+        return {
+            "batches": float(len(module.journal)),
+            "first": float(module.lm.weight(Site(1, "mlp_out")).detach().sum()),
+        }
 
 
 @pytest.mark.parametrize(
@@ -27,7 +31,7 @@ class Steps(PeriodicCallback):
 def test_measurements_come_first_every_few_batches_and_last(lm, quiet, tmp_path, every, size, expected):
     """The unedited model, every few batches, and the end, once each; logged at the number of batches."""
     steps, logger = Steps(every), CSVLogger(tmp_path)
-    before = float(lm.weight(1).detach().sum())
+    before = float(lm.weight(Site(1, "mlp_out")).detach().sum())
     fit(lm, quiet, [steps], size, logger=logger)
     assert [row["steps/edits"] for row in steps.rows] == expected
     assert steps.rows[0]["steps/first"] == before != steps.rows[-1]["steps/first"]

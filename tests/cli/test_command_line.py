@@ -126,7 +126,7 @@ def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
         assert title in printed
     names = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*")}
     assert {"config.yaml", "metrics.csv", "run.json", "journal/ledger.jsonl"} <= names
-    assert {"journal/batch-00000.safetensors", "journal/original-00001.safetensors"} <= names
+    assert {"journal/batch-00000.safetensors", "journal/original-00000-0.safetensors"} <= names
     header = (done.folder / "metrics.csv").read_text().splitlines()[0]
     assert "before/efficacy" in header
     assert "after/efficacy" in header

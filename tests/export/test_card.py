@@ -30,7 +30,7 @@ def test_the_card_tells_all_and_takes_no_text_for_markup(lm, requests, tmp_path)
     assert card.data.tags == ["knowledge-editing", "cakeflow"]
     assert "base_model" not in card.data.to_dict()
     head = editor.journal.store.ledger.head
-    for wanted in (head, editor.journal.base["fingerprint"], "solver: NullSpace(", run.protocol.split("-")[0],
+    for wanted in (head, editor.journal.base.fingerprint, "solver: NullSpace(", run.protocol.split("-")[0],
                    "batches of 2", *(f"{value:.4g}" for value in run.after.values() if value == value)):  # fmt: skip
         assert wanted in text
     for line in text.splitlines():

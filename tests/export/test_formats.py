@@ -189,7 +189,7 @@ def test_a_forged_delta_reaches_no_other_weight(delta):
         return {**told, of: {"before": tensor_hash(before), "after": tensor_hash(tensor)}}
 
     block = "transformer.h.{}.{}"
-    inside = [block.format(1, "attn.c_proj.weight"), block.format(99, "mlp.c_proj.weight"), f"{name[:-6]}bias"]
+    inside = [block.format(1, "attn.c_attn.bias"), block.format(99, "mlp.c_proj.weight"), f"{name[:-6]}bias"]
     for foreign in ("lm_head.weight", *inside, "../../x", "__class__", ""):
         tensor = torch.zeros(4, 4)
         forged(folder, {**good, foreign: tensor}, weights=weights(foreign, tensor))
@@ -198,7 +198,7 @@ def test_a_forged_delta_reaches_no_other_weight(delta):
         forged(folder, {**good, name: tensor}, weights=weights(name, tensor))
         refused(lm, folder, "but the model has")
     forged(folder, {**good, name: good[name] + 1}, weights=told)
-    refused(lm, folder, "not the weight that the manifest tells of")
+    refused(lm, folder, "not the weight that the manifest names")
     forged(folder, {name: good[name]}, weights=told)
     refused(lm, folder, "name different weights")
     for files in ({"../delta.safetensors": "0" * 64}, {"/etc/passwd": "0" * 64}, {"..": "0" * 64}):

@@ -64,8 +64,7 @@ def test_a_run_logs_before_during_and_after(lm, requests, quiet, data, tmp_path)
 def test_a_second_run_goes_on_counting(lm, requests, quiet, data):
     watcher = GeneralAbility(data, ["cola"], every=1)
     module, _ = fit(lm, requests[:2], quiet, watcher)
-    loader = EditDataModule(requests[2:4], 2).train_dataloader()
-    L.Trainer(**{**quiet, "callbacks": [watcher]}).fit(module, train_dataloaders=loader)
+    L.Trainer(**{**quiet, "callbacks": [watcher]}).fit(module, datamodule=EditDataModule(requests[2:4], 2))
     assert [row["ability/edits"] for row in watcher.rows] == [0, 2, 2, 4]
 
 

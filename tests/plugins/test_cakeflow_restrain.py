@@ -96,10 +96,10 @@ def weights(lm):
 class Watched(LocateThenEdit):
     """Keeps the goal of the last batch."""
 
-    def _find_targets(self, batch, anchor, *rest):
-        found = super()._find_targets(batch, anchor, *rest)
-        self.history, self.goal, self.value_site = batch, found.values, anchor
-        return found
+    def find_targets(self, batch, value_site, *rest):
+        targets = super().find_targets(batch, value_site, *rest)
+        self.batch, self.goal, self.value_site = batch, targets.values, value_site
+        return targets
 
 
 def test_rect_in_a_fit(tiny, requests, quiet):
@@ -115,7 +115,7 @@ def test_rect_in_a_fit(tiny, requests, quiet):
         torch.testing.assert_close(got, torch.where(got != 0, full, 0.0), rtol=0, atol=1e-12)
         untouched = got == 0
         assert torch.equal(tiny.oriented(Site(layer, "mlp_out"))[untouched], before[layer][untouched])
-    left = module.goal - FactReader(tiny, module.history).values(LAYERS[0], module.value_site)
+    left = module.goal - FactReader(tiny, module.batch).values(Site(LAYERS[0], "mlp_out"), module.value_site)
     assert float(logged["target/left"]) == pytest.approx(float(left.norm(dim=1).mean()), rel=1e-5)
     module.journal.rollback()
     assert all(torch.equal(tiny.oriented(Site(layer, "mlp_out")), weight) for layer, weight in before.items())
@@ -141,7 +141,7 @@ def test_prune_in_a_fit(tiny, requests, quiet):
         wanted = Prune().finish(before[layer], other.oriented(Site(layer, "mlp_out")))
         assert not torch.allclose(wanted, other.oriented(Site(layer, "mlp_out")))
         torch.testing.assert_close(tiny.oriented(Site(layer, "mlp_out")), wanted, rtol=0, atol=1e-12)
-    assert len(module.journal.history(LAYERS[0])) == 4
+    assert len(module.journal.history(tiny.weight_name(Site(LAYERS[0], "mlp_out")))) == 4
     module.journal.rollback(1)
     assert all(
         torch.equal(tiny.oriented(Site(layer, "mlp_out")), other.oriented(Site(layer, "mlp_out"))) for layer in LAYERS

@@ -376,7 +376,7 @@ def test_a_folder_names_the_kind_that_is_not_imported(run):
     """The remedy is to import the plugin, not to take the file from a copy."""
     code = "import sys, pathlib; from cakeflow.journal import verify; print(*verify(pathlib.Path(sys.argv[1])).faults)"
     done = subprocess.run([sys.executable, "-c", code, str(run[1])], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("a change of kind 'SideMemoryChange': known are WeightChange; install and import")
+    assert done.stdout.startswith("a change of kind 'SideMemoryChange': known are WeightChange; import the plugin that")
     assert "from a copy" not in done.stdout
 
 

@@ -109,7 +109,7 @@ class Plain(EditCallback):
         self.residual, self.shares = [], []
 
     def measure(self, module):
-        rows = [variants[0] for variants in module.history.rows]
+        rows = [variants[0] for variants in module.batch.rows]
         self.residual.append(module.goal - at_subjects(module.lm, rows, Site(LAYERS[-1])))
 
     def on_layer_solved(self, module, edit):
@@ -123,14 +123,14 @@ class Plain(EditCallback):
 class Spied(LocateThenEdit):
     """Keeps the batch and the target values."""
 
-    def _find_targets(self, batch, anchor, *rest):
-        found = super()._find_targets(batch, anchor, *rest)
-        self.history, self.goal = batch, found.values
-        return found
+    def find_targets(self, batch, value_site, *rest):
+        targets = super().find_targets(batch, value_site, *rest)
+        self.batch, self.goal = batch, targets.values
+        return targets
 
 
 def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):
-    width = lm.oriented(0).shape[1]
+    width = lm.key_width(Site(0, "mlp_out"))
     module = kind(
         lm,
         **{
@@ -143,7 +143,7 @@ def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):
         },
     )
     trainer = L.Trainer(**{**quiet, "callbacks": callbacks})
-    trainer.fit(module, train_dataloaders=EditDataModule(requests, len(requests)).train_dataloader())
+    trainer.fit(module, datamodule=EditDataModule(requests, len(requests)))
     return trainer.callback_metrics
 
 
@@ -214,7 +214,7 @@ class Alone(EditCallback):
             for j, layer in enumerate(LAYERS):
                 (key,) = at_subjects(module.lm, [row], Site(layer, "mlp_out"), "in")
                 missing = edit.residual[i]
-                weight = module.lm.oriented(layer)
+                weight = module.lm.oriented(Site(layer, "mlp_out"))
                 kept = weight.clone()
                 weight += torch.outer(missing, key) / (1 + key @ key)  # least squares with ridge 1 and one key
                 self.left[i, j] = (module.goal[i] - at_subjects(module.lm, [row], Site(LAYERS[-1]))[0]).norm()
@@ -224,7 +224,7 @@ class Alone(EditCallback):
 
 def test_alignment_is_that_of_single_layer_edits(tiny, requests, quiet, monkeypatch, tmp_path):
     monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
-    plain, trace, width = Alone(), CausalTrace(draws=2, noise=0.5), tiny.oriented(0).shape[1]
+    plain, trace, width = Alone(), CausalTrace(draws=2, noise=0.5), tiny.key_width(Site(0, "mlp_out"))
     changes = {"contexts": Contexts(), "moments": dict.fromkeys(LAYERS, torch.zeros(width, width, dtype=torch.float64))}
     logged = fit(tiny, requests[:3], quiet, [plain, ScoreAlignment(trace)], Spied, **changes)
     for layer, wanted in zip(LAYERS, plain.left.mean(0).tolist(), strict=True):

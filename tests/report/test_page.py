@@ -230,7 +230,7 @@ def test_a_real_run_through_the_command_line(workplace, monkeypatch, capsys):
     for step in done.journal:
         for request, target in zip(step.requests, step.targets, strict=True):
             assert request.subject in texts["edits"]
-            assert f"loss {number(target['loss'])}, " in texts["edits"]
+            assert f"loss {number(target.loss)}, " in texts["edits"]
     for name in ("share", "drift", "residual"):
         assert number(done.logged[f"layer2/{name}"]) in texts["layers"]
     assert "No drift" not in texts["layers"]

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cakeflow.errors import NumericalError
+from cakeflow.errors import NumericalError, ShapeError
 from cakeflow.solvers.history import GramFactor, KeyHistory
 
 
@@ -139,3 +139,80 @@ def test_a_derived_history_has_factors_that_grow_too():
         wanted = torch.linalg.solve(gram(everything, torch.eye(6, dtype=torch.float64)), everything)[-1:]
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
         history.append(rows(2, seed=seed))
+
+
+def history_of(sizes, width=5, seed=0):
+    """A history of batches of these sizes, whose facts are named by their row."""
+    keys, history = rows(sum(sizes), width, seed), KeyHistory()
+    for part in torch.arange(sum(sizes)).split(sizes) if sizes else ():
+        history.append(keys[part], [str(int(row)) for row in part])
+    return history, keys
+
+
+sizes_of_batches = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+
+
+@settings(max_examples=60)
+@given(sizes=sizes_of_batches, seed=st.integers(0, 99), zero=st.integers(0, 3), early=st.booleans())
+def test_weights_scale_every_form_of_the_history(sizes, seed, zero, early):
+    """Outer products, derived keys and Gram factors are those of ``sqrt(w) k``, whatever was cached before."""
+    history, keys = history_of(sizes, seed=seed)
+    weights = torch.rand(len(keys), dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 3
+    weights[zero % len(keys)] = 0
+    m, new = spd(5, seed + 1), rows(2, 5, seed + 2)
+    if early:
+        history.derive("m", lambda k: k @ m, new)
+    view, scaled = history.weighted(weights), weights.sqrt()[:, None] * keys
+    torch.testing.assert_close(view.outer(), keys.T @ torch.diag(weights) @ keys, rtol=0, atol=1e-12)
+    child, mapped = view.derive("m", lambda k: k @ m, new)
+    torch.testing.assert_close(child.keys, scaled @ m, rtol=0, atol=1e-12)
+    torch.testing.assert_close(mapped, new @ m, rtol=0, atol=1e-12)
+    both = torch.cat([scaled, new])
+    solution = torch.linalg.solve(gram(both, m), both @ m)[len(keys) :]
+    torch.testing.assert_close(view.factor("m", lambda k: k @ m).last_rows(new), solution, rtol=0, atol=1e-9)
+    assert (view.facts, view.batches) == (history.facts, history.batches)
+    assert torch.equal(history.keys, keys)  # a view leaves its source alone
+
+
+@settings(max_examples=60)
+@given(sizes=sizes_of_batches, seed=st.integers(0, 99))
+def test_one_weight_per_batch_stands_for_each_of_its_keys(sizes, seed):
+    history, _ = history_of(sizes, seed=seed)
+    weights = torch.arange(len(sizes), dtype=torch.float64)
+    each = weights.repeat_interleave(torch.tensor(sizes))
+    assert torch.equal(history.weighted(weights).keys, history.weighted(each).keys)
+
+
+@settings(max_examples=60)
+@given(sizes=sizes_of_batches, dropped=st.sets(st.integers(0, 15)))
+def test_without_facts_is_a_history_that_never_had_them(sizes, dropped):
+    history, keys = history_of(sizes)
+    kept = [row for row in range(len(keys)) if row not in dropped]
+    view = history.without({str(row) for row in dropped})
+    assert view.facts == [str(row) for row in kept]
+    assert len(view) == len(kept)
+    outer = view.outer() + torch.zeros(5, 5, dtype=torch.float64)
+    torch.testing.assert_close(outer, keys[kept].T @ keys[kept], rtol=0, atol=1e-12)
+    assert sum(part.stop - part.start for part in view.batches) == len(kept)
+
+
+def test_keys_added_to_a_weighted_history_count_once():
+    history, _ = history_of([2, 1])
+    view, new = history.weighted(torch.tensor([2.0, 0.5], dtype=torch.float64)), rows(1, 5, seed=9)
+    view.append(new)
+    child, _ = view.derive("double", lambda k: 2 * k, new)
+    torch.testing.assert_close(child.keys[-1:], 2 * new, rtol=0, atol=0)
+    assert len(child) == 4
+    assert len(history) == 3
+
+
+def test_weights_that_cannot_be_meant_are_refused():
+    history, _ = history_of([2, 2])
+    with pytest.raises(ShapeError, match="3 weights for 4 keys in 2 batches"):
+        history.weighted(torch.ones(3))
+    for bad in (-1.0, float("nan"), float("inf")):
+        with pytest.raises(NumericalError, match="finite and 0 or more"):
+            history.weighted(torch.tensor([1.0, bad]))
+    with pytest.raises(ShapeError, match="2 keys of 1 facts"):
+        KeyHistory(rows(2), ["one"])
+    assert len(KeyHistory().weighted(torch.ones(0))) == len(KeyHistory().without({"a"})) == 0
