@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, get_args
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
@@ -99,3 +100,18 @@ class PluginError(EditError, ImportError):
 
 class NumericalError(EditError, ArithmeticError):
     """A failed solve or values that are not finite; the edits of the batch were taken back."""
+
+
+def require_choice(name: str, value: object, literal: Any) -> None:
+    """Check a setting that has a few possible values.
+
+    Args:
+        name: The setting.
+        value: Its value.
+        literal: A ``Literal`` type of the possible ones.
+
+    Raises:
+        ConfigError: If the value is none of them.
+    """
+    if value not in get_args(literal):
+        raise ConfigError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")

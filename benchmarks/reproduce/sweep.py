@@ -13,9 +13,8 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from cakeflow.forward import TextBatch
 from cakeflow.metrics import KINDS, Consistency, fluency, record_means, success
 from cakeflow.models import LanguageModel, load_model
 from cakeflow.storage import cache_folder, write_tensors, write_text
-from cakeflow.targets import Targets, TargetSearch, no_progress
+from cakeflow.targets import Targets, TargetSearch
 from cakeflow.weighters import effective_layers
 
 Row = dict[str, Any]
@@ -49,37 +48,23 @@ class Remembered(TargetSearch):
     inner: TargetSearch = GradientSearch()
     spent: list[float] = field(default_factory=list, compare=False, repr=False)
 
-    def search(
-        self,
-        lm: LanguageModel,
-        batch: TextBatch,
-        layer: int,
-        *,
-        max_tokens: int | None = None,
-        progress: Callable[[int], object] = no_progress,
-    ) -> Targets:
+    def search(self, lm: LanguageModel, batch: TextBatch, layer: int, **options: Any) -> Targets:
         """Return the cached targets of the batch, or search for them."""
-        return self._cached(partial(self.inner.search, progress=progress), lm, batch, layer, max_tokens, "search")
+        return self._cached("search", lm, batch, layer, **options)
 
-    def measure(self, lm: LanguageModel, batch: TextBatch, layer: int, *, max_tokens: int | None = None) -> Targets:
+    def measure(self, lm: LanguageModel, batch: TextBatch, layer: int, **options: Any) -> Targets:
         """Return the cached present values of the batch, or measure them."""
-        return self._cached(self.inner.measure, lm, batch, layer, max_tokens, "measure")
+        return self._cached("measure", lm, batch, layer, **options)
 
     def _cached(
-        self,
-        find: Callable[..., Targets],
-        lm: LanguageModel,
-        batch: TextBatch,
-        layer: int,
-        max_tokens: int | None,
-        how: str,
+        self, how: str, lm: LanguageModel, batch: TextBatch, layer: int, max_tokens: int | None = None, **options: Any
     ) -> Targets:
         parts = (lm.fingerprint(), lm.dtype, batch, layer, max_tokens, how, self)
         key = hashlib.sha256(repr(parts).encode()).hexdigest()
         path = cache_folder() / "targets" / f"{key[:24]}.safetensors"
         if not path.exists():
             start = time.perf_counter()
-            targets = vars(find(lm, batch, layer, max_tokens=max_tokens))
+            targets = vars(getattr(self.inner, how)(lm, batch, layer, max_tokens=max_tokens, **options))
             write_tensors(path, {**targets, "seconds": torch.tensor(time.perf_counter() - start)})
         tensors = load_file(path)
         self.spent.append(float(tensors.pop("seconds")))

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from cakeflow.callbacks.periodic import PeriodicCallback
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice
 from cakeflow.evaluation.scoring import score_records
 from cakeflow.metrics import retention
-from cakeflow.metrics.preference import Form, checked_form, success
+from cakeflow.metrics.preference import Form, success
 
 
 class Retention(PeriodicCallback):
@@ -29,7 +29,8 @@ class Retention(PeriodicCallback):
 
     def __init__(self, every: int = 1, form: Form = "exact") -> None:
         super().__init__(every)
-        if checked_form(form) == "answer":
+        require_choice("form", form, Form)
+        if form == "answer":
             raise ConfigError("Retention does not generate free answers; use form 'exact', 'tokens' or 'probability'")
         self.form = form
         self.curves: list[list[float]] = []

@@ -7,11 +7,11 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from cakeflow.data.request import EditRequest, contradictions
 from cakeflow.data.sources import exists, parse_json, read_text
-from cakeflow.errors import ConfigError, RequestError, listed
+from cakeflow.errors import ConfigError, RequestError, listed, require_choice
 
 Conflicts = Literal["error", "drop"]
 """Treatment of records that contradict each other."""
@@ -53,8 +53,7 @@ def select(
         >>> [record.target_new for record in select(records, order=[3, 1], conflicts="drop")]
         ['the Red Sea']
     """
-    if conflicts not in get_args(Conflicts):
-        raise ConfigError(f"data.conflicts must be one of {', '.join(get_args(Conflicts))}, got {conflicts!r}")
+    require_choice("data.conflicts", conflicts, Conflicts)
     if limit is not None and limit < 1:
         raise ConfigError(f"data.limit must be at least 1, got {limit}")
     if order is not None and shuffle_seed is not None:

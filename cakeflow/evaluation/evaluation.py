@@ -13,8 +13,8 @@ import torch
 from torchmetrics import Metric, MetricCollection
 
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, listed
-from cakeflow.evaluation.protocols import Protocol, checked_protocol
+from cakeflow.errors import ConfigError, listed, require_choice
+from cakeflow.evaluation.protocols import Protocol
 from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
 from cakeflow.forward.generation import continuations, until_stop
 from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
@@ -97,7 +97,7 @@ class Evaluation:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        checked_protocol(self.protocol)
+        require_choice("protocol", self.protocol, Protocol)
         for name, least in (("answer_tokens", 0), ("texts_every", 0), ("text_tokens", 2), ("top_k", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")

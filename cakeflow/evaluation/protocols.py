@@ -16,28 +16,16 @@ A published number without its protocol means nothing: on zsRE the two differ by
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from cakeflow.errors import ConfigError
 from cakeflow.forward.tokens import encode_prompts
 
 Protocol = Literal["clean", "official"]
 
 Read = tuple[tuple[int, ...], int]
 """A context (the tokens that the model reads) and the token that should come next."""
-
-
-def checked_protocol(protocol: Protocol) -> Protocol:
-    """Return the protocol.
-
-    Raises:
-        ConfigError: If there is no such protocol.
-    """
-    if protocol not in get_args(Protocol):
-        raise ConfigError(f"protocol must be one of {', '.join(get_args(Protocol))}, got {protocol!r}")
-    return protocol
 
 
 def joint_reads(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[list[Read]]:

@@ -7,14 +7,14 @@ tables). ``answer``: the model generates it by itself. Prompts are averaged per 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice
 
 Form = Literal["probability", "exact", "tokens", "answer"]
 
@@ -41,17 +41,6 @@ def success(
     if value is None:
         raise ConfigError(f"a metric of the form {form!r} was given nothing to judge; pass every field of PromptScores")
     return value.float()
-
-
-def checked_form(form: Form) -> Form:
-    """Return the form.
-
-    Raises:
-        ConfigError: If there is no such form.
-    """
-    if form not in get_args(Form):
-        raise ConfigError(f"form must be one of {get_args(Form)}, got {form!r}")
-    return form
 
 
 def record_means(value: Float[Tensor, " p"], record: Int[Tensor, " p"]) -> Float[Tensor, " records"]:
@@ -87,7 +76,8 @@ class Rates(Metric):
 
     def __init__(self, form: Form = "probability", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.form = checked_form(form)
+        require_choice("form", form, Form)
+        self.form = form
         self.add_state("total", torch.zeros(len(self.kinds)), dist_reduce_fx="sum")
         self.add_state("records", torch.zeros(len(self.kinds)), dist_reduce_fx="sum")
 

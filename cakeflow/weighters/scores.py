@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.language import LanguageModel
 from cakeflow.tracing import Attribution, CausalTrace, known_scores
@@ -79,8 +79,7 @@ class Scores(Weighter):
             raise ConfigError(f"tau must be above 0, got {self.tau}")
         if not math.isfinite(self.depth_power):
             raise ConfigError(f"depth_power must be finite, got {self.depth_power}")
-        if self.normalization not in get_args(Normalization):
-            raise ConfigError(f"normalization must be one of {get_args(Normalization)}, got {self.normalization!r}")
+        require_choice("normalization", self.normalization, Normalization)
         if self.score_source not in ("global", "per_request"):
             raise ConfigError(f"score_source must be 'global' or 'per_request', got {self.score_source!r}")
 

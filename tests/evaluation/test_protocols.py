@@ -6,7 +6,7 @@ from tokenizers import processors
 
 from cakeflow import EditRequest, Probe
 from cakeflow.errors import ConfigError
-from cakeflow.evaluation.protocols import checked_protocol
+from cakeflow.evaluation import Evaluation
 from cakeflow.evaluation.scoring import score_records, scored_prompts
 from cakeflow.metrics import KINDS
 
@@ -94,4 +94,4 @@ def test_protocols_differ_where_tokens_join(tiny):
 
 def test_unknown_protocol():
     with pytest.raises(ConfigError, match="protocol must be one of clean, official, got 'mine'"):
-        checked_protocol("mine")
+        Evaluation(protocol="mine")
