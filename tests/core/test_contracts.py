@@ -178,9 +178,7 @@ def test_a_failed_solve_names_layer_and_requests_and_only_its_batch_is_taken_bac
     assert [len(module.journal), len(module.journal.history(tiny.weight_name(Site(1, "mlp_out"))))] == [1, 2]
 
 
-@pytest.mark.parametrize(
-    ("part", "words"), [(0, "keys are"), (1, "keys are"), (2, "residuals at the value site are")]
-)
+@pytest.mark.parametrize(("part", "words"), [(0, "keys are"), (1, "keys are"), (2, "residuals at the value site are")])
 def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkeypatch, part, words):
     """A hidden state may overflow for one prompt only."""
     read = FactReader.read

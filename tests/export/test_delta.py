@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from cakeflow import Editor, LayerProblem, LocateThenEdit, Update
+from cakeflow import Editor, LocateThenEdit, Update
 from cakeflow.data.schemas import parse_requests
 from cakeflow.export import apply_delta
+from cakeflow.journal import WeightChange
 from cakeflow.models import Site
 from cakeflow.models.loading import load_model
 
@@ -25,8 +26,8 @@ def test_the_embedded_model_can_be_saved_and_patched(smollm2, tmp_path):
     change = Update(torch.ones(1, weight.shape[1], dtype=torch.float64), torch.ones(1, weight.shape[0]).double() / 100)
     try:
         with editor.journal.batch(parse_requests([{"prompt": "{} is", "subject": "It", "target_new": "so"}])) as step:
-            problem = LayerProblem(change.right, change.left, weight.double(), weight.double())
-            editor.journal.apply(step, 9, problem, change)
+            edit = WeightChange(smollm2.weight_name(Site(9, "mlp_out")), change, change.right)
+            editor.journal.apply(step, edit, {})
         editor.save_pretrained(tmp_path / "whole")
         editor.export(tmp_path / "delta", "delta")
         edited = logits(editor.model, ids)
