@@ -36,6 +36,16 @@ def editor_of(lm: LanguageModel, trainer: dict[str, Any] | None = None, **change
     return Editor(module_of(lm, **changes), {**quiet, **(trainer or {})})
 
 
+def finished_run(lm: LanguageModel, folder: Path, requests: Any) -> Editor:
+    """A finished run of three batches in ``run``, beside the unedited model in ``model``."""
+    lm.model.float()
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
+    editor = editor_of(lm)
+    editor.fit(requests[:6], 2, run_dir=folder / "run")
+    return editor
+
+
 def name_of(lm: LanguageModel, layer: int) -> str:
     """Name of the weight that is edited at a layer."""
     return lm.weight_name(Site(layer, "mlp_out"))

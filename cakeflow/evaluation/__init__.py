@@ -10,7 +10,7 @@ from cakeflow.evaluation.scoring import (
     score_records,
     score_targets,
     scored_prompts,
-)
+)  # fmt: skip
 
 __all__ = [
     "Answers", "Evaluation", "PromptScores", "Protocol", "ScoredPrompt", "check_records", "free_prompts",

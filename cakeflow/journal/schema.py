@@ -314,23 +314,28 @@ class Generation(Schema):
     text: str
 
 
-class EvaluatedRequest(Schema):
-    """The answers to all prompts of one request: a line of ``before.jsonl`` and ``after.jsonl``."""
+class RequestTexts(Schema):
+    """The texts of a request in a run folder."""
 
-    index: int
-    case_id: int | str | None = None
     prompt: str
     subject: str
     target_new: str
     target_true: str | None = None
     relation: str | None = None
-    prompts: list[PromptAnswer]
-    generations: list[Generation] = []
 
     @property
     def key(self) -> tuple[str, str, str]:
         """Prompt, subject and new target: common to a request's evaluation and its edit in the ledger."""
         return self.prompt, self.subject, self.target_new
+
+
+class EvaluatedRequest(RequestTexts):
+    """The answers to all prompts of one request: a line of ``before.jsonl`` and ``after.jsonl``."""
+
+    index: int
+    case_id: int | str | None = None
+    prompts: list[PromptAnswer]
+    generations: list[Generation] = []
 
     def of_kind(self, kind: str) -> list[PromptAnswer]:
         """Return the prompts of a kind."""

@@ -9,7 +9,7 @@ from cakeflow.report.figures import (
     plot_trace,
     plot_weights,
     save_plot,
-)
+)  # fmt: skip
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.page import render_page
 from cakeflow.report.tables import (
@@ -20,7 +20,7 @@ from cakeflow.report.tables import (
     runs_table,
     texts_table,
     trace_table,
-)
+)  # fmt: skip
 
 __all__ = [
     "RunFolder", "compare_runs", "curves_of", "ledger_table", "metrics_table", "phases_table", "plot_curves",

@@ -15,33 +15,23 @@ from cakeflow.journal.ledger import bodies, read_entries
 from cakeflow.journal.schema import (
     BatchBody,
     EvaluatedRequest,
+    RequestTexts,
     RollbackBody,
     RunBody,
     RunInfo,
-    Schema,
     TargetBody,
     parse_as,
     read_as,
 )
 
 
-class EditedRequest(Schema):
+class EditedRequest(RequestTexts):
     """A request in the ledger, the number of its batch from 1, and one target per value site."""
 
     model_config = ConfigDict(extra="ignore")
 
     batch: int
-    prompt: str
-    subject: str
-    target_new: str
-    target_true: str | None = None
-    relation: str | None = None
     targets: list[TargetBody]
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """Prompt, subject and new target: common to a request's evaluation and its edit in the ledger."""
-        return self.prompt, self.subject, self.target_new
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from cakeflow.storage.atomic import (
     write_tensors,
     write_text,
     write_whole,
-)
+)  # fmt: skip
 from cakeflow.storage.cache import cache_folder, content_key
 from cakeflow.storage.hashing import file_hash, tensor_hash
 

@@ -12,7 +12,7 @@ from cakeflow.targets.objective import (
     SearchProblem,
     TargetLikelihood,
     TermRows,
-)
+)  # fmt: skip
 from cakeflow.targets.stop import LossBelow, SolvedAndNear, StopRule
 
 __all__ = [

@@ -4,7 +4,7 @@ import copy
 import shutil
 
 import pytest
-from tiny_runs import editor_of
+from tiny_runs import finished_run
 
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.journal.audit import verify
@@ -14,11 +14,7 @@ from cakeflow.journal.audit import verify
 def finished(_models, tmp_path_factory, requests):
     """A finished run of three batches, beside the unedited model."""
     folder = tmp_path_factory.mktemp("finished")
-    lm = copy.deepcopy(_models["llama"])
-    lm.model.float()
-    lm.model.save_pretrained(folder / "model")
-    lm.tokenizer.save_pretrained(folder / "model")
-    editor_of(lm).fit(requests[:6], 2, run_dir=folder / "run")
+    finished_run(copy.deepcopy(_models["llama"]), folder, requests)
     return folder / "run"
 
 

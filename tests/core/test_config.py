@@ -22,7 +22,7 @@ from cakeflow import (
     Sequential,
     Statistics,
     Uniform,
-)
+)  # fmt: skip
 from cakeflow.allocators import Jacobian
 from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule

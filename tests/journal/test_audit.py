@@ -9,7 +9,7 @@ from bodies import EXAMPLES, forge, raw
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from strategies import JSON
-from tiny_runs import content, editor_of, state
+from tiny_runs import content, editor_of, finished_run, state
 
 from cakeflow.errors import EditError, LedgerError, ResumeError, RunFolderError
 from cakeflow.journal.audit import replay, verify
@@ -22,12 +22,9 @@ def finished(_models, tmp_path_factory, requests):
     """A finished run of three batches: its folder, the unedited model and the state after it."""
     folder = tmp_path_factory.mktemp("finished")
     lm = copy.deepcopy(_models["llama"])
-    lm.model.float()
-    lm.model.save_pretrained(folder / "model")
-    lm.tokenizer.save_pretrained(folder / "model")
     unedited = copy.deepcopy(lm)
-    editor = editor_of(lm)
-    editor.fit(requests[:6], 2, run_dir=folder / "run")
+    unedited.model.float()
+    editor = finished_run(lm, folder, requests)
     return folder / "run", unedited, state(lm, editor.module)
 
 

@@ -75,7 +75,7 @@ def test_answers_of_format_1_are_read(name):
         data = json.loads(line)
         request = parse_as(EvaluatedRequest, line, name, RunFolderError, "")
         renamed = line.replace('"wanted"', '"expected"').replace('"wanted_logprob"', '"expected_logprob"')
-        assert json.dumps(request.to_dict(), ensure_ascii=False) == renamed
+        assert request.to_dict() == json.loads(renamed)
         assert request.key == (data["prompt"], data["subject"], data["target_new"])
         assert [prompt.prompt for prompt in request.of_kind("neighborhood")] == ["Eve lives in"]
 
