@@ -314,11 +314,11 @@ class LocateThenEdit(EditModule[TextBatch]):
         weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
         residual = float(problem.residual.norm(dim=1).mean())
         numbers = {"residual": residual, "update": norm, "relative_update": norm / weight}
+        if isinstance(self.allocator, ShareAllocator):
+            numbers["share"] = float(self.allocator.shares(context.weights)[..., context.index].mean())
         change = WeightChange(self.lm.weight_name(context.site), update.to("cpu"), problem.keys.cpu())
         with self.phase("solve"), naming(layer, batch):
             self.journal.apply(step, change, numbers)
-        if isinstance(self.allocator, ShareAllocator):
-            numbers["share"] = float(self.allocator.shares(context.weights)[..., context.index].mean())
         self.log_dict({f"layer{layer}/{name}": value for name, value in numbers.items()}, batch_size=len(batch))
 
     def apply_deferred(self, step: EditStep) -> bool:

@@ -33,6 +33,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, RunBody
 from cakeflow.journal.steps import EditStep, request_hash
+from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 
@@ -84,7 +85,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.evaluation, self.metrics = evaluation, evaluation.metrics(metrics)
         self._requested = {type(metric).__name__.lower() for metric in metrics}
         self._requested |= {"fluency"} if evaluation.texts_every else set()
-        self.name = base.name if isinstance(base, LanguageModel) else str(base)
+        self.name = base.name if isinstance(base, EditableModel) else str(base)
         self.record_texts, self._base, self._loading = record_texts, base, loading
         self.stage = "after"
         self.answers: list[EvaluatedRequest] = []
@@ -94,7 +95,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self._memory: PeakMemory | None = None
         self._finished = False
-        if isinstance(base, LanguageModel):
+        if isinstance(base, EditableModel):
             self.adopt(base)
 
     # ---- what a method defines ----

@@ -11,7 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
-from cakeflow.models.language import LanguageModel
+from cakeflow.models.base import EditableModel
 
 
 class RestoreState(L.Callback):
@@ -28,7 +28,7 @@ class RestoreState(L.Callback):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Store the state, before anything else of a run."""
         lm = getattr(pl_module, "lm", None)  # a model named by a string is loaded later
-        if isinstance(lm, LanguageModel):
+        if isinstance(lm, EditableModel):
             self._state.enter_context(lm.evaluating())
             self._state.enter_context(_restoring_gradients(lm.model))
         self._state.enter_context(isolate_rng())

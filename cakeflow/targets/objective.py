@@ -106,11 +106,21 @@ class PreparedTerm(ABC):
         return self
 
 
+@dataclass(frozen=True)
 class ObjectiveTerm(ABC):
     """Part of the objective that a target search minimises for each fact.
 
     Contract: pure, and no fact influences another. Subclasses are frozen dataclasses with the term's settings.
+
+    Attributes:
+        factor: Weight of the term.
     """
+
+    factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.factor >= 0:
+            raise ConfigError(f"{type(self).__name__}: factor must be 0 or more, got {self.factor}")
 
     @abstractmethod
     def prepare(self, problem: SearchProblem) -> PreparedTerm:
@@ -131,11 +141,10 @@ class TargetLikelihood(ObjectiveTerm):
             code: 0.1).
     """
 
-    factor: float = 1.0
     solved_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        _require_factor(self, self.factor)
+        super().__post_init__()
         if not 0 < self.solved_factor <= 1:
             raise ConfigError(f"TargetLikelihood: solved_factor must lie in (0, 1], got {self.solved_factor}")
 
@@ -187,9 +196,6 @@ class EssenceKL(ObjectiveTerm):
 
     factor: float = 0.0625
 
-    def __post_init__(self) -> None:
-        _require_factor(self, self.factor)
-
     def prepare(self, problem: SearchProblem) -> PreparedTerm:
         """Cut the essence prompts and compute the reference distributions."""
         parts = problem.cut(problem.batch.essence, range(len(problem.batch)), read_first=True)
@@ -231,9 +237,6 @@ class NormDecay(ObjectiveTerm):
 
     factor: float = 0.5
 
-    def __post_init__(self) -> None:
-        _require_factor(self, self.factor)
-
     def prepare(self, problem: SearchProblem) -> PreparedTerm:
         """Compute the length of the present values."""
         return _PreparedDecay(self.factor, torch.linalg.vector_norm(problem.initial, dim=2))
@@ -251,11 +254,6 @@ class _PreparedDecay(PreparedTerm):
 
     def factor(self, solved: Tensor) -> float:
         return self.weight
-
-
-def _require_factor(term: ObjectiveTerm, factor: float) -> None:
-    if not factor >= 0:
-        raise ConfigError(f"{type(term).__name__}: factor must be 0 or more, got {factor}")
 
 
 @torch.no_grad()

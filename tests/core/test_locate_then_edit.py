@@ -273,7 +273,13 @@ class Memory(Logger):
 def test_the_logger_receives_what_the_walk_did(lm, requests, quiet, build):
     logger = Memory()
     module = build(lm, weighter=Scores({1: 0.088, 2: 0.090, 4: 0.092}, tau=0.01))
+    original = {layer: lm.weight(Site(layer, "mlp_out")).norm().item() for layer in LAYERS}
     fit(module, requests, quiet, logger=logger)
+    for layer, part in zip(LAYERS, module.journal[0].changes, strict=True):
+        norm = float(part.change.update.dense.norm())
+        assert part.numbers["update"] == pytest.approx(norm, rel=1e-9)
+        assert part.numbers["relative_update"] == pytest.approx(norm / original[layer], rel=1e-6)
+        assert part.numbers.keys() == {"residual", "update", "relative_update", "share"}
     rows = [row for row in logger.rows if "n_eff" in row]
     assert len(rows) == 2
     for row in rows:

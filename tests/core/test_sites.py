@@ -41,10 +41,10 @@ def editor_at(lm, tmp_path, config):
     """An editor from a YAML file that names the projection."""
     own = config["targets"].get("site") is not None
     allocator = {"class_path": "Sequential", "init_args": {"power": 0.0, "residual_at": "self"} if own else {}}
-    solver = {"class_path": "LeastSquares", "init_args": {"ridge": 1e-3}}
+    solver = {"class_path": "LeastSquares", "init_args": {"ridge": 1e-6}}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"model": {**config, "allocator": allocator, "solver": solver}}))
     width = lm.key_width(Site(0, config["site"]))
-    moments = dict.fromkeys([1, 2], 1e-4 * torch.eye(width, dtype=torch.float64))
+    moments = dict.fromkeys([1, 2], 1e-8 * torch.eye(width, dtype=torch.float64))
     values = {"layers": [1, 2], "contexts": Contexts(), "moments": moments, "max_relative_update": 1e9}
     module = build_module([tmp_path / "own.yaml"], base=lm, **values)
     return Editor(module, {"enable_progress_bar": False, "accelerator": "cpu"})
@@ -61,7 +61,8 @@ def test_a_projection_is_edited_by_configuration_alone(model_of, tmp_path, reque
     assert sorted(changed) == sorted(names) == sorted(editor.journal.originals)
     losses = [target.loss for step in editor.journal for target in step.targets]
     assert torch.tensor(losses).isfinite().all()
-    assert result.logged["target/left"] < result.logged["layer1/residual"] * 2  # the values were reached, or nearly
+    own = "site" in SITES[arch, site]["targets"]  # at the end of the block, its MLP moves as well
+    assert result.logged["target/left"] < (1e-3 if own else 0.6) * result.logged["layer2/residual"]
     assert verify(tmp_path / "run").faults == []
     assert editor.journal.history(names[0]).keys.shape == (4, lm.key_width(Site(1, site)))
     editor.export(tmp_path / "delta", "delta")
@@ -82,17 +83,21 @@ def test_a_projection_is_edited_by_configuration_alone(model_of, tmp_path, reque
 
 @pytest.mark.real
 def test_an_attention_edit_of_the_real_model_takes(smollm2, requests):
-    """Two facts of three go in through attention's output projection, and all come out bit for bit."""
-    moments = {n: 1e-6 * torch.eye(smollm2.key_width(Site(n, "attn_out")), dtype=torch.float64) for n in (12, 13, 14)}
-    config = {"site": "attn_out", "layers": sorted(moments), "max_relative_update": 1e9}
-    solver = {"class_path": "LeastSquares", "init_args": {"ridge": 1e-3}}
-    targets = {"steps": 25, "lr": 0.5, "clamp": 4.0}
-    module = build_module([], base=smollm2, **config, solver=solver, targets=targets, moments=moments)
+    """Every target becomes likely, and two of three are stated: other tokens of a prompt have similar keys."""
+    moments = {14: 1e-7 * torch.eye(smollm2.key_width(Site(14, "attn_out")), dtype=torch.float64)}
+    solver = {"class_path": "LeastSquares", "init_args": {"ridge": 1e-6}}
+    targets = {"site": "attn_out", "steps": 25, "lr": 0.5, "clamp": 4.0}
+    config = {"site": "attn_out", "layers": [14], "solver": solver, "targets": targets, "max_relative_update": 1e9}
+    module = build_module([], base=smollm2, **config, moments=moments, contexts=Contexts())
     before = {name: tensor.clone() for name, tensor in smollm2.model.state_dict().items()}
     editor = Editor(module, {"enable_progress_bar": False, "accelerator": "cpu"})
+    unedited = [answer.prompts[0].expected_logprob for answer in editor.evaluate(requests[:3]).requests]
     result = editor.fit(requests[:3])
-    assert result.before["efficacy_exact"] == 0
-    assert result.after["efficacy_exact"] >= 2 / 3 - 1e-6
+    answers = [answer.prompts[0] for answer in module.answers]
+    assert result.logged["target/left"] < 1e-3 * result.logged["layer14/residual"]
+    for old, answer in zip(unedited, answers, strict=True):
+        assert answer.expected_logprob > max(old + 3, -2.5)
+    assert sum(answer.correct for answer in answers) >= 2
     editor.rollback()
     assert all(torch.equal(tensor, before[name]) for name, tensor in smollm2.model.state_dict().items())
 
