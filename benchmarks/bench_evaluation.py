@@ -12,10 +12,11 @@ texts that differ. The first record alone warms both ways up.
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from paired import alternate, parser, report
+from paired import compare, parser
 from torch import Tensor
 
 from cakeflow import EditRequest, read_requests
@@ -99,17 +100,8 @@ def main() -> int:
     lm, records = load_model("smollm2-135m", dtype="float32"), read_requests(args.data)[: args.records]
     free = [prompt for record in records for prompt in free_prompts(record)]
     print(f"{len(records)} records; {len(free)} free texts, {len(set(free))} different prompts")
-    found = {}
-    for name in args.only:
-        ours, reference, difference, bar = WAYS[name]
-        found[name] = alternate(
-            lambda number, way=ours: way(lm, records if number else records[:1]),
-            lambda number, way=reference: way(lm, records if number else records[:1]),
-            difference,
-            args.repeats,
-            bar,
-        )
-    return report(found, args.json)
+    ways = {name: (partial(ours, lm), partial(other, lm), *bar) for name, (ours, other, *bar) in WAYS.items()}
+    return compare({name: ways[name] for name in args.only}, records, args)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from paired import alternate, parser, report
+from paired import compare, parser
 from torch import Tensor, nn
 
 from cakeflow.forward import Row
@@ -90,17 +90,16 @@ def main() -> int:
     rows, _ = known_rows(lm, read_facts("builtin"), args.facts)
     scale = ours(lm, rows[:1], CausalTrace(noise=None)).settings["noise"]
     print(f"{len(rows)} facts, {lm.depth} layers, 10 draws")
-    found = {}
+    ways = {}
     for name in args.only:
         trace = CausalTrace(**{**vars(TRACES[name]), "noise": scale})
-        found[name] = alternate(
-            lambda number, trace=trace: ours(lm, rows if number else rows[:1], trace).effects,
-            lambda number, trace=trace: plain(lm, rows if number else rows[:1], trace, scale),
+        ways[name] = (
+            lambda rows, trace=trace: ours(lm, rows, trace).effects,
+            lambda rows, trace=trace: plain(lm, rows, trace, scale),
             difference,
-            args.repeats,
             TOLERANCE,
         )
-    return report(found, args.json)
+    return compare(ways, rows, args)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import TypeVar
 
 import torch
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -66,6 +67,30 @@ def alternate(
     pairs = [b / a for a, b in zip(mine, other, strict=True)]
     middle = statistics.median(mine), statistics.median(other)
     return Figures(*middle, middle[1] / middle[0], min(pairs), max(pairs), worst, bar, {})
+
+
+def compare(
+    ways: dict[str, tuple[Callable[[list[R]], T], Callable[[list[R]], T], Callable[[T, T], float], float]],
+    rows: list[R],
+    args: argparse.Namespace,
+) -> int:
+    """Time every pair of ways over the same rows, the warm-up on the first row, and report; the exit status.
+
+    Args:
+        ways: Name -> ours, reference, difference of two results, most that it may be.
+        rows: What both ways take.
+        args: Arguments of ``parser``.
+    """
+    figures = {}
+    for name, (ours, reference, error, bar) in ways.items():
+        figures[name] = alternate(
+            lambda number, way=ours: way(rows if number else rows[:1]),
+            lambda number, way=reference: way(rows if number else rows[:1]),
+            error,
+            args.repeats,
+            bar,
+        )
+    return report(figures, args.json)
 
 
 def parser(doc: str | None, repeats: int) -> argparse.ArgumentParser:

@@ -115,3 +115,20 @@ def require_choice(name: str, value: object, literal: Any) -> None:
     """
     if value not in get_args(literal):
         raise ConfigError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
+
+
+def require_positive(owner: str, settings: object, *names: str) -> None:
+    """Check settings that are numbers above 0, or None where that is possible.
+
+    Args:
+        owner: What the settings belong to, as a config names it.
+        settings: Object with the settings as attributes.
+        *names: The attributes.
+
+    Raises:
+        ConfigError: If one of them is a number that is not above 0.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"{owner}.{name} must be above 0, got {value}")

@@ -111,11 +111,6 @@ class Mixed(PreparedTerm):
         return self.inner.factor(solved)
 
 
-def test_a_term_that_mixes_facts_is_caught():
-    with pytest.raises(AssertionError):
-        holds(ObjectiveTermContract, "test_facts", term=Mixing())
-
-
 @dataclass(frozen=True)
 class Careless(GradientSearch):
     """Breaks one promise of the contract."""
@@ -165,9 +160,16 @@ class Forgetful(Efficacy):
         self.total, self.records = (expected > rival).float().sum(), torch.tensor(float(len(expected)))
 
 
-def test_a_metric_that_does_not_accumulate_is_caught():
+@pytest.mark.parametrize(
+    ("contract", "promise", "part"),
+    [
+        (ObjectiveTermContract, "test_facts", {"term": Mixing()}),
+        (MetricContract, "test_parts", {"metric": Forgetful()}),
+    ],
+)
+def test_a_part_that_breaks_its_contract_is_caught(contract, promise, part):
     with pytest.raises(AssertionError):
-        holds(MetricContract, "test_parts", metric=Forgetful())
+        holds(contract, promise, **part)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from cakeflow.data.sources import read_texts
-from cakeflow.errors import ConfigError, StatisticsError
+from cakeflow.errors import StatisticsError, require_positive
 from cakeflow.forward.corpus import sampled_corpus, token_stream
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
@@ -61,9 +61,7 @@ class Statistics:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "window", "cov_weight", "null_threshold", "batch_tokens"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"statistics.{name} must be above 0, got {getattr(self, name)}")
+        require_positive("statistics", self, "tokens", "window", "cov_weight", "null_threshold", "batch_tokens")
 
     def collect(
         self, lm: LanguageModel, sites: Sequence[Site], folder: Path | None = None, max_bytes: float | None = None

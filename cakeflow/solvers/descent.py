@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ConfigError, NumericalError, require_positive
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
 
@@ -36,9 +36,7 @@ class Descent(Solver):
         return False
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "bound"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ConfigError(f"Descent: {name} must be above 0, got {getattr(self, name)}")
+        require_positive("Descent", self, "steps", "lr", "bound")
 
     def solve(self, problem: LayerProblem) -> Update:
         """Descend the model's loss from the present weight."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from cakeflow.errors import ConfigError, NumericalError, ShapeError
+from cakeflow.errors import NumericalError, ShapeError, require_positive
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.problem import LayerProblem, Update
@@ -27,8 +27,7 @@ class NullSpace(Solver):
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and not self.threshold > 0:
-            raise ConfigError(f"threshold must be above 0, got {self.threshold}")
+        require_positive("NullSpace", self, "threshold")
 
     def solve(self, problem: LayerProblem) -> Update:
         """Solve the projected problem by ``inner``."""

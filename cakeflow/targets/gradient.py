@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ConfigError, NumericalError, require_positive
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import frozen
@@ -67,9 +67,7 @@ class GradientSearch(TargetSearch):
     max_tokens: int = 1024
 
     def __post_init__(self) -> None:
-        for name in ("steps", "lr", "clamp", "max_tokens"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"targets.{name} must be above 0, got {getattr(self, name)}")
+        require_positive("targets", self, "steps", "lr", "clamp", "max_tokens")
         if not isinstance(self.likelihood, ObjectiveTerm):  # a config's null gets here
             raise ConfigError(f"targets.likelihood must be an ObjectiveTerm, got {self.likelihood!r}")
         if not self.site or self.extra_site in ("", self.site):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from jaxtyping import Bool
 from torch import Tensor
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import require_positive
 from cakeflow.targets.objective import ObjectiveValue
 
 
@@ -48,8 +48,7 @@ class SolvedAndNear(StopRule):
     inner: StopRule = LossBelow()
 
     def __post_init__(self) -> None:
-        if not self.kl > 0:
-            raise ConfigError(f"SolvedAndNear: kl must be above 0, got {self.kl}")
+        require_positive("SolvedAndNear", self, "kl")
 
     def met(self, value: ObjectiveValue) -> Bool[Tensor, " n"]:
         """Apply the inner rule, and the limit to solved facts."""

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cakeflow.errors import ConfigError, Fault, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError, require_positive
 from cakeflow.forward.packing import plan
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import ROLES, Role, Site
@@ -59,9 +59,7 @@ class CausalTrace(Attribution):
     max_tokens: int = 4096
 
     def __post_init__(self) -> None:
-        for name in ("window", "draws", "max_tokens"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"trace.{name} must be above 0, got {getattr(self, name)}")
+        require_positive("trace", self, "window", "draws", "max_tokens")
         if self.noise is not None and not self.noise > 0:
             raise ConfigError(f"trace.noise must be above 0, or None for three standard deviations; got {self.noise}")
         if self.role not in ROLES or self.tokens not in ("subject", "all"):

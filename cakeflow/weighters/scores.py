@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.errors import ConfigError, require_choice
+from cakeflow.errors import ConfigError, require_choice, require_positive
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.language import LanguageModel
 from cakeflow.tracing import Attribution, CausalTrace, known_scores
@@ -75,8 +75,7 @@ class Scores(Weighter):
     attribution: Attribution | None = None
 
     def __post_init__(self) -> None:
-        if not self.tau > 0:
-            raise ConfigError(f"tau must be above 0, got {self.tau}")
+        require_positive("Scores", self, "tau")
         if not math.isfinite(self.depth_power):
             raise ConfigError(f"depth_power must be finite, got {self.depth_power}")
         require_choice("normalization", self.normalization, Normalization)

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ConfigError, NumericalError, require_positive
 from cakeflow.forward import Row, pad, plan
 from cakeflow.models import LanguageModel, Role, Site, capture, logits_at
 from cakeflow.tracing import Attribution, CausalTrace, noise_of
@@ -58,8 +58,7 @@ class IntegratedGradients(Attribution):
     trace: CausalTrace = CausalTrace()
 
     def __post_init__(self) -> None:
-        if not self.steps > 0:
-            raise ConfigError(f"steps must be above 0, got {self.steps}")
+        require_positive("IntegratedGradients", self, "steps")
         if self.trace.window != 1 or self.trace.tokens != "subject":
             raise ConfigError("IntegratedGradients scores single layers at the subject's last token")
 

@@ -7,7 +7,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers.logger import Logger
-from tiny_runs import name_of
+from tiny_runs import module_of, name_of
 
 from cakeflow import (
     Contexts,
@@ -15,7 +15,6 @@ from cakeflow import (
     Endpoints,
     GradientSearch,
     LeastSquares,
-    LocateThenEdit,
     NullSpace,
     OneHot,
     Scores,
@@ -56,10 +55,9 @@ def build(moments):
             "layers": LAYERS,
             "contexts": CONTEXTS,
             "targets": TARGETS,
-            "solver": NullSpace(LeastSquares(0.5)),
             "moments": dict.fromkeys(range(6), moments[width]),
         }
-        return LocateThenEdit(lm, **{**defaults, **changes})
+        return module_of(lm, **{**defaults, **changes})
 
     return make
 
@@ -355,8 +353,8 @@ def test_the_walk_needs_no_gradients_and_leaves_none(lm, requests, quiet, build)
 def test_the_real_model_takes_an_edit_and_gives_it_back(smollm2, requests, quiet):
     width = smollm2.oriented(Site(0, "mlp_out")).shape[1]
     before = {layer: smollm2.weight(Site(layer, "mlp_out")).detach().clone() for layer in (10, 12)}
-    module = LocateThenEdit(
-        smollm2, [10, 12], solver=LeastSquares(1.0), targets=GradientSearch(steps=8, lr=0.5), contexts=CONTEXTS,
+    module = module_of(
+        smollm2, layers=[10, 12], solver=LeastSquares(1.0), targets=GradientSearch(steps=8, lr=0.5), contexts=CONTEXTS,
         moments=dict.fromkeys((10, 12), 1e-6 * torch.eye(width)),
     )  # fmt: skip
     trainer = fit(module, requests[:2], quiet, 2)

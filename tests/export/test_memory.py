@@ -1,58 +1,28 @@
 """Modules that edits put in place leave a run and come back into the unedited model."""
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from toy_changes import Scaled, Scaling
 
 from cakeflow import EditRequest
 from cakeflow.errors import ExportError
 from cakeflow.export import apply_memory
 from cakeflow.export.formats import export
-from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 
 PLACE = "transformer.h.1.mlp"
 
 
-class Shift(nn.Module):
-    def __init__(self, inner, offset):
-        super().__init__()
-        self.inner = inner
-        self.register_buffer("offset", offset)
-
-    def forward(self, x):
-        return self.inner(x) + self.offset
-
-
-@dataclass(frozen=True, eq=False)
-class Shifted(ModuleChange):
-    """The module's output plus a vector."""
-
-    place: str
-    offset: torch.Tensor
-
-    def build(self, module):
-        return Shift(module, self.offset)
-
-    def tensors(self):
-        return {"offset": self.offset}
-
-    @classmethod
-    def from_tensors(cls, place, tensors):
-        return cls(place, tensors["offset"])
-
-
 @pytest.fixture
-def shifted(lm):
+def scaled(lm):
     """The unedited model, and a journal over the model with two modules in place, one around the other."""
     base, journal = copy.deepcopy(lm), Journal(lm)
     for number in range(2):
         with journal.batch([EditRequest("{} is", f"Ann {number}", "here")]) as step:
-            offset = torch.randn(lm.width, generator=torch.Generator().manual_seed(number)).to(lm.dtype)
-            journal.apply(step, Shifted(PLACE, offset), {})
+            factor = torch.randn(lm.width, generator=torch.Generator().manual_seed(number)).to(lm.dtype)
+            journal.apply(step, Scaled(PLACE, factor), {})
     return base, journal
 
 
@@ -61,23 +31,23 @@ def logits(lm):
     return lm(input_ids=torch.tensor([[5, 9, 3]])).logits
 
 
-def test_a_memory_gives_the_same_logits(shifted, lm, tmp_path):
-    base, journal = shifted
+def test_a_memory_gives_the_same_logits(scaled, lm, tmp_path):
+    base, journal = scaled
     before = logits(base)
     manifest = apply_memory(base, export(journal, tmp_path / "out", "memory"))
-    assert [(change.place, change.kind) for change in manifest.changes] == [(PLACE, "Shifted")] * 2
+    assert [(change.place, change.kind) for change in manifest.changes] == [(PLACE, "Scaled")] * 2
     assert torch.equal(logits(base), logits(lm))
     assert not torch.equal(logits(base), before)
 
 
-def test_a_memory_is_for_one_model_only(shifted, lm, tmp_path):
-    folder = export(shifted[1], tmp_path / "out", "memory")
+def test_a_memory_is_for_one_model_only(scaled, lm, tmp_path):
+    folder = export(scaled[1], tmp_path / "out", "memory")
     with pytest.raises(ExportError, match="edited already"):
         apply_memory(lm, folder)
 
 
-def test_a_changed_memory_is_refused_and_leaves_the_model_alone(shifted, tmp_path):
-    base, journal = shifted
+def test_a_changed_memory_is_refused_and_leaves_the_model_alone(scaled, tmp_path):
+    base, journal = scaled
     (file,) = (path for path in export(journal, tmp_path / "out", "memory").glob("*.safetensors"))
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
@@ -86,11 +56,11 @@ def test_a_changed_memory_is_refused_and_leaves_the_model_alone(shifted, tmp_pat
     with pytest.raises(ExportError, match=file.name):
         apply_memory(base, tmp_path / "out")
     assert torch.equal(logits(base), before)
-    assert not any(isinstance(module, Shift) for module in base.model.modules())
+    assert not any(isinstance(module, Scaling) for module in base.model.modules())
 
 
 @pytest.mark.parametrize("format", ["model", "delta", "lora"])
-def test_no_other_format_holds_modules(shifted, tmp_path, format):
+def test_no_other_format_holds_modules(scaled, tmp_path, format):
     with pytest.raises(ExportError, match=f"{format}.*{PLACE}"):
-        export(shifted[1], tmp_path / "out", format)
+        export(scaled[1], tmp_path / "out", format)
     assert not (tmp_path / "out").exists()

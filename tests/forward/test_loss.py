@@ -96,7 +96,7 @@ def test_descent_against_adam_by_hand():
 
 @pytest.mark.parametrize("name", ["steps", "lr", "bound"])
 def test_bad_settings(name):
-    with pytest.raises(ConfigError, match=f"Descent: {name} must be above 0"):
+    with pytest.raises(ConfigError, match=rf"Descent\.{name} must be above 0"):
         Descent(**{name: 0})
 
 

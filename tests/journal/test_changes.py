@@ -1,15 +1,14 @@
 """Changes of weights and modules: applied, undone, hashed and stored."""
 
 import copy
-from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import nn
+from toy_changes import Scaled
 
 from cakeflow import Update
 from cakeflow.errors import LedgerError, NumericalError
-from cakeflow.journal.changes import ModuleChange, WeightChange, kind_of
+from cakeflow.journal.changes import WeightChange, kind_of
 from cakeflow.models import Site
 from cakeflow.storage.hashing import tensor_hash
 
@@ -78,39 +77,11 @@ def test_a_change_survives_as_tensors(lm):
     assert kind_of("WeightChange").from_tensors(full.place, full.tensors()).update.left is None
 
 
-@dataclass(frozen=True, eq=False)
-class Scaled(ModuleChange):
-    """The module's output times a factor."""
-
-    place: str
-    factor: torch.Tensor
-
-    def build(self, module):
-        return Scaling(module, self.factor)
-
-    def tensors(self):
-        return {"factor": self.factor}
-
-    @classmethod
-    def from_tensors(cls, place, tensors):
-        return cls(place, tensors["factor"])
-
-
-class Scaling(nn.Module):
-    def __init__(self, inner, factor):
-        super().__init__()
-        self.inner = inner
-        self.register_buffer("factor", factor)
-
-    def forward(self, x):
-        return self.factor * self.inner(x)
-
-
 def test_a_module_takes_a_place_and_leaves_it(tiny):
     place = tiny.architecture.path(Site(1, "mlp_out"))
     ids, original = torch.tensor([[3, 5, 7]]), tiny.module(place)
     before, tree = tiny(input_ids=ids).logits, [name for name, _ in tiny.model.named_modules()]
-    change = kind_of("Scaled").from_tensors(place, {"factor": torch.tensor(2.0, dtype=torch.float64)})
+    change = kind_of(Scaled.__name__).from_tensors(place, {"factor": torch.tensor(2.0, dtype=torch.float64)})
     content, digest = change.read(tiny), change.hash(tiny)
     change.apply(tiny)
     assert change.hash(tiny) != digest

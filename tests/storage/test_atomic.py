@@ -11,21 +11,13 @@ from safetensors.torch import load_file
 from stops import STOPS
 
 from cakeflow.errors import ConfigError
-from cakeflow.storage.atomic import (
-    append_line,
-    truncate,
-    uninterrupted,
-    write_folder,
-    write_tensors,
-    write_text,
-    write_whole,
-)
+from cakeflow.storage import atomic
 
 
 def test_text_round_trip_makes_folders_and_replaces(tmp_path):
     path = tmp_path / "a" / "b" / "c.txt"
     for text in ("first", "日本 🙂\n"):
-        write_text(path, text)
+        atomic.write_text(path, text)
         assert path.read_bytes() == text.encode()
     assert list(path.parent.iterdir()) == [path]
 
@@ -33,14 +25,14 @@ def test_text_round_trip_makes_folders_and_replaces(tmp_path):
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_write_leaves_the_old_content_and_no_debris(tmp_path, error):
     path = tmp_path / "c.txt"
-    write_text(path, "old")
+    atomic.write_text(path, "old")
 
     def half(temporary):
         temporary.write_text("ne")
         raise error
 
     with pytest.raises(error):
-        write_whole(path, half)
+        atomic.write_whole(path, half)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -53,14 +45,14 @@ def test_nothing_is_visible_until_it_is_whole(tmp_path):
         assert not path.exists()
         assert temporary.parent == path.parent  # on the same file system, so that renaming is atomic
 
-    write_whole(path, write)
+    atomic.write_whole(path, write)
     assert path.read_text() == "new"
 
 
 def test_tensors_round_trip_with_views_and_metadata(tmp_path):
     path = tmp_path / "t.safetensors"
     whole = torch.arange(12.0, dtype=torch.float64).reshape(3, 4).requires_grad_()
-    write_tensors(path, {"turned": whole.T, "part": whole[1], "half": whole.half()}, {"note": "x"})
+    atomic.write_tensors(path, {"turned": whole.T, "part": whole[1], "half": whole.half()}, {"note": "x"})
     found = load_file(path)
     assert torch.equal(found["turned"], whole.detach().T)
     assert torch.equal(found["part"], whole.detach()[1])
@@ -71,13 +63,13 @@ def test_tensors_round_trip_with_views_and_metadata(tmp_path):
 
 def test_lines_are_added_whole_or_not_at_all(tmp_path):
     path = tmp_path / "lines"
-    append_line(path, b"one")
+    atomic.append_line(path, b"one")
     with pytest.raises(OSError, match="full"), STOPS.at(1, FullError):
-        append_line(path, b"two")
+        atomic.append_line(path, b"two")
     assert [moment[1] for moment in STOPS.seen] == ["append", "appended"]
     assert path.read_bytes() == b"one\n"
-    append_line(path, b"two")
-    truncate(path, 4)
+    atomic.append_line(path, b"two")
+    atomic.truncate(path, 4)
     assert path.read_bytes() == b"one\n"
 
 
@@ -92,9 +84,9 @@ def fill(text):
 
 def test_a_folder_appears_whole_and_replaces_nothing_unasked(tmp_path):
     path = tmp_path / "out"
-    write_folder(path, fill("first"))
+    atomic.write_folder(path, fill("first"))
     with pytest.raises(ConfigError, match="exists already"):
-        write_folder(path, fill("second"))
+        atomic.write_folder(path, fill("second"))
     assert (path / "a.txt").read_text() == "first"
 
     def half(folder):
@@ -102,14 +94,14 @@ def test_a_folder_appears_whole_and_replaces_nothing_unasked(tmp_path):
         raise FullError
 
     with pytest.raises(OSError, match="full"):
-        write_folder(path, half, overwrite=True)
+        atomic.write_folder(path, half, overwrite=True)
     assert (path / "a.txt").read_text() == "first"
-    write_folder(path, fill("second"), overwrite=True)
+    atomic.write_folder(path, fill("second"), overwrite=True)
     assert (path / "a.txt").read_text() == "second"
     assert list(tmp_path.iterdir()) == [path]
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="choose another place"):
-        write_folder(tmp_path / "file", fill("x"), overwrite=True)
+        atomic.write_folder(tmp_path / "file", fill("x"), overwrite=True)
 
 
 @pytest.mark.usefixtures("ctrl_c")
@@ -117,7 +109,7 @@ def test_ctrl_c_is_held_back(tmp_path):
     done = []
 
     def interrupted():
-        with uninterrupted():
+        with atomic.uninterrupted():
             os.kill(os.getpid(), signal.SIGINT)
             done.append("whole")
 
@@ -125,7 +117,9 @@ def test_ctrl_c_is_held_back(tmp_path):
         interrupted()
     assert done == ["whole"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    thread = threading.Thread(target=lambda: done.append(uninterrupted().__enter__()))  # nothing to hold back there
+    thread = threading.Thread(
+        target=lambda: done.append(atomic.uninterrupted().__enter__())
+    )  # nothing to hold back there
     thread.start()
     thread.join()
     assert done == ["whole", None]

@@ -48,5 +48,5 @@ def test_a_loss_that_is_not_a_number_is_never_below():
 
 @pytest.mark.parametrize("kl", [0.0, -1.0, float("nan")])
 def test_bad_limit(kl):
-    with pytest.raises(ConfigError, match=f"SolvedAndNear: kl must be above 0, got {kl}"):
+    with pytest.raises(ConfigError, match=f"SolvedAndNear.kl must be above 0, got {kl}"):
         SolvedAndNear(kl)
