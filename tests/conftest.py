@@ -50,7 +50,8 @@ WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    settings.register_profile("cakeflow", deadline=None)  # how long a test takes is the machine's affair
+    # how long a test takes is the machine's affair; the same examples every time, so that a failure can be repeated
+    settings.register_profile("cakeflow", deadline=None, derandomize=True)
     settings.load_profile("cakeflow")
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)

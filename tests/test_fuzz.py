@@ -72,7 +72,9 @@ def test_a_prompt_in_full_is_taken_only_where_its_subject_is_certain(before, sub
 
 
 TEXT = st.text(min_size=1, max_size=12).filter(
-    lambda text: text.strip() == text and "{}" not in text and any(map(str.isprintable, text))
+    lambda text: (
+        text.strip() == text and "{}" not in text and any(char.isprintable() and not char.isspace() for char in text)
+    )
 )
 PROBES = st.builds(Probe, st.sampled_from(["paraphrase", "neighborhood", "generation"]), TEXT, st.none() | TEXT)
 
