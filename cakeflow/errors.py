@@ -102,6 +102,14 @@ class NumericalError(EditError, ArithmeticError):
     """A failed solve or values that are not finite; the edits of the batch were taken back."""
 
 
+class ArrivalWarning(UserWarning):
+    """Too little of a fact's searched change arrived at its value site, so the edit may not have taken."""
+
+
+class SharedKeyWarning(UserWarning):
+    """Facts of one batch have the same key, so that one value has to serve all of them."""
+
+
 def require_choice(name: str, value: object, literal: Any) -> None:
     """Check a setting that has a few possible values.
 

@@ -25,7 +25,8 @@ class LayerEdit:
         context: The layer. Its linear map, if used now, is linearized at the model as it is now.
         batch: The n facts.
         residual: n x d_out, the residual at the value site before.
-        problem: The solver's problem; ``problem.residual`` is the layer's share of the residual.
+        problem: The solver's problem; ``problem.residual`` is the change of the projection's output that makes
+            the layer's share of the residual.
         update: The solver's answer.
     """
 

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
-from cakeflow.errors import NumericalError, ShapeError
+from cakeflow.errors import ArrivalWarning, ConfigError, NumericalError, ShapeError, SharedKeyWarning
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
 from cakeflow.weighters.base import Weighter
+
+Outcome = Literal["warn", "error"]
+"""What follows when a measurement falls below its limit."""
 
 
 def checked_facts(
@@ -90,6 +95,34 @@ def _largest(update: Update, batch: TextBatch) -> str:
     parts = update.left.norm(dim=1) * update.right.norm(dim=1)
     worst = int(parts.argmax())
     return f" (most of it by {batch.name([worst])}, a part of norm {float(parts[worst]):.3g})"
+
+
+def checked_parts(batch: TextBatch, size: int) -> list[TextBatch]:
+    """Return the parts of a batch in which target values are searched; facts whose keys coincide stay together.
+
+    Args:
+        batch: n facts.
+        size: Most facts in one part.
+
+    Raises:
+        ConfigError: If facts whose keys coincide fall into different parts.
+    """
+    groups: dict[int, list[int]] = {}
+    for i, first in enumerate(batch.key_groups()):
+        groups.setdefault(first, []).append(i)
+    for group in (each for each in groups.values() if len(each) > 1):
+        if group[0] // size != group[-1] // size:
+            raise ConfigError(
+                f"{batch.name(group)}: their keys coincide, so they need one target value, but memory_budget allows "
+                f"{size} facts in one search; put them next to each other, or raise memory_budget"
+            )
+        warnings.warn(
+            f"{batch.name(group)}: their keys coincide, because the prompts are the same up to the end of the subject; "
+            "one target value is searched that serves all of them",
+            SharedKeyWarning,
+            stacklevel=2,
+        )
+    return list(batch.split(size))
 
 
 def checked_weights(weighter: Weighter, weights: Tensor, facts: int, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
@@ -168,6 +201,31 @@ def checked_update(solver: Solver, update: Update, problem: LayerProblem, layer:
                 f"layer {layer}: {_name(solver)}: the update has values that are not finite; set ridge higher"
             )
     return update
+
+
+def checked_arrival(arrived: Float[Tensor, " n"], batch: TextBatch, least: float, outcome: Outcome) -> None:
+    """Check that enough of the searched change of every fact arrived, so that no fact fails to take unnoticed.
+
+    Args:
+        arrived: Part of each fact's searched change that is there after the edit; 1 is all of it.
+        batch: n facts.
+        least: Least part that passes.
+        outcome: Whether less is a warning or an error.
+
+    Raises:
+        NumericalError: If a fact has less and the outcome is ``error``.
+    """
+    bad = (~(arrived >= least)).nonzero()[:, 0].tolist()
+    if not bad:
+        return
+    message = (
+        f"{batch.name(bad)}: {float(arrived[bad].min()):.0%} of the searched change arrived, and min_arrival is "
+        f"{least:.0%}, so the edit may not have taken; lower statistics.cov_weight or the solver's ridge, edit fewer "
+        "facts at once, or edit other layers"
+    )
+    if outcome == "error":
+        raise NumericalError(message)
+    warnings.warn(message, ArrivalWarning, stacklevel=2)
 
 
 def _name(part: object) -> str:

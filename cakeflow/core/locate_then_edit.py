@@ -16,19 +16,29 @@ from tqdm.auto import tqdm
 from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
 from cakeflow.allocators.sequential import Sequential
 from cakeflow.core.callback import LayerEdit
-from cakeflow.core.contracts import checked_facts, checked_residual, checked_weights, naming, solved
+from cakeflow.core.contracts import (
+    Outcome,
+    checked_arrival,
+    checked_facts,
+    checked_parts,
+    checked_residual,
+    checked_weights,
+    naming,
+    solved,
+)
 from cakeflow.core.memory import Footprint
 from cakeflow.core.module import EditModule, described
 from cakeflow.core.statistics import Statistics
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.generation import generate_contexts
 from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB
+from cakeflow.forward.residual_path import NormPath, ResidualPath, ResidualPaths
 from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.schema import TargetBody
@@ -86,6 +96,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         record_texts: Whether the ledger has the texts of the requests; it always has their hashes.
         max_relative_update: Largest update of a layer by one batch, in norms of its weight; a larger one has run away,
             and the batch is undone. On SmolLM2, eight facts by six shipped recipes stay below 0.2.
+        min_arrival: Least part of each fact's searched change that has to arrive at its value site.
+        on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.
@@ -114,7 +126,10 @@ class LocateThenEdit(EditModule[TextBatch]):
         memory_budget: float | None = None,
         record_texts: bool = True,
         max_relative_update: float = 10.0,
+        min_arrival: float = 0.5,
+        on_low_arrival: Outcome = "warn",
     ) -> None:
+        require_choice("on_low_arrival", on_low_arrival, Outcome)
         for name, limit in (("memory_budget", memory_budget), ("max_relative_update", max_relative_update)):
             if limit is not None and not limit > 0:
                 raise ConfigError(f"{name} must be above 0, got {limit}")
@@ -136,6 +151,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         }
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
         self.max_relative_update = max_relative_update
+        self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
         if isinstance(base, LanguageModel):
@@ -173,6 +189,7 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     def prepare(self, batches: Sequence[TextBatch]) -> None:
         """Choose the layers, measure their scores, estimate the memory of every batch, and collect second moments."""
+        self.paths = ResidualPaths(self.lm)
         with self.phase("trace"):
             if not self.layers:
                 proposal = locate(self.lm)
@@ -187,6 +204,11 @@ class LocateThenEdit(EditModule[TextBatch]):
             if missing:
                 collected = self.statistics.collect(self.lm, missing, max_bytes=self.max_bytes)
                 self.covariances |= {site.layer: covariance for site, covariance in collected.items()}
+
+    @property
+    def writes_blocks(self) -> bool:
+        """True if the target values are outputs of blocks and the edited projections the last ones of their MLPs."""
+        return self.targets.site == "block" and self.site == "mlp_out"
 
     def estimate(self, batch: TextBatch, earlier: int = 0) -> Footprint:
         """Estimate the memory that a batch takes beyond the model, and choose its parts so that it keeps to the budget.
@@ -234,18 +256,32 @@ class LocateThenEdit(EditModule[TextBatch]):
                 targets[context.value_site] = self.find_targets(batch, context.value_site, step, footprint)
             with self.phase("keys"):
                 keys, prompt_keys, values = reader.read(context.site, context.value_site)
+                path = self.paths.at(reader.prompts, context.site) if self.writes_blocks else ResidualPath()
             residual = targets[context.value_site].values - values
             share = self.allocate(residual, context, batch)
             with self.phase("solve"):
-                problem = self.problem(context.site, batch, keys, share, prompt_keys)
+                problem = self.problem(context.site, batch, keys, path.required(share), prompt_keys)
                 update = solved(self.solver, problem, context.site.layer, batch, self.max_relative_update)
             self.notify("on_layer_solved", LayerEdit(context, batch, residual, problem, update))
             self.apply_update(step, context, batch, problem, update)
-        if self.apply_deferred(step):
+        if self.apply_deferred(step) or len(targets) > 1:
             reader = FactReader(self.lm, batch, footprint.pass_tokens)
-        remaining = targets[context.value_site].values - reader.values(context.site, context.value_site)
+        self.notify("on_batch_edited", self.measure_arrival(reader, batch, targets))
+
+    def measure_arrival(
+        self, reader: FactReader, batch: TextBatch, targets: Mapping[Site, Targets]
+    ) -> Float[Tensor, "n d_out"]:
+        """Log and check the part of the searched changes that arrived; return what remains at the last value site."""
+        arrived = torch.ones(len(batch), dtype=torch.float64, device=self.lm.device)
+        for value_site, each in targets.items():
+            remaining = each.values - reader.values(Site(value_site.layer, self.site), value_site)
+            searched = (each.values - each.initial).norm(dim=1)
+            share = 1 - remaining.norm(dim=1) / searched
+            arrived = torch.where(searched > 0, torch.minimum(arrived, share), arrived)
         self.log("target/left", remaining.norm(dim=1).mean(), batch_size=len(batch))
-        self.notify("on_batch_edited", remaining)
+        self.log("target/arrived", arrived.mean(), batch_size=len(batch))
+        checked_arrival(arrived, batch, self.min_arrival, self.on_low_arrival)
+        return remaining
 
     def layer_contexts(self, weights: Float[Tensor, "*n l"], batch: TextBatch) -> Iterator[LayerContext]:
         """The layers to edit in ascending order; those of weight 0 are left out."""
@@ -260,11 +296,16 @@ class LocateThenEdit(EditModule[TextBatch]):
         """Search the target values of a batch, in parts that fit into memory."""
         layer = value_site.layer
         bar = tqdm(total=len(batch), desc=f"target values, layer {layer}", unit="edit", delay=2, leave=False)
-        searching = partial(self.targets.search, progress=bar.update)
-        search = searching if self.solver.needs_targets else self.targets.measure
+        tokens, parts = footprint.suffix_tokens, checked_parts(batch, footprint.facts)
         with self.phase("targets"), bar:
-            tokens, parts = footprint.suffix_tokens, batch.split(footprint.facts)
+            site = Site(layer, self.site)
+            path = self.paths.ahead(batch, site, footprint.pass_tokens) if self.writes_blocks else ResidualPath()
+            part_of = self.targets.at(self.site) if isinstance(path, NormPath) else self.targets
+            search = partial(part_of.search, progress=bar.update) if self.solver.needs_targets else part_of.measure
             targets = Targets.join([search(self.lm, part, layer, max_tokens=tokens) for part in parts])
+            if isinstance(path, NormPath):
+                reached = path.output + path.reached(targets.values - targets.initial)
+                targets = replace(targets, values=reached, initial=path.output)
         checked_facts("target values are", targets.values, batch, layer)
         numbers = {"loss": targets.loss, "probability": targets.probability, "steps": targets.steps.double()}
         self.log_dict({f"target/{name}": value.mean() for name, value in numbers.items()}, batch_size=len(batch))

@@ -18,7 +18,7 @@ from torch import Tensor
 from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture, start_at
+from cakeflow.models.hooks import calls, capture, inject, start_at
 from cakeflow.models.language import LanguageModel
 
 
@@ -81,6 +81,56 @@ class PromptStream:
         place = group // weights.shape[1], torch.arange(len(group), device=weights.device)
         mixing[place] = weights[place[0], group % weights.shape[1]]
         return mixing @ keys.double()  # not index_add_, whose order of additions varies on GPUs
+
+    @torch.no_grad()
+    def probe(
+        self, site: Site, delta: Float[Tensor, "rows d_out"], inputs: Sequence[Site], outputs: Sequence[Site]
+    ) -> tuple[dict[Site, Float[Tensor, "rows d"]], dict[Site, Float[Tensor, "rows d"]]]:
+        """Run one block again with a vector added to a projection's output at every row's last token.
+
+        Args:
+            site: Projection; its layer is that of the last read.
+            delta: Vector for each row.
+            inputs: Modules of the block whose inputs to read.
+            outputs: Modules of the block whose outputs to read.
+
+        Returns:
+            Inputs and outputs at each row's last token, in float64.
+        """
+        order = torch.tensor([i for chunk in self.chunks for i in chunk.rows], device=self.lm.device).argsort()
+        parts = [self._probe(chunk, site, delta[chunk.rows], inputs, outputs) for chunk in self.chunks]
+        entering, leaving = zip(*parts, strict=True)
+        return (
+            {each: torch.cat([part[each] for part in entering])[order] for each in inputs},
+            {each: torch.cat([part[each] for part in leaving])[order] for each in outputs},
+        )
+
+    @torch.no_grad()
+    def calls(self, layer: int) -> list[str]:
+        """List the modules of the block of the last read in the order in which they return, as paths below it."""
+        with calls(self.lm, layer) as order:
+            self._rerun(self.chunks[0], layer)
+        return order
+
+    def _probe(
+        self, chunk: _Chunk, site: Site, delta: Tensor, inputs: Sequence[Site], outputs: Sequence[Site]
+    ) -> tuple[dict[Site, Tensor], dict[Site, Tensor]]:
+        rows = torch.arange(len(chunk.rows), device=self.lm.device)
+        with (
+            inject(self.lm, site, delta, chunk.last),
+            capture(self.lm, inputs, side="in") as entering,
+            capture(self.lm, outputs) as leaving,
+        ):
+            self._rerun(chunk, site.layer)
+        return tuple(  # type: ignore[return-value]
+            {each: value[rows, chunk.last].double() for each, value in values.items()} for values in (entering, leaving)
+        )
+
+    def _rerun(self, chunk: _Chunk, layer: int) -> None:
+        """Run the model from the stored hidden states to the end of a block."""
+        start = chunk.hidden if chunk.hidden is not None else torch.empty(0)
+        with start_at(self.lm, chunk.layer, start), capture(self.lm, [Site(layer)], stop=True):
+            self.lm(input_ids=chunk.ids, attention_mask=torch.ones_like(chunk.ids), use_cache=False)
 
     def _read(self, chunk: _Chunk, key_site: Site, value_site: Site | None) -> tuple[Tensor, Tensor | None]:
         lm, rows = self.lm, torch.arange(len(chunk.rows), device=self.lm.device)

@@ -103,6 +103,15 @@ class TextBatch(EditBatch):
         first = self.first + (facts.start or 0)
         return type(self)(self.requests[facts], self.rows[facts], self.essence[facts], self.weights, first)
 
+    def key_groups(self) -> list[int]:
+        """For each fact the first fact of the batch with the same key: the same tokens up to the end of the subject.
+
+        Such facts can only have one value, whatever their prompts say after the subject.
+        """
+        first: dict[tuple[tuple[int, ...], ...], int] = {}
+        prefixes = [tuple(row.ids[: row.subject + 1] for row in rows) for rows in self.rows]
+        return [first.setdefault(prefix, i) for i, prefix in enumerate(prefixes)]
+
 
 def join(prompt: str, target: str) -> str:
     """Join prompt and target, with a space between them unless one of them has white space there."""

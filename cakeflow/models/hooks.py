@@ -95,6 +95,16 @@ def capture(
 
 
 @contextmanager
+def calls(lm: LanguageModel, layer: int) -> Iterator[list[str]]:
+    """List the modules of a block, as paths below it, in the order in which they return in the ``with`` body."""
+    order: list[str] = []
+    with ExitStack() as stack:
+        for path, module in lm.module(Site(layer)).named_modules():
+            stack.callback(module.register_forward_hook(lambda *_args, path=path: order.append(path)).remove)
+        yield order
+
+
+@contextmanager
 def _put(lm: LanguageModel, site: Site, value: Tensor, places: tuple[Tensor, Tensor], *, add: bool) -> Iterator[None]:
     """Replace a module's output at (rows, columns) by vectors, or add them to it."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,9 +49,10 @@ class TargetSearch(ABC):
     """Finds the value that a module should give for each fact of a batch.
 
     Contract: pure (the same batch and weights give the same targets, and the model is left as it was), facts do not
-    influence each other, ``max_tokens`` changes no result beyond rounding. Subclasses are frozen dataclasses. One that
-    searches itself defines fields ``site`` and ``max_tokens`` with defaults; one that changes another search wraps it
-    in a field called ``inner``, whose site and limit it takes over.
+    influence each other unless their keys coincide (``batch.key_groups``), ``max_tokens`` changes no result beyond
+    rounding. Subclasses are frozen dataclasses. One that searches itself defines fields ``site`` and ``max_tokens``
+    with defaults; one that changes another search wraps it in a field called ``inner``, whose site and limit it takes
+    over.
     """
 
     @property
@@ -74,6 +75,12 @@ class TargetSearch(ABC):
     def value_site(self, layer: int) -> Site:
         """Return the site of the target values of a layer."""
         return Site(layer, self.site)
+
+    def at(self, site: str) -> TargetSearch:
+        """Return the same search with the target at the output of another module of the block."""
+        if any(each.name == "site" for each in fields(self)):  # type: ignore[arg-type]
+            return replace(self, site=site)  # type: ignore[type-var]
+        return replace(self, inner=self._inner.at(site))  # type: ignore[type-var]
 
     @abstractmethod
     def search(

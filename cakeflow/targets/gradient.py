@@ -38,6 +38,7 @@ class GradientSearch(TargetSearch):
 
     The objective of a fact is the sum of the terms below. After each step the vector is pulled back into the ball of
     radius ``clamp |h_0|`` around 0, h_0 being the present output on the bare prompt. The last evaluation makes no step.
+    Facts whose keys coincide share one vector, which minimises the sum of their objectives.
 
     Attributes:
         steps: Most evaluations of the objective (``v_num_grad_steps``).
@@ -119,6 +120,7 @@ class GradientSearch(TargetSearch):
         delta = torch.zeros_like(problem.initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)
         active = torch.ones_like(radius[:, 0]).bool()
+        groups = _KeyGroups.of(problem)
         evaluations = torch.zeros_like(active).long()
         start = final = objective.evaluate(delta, ~active, with_grad=steps > 1)
         for step in range(steps):
@@ -127,19 +129,47 @@ class GradientSearch(TargetSearch):
             _require_finite(problem, value.loss, active, step)
             evaluations += active
             final = final.updated(active, value)
-            done = active & (self.stop.met(value) | last)
+            done = active & (groups.all(self.stop.met(value)) | last)
             active = active & ~done
             progress(int(done.sum()))
             if not bool(active.any()):
                 break
             objective = objective.only(active)
-            delta.grad = value.grad
+            delta.grad = groups.sum(value.grad)
             adam.step()
             _clamp(delta, radius)
         nll = final.terms["likelihood"]
         _require_fall(problem, start.terms["likelihood"], nll, evaluations, final.solved)
         initial, values = problem.initial[:, 0].double(), (problem.initial + final.delta)[:, 0].double()
         return Targets(values, initial, final.loss, torch.exp(-nll), evaluations, self.stop.met(final))
+
+
+@dataclass(frozen=True, eq=False)
+class _KeyGroups:
+    """Facts whose keys coincide: they get one vector, which serves all of them, and end their search together.
+
+    Attributes:
+        same: 1 where two facts have the same key; None if all keys differ.
+    """
+
+    same: Float[Tensor, "n n"] | None
+
+    @classmethod
+    def of(cls, problem: SearchProblem) -> _KeyGroups:
+        """Find the facts of a batch whose keys coincide."""
+        first = problem.batch.key_groups()
+        if len(set(first)) == len(first):
+            return cls(None)
+        group = torch.tensor(first, device=problem.initial.device)
+        return cls((group == group[:, None]).to(problem.initial))
+
+    def sum(self, gradient: Float[Tensor, "n sites d_out"]) -> Float[Tensor, "n sites d_out"]:
+        """Return for each fact the sum of the gradients of its group."""
+        return gradient if self.same is None else torch.einsum("ij,j...->i...", self.same, gradient)
+
+    def all(self, flags: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Return True where the flag is set for all facts of the group."""
+        return flags if self.same is None else self.same @ (~flags).to(self.same) == 0
 
 
 def _clamp(delta: Float[Tensor, "n sites d_out"], radius: Float[Tensor, "n sites"]) -> None:

@@ -11,6 +11,7 @@ from conftest import fit_tiny
 from cakeflow import (
     Contexts,
     EditDataModule,
+    Endpoints,
     GradientSearch,
     LeastSquares,
     LocateThenEdit,
@@ -20,9 +21,11 @@ from cakeflow import (
     Weighter,
 )
 from cakeflow.allocators import LayerContext
-from cakeflow.core.contracts import checked_residual
-from cakeflow.errors import ConfigError, NumericalError, ShapeError
+from cakeflow.core.callback import EditCallback
+from cakeflow.core.contracts import checked_parts, checked_residual
+from cakeflow.errors import ArrivalWarning, ConfigError, NumericalError, ShapeError, SharedKeyWarning
 from cakeflow.forward.keys import FactReader
+from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
 
 LAYERS = [1, 2, 4]
@@ -224,3 +227,56 @@ def test_the_limit_of_an_update_is_the_users(lm, requests, quiet):
 def test_a_limit_that_is_none(lm, limit):
     with pytest.raises(ConfigError, match="max_relative_update must be above 0"):
         LocateThenEdit(lm, LAYERS, max_relative_update=limit)
+
+
+@pytest.mark.parametrize("outcome", ["warn", "error"])
+def test_a_change_that_does_not_arrive_is_no_silent_success(tiny, requests, quiet, outcome):
+    """Second moments so large that they leave next to nothing of the edit."""
+    before = tiny.fingerprint()
+    words = r"request 0 \(.*\), request 1 \(.*\): 0% of the searched change arrived, and min_arrival is 50%.*ridge"
+    caught = (
+        pytest.warns(ArrivalWarning, match=words) if outcome == "warn" else pytest.raises(NumericalError, match=words)
+    )
+    with caught:
+        module = fit_tiny(tiny, LAYERS, requests[:2], quiet, 1e9, targets=FAST, on_low_arrival=outcome)
+    if outcome == "warn":
+        assert module.journal[0].numbers["target/arrived"] == pytest.approx(0.0, abs=1e-3)
+        module.journal.rollback()
+    assert tiny.fingerprint() == before
+
+
+class Residuals(EditCallback):
+    """Keeps the residual before each layer."""
+
+    def __init__(self):
+        self.before = {}
+
+    def on_layer_solved(self, module, edit):
+        self.before[edit.context.value_site.layer] = edit.residual
+
+
+def test_the_part_that_arrived_is_that_of_the_worst_value_site(tiny, requests, quiet):
+    """By hand, from the values at both value sites after the edit."""
+    residuals = Residuals()
+    parts = {"weighter": Endpoints(), "allocator": Sequential(0.0, "self"), "targets": FAST, "min_arrival": 0.0}
+    module = fit_tiny(tiny, LAYERS, requests[:3], {**quiet, "callbacks": [residuals]}, 1e-2, **parts)
+    (step,), reader = module.journal, FactReader(tiny, encode_batch(tiny, requests[:3], Contexts()))
+    arrived = []
+    for layer in (1, 4):
+        _, _, now = reader.read(Site(layer, "mlp_out"), Site(layer))
+        arrived.append(1 - (step.values[layer] - now).norm(dim=1) / residuals.before[layer].norm(dim=1))
+    assert step.numbers["target/arrived"] == pytest.approx(float(torch.stack(arrived).amin(0).mean()), rel=1e-4)
+
+
+def test_facts_whose_keys_coincide_are_announced(lm, requests, quiet):
+    twins = [replace(requests[2], prompt="{} is", target_new=new) for new in ("Rome", "Oslo")]
+    twins[1] = replace(twins[1], prompt="{} lives in")
+    with pytest.warns(SharedKeyWarning, match=r"request 0 \(.*\), request 1 \(.*\): their keys coincide"):
+        fit_tiny(lm, LAYERS, twins, quiet, 1e-6, targets=FAST)
+
+
+def test_facts_whose_keys_coincide_are_not_searched_apart(lm, requests):
+    twins = [replace(requests[2], prompt=prompt) for prompt in ("{} is", "{} lives in")]
+    batch = encode_batch(lm, [twins[0], *requests[3:5], twins[1]], Contexts())
+    with pytest.raises(ConfigError, match=r"request 0 \(.*\), request 3 \(.*\): .* 2 facts .* raise memory_budget"):
+        checked_parts(batch, 2)

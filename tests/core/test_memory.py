@@ -157,4 +157,5 @@ def test_the_peak_is_what_was_in_use():
 def test_a_run_reports_its_peaks(tiny, requests, quiet):
     module = fit_tiny(tiny, [1, 2], requests[:2], quiet, 1.0, targets=GradientSearch(steps=2))
     assert {"targets", "keys", "solve"} <= set(module.peaks)
-    assert module.trainer.callback_metrics["memory/peak"] == pytest.approx(max(module.peaks.values()) / GIB, rel=1e-5)
+    edits = [peak for phase, peak in module.peaks.items() if phase != "evaluation"]
+    assert module.trainer.callback_metrics["memory/peak"] == pytest.approx(max(edits) / GIB, rel=1e-5)

@@ -26,6 +26,8 @@ FAMILIES = {
     "phi": {"intermediate_size": 48}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {},
     "falcon": {}, "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon, alibi": {"alibi": True, "parallel_attn": False}, "olmo2": GATED, "stablelm": GATED,
+    "granite": {**GATED, "residual_multiplier": 0.22}, "minicpm3": {}, "gemma3_text": HEADS, "glm4": HEADS,
+    "olmo3": GATED, "exaone4": GATED, "cohere": GATED,
 }  # fmt: skip
 LAYERS = [1, 2]
 FACTS = [EditRequest("Here comes {}", "Ann", "Rome"), EditRequest("A friend of {}", "Bob", "sea")]
@@ -68,17 +70,35 @@ def test_an_injected_value_changes_logits_from_its_position_on(family, role):
     assert all(not torch.allclose(changed[:, i], before[:, i], atol=1e-4) for i in range(at, ids.shape[1]))
 
 
-def edit(lm, requests, quiet, **changes):
+def edit(lm, requests, quiet, layers=LAYERS, **changes):
     targets = GradientSearch(steps=20, lr=0.5, clamp=30.0, essence=None)
-    return fit_tiny(lm, LAYERS, requests, quiet, 1e-9, solver=LeastSquares(), targets=targets, **changes)
+    return fit_tiny(lm, layers, requests, quiet, 1e-9, solver=LeastSquares(), targets=targets, **changes)
 
 
 def chances(lm, requests):
     return score_targets(lm, [r.text for r in requests], [r.target_new for r in requests])[0]
 
 
+@torch.no_grad()
+def sharpened(lm):
+    """The model with a larger last norm: otherwise no token gets more than a few per cent."""
+    lm.module(lm.architecture.final_norm).weight.add_(7)
+    return lm
+
+
+def test_the_searched_change_arrives(family, quiet):
+    """Whatever stands between the MLP and the residual stream: a multiplier, a norm behind it, or nothing."""
+    family.model.double()
+    module = edit(sharpened(family), FACTS, quiet, [2])
+    (step,) = module.journal
+    assert step.numbers["target/arrived"] > 0.99
+    assert step.numbers["target/probability"] > 0.5
+    searched = torch.tensor([target.probability for target in step.targets])
+    torch.testing.assert_close(chances(family, FACTS).exp().float(), searched, rtol=0, atol=0.01)
+
+
 def test_one_edit_raises_the_targets_and_is_taken_back_bit_for_bit(family, quiet):
-    before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
+    before = {name: tensor.clone() for name, tensor in sharpened(family).model.state_dict().items()}
     low = chances(family, FACTS)
     module = edit(family, FACTS, quiet)
     assert bool((chances(family, FACTS) > low + 0.3).all())
@@ -106,7 +126,7 @@ def test_padding_sides_agree(family, requests):
 
 def test_exact_allocation(family, quiet):
     """Products with Jacobians need attention and MLP to be differentiated twice; they check themselves."""
-    low = chances(family, FACTS)
+    low = chances(sharpened(family), FACTS)
     edit(family, FACTS, quiet, allocator=Jacobian(tolerance=1e-3))
     assert bool((chances(family, FACTS) > low + 0.3).all())
 

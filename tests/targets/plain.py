@@ -35,38 +35,54 @@ def added(model, modules, ids, at, deltas):
 
 def plain(lm, request, contexts, settings, layer):
     """``compute_z`` (and PMET's ``compute_zs``) from the papers, without anything of the package but module paths."""
+    z, ((loss, nll),), steps, done = plain_jointly(lm, [request], contexts, settings, layer)
+    return z, loss, torch.exp(-nll), steps, done
+
+
+def plain_jointly(lm, requests, contexts, settings, layer):
+    """The same for several facts about one subject at the start of their prompts, with one vector for all of them."""
     roles = [role for role in (settings.site, settings.extra_site) if role]
     modules = [lm.model.get_submodule(lm.architecture.path(Site(layer, role))) for role in roles]
-    rows, essence = list(tokenised(lm.tokenizer, request, contexts)), lm.tokenizer(f"{request.subject} is a")
-    essence, last = essence["input_ids"], essence.char_to_token(len(request.subject) - 1)
+    facts, essence = [list(tokenised(lm.tokenizer, each, contexts)) for each in requests], f"{requests[0].subject} is a"
+    essence = lm.tokenizer(essence)
+    essence, last = essence["input_ids"], essence.char_to_token(len(requests[0].subject) - 1)
     deltas = [torch.zeros(48, dtype=torch.float64, requires_grad=True) for _ in modules]
     with torch.no_grad():
         before = added(lm.model, modules, essence, last, deltas)[0][last]
-        starts = added(lm.model, modules, *rows[0][:2], deltas)[1]
-    adam, factor = torch.optim.Adam(deltas, lr=settings.lr), 1.0
+        starts = added(lm.model, modules, *facts[0][0][:2], deltas)[1]
+    adam, factors = torch.optim.Adam(deltas, lr=settings.lr), [1.0 for _ in facts]
     stop_kl, limit = getattr(settings.stop, "kl", 0.0), getattr(settings.stop, "inner", settings.stop).loss
     for step in range(settings.steps):
-        nll, top = 0, True
-        for ids, at, target in rows:
-            log_probs = added(lm.model, modules, ids, at, deltas)[0][target - 1 : -1]
-            wanted = torch.tensor(ids[target:])
-            top &= bool((log_probs.argmax(-1) == wanted).all())
-            nll = nll + torch.nn.functional.nll_loss(log_probs, wanted) / len(rows)
         now = added(lm.model, modules, essence, last, deltas)[0][last]
         divergence = (now.exp() * (now - before)).sum()
         decay = sum(delta.norm() / start.norm() ** 2 for delta, start in zip(deltas, starts, strict=True))
-        loss = factor * nll + settings.essence.factor * divergence + settings.decay.factor * decay
-        factor = settings.likelihood.solved_factor if top else 1.0
-        done = loss < limit or (top and divergence < stop_kl)
+        losses, done = [], True
+        for number, rows in enumerate(facts):
+            nll, top = likelihood(lm, modules, rows, deltas)
+            loss = factors[number] * nll + settings.essence.factor * divergence + settings.decay.factor * decay
+            losses.append((loss, nll))
+            factors[number] = settings.likelihood.solved_factor if top else 1.0
+            done &= bool(loss < limit or (top and divergence < stop_kl))
         if done or step == settings.steps - 1:
             break
         adam.zero_grad()
-        loss.backward()
+        sum(loss for loss, _ in losses).backward()
         adam.step()
         for delta, start in zip(deltas, starts, strict=True):
             delta.data *= min(1.0, float(settings.clamp * start.norm() / delta.detach().norm()))
     lm.model.zero_grad()
-    return (starts[0] + deltas[0]).detach(), loss.detach(), torch.exp(-nll).detach(), step + 1, bool(done)
+    return (starts[0] + deltas[0]).detach(), [(a.detach(), b.detach()) for a, b in losses], step + 1, done
+
+
+def likelihood(lm, modules, rows, deltas):
+    """Mean NLL of the target over the contexts, and True if all its tokens are the most likely ones in all of them."""
+    nll, top = 0, True
+    for ids, at, target in rows:
+        log_probs = added(lm.model, modules, ids, at, deltas)[0][target - 1 : -1]
+        wanted = torch.tensor(ids[target:])
+        top &= bool((log_probs.argmax(-1) == wanted).all())
+        nll = nll + torch.nn.functional.nll_loss(log_probs, wanted) / len(rows)
+    return nll, top
 
 
 def relative(got, want):

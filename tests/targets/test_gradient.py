@@ -17,7 +17,7 @@ from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 
-from .plain import plain, relative
+from .plain import plain, plain_jointly, relative
 
 CONTEXTS = Contexts.of(["{}", "Because of the high cost of living in. {}", "I am. {}"])
 FAST = GradientSearch(steps=6, lr=0.3)
@@ -279,3 +279,22 @@ def test_a_search_without_a_likelihood_is_refused():
 def test_a_module_that_is_not_there_is_named(lm, batch):
     with pytest.raises(ArchitectureError, match=r"no module 'transformer\.h\.3\.mlp\.gate'"):
         replace(FAST, site="mlp.gate").search(lm, batch, 3)
+
+
+@pytest.mark.parametrize("loss", [0.0, 5.6])
+def test_facts_whose_keys_coincide_share_one_vector(tiny, requests, loss):
+    """It minimises the sum of their objectives; a fact with a key of its own gets what it gets alone."""
+    prompts = {"{} is": "Rome", "{} lives in": "Oslo"}
+    twins = [replace(requests[2], prompt=prompt, target_new=new) for prompt, new in prompts.items()]
+    batch = encode_batch(tiny, [twins[0], requests[3], twins[1]], CONTEXTS)
+    assert batch.key_groups() == [0, 1, 0]
+    settings = replace(FAST, stop=LossBelow(loss))
+    joint = settings.search(tiny, batch, 3)
+    z, losses, steps, _done = plain_jointly(tiny, twins, CONTEXTS, settings, 3)
+    for i, place in enumerate((0, 2)):
+        assert relative(joint.values[place], z) < 1e-9
+        assert joint.loss[place] == pytest.approx(float(losses[i][0]), rel=1e-9)
+        assert joint.probability[place] == pytest.approx(float(torch.exp(-losses[i][1])), rel=1e-9)
+        assert joint.steps[place] == steps
+    alone = settings.search(tiny, batch.part(slice(1, 2)), 3)
+    assert relative(joint.values[1], alone.values[0]) < 1e-9
