@@ -62,6 +62,7 @@ class Editor:
         self.module = module
         self.module.setup()
         self._trainer = trainer if isinstance(trainer, L.Trainer) else dict(trainer or {})
+        self.module.obey(_callbacks(self._trainer))
 
     @classmethod
     def from_pretrained(
@@ -200,6 +201,7 @@ class Editor:
         Raises:
             ResumeError: If this is another model, or has edits.
             LedgerError: If the run's files are not as they were written.
+            PolicyError: If the run was stopped before its policy judged it, or breaks a policy of this editor.
         """
         self.journal.load(Path(run_dir) / "journal")
 
@@ -253,7 +255,15 @@ def default_logger(run_dir: str | Path | None = None) -> CSVLogger:
 
 def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:
     """The user's callbacks, and the progress bar that shares the terminal with ours unless there is one."""
-    chosen = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    chosen = _as_list(callbacks)
     if enabled is not False and not any(isinstance(callback, ProgressBar) for callback in chosen):
         chosen.append(TQDMProgressBar())
     return chosen
+
+
+def _callbacks(trainer: L.Trainer | Mapping[str, Any]) -> list[Callback]:
+    return _as_list(trainer.callbacks if isinstance(trainer, L.Trainer) else trainer.get("callbacks"))  # type: ignore[attr-defined]
+
+
+def _as_list(callbacks: Any) -> list[Callback]:
+    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
+
+MOST = 10
+"""Faults that a message names; if there are more, a file has all of them."""
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
@@ -15,6 +20,25 @@ def listed(values: Sequence[object], most: int = 10) -> str:
         '3, 5 and 1 more'
     """
     return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
+def with_faults(head: str, faults: Sequence[object]) -> str:
+    """Return a message with the first faults and, if there are more, the name of a temporary file with all of them."""
+    lines = [head, *map(str, faults[:MOST])]
+    if len(faults) > MOST:
+        lines.append(f"and {len(faults) - MOST} more{_listing(faults)}")
+    return "\n  ".join(lines)
+
+
+def _listing(faults: Sequence[object]) -> str:
+    """Write faults to a file that only its owner can read, and return the end of a message that names it."""
+    try:
+        descriptor, path = tempfile.mkstemp(".txt", "cakeflow-faults-")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{fault}\n" for fault in faults)
+    except OSError:  # a full disk is no reason to hide the first faults
+        return ""
+    return f"; all of them: {path}"
 
 
 class EditError(Exception):
@@ -54,8 +78,7 @@ class RequestError(EditError, ValueError):
 
     def __init__(self, faults: Sequence[Fault]) -> None:
         self.faults = tuple(faults)
-        head = f"{len(self.faults)} problem(s) in the requests; nothing was changed:"
-        super().__init__("\n  ".join([head, *map(str, self.faults)]))
+        super().__init__(with_faults(f"{len(faults)} problem(s) in the requests; nothing was changed:", self.faults))
 
 
 class ArchitectureError(EditError, ValueError):

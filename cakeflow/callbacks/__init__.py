@@ -2,7 +2,8 @@
 
 from cakeflow.callbacks.neutral_text import NeutralText
 from cakeflow.callbacks.periodic import PeriodicCallback
-from cakeflow.callbacks.policy import Policy, PolicyGuard
+from cakeflow.callbacks.policy import PolicyGuard
 from cakeflow.callbacks.retention import Retention
+from cakeflow.journal.policy import Policy
 
 __all__ = ["NeutralText", "PeriodicCallback", "Policy", "PolicyGuard", "Retention"]

@@ -10,11 +10,17 @@ from cakeflow.export.delta import apply_delta
 from cakeflow.export.formats import export, export_applied
 from cakeflow.export.manifest import Format, Manifest, require_place
 from cakeflow.journal.audit import replay
+from cakeflow.journal.policy import Policy
 from cakeflow.models.loading import load_model
 
 
 def run_export(
-    run: Path, out: Path, format: Format = "model", model: str | None = None, overwrite: bool = False
+    run: Path,
+    out: Path,
+    format: Format = "model",
+    model: str | None = None,
+    overwrite: bool = False,
+    policy: Path | None = None,
 ) -> Path:
     """Export the edited model of a run: the whole model, the edited weights alone, or a LoRA adapter.
 
@@ -25,20 +31,22 @@ def run_export(
             for runs that put modules in place.
         model: Name or folder of the base model, if it cannot be loaded by the name that the run was started with.
         overwrite: Replace an existing export.
+        policy: YAML file of a policy that the run must keep, beside its own.
 
     Raises:
         RunFolderError: If the folder is not a run folder, or its ledger is damaged.
         ResumeError: If the model is another one, or the edits give other weights on this machine.
         ExportError: If the format cannot hold the run's edits, such as edits of full rank in ``lora``.
+        PolicyError: If the run breaks the policy, or its own has not judged it.
     """
     require_place(out, overwrite=overwrite)
-    journal = replay(run, model)
+    journal = replay(run, model, _policies(policy))
     place = export(journal, out, format, overwrite=overwrite)
     Console().print(f"written to {place}", soft_wrap=True, markup=False)
     return place
 
 
-def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False) -> Path:
+def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, policy: Path | None = None) -> Path:
     """Apply a delta to the model that it was made from, and write the edited model.
 
     Args:
@@ -46,13 +54,20 @@ def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False) -> Pa
         model: The base model: an embedded name, a hub id, a folder or a GGUF file.
         out: Folder for the edited model.
         overwrite: Replace an existing export.
+        policy: YAML file of a policy that must allow it; rules about subjects and metrics allow no delta.
 
     Raises:
         ExportError: If the model is another one, or the delta was changed.
+        PolicyError: If the policy forbids it.
     """
     dtype = Manifest.read(delta).dtype.removeprefix("torch.")
     require_place(out, overwrite=overwrite)
+    policies = _policies(policy)
     lm = load_model(model, dtype=dtype)
-    place = export_applied(lm, apply_delta(lm, delta), out, overwrite=overwrite)
+    place = export_applied(lm, apply_delta(lm, delta, policies), out, overwrite=overwrite)
     Console().print(f"written to {place}", soft_wrap=True, markup=False)
     return place
+
+
+def _policies(path: Path | None) -> list[Policy]:
+    return [Policy.read(path)] if path else []

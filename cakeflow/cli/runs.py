@@ -143,7 +143,7 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
     """
     if n is not None and n < 1:
         raise ConfigError(f"n must be at least 1 batch, got {n}")
-    journal = replay(run, model)
+    journal = replay(run, model, judged=False)  # what its policy has not judged may be taken back
     before = len(journal)
     journal.rollback(n, batch=batch)
     Console().print(f"{run}: {before - len(journal)} batches taken back, {len(journal)} remain", soft_wrap=True)

@@ -8,7 +8,7 @@ import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, final
@@ -24,12 +24,13 @@ from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, EditError
+from cakeflow.errors import ConfigError, EditError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.scoring import check_records
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import EditBatch
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.policy import Policy
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, RunBody
 from cakeflow.journal.steps import EditStep, request_hash
@@ -134,6 +135,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def adopt(self, lm: LanguageModel) -> None:
         """Take a model that was loaded."""
         self.lm, self.journal = lm, Journal(lm)
+        self.journal.policies.name = self.name
         if lm.sharded:  # out of the sight of Lightning, which moves every submodule to one device
             self.__dict__["model"] = lm.model
         else:
@@ -151,6 +153,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         if not hasattr(self, "lm"):
             self.adopt(load_model(str(self._base), **self._loading))
             self.check_model()
+        if stage == "fit":
+            self.obey(self.trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(self.trainer) if stage == "fit" else None
         if folder and not (self.journal.store and self.journal.store.folder == folder / "journal"):
             self.open_journal(folder, self.trainer.datamodule)  # type: ignore[attr-defined]
@@ -223,6 +227,11 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         """Store the edited places only: everything else is the base model's."""
         checkpoint["state_dict"] = {f"model.{name}": each for name, each in self.journal.state().items()}
 
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse weights that come without their facts where a policy is to be obeyed."""
+        if self.journal.policies.rules:
+            raise PolicyError("a checkpoint names no facts, so no policy can allow it; resume by the run folder")
+
     def configure_optimizers(self) -> None:
         """None: the journal changes the weights."""
 
@@ -265,6 +274,12 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
                     getattr(callback, hook)(self, event)
                 except EditError as error:
                     warnings.warn(f"{type(callback).__name__} measured nothing here: {error}", stacklevel=2)
+
+    def obey(self, callbacks: Iterable[object]) -> None:
+        """Have the journal ask the policies of these callbacks from now on, whichever way an edit comes."""
+        for policy in (getattr(callback, "policy", None) for callback in callbacks):
+            if isinstance(policy, Policy):
+                self.journal.policies.obey(policy)
 
     def open_journal(self, folder: Path, data: Any) -> None:
         """Store every batch in a run folder from now on; an interrupted run there goes on.

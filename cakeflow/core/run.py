@@ -95,6 +95,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         record.clear()
     data.evaluate = evaluate
     data.attach(module, edit=True, evaluate=evaluate)
+    module.obey(trainer.callbacks)  # type: ignore[attr-defined]
     folder = run_folder(trainer)
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
         module.open_journal(folder, data)

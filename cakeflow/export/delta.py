@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -10,8 +10,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from cakeflow.errors import ExportError
+from cakeflow.errors import ExportError, PolicyError, with_faults
 from cakeflow.export.manifest import REMEDY, Manifest
+from cakeflow.journal.policy import Policy
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import uninterrupted
@@ -21,7 +22,7 @@ DELTA = "delta.safetensors"
 
 
 @torch.no_grad()
-def apply_delta(lm: LanguageModel, folder: str | Path) -> Manifest:
+def apply_delta(lm: LanguageModel, folder: str | Path, policies: Sequence[Policy] = ()) -> Manifest:
     """Put the weights of a delta into the unedited model: all of them, bit for bit, or none.
 
     Only weights that an edit could have changed are ever written. The result is a model of its own: edits made in it
@@ -30,17 +31,21 @@ def apply_delta(lm: LanguageModel, folder: str | Path) -> Manifest:
     Args:
         lm: The model that the delta was made from, of the same type; its weights are changed in place.
         folder: The delta, as exported.
+        policies: Policies that must allow it. A delta names no facts and has no metrics, so rules about these do not
+            hold: repeat the run itself under such a policy.
 
     Returns:
         What the delta says of itself.
 
     Raises:
         ExportError: If this is another model, or the delta is not what was exported; the model is as before.
+        PolicyError: If a policy forbids it.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
     tensors = _read(folder, manifest)
     require_base(lm, manifest, folder)
+    require_permission(policies, manifest)
     weights = _places(lm, manifest, folder)
     for name, weight in weights.items():
         _require_fit(name, weight, manifest, tensors, folder)
@@ -48,6 +53,19 @@ def apply_delta(lm: LanguageModel, folder: str | Path) -> Manifest:
         for name, weight in weights.items():
             weight.copy_(tensors[name])
     return manifest
+
+
+def require_permission(policies: Sequence[Policy], manifest: Manifest) -> None:
+    """Check that policies allow an export, which names no facts and has no metrics: rules about these do not hold.
+
+    Raises:
+        PolicyError: If one forbids it.
+    """
+    names = [manifest.model, manifest.fingerprint]
+    faults = [str(each) for policy in policies for each in policy.refusals(names, (), unknown=manifest.edits)]
+    faults += [each for policy in policies for each in policy.violations({}, {})]
+    if faults:
+        raise PolicyError(with_faults("the policy is broken; nothing was changed:", faults))
 
 
 def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cakeflow.errors import ExportError
-from cakeflow.export.delta import require_base
+from cakeflow.export.delta import require_base, require_permission
 from cakeflow.export.manifest import REMEDY, Manifest
 from cakeflow.journal.changes import kind_of
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.policy import Policy
 from cakeflow.models.base import EditableModel
 from cakeflow.storage.atomic import uninterrupted, write_tensors
 from cakeflow.storage.hashing import file_hash
@@ -29,12 +30,13 @@ def write_memory(journal: Journal, _manifest: Manifest) -> Callable[[Path], None
     return lambda folder: write_tensors(folder / MEMORY, tensors)
 
 
-def apply_memory(model: EditableModel, folder: str | Path) -> Manifest:
+def apply_memory(model: EditableModel, folder: str | Path, policies: Sequence[Policy] = ()) -> Manifest:
     """Put the modules of an export into the unedited model: all of them, or none.
 
     Args:
         model: The model that the export was made from; it is changed in place.
         folder: The export.
+        policies: As for ``apply_delta``.
 
     Returns:
         The export's manifest.
@@ -42,11 +44,13 @@ def apply_memory(model: EditableModel, folder: str | Path) -> Manifest:
     Raises:
         ExportError: If this is another model, or the export is not as it was written; the model is as before.
         LedgerError: If the plugin of a change is not imported.
+        PolicyError: If a policy forbids it.
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
     tensors = _read(folder, manifest)
     require_base(model, manifest, folder)
+    require_permission(policies, manifest)
     try:
         changes = [
             kind_of(change.kind).from_tensors(change.place, _of(index, tensors))

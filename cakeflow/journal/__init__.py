@@ -4,6 +4,7 @@ from cakeflow.journal.audit import Audit, base_of, ledger_of, replay, verify
 from cakeflow.journal.changes import Change, ModuleChange, WeightChange, kind_of
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, Ledger, bodies, read_entries
+from cakeflow.journal.policy import Policy
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, PromptAnswer, RunInfo
 from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
@@ -11,6 +12,6 @@ from cakeflow.journal.store import JournalStore
 
 __all__ = [
     "AppliedChange", "Audit", "Change", "EditStep", "Entry", "EvaluatedRequest", "Journal", "JournalStore", "Ledger",
-    "ModuleChange", "PromptAnswer", "RunInfo", "WeightChange", "base_of", "bodies", "circumstances", "kind_of",
-    "ledger_of", "read_entries", "replay", "request_hash", "verify",
+    "ModuleChange", "Policy", "PromptAnswer", "RunInfo", "WeightChange", "base_of", "bodies", "circumstances",
+    "kind_of", "ledger_of", "read_entries", "replay", "request_hash", "verify",
 ]  # fmt: skip

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from cakeflow.errors import EditError, LedgerError, RunFolderError
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, whole_lines
+from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
@@ -129,17 +130,22 @@ def base_of(run: Path, name: str | None = None) -> LanguageModel:
     return load_model(name, dtype=dtypes[-1].removeprefix("torch.") if dtypes else "auto")
 
 
-def replay(run: Path, model: str | None = None) -> Journal:
+def replay(run: Path, model: str | None = None, policies: Iterable[Policy] = (), *, judged: bool = True) -> Journal:
     """Repeat every batch of a run on the unedited model; every weight must come out as recorded, bit for bit.
 
     Args:
         run: The run folder.
         model: Name of the unedited model; see ``base_of``.
+        policies: Policies that the model obeys from the start.
+        judged: Whether to refuse a run that its policy has not judged yet.
 
     Raises:
         ResumeError: If the model is another one, or a batch leads to other weights.
         LedgerError: If the ledger or a file is not as it was written.
+        PolicyError: If a policy forbids the run, or has not judged it.
     """
     journal = Journal(base_of(run, model))
-    journal.load(run / "journal")
+    for policy in policies:
+        journal.policies.obey(policy)
+    journal.load(run / "journal", judged=judged)
     return journal

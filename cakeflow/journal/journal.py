@@ -15,6 +15,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import Entry
+from cakeflow.journal.policy import Policies
 from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
 from cakeflow.journal.store import JournalStore
@@ -37,6 +38,7 @@ class Journal(Sequence[EditStep]):
         originals: Place -> its content before any edit, as ``Change.read`` returned it.
         store: The journal's folder on disk, if it has one.
         pending: The batch that is being made, if there is one.
+        policies: The policies that it obeys.
 
     Args:
         model: The model.
@@ -44,6 +46,7 @@ class Journal(Sequence[EditStep]):
 
     def __init__(self, model: EditableModel) -> None:
         self.model = model
+        self.policies = Policies(self)
         self.steps: list[EditStep] = []
         self.originals: dict[str, Any] = {}
         self.store: JournalStore | None = None
@@ -94,8 +97,9 @@ class Journal(Sequence[EditStep]):
     def batch(self, requests: Sequence[EditRequest]) -> Iterator[EditStep]:
         """Make a batch: it is committed as a whole when the body ends, and undone as a whole if the body raises.
 
-        When this returns, the batch is on disk if the journal has a folder.
+        When this returns, the batch is on disk if the journal has a folder. ``PolicyError``: a policy forbids it.
         """
+        self.policies.require(requests)
         step, known = EditStep(tuple(requests)), set(self.originals)
         self.pending = step
         try:
@@ -150,6 +154,7 @@ class Journal(Sequence[EditStep]):
         Raises:
             ResumeError: If that batch has other requests, or does not lead to the recorded weights.
         """
+        self.policies.require(requests)
         step = self.store.next_step(tuple(map(request_hash, requests))) if self.store else None
         if step is not None:
             self._replay(step)
@@ -231,9 +236,11 @@ class Journal(Sequence[EditStep]):
             raise ResumeError(f"{store.folder} holds a finished run; start this one in another folder")
         if kinds and self.steps:
             raise ResumeError(f"{store.folder} holds a run; to go on with it, start with the unedited model")
+        self.policies.require_same(store.ledger.entries)
         self.store = store
         self._write_all(store)
         while store.recorded and store.recorded[0].kind == "batch":
+            self.policies.require_recorded([store.recorded[0]])
             self._replay(store.read_step(store.recorded.popleft()))
         if store.earlier != len(self.steps):
             raise ResumeError(
@@ -258,12 +265,17 @@ class Journal(Sequence[EditStep]):
             raise ConfigError(f"{folder} holds a journal already; choose another folder")
         self._write_all(store)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path, *, judged: bool = True) -> None:
         """Repeat every batch of a folder that was not taken back; the journal is stored there from now on.
+
+        Args:
+            folder: The folder.
+            judged: Whether to refuse a run that its policy has not judged, or that breaks a policy of this journal.
 
         Raises:
             ResumeError: If there are edits already, the model is another one, or other weights come out here.
             LedgerError: If the ledger is broken, or there is none.
+            PolicyError: If a policy forbids it.
         """
         if self.steps:
             raise ResumeError(f"{len(self.steps)} batches were edited already; load into the unedited model")
@@ -272,9 +284,11 @@ class Journal(Sequence[EditStep]):
             raise LedgerError(f"{folder} has no ledger; give the folder of a journal")
         store.append(self.base)
         store.recorded.clear()
+        self.policies.require_recorded(store.ledger.entries if judged else ())
         try:
             for entry in store.ledger.entries:
                 self._repeat(store, entry)
+            self.policies.require_judged(store.ledger.entries if judged else ())
         except BaseException:
             self._become([], set(self.originals))
             raise

@@ -64,6 +64,10 @@ class JournalStore:
                     "a run of its own in another folder"
                 )
 
+    def note(self, body: Schema) -> None:
+        """Append an entry that is no part of what a run repeats when it goes on."""
+        self.ledger.append(body)
+
     def next_step(self, hashes: Sequence[str]) -> EditStep | None:
         """The next recorded batch, if the recorded run goes on with one.
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from tiny_runs import content, editor_of
 
 from cakeflow.cli.export import run_apply, run_export
-from cakeflow.errors import ConfigError, ExportError, RunFolderError
+from cakeflow.errors import ConfigError, ExportError, PolicyError, RunFolderError
 from cakeflow.models.loading import load_model
 
 
@@ -48,3 +48,34 @@ def test_commands_export_a_run_and_apply_a_delta(one, tmp_path, capsys):
         run_export(tmp_path / "nothing", tmp_path / "out")
     assert not (tmp_path / "nothing").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rules", "exported", "applied"),
+    [
+        ("max_edits: 4", True, True),
+        ("max_edits: 3", False, False),
+        ("denied_subjects: [nobody of this name]", True, False),
+        ("denied_subjects: [eiffel]", False, False),
+        ("minimum: {efficacy: 0}", True, False),
+        ("minimum: {efficacy: 1.1}", False, False),
+        ("model_names: [nobody]", False, False),
+    ],
+)
+def test_both_pass_a_policy(one, tmp_path, rules, exported, applied):
+    """A delta names no facts and has no metrics; the run has both on record."""
+    base, editor = one
+    run, policy = editor.journal.store.folder.parent, tmp_path / "policy.yaml"
+    policy.write_text(rules)
+    delta = run_export(run, tmp_path / "delta", "delta")
+    for allowed, attempt in (
+        (exported, lambda out: run_export(run, out, policy=policy)),
+        (applied, lambda out: run_apply(delta, str(base), out, policy=policy)),
+    ):
+        out = tmp_path / f"out-{attempt.__code__.co_firstlineno}"
+        if allowed:
+            assert attempt(out).is_dir()
+        else:
+            with pytest.raises(PolicyError, match="nothing was changed"):
+                attempt(out)
+            assert not out.exists()

@@ -7,9 +7,10 @@ import torch
 from toy_changes import Scaled, Scaling
 
 from cakeflow import EditRequest
-from cakeflow.errors import ExportError
+from cakeflow.errors import ExportError, PolicyError
 from cakeflow.export import apply_memory
 from cakeflow.export.formats import export
+from cakeflow.journal import Policy
 from cakeflow.journal.journal import Journal
 
 PLACE = "transformer.h.1.mlp"
@@ -38,6 +39,14 @@ def test_a_memory_gives_the_same_logits(scaled, lm, tmp_path):
     assert [(change.place, change.kind) for change in manifest.changes] == [(PLACE, "Scaled")] * 2
     assert torch.equal(logits(base), logits(lm))
     assert not torch.equal(logits(base), before)
+
+
+def test_a_memory_passes_a_policy(scaled, tmp_path):
+    base, journal = scaled
+    folder, before = export(journal, tmp_path / "out", "memory"), logits(base)
+    with pytest.raises(PolicyError, match="without their texts"):
+        apply_memory(base, folder, [Policy(denied_subjects=("x",))])
+    assert torch.equal(logits(base), before)
 
 
 def test_a_memory_is_for_one_model_only(scaled, lm, tmp_path):
