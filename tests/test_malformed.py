@@ -17,7 +17,7 @@ from records import COUNTERFACT
 from tokenizers import normalizers
 
 from cakeflow import Contexts, Editor, EditRequest, Probe
-from cakeflow.data import read_requests, read_texts, sources
+from cakeflow.data import files, read_requests, read_texts
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, EditError, RequestError
 from cakeflow.models import Site
@@ -269,7 +269,8 @@ def test_broken_files(name, content, line, remedy, untouched, tmp_path, monkeypa
 
 @pytest.mark.parametrize(("name", "content", "reason"), UNREADABLE, ids=[case[0] for case in UNREADABLE])
 def test_unreadable_files(name, content, reason, untouched, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "LARGEST", 2048)
+    monkeypatch.setattr(files, "LARGEST", 2048)
+    monkeypatch.setattr(files, "LARGEST_DOCUMENT", 2048)
     (tmp_path / name).write_bytes(content)
     for read in (untouched.fit, lambda path: list(read_texts(path))):
         with pytest.raises(ConfigError, match=rf"{name} .*{reason}"):

@@ -10,7 +10,7 @@ from torchmetrics import KLDivergence
 from torchmetrics.text import Perplexity
 
 from cakeflow.callbacks.periodic import PeriodicCallback
-from cakeflow.data.sources import read_texts
+from cakeflow.data.sources import read_documents
 from cakeflow.errors import ConfigError
 from cakeflow.forward.corpus import token_stream
 
@@ -42,7 +42,7 @@ class NeutralText(PeriodicCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the text before the expensive work, so that a bad source stops the run at once."""
         module: Any = pl_module
-        stream = token_stream(module.lm, read_texts(self.source), self.tokens)
+        stream = token_stream(module.lm, read_documents(self.source), self.tokens)
         if len(stream) < self.window:
             raise ConfigError(f"neutral text {self.source!r} has {len(stream)} tokens; a window needs {self.window}")
         whole = len(stream) // self.window * self.window

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cakeflow.data.sources import read_texts
+from cakeflow.data.sources import read_documents
 from cakeflow.errors import StatisticsError, require_positive
 from cakeflow.forward.corpus import sampled_corpus, token_stream
 from cakeflow.models.architecture import Site
@@ -40,7 +40,7 @@ class Statistics:
     """Settings for collecting the second moment C = E[k k^T] of the keys of each edited layer.
 
     Attributes:
-        source: Corpus: a path, a list of paths, a hub name or a ``datasets.Dataset`` (see ``read_texts``); None
+        source: Corpus: a path, a list of paths, a hub name or a ``datasets.Dataset`` (see ``read_documents``); None
             samples a corpus from the model itself.
         tokens: Number of tokens to read. Two to ten times the width of the keys is enough; the papers take 100,000
             documents.
@@ -107,7 +107,7 @@ class Statistics:
             width: Width of the widest keys, which is the least number of tokens.
         """
         source = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else self.source
-        stream = token_stream(lm, read_texts(source), self.tokens)
+        stream = token_stream(lm, read_documents(source), self.tokens)
         front: list[int] = lm.tokenizer("")["input_ids"]
         body = self.window - len(front)
         if len(stream) < max(body, width):

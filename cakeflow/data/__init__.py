@@ -3,13 +3,15 @@
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.fields import check_fields, missing_fields
+from cakeflow.data.files import read_text
 from cakeflow.data.request import EditRequest, Probe, contradictions
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.selection import select
 from cakeflow.data.snippets import with_references
-from cakeflow.data.sources import read_entries, read_requests, read_text, read_texts
+from cakeflow.data.sources import read_documents, read_entries, read_requests, read_texts
 
 __all__ = [
     "Contexts", "EditRequest", "Probe", "builtin_facts", "check_fields", "contradictions", "missing_fields",
-    "parse_requests", "read_entries", "read_requests", "read_text", "read_texts", "select", "with_references",
+    "parse_requests", "read_documents", "read_entries", "read_requests", "read_text", "read_texts", "select",
+    "with_references",
 ]  # fmt: skip

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from cakeflow.data.files import exists, parse_json, read_text
 from cakeflow.data.request import EditRequest, contradictions
-from cakeflow.data.sources import exists, parse_json, read_text
 from cakeflow.errors import ConfigError, RequestError, listed, require_choice
 
 Conflicts = Literal["error", "drop"]

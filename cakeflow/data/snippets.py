@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cakeflow.data.sources import read_text
+from cakeflow.data.files import read_text
 from cakeflow.errors import ConfigError
 
 

@@ -2,32 +2,22 @@
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from cakeflow.data.builtin import builtin_facts
+from cakeflow.data.files import MOST_ENTRIES, SOURCES, Parts, exists, lines, parse_json, read_text
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
-from cakeflow.errors import ConfigError, Fault, RequestError, listed
-
-SOURCES = (
-    "give 'builtin', a .json or .jsonl file (also .gz; of texts, .txt too), an .arrow file, a folder with a data set, "
-    "a URL of such a file (http://... or https://...), or a data set of the hub as 'owner/name'"
-)
-"""End of the messages about sources that cannot be read."""
-LARGEST = 1 << 29
-"""Most bytes of a file of requests, unpacked, or of one line of texts: ten times the largest file of the field."""
+from cakeflow.errors import ConfigError, Fault, RequestError
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE_NAME = re.compile(r".*\.(arrow|(jsonl?|txt)(\.gz)?)")
-_GZIP = b"\x1f\x8b"
 _HUB_TIMEOUT = 10.0
 """Seconds that the hub has for its first answer."""
 
@@ -64,83 +54,49 @@ def read_entries(source: Any, split: str | None = None) -> list[Any]:
         split: Split of a data set that has several.
 
     Raises:
-        ConfigError: If there is no such source or split, or it cannot be reached or read.
+        ConfigError: If there is no such source or split, it cannot be reached or read, or has too many entries.
         RequestError: Naming the broken line of a file.
     """
-    return list(_entries(source, split))
+    entries = list(islice(_entries(source, split), MOST_ENTRIES + 1))
+    if len(entries) > MOST_ENTRIES:
+        raise ConfigError(f"{_label(source)} has more than {MOST_ENTRIES} entries; give it in parts")
+    return entries
 
 
 def read_texts(source: Any) -> Iterator[str]:
-    """Read the documents of a corpus one after another; JSON lines and data sets are not loaded whole.
+    """Read the documents of a corpus one after another, each whole; see ``read_documents``."""
+    return ("".join(parts) for parts in read_documents(source))
+
+
+def read_documents(source: Any) -> Iterator[Iterable[str]]:
+    """Read the documents of a corpus one after another, in parts: nothing but a ``.json`` file is loaded whole.
 
     Args:
         source: Source as in ``read_requests`` whose entries have a field ``text``; a file of any other name, such as
             ``.txt``, which is one document; or a list of these. Of a data set of the hub, the split ``train`` is read.
 
     Yields:
-        Text, in order.
+        The parts of a text, in order; a file's text is read as they are taken.
 
     Raises:
         ConfigError: If there is no such source, it cannot be reached or read, or an entry has no text.
     """
     if isinstance(source, (list, tuple)):
         for part in source:
-            yield from read_texts(part)
+            yield from read_documents(part)
         return
-    name = str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
     try:
         for index, entry in enumerate(_entries(source, None, texts=True)):
             text = entry.get("text") if isinstance(entry, Mapping) else None
-            if not isinstance(text, str):
+            if isinstance(entry, Parts):
+                yield entry
+            elif isinstance(text, str):
+                yield [text]
+            else:
                 remedy = "a corpus needs a field 'text' with a string in every entry"
-                raise ConfigError(f"{name}: {Fault(index, 'text', text, remedy)}")
-            yield text
+                raise ConfigError(f"{_label(source)}: {Fault(index, 'text', text, remedy)}")
     except RequestError as error:
         raise ConfigError(f"{error.faults[0].remedy}; correct this line, or leave it out") from error
-
-
-def read_text(path: Path, name: str = "") -> str:
-    """Read a text file, unpacked if it is a gzip file, without a byte order mark.
-
-    Args:
-        path: The file.
-        name: Name of the file in messages; its path by default.
-
-    Raises:
-        ConfigError: If there is no such file, it is not UTF-8, or it has more than ``LARGEST`` bytes.
-    """
-    return "".join(_lines(path, name or str(path)))
-
-
-def parse_json(text: str, name: str, line: int = 1) -> Any:
-    """Parse JSON whose objects give no field twice.
-
-    Args:
-        text: JSON text.
-        name: Name of its file in messages.
-        line: Number of its first line in the file.
-
-    Raises:
-        RequestError: Naming the broken line.
-    """
-    try:
-        return json.loads(text, object_pairs_hook=_object)
-    except json.JSONDecodeError as error:
-        at = line + error.lineno - 1
-        several = "; name a file with one object a line .jsonl" if error.msg == "Extra data" else ""
-        remedy = f"broken JSON in {name}, line {at}, column {error.colno}: {error.msg}{several}"
-        raise RequestError([Fault(at, "line", text.split("\n")[error.lineno - 1][:80], remedy)]) from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, too many digits, a repeated field
-        remedy = f"JSON in {name}, line {line} or below, that cannot be read: {error}"
-        raise RequestError([Fault(line, "line", text[:80], remedy)]) from error
-
-
-def exists(path: Path) -> bool:
-    """Return whether a file or folder exists; a text that cannot be a path does not."""
-    try:
-        return path.exists()
-    except (OSError, ValueError):  # e.g. requests pasted in place of their file's name
-        return False
 
 
 def _entries(source: Any, split: str | None, *, texts: bool = False) -> Iterable[Any]:
@@ -177,47 +133,17 @@ def _read_file(path: Path, name: str, kind: str, *, texts: bool) -> Iterable[Any
         return _load_local(path, None)
     kind = kind.removesuffix(".gz")
     if kind.endswith(".jsonl"):
-        return _json_lines(_lines(path, name, whole=not texts), name)
+        return _json_lines(lines(path, name, whole=not texts), name)
     if texts and not kind.endswith(".json"):
-        text = "".join(_lines(path, name, whole=False))
-        return [{"text": text.replace("\r\n", "\n").replace("\r", "\n")}]  # as Python reads text files
+        return [Parts(path, name)]
     entries = parse_json(read_text(path, name), name)
     return entries if isinstance(entries, list) else [entries]
 
 
-def _lines(path: Path, name: str, *, whole: bool = True) -> Iterator[str]:
-    """Lines of a file with their line feeds; ``LARGEST`` limits the whole file or each line."""
-    if not exists(path) or not path.is_file():
-        raise ConfigError(f"no file or folder {str(path)[:300]!r}; {SOURCES}")
-    size, encoding = 0, "utf-8-sig"
-    try:
-        with path.open("rb") as file:
-            packed = file.read(len(_GZIP)) == _GZIP  # servers unpack what they send, and people rename files
-        with gzip.open(path) if packed else path.open("rb") as handle:
-            while line := handle.readline(LARGEST + 1):
-                size = len(line) + size * whole
-                if size > LARGEST:
-                    raise ConfigError(f"{name} has more than {LARGEST >> 20} MiB of text; give it in parts")
-                yield line.decode(encoding)
-                encoding = "utf-8"
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{name} cannot be read as UTF-8 text: {error}; save it as such, or fetch it again"
-        ) from error
-
-
-def _json_lines(lines: Iterable[str], name: str) -> Iterator[Any]:
-    for number, line in enumerate(lines, 1):
+def _json_lines(texts: Iterable[str], name: str) -> Iterator[Any]:
+    for number, line in enumerate(texts, 1):
         if line.strip():
             yield parse_json(line.removesuffix("\n"), name, number)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Build a JSON object; of a repeated field, ``json`` would silently take the last value."""
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError(f"one object gives a field twice: {listed([name for name, _ in pairs])}")
-    return fields
 
 
 def _fetch(url: str) -> Path:
@@ -284,5 +210,9 @@ def _one_split(loaded: Any, split: str | None, name: str) -> Iterable[Any]:
 
 def _refuse_split(split: str | None, source: Any) -> None:
     if split is not None:
-        label = repr(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"
-        raise ConfigError(f"split={split!r}: {label} has no splits; leave it out")
+        name = repr(source) if isinstance(source, (str, Path)) else _label(source)
+        raise ConfigError(f"split={split!r}: {name} has no splits; leave it out")
+
+
+def _label(source: Any) -> str:
+    return str(source) if isinstance(source, (str, Path)) else f"a {type(source).__name__}"

@@ -30,14 +30,45 @@ TOPICS = (
 """Openings and topics of the sampled corpus: broad, and none of them a prompt of the built-in facts."""
 
 
-def token_stream(lm: LanguageModel, texts: Iterable[str], tokens: int) -> list[int]:
-    """Return the first ``tokens`` tokens of the texts, joined without special tokens."""
+MARGIN = 64
+"""Last tokens of the beginning of a text, which may not be those of the whole text."""
+
+
+def token_stream(lm: LanguageModel, documents: Iterable[Iterable[str]], tokens: int) -> list[int]:
+    """Return the first ``tokens`` tokens of some documents, joined without special tokens.
+
+    Args:
+        lm: The model.
+        documents: Texts, or the parts of each; no more of them is read than the tokens need.
+        tokens: Most tokens.
+    """
     stream: list[int] = []
-    for text in texts:
-        stream += lm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    for document in documents:
+        parts = [document] if isinstance(document, str) else document
+        stream += _first_tokens(lm, parts, tokens - len(stream))
         if len(stream) >= tokens:
             break
-    return stream[:tokens]
+    return stream
+
+
+def _first_tokens(lm: LanguageModel, parts: Iterable[str], tokens: int) -> list[int]:
+    """Return the first tokens of a text, as the whole text has them, or all tokens where there are not as many."""
+    pieces: list[str] = []
+    size, enough = 0, 6 * tokens  # characters
+    for part in parts:
+        pieces.append(part)
+        size += len(part)
+        if size >= enough:
+            ids = _ids(lm, pieces)
+            if len(ids) >= tokens + MARGIN:
+                return ids[:tokens]
+            enough = 2 * size  # what is read twice is no more than what is read once
+    return _ids(lm, pieces)[:tokens]
+
+
+def _ids(lm: LanguageModel, pieces: list[str]) -> list[int]:
+    ids: list[int] = lm.tokenizer("".join(pieces), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
 
 
 def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> Path:

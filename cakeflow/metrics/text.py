@@ -17,7 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from cakeflow.data.builtin import builtin_facts
-from cakeflow.data.sources import read_text
+from cakeflow.data.files import read_text
 from cakeflow.errors import ConfigError
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}

@@ -12,7 +12,7 @@ import pytest
 from records import SAMPLES, as_json, as_lines, write, write_records
 
 from cakeflow.data import EditRequest, Probe, builtin_facts, read_entries, read_requests, read_text, read_texts
-from cakeflow.data.sources import parse_json
+from cakeflow.data.files import parse_json
 from cakeflow.errors import ConfigError, RequestError
 
 COUNTERFACT, ZSRE, OWN = SAMPLES.values()
@@ -344,7 +344,7 @@ def test_a_text_file_is_one_document(tmp_path):
 
 
 def test_json_lines_are_read_as_far_as_they_are_needed(tmp_path, monkeypatch):
-    monkeypatch.setattr("cakeflow.data.sources.LARGEST", 100)
+    monkeypatch.setattr("cakeflow.data.files.LARGEST", 100)
     path = write(tmp_path / "a.jsonl", '{"text": "one"}\n' * 50 + "broken" + "\n" + "x" * 101)
     texts = read_texts(path)
     assert [next(texts) for _ in range(50)] == ["one"] * 50

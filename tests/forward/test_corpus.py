@@ -1,8 +1,9 @@
 """Texts as tokens, and the model's own samples."""
 
+import pytest
 import torch
 
-from cakeflow.data.sources import read_texts
+from cakeflow.data.sources import read_documents, read_texts
 from cakeflow.forward.corpus import OPENINGS, TOPICS, sampled_corpus, token_stream
 from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
@@ -56,3 +57,27 @@ def test_the_sampled_corpus_is_made_once(lm, cache):
     with torch.no_grad():
         lm.weight(Site(0, "mlp_out"))[0, 0] += 1
     assert sampled_corpus(lm, 128) != first
+
+
+@pytest.mark.parametrize("part", [1000, 1 << 16])
+def test_the_beginning_of_a_text_has_the_tokens_of_the_whole_text(tiny, tmp_path, monkeypatch, part):
+    monkeypatch.setattr("cakeflow.data.files.PART", part)
+    text = "\n\n".join(f"Der Fluss {i} fließt in das Meer von {i * i}.  " for i in range(4000))
+    (tmp_path / "a.txt").write_text(text)
+    whole = tiny.tokenizer(text, add_special_tokens=False)["input_ids"]
+    for tokens in (1, 100, 5000, len(whole), len(whole) + 1):
+        assert token_stream(tiny, read_documents(tmp_path / "a.txt"), tokens) == whole[:tokens]
+        assert token_stream(tiny, [text], tokens) == whole[:tokens]
+    assert token_stream(tiny, read_documents([tmp_path / "a.txt"] * 2), len(whole) + 50) == whole + whole[:50]
+
+
+def test_no_more_of_a_text_is_read_than_its_tokens_need(tiny):
+    taken = []
+
+    def parts():
+        while True:
+            taken.append(1)
+            yield "The Elbe flows into the sea. " * 10
+
+    assert len(token_stream(tiny, [parts()], 1000)) == 1000
+    assert sum(taken) < 100
