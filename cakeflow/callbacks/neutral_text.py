@@ -13,6 +13,7 @@ from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.data.sources import read_documents
 from cakeflow.errors import ConfigError
 from cakeflow.forward.corpus import token_stream
+from cakeflow.forward.packing import logits_bytes, pass_bytes, require_bytes
 
 
 class NeutralText(PeriodicCallback):
@@ -52,13 +53,21 @@ class NeutralText(PeriodicCallback):
     def measure(self, module: Any) -> dict[str, float]:
         """Return perplexity and divergence of the model as it is now."""
         perplexity, divergence = Perplexity(), KLDivergence(log_prob=True)
-        for ids in self._windows.split(4):
+        for ids in self._windows.split(self._rows(module)):
             now = self._predictions(module, ids)
             perplexity.update(now, ids[:, 1:].cpu())
             with module.journal.reverted():
                 before = self._predictions(module, ids)
             divergence.update(before.flatten(0, 1), now.flatten(0, 1))
         return {"perplexity": float(perplexity.compute()), "kl": float(divergence.compute())}
+
+    def _rows(self, module: Any) -> int:
+        """Return the number of windows in a pass: 4, or as many as fit beside the predictions before and now."""
+        if module.max_bytes is None:
+            return 4
+        window = self.window * (pass_bytes(module.lm) + 2 * logits_bytes(module.lm))
+        require_bytes(module.max_bytes, window, f"a window of {self.window} tokens of neutral text")
+        return min(4, int(module.max_bytes / window))
 
     def _predictions(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of the next token at all places but the last."""

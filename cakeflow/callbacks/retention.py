@@ -41,7 +41,8 @@ class Retention(PeriodicCallback):
         if not edits:
             self.curves = []
             return {}
-        scores = score_records(module.lm, [replace(request, probes=()) for _, request in edits])
+        records = [replace(request, probes=()) for _, request in edits]
+        scores = score_records(module.lm, records, max_bytes=module.max_bytes)
         fields = {name: getattr(scores, name) for name in ("expected", "rival", "correct", "tokens", "answered")}
         hits, batch = success(self.form, **fields), torch.tensor([number for number, _ in edits])
         judged = ~hits.isnan()  # the form "probability" needs a true target

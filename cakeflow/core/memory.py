@@ -16,7 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache
 
 from cakeflow.errors import ConfigError
-from cakeflow.forward.packing import GIB
+from cakeflow.forward.packing import GIB, pass_bytes
 from cakeflow.forward.tokens import Row, TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture, frozen, inject
@@ -80,7 +80,7 @@ class TokenCost:
         return cls(
             graph=sum(storage.nbytes() for storage in saved.values()) // tokens,
             cache=sum(each.keys.nbytes + each.values.nbytes for each in above) // tokens,
-            through=(3 * lm.key_width(site) + 8 * lm.width) * size,
+            through=pass_bytes(lm, site),
             hidden=lm.width * size,
             logits=len(lm.embedding) * 7 * 4,
         )

@@ -59,6 +59,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         evaluated: Number of batches that were done at the last evaluation.
         timings: Phase -> seconds.
         peaks: Phase -> most bytes beyond the model.
+        max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
 
     Args:
         base: An embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
@@ -71,6 +72,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
     lm: LanguageModel
     journal: Journal
+    max_bytes: float | None = None
 
     def __init__(
         self,
@@ -205,7 +207,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def validation_step(self, batch: EditBatch, _: int) -> None:
         """Ask the model about some requests."""
         with _float32_by_default(), self.phase("evaluation"):
-            answers = self.evaluation.ask(self.lm, batch.requests, first=len(self.answers))
+            answers = self.evaluation.ask(self.lm, batch.requests, len(self.answers), self.max_bytes)
             self.answers += answers.rows(first=len(self.answers))
             fields = answers.fields().items()
             self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})

@@ -114,7 +114,7 @@ def _require_file(path: Path) -> None:
 
 
 @contextmanager
-def _opened(path: Path, name: str) -> Iterator[io.BufferedReader]:
+def _opened(path: Path, name: str) -> Iterator[io.BufferedReader[Any]]:
     """Open a file for reading, unpacked; what cannot be read in the body becomes a ``ConfigError``."""
     _require_file(path)
     try:

@@ -136,24 +136,34 @@ class Evaluation:
             metrics[name] = metric
         return MetricCollection(metrics, compute_groups=False)
 
-    def ask(self, lm: LanguageModel, records: Sequence[EditRequest], first: int = 0) -> Answers:
+    def ask(
+        self, lm: LanguageModel, records: Sequence[EditRequest], first: int = 0, max_bytes: float | None = None
+    ) -> Answers:
         """Return a model's answers to all prompts of some records.
 
         Args:
             lm: The model.
             records: The records, probes included.
             first: Number of the first record among all.
-        """
-        scores = score_records(lm, records, self.protocol)
-        if self.answer_tokens:
-            scores = replace(scores, answered=_answered(lm, list(scored_prompts(records)), self.answer_tokens))
-        return Answers(records, scores, self._texts(lm, records, first))
+            max_bytes: Most bytes beyond the model.
 
-    def _texts(self, lm: LanguageModel, records: Sequence[EditRequest], first: int) -> list[list[str]]:
+        Raises:
+            ConfigError: If the longest text does not fit ``max_bytes``.
+        """
+        scores = score_records(lm, records, self.protocol, max_bytes=max_bytes)
+        if self.answer_tokens:
+            prompts = list(scored_prompts(records))
+            scores = replace(scores, answered=_answered(lm, prompts, self.answer_tokens, max_bytes))
+        return Answers(records, scores, self._texts(lm, records, first, max_bytes))
+
+    def _texts(
+        self, lm: LanguageModel, records: Sequence[EditRequest], first: int, max_bytes: float | None
+    ) -> list[list[str]]:
         due = [bool(self.texts_every) and (first + i) % self.texts_every == 0 for i in range(len(records))]
         prompts = [free_prompts(record) if now else [] for record, now in zip(records, due, strict=True)]
         flat = [prompt for each in prompts for prompt in each]
-        texts = iter(continuations(lm, flat, self.text_tokens, total=True, top_k=self.top_k, seed=self.seed))
+        sampling: dict[str, Any] = {"total": True, "top_k": self.top_k, "seed": self.seed, "max_bytes": max_bytes}
+        texts = iter(continuations(lm, flat, self.text_tokens, **sampling))
         return [[prompt + next(texts) for prompt in each] for each in prompts]
 
 
@@ -194,9 +204,9 @@ def free_prompts(record: EditRequest) -> list[str]:
     return [probe.prompt for probe in record.probes if probe.kind == "generation"]
 
 
-def _answered(lm: LanguageModel, prompts: Sequence[ScoredPrompt], tokens: int) -> torch.Tensor:
+def _answered(lm: LanguageModel, prompts: Sequence[ScoredPrompt], tokens: int, max_bytes: float | None) -> torch.Tensor:
     """Return 1 where the model's greedy answer is the expected one, up to case, punctuation and articles, else 0."""
-    texts = continuations(lm, [question.prompt for question in prompts], tokens)
+    texts = continuations(lm, [question.prompt for question in prompts], tokens, max_bytes=max_bytes)
     pairs = zip(texts, prompts, strict=True)
     return torch.tensor([float(plain(until_stop(text)) == plain(question.expected)) for text, question in pairs])
 

@@ -103,7 +103,7 @@ def score_targets(
 
 
 def score_reads(
-    lm: LanguageModel, continuations: Sequence[Sequence[Read]], max_tokens: int = 4096
+    lm: LanguageModel, continuations: Sequence[Sequence[Read]], max_tokens: int = 4096, max_bytes: float | None = None
 ) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
     """Compute the mean log-probability and the share of arg-max tokens of each continuation.
 
@@ -111,9 +111,10 @@ def score_reads(
         lm: The model.
         continuations: q lists, one ``Read`` for each token of a continuation.
         max_tokens: Most tokens in one forward pass.
+        max_bytes: Most bytes beyond the model.
     """
     contexts, labels = zip(*chain.from_iterable(continuations), strict=True) if continuations else ((), ())
-    logprobs, hits = predict(lm, contexts, labels, max_tokens)
+    logprobs, hits = predict(lm, contexts, labels, max_tokens, max_bytes)
     owner = torch.tensor([index for index, reads in enumerate(continuations) for _ in reads], dtype=torch.long)
     totals = torch.zeros(2, len(continuations)).index_add(1, owner, torch.stack([logprobs, hits.float()]))
     means = totals / torch.bincount(owner, minlength=len(continuations))
@@ -140,7 +141,11 @@ def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:
 
 
 def score_records(
-    lm: LanguageModel, records: Sequence[EditRequest], protocol: Protocol = "clean", max_tokens: int = 4096
+    lm: LanguageModel,
+    records: Sequence[EditRequest],
+    protocol: Protocol = "clean",
+    max_tokens: int = 4096,
+    max_bytes: float | None = None,
 ) -> PromptScores:
     """Score the prompt, paraphrases and neighborhood prompts of records, all in common batches.
 
@@ -149,12 +154,14 @@ def score_records(
         records: The records, probes included.
         protocol: Tokenisation of the continuations (``cakeflow.evaluation.protocols``).
         max_tokens: Most tokens in one forward pass.
+        max_bytes: Most bytes beyond the model.
 
     Returns:
         One entry per prompt, in the order of ``scored_prompts``.
 
     Raises:
         RequestError: As in ``check_records``.
+        ConfigError: If the longest text does not fit ``max_bytes``.
     """
     record, kind, prompts, expected, rivals = zip(*scored_prompts(records), strict=True)
     with_rival = [i for i, rival in enumerate(rivals) if rival is not None]
@@ -167,7 +174,7 @@ def score_records(
     else:
         reads = joint_reads(lm.tokenizer, texts, targets)
     _require_readable(lm, reads, pairs)
-    scores, hits = score_reads(lm, reads, max_tokens)
+    scores, hits = score_reads(lm, reads, max_tokens, max_bytes)
     count = len(prompts)
     rival = torch.full((count,), torch.nan)
     rival[torch.tensor(with_rival, dtype=torch.long)] = scores[count : count + len(with_rival)]

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from transformers import LogitsProcessor, StoppingCriteria
 
 from cakeflow.data.contexts import Contexts
-from cakeflow.forward.packing import GIB, plan
+from cakeflow.forward.packing import GIB, logits_bytes, pass_bytes, plan, require_bytes
 from cakeflow.models.language import LanguageModel
 
 SEEDS = ("The", "Therefore", "Because", "I", "You")
@@ -92,6 +92,7 @@ def continuations(
     tokens: int = 12,
     max_tokens: int | None = None,
     *,
+    max_bytes: float | None = None,
     total: bool = False,
     top_k: int = 1,
     seed: int = 0,
@@ -108,6 +109,7 @@ def continuations(
         prompts: n prompts.
         tokens: Most new tokens, or most tokens in all (``total``).
         max_tokens: Most tokens in one batch, new ones included; by default those whose keys and values take a GiB.
+        max_bytes: Most bytes beyond the model.
         total: Count the prompt's tokens as well, as the official generation tests do.
         top_k: Number of most likely tokens to sample from; 1 is greedy, and equal prompts are then continued once.
         seed: Seed of the sampling noise; every prompt and every repetition of it has noise of its own.
@@ -117,6 +119,9 @@ def continuations(
 
     Returns:
         n texts without special tokens; they end where the model's positions do.
+
+    Raises:
+        ConfigError: If the longest text does not fit ``max_bytes``.
     """
     rows = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts]
     repeats: Counter[tuple[int, ...]] = Counter()
@@ -127,10 +132,12 @@ def continuations(
     unique = list(dict.fromkeys(keys))
     lengths = [len(row) for row, _ in unique]
     limits = [max(0, min(tokens if total else n + tokens, lm.longest) - n) for n in lengths]
+    sums = [sum(pair) for pair in zip(lengths, limits, strict=True)]
     budget = max_tokens or max(1, GIB // _cached(lm))
+    budget = budget if max_bytes is None else min(budget, _most_tokens(lm, sums, max_bytes))
     texts: dict[tuple[tuple[int, ...], int], str] = {}
     with tqdm(total=sum(limits), desc=title, unit="token", delay=2, leave=False) as bar:
-        for group in plan([sum(pair) for pair in zip(lengths, limits, strict=True)], budget, slack=budget):
+        for group in plan(sums, budget, slack=budget):
             for part in _within(group, lengths, limits, lm.longest):
                 chosen, steps = [unique[i] for i in part], [limits[i] for i in part]
                 noise = gumbel([_seed(seed, *key) for key in chosen], max(steps), top_k) if top_k > 1 else None
@@ -148,6 +155,14 @@ def _cached(lm: LanguageModel) -> int:
     config, heads = lm.model.config, int(lm.model.config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or lm.width // heads)
     return 2 * lm.depth * int(getattr(config, "num_key_value_heads", None) or heads) * width * lm.dtype.itemsize
+
+
+def _most_tokens(lm: LanguageModel, lengths: Sequence[int], max_bytes: float) -> int:
+    """Return how many tokens fit in rows of these lengths: keys, values, a first pass, and two copies of logits."""
+    row, longest = 2 * logits_bytes(lm), max(lengths, default=1)
+    token = _cached(lm) + pass_bytes(lm)
+    require_bytes(max_bytes, row + longest * token, f"writing a text of {longest} tokens")
+    return max(longest, int(max_bytes / (token + row / max(1, min(lengths, default=1)))))
 
 
 def _within(group: list[int], lengths: Sequence[int], limits: Sequence[int], longest: int) -> list[list[int]]:

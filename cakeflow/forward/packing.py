@@ -8,6 +8,10 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from cakeflow.errors import ConfigError
+from cakeflow.models.architecture import Site
+from cakeflow.models.language import LanguageModel
+
 GIB = 2**30
 """Bytes in a gibibyte."""
 
@@ -45,3 +49,31 @@ def plan(lengths: Sequence[int], max_tokens: int, slack: int = 32) -> list[list[
             groups.append([index])
             padding = 0
     return groups
+
+
+def pass_bytes(lm: LanguageModel, site: Site | None = None) -> int:
+    """Return the bytes per token of a block's largest temporary tensors in a pass without gradients.
+
+    Args:
+        lm: The model.
+        site: The projection with the widest inputs; by default the first block's.
+    """
+    return int((3 * lm.key_width(site or Site(0, "mlp_out")) + 8 * lm.width) * lm.embedding.element_size())
+
+
+def logits_bytes(lm: LanguageModel) -> int:
+    """Return the bytes of the logits of one position, with what is computed of them in float32."""
+    return len(lm.embedding) * 12
+
+
+def require_bytes(max_bytes: float, needed: float, work: str) -> None:
+    """Check that the smallest part of some work fits.
+
+    Raises:
+        ConfigError: If it needs more than ``max_bytes``.
+    """
+    if needed > max_bytes:
+        raise ConfigError(
+            f"memory_budget is {max_bytes / GIB:.3g} GiB, but {work} takes about {needed / GIB:.3g} GiB beyond the "
+            "model; shorten the longest text, or raise memory_budget"
+        )

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.packing import logits_bytes, pad, pass_bytes, plan, require_bytes
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
@@ -89,7 +89,11 @@ def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree
 
 @torch.no_grad()
 def predict(
-    lm: LanguageModel, contexts: Sequence[Context], labels: Sequence[int], max_tokens: int = 4096
+    lm: LanguageModel,
+    contexts: Sequence[Context],
+    labels: Sequence[int],
+    max_tokens: int = 4096,
+    max_bytes: float | None = None,
 ) -> tuple[Float[Tensor, " m"], Bool[Tensor, " m"]]:
     """Compute the log-probability of each label as the next token.
 
@@ -98,12 +102,23 @@ def predict(
         contexts: m contexts, none of them empty.
         labels: Token id after each context.
         max_tokens: Most tokens in one forward pass.
+        max_bytes: Most bytes beyond the model.
 
     Returns:
         Log-probabilities (natural logarithm), and True where the label is the arg-max.
+
+    Raises:
+        ConfigError: If the longest context does not fit ``max_bytes``.
     """
-    branching = lm.places_tokens and lm.sees_all(max(map(len, contexts), default=0))
-    trees, place = grow(contexts, SIZE if branching else 0)
+    longest = max(map(len, contexts), default=0)
+    branching = lm.places_tokens and lm.sees_all(longest)
+    size, max_ends = SIZE if branching else 0, max(1, len(contexts))
+    if max_bytes is not None:
+        most_tokens, max_ends = _most(lm, max_bytes, longest, max(size, longest))
+        max_tokens, size = min(max_tokens, most_tokens), min(size, most_tokens)
+    trees, place = grow(contexts, size)
+    if max_bytes is not None:  # few passes should have more predictions than fit
+        max_tokens = min(max_tokens, max_ends * sum(len(tree.ids) for tree in trees) // max(1, len(place)))
     logprobs, hits = torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
     indices: list[list[int]] = [[] for _ in trees]  # of the contexts in each tree
     for index, context in enumerate(contexts):
@@ -112,13 +127,32 @@ def predict(
         chosen = [(row, index) for row, tree in enumerate(group) for index in indices[tree]]
         ends = torch.tensor([(row, place[contexts[index]][1]) for row, index in chosen], device=lm.device)
         ends, rows = ends.unique(dim=0, return_inverse=True)  # one row of logits for all labels of a context
-        with logits_at(lm, *ends.T):
-            logits = lm(**_inputs(lm, [trees[tree] for tree in group], branching), use_cache=False).logits[0]
         where = torch.tensor([index for _, index in chosen])
         label = torch.tensor([labels[index] for _, index in chosen], device=lm.device)
-        of_label = logits[rows, label].float() - logits.float().logsumexp(-1)[rows]
-        logprobs[where], hits[where] = of_label.cpu(), (logits.argmax(-1)[rows] == label).cpu()
+        inputs = _inputs(lm, [trees[tree] for tree in group], branching)
+        for first in range(0, len(ends), max_ends):  # all of them at once, unless their logits do not fit
+            with logits_at(lm, *ends[first : first + max_ends].T):
+                logits = lm(**inputs, use_cache=False).logits[0]
+            here = (rows >= first) & (rows < first + max_ends)
+            row, target, index = rows[here] - first, label[here], where[here.cpu()]
+            of_label = logits[row, target].float() - logits.float().logsumexp(-1)[row]
+            logprobs[index], hits[index] = of_label.cpu(), (logits.argmax(-1)[row] == target).cpu()
     return logprobs, hits
+
+
+def _most(lm: LanguageModel, max_bytes: float, longest: int, width: int) -> tuple[int, int]:
+    """Return how many tokens and how many predictions of a pass fit, each in half of the bytes.
+
+    Args:
+        lm: The model.
+        max_bytes: Most bytes beyond the model.
+        longest: Tokens in the longest context.
+        width: Most tokens in a row: so many scores of attention, and entries of the mask, does a token have.
+    """
+    heads, size = int(lm.model.config.num_attention_heads), lm.embedding.element_size()
+    token, end = pass_bytes(lm) + 2 * (heads + 1) * width * size, logits_bytes(lm)
+    require_bytes(max_bytes, 2 * max(longest * token, end), f"scoring a text of {longest} tokens")
+    return int(max_bytes / 2 / token), int(max_bytes / 2 / end)
 
 
 def _inputs(lm: LanguageModel, trees: Sequence[PrefixTree], branching: bool) -> dict[str, Tensor]:

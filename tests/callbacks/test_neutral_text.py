@@ -5,6 +5,7 @@ import torch
 
 from cakeflow.callbacks import NeutralText
 from cakeflow.errors import ConfigError
+from cakeflow.forward.packing import logits_bytes, pass_bytes
 
 from .conftest import FACTS, fit
 
@@ -43,3 +44,19 @@ def test_neutral_text_is_read_before_anything_is_edited(lm, quiet, tmp_path):
     with pytest.raises(ConfigError, match=r"window must be between 2 and tokens \(64\), got 128"):
         NeutralText("x", tokens=64)
     assert lm.fingerprint() == before
+
+
+def test_windows_keep_to_the_memory_budget(lm, quiet):
+    text, passes = {"text": "The Elbe flows into the sea. " * 200}, []
+    callback = NeutralText(text, tokens=512, window=32)
+    module = fit(lm, quiet, [callback])
+    free = callback.measure(module)
+    lm.model.register_forward_pre_hook(
+        lambda _, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    module.max_bytes = 1.5 * 32 * (pass_bytes(lm) + 2 * logits_bytes(lm))
+    assert callback.measure(module) == pytest.approx(free)
+    assert set(passes) == {1}
+    module.max_bytes = 1000
+    with pytest.raises(ConfigError, match="a window of 32 tokens of neutral text takes about"):
+        callback.measure(module)

@@ -13,7 +13,7 @@ from tiny_runs import LAYERS, content, editor_of, module_of, state
 from cakeflow import EditDataModule, Evaluation, GradientSearch, LeastSquares, LocateThenEdit, NullSpace
 from cakeflow.callbacks import Retention
 from cakeflow.core.callback import EditCallback
-from cakeflow.errors import LedgerError, ResumeError
+from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal import ledger
 from cakeflow.journal.ledger import read_entries
 
@@ -282,3 +282,14 @@ def test_settings_are_those_that_were_given(lm):
     """What a run measures before its first edit must not look like another experiment when it is resumed."""
     assert LocateThenEdit(lm, LAYERS).settings() == LocateThenEdit(lm, LAYERS).settings()
     assert " at 0x" not in json.dumps(LocateThenEdit(lm, LAYERS, solver=type("Own", (LeastSquares,), {})()).settings())
+
+
+def test_an_evaluation_keeps_to_the_memory_budget(lm, requests):
+    editor = editor_of(lm, {"logger": False})
+    free = editor.evaluate(requests[:4]).metrics
+    editor.module.max_bytes = 2e7
+    assert editor.evaluate(requests[:4]).metrics == pytest.approx(free, nan_ok=True)
+    editor.module.max_bytes = 1000
+    with pytest.raises(ConfigError, match="scoring a text of"):
+        editor.fit(requests[:2])
+    assert len(editor.journal) == 0

@@ -6,7 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tqdm.auto import tqdm
 
+from cakeflow.errors import ConfigError
 from cakeflow.forward.generation import SEEDS, TopK, _cached, continuations, generate_contexts, gumbel, until_stop
+from cakeflow.models import Site
 
 PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
 
@@ -159,3 +161,16 @@ def test_until_stop(text):
     assert text.startswith(cut)
     assert not set(cut) & set(".\n")
     assert cut == text or text[len(cut)] in ".\n"
+
+
+def test_texts_keep_to_a_limit_of_bytes(tiny):
+    prompts, rows = [f"The river number {n} flows into" for n in range(20)], []
+    free = continuations(tiny, prompts, 5)
+    tiny.module(Site(0)).register_forward_pre_hook(lambda _, args: rows.append(args[0].shape[0]))
+    assert continuations(tiny, prompts, 5, max_bytes=1e9) == free
+    assert max(rows) == 20
+    rows.clear()
+    assert continuations(tiny, prompts, 5, max_bytes=1e6) == free
+    assert 1 <= max(rows) < 20
+    with pytest.raises(ConfigError, match="writing a text of"):
+        continuations(tiny, prompts, 5, max_bytes=1000)

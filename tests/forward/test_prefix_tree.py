@@ -7,7 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cakeflow.errors import ConfigError
+from cakeflow.forward.packing import logits_bytes, pass_bytes
 from cakeflow.forward.prefix_tree import grow, predict
+from cakeflow.models import Site
 
 tokens = st.lists(st.integers(0, 3), min_size=1, max_size=6).map(tuple)
 many = st.lists(tokens, min_size=1, max_size=30)
@@ -83,3 +86,26 @@ def test_predictions_equal_one_pass_per_context(tiny, max_tokens, branching):
 def test_nothing_asked_nothing_said(lm):
     logprobs, hits = predict(lm, [], [])
     assert len(logprobs) == len(hits) == 0
+
+
+@pytest.mark.parametrize("max_bytes", [5e6, 8e6, 1e9])
+@pytest.mark.parametrize("logits", [logits_bytes, lambda _: 60_000], ids=["few words", "many words"])
+def test_predictions_keep_to_a_limit_of_bytes(tiny, max_bytes, logits, monkeypatch):
+    """Counted at the first block and at the head."""
+    contexts = [(*range(10, 10 + n), n) for n in range(1, 60)] + [(7, n) for n in range(80)]
+    labels = [n % 50 for n in range(len(contexts))]
+    free, tokens_of, ends_of = predict(tiny, contexts, labels), [], []
+    monkeypatch.setattr("cakeflow.forward.prefix_tree.logits_bytes", logits)
+    tiny.module(Site(0)).register_forward_pre_hook(lambda _, args: tokens_of.append(args[0].shape[:2].numel()))
+    tiny.head.register_forward_hook(lambda _, args, logits: ends_of.append(logits.shape[1]))
+    limited = predict(tiny, contexts, labels, max_bytes=max_bytes)
+    assert max(tokens_of) * pass_bytes(tiny) <= max_bytes / 2
+    assert max(ends_of) * logits(tiny) <= max_bytes / 2
+    assert (len(ends_of) > 1) == (max_bytes < 1e9)
+    assert torch.allclose(limited[0], free[0], atol=1e-6)
+    assert torch.equal(limited[1], free[1])
+
+
+def test_a_text_that_does_not_fit_is_refused_before_the_model_runs(tiny):
+    with pytest.raises(ConfigError, match=r"memory_budget is .* scoring a text of 20 tokens takes about"):
+        predict(tiny, [tuple(range(20))], [1], max_bytes=1000)
