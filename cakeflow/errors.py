@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -20,6 +21,24 @@ def listed(values: Sequence[object], most: int = 10) -> str:
         '3, 5 and 1 more'
     """
     return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
+def visible(text: str, *, lines: bool = False) -> str:
+    r"""Return a text with escapes for what a terminal would obey instead of showing it.
+
+    These are control characters, line ends, and marks that change the writing direction.
+
+    Args:
+        text: The text.
+        lines: Whether its line feeds stay.
+
+    Example:
+        >>> print(visible("innocent\x1b[2K"))
+        innocent\u001b[2K
+    """
+    if lines:
+        return "\n".join(map(visible, text.split("\n")))
+    return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
 
 
 def with_faults(head: str, faults: Sequence[object]) -> str:
@@ -42,7 +61,10 @@ def _listing(faults: Sequence[object]) -> str:
 
 
 class EditError(Exception):
-    """Base of every error that cakeflow raises on purpose."""
+    """Base of every error that cakeflow raises on purpose; its message is safe to show (``visible``)."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__(), lines=True)
 
 
 @dataclass(frozen=True, slots=True)

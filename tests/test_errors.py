@@ -36,3 +36,12 @@ def test_request_error_lists_all_problems():
     assert str(error).splitlines() == [
         "2 problem(s) in the requests; nothing was changed:", "  entry 0, a = 1: x", "  entry 4, b = None: y",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+def test_no_message_moves_the_cursor(kind):
+    error = (
+        RequestError([Fault(0, "x", "\x1b[2J", "y\x1b[8m")]) if kind is RequestError else kind("a\n  b\x1b[2J\u202e")
+    )
+    assert all(line.isprintable() for line in str(error).split("\n"))
+    assert len(str(error).split("\n")) == 2

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
+from cakeflow.cli.console import PlainFormatter, say
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipped
@@ -111,7 +112,7 @@ class EditCLI(LightningCLI):
         console.print(phases_table(result.timings, result.peaks, len(datamodule.requests)))
         targets = [request.target_new for request in datamodule.requests[:EXAMPLES]]
         console.print(texts_table(prompts, targets, before, after))
-        console.print(f"run folder: {result.folder}", soft_wrap=True)
+        say(f"run folder: {result.folder}")
 
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Evaluate the model as it is, and print the metrics."""
@@ -181,7 +182,9 @@ def run_command(args: Sequence[str] | None = None) -> Any:
     Returns:
         The command's result.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[RichHandler(show_path=False)])
+    handler = RichHandler(show_path=False)
+    handler.setFormatter(PlainFormatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("cakeflow").setLevel(logging.INFO)
     words = sys.argv[1:] if args is None else list(args)
     try:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from rich.console import Console
-
+from cakeflow.cli.console import say
 from cakeflow.export.delta import apply_delta
 from cakeflow.export.formats import export, export_applied
 from cakeflow.export.manifest import Format, Manifest, require_place
@@ -42,7 +41,7 @@ def run_export(
     require_place(out, overwrite=overwrite)
     journal = replay(run, model, _policies(policy))
     place = export(journal, out, format, overwrite=overwrite)
-    Console().print(f"written to {place}", soft_wrap=True, markup=False)
+    say(f"written to {place}")
     return place
 
 
@@ -65,7 +64,7 @@ def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, polic
     policies = _policies(policy)
     lm = load_model(model, dtype=dtype)
     place = export_applied(lm, apply_delta(lm, delta, policies), out, overwrite=overwrite)
-    Console().print(f"written to {place}", soft_wrap=True, markup=False)
+    say(f"written to {place}")
     return place
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cakeflow.cli.console import say
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.errors import ConfigError, LedgerError
@@ -44,7 +45,7 @@ def run_report(run: Path, out: Path | None = None) -> Path:
     """
     out = out or run / "report.html"
     write_text(out, render_page(RunFolder.read(run)))
-    Console().print(f"written to {out}", soft_wrap=True, markup=False)
+    say(f"written to {out}")
     return out
 
 
@@ -61,14 +62,14 @@ def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None
     Raises:
         RunFolderError: If a folder is not a run folder, or has a damaged file.
     """
-    rows, console = compare_runs([RunFolder.read(run) for run in runs]), Console()
-    console.print(runs_table(rows))
+    rows = compare_runs([RunFolder.read(run) for run in runs])
+    Console().print(runs_table(rows))
     if len({row["protocol"] for row in rows}) > 1:
-        console.print("these runs were measured under different protocols: their metrics cannot be compared")
+        say("these runs were measured under different protocols: their metrics cannot be compared")
     for path, write in ((csv, to_csv), (markdown, to_markdown)):
         if path is not None:
             write_text(path, write(rows))
-            console.print(f"written to {path}", soft_wrap=True, markup=False)
+            say(f"written to {path}")
     return rows
 
 
@@ -100,13 +101,13 @@ def run_verify(run: Path, head: str | None = None) -> Audit:
     Raises:
         LedgerError: Naming every entry that was changed after it was written.
     """
-    audit, console = verify(run, head), Console()
+    audit = verify(run, head)
     if audit.faults:
         raise LedgerError("\n  ".join([f"{run}: {len(audit.faults)} fault(s)", *audit.faults]))
-    console.print(f"{run}: {len(audit.entries)} entries and all files are as they were written", soft_wrap=True)
-    console.print(f"head {audit.head}", soft_wrap=True)
+    say(f"{run}: {len(audit.entries)} entries and all files are as they were written")
+    say(f"head {audit.head}")
     if audit.unknown:
-        console.print(f"files that no entry lists: {', '.join(audit.unknown)}", soft_wrap=True, markup=False)
+        say(f"files that no entry lists: {', '.join(audit.unknown)}")
     return audit
 
 
@@ -124,7 +125,7 @@ def run_replay(run: Path, model: str | None = None) -> Journal:
     journal = replay(run, model)
     places = [*dict.fromkeys(change.place for change in journal.changes)]
     summary = f"{len(journal)} batches, {journal.edits} edits in {', '.join(places)}: every weight as recorded"
-    Console().print(f"{run}: {summary}", soft_wrap=True, markup=False)
+    say(f"{run}: {summary}")
     return journal
 
 
@@ -146,7 +147,7 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
     journal = replay(run, model, judged=False)  # what its policy has not judged may be taken back
     before = len(journal)
     journal.rollback(n, batch=batch)
-    Console().print(f"{run}: {before - len(journal)} batches taken back, {len(journal)} remain", soft_wrap=True)
+    say(f"{run}: {before - len(journal)} batches taken back, {len(journal)} remain")
     return journal
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
+from cakeflow.cli.console import say
 from cakeflow.errors import ConfigError
 from cakeflow.models.loading import load_model
 from cakeflow.report.figures import plot_trace, plot_weights, save_plot
@@ -49,24 +50,24 @@ def run_trace(
         trace: Settings of the trace, such as its window and number of noise draws.
         split: Split of a data set that has several.
     """
-    console, facts, lm = Console(), read_facts(data, split), load_model(model)
+    facts, lm = read_facts(data, split), load_model(model)
     traced = require_layers(lm, layers or ())
     rows, tried = known_rows(lm, facts, limit)
-    console.print(f"the model knows {len(rows)} of {tried} facts; the others are left out")
+    say(f"the model knows {len(rows)} of {tried} facts; the others are left out")
     result = trace.run(lm, rows, traced)
     scores = result.scores
     weights = score_weights(torch.tensor(list(scores.values()), dtype=torch.float64), tau, normalization)
     shares = dict(zip(scores, weights.tolist(), strict=True))
-    console.print(trace_table(result, shares))
-    console.print(f"clean {result.clean.mean():.3f}, corrupted {result.corrupted.mean():.3f}, ", end="")
-    console.print(f"noise {result.settings['noise']:.4g}; N_eff {float(effective_layers(weights)):.2f}")
+    Console().print(trace_table(result, shares))
+    say(f"clean {result.clean.mean():.3f}, corrupted {result.corrupted.mean():.3f}, ", end="")
+    say(f"noise {result.settings['noise']:.4g}; N_eff {float(effective_layers(weights)):.2f}")
     if trace.role == "mlp_out" and trace.window > 1 and result.layers == list(range(lm.depth)):
         proposal = propose_layers(result, lm.depth)
-        console.print(f"proposed layers {proposal.layers}: {proposal.reason}", soft_wrap=True)
+        say(f"proposed layers {proposal.layers}: {proposal.reason}")
     result.save(out / "trace.json")
     save_plot(plot_trace(result), out / "map.png")
     save_plot(plot_weights(scores, shares), out / "weights.png")
-    console.print(f"written to {out}", soft_wrap=True)
+    say(f"written to {out}")
     return result
 
 
@@ -101,11 +102,10 @@ def run_facts(
         raise ConfigError(f"out={str(out)!r} is a folder; name a .json or .jsonl file")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
-    console = Console()
     candidates = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
     facts, tried = known_facts(load_model(model), candidates, limit)
     entries = [fact.to_dict(number) for number, fact in enumerate(facts)]
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     write_text(out, lines if out.suffix == ".jsonl" else json.dumps(entries, ensure_ascii=False, indent=1))
-    console.print(f"the model states {len(facts)} of {tried} facts by itself; written to {out}", soft_wrap=True)
+    say(f"the model states {len(facts)} of {tried} facts by itself; written to {out}")
     return facts

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from cakeflow.errors import visible
 from cakeflow.export.manifest import MANIFEST, Manifest
 from cakeflow.journal.ledger import Entry, bodies
 from cakeflow.journal.provenance import circumstances
@@ -116,17 +117,12 @@ def escape(value: object) -> str:
         >>> print(escape("<b>|`a_b`"))
         \<b\>\|\`a\_b\`
     """
-    return re.sub(r"([!-+/:-@\[-`{-~]|(?<=[wW])\.)", r"\\\1", _visible(str(value)))
-
-
-def _visible(text: str) -> str:
-    """Return a text with escapes for line ends, control characters and marks that change the writing direction."""
-    return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
+    return re.sub(r"([!-+/:-@\[-`{-~]|(?<=[wW])\.)", r"\\\1", visible(str(value)))
 
 
 def _block(lines: Sequence[str]) -> str:
     """Return lines as they are, within a fence longer than any in them."""
-    texts = [_visible(line) for line in lines]
+    texts = [visible(line) for line in lines]
     fence = "`" * (1 + max([2, *(len(run) for line in texts for run in re.findall("`+", line))]))
     return "\n".join([fence, *texts, fence, ""])
 

@@ -134,9 +134,9 @@ def predict(
             with logits_at(lm, *ends[first : first + max_ends].T):
                 logits = lm(**inputs, use_cache=False).logits[0]
             here = (rows >= first) & (rows < first + max_ends)
-            row, target, index = rows[here] - first, label[here], where[here.cpu()]
+            row, target, at = rows[here] - first, label[here], where[here.cpu()]
             of_label = logits[row, target].float() - logits.float().logsumexp(-1)[row]
-            logprobs[index], hits[index] = of_label.cpu(), (logits.argmax(-1)[row] == target).cpu()
+            logprobs[at], hits[at] = of_label.cpu(), (logits.argmax(-1)[row] == target).cpu()
     return logprobs, hits
 
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import csv
 import io
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cakeflow.errors import visible
+from cakeflow.export.card import escape
 from cakeflow.forward.packing import GIB
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.intervals import Interval, estimate, number, paired
@@ -15,6 +18,8 @@ from cakeflow.report.views import method, peak_memory, run_changes, seconds_per_
 
 DELTA = "\N{GREEK CAPITAL LETTER DELTA} "
 """Prefix of a metric's name for its difference from the first run."""
+FORMULA_SIGNS = tuple("=+-@")
+"""Signs, also of full width, with which a cell begins that a spreadsheet calculates."""
 
 
 def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
@@ -58,13 +63,16 @@ def as_texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the runs side by side as a Markdown table."""
-    lines = [[name, *(text.replace("|", "\\|") for text in texts)] for name, texts in as_texts(rows).items()]
+    lines = [list(map(escape, [name, *texts])) for name, texts in as_texts(rows).items()]
     lines.insert(1, ["---"] * (len(rows) + 1))
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Return CSV with a line per run; an interval becomes its mean and 95 % bounds, nan an empty cell."""
+    """Return CSV with a line per run; an interval becomes its mean and 95 % bounds, nan an empty cell.
+
+    A text that a spreadsheet would take for a formula has an apostrophe in front.
+    """
     flat = [_flat(row) for row in rows]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, list(flat[0]), lineterminator="\n")
@@ -87,4 +95,12 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
             cells |= {name: value.mean, f"{name}_low": value.mean - value.half, f"{name}_high": value.mean + value.half}
         else:
             cells[name.replace(" ", "_")] = value
-    return {name: "" if value != value else value for name, value in cells.items()}
+    return {_safe(name): "" if value != value else _safe(value) for name, value in cells.items()}
+
+
+def _safe(value: Any) -> Any:
+    """Return a text that no spreadsheet calculates, and a number as it is."""
+    if not isinstance(value, str):
+        return value
+    first = unicodedata.normalize("NFKC", value).lstrip()[:1]
+    return f"'{visible(value)}" if first in FORMULA_SIGNS else visible(value)

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cakeflow.errors import visible
 from cakeflow.forward.packing import GIB
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import (
@@ -30,14 +31,14 @@ from cakeflow.tracing import Trace
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = "") -> Table:
     """Return the metrics times 100, as in published tables, one column per stage, without those that are nan at all."""
-    table = Table(title=f"Metrics (%){protocol and f', {protocol}'}", title_justify="left")
+    table = Table(title=_cell(f"Metrics (%){protocol and f', {protocol}'}"), title_justify="left")
     table.add_column("metric")
     for name in columns:
-        table.add_column(name, justify="right")
+        table.add_column(_cell(name), justify="right")
     for metric in next(iter(columns.values()), {}):
         values = [column[metric] for column in columns.values()]
         if any(value == value for value in values):
-            table.add_row(metric, *(f"{100 * value:.1f}" for value in values))
+            table.add_row(_cell(metric), *(f"{100 * value:.1f}" for value in values))
     return table
 
 
@@ -49,7 +50,9 @@ def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits
     for phase, seconds in timings.items():
         if seconds >= 0.05:
             peak = peaks.get(phase, float("nan")) / GIB
-            table.add_row(phase, f"{seconds:.1f}", f"{seconds / edits:.2f}", f"{peak:.2f}" if peak == peak else "")
+            table.add_row(
+                _cell(phase), f"{seconds:.1f}", f"{seconds / edits:.2f}", f"{peak:.2f}" if peak == peak else ""
+            )
     return table
 
 
@@ -59,7 +62,7 @@ def texts_table(prompts: Sequence[str], expected: Sequence[str], before: Sequenc
     for name in ("prompt", "new target", "before", "after"):
         table.add_column(name)
     for row in zip(prompts, expected, before, after, strict=True):
-        table.add_row(*(Text(" ".join(text.split())) for text in row))
+        table.add_row(*(_cell(" ".join(text.split())) for text in row))
     return table
 
 
@@ -69,7 +72,7 @@ def plugins_table(plugins: Sequence[Plugin]) -> Table:
     for name in ("name", "slot", "class", "package", "problem"):
         table.add_column(name, overflow="fold")
     for plugin in plugins:
-        table.add_row(*map(Text, (plugin.name, plugin.slot, plugin.path, plugin.package, plugin.problem)))
+        table.add_row(*map(_cell, (plugin.name, plugin.slot, plugin.path, plugin.package, plugin.problem)))
     return table
 
 
@@ -91,9 +94,9 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name, texts in as_texts(rows).items():
         if name == "run":
             for text in texts:
-                table.add_column(Text(text), overflow="fold")
+                table.add_column(_cell(text), overflow="fold")
         else:
-            table.add_row(name, *map(Text, texts))
+            table.add_row(_cell(name), *map(_cell, texts))
         if name.startswith(DELTA):
             table.caption = f"{DELTA.strip()}: difference from the first run, paired by record"
     return table
@@ -108,7 +111,7 @@ def ledger_table(entries: Sequence[Entry]) -> Table:
     for entry in entries:
         who = entry.body.who if isinstance(entry.body, Circumstances) else who
         cells = (entry.time[:19].replace("T", " "), entry.kind, _details(entry.body), who, entry.hash[:12])
-        table.add_row(str(entry.number), *map(Text, cells))
+        table.add_row(str(entry.number), *map(_cell, cells))
     return table
 
 
@@ -132,3 +135,8 @@ def _details(body: Schema) -> str:
         case PolicyBody():
             return "; ".join([body.outcome, *body.faults])
     return f"{len(body.files)} files" if isinstance(body, EndBody) else ""
+
+
+def _cell(text: str) -> Text:
+    """Return what others wrote as it is to be shown: neither markup nor anything that the terminal obeys."""
+    return Text(visible(text))

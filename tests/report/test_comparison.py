@@ -3,12 +3,13 @@
 import csv
 import json
 import math
+import re
 import statistics
 
 import pytest
 
 from cakeflow.cli.command_line import run_command as main
-from cakeflow.report import RunFolder, compare_runs, to_markdown
+from cakeflow.report import RunFolder, compare_runs, to_csv, to_markdown
 
 
 def expected(folder, kind):
@@ -109,7 +110,7 @@ def test_a_run_that_tells_less_has_gaps(folders):
 def test_markup_in_a_name_is_shown_as_it_is(make_run):
     folder = make_run("[red]a|b")
     table = to_markdown(compare_runs([RunFolder.read(folder)]))
-    assert "[red]a\\|b" in table.splitlines()[0]
+    assert r"\[red\]a\|b" in table.splitlines()[0]
 
 
 def test_no_run_is_refused(tmp_path, capsys):
@@ -117,3 +118,29 @@ def test_no_run_is_refused(tmp_path, capsys):
         main(["compare", str(tmp_path)])
     assert stop.value.code == 2
     assert "no run.json" in " ".join(capsys.readouterr().err.split())
+
+
+def test_no_text_is_a_formula_in_a_spreadsheet_or_markup_in_markdown():
+    wide = "\N{FULLWIDTH EQUALS SIGN}"
+    bad = [
+        "=HYPERLINK(1)",
+        "+1",
+        "-x",
+        " @SUM(1)",
+        "\t=1",
+        "\N{FULLWIDTH EQUALS SIGN}1",
+        "a\x1b[2J",
+        "x|y\n# z",
+        "<b>*c*",
+    ]
+    row = {"run": "first", **dict.fromkeys(bad[:-1], 1.5)} | {"=1+1": "=2+2", "-2": -2.0}
+    cells = [cell for line in csv.reader(to_csv([{**row, "run": text} for text in bad]).splitlines()) for cell in line]
+    for cell in cells:
+        assert cell.isprintable()
+        assert cell in ("1.5", "-2.0") or cell.lstrip()[:1] not in ("=", "+", "-", "@", wide)
+    assert {"'=2+2", "'=HYPERLINK(1)", "-2.0"} <= set(cells)
+    lines = to_markdown([{**row, "run": text} for text in bad]).splitlines()
+    assert len(lines) == len(row) + 1
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {len(bad) + 2}
+    assert all(line.isprintable() for line in lines)
+    assert r"\<b\>\*c\*" in lines[0]

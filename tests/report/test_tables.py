@@ -3,9 +3,21 @@
 import io
 
 import torch
+from bodies import body
 from rich.console import Console
 
-from cakeflow.report import metrics_table, phases_table, texts_table, trace_table
+from cakeflow.journal.ledger import Entry
+from cakeflow.journal.schema import PolicyBody
+from cakeflow.plugins import Plugin
+from cakeflow.report import (
+    ledger_table,
+    metrics_table,
+    phases_table,
+    plugins_table,
+    runs_table,
+    texts_table,
+    trace_table,
+)
 from cakeflow.tracing import PLACES, Trace
 
 
@@ -56,3 +68,19 @@ def test_a_trace_is_a_row_per_layer():
     lines = shown(trace_table(found, {2: 0.5, 3: 0.25})).splitlines()
     row = next(line for line in lines if line.replace("│", " ").split()[:1] == ["3"])
     assert row.replace("│", " ").split() == ["3", f"{found.scores[3]:.4f}", f"{found.errors[3]:.4f}", "0.2500"]
+
+
+def test_no_cell_moves_the_cursor(make_run):
+    bad = "Ann\x1b[2K\u202e\x07"
+    tables = [
+        texts_table([bad], [bad], [bad], [bad]),
+        metrics_table({bad: {bad: 1.0}}, bad),
+        phases_table({bad: 1.0}, {}, 1),
+        runs_table([{"run": bad, bad: bad, "model": bad}]),
+        plugins_table([Plugin(bad, bad, bad, bad, bad)]),
+        ledger_table([Entry(0, "policy", bad, PolicyBody(outcome=bad, faults=[bad], policy=bad), "", bad)]),
+        ledger_table([Entry(0, "run", "", body("run", who=bad, model=bad), "", "")]),
+    ]
+    for text in map(shown, tables):
+        assert "Ann" in text
+        assert text.replace("\n", "").isprintable()
