@@ -92,6 +92,7 @@ class Editor:
         metrics: Sequence[Metric | Part] | None = None,
         memory_budget: float | None = None,
         record_texts: bool | None = None,
+        private: bool | None = None,
         max_relative_update: float | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
@@ -122,6 +123,7 @@ class Editor:
             metrics: Further metrics of every evaluation.
             memory_budget: Most memory in GiB beyond the model.
             record_texts: Whether the ledger has the texts of the requests.
+            private: Whether only their owner can read the run folders that are made.
             max_relative_update: Largest update of a layer by one batch, in norms of its weight.
 
         Raises:

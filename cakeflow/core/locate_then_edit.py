@@ -94,6 +94,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             fit, second moments in several passes, and a batch that cannot fit is refused. None keeps to 8 GiB where
             there is a choice, and refuses nothing.
         record_texts: Whether the ledger has the texts of the requests; it always has their hashes.
+        private: Whether only their owner can read the run folders that are made.
         max_relative_update: Largest update of a layer by one batch, in norms of its weight; a larger one has run away,
             and the batch is undone. On SmolLM2, eight facts by six shipped recipes stay below 0.2.
         min_arrival: Least part of each fact's searched change that has to arrive at its value site.
@@ -125,6 +126,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         metrics: Sequence[Metric] = (),
         memory_budget: float | None = None,
         record_texts: bool = True,
+        private: bool = True,
         max_relative_update: float = 10.0,
         min_arrival: float = 0.5,
         on_low_arrival: Outcome = "warn",
@@ -139,7 +141,7 @@ class LocateThenEdit(EditModule[TextBatch]):
                 "those of mlp_out alone; use an allocator of shares, such as Sequential"
             )
         loading = {"dtype": dtype, "architecture": architecture, **(model_kwargs or {})}
-        super().__init__(base, evaluation, metrics, loading, record_texts=record_texts)
+        super().__init__(base, evaluation, metrics, loading, record_texts=record_texts, private=private)
         self.layers: list[int] = []
         self.site, self.weighter, self.allocator = site, weighter, allocator
         self.solver, self.targets, self.statistics, self.contexts = solver, targets, statistics, contexts

@@ -37,6 +37,7 @@ from cakeflow.journal.steps import EditStep, request_hash
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
+from cakeflow.storage.atomic import make_private
 
 B = TypeVar("B", bound=EditBatch, default=Any)
 """The batches of a method: requests with what it needs of them, such as tokens."""
@@ -68,6 +69,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             ``references`` by the names of their arguments; logged by class name in lower case.
         loading: Further arguments of ``load_model``.
         record_texts: Whether the ledger has the texts of the requests; it always has their hashes.
+        private: Whether only their owner can read the run folders that are made.
     """
 
     lm: LanguageModel
@@ -82,6 +84,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         loading: dict[str, Any],
         *,
         record_texts: bool = True,
+        private: bool = True,
     ) -> None:
         super().__init__()
         self.strict_loading = False  # a checkpoint has the edited places only
@@ -89,7 +92,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self._requested = {type(metric).__name__.lower() for metric in metrics}
         self._requested |= {"fluency"} if evaluation.texts_every else set()
         self.name = base.name if isinstance(base, EditableModel) else str(base)
-        self.record_texts, self._base, self._loading = record_texts, base, loading
+        self.record_texts, self.private, self._base, self._loading = record_texts, private, base, loading
         self.stage = "after"
         self.answers: list[EvaluatedRequest] = []
         self.metrics_at: dict[str, dict[str, float]] = {}
@@ -303,6 +306,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             format=FORMAT,
             **circumstances().to_dict(),
         )
+        for part in (folder, folder / "journal") if self.private else ():
+            make_private(part)
         self.journal.open(self.journal.store_at(folder / "journal", texts=self.record_texts), run)
 
 

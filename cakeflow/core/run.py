@@ -18,7 +18,7 @@ from cakeflow.evaluation.evaluation import check_texts, warn_of_known
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
-from cakeflow.storage.atomic import write_text
+from cakeflow.storage.atomic import pass_on_rights, write_text
 from cakeflow.storage.hashing import file_hash
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,8 @@ def _write_run(folder: Path, module: EditModule, data: EditDataModule, metrics: 
         peaks=dict(module.peaks),
     )
     write_text(folder / "run.json", info.model_dump_json(indent=1))
+    pass_on_rights(folder, [folder / name for name in FILES if (folder / name).exists()])  # some are Lightning's
+    pass_on_rights(folder, (folder / "journal").iterdir())
     module.journal.close({name: file_hash(folder / name) for name in FILES if (folder / name).exists()})
 
 

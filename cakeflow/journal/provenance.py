@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import getpass
+import os
 import platform
 from importlib.metadata import version
 
 import torch
 
+from cakeflow.errors import visible
 from cakeflow.journal.schema import Circumstances
 
 PACKAGES = ("cakeflow", "torch", "transformers", "lightning")
@@ -15,9 +17,27 @@ PACKAGES = ("cakeflow", "torch", "transformers", "lightning")
 
 def circumstances() -> Circumstances:
     """Who runs this, where, and with what; it may differ when a run goes on."""
-    try:
-        who = getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        who = "unknown"
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    return Circumstances(who=f"{who}@{platform.node()}", versions=versions, threads=torch.get_num_threads())
+    return Circumstances(who=who(), versions=versions, threads=torch.get_num_threads())
+
+
+def who() -> str:
+    """Account and machine, and the user that the environment claims (``LOGNAME``, ``USER``) if it is another one."""
+    account = _account()
+    try:
+        claim = visible(getpass.getuser())[:64]
+    except (OSError, KeyError):  # nothing is claimed
+        claim = account
+    return f"{account}@{platform.node()}" + (f" (environment: {claim})" if claim != account else "")
+
+
+def _account() -> str:
+    """Name of the account that the system runs this process under."""
+    try:
+        import pwd  # not on Windows, where ``getlogin`` asks the system as well
+    except ImportError:
+        return os.getlogin()
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:  # a container's user without a name
+        return f"uid {os.geteuid()}"

@@ -3,6 +3,8 @@
 from cakeflow.storage.atomic import (
     append_line,
     check_free,
+    make_private,
+    pass_on_rights,
     truncate,
     uninterrupted,
     write_folder,
@@ -14,6 +16,6 @@ from cakeflow.storage.cache import cache_folder, content_key
 from cakeflow.storage.hashing import file_hash, tensor_hash
 
 __all__ = [
-    "append_line", "cache_folder", "check_free", "content_key", "file_hash", "tensor_hash", "truncate", "uninterrupted",
-    "write_folder", "write_tensors", "write_text", "write_whole",
+    "append_line", "cache_folder", "check_free", "content_key", "file_hash", "make_private", "pass_on_rights",
+    "tensor_hash", "truncate", "uninterrupted", "write_folder", "write_tensors", "write_text", "write_whole",
 ]  # fmt: skip

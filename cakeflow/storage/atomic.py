@@ -10,8 +10,8 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -30,6 +30,7 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(temporary)
+        _narrow(temporary)
         sys.audit("cakeflow.files", "written", path.name)
         _flush(temporary)
         sys.audit("cakeflow.files", "flushed", path.name)
@@ -64,6 +65,7 @@ def write_folder(path: Path, write: Callable[[Path], object], *, overwrite: bool
     fresh.mkdir()
     try:
         write(fresh)
+        pass_on_rights(fresh, fresh.rglob("*"))
         for entry in fresh.rglob("*"):
             _flush(entry)
         _flush(fresh)
@@ -87,6 +89,28 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         remedy = "choose another place" if not path.is_dir() else "choose another folder, or overwrite=True"
         raise ConfigError(f"{path} exists already; {remedy}")
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder that only its owner can open, or an empty one so; one that has content keeps its rights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if all(each.name.startswith(".") for each in folder.rglob("*") if each.is_file()):  # locks
+        with suppress(OSError):  # a file system without rights, or another's folder
+            folder.chmod(0o700)
+
+
+def pass_on_rights(folder: Path, paths: Iterable[Path]) -> None:
+    """Give files and folders the rights of the folder that they are in; files cannot be executed."""
+    mode = folder.stat().st_mode & 0o777
+    for path in paths:
+        with suppress(OSError):
+            path.chmod(mode if path.is_dir() else mode & 0o666)
+
+
+def _narrow(path: Path) -> None:
+    """Take from a file what its folder does not allow either."""
+    with suppress(OSError):
+        path.chmod(path.stat().st_mode & path.parent.stat().st_mode & 0o777)
 
 
 def append_line(path: Path, line: bytes) -> None:

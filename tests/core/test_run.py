@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 import shutil
 
 import lightning as L
@@ -293,3 +294,52 @@ def test_an_evaluation_keeps_to_the_memory_budget(lm, requests):
     with pytest.raises(ConfigError, match="scoring a text of"):
         editor.fit(requests[:2])
     assert len(editor.journal) == 0
+
+
+def modes(folder):
+    """Rights of everything in a folder."""
+    return {path: path.stat().st_mode & 0o777 for path in (folder, *folder.rglob("*"))}
+
+
+@pytest.fixture
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_run_folder_is_its_owners_unless_asked_and_an_export_follows_the_umask(
+    lm, requests, tmp_path, umask, prepared
+):
+    fresh, run = copy.deepcopy(lm), tmp_path / "some" / "run"
+    if prepared:
+        run.mkdir(parents=True)
+    editor = editor_of(lm)
+    editor.fit(requests[:2], run_dir=run)
+    assert {mode for path, mode in modes(run).items() if path.is_dir()} == {0o700}
+    assert {mode for path, mode in modes(run).items() if path.is_file()} == {0o600}
+    assert (tmp_path / "some").stat().st_mode & 0o777 == 0o755
+    for format in ("delta", "model", "lora"):
+        found = modes(editor.export(tmp_path / format, format))
+        assert {mode for path, mode in found.items() if path.is_dir()} == {0o755}
+        assert {mode for path, mode in found.items() if path.is_file()} == {0o644}
+    editor_of(fresh, private=False).fit(requests[:2], run_dir=tmp_path / "shared")
+    assert {mode for path, mode in modes(tmp_path / "shared").items() if path.is_dir()} == {0o755}
+    assert {mode for path, mode in modes(tmp_path / "shared").items() if path.is_file()} == {0o644}
+
+
+def test_a_folder_with_content_keeps_its_rights(lm, requests, tmp_path, umask):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "notes.txt").write_text("mine")
+    editor_of(lm).fit(requests[:2], run_dir=run)
+    assert (run.stat().st_mode & 0o777, (run / "notes.txt").stat().st_mode & 0o777) == (0o755, 0o644)
+    assert (run / "journal").stat().st_mode & 0o777 == 0o700
+
+
+def test_a_stopped_run_is_private_too(lm, requests, tmp_path, umask):
+    with pytest.raises(RuntimeError):
+        fit(lm, requests[:4], tmp_path / "run", StopAfter(1, RuntimeError()))
+    found = modes(tmp_path / "run")
+    assert {mode for path, mode in found.items() if path.is_dir()} == {0o700}
