@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -14,13 +14,22 @@ MOST = 10
 
 
 def listed(values: Sequence[object], most: int = 10) -> str:
-    """Join values for a message: the first ``most`` of them and the number of the others.
+    """Join values for a message, each in one line: the first ``most`` of them and the number of the others.
 
     Example:
         >>> listed([3, 5, 8], most=2)
         '3, 5 and 1 more'
     """
-    return ", ".join(map(str, values[:most])) + (f" and {len(values) - most} more" if len(values) > most else "")
+    texts = (visible(_shown(value, str)) for value in values[:most])
+    return ", ".join(texts) + (f" and {len(values) - most} more" if len(values) > most else "")
+
+
+def _shown(value: object, text: Callable[[object], str]) -> str:
+    """Return a value as text, whatever it is."""
+    try:
+        return text(value)
+    except Exception:  # nested too deeply, a number of too many digits, or an object that cannot say what it is
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def visible(text: str, *, lines: bool = False) -> str:
@@ -84,10 +93,7 @@ class Fault:
     remedy: str
 
     def __str__(self) -> str:
-        try:
-            value = repr(self.value)
-        except Exception:  # nested too deeply, a number of too many digits, or an object that cannot say what it is
-            value = f"a {type(self.value).__name__} that cannot be shown"
+        value = _shown(self.value, repr)
         return f"entry {self.index}, {self.field} = {value[:77] + '...' if len(value) > 80 else value}: {self.remedy}"
 
 

@@ -79,6 +79,8 @@ REQUESTS = [
     entry("nested-too-deeply", own(subject=nested(100_000)), "subject", "must be a string"),
     entry("too-many-digits", own(subject=10**5000), "subject", "must be a string"),
     entry("boolean-case-id", own(case_id=True), "case_id", "an integer or a text"),
+    entry("surrogate-case-id", own(case_id="a\ud800"), "case_id", "valid Unicode"),
+    entry("endless-case-id", own(case_id=10**5000), "case_id", "100 digits at most"),
     entry("nan-case-id", own(case_id=NAN), "case_id", "an integer or a text"),
     entry("relation-by-number", own(relation=31), "relation", "must be a string"),
     # empty and blank

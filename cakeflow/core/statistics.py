@@ -25,7 +25,7 @@ from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.atomic import write_tensors
-from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.hashing import tensor_hash
 
 log = logging.getLogger(__name__)
@@ -93,6 +93,8 @@ class Statistics:
         loaded = {site: self._load(path, lm.key_width(site)) for site, path in paths.items() if path.exists()}
         absent = [site for site in sites if site not in loaded]
         log.info("second moments: %s, %d of %d layers to collect", home, len(absent), len(sites))
+        if absent:
+            require_writable(home)
         at_once = max(1, int(max_bytes / 8 / width**2) - 3) if max_bytes else len(sites)
         for start in range(0, len(absent), at_once):
             _collect(lm, absent[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))

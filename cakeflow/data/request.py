@@ -80,6 +80,17 @@ def occurrences(text: str, part: str) -> list[int]:
     return [at for at in range(len(text)) if text.startswith(part, at)] if part.strip() else []
 
 
+def is_case_id(value: object) -> bool:
+    """Return whether a value can name a record: an integer that can be written as text, or a text that a file holds."""
+    if isinstance(value, str):
+        return not _has_surrogate(value)
+    return type(value) is int and abs(value) < 10**100  # bool is an int
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def normal_form_hint(text: object, part: object) -> str:
     """Return the end of a remedy where a part occurs in a text but in another Unicode normal form, else nothing."""
     if isinstance(text, str) and isinstance(part, str) and part.strip() and _canonical(part) in _canonical(text):
@@ -111,8 +122,8 @@ def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
         yield from _text_faults(name, getattr(request, name))
     for name in ("target_true", "relation", "reference"):
         yield from _text_faults(name, getattr(request, name), optional=True)
-    if request.case_id is not None and type(request.case_id) not in (int, str):  # bool is an int
-        yield "case_id", request.case_id, "must be an integer or a text"
+    if request.case_id is not None and not is_case_id(request.case_id):
+        yield "case_id", request.case_id, "must be an integer or a text: of 100 digits at most, and valid Unicode"
     yield from _prompt_faults(request)
     new, true = request.target_new, request.target_true
     if isinstance(new, str) and isinstance(true, str) and _canonical(new) == _canonical(true):
@@ -153,7 +164,7 @@ def _text_faults(name: str, value: object, *, optional: bool = False) -> Iterato
             yield name, value, "must be a string"
     elif all(unicodedata.category(character) in _INVISIBLE for character in value):
         yield name, value, "must not be empty or blank"
-    elif any("\ud800" <= character <= "\udfff" for character in value):
+    elif _has_surrogate(value):
         yield name, value, "has a lone surrogate; give valid Unicode text"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from cakeflow.data.files import exists, parse_json, read_text
-from cakeflow.data.request import EditRequest, contradictions
+from cakeflow.data.request import EditRequest, contradictions, is_case_id
 from cakeflow.errors import ConfigError, RequestError, listed, require_choice
 
 Conflicts = Literal["error", "drop"]
@@ -87,7 +87,7 @@ def read_order(order: Order) -> list[int | str]:
         entries = parse_json(text, str(path)) if ".json" in path.suffixes else lines
         order = entries if isinstance(entries, list) else [entries]
     ids = list(order)
-    if bad := [case for case in ids if isinstance(case, bool) or not isinstance(case, (int, str))]:
+    if bad := [case for case in ids if not is_case_id(case)]:
         raise ConfigError(f"data.order must hold case ids, integers or texts; found {listed(bad)}")
     if not ids:
         raise ConfigError("data.order is empty; name at least one case id")

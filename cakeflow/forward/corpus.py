@@ -11,7 +11,7 @@ from typing import Any
 from cakeflow.forward.generation import continuations
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
-from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.cache import cache_folder, content_key, require_writable
 
 OPENINGS = (
     "The history of {}",
@@ -89,6 +89,7 @@ def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> Path:
     key = content_key(lm.fingerprint(), tokens, seed, openings)
     path = cache_folder() / "corpora" / f"sampled-{key[:16]}.jsonl"
     if not path.exists():
+        require_writable(path.parent)
         length = -(-tokens // len(openings))
         together = 64 * (length + 16)  # 64 openings: smaller batches are much slower on a CPU
         settings: dict[str, Any] = {"endless": True, "with_prompt": True, "title": "sampling a corpus"}

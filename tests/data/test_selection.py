@@ -3,6 +3,7 @@
 import json
 import logging
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.data import select
+from cakeflow.data import parse_requests, select
 from cakeflow.data.request import EditRequest, contradictions
 from cakeflow.data.selection import read_order
 from cakeflow.errors import ConfigError, RequestError
@@ -206,3 +207,22 @@ def test_an_unknown_word_for_conflicts():
 
 def test_an_order_is_json_ready():
     assert json.loads(json.dumps([record.to_dict()["case_id"] for record in RECORDS])) == read_order([*range(100, 106)])
+
+
+@pytest.mark.parametrize("case", ["a\nb", "  ", "", "\0", "../../x", "=1+1", "a\x1b[2J", "a|b", "x" * 300, -(10**99)])
+def test_a_case_id_of_any_text_names_its_record(case):
+    facts = parse_requests(
+        [{"prompt": f"{{}} is {i}", "subject": "Ann", "target_new": "x", "case_id": i} for i in "ab"]
+    )
+    chosen = [*facts, replace(facts[0], prompt="{} was", case_id=case)]
+    assert select(chosen, order=[case]) == chosen[2:]
+    with pytest.raises(ConfigError) as error:
+        select(facts, order=[case])
+    assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize("case", [10**5000, "a\ud800", None, 1.5], ids=["endless", "surrogate", "none", "fraction"])
+def test_an_order_holds_ids_only(case):
+    with pytest.raises(ConfigError, match="must hold case ids") as error:
+        read_order([1, case])
+    assert str(error.value).isprintable()

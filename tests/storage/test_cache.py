@@ -11,7 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow.storage import cache_folder, content_key
+from cakeflow.core.statistics import Statistics
+from cakeflow.errors import ConfigError
+from cakeflow.forward.corpus import sampled_corpus
+from cakeflow.models import Site
+from cakeflow.storage import cache_folder, content_key, require_writable
+from cakeflow.tracing.result import TraceCache
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 PARTS = st.recursive(
@@ -75,3 +80,26 @@ def test_keys_are_those_of_another_process():
     environment = {**os.environ, "PYTHONHASHSEED": "7"}
     output = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert output.stdout.strip() == content_key("é", 0.1, {"a": [2], "b": b"x"})
+
+
+def test_a_cache_that_cannot_be_written_is_named_before_the_work(lm, tmp_path, monkeypatch):
+    """A file in its place stands for a folder without rights, which root would not notice."""
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "taken"))
+    passes = []
+    lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
+    texts = [{"text": "The Elbe flows into the sea. " * 400}]
+    for work in (
+        lambda: require_writable(tmp_path / "taken" / "x"),
+        lambda: Statistics(texts, tokens=1000, window=32).collect(lm, [Site(1, "mlp_out")]),
+        lambda: sampled_corpus(lm, 640),
+        lambda: TraceCache.of(lm, {}, None).add([], []),
+    ):
+        with pytest.raises(ConfigError, match=r"taken.* cannot be written: .*; set CAKEFLOW_CACHE"):
+            work()
+    assert not passes
+
+
+def test_a_folder_that_can_be_written_is_left_empty(tmp_path):
+    assert require_writable(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert not list((tmp_path / "a" / "b").iterdir())
