@@ -11,7 +11,7 @@ from rich.console import Console
 from cakeflow.cli.console import say
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
-from cakeflow.errors import ConfigError, LedgerError
+from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
 from cakeflow.journal.audit import Audit, replay, verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry
@@ -103,11 +103,11 @@ def run_verify(run: Path, head: str | None = None) -> Audit:
     """
     audit = verify(run, head)
     if audit.faults:
-        raise LedgerError("\n  ".join([f"{run}: {len(audit.faults)} fault(s)", *audit.faults]))
+        raise LedgerError(with_faults(f"{run}: {len(audit.faults)} fault(s)", audit.faults))
     say(f"{run}: {len(audit.entries)} entries and all files are as they were written")
     say(f"head {audit.head}")
     if audit.unknown:
-        say(f"files that no entry lists: {', '.join(audit.unknown)}")
+        say(f"files that no entry lists: {listed(audit.unknown)}")
     return audit
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from cakeflow.errors import visible
+from cakeflow.errors import listed, visible
 from cakeflow.forward.packing import GIB
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import (
@@ -133,7 +133,7 @@ def _details(body: Schema) -> str:
         case RollbackBody():
             return f"batches {', '.join(map(str, body.batches))} taken back"
         case PolicyBody():
-            return "; ".join([body.outcome, *body.faults])
+            return "; ".join([body.outcome, *([listed(body.faults, 3)] if body.faults else [])])
     return f"{len(body.files)} files" if isinstance(body, EndBody) else ""
 
 

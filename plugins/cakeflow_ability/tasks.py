@@ -21,7 +21,7 @@ import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from cakeflow.data import read_entries
-from cakeflow.errors import ConfigError, Fault, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError, with_faults
 from cakeflow.evaluation import score_reads
 from cakeflow.models import LanguageModel
 
@@ -129,7 +129,7 @@ def _read_items(
     except RequestError as error:
         problems = list(error.faults)
     if problems:
-        raise ConfigError("\n  ".join([f"{len(problems)} problem(s) in {path}:", *map(str, problems)]))
+        raise ConfigError(with_faults(f"{len(problems)} problem(s) in {path}:", problems))
     if not entries:
         raise ConfigError(f"{path} is empty; it needs a JSON object per line, with {', '.join(fields)} and {label}")
     places = [str(each) for each in labels]
