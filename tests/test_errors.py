@@ -5,7 +5,8 @@ import pytest
 from cakeflow import errors
 from cakeflow.errors import EditError, Fault, NumericalError, PluginError, PolicyError, RequestError
 
-FAMILY = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+FAMILY = [kind for kind in KINDS if not issubclass(kind, Warning)]
 PYTHON = {NumericalError: ArithmeticError, PluginError: ImportError, PolicyError: PermissionError}
 
 
