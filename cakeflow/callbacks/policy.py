@@ -17,6 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.journal.schema import PolicyBody, first_fault
+from cakeflow.storage.yaml_text import read_yaml
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,7 @@ class Policy(BaseModel):
             ConfigError: If it is missing, no YAML, or has unknown rules.
         """
         try:
-            rules = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            rules = read_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"policy {str(path)!r} cannot be read: {error}") from error
         if not isinstance(rules, dict):

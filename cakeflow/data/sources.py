@@ -17,6 +17,8 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, Fault, RequestError, listed
 
+Source = str | Path | Mapping[str, object] | Iterable[object]
+"""Type of a source: a name, or entries in memory; see ``read_requests``."""
 SOURCES = (
     "give 'builtin', a .json or .jsonl file (also .gz; of texts, .txt too), an .arrow file, a folder with a data set, "
     "a URL of such a file (http://... or https://...), or a data set of the hub as 'owner/name'"
