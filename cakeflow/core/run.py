@@ -98,7 +98,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         record.clear()
     data.evaluate = evaluate
     module.setup()
-    module.journal.memory.check_all()
+    module.journal.memory.check_all(record=False)  # a Trainer's precision may cast an unedited model
     data.attach(module, edit=True, evaluate=evaluate)
     folder = run_folder(trainer)
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is

@@ -57,13 +57,18 @@ class ModelState:
         recorded = [place for place in (self._edited if places is None else places) if place in self._hashes]
         _require_none([place for place in recorded if self._edited[place].hash(self._model) != self._hashes[place]])
 
-    def check_all(self) -> None:
-        """Compare every tensor of the model, those outside the edited places with what they were at the first call.
+    def check_all(self, *, record: bool = True) -> None:
+        """Compare every tensor of the model, those outside the edited places with what they were when first recorded.
+
+        Args:
+            record: Whether tensors are recorded that were not before.
 
         Raises:
             ModelChangedError: Naming those that differ, are new, or are gone.
         """
         self.check()
+        if not (record or self._others):
+            return
         tensors: dict[str, Tensor] = self._model.model.state_dict()
         tied = {each.data_ptr() for change in self._edited.values() for each in change.state(self._model).values()}
         inside = {name for name, tensor in tensors.items() if tensor.is_meta or tensor.data_ptr() in tied}
