@@ -37,7 +37,7 @@ SLOT_BASES = (EditModule, *(base for slot, base in SLOTS.items() if slot not in 
 """Our classes whose subclasses a config may name, if they come from there or were imported before."""
 PACKAGES = ("cakeflow", "lightning", "torchmetrics")
 """Packages beside those of the plugins whose classes a config may name."""
-TRUST = ("trust_remote_code", "trust_task_code", "allow_all_kernels")
+TRUST = ("trust_remote_code", "trust_task_code", "allow_all_kernels", "use_kernels", "kernel_config")
 """Settings that let foreign code run; no config may switch one on."""
 LEAVES = (str, int, float, types.NoneType, os.PathLike, enum.Enum, datetime.timedelta)
 """Types of single values."""
@@ -79,7 +79,11 @@ def _is_checked(value: Any, _: type) -> bool:
     return not isinstance(value, (Mapping, Namespace, list))
 
 
-register_type(Plain, serializer=lambda value: value, deserializer=plain, type_check=_is_checked)
+def _shown(value: Any) -> Any:
+    return value if isinstance(value, (str, int, float, list, dict, types.NoneType)) else str(value)
+
+
+register_type(Plain, serializer=_shown, deserializer=plain, type_check=_is_checked)
 set_loader("plain_yaml", lambda text: read_yaml(text, get_loader("yaml")), exceptions=(yaml.YAMLError,))
 
 
@@ -120,6 +124,8 @@ class _SettableArguments:
         if kind is not _Absent:
             param = replace(param, annotation=kind)
             super()._add_signature_parameter(container, nested_key, param, *args, **kwargs)  # type: ignore[misc]
+        elif param.default is Parameter.empty and param.name not in (kwargs.get("skip") or ()):
+            raise ValueError(f"{param.parent or param.component} needs {param.name}, which no config can give")
 
 
 class PlainArguments(_SettableArguments):

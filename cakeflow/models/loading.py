@@ -12,7 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from cakeflow.errors import ConfigError, listed
 from cakeflow.models.architecture import Architecture
-from cakeflow.models.language import LanguageModel
+from cakeflow.models.language import LanguageModel, require_masks
 from cakeflow.storage.cache import cache_folder, content_key
 from cakeflow.storage.hashing import file_hash
 
@@ -37,7 +37,9 @@ def load_model(
 
     Raises:
         ConfigError: If there is no such model, or it cannot be loaded.
+        ArchitectureError: If its attention takes no masks.
     """
+    require_masks(kwargs.get("attn_implementation"))
     source = _embedded_file(str(base)) if str(base) in EMBEDDED else Path(base)
     copied, trust = "", bool(kwargs.setdefault("trust_remote_code", False))  # without a value, transformers would ask
     try:
