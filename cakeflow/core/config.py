@@ -78,14 +78,14 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Unwrap an ``EditError`` from the ``ValueError`` that jsonargparse raises for optional parts."""
+    """Turn the ``ValueError`` that jsonargparse raises for a part into the ``EditError`` behind it, or a new one."""
     try:
         yield
     except ValueError as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, EditError):
             cause = cause.__cause__
-        raise cause or error from None
+        raise cause or ConfigError(f"the configuration cannot be built: {error}") from error
 
 
 def _is_plain(value: object) -> bool:

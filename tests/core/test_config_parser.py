@@ -213,6 +213,7 @@ def test_a_config_builds_no_other_class(config, monkeypatch, tmp_path, part, mod
         {"logger": "cakeflow.editor.default_logger"},
         {"logger": [SHELL]},
         {"callbacks": ["SaveConfigCallback"]},
+        {"callbacks": [{"class_path": "ModelCheckpoint", "dict_kwargs": {"unknown": SHELL}}]},
         {"profiler": SHELL},
         {"strategy": SHELL},
         {"accelerator": {"class_path": "lightning.pytorch.accelerators.CPUAccelerator"}},
