@@ -137,6 +137,10 @@ class ResumeError(EditError, ValueError):
     """A run that cannot be resumed, because its model, data or settings differ."""
 
 
+class ModelChangedError(EditError, RuntimeError):
+    """A model that somebody else changed since its journal did; nothing was done."""
+
+
 class ExportError(EditError, ValueError):
     """An export that cannot be made, that was changed, or that does not belong to the model."""
 

@@ -66,7 +66,7 @@ class Plugin:
 def find_plugins() -> list[Plugin]:
     """Import and check every installed plugin; return them sorted by name."""
     plugins = [_examine(entry) for entry in entry_points(group=GROUP)]
-    ours = {kind.__name__ for base in SLOTS.values() for kind in _subclasses(base) if _is_ours(kind)}
+    ours = {kind.__name__ for base in SLOTS.values() for kind in subclasses(base) if _is_ours(kind)}
     count = Counter([plugin.name for plugin in plugins] + list(ours))
     clash = "another one has the same name; rename one or uninstall its package"
     checked = [replace(each, problem=each.problem or (clash if count[each.name] > 1 else "")) for each in plugins]
@@ -105,9 +105,15 @@ def _examine(entry: EntryPoint) -> Plugin:
     return replace(plugin, slot=slots[0])
 
 
-def _subclasses(base: type) -> set[type]:
+def subclasses(base: type) -> set[type]:
+    """Return all imported subclasses of a class."""
     children: list[type] = base.__subclasses__()
-    return {kind for child in children for kind in {child, *_subclasses(child)}}
+    return {kind for child in children for kind in {child, *subclasses(child)}}
+
+
+def plugin_packages() -> set[str]:
+    """Return the packages of the installed plugins."""
+    return {entry.module.split(".")[0] for entry in entry_points(group=GROUP)}
 
 
 def _is_ours(kind: type) -> bool:

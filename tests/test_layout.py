@@ -13,6 +13,11 @@ ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cakeflow").rglob("*.py"))
 FOLDERS = ("cakeflow", "plugins", "configs", "benchmarks", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+LIBRARY = [
+    path
+    for path in PYTHON
+    if path.relative_to(ROOT).parts[0] in ("cakeflow", "plugins") and "tests" not in path.parts[-3:]
+]
 MAY_HOOK = {"hooks.py", "language.py"}
 METHODS = {"rome", "memit", "pmet", "alphaedit", "blue", "cake", "rect", "prune", "mend", "grace", "emmet", "wise"}
 MOST_EXPORTS = 30
@@ -289,6 +294,20 @@ def exported(path):
 @pytest.mark.parametrize("path", [path for path in CORE if path.name == "__init__.py"], ids=name)
 def test_a_room_exports_what_it_imported_names(path):
     assert set(exported(path)) == {alias for _, alias in imported_names(path)}
+
+
+def test_random_draws_come_from_generators_of_our_own():
+    """A draw from the global generator changes with what other threads draw."""
+    drawing = {"rand", "randn", "randint", "randperm", "multinomial", "bernoulli", "normal", "normal_", "uniform_"}
+    calls = [(path, node) for path in LIBRARY for node in ast.walk(tree(path)) if isinstance(node, ast.Call)]
+    draws = [(path, node) for path, node in calls if getattr(node.func, "attr", "") in drawing]
+    own = [
+        node
+        for _, node in draws
+        if "generator" in {word.arg for word in node.keywords} or "default_rng" in ast.unparse(node)
+    ]
+    assert len(own) > 10
+    assert not [f"{name(path)}:{node.lineno}" for path, node in draws if node not in own]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torchmetrics import KLDivergence
 from torchmetrics.text import Perplexity
 
 from cakeflow.callbacks.periodic import PeriodicCallback
-from cakeflow.data.sources import read_documents
+from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import ConfigError
 from cakeflow.forward.corpus import token_stream
 from cakeflow.forward.packing import logits_bytes, pass_bytes, require_bytes
@@ -34,7 +34,7 @@ class NeutralText(PeriodicCallback):
 
     name = "neutral"
 
-    def __init__(self, source: Any, tokens: int = 4096, window: int = 128, every: int = 1) -> None:
+    def __init__(self, source: Source, tokens: int = 4096, window: int = 128, every: int = 1) -> None:
         super().__init__(every)
         if not 2 <= window <= tokens:
             raise ConfigError(f"window must be between 2 and tokens ({tokens}), got {window}")

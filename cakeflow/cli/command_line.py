@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import ArgumentParser, auto_cli
+from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.logging import RichHandler
@@ -20,6 +21,7 @@ from cakeflow.cli.console import PlainFormatter, say
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipped
+from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
@@ -33,10 +35,14 @@ EXAMPLES = 5
 """Number of generated texts to show before and after an edit."""
 CONFIG_KINDS = ("method", "model", "data")
 """Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
+TRUST_OPTIONS = ("trust_remote_code", "trust_task_code")
+"""Options that let the Python of a model's folder, or of a task file, run; no config can have them."""
 NAMES_HELP = (
     "Shipped configs are chosen by name: --method NAME --model NAME --data NAME, e.g. --method cake --model "
     "smollm2-135m --data builtin. A model may also be a folder, a GGUF file or a hub id; data may be a file, a URL or "
-    "a hub data set. Options of the method: cakeflow fit --model.help."
+    "a hub data set. Options of the method: cakeflow fit --model.help. A config is data: --import NAME imports a "
+    "module of yours whose classes it names, --trust_remote_code runs the Python of the model's folder, and "
+    "--trust_task_code that of lm-eval's task files."
 )
 EPILOG = f"{NAMES_HELP} Further commands, each with --help: {', '.join(COMMANDS)}."
 
@@ -56,10 +62,24 @@ class _Trainer(L.Trainer):
         return super().validate(*args, **kwargs)
 
 
+class _FitParser(PlainArguments, LightningArgumentParser):  # type: ignore[misc]
+    """Parser of ``fit`` and ``evaluate``, whose configs are data."""
+
+
 class EditCLI(LightningCLI):
-    """``cakeflow fit`` and ``cakeflow evaluate``; every argument of module, data and Trainer is an option."""
+    """``cakeflow fit`` and ``cakeflow evaluate``; every argument of module, data and Trainer is an option.
+
+    Args:
+        trusted: Those of ``TRUST_OPTIONS`` that the command has.
+        *args: Arguments of ``LightningCLI``.
+        **kwargs: Further ones.
+    """
 
     result: FitResult | EvaluationResult
+
+    def __init__(self, *args: Any, trusted: Collection[str] = (), **kwargs: Any) -> None:
+        self.trusted = trusted
+        super().__init__(*args, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -79,19 +99,26 @@ class EditCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse options and configs, and turn errors that jsonargparse lets through into ``ConfigError``."""
         try:
-            with warnings.catch_warnings():  # the words are those of the process, with names replaced by options
+            with (
+                only_known_classes(),
+                warnings.catch_warnings(),
+            ):  # the words are those of the process, with names replaced by options
                 warnings.filterwarnings("ignore", message="LightningCLI's args parameter")
                 super().parse_arguments(parser, args)
         except (UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"a config file cannot be read: {error}; check the files given as --config") from error
+        refuse_trust(self.config.get(self.config.subcommand))
 
     def instantiate_classes(self) -> None:
         """Create the module, the data and the Trainer."""
-        with own_errors():
+        self._plain_config = self.config
+        self.config = with_trust(self.config, self.trusted)
+        with own_errors(), only_known_classes():
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Return a Trainer with a progress bar and, unless the user configures a logger, a run folder."""
+        self.config = self._plain_config  # the one that the run folder gets
         config = self._get(self.config_init, "trainer")
         if config.get("logger") in (None, True):
             config["logger"] = default_logger(self._get(self.config_init, "run_dir"))
@@ -120,8 +147,12 @@ class EditCLI(LightningCLI):
         Console().print(metrics_table({"now": result.metrics}, result.protocol))
 
 
-class _CommandParser(ArgumentParser):
+class _CommandParser(ConfigParser):
     """Parser of the plain commands: ``runs`` is a list of words (``compare RUN RUN``), and ``--n`` is also ``-n``."""
+
+    def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
+        """Add the arguments of a command."""
+        return super(PlainArguments, self).add_function_arguments(*args, **kwargs)
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if args == ("runs",):
@@ -129,6 +160,45 @@ class _CommandParser(ArgumentParser):
         if args == ("--n",):
             args = ("-n", "--n")
         return super().add_argument(*args, **kwargs)
+
+
+def with_trust(config: Any, trusted: Collection[str]) -> Any:
+    """Return a config in which these of ``TRUST_OPTIONS`` are switched on wherever they have a place."""
+    if isinstance(config, list):
+        return [with_trust(part, trusted) for part in config]
+    if not isinstance(config, Namespace):
+        return config
+    parts = {name: with_trust(part, trusted) for name, part in vars(config).items()}
+    parts |= {name: True for name in trusted if name in parts}
+    if "trust_remote_code" in trusted and "model_kwargs" in parts:
+        parts["model_kwargs"] = {**(parts["model_kwargs"] or {}), "trust_remote_code": True}
+    return Namespace(parts)  # type: ignore[no-untyped-call]
+
+
+def take_options(words: Sequence[str]) -> tuple[list[str], set[str]]:
+    """Import the modules that ``--import`` names, and return the other words and the trust that they give.
+
+    Raises:
+        ConfigError: If a module cannot be imported.
+    """
+    rest: list[str] = []
+    trusted: set[str] = set()
+    remaining = iter(words)
+    for word in remaining:
+        option, joined, value = word.partition("=")
+        if option == "--import":
+            name = value if joined else next(remaining, "")
+            try:
+                importlib.import_module(name)
+            except Exception as error:  # importing a module of the user's can raise anything
+                raise ConfigError(
+                    f"--import {name}: {type(error).__name__}: {error}; name a module on PYTHONPATH"
+                ) from error
+        elif word.startswith("--") and word[2:] in TRUST_OPTIONS:
+            trusted.add(word[2:])
+        else:
+            rest.append(word)
+    return rest, trusted
 
 
 def expand_names(words: Sequence[str]) -> list[str]:
@@ -192,11 +262,14 @@ def run_command(args: Sequence[str] | None = None) -> Any:
             load_plugins()  # a run folder may hold changes of a plugin's kind
         if words[:1] and words[0] in COMMANDS:
             command = COMMANDS[words[0]]
-            return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
+            with only_known_classes():
+                return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
+        words, trusted = take_options(words)
         cli = EditCLI(
             EditModule,
             EditDataModule,
             subclass_mode_model=True,
+            parser_class=_FitParser,
             trainer_class=_Trainer,
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
@@ -210,6 +283,7 @@ def run_command(args: Sequence[str] | None = None) -> Any:
                 "evaluate": {"epilog": NAMES_HELP},
             },
             args=expand_names(words),
+            trusted=trusted,
         )
     except EditError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)

@@ -9,8 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
+from cakeflow.core.config_parser import ConfigParser, only_known_classes, refuse_trust
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError, EditError
 from cakeflow.plugins import load_plugins
@@ -53,13 +52,17 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     plain = {name: value for name, value in values.items() if _is_plain(value)}
     objects = {name: value for name, value in values.items() if name not in plain}
     load_plugins()  # the parser resolves short names among the imported classes
-    parser = ArgumentParser(exit_on_error=False)
+    parser = ConfigParser(exit_on_error=False)
     parser.add_subclass_arguments(EditModule, "model", required=False)
     parser.set_defaults(MODULE_DEFAULTS)
     parser.add_argument("--config", action="config")
     try:
-        config = parser.parse_args([f"--config={path}" for path in configs])
-        config = parser.parse_object({"model": {"init_args": plain}}, config)
+        with only_known_classes():
+            config = parser.parse_args([f"--config={path}" for path in configs])
+            refuse_trust(config)
+            config = parser.parse_object({"model": {"init_args": plain}}, config)
+    except EditError:
+        raise
     except Exception as error:
         raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {error}") from error
 
@@ -69,20 +72,20 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
             raise ConfigError(f"{kind.__name__} has no argument {unknown[0]!r}; it has {names}")
         return kind(*args, **{**kwargs, **objects})
 
-    with own_errors():
+    with own_errors(), only_known_classes():
         return parser.instantiate(config, instantiators=[(make, EditModule, True)]).model  # type: ignore[no-any-return]
 
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Unwrap an ``EditError`` from the ``ValueError`` that jsonargparse raises for optional parts."""
+    """Turn the ``ValueError`` that jsonargparse raises for a part into the ``EditError`` behind it, or a new one."""
     try:
         yield
     except ValueError as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, EditError):
             cause = cause.__cause__
-        raise cause or error from None
+        raise cause or ConfigError(f"the configuration cannot be built: {error}") from error
 
 
 def _is_plain(value: object) -> bool:

@@ -14,7 +14,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.selection import Conflicts, Order, select
 from cakeflow.data.snippets import with_references
-from cakeflow.data.sources import read_entries
+from cakeflow.data.sources import Source, read_entries
 from cakeflow.errors import ConfigError, listed
 from cakeflow.forward.tokens import EditBatch
 
@@ -48,7 +48,7 @@ class EditDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        source: Any = "builtin",
+        source: Source = "builtin",
         batch_size: int | None = None,
         limit: int | None = None,
         shuffle_seed: int | None = None,

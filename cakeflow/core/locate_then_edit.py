@@ -86,6 +86,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         seed: Seed of the sampled contexts.
         dtype: Type of the weights when ``base`` is a name, as in ``AutoModelForCausalLM.from_pretrained``.
         model_kwargs: Further arguments of that function: ``device_map``, ``max_memory``, ``attn_implementation`` ...
+            Only Python and the command line can have ``trust_remote_code`` there.
         architecture: Module paths, if they cannot be found from the model.
         moments: Known second moments, layer -> C; they replace ``statistics``.
         evaluation: What the model is asked when it is evaluated.
@@ -119,7 +120,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         history: bool = True,
         seed: int = 0,
         dtype: str = "auto",
-        model_kwargs: dict[str, Any] | None = None,
+        model_kwargs: Mapping[str, object] | None = None,
         architecture: Architecture | None = None,
         moments: Mapping[int, Tensor] | None = None,
         evaluation: Evaluation = Evaluation(),

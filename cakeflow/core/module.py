@@ -30,6 +30,7 @@ from cakeflow.evaluation.scoring import check_records
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import EditBatch
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, RunBody
@@ -169,6 +170,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         """Measure the unedited model."""
         if self.trainer.max_epochs != 1:
             raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
+        require_plain_mode("fit")
+        self.journal.memory.check_all()
         self._finished = False
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         with self.journal.reverted():
@@ -193,8 +196,9 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
     @final
     def on_train_end(self) -> None:
-        """Finish a run that was stopped earlier."""
+        """Finish a run that was stopped earlier, and check that nobody else changed the model meanwhile."""
         self._finish_once()
+        self.journal.memory.check_all()
 
     def _finish_once(self) -> None:
         if not self._finished:

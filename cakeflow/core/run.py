@@ -16,6 +16,7 @@ from cakeflow.core.module import EditModule, run_folder
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
 from cakeflow.storage.atomic import pass_on_rights, write_text
@@ -84,9 +85,11 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     there, which takes no search and no solve.
 
     Raises:
-        ConfigError: If the Trainer has finished its epoch already: it would edit nothing.
+        ConfigError: If the Trainer has finished its epoch already: it would edit nothing; or inside ``autocast``.
+        ModelChangedError: If somebody else changed the model since its journal did.
         ResumeError: If the folder holds a run that differs, or a finished one.
     """
+    require_plain_mode("fit")
     if trainer.current_epoch:
         raise ConfigError(
             "this Trainer has finished its epoch and would edit nothing; give a new one, or its arguments"
@@ -94,6 +97,8 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     for record in (module.timings, module.peaks, module.metrics_at):
         record.clear()
     data.evaluate = evaluate
+    module.setup()
+    module.journal.memory.check_all(record=False)  # a Trainer's precision may cast an unedited model
     data.attach(module, edit=True, evaluate=evaluate)
     module.obey(trainer.callbacks)  # type: ignore[attr-defined]
     folder = run_folder(trainer)

@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from einops import rearrange
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from cakeflow.data.sources import read_documents
+from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import StatisticsError, require_positive
 from cakeflow.forward.corpus import sampled_corpus, token_stream
 from cakeflow.models.architecture import Site
@@ -52,7 +51,7 @@ class Statistics:
         seed: Seed of the sampled corpus.
     """
 
-    source: Any = None
+    source: Source | None = None
     tokens: int = 100_000
     window: int = 512
     cov_weight: float = 15_000.0

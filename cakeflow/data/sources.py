@@ -16,6 +16,9 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, Fault, RequestError
 
+Source = str | Path | Mapping[str, object] | Iterable[object]
+"""Type of a source: a name, or entries in memory; see ``read_requests``."""
+
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE_NAME = re.compile(r".*\.(arrow|(jsonl?|txt)(\.gz)?)")
 _HUB_TIMEOUT = 10.0

@@ -42,11 +42,13 @@ def export(journal: Journal, folder: str | Path, format: Format = "model", *, ov
         ExportError: If no weight differs from the base (``delta``, ``lora``), a change has full rank (``lora``), or the
             format cannot hold the kind of changes that were made.
         PolicyError: If a run was stopped before its policy judged it.
+        ModelChangedError: If somebody else changed the model since its journal did.
     """
     if format not in FORMATS:
         raise ConfigError(f"format = {format!r}: expected {', '.join(FORMATS)}")
     place = require_place(folder, overwrite=overwrite)
     journal.policies.require_judged()
+    journal.memory.check_all(record=False)
     _require_fit(journal, format)
     manifest = Manifest.of(journal, format)
     if format in ("delta", "lora") and not manifest.weights:

@@ -112,6 +112,7 @@ class WeightChange(Change):
     update: Update
     keys: Float[Tensor, "n d_in"] = field(default_factory=lambda: torch.empty(0, 0))
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def apply(self, model: EditableModel) -> None:
         """Add the update, some rows at a time, with one rounding per entry."""

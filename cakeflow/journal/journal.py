@@ -15,6 +15,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import Entry
+from cakeflow.journal.model_state import ModelState
 from cakeflow.journal.policy import Policies
 from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
@@ -38,6 +39,7 @@ class Journal(Sequence[EditStep]):
         originals: Place -> its content before any edit, as ``Change.read`` returned it.
         store: The journal's folder on disk, if it has one.
         pending: The batch that is being made, if there is one.
+        memory: Hashes of the model in memory.
         policies: The policies that it obeys.
 
     Args:
@@ -52,6 +54,7 @@ class Journal(Sequence[EditStep]):
         self.store: JournalStore | None = None
         self.pending: EditStep | None = None
         self._first: dict[str, Change] = {}  # reads and restores its place
+        self.memory = ModelState(model, self._first)
         self._history: dict[str, KeyHistory] = {}
         self._count = 0
 
@@ -97,8 +100,10 @@ class Journal(Sequence[EditStep]):
     def batch(self, requests: Sequence[EditRequest]) -> Iterator[EditStep]:
         """Make a batch: it is committed as a whole when the body ends, and undone as a whole if the body raises.
 
-        When this returns, the batch is on disk if the journal has a folder. ``PolicyError``: a policy forbids it.
+        When this returns, the batch is on disk if the journal has a folder. ``memory.require_ready`` comes first.
+        ``PolicyError``: a policy forbids it.
         """
+        self.memory.require_ready("a batch", busy=self.pending is not None)
         self.policies.require(requests)
         step, known = EditStep(tuple(requests)), set(self.originals)
         self.pending = step
@@ -137,7 +142,9 @@ class Journal(Sequence[EditStep]):
             NumericalError: If the place does not hold finite numbers afterwards.
         """
         self._touch(change)
-        step.before.setdefault(change.place, change.hash(self.model))
+        if change.place not in step.before:
+            self.memory.check([change.place])
+            step.before[change.place] = change.hash(self.model)
         step.changes.append(AppliedChange(change, numbers))
         sys.audit("cakeflow.journal", f"change {change.place}")
         change.apply(self.model)
@@ -172,7 +179,9 @@ class Journal(Sequence[EditStep]):
 
         Raises:
             ConfigError: If there is no such batch, or both are given.
+            ModelChangedError: If the model is not as the journal left it.
         """
+        self.memory.require_ready("a rollback", busy=self.pending is not None, everything=True)
         if batch is not None and (steps is not None or batch not in [step.number for step in self.steps]):
             numbers = ", ".join(str(step.number) for step in self.steps) or "none"
             raise ConfigError(f"no single batch {batch} to take back; there are {numbers}")
@@ -203,7 +212,8 @@ class Journal(Sequence[EditStep]):
         edited = {place: first.read(self.model) for place, first in self._first.items()}
         try:
             self._put(self.originals)
-            yield
+            with self.memory.reverting():
+                yield
         finally:
             self._put(edited)
 
@@ -277,6 +287,7 @@ class Journal(Sequence[EditStep]):
             LedgerError: If the ledger is broken, or there is none.
             PolicyError: If a policy forbids it.
         """
+        self.memory.require_ready("loading", busy=self.pending is not None, everything=True)
         if self.steps:
             raise ResumeError(f"{len(self.steps)} batches were edited already; load into the unedited model")
         store = self.store_at(folder)
@@ -341,6 +352,7 @@ class Journal(Sequence[EditStep]):
         step.number = self._count
         self._count += 1
         self.steps.append(step)
+        self.memory.record(step.after)
 
     def _undo(self, step: EditStep, known: set[str]) -> None:
         """Undo what an uncommitted batch has done so far."""
@@ -366,6 +378,7 @@ class Journal(Sequence[EditStep]):
                 self._undo(step, known)
             raise
         self.steps.append(step)
+        self.memory.record(step.after)
         self._count = max(self._count, step.number + 1)
 
     def _check(self, hashes: Mapping[str, str], label: str) -> None:
@@ -384,6 +397,7 @@ class Journal(Sequence[EditStep]):
         """Have the state after these steps; it differs from the present one in ``places``."""
         self.steps = list(steps)
         self._restore(places, self.steps, rehash=rehash)
+        self.memory.record({place: self.hash(place) for place in places if place in self._first})
         self._history.clear()
         for step in self.steps:
             self._remember(step)

@@ -23,6 +23,7 @@ from cakeflow.errors import ConfigError, LedgerError, PolicyError, RequestError,
 from cakeflow.journal.ledger import Entry, bodies
 from cakeflow.journal.schema import SHA256, BatchBody, EvaluationBody, PolicyBody, RollbackBody, first_fault
 from cakeflow.journal.steps import request_hash
+from cakeflow.storage.yaml_text import read_yaml
 
 if TYPE_CHECKING:
     from cakeflow.journal.journal import Journal
@@ -111,7 +112,7 @@ class Policy(BaseModel):
             ConfigError: If it is missing, no YAML, or has unknown rules.
         """
         try:
-            rules = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            rules = read_yaml(Path(path).read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
             raise ConfigError(f"policy {str(path)!r} cannot be read: {error}") from error
         if not isinstance(rules, dict):

@@ -20,6 +20,19 @@ INCIDENTAL = ("transformers_version", "dtype", "architectures", "_name_or_path")
 """Entries of a config that do not decide what a model computes: a library's version, what saving writes in."""
 
 
+def require_masks(attention: object) -> None:
+    """Check that an attention implementation takes explicit masks; no other is loaded, as it may come from the hub.
+
+    Raises:
+        ArchitectureError: If it does not.
+    """
+    if attention not in (None, "sdpa", "eager"):
+        raise ArchitectureError(
+            f"attention implementation {attention!r} takes no explicit mask; "
+            "load the model with attn_implementation='sdpa'"
+        )
+
+
 @dataclass(frozen=True)
 class LanguageModel(EditableModel):
     """A Hugging Face causal language model to edit.
@@ -47,12 +60,7 @@ class LanguageModel(EditableModel):
         """
         if not tokenizer.is_fast:
             raise ArchitectureError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
-        implementation = model.config._attn_implementation
-        if implementation not in (None, "sdpa", "eager"):
-            raise ArchitectureError(
-                f"attention implementation {implementation!r} takes no explicit mask; "
-                "load the model with attn_implementation='sdpa'"
-            )
+        require_masks(model.config._attn_implementation)
         wrapped = cls(model, tokenizer, architecture or find_architecture(model))
         for role in ("block", "mlp_out", "attn_out"):
             wrapped.module(Site(0, role))

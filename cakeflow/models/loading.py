@@ -12,7 +12,7 @@ from transformers.utils import logging as hf_logging
 
 from cakeflow.errors import ConfigError, listed
 from cakeflow.models.architecture import Architecture
-from cakeflow.models.language import LanguageModel
+from cakeflow.models.language import LanguageModel, require_masks
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.hashing import file_hash
 
@@ -29,16 +29,19 @@ def load_model(
         base: An embedded name (``smollm2-135m``), a ``.gguf`` file, a folder or a hub id.
         dtype: As in ``AutoModelForCausalLM.from_pretrained``.
         architecture: Module paths, if they cannot be derived from the module tree.
-        kwargs: Further arguments of ``AutoModelForCausalLM.from_pretrained``.
+        kwargs: Further arguments of ``AutoModelForCausalLM.from_pretrained``. The Python of a model's folder runs only
+            with ``trust_remote_code=True``.
 
     Returns:
         The model, ready to edit.
 
     Raises:
         ConfigError: If there is no such model, or it cannot be loaded.
+        ArchitectureError: If its attention takes no masks.
     """
+    require_masks(kwargs.get("attn_implementation"))
     source = _embedded_file(str(base)) if str(base) in EMBEDDED else Path(base)
-    copied = ""
+    copied, trust = "", bool(kwargs.setdefault("trust_remote_code", False))  # without a value, transformers would ask
     try:
         if source.suffix == ".gguf" and source.is_file():
             source = _converted(source)
@@ -48,7 +51,7 @@ def load_model(
         model, info = loaded
         if absent := sorted(info["missing_keys"]):  # transformers only warns of them
             raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
     except ConfigError:  # a cache that cannot be written is no fault of the model
         raise
     except Exception as error:  # the libraries raise errors of many types for damaged or foreign files

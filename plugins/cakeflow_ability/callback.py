@@ -24,6 +24,8 @@ class GeneralAbility(PeriodicCallback):
         tasks: Names of the tasks.
         every: Batches between evaluations.
         limit: Items of each task, from its start; None takes all.
+        trust_task_code: Whether task files may be used, whose Python and templates lm-eval runs. No config can have
+            this, only Python and the command line (``--trust_task_code``).
 
     Raises:
         ConfigError: For the reasons of ``general_ability``; all files are read before a model is loaded or edited.
@@ -37,9 +39,10 @@ class GeneralAbility(PeriodicCallback):
         tasks: Sequence[str] = TASKS,
         every: int = 5,
         limit: int | None = 100,
+        trust_task_code: bool = False,
     ) -> None:
         super().__init__(every)
-        self.limit, self._tasks = limit, load_tasks(data, tasks, limit)
+        self.limit, self._tasks = limit, load_tasks(data, tasks, limit, trust_task_code=trust_task_code)
 
     def measure(self, module: LocateThenEdit) -> dict[str, float]:
         """Score the model on the tasks and log their accuracies."""

@@ -40,7 +40,12 @@ Numbers = npt.NDArray[np.float64]
 
 
 def general_ability(
-    lm: LanguageModel, data: str | Path | None = None, tasks: Sequence[str] = TASKS, limit: int | None = 100
+    lm: LanguageModel,
+    data: str | Path | None = None,
+    tasks: Sequence[str] = TASKS,
+    limit: int | None = 100,
+    *,
+    trust_task_code: bool = False,
 ) -> dict[str, float]:
     """Score a model on language tasks, zero-shot, by the likelihood of each answer.
 
@@ -51,6 +56,7 @@ def general_ability(
         tasks: Names from ``TASKS``; any other is a task or group of lm-eval, whose data comes from the hub, or a task
             file in its format.
         limit: Items of each task, from its start; None takes all.
+        trust_task_code: Whether task files may be used, whose Python and templates lm-eval runs.
 
     Returns:
         For each local task ``{task}/acc``, ``{task}/f1`` (mean over classes, weighted by their items) and
@@ -62,10 +68,13 @@ def general_ability(
         ConfigError: If lm-eval is not installed, a task is unknown or cannot be loaded, or a file is missing, empty or
             has faulty lines (all are named).
     """
-    return score_tasks(lm, load_tasks(data, tasks, limit), limit)
+    loaded = load_tasks(data, tasks, limit, trust_task_code=trust_task_code)
+    return score_tasks(lm, loaded, limit)
 
 
-def load_tasks(data: str | Path | None, tasks: Sequence[str], limit: int | None = 100) -> dict[str, Any]:
+def load_tasks(
+    data: str | Path | None, tasks: Sequence[str], limit: int | None = 100, *, trust_task_code: bool = False
+) -> dict[str, Any]:
     """Read and check the items of tasks, as lm-eval's ``evaluate`` takes them; see ``general_ability``."""
     if not tasks or (limit is not None and limit < 1):
         raise ConfigError(f"name at least one task and a limit of at least 1, got tasks={tasks!r}, limit={limit}")
@@ -77,6 +86,13 @@ def load_tasks(data: str | Path | None, tasks: Sequence[str], limit: int | None 
     loaded: dict[str, Any] = {"tasks": {}, "groups": {}}
     with _quiet():
         manager = TaskManager(include_defaults=not local.issuperset(tasks))
+        own_names = {*local, *(() if trust_task_code else manager.all_tasks)}
+        if not trust_task_code and (unknown := [name for name in tasks if name not in own_names]):
+            raise ConfigError(
+                f"task {unknown[0]!r} is none of {', '.join(TASKS)}, which need data=FOLDER, nor one of lm-eval's own; "
+                "a task file may bring Python and templates, which lm-eval runs: if you trust it, say "
+                "--trust_task_code on the command line, or trust_task_code=True in Python"
+            )
         for name in tasks:
             if name in local:
                 entry = manager.load([_local_task(name, Path(str(data)), limit)])

@@ -1,11 +1,12 @@
 """Loading models by name, folder or file."""
 
+import json
 import time
 
 import pytest
 import torch
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.models.loading import load_model
 from cakeflow.storage.cache import cache_folder
 
@@ -44,3 +45,21 @@ def test_embedded_model_loads_and_loads_again_from_the_cache(smollm2):
     assert (second.depth, second.dtype) == (30, torch.float32)
     ids = second.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert second.tokenizer.decode(second.model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_attention_without_masks_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", None)
+    with pytest.raises(ArchitectureError, match=r"'org/kernel' takes no explicit mask"):
+        load_model("anything", attn_implementation="org/kernel")
+
+
+def test_python_in_a_models_folder_runs_only_when_it_is_trusted(tiny, tmp_path):
+    tiny.model.save_pretrained(tmp_path / "own")
+    tiny.tokenizer.save_pretrained(tmp_path / "own")
+    config = json.loads((tmp_path / "own" / "config.json").read_text())
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    (tmp_path / "own" / "config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "own"}))
+    (tmp_path / "own" / "modeling_own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    with pytest.raises(ConfigError, match="trust_remote_code"):
+        load_model(tmp_path / "own")
+    assert not (tmp_path / "ran").exists()

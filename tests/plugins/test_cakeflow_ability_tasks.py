@@ -30,6 +30,7 @@ from lm_eval.tasks import TaskManager
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tasks import FILES, write, write_all
 
+from cakeflow.cli.command_line import run_command
 from cakeflow.errors import ConfigError
 from cakeflow.forward.generation import continuations
 from cakeflow.models.architecture import Site
@@ -291,6 +292,27 @@ def test_a_task_file_of_lm_evals_own_kind(lm, tmp_path):
     (tmp_path / "echo.yaml").write_text(yaml.safe_dump(task))
     found = score_tasks(lm, load_other(TaskManager(include_defaults=False), str(tmp_path / "echo.yaml")))
     assert found == {"echo/exact_match_plain": 0.5, "echo/exact_match_plain_stderr": 0.5}
+
+
+def test_a_task_file_is_refused_unless_it_is_trusted(data, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\ndef text(_): return 'Ann'\n")
+    (tmp_path / "own.yaml").write_text("task: own\ndataset_path: json\ndoc_to_text: !function own.text\n")
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", lambda **_: TaskManager(include_defaults=False))
+    with pytest.raises(
+        ConfigError, match="say --trust_task_code on the command line, or trust_task_code=True in Python"
+    ):
+        GeneralAbility(data, ["cola", str(tmp_path / "own.yaml")])
+    assert not (tmp_path / "ran").exists()
+    with pytest.raises(ConfigError, match="cannot be loaded by lm-eval"):  # trusted, it is run, and has no data
+        GeneralAbility(data, [str(tmp_path / "own.yaml")], trust_task_code=True)
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_config_cannot_trust_a_task_file(tmp_path):
+    callback = "{class_path: GeneralAbility, init_args: {tasks: [own.yaml], trust_task_code: true}}"
+    (tmp_path / "run.yaml").write_text(f"{{model: {{layers: [1]}}, trainer: {{callbacks: [{callback}]}}}}")
+    with pytest.raises(SystemExit):
+        run_command(["fit", f"--config={tmp_path / 'run.yaml'}"])
 
 
 def test_without_lm_eval_the_extra_is_named(data, monkeypatch):
