@@ -14,6 +14,7 @@ import lightning as L
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from cakeflow.core.callback import EditCallback
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.journal.schema import PolicyBody, first_fault
@@ -122,7 +123,7 @@ class Policy(BaseModel):
                 yield f"{name} {change}, may fall by at most {self.max_drop[name]:.4g}"
 
 
-class PolicyGuard(L.Callback):
+class PolicyGuard(EditCallback):
     """Enforces a policy: refuses a run that it forbids, and rolls back one whose outcome breaks it.
 
     The decision becomes an entry of the run's ledger.
@@ -138,6 +139,10 @@ class PolicyGuard(L.Callback):
     def __init__(self, policy: Policy | str) -> None:
         self.policy = policy if isinstance(policy, Policy) else Policy.read(policy)
         self._first = 0
+
+    def inputs(self) -> dict[str, str]:
+        """The hash of the rules."""
+        return {"policy": self.policy.hash}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run before its model is measured."""

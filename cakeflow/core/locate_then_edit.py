@@ -26,8 +26,9 @@ from cakeflow.core.contracts import (
     naming,
     solved,
 )
+from cakeflow.core.identity import described
 from cakeflow.core.memory import Footprint
-from cakeflow.core.module import EditModule, described
+from cakeflow.core.module import EditModule
 from cakeflow.core.statistics import Statistics
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
@@ -50,6 +51,8 @@ from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.problem import LayerProblem, Update
+from cakeflow.storage.cache import content_key
+from cakeflow.storage.hashing import tensor_hash
 from cakeflow.targets.base import Targets, TargetSearch
 from cakeflow.targets.gradient import GradientSearch
 from cakeflow.tracing.window import locate
@@ -58,7 +61,7 @@ from cakeflow.weighters.static import Uniform
 
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
-    "evaluation",
+    "evaluation", "memory_budget", "max_relative_update",
 )  # fmt: skip
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
@@ -149,6 +152,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.covariances: dict[int, Covariance] = {
             layer: statistics.covariance(moment) for layer, moment in (moments or {}).items()
         }
+        self.memory_budget = memory_budget
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
         self.max_relative_update = max_relative_update
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
@@ -202,8 +206,21 @@ class LocateThenEdit(EditModule[TextBatch]):
         with self.phase("statistics"):
             missing = [Site(layer, self.site) for layer in self.layers if layer not in self.covariances]
             if missing:
-                collected = self.statistics.collect(self.lm, missing, max_bytes=self.max_bytes)
+                windows = self.statistics.windows(self.lm, max(map(self.lm.key_width, missing)))
+                collected = self.statistics.collect(self.lm, missing, max_bytes=self.max_bytes, windows=windows)
                 self.covariances |= {site.layer: covariance for site, covariance in collected.items()}
+                self.inputs["corpus"] = tensor_hash(windows)
+            self.inputs |= self._inputs()
+
+    def _inputs(self) -> dict[str, str]:
+        """Name -> SHA-256 of the contexts, the layers with what was measured of them, and their second moments."""
+        contexts = () if self.contexts is None else self.contexts.groups
+        moments = {f"moment/{layer}": tensor_hash(self.covariances[layer].moment) for layer in self.layers}
+        return {
+            "contexts": content_key(contexts),
+            "weighter": content_key(self.layers, described(self.weighter)),
+            **moments,
+        }
 
     @property
     def writes_blocks(self) -> bool:

@@ -97,7 +97,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     data.attach(module, edit=True, evaluate=evaluate)
     folder = run_folder(trainer)
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
-        module.open_journal(folder, data)
+        module.open_journal(folder, data, trainer)
     before: dict[str, float] = {}
     if evaluate:
         before = run_evaluate(trainer, module, data, "before").metrics

@@ -37,13 +37,16 @@ class Journal(Sequence[EditStep]):
         originals: Place -> its content before any edit, as ``Change.read`` returned it.
         store: The journal's folder on disk, if it has one.
         pending: The batch that is being made, if there is one.
+        inputs: Name -> SHA-256 of what batches are solved with from now on (``EditStep.inputs``).
 
     Args:
         model: The model.
+        texts: Whether the texts of requests are stored in folders; their hashes always are.
     """
 
-    def __init__(self, model: EditableModel) -> None:
-        self.model = model
+    def __init__(self, model: EditableModel, *, texts: bool = True) -> None:
+        self.model, self.texts = model, texts
+        self.inputs: dict[str, str] = {}
         self.steps: list[EditStep] = []
         self.originals: dict[str, Any] = {}
         self.store: JournalStore | None = None
@@ -96,7 +99,7 @@ class Journal(Sequence[EditStep]):
 
         When this returns, the batch is on disk if the journal has a folder.
         """
-        step, known = EditStep(tuple(requests)), set(self.originals)
+        step, known = EditStep(tuple(requests), inputs=dict(self.inputs)), set(self.originals)
         self.pending = step
         try:
             yield step
@@ -148,9 +151,9 @@ class Journal(Sequence[EditStep]):
         """Repeat the next batch of the interrupted run in the journal's folder, if it goes on with one.
 
         Raises:
-            ResumeError: If that batch has other requests, or does not lead to the recorded weights.
+            ResumeError: If that batch has other requests or inputs, or does not lead to the recorded weights.
         """
-        step = self.store.next_step(tuple(map(request_hash, requests))) if self.store else None
+        step = self.store.next_step(tuple(map(request_hash, requests)), self.inputs) if self.store else None
         if step is not None:
             self._replay(step)
         return step
@@ -280,9 +283,11 @@ class Journal(Sequence[EditStep]):
             raise
         self.store = store
 
-    def store_at(self, folder: Path, *, texts: bool = True) -> JournalStore:
+    def store_at(self, folder: Path) -> JournalStore:
         """A folder for this journal; by a layer's number, format 1 meant the down projection of its MLP."""
-        return JournalStore(folder, texts=texts, place=lambda layer: self.model.weight_name(Site(layer, "mlp_out")))
+        return JournalStore(
+            folder, texts=self.texts, place=lambda layer: self.model.weight_name(Site(layer, "mlp_out"))
+        )
 
     def _repeat(self, store: JournalStore, entry: Entry) -> None:
         if isinstance(entry.body, BatchBody):

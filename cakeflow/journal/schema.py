@@ -128,10 +128,28 @@ class ModelBody(Schema):
 
 
 class Circumstances(Schema):
-    """User and machine, versions of packages, and number of threads; they may differ when a run is resumed."""
+    """User and machine, versions of packages, and number of threads."""
 
     who: str
     versions: dict[str, str]
+    threads: int
+
+
+class Arithmetic(Schema):
+    """What decides the last bits of a run's weights beside model, data and settings.
+
+    Attributes:
+        device: Type of the device.
+        precision: The Trainer's precision.
+        attention: The model's implementation of attention.
+        products: PyTorch's precision of float32 matrix products.
+        threads: Number of threads.
+    """
+
+    device: str
+    precision: str
+    attention: str
+    products: str
     threads: int
 
 
@@ -144,6 +162,7 @@ class RunBody(Circumstances):
         edits: Number of requests in the run.
         batch_size: Number of edits in a batch; None for one batch.
         data: SHA-256 of all requests.
+        arithmetic: How it is computed; None in format 1.
         format: Format of the entries that follow.
     """
 
@@ -152,6 +171,7 @@ class RunBody(Circumstances):
     edits: int
     batch_size: int | None
     data: str
+    arithmetic: Arithmetic | None = None
     format: Literal[1, 2] = 1
 
 
@@ -204,6 +224,8 @@ class BatchBody(Schema):
         targets: Results of the target search, per value site and request.
         numbers: Logged numbers of the batch.
         changes: The changes, in order.
+        inputs: Name -> SHA-256 of everything that the batch was solved with beside requests and settings: second
+            moments, corpus, contexts, policy.
     """
 
     batch: int
@@ -213,6 +235,7 @@ class BatchBody(Schema):
     targets: list[TargetBody]
     numbers: dict[str, Number]
     changes: list[ChangeBody]
+    inputs: dict[str, SHA256] = {}
 
 
 class RollbackBody(Circumstances):
