@@ -17,7 +17,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from cakeflow.core.callback import EditCallback
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, PolicyError
-from cakeflow.journal.schema import PolicyBody, first_fault
+from cakeflow.journal.schema import PolicyBody
+from cakeflow.storage.typed import first_fault
 
 log = logging.getLogger(__name__)
 

@@ -15,7 +15,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import Entry
-from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
+from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
 from cakeflow.journal.store import JournalStore
 from cakeflow.models.architecture import Site
@@ -215,7 +215,7 @@ class Journal(Sequence[EditStep]):
     def base(self) -> ModelBody:
         """Hash and type of the unedited model."""
         with self.reverted():
-            return ModelBody(fingerprint=self.model.fingerprint(), dtype=str(self.model.dtype))
+            return ModelBody(fingerprint=self.model.fingerprint(), dtype=str(self.model.dtype), format=FORMAT)
 
     def open(self, store: JournalStore, run: RunBody) -> None:
         """Store every batch in a folder from now on; an interrupted run of the same experiment there goes on.

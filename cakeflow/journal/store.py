@@ -9,8 +9,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cakeflow.data.schemas import parse_requests
@@ -18,10 +16,12 @@ from cakeflow.errors import LedgerError, RequestError, ResumeError
 from cakeflow.journal.changes import kind_of
 from cakeflow.journal.ledger import Entry, Ledger
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.schema import BatchBody, ChangeBody, Circumstances, ModelBody, RollbackBody, RunBody, Schema
+from cakeflow.journal.schema import BatchBody, ChangeBody, Circumstances, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.steps import AppliedChange, EditStep
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.hashing import file_hash
+from cakeflow.storage.tensors import read_tensors
+from cakeflow.storage.typed import Schema
 
 LEDGER = "ledger.jsonl"
 INCIDENTAL = ("earlier", "format", *Circumstances.model_fields)
@@ -157,7 +157,7 @@ class JournalStore:
             return _step(body, tensors)
         except LedgerError:  # a ValueError too, with a remedy of its own: the kind of a change is not known
             raise
-        except (KeyError, ValueError, RequestError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, RequestError) as error:
             raise LedgerError(
                 f"{self._where(entry)}: the batch does not fit its file ({error}); {FROM_A_COPY}"
             ) from error
@@ -185,12 +185,7 @@ class JournalStore:
             raise LedgerError(f"{where}: {name!r} is not a file name; a ledger may not name files outside its folder")
         if not path.is_file():
             raise LedgerError(f"{where}: {name} is missing; {FROM_A_COPY}")
-        if file_hash(path) != files.get(name):
-            raise LedgerError(f"{where}: {name} was changed after it was written; {FROM_A_COPY}")
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise LedgerError(f"{where}: {name} holds no tensors: {error}; {FROM_A_COPY}") from error
+        return read_tensors(path, f"{where}: {name}", LedgerError, FROM_A_COPY, files.get(name, "")).tensors
 
     def _where(self, entry: Entry) -> str:
         return f"{self.folder / LEDGER}, entry {entry.number}"

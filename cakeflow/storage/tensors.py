@@ -24,15 +24,15 @@ class TensorFile:
     Attributes:
         tensors: The tensors by name, on the CPU.
         metadata: The texts beside them.
-        hash: SHA-256 of the bytes that were read.
     """
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str]
-    hash: str
 
 
-def read_tensors(path: Path, where: str, error: type[EditError], remedy: str) -> TensorFile:
+def read_tensors(
+    path: Path, where: str, error: type[EditError], remedy: str, expected: str | None = None
+) -> TensorFile:
     """Read a safetensors file whole, not mapped: a file that is changed later changes nothing here.
 
     Args:
@@ -40,17 +40,25 @@ def read_tensors(path: Path, where: str, error: type[EditError], remedy: str) ->
         where: The file and who names it, for the message.
         error: Type of the error to raise.
         remedy: Advice at the end of the message.
+        expected: SHA-256 that the bytes which are read must have.
 
     Raises:
-        EditError: ``error``, if the file cannot be read or holds no tensors.
+        EditError: ``error``, if the file cannot be read, was changed or holds no tensors.
     """
     try:
         data = path.read_bytes()
+    except FileNotFoundError as fault:
+        raise error(f"{where} is missing; {remedy}") from fault
+    except OSError as fault:
+        raise error(f"{where} cannot be read: {fault}; {remedy}") from fault
+    if expected is not None and hashlib.sha256(data).hexdigest() != expected:
+        raise error(f"{where} was changed after it was written; {remedy}")
+    try:
         tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (OSError, SafetensorError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as fault:
+    except (SafetensorError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as fault:
         raise error(f"{where} holds no tensors: {fault}; {remedy}") from fault
-    return TensorFile(tensors, dict(header.get("__metadata__") or {}), hashlib.sha256(data).hexdigest())
+    return TensorFile(tensors, dict(header.get("__metadata__") or {}))
 
 
 def hashes_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -23,10 +23,9 @@ def read(path):
     return read_tensors(path, f"{path.name} of mine", StatisticsError, "make it again")
 
 
-def test_tensors_metadata_and_hash_are_those_of_the_file(path):
-    file = read(path)
+def test_tensors_and_metadata_are_those_of_the_file(path):
+    file = read_tensors(path, "", StatisticsError, "", hashlib.sha256(path.read_bytes()).hexdigest())
     assert file.metadata["note"] == "x"
-    assert file.hash == hashlib.sha256(path.read_bytes()).hexdigest()
     assert all(torch.equal(file.tensors[name], tensor) for name, tensor in TENSORS.items())
     assert fault_in(file, {"a": (2, 3), "b": ()}) == ""
 
@@ -69,9 +68,16 @@ def test_forged_files_are_named(tmp_path, name):
         read(path)
 
 
+def test_a_file_with_another_hash_is_named(path):
+    with pytest.raises(StatisticsError, match="it was changed after it was written; look"):
+        read_tensors(path, "it", StatisticsError, "look", "0" * 64)
+
+
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(StatisticsError, match="absent of mine"):
+    with pytest.raises(StatisticsError, match="absent of mine is missing; make it again"):
         read(tmp_path / "absent")
+    with pytest.raises(StatisticsError, match=r"of mine cannot be read: .*; make it again"):
+        read(tmp_path)
 
 
 def test_faults_are_named(path):
