@@ -19,6 +19,7 @@ from torchmetrics import Metric
 from typing_extensions import TypeVar
 
 from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.core.folder import is_finished, require_run_folder, run_folder
 from cakeflow.core.identity import arithmetic
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
@@ -146,7 +147,14 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     # ---- Lightning's hooks, in the order in which they run ----
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every Trainer gets ``RestoreState``, once."""
+        """Every Trainer gets ``RestoreState``, once. Loggers begin after it, so the run folder is checked here."""
+        if (folder := run_folder(self.trainer)) is not None:
+            require_run_folder(folder)
+            if not self.trainer.training and is_finished(folder):
+                self.trainer.loggers = []
+                warnings.warn(
+                    f"{folder} holds a finished run, which stays as it is: nothing is logged there", stacklevel=2
+                )
         return [] if any(isinstance(each, RestoreState) for each in self.trainer.callbacks) else [RestoreState()]  # type: ignore[attr-defined]
 
     @final
@@ -285,8 +293,10 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             trainer: The run's Trainer.
 
         Raises:
+            ConfigError: If the folder holds files that are none of a run.
             ResumeError: If the folder holds a run that differs, or a finished one.
         """
+        require_run_folder(folder)
         requests: Sequence[EditRequest] = data.requests if data else ()
         run = RunBody(
             model=self.name,
@@ -299,11 +309,6 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             **circumstances().to_dict(),
         )
         self.journal.open(self.journal.store_at(folder / "journal"), run)
-
-
-def run_folder(trainer: L.Trainer) -> Path | None:
-    """The folder of a Trainer's logger, where it has one: the run folder."""
-    return Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
 
 
 @contextmanager

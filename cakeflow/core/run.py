@@ -12,7 +12,8 @@ from pathlib import Path
 import lightning as L
 
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.module import EditModule, run_folder
+from cakeflow.core.folder import run_folder
+from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
 from cakeflow.journal.journal import Journal
