@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -11,9 +11,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from cakeflow.data.contexts import Contexts
 from cakeflow.journal.schema import Arithmetic
 from cakeflow.models.base import EditableModel
+from cakeflow.solvers.covariance import Covariance
+from cakeflow.storage.cache import content_key
 from cakeflow.storage.hashing import tensor_hash
+from cakeflow.weighters.base import Weighter
 
 
 def arithmetic(lm: EditableModel, trainer: L.Trainer) -> Arithmetic:
@@ -26,6 +30,17 @@ def arithmetic(lm: EditableModel, trainer: L.Trainer) -> Arithmetic:
         products=torch.get_float32_matmul_precision(),
         threads=torch.get_num_threads(),
     )
+
+
+def inputs_of(
+    contexts: Contexts | None, layers: Sequence[int], weighter: Weighter, covariances: Mapping[int, Covariance]
+) -> dict[str, str]:
+    """Name -> SHA-256 of the contexts, the layers with what was measured of them, and their second moments."""
+    return {
+        "contexts": content_key(() if contexts is None else contexts.groups),
+        "weighter": content_key(list(layers), described(weighter)),
+        **{f"moment/{layer}": tensor_hash(covariances[layer].moment) for layer in layers},
+    }
 
 
 def described(value: object) -> Any:
