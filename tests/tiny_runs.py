@@ -6,6 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 
 from cakeflow import Contexts, Editor, GradientSearch, LeastSquares, LocateThenEdit, NullSpace
@@ -67,3 +68,14 @@ def content(folder: Path) -> dict[str, str]:
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
+
+
+class StopAfter(L.Callback):
+    """Ends a run as an interrupt would, after so many batches."""
+
+    def __init__(self, batches, error=KeyboardInterrupt):
+        self.batches, self.error = batches, error
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == self.batches:
+            raise self.error

@@ -6,11 +6,12 @@ from typing import Any
 
 import lightning as L
 
+from cakeflow.core.callback import EditCallback
 from cakeflow.errors import PolicyError, with_faults
 from cakeflow.journal.policy import BROKEN, HELD, Policy
 
 
-class PolicyGuard(L.Callback):
+class PolicyGuard(EditCallback):
     """Enforces a policy: refuses a run that it forbids, and rolls back one whose outcome breaks it.
 
     From then on the model's journal obeys the policy before every batch, whoever makes it. Every decision becomes an
@@ -27,6 +28,10 @@ class PolicyGuard(L.Callback):
     def __init__(self, policy: Policy | str) -> None:
         self.policy = policy if isinstance(policy, Policy) else Policy.read(policy)
         self._first = 0
+
+    def inputs(self) -> dict[str, str]:
+        """The hash of the rules."""
+        return {"policy": self.policy.hash}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run before its model is measured."""

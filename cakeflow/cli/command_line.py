@@ -23,6 +23,7 @@ from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipped
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.folder import run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
@@ -64,6 +65,15 @@ class _Trainer(L.Trainer):
 
 class _FitParser(PlainArguments, LightningArgumentParser):  # type: ignore[misc]
     """Parser of ``fit`` and ``evaluate``, whose configs are data."""
+
+
+class _SaveConfig(SaveConfigCallback):
+    """Writes the config into the run folder; without one it would go to the working directory."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Write it when a run begins."""
+        if run_folder(trainer) is not None:
+            super().setup(trainer, pl_module, stage)
 
 
 class EditCLI(LightningCLI):
@@ -274,7 +284,7 @@ def run_command(args: Sequence[str] | None = None) -> Any:
             trainer_defaults=TRAINER_DEFAULTS,
             auto_configure_optimizers=False,
             seed_everything_default=False,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={
                 "description": "Edit facts in transformer language models.",

@@ -10,14 +10,15 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.io import CheckpointIO, TorchCheckpointIO
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cakeflow.errors import ConfigError, RunFolderError
 from cakeflow.storage.atomic import write_tensors
+from cakeflow.storage.tensors import read_tensors
 
 FORMAT = "cakeflow checkpoint 1"
 """Format of the file, in its metadata."""
+NOT_OURS, REMEDY = "is not a checkpoint that cakeflow wrote, or is damaged", "use an earlier one"
 
 
 class SafeCheckpointIO(CheckpointIO):
@@ -62,19 +63,16 @@ class SafeCheckpointIO(CheckpointIO):
             RunFolderError: If the file was not written by this class, is cut off, or has a damaged tree.
         """
         device = str(map_location) if isinstance(map_location, (str, torch.device)) else "cpu"
+        file = read_tensors(Path(path), f"{path} {NOT_OURS}: it", RunFolderError, REMEDY)
+        metadata, tensors = file.metadata, {name: each.to(device) for name, each in file.tensors.items()}
         try:
-            with safe_open(path, "pt", device=device) as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not iterable itself)
             if metadata.get("format") != FORMAT:
                 raise ValueError(f"its format is {metadata.get('format')!r}, not {FORMAT!r}")
             checkpoint = _unpacked(json.loads(metadata["tree"]), tensors)
             if tensors or not isinstance(checkpoint, dict):
                 raise ValueError(f"its tree is not a checkpoint, or leaves out {sorted(tensors)}")
-        except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
-            raise RunFolderError(
-                f"{path} is not a checkpoint that cakeflow wrote, or is damaged: {error}; use an earlier one"
-            ) from error
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise RunFolderError(f"{path} {NOT_OURS}: {error}; {REMEDY}") from error
         return checkpoint
 
     def remove_checkpoint(self, path: str | Path) -> None:

@@ -26,12 +26,13 @@ from cakeflow.core.contracts import (
     naming,
     solved,
 )
+from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import Footprint
-from cakeflow.core.module import EditModule, described
+from cakeflow.core.module import EditModule
 from cakeflow.core.statistics import Statistics
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, require_choice
+from cakeflow.errors import ConfigError, require_choice, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.generation import generate_contexts
 from cakeflow.forward.jacobian import ModelJacobian
@@ -50,6 +51,7 @@ from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.problem import LayerProblem, Update
+from cakeflow.storage.hashing import tensor_hash
 from cakeflow.targets.base import Targets, TargetSearch
 from cakeflow.targets.gradient import GradientSearch
 from cakeflow.tracing.window import locate
@@ -58,7 +60,7 @@ from cakeflow.weighters.static import Uniform
 
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
-    "evaluation",
+    "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
 )  # fmt: skip
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
@@ -133,9 +135,6 @@ class LocateThenEdit(EditModule[TextBatch]):
         on_low_arrival: Outcome = "warn",
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
-        for name, limit in (("memory_budget", memory_budget), ("max_relative_update", max_relative_update)):
-            if limit is not None and not limit > 0:
-                raise ConfigError(f"{name} must be above 0, got {limit}")
         if site != "mlp_out" and not isinstance(allocator, ShareAllocator):
             raise ConfigError(
                 f"site is {site!r}, but {type(allocator).__name__} follows the outputs of whole blocks, which are "
@@ -152,8 +151,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.covariances: dict[int, Covariance] = {
             layer: statistics.covariance(moment) for layer, moment in (moments or {}).items()
         }
+        self.memory_budget, self.max_relative_update = memory_budget, max_relative_update
+        require_positive("model", self, "memory_budget", "max_relative_update")
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
-        self.max_relative_update = max_relative_update
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -205,8 +205,11 @@ class LocateThenEdit(EditModule[TextBatch]):
         with self.phase("statistics"):
             missing = [Site(layer, self.site) for layer in self.layers if layer not in self.covariances]
             if missing:
-                collected = self.statistics.collect(self.lm, missing, max_bytes=self.max_bytes)
+                windows = self.statistics.windows(self.lm, max(map(self.lm.key_width, missing)))
+                collected = self.statistics.collect(self.lm, missing, max_bytes=self.max_bytes, windows=windows)
                 self.covariances |= {site.layer: covariance for site, covariance in collected.items()}
+                self.inputs["corpus"] = tensor_hash(windows)
+            self.inputs |= inputs_of(self.contexts, self.layers, self.weighter, self.covariances)
 
     @property
     def writes_blocks(self) -> bool:

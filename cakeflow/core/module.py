@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -20,6 +19,8 @@ from torchmetrics import Metric
 from typing_extensions import TypeVar
 
 from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.core.folder import is_finished, require_run_folder, run_folder
+from cakeflow.core.identity import arithmetic
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.data.fields import check_fields
@@ -39,6 +40,7 @@ from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 from cakeflow.storage.atomic import make_private
+from cakeflow.storage.cache import content_key
 
 B = TypeVar("B", bound=EditBatch, default=Any)
 """The batches of a method: requests with what it needs of them, such as tokens."""
@@ -62,6 +64,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         timings: Phase -> seconds.
         peaks: Phase -> most bytes beyond the model.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
+        inputs: Name -> SHA-256 of what ``prepare`` measured or read for the batches; the ledger has it with each batch,
+            and a run does not go on with anything else.
 
     Args:
         base: An embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
@@ -100,6 +104,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.evaluated = -1
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
+        self.inputs: dict[str, str] = {}
         self._memory: PeakMemory | None = None
         self._finished = False
         if isinstance(base, EditableModel):
@@ -140,7 +145,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     @final
     def adopt(self, lm: LanguageModel) -> None:
         """Take a model that was loaded."""
-        self.lm, self.journal = lm, Journal(lm)
+        self.lm, self.journal = lm, Journal(lm, texts=self.record_texts)
         self.journal.policies.name = self.name
         if lm.sharded:  # out of the sight of Lightning, which moves every submodule to one device
             self.__dict__["model"] = lm.model
@@ -150,7 +155,14 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     # ---- Lightning's hooks, in the order in which they run ----
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every Trainer gets ``RestoreState``, once."""
+        """Every Trainer gets ``RestoreState``, once. Loggers begin after it, so the run folder is checked here."""
+        if (folder := run_folder(self.trainer)) is not None:
+            require_run_folder(folder)
+            if not self.trainer.training and is_finished(folder):
+                self.trainer.loggers = []
+                warnings.warn(
+                    f"{folder} holds a finished run, which stays as it is: nothing is logged there", stacklevel=2
+                )
         return [] if any(isinstance(each, RestoreState) for each in self.trainer.callbacks) else [RestoreState()]  # type: ignore[attr-defined]
 
     @final
@@ -163,7 +175,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             self.obey(self.trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(self.trainer) if stage == "fit" else None
         if folder and not (self.journal.store and self.journal.store.folder == folder / "journal"):
-            self.open_journal(folder, self.trainer.datamodule)  # type: ignore[attr-defined]
+            self.open_journal(folder, self.trainer.datamodule, self.trainer)  # type: ignore[attr-defined]
 
     @final
     def on_train_start(self) -> None:
@@ -176,6 +188,12 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         with self.journal.reverted():
             self.prepare(list(self.trainer.train_dataloader or ()))
+        self.journal.inputs = dict(self.inputs)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EditCallback):
+                for name, value in callback.inputs().items():
+                    values = [*filter(None, [self.journal.inputs.get(name)]), value]
+                    self.journal.inputs[name] = value if len(values) == 1 else content_key(*values)
 
     @final
     def training_step(self, batch: B, _: int) -> None:
@@ -290,16 +308,19 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             if isinstance(policy, Policy):
                 self.journal.policies.obey(policy)
 
-    def open_journal(self, folder: Path, data: Any) -> None:
+    def open_journal(self, folder: Path, data: Any, trainer: L.Trainer) -> None:
         """Store every batch in a run folder from now on; an interrupted run there goes on.
 
         Args:
             folder: The run folder.
             data: The run's ``EditDataModule``.
+            trainer: The run's Trainer.
 
         Raises:
+            ConfigError: If the folder holds files that are none of a run.
             ResumeError: If the folder holds a run that differs, or a finished one.
         """
+        require_run_folder(folder)
         requests: Sequence[EditRequest] = data.requests if data else ()
         run = RunBody(
             model=self.name,
@@ -307,22 +328,13 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             edits=len(requests),
             batch_size=data.batch_size if data else None,
             data=hashlib.sha256("".join(map(request_hash, requests)).encode()).hexdigest(),
+            arithmetic=arithmetic(self.lm, trainer),
             format=FORMAT,
             **circumstances().to_dict(),
         )
         for part in (folder, folder / "journal") if self.private else ():
             make_private(part)
-        self.journal.open(self.journal.store_at(folder / "journal", texts=self.record_texts), run)
-
-
-def run_folder(trainer: L.Trainer) -> Path | None:
-    """The folder of a Trainer's logger, where it has one: the run folder."""
-    return Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
-
-
-def described(value: object) -> Any:
-    """A setting as JSON-ready data, without the address of any object, which differs from process to process."""
-    return value if isinstance(value, (int, list)) else re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+        self.journal.open(self.journal.store_at(folder / "journal"), run)
 
 
 @contextmanager

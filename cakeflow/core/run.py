@@ -12,7 +12,8 @@ from pathlib import Path
 import lightning as L
 
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.module import EditModule, run_folder
+from cakeflow.core.folder import run_folder
+from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
 from cakeflow.journal.journal import Journal
@@ -103,7 +104,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     module.obey(trainer.callbacks)  # type: ignore[attr-defined]
     folder = run_folder(trainer)
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
-        module.open_journal(folder, data)
+        module.open_journal(folder, data, trainer)
     before: dict[str, float] = {}
     if evaluate:
         before = run_evaluate(trainer, module, data, "before").metrics

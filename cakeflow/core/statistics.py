@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,6 @@ import torch
 from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -26,10 +25,11 @@ from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.tensors import TensorFile, fault_in, hashes_of, read_tensors
 
 log = logging.getLogger(__name__)
-FORMAT = 2
-"""Format of the files; part of the cache key. 2: eigenvectors as rows."""
+FORMAT = 3
+"""Format of the files; part of the cache key. 2: eigenvectors as rows. 3: with a hash of every tensor."""
 SAVE_EVERY = 30.0
 """Seconds between saves of the partial sums."""
 
@@ -63,7 +63,12 @@ class Statistics:
         require_positive("statistics", self, "tokens", "window", "cov_weight", "null_threshold", "batch_tokens")
 
     def collect(
-        self, lm: LanguageModel, sites: Sequence[Site], folder: Path | None = None, max_bytes: float | None = None
+        self,
+        lm: LanguageModel,
+        sites: Sequence[Site],
+        folder: Path | None = None,
+        max_bytes: float | None = None,
+        windows: Int[Tensor, "windows window"] | None = None,
     ) -> dict[Site, Covariance]:
         """Load second moments from the cache, and collect those that it lacks in one pass over the corpus.
 
@@ -75,6 +80,7 @@ class Statistics:
             sites: The projections whose inputs are the keys.
             folder: Folder of the files; by default below ``cache_folder()``.
             max_bytes: Most bytes beyond the model; if the sums of all sites do not fit, there are several passes.
+            windows: The corpus as ``windows`` returned it; read here by default.
 
         Returns:
             Covariance of each site, with its eigenbasis.
@@ -84,8 +90,8 @@ class Statistics:
             StatisticsError: If the corpus has fewer tokens than the keys are wide, or a file in the cache is damaged.
                 Damaged files are not replaced silently, because collecting them may have taken hours.
         """
-        width = max(map(lm.key_width, sites))
-        windows, last = self._windows(lm, width), max(site.layer for site in sites)
+        width, last = max(map(lm.key_width, sites)), max(site.layer for site in sites)
+        windows = self.windows(lm, width) if windows is None else windows
         key = content_key(lm.fingerprint(last + 1), tensor_hash(windows), str(lm.dtype), FORMAT)
         home = (folder or cache_folder() / "statistics") / key[:16]
         paths = {site: home / f"{_label(site)}.safetensors" for site in sites}
@@ -100,28 +106,36 @@ class Statistics:
         loaded |= {site: self._load(paths[site], lm.key_width(site)) for site in absent}
         return {site: loaded[site] for site in sites}
 
-    def _windows(self, lm: LanguageModel, width: int) -> Int[Tensor, "windows window"]:
+    def windows(self, lm: LanguageModel, width: int) -> Int[Tensor, "windows window"]:
         """Return the corpus as rows of tokens, each with the tokenizer's special tokens in front.
 
         Args:
             lm: The model.
             width: Width of the widest keys, which is the least number of tokens.
+
+        Raises:
+            ConfigError: If the corpus cannot be read.
+            StatisticsError: If it has too few tokens, or is a sampled one that was changed in the cache.
         """
-        source = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else self.source
-        stream = token_stream(lm, read_documents(source), self.tokens)
+        texts = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
+        stream = token_stream(lm, texts, self.tokens)
         front: list[int] = lm.tokenizer("")["input_ids"]
         body = self.window - len(front)
         if len(stream) < max(body, width):
+            corpus = "sampled from the model" if self.source is None else repr(self.source)
             raise StatisticsError(
-                f"corpus {source!r} has {len(stream)} tokens; at least {max(body, width)} are needed for keys "
-                f"{width} wide (10 times as many are better)"
+                f"corpus {corpus} has {len(stream)} tokens; at least {max(body, width)} are needed for keys {width} "
+                "wide (10 times as many are better)"
             )
         rows = [front + stream[i : i + body] for i in range(0, len(stream) - body + 1, body)]
         return torch.tensor(rows)
 
     def _load(self, path: Path, width: int) -> Covariance:
-        tensors = _read(path, {"moment": (width, width), "eigenvalues": (width,), "eigenvectors": (width, width)})
-        return self.covariance(tensors["moment"], (tensors["eigenvalues"], tensors["eigenvectors"].T))
+        file = _read(path)
+        shapes = {"moment": (width, width), "eigenvalues": (width,), "eigenvectors": (width, width)}
+        if fault := fault_in(file, shapes):
+            raise _damaged(path, fault)
+        return self.covariance(file.tensors["moment"], (file.tensors["eigenvalues"], file.tensors["eigenvectors"].T))
 
     def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
         """Return a second moment as a covariance with this weight and threshold."""
@@ -141,28 +155,15 @@ def convergence(path: Path) -> float:
         raise _damaged(path, error) from error
 
 
-def _read(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Map the tensors of a file from disk; only what is used is read.
+REMEDY = "delete it, and it is collected again"
 
-    Args:
-        path: File to read.
-        shapes: Name -> shape of the tensors that it must have.
 
-    Raises:
-        StatisticsError: If the file is damaged.
-    """
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-    for name, shape in shapes.items():
-        if name not in tensors or tensors[name].shape != shape or not tensors[name].is_floating_point():
-            raise _damaged(path, f"no {name} of shape {shape}")
-    return tensors
+def _read(path: Path) -> TensorFile:
+    return read_tensors(path, f"{path} is damaged: it", StatisticsError, REMEDY)
 
 
 def _damaged(path: Path, reason: object) -> StatisticsError:
-    return StatisticsError(f"{path} is damaged ({reason}); delete it, and it is collected again")
+    return StatisticsError(f"{path} is damaged ({reason}); {REMEDY}")
 
 
 def _collect(
@@ -170,11 +171,11 @@ def _collect(
 ) -> None:
     """Collect second moments in one pass over the windows; save partial sums every ``SAVE_EVERY`` seconds."""
     partial = home / "partial.safetensors"
-    done, sums, halves = _resume(partial, sites, lm.device)
+    done, sums, halves = _resume(partial, lm, sites, len(windows))
     saved = time.monotonic()
     with tqdm(total=windows.numel(), desc="second moments", unit="token", initial=done * windows.shape[1]) as bar:
         rows = min(rows, -(-len(windows) // 2))
-        for batch in windows[done:].split(rows):
+        for batch in (windows[start : start + rows] for start in range(done, len(windows), rows)):
             for site, outer in _outer_products(lm, sites, batch.to(lm.device)):
                 sums[site] = sums[site].add_(outer) if site in sums else outer.double()
             done += len(batch)
@@ -215,24 +216,36 @@ def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in 
 
 
 def _resume(
-    partial: Path, sites: Sequence[Site], device: torch.device
+    partial: Path, lm: LanguageModel, sites: Sequence[Site], windows: int
 ) -> tuple[int, dict[Site, Tensor], dict[Site, Tensor]]:
-    """Load the number of windows read so far, their sums and those of the first half; zero if the sites differ."""
+    """Load the number of windows read so far, their sums and those of the first half; zero if a site is not there.
+
+    Raises:
+        StatisticsError: If the file is damaged, or the numbers in it cannot be those of this pass.
+    """
     if not partial.exists():
         return 0, {}, {}
-    tensors = _read(partial, {})
-    if {"done", *(f"sum/{_label(site)}" for site in sites)} != {name for name in tensors if name[:5] != "half/"}:
+    file = _read(partial)
+    parts = ["sum", *{"half" for name in file.tensors if name.startswith("half/")}]
+    widths = {_label(site): lm.key_width(site) for site in sites}
+    complete = all(f"sum/{label}" in file.tensors for label in widths)
+    shapes = {f"{part}/{label}": (width, width) for part in parts for label, width in widths.items() if complete}
+    if fault := fault_in(file, {"done": (), **shapes}):
+        raise _damaged(partial, fault)
+    if not complete:
         return 0, {}, {}
-    done = int(tensors["done"])
+    done = int(file.tensors["done"])
+    if not 0 < done <= windows or (done == windows and "half" not in parts):
+        raise _damaged(partial, f"sums of {done} windows out of {windows}")
     log.info("second moments: resuming after %d windows", done)
-    sums = {site: tensors[f"sum/{_label(site)}"].to(device) for site in sites}
-    return done, sums, {s: tensors[f"half/{_label(s)}"] for s in sites if f"half/{_label(s)}" in tensors}
+    sums = {site: file.tensors[f"sum/{_label(site)}"].to(lm.device) for site in sites}
+    return done, sums, {site: file.tensors[f"half/{_label(site)}"] for site in sites if "half" in parts}
 
 
 def _save_partial(partial: Path, done: int, sums: dict[Site, Tensor], halves: dict[Site, Tensor]) -> None:
     tensors = {f"sum/{_label(site)}": total for site, total in sums.items()}
-    tensors |= {f"half/{_label(site)}": half for site, half in halves.items()}
-    write_tensors(partial, {**tensors, "done": torch.tensor(done)})
+    tensors |= {f"half/{_label(site)}": half for site, half in halves.items()} | {"done": torch.tensor(done)}
+    write_tensors(partial, tensors, hashes_of(tensors))
 
 
 def _label(site: Site) -> str:
@@ -248,4 +261,4 @@ def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], half: Float[Tensor, 
     change = float(torch.linalg.matrix_norm(moment - half) / torch.linalg.matrix_norm(moment))
     log.info("second moments: %s changed by %.2f %% over the second half of the tokens", path.stem, 100 * change)
     tensors = {"moment": moment, "eigenvalues": values, "eigenvectors": vectors.T}
-    write_tensors(path, tensors, {"change": repr(change)})
+    write_tensors(path, tensors, {"change": repr(change), **hashes_of(tensors)})

@@ -6,17 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cakeflow.errors import ExportError, PolicyError, with_faults
-from cakeflow.export.manifest import REMEDY, Manifest
+from cakeflow.export.manifest import FROM_A_COPY, REMEDY, Manifest
 from cakeflow.journal.policy import Policy
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import uninterrupted
-from cakeflow.storage.hashing import file_hash, tensor_hash
+from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.tensors import read_tensors
 
 DELTA = "delta.safetensors"
 
@@ -73,14 +72,7 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = folder / DELTA
     if manifest.format != "delta" or set(manifest.files) != {DELTA}:
         raise ExportError(f"{folder} is no delta, but format={manifest.format!r} with files {sorted(manifest.files)}")
-    if not path.is_file():
-        raise ExportError(f"{path} is missing; {REMEDY}")
-    if file_hash(path) != manifest.files[DELTA]:
-        raise ExportError(f"{path} does not have the hash that the manifest names; {REMEDY}")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise ExportError(f"{path} holds no tensors: {error}; {REMEDY}") from error
+    tensors = read_tensors(path, str(path), ExportError, FROM_A_COPY, manifest.files[DELTA]).tensors
     if set(tensors) != set(manifest.weights):
         unlike = ", ".join(map(ascii, sorted(set(tensors) ^ set(manifest.weights))[:5]))
         raise ExportError(f"{path} and the manifest name different weights: {unlike}; {REMEDY}")
@@ -103,6 +95,19 @@ def require_base(lm: EditableModel, manifest: Manifest, folder: Path) -> None:
         )
 
 
+def require_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """Check the tensors of an export, before it is written and before it is used.
+
+    Raises:
+        ExportError: Naming the first that is not finite.
+    """
+    for name, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise ExportError(
+                f"{folder}, {ascii(name)[:80]}: not finite, as no edit leaves a weight; {FROM_A_COPY}, or edit again"
+            )
+
+
 def _places(lm: LanguageModel, manifest: Manifest, folder: Path) -> dict[str, nn.Parameter]:
     """Name -> the weight of that name, if edits could have changed it."""
     if foreign := sorted(set(manifest.weights) - set(lm.editable())):
@@ -119,5 +124,6 @@ def _require_fit(
             f"{folder}, {name}: {tensor.dtype} {tuple(tensor.shape)}, but the model has {weight.dtype} "
             f"{tuple(weight.shape)}; {REMEDY}"
         )
+    require_finite({name: tensor}, folder)
     if (tensor_hash(weight), tensor_hash(tensor)) != (hashes.before, hashes.after):
         raise ExportError(f"{folder}, {name}: not the weight that the manifest names; {REMEDY}")

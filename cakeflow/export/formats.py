@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cakeflow.errors import ConfigError, ExportError
 from cakeflow.export.card import model_card
-from cakeflow.export.delta import DELTA
+from cakeflow.export.delta import DELTA, require_finite
 from cakeflow.export.lora import write_lora
 from cakeflow.export.manifest import MANIFEST, Format, Manifest, require_place
 from cakeflow.export.memory import write_memory
@@ -120,8 +120,9 @@ def _model_writer(lm: LanguageModel, card: str) -> Callable[[Path], None]:
 
 
 def _write_delta(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    state = journal.state()
-    return lambda folder: write_tensors(folder / DELTA, {name: state[name] for name in manifest.weights})
+    tensors = {name: each for name, each in journal.state().items() if name in manifest.weights}
+    require_finite(tensors, Path(DELTA))
+    return lambda folder: write_tensors(folder / DELTA, tensors)
 
 
 FORMATS: dict[str, Callable[[Journal, Manifest], Callable[[Path], None]]] = {

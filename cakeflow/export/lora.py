@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.errors import ExportError
+from cakeflow.export.delta import require_finite
 from cakeflow.export.manifest import Manifest
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.journal import Journal
@@ -29,6 +30,7 @@ def write_lora(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
     for path, (left, right) in factors.items():
         stem = f"base_model.model.{path}"
         tensors |= {f"{stem}.lora_A.weight": right.float(), f"{stem}.lora_B.weight": left.T.float()}
+    require_finite(tensors, Path(TENSORS))
     ranks = {path: len(right) for path, (_, right) in factors.items()}
     transposed = is_transposed(journal.model.module(min(factors)))
     config = json.dumps(_config(manifest.model, ranks, transposed=transposed), indent=1, sort_keys=True)

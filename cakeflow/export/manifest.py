@@ -13,9 +13,10 @@ from cakeflow.errors import ExportError
 from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import bodies
-from cakeflow.journal.schema import SHA256, RunBody, Schema, parse_as
+from cakeflow.journal.schema import RunBody
 from cakeflow.storage.atomic import check_free
 from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.typed import SHA256, Schema, parse_as
 
 MANIFEST = "manifest.json"
 Format = Literal["model", "delta", "lora", "memory"]
@@ -127,7 +128,8 @@ def require_place(folder: str | Path, *, overwrite: bool = False) -> Path:
     return place
 
 
-REMEDY = "the export was changed after it was written; take it from a copy"
+FROM_A_COPY = "take it from a copy"
+REMEDY = f"the export was changed after it was written; {FROM_A_COPY}"
 
 
 def _render(values: dict[str, Any]) -> str:

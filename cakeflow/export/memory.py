@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cakeflow.errors import ExportError
-from cakeflow.export.delta import require_base, require_permission
-from cakeflow.export.manifest import REMEDY, Manifest
+from cakeflow.export.delta import require_base, require_finite, require_permission
+from cakeflow.export.manifest import FROM_A_COPY, REMEDY, Manifest
 from cakeflow.journal.changes import kind_of
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.policy import Policy
 from cakeflow.models.base import EditableModel
 from cakeflow.storage.atomic import uninterrupted, write_tensors
-from cakeflow.storage.hashing import file_hash
+from cakeflow.storage.tensors import read_tensors
 
 MEMORY = "memory.safetensors"
 
@@ -79,9 +77,6 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     path = folder / MEMORY
     if manifest.format != "memory" or set(manifest.files) != {MEMORY}:
         raise ExportError(f"{folder} is no memory, but format={manifest.format!r} with files {sorted(manifest.files)}")
-    if not path.is_file() or file_hash(path) != manifest.files[MEMORY]:
-        raise ExportError(f"{path} is missing or does not have the hash that the manifest names; {REMEDY}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ExportError(f"{path} holds no tensors: {error}; {REMEDY}") from error
+    tensors = read_tensors(path, str(path), ExportError, FROM_A_COPY, manifest.files[MEMORY]).tensors
+    require_finite(tensors, folder)
+    return tensors

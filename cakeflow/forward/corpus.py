@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from cakeflow.errors import StatisticsError
 from cakeflow.forward.generation import continuations
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
@@ -28,6 +30,8 @@ TOPICS = (
     "the mountains", "language", "a long journey", "elections", "gardens", "engineering", "friendship", "philosophy",
 )  # fmt: skip
 """Openings and topics of the sampled corpus: broad, and none of them a prompt of the built-in facts."""
+FORMAT = 2
+"""Format of the file of a sampled corpus; part of its name. 2: with the hash of its content."""
 
 
 MARGIN = 64
@@ -71,8 +75,8 @@ def _ids(lm: LanguageModel, pieces: list[str]) -> list[int]:
     return ids
 
 
-def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> Path:
-    """Write a corpus of the model's own samples, once per model, and return its path in the cache.
+def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> list[str]:
+    """Return a corpus of the model's own samples, which are made once per model and then lie in the cache.
 
     Needs no network and no licence, and follows the distribution whose keys an edit should preserve. The samples
     (temperature 1, top 50) depend on model and seed only.
@@ -83,10 +87,13 @@ def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> Path:
         seed: Seed of the sampling noise.
 
     Returns:
-        A JSONL file, one sample a line.
+        The samples.
+
+    Raises:
+        StatisticsError: If the file in the cache is not as it was written.
     """
     openings = [opening.format(topic) for opening, topic in product(OPENINGS, TOPICS)]
-    key = content_key(lm.fingerprint(), tokens, seed, openings)
+    key = content_key(lm.fingerprint(), tokens, seed, openings, FORMAT)
     path = cache_folder() / "corpora" / f"sampled-{key[:16]}.jsonl"
     if not path.exists():
         require_writable(path.parent)
@@ -94,5 +101,18 @@ def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> Path:
         together = 64 * (length + 16)  # 64 openings: smaller batches are much slower on a CPU
         settings: dict[str, Any] = {"endless": True, "with_prompt": True, "title": "sampling a corpus"}
         samples = continuations(lm, openings, length, together, top_k=50, seed=seed, **settings)
-        write_text(path, "".join(json.dumps({"text": sample}) + "\n" for sample in samples))
-    return path
+        text = "".join(json.dumps({"text": sample}) + "\n" for sample in samples)
+        write_text(path, _first_line(text.encode()) + text)
+    return _read(path)
+
+
+def _read(path: Path) -> list[str]:
+    """Return the samples of a file: a JSON object a line, after one with the hash of all that follows."""
+    first, end, rest = path.read_bytes().partition(b"\n")
+    if first + end != _first_line(rest).encode():
+        raise StatisticsError(f"{path} is damaged (not the samples that were written); delete it, and it is made again")
+    return [json.loads(line)["text"] for line in rest.splitlines()]
+
+
+def _first_line(text: bytes) -> str:
+    return json.dumps({"sha256": hashlib.sha256(text).hexdigest()}) + "\n"

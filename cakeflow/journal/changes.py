@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cakeflow.errors import LedgerError, NumericalError
+from cakeflow.errors import LedgerError, NumericalError, ShapeError
 from cakeflow.models.base import EditableModel
 from cakeflow.solvers.problem import Update
 from cakeflow.storage.hashing import tensor_hash
@@ -115,12 +115,22 @@ class WeightChange(Change):
     @torch.inference_mode(False)
     @torch.no_grad()
     def apply(self, model: EditableModel) -> None:
-        """Add the update, some rows at a time, with one rounding per entry."""
+        """Add the update, some rows at a time, with one rounding per entry.
+
+        Raises:
+            ShapeError: If the update is not of the weight's shape.
+            NumericalError: If the weight is not finite afterwards.
+        """
         weight = model.weight(self.place)
         if weight.dtype in (torch.float16, torch.bfloat16) and self.place not in model.masters:
             model.masters[self.place] = weight.detach().float()
         master = model.masters.get(self.place, weight)
         oriented = model.oriented(self.place, master)
+        if oriented.shape != self.update.shape:
+            raise ShapeError(
+                f"{self.place} is {tuple(oriented.shape)}, but its update is {self.update.shape}; a change belongs to "
+                "the model that it was made for"
+            )
         for rows, part in self.update.to(weight.device).rows():
             oriented[rows] = oriented[rows].double() + part
         weight.copy_(master)
@@ -162,8 +172,20 @@ class WeightChange(Change):
 
     @classmethod
     def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> WeightChange:
-        """A change from keys and factors."""
-        return cls(place, Update(tensors["right"], tensors.get("left")), tensors["keys"])
+        """A change from keys and factors.
+
+        Raises:
+            ValueError: If they are not finite matrices that fit each other.
+        """
+        update, keys = Update(tensors["right"], tensors.get("left")), tensors["keys"]
+        parts = [each for each in (update.right, update.left, keys) if each is not None]
+        if not all(each.dim() == 2 and each.is_floating_point() and torch.isfinite(each).all() for each in parts):
+            raise ValueError(f"{place}: keys and factors are not finite matrices")
+        fits = update.left is None or len(update.left) == len(update.right)
+        if not fits or (len(keys) and keys.shape[1] != update.right.shape[1]):
+            shapes = ", ".join(str(tuple(each.shape)) for each in parts)
+            raise ValueError(f"{place}: keys and factors of shapes {shapes} do not fit each other")
+        return cls(place, update, keys)
 
     def hash(self, model: EditableModel) -> str:
         """SHA-256 of the weight."""

@@ -17,7 +17,7 @@ from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.model_state import ModelState
 from cakeflow.journal.policy import Policies
-from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
+from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
 from cakeflow.journal.store import JournalStore
 from cakeflow.models.architecture import Site
@@ -41,14 +41,17 @@ class Journal(Sequence[EditStep]):
         pending: The batch that is being made, if there is one.
         memory: Hashes of the model in memory.
         policies: The policies that it obeys.
+        inputs: Name -> SHA-256 of what batches are solved with from now on (``EditStep.inputs``).
 
     Args:
         model: The model.
+        texts: Whether the texts of requests are stored in folders; their hashes always are.
     """
 
-    def __init__(self, model: EditableModel) -> None:
-        self.model = model
+    def __init__(self, model: EditableModel, *, texts: bool = True) -> None:
+        self.model, self.texts = model, texts
         self.policies = Policies(self)
+        self.inputs: dict[str, str] = {}
         self.steps: list[EditStep] = []
         self.originals: dict[str, Any] = {}
         self.store: JournalStore | None = None
@@ -105,7 +108,7 @@ class Journal(Sequence[EditStep]):
         """
         self.memory.require_ready("a batch", busy=self.pending is not None)
         self.policies.require(requests)
-        step, known = EditStep(tuple(requests)), set(self.originals)
+        step, known = EditStep(tuple(requests), inputs=dict(self.inputs)), set(self.originals)
         self.pending = step
         try:
             yield step
@@ -159,10 +162,10 @@ class Journal(Sequence[EditStep]):
         """Repeat the next batch of the interrupted run in the journal's folder, if it goes on with one.
 
         Raises:
-            ResumeError: If that batch has other requests, or does not lead to the recorded weights.
+            ResumeError: If that batch has other requests or inputs, or does not lead to the recorded weights.
         """
         self.policies.require(requests)
-        step = self.store.next_step(tuple(map(request_hash, requests))) if self.store else None
+        step = self.store.next_step(tuple(map(request_hash, requests)), self.inputs) if self.store else None
         if step is not None:
             self._replay(step)
         return step
@@ -227,7 +230,7 @@ class Journal(Sequence[EditStep]):
     def base(self) -> ModelBody:
         """Hash and type of the unedited model."""
         with self.reverted():
-            return ModelBody(fingerprint=self.model.fingerprint(), dtype=str(self.model.dtype))
+            return ModelBody(fingerprint=self.model.fingerprint(), dtype=str(self.model.dtype), format=FORMAT)
 
     def open(self, store: JournalStore, run: RunBody) -> None:
         """Store every batch in a folder from now on; an interrupted run of the same experiment there goes on.
@@ -305,9 +308,11 @@ class Journal(Sequence[EditStep]):
             raise
         self.store = store
 
-    def store_at(self, folder: Path, *, texts: bool = True) -> JournalStore:
+    def store_at(self, folder: Path) -> JournalStore:
         """A folder for this journal; by a layer's number, format 1 meant the down projection of its MLP."""
-        return JournalStore(folder, texts=texts, place=lambda layer: self.model.weight_name(Site(layer, "mlp_out")))
+        return JournalStore(
+            folder, texts=self.texts, place=lambda layer: self.model.weight_name(Site(layer, "mlp_out"))
+        )
 
     def _repeat(self, store: JournalStore, entry: Entry) -> None:
         if isinstance(entry.body, BatchBody):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -11,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import LedgerError
-from cakeflow.journal.schema import BODIES, Line, S, Schema, parse_as, read_as, upgraded
+from cakeflow.journal.schema import BODIES, FORMAT, Line, upgraded
 from cakeflow.storage.atomic import append_line, truncate
+from cakeflow.storage.typed import S, Schema, parse_as, read_as
 
 Place = Callable[[int], str]
 """Layer -> name of its edited weight, which format 1 did not write."""
@@ -125,6 +127,7 @@ def whole_lines(path: Path) -> list[bytes]:
 
 
 REMEDY = "the ledger was changed after it was written; take it from a copy"
+OTHER_VERSION = "read the ledger with the version of cakeflow that wrote it"
 
 
 def _hash(line: Line) -> str:
@@ -149,8 +152,9 @@ def _entry(line: Line, body: Schema) -> Entry:
 
 def _body(line: Line, place: Place, where: str) -> Schema:
     if line.kind not in BODIES:
-        remedy = "read the ledger with the version of cakeflow that wrote it"
-        raise LedgerError(f"{where}, kind = {line.kind!r}: expected {', '.join(BODIES)}; {remedy}")
+        raise LedgerError(f"{where}, kind = {line.kind!r}: expected {', '.join(BODIES)}; {OTHER_VERSION}")
+    if (version := line.body.get("format", FORMAT)) not in range(1, FORMAT + 1):
+        raise LedgerError(f"{where}, format = {reprlib.repr(version)}: known are 1 to {FORMAT}; {OTHER_VERSION}")
     try:
         body = upgraded(line.kind, line.body, place)
     except (KeyError, TypeError, AttributeError, ValueError) as error:

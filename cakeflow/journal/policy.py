@@ -21,8 +21,9 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, LedgerError, PolicyError, RequestError, ResumeError, with_faults
 from cakeflow.journal.ledger import Entry, bodies
-from cakeflow.journal.schema import SHA256, BatchBody, EvaluationBody, PolicyBody, RollbackBody, first_fault
+from cakeflow.journal.schema import BatchBody, EvaluationBody, PolicyBody, RollbackBody
 from cakeflow.journal.steps import request_hash
+from cakeflow.storage.typed import SHA256, first_fault
 from cakeflow.storage.yaml_text import read_yaml
 
 if TYPE_CHECKING:

@@ -1,99 +1,19 @@
 """Everything that is written to a run folder, as types: the same classes write a file and read it back.
 
-Unknown fields are refused. Files have format 2; ``upgraded`` reads format 1 (cakeflow 0.1), which numbered weights by
-layer.
+Files have format 2; ``upgraded`` reads format 1 (cakeflow 0.1), which numbered weights by layer.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import reprlib
 from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal
 
-from pydantic import (
-    AliasChoices,
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    JsonValue,
-    PlainSerializer,
-    ValidationError,
-)
+from pydantic import AliasChoices, Field, JsonValue
 
-from cakeflow.errors import EditError
+from cakeflow.storage.typed import SHA256, Count, Json, Number, Schema, Share
 
 FORMAT: Final = 2
 """Version of what is written to a run folder."""
-
-
-def plain(value: Any) -> Any:
-    """Return data as JSON has it: texts as names, lists for tuples, None for numbers that are not finite."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): plain(part) for name, part in value.items()}
-    return [plain(part) for part in value] if isinstance(value, (list, tuple)) else value
-
-
-Json = Annotated[JsonValue, BeforeValidator(plain)]
-"""Any JSON value."""
-Number = Annotated[
-    float,
-    BeforeValidator(lambda value: math.nan if plain(value) is None else value),
-    PlainSerializer(plain, when_used="json"),
-]
-"""A number; one that is not finite is null in the file, because JSON has none."""
-SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-S = TypeVar("S", bound="Schema")
-
-
-class Schema(BaseModel):
-    """Base of everything that is written: strict types, no unknown fields, immutable."""
-
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, protected_namespaces=())
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data; optional fields that are not set are left out."""
-        return self.model_dump(mode="json", exclude_unset=True)
-
-
-def read_as(kind: type[S], data: object, where: str, error: type[EditError], remedy: str) -> S:
-    """Return data from a file as one of our types.
-
-    Args:
-        kind: The type.
-        data: Parsed JSON.
-        where: File and line of the data, for the message.
-        error: Type of the error to raise.
-        remedy: Advice at the end of the message.
-
-    Raises:
-        EditError: ``error``, naming field, value and the expected type.
-    """
-    try:
-        return kind.model_validate(data)
-    except ValidationError as invalid:
-        raise error(f"{where}, {first_fault(invalid)}; {remedy}") from invalid
-
-
-def first_fault(invalid: ValidationError) -> str:
-    """Return the first fault in words: field, value and the expected type."""
-    first = invalid.errors(include_url=False, include_context=False)[0]
-    field = ".".join(map(str, first["loc"])) or "content"
-    value = "" if first["type"] == "missing" else f" = {reprlib.repr(first['input'])}"
-    return f"{field}{value}: {first['msg']}"
-
-
-def parse_as(kind: type[S], text: str | bytes, where: str, error: type[EditError], remedy: str) -> S:
-    """Return JSON text as one of our types; arguments and errors as for ``read_as``."""
-    try:
-        data = json.loads(text)
-    except (ValueError, RecursionError) as invalid:
-        raise error(f"{where}: {invalid}; {remedy}") from invalid
-    return read_as(kind, data, where, error, remedy)
 
 
 # ---- the ledger: one entry per line, its body by kind ----
@@ -111,7 +31,7 @@ class Line(Schema):
         hash: SHA-256 of this line without its hash.
     """
 
-    number: int
+    number: Count
     kind: str
     time: str
     body: dict[str, JsonValue]
@@ -120,19 +40,38 @@ class Line(Schema):
 
 
 class ModelBody(Schema):
-    """The unedited model: hash and type of its weights, and the number of batches before this run."""
+    """The unedited model: hash and type of its weights, number of batches before this run, and format of the ledger."""
 
     fingerprint: str
     dtype: str
-    earlier: int = 0
+    earlier: Count = 0
+    format: Literal[1, 2] = 1
 
 
 class Circumstances(Schema):
-    """User and machine, versions of packages, and number of threads; they may differ when a run is resumed."""
+    """User and machine, versions of packages, and number of threads."""
 
     who: str
     versions: dict[str, str]
-    threads: int
+    threads: Count
+
+
+class Arithmetic(Schema):
+    """What decides the last bits of a run's weights beside model, data and settings.
+
+    Attributes:
+        device: Type of the device.
+        precision: The Trainer's precision.
+        attention: The model's implementation of attention.
+        products: PyTorch's precision of float32 matrix products.
+        threads: Number of threads.
+    """
+
+    device: str
+    precision: str
+    attention: str
+    products: str
+    threads: Count
 
 
 class RunBody(Circumstances):
@@ -144,14 +83,16 @@ class RunBody(Circumstances):
         edits: Number of requests in the run.
         batch_size: Number of edits in a batch; None for one batch.
         data: SHA-256 of all requests.
+        arithmetic: How it is computed; None in format 1.
         format: Format of the entries that follow.
     """
 
     model: str
     settings: dict[str, Json]
-    edits: int
-    batch_size: int | None
+    edits: Count
+    batch_size: Count | None
     data: str
+    arithmetic: Arithmetic | None = None
     format: Literal[1, 2] = 1
 
 
@@ -159,7 +100,7 @@ class EvaluationBody(Schema):
     """Metrics at a stage (``before``, ``after``), and the number of edits before it."""
 
     stage: str
-    edits: int
+    edits: Count
     protocol: str
     metrics: dict[str, Number]
 
@@ -167,7 +108,7 @@ class EvaluationBody(Schema):
 class TargetBody(Schema):
     """Result of the target search of one request at one layer: final loss, probability and steps."""
 
-    layer: int
+    layer: Count
     loss: Number
     probability: Number
     steps: Number
@@ -204,21 +145,24 @@ class BatchBody(Schema):
         targets: Results of the target search, per value site and request.
         numbers: Logged numbers of the batch.
         changes: The changes, in order.
+        inputs: Name -> SHA-256 of everything that the batch was solved with beside requests and settings: second
+            moments, corpus, contexts, policy.
     """
 
-    batch: int
+    batch: Count
     files: dict[str, str]
     hashes: list[str]
-    requests: list[dict[str, Json]] = []
+    requests: list[dict[str, Json]] = Field(default_factory=list)
     targets: list[TargetBody]
     numbers: dict[str, Number]
     changes: list[ChangeBody]
+    inputs: dict[str, SHA256] = Field(default_factory=dict)
 
 
 class RollbackBody(Circumstances):
     """Numbers of the batches that were rolled back, and SHA-256 of every place that changed by it."""
 
-    batches: list[int]
+    batches: list[Count]
     places: dict[str, str]
 
 
@@ -296,8 +240,8 @@ class PromptAnswer(Schema):
     )
     rival_logprob: float | None = None
     correct: bool
-    tokens: float | None = None
-    answered: float | None = None
+    tokens: Share | None = None
+    answered: Share | None = None
 
     @property
     def success(self) -> bool | None:
@@ -332,10 +276,10 @@ class RequestTexts(Schema):
 class EvaluatedRequest(RequestTexts):
     """The answers to all prompts of one request: a line of ``before.jsonl`` and ``after.jsonl``."""
 
-    index: int
+    index: Count
     case_id: int | str | None = None
     prompts: list[PromptAnswer]
-    generations: list[Generation] = []
+    generations: list[Generation] = Field(default_factory=list)
 
     def of_kind(self, kind: str) -> list[PromptAnswer]:
         """Return the prompts of a kind."""
@@ -348,7 +292,7 @@ class ModelInfo(Schema):
     source: str
     fingerprint_before: str = ""
     dtype: str = ""
-    architecture: dict[str, str] = {}
+    architecture: dict[str, str] = Field(default_factory=dict)
 
 
 class RunInfo(Schema):
@@ -368,8 +312,8 @@ class RunInfo(Schema):
     model: ModelInfo
     settings: dict[str, Json]
     versions: dict[str, str]
-    metrics: dict[str, dict[str, Number]] = {}
+    metrics: dict[str, dict[str, Number]] = Field(default_factory=dict)
     protocol: str = "?"
-    edits: int | None = None
-    timings: dict[str, Number] = {}
-    peaks: dict[str, Number] = {}
+    edits: Count | None = None
+    timings: dict[str, Number] = Field(default_factory=dict)
+    peaks: dict[str, Number] = Field(default_factory=dict)

@@ -44,6 +44,7 @@ class EditStep:
         hashes: SHA-256 of each request.
         before: Place -> SHA-256 of its content before the batch.
         after: Place -> the same when the batch was committed.
+        inputs: Name -> SHA-256 of what the batch was solved with beside requests and settings.
         number: Number of the batch in its journal; rolled-back batches keep theirs. -1 until it is committed.
     """
 
@@ -55,6 +56,7 @@ class EditStep:
     hashes: tuple[str, ...] = ()
     before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
     number: int = -1
 
     def __post_init__(self) -> None:

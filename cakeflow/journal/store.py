@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from cakeflow.data.schemas import parse_requests
@@ -17,14 +16,16 @@ from cakeflow.errors import LedgerError, RequestError, ResumeError
 from cakeflow.journal.changes import kind_of
 from cakeflow.journal.ledger import Entry, Ledger
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.schema import BatchBody, ChangeBody, Circumstances, ModelBody, RollbackBody, RunBody, Schema
+from cakeflow.journal.schema import BatchBody, ChangeBody, Circumstances, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.steps import AppliedChange, EditStep
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.hashing import file_hash
+from cakeflow.storage.tensors import read_tensors
+from cakeflow.storage.typed import Schema
 
 LEDGER = "ledger.jsonl"
 INCIDENTAL = ("earlier", "format", *Circumstances.model_fields)
-"""Fields that may differ when a run goes on."""
+"""Fields of the first entries that may differ when a run goes on."""
 FROM_A_COPY = "take it from a copy"
 
 
@@ -58,21 +59,42 @@ class JournalStore:
             self.ledger.append(body)
         elif type(self.recorded[0].body) is type(body):
             previous = self.recorded.popleft().body
-            if isinstance(body, (ModelBody, RunBody)) and (lines := _differences(previous.to_dict(), body.to_dict())):
-                raise ResumeError(
-                    f"{self.folder} holds a run that differs from this one: {'; '.join(lines)}; restore that, or start "
-                    "a run of its own in another folder"
+            if isinstance(body, (ModelBody, RunBody)):
+                old, new = (
+                    {k: v for k, v in each.to_dict().items() if k not in INCIDENTAL} for each in (previous, body)
                 )
+                self._require_same(old, new)
+            if isinstance(previous, RunBody) and isinstance(body, RunBody):
+                self._warn_of_versions(previous.versions, body.versions)
 
     def note(self, body: Schema) -> None:
         """Append an entry that is no part of what a run repeats when it goes on."""
         self.ledger.append(body)
 
-    def next_step(self, hashes: Sequence[str]) -> EditStep | None:
+    def _require_same(self, recorded: Any, now: Any) -> None:
+        if lines := _differences(recorded, now):
+            raise ResumeError(
+                f"{self.folder} holds a run that differs from this one: {'; '.join(lines)}; restore that, or start "
+                "a run of its own in another folder"
+            )
+
+    def _warn_of_versions(self, recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
+        if lines := _differences(recorded, now):
+            warnings.warn(
+                f"{self.folder} holds a run of other versions: {'; '.join(lines)}; the weights may differ in the last "
+                "bits from those of a run without interruption",
+                stacklevel=2,
+            )
+
+    def next_step(self, hashes: Sequence[str], inputs: Mapping[str, str]) -> EditStep | None:
         """The next recorded batch, if the recorded run goes on with one.
 
+        Args:
+            hashes: SHA-256 of each request.
+            inputs: What the batch would be solved with now (``EditStep.inputs``).
+
         Raises:
-            ResumeError: If it has other requests than these.
+            ResumeError: If it has other requests, or was solved with something else.
         """
         while self.recorded and self.recorded[0].kind == "evaluation":
             self.recorded.popleft()  # an evaluation that does not take place now
@@ -82,6 +104,7 @@ class JournalStore:
         step = self.read_step(self.recorded.popleft())
         if list(step.hashes) != list(hashes):
             raise ResumeError(f"{self.folder}: the next recorded batch, {step.number}, has other requests than these")
+        self._require_same(step.inputs, dict(inputs))
         return step
 
     def commit(self, step: EditStep, number: int, originals: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -138,7 +161,7 @@ class JournalStore:
             return _step(body, tensors)
         except LedgerError:  # a ValueError too, with a remedy of its own: the kind of a change is not known
             raise
-        except (KeyError, ValueError, RequestError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, RequestError) as error:
             raise LedgerError(
                 f"{self._where(entry)}: the batch does not fit its file ({error}); {FROM_A_COPY}"
             ) from error
@@ -166,12 +189,7 @@ class JournalStore:
             raise LedgerError(f"{where}: {name!r} is not a file name; a ledger may not name files outside its folder")
         if not path.is_file():
             raise LedgerError(f"{where}: {name} is missing; {FROM_A_COPY}")
-        if file_hash(path) != files.get(name):
-            raise LedgerError(f"{where}: {name} was changed after it was written; {FROM_A_COPY}")
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise LedgerError(f"{where}: {name} holds no tensors: {error}; {FROM_A_COPY}") from error
+        return read_tensors(path, f"{where}: {name}", LedgerError, FROM_A_COPY, files.get(name, "")).tensors
 
     def _where(self, entry: Entry) -> str:
         return f"{self.folder / LEDGER}, entry {entry.number}"
@@ -180,15 +198,20 @@ class JournalStore:
 def _differences(recorded: Any, now: Any, name: str = "") -> list[str]:
     """The differences between two bodies, in words."""
     if isinstance(recorded, dict) and isinstance(now, dict):
-        names = [part for part in {**recorded, **now} if part not in INCIDENTAL]
+        names = {**recorded, **now}
         pairs = [(f"{name}.{part}" if name else part, recorded.get(part), now.get(part)) for part in names]
         return [line for label, one, other in pairs for line in _differences(one, other, label)]
-    return [] if recorded == now else [f"{name} was {_short(recorded)}, is {_short(now)}"]
+    if recorded == now:
+        return []
+    signs = enumerate(zip(str(recorded), str(now), strict=False))
+    start = max(0, next((place for place, (old, new) in signs if old != new), 0) - 40)
+    return [f"{name} was {_short(recorded, start)}, is {_short(now, start)}"]
 
 
-def _short(value: object) -> str:
+def _short(value: object, start: int) -> str:
+    """A long value around the place from where on it differs."""
     text = str(value)
-    return text if len(text) <= 100 else f"{text[:97]}..."
+    return text if len(text) <= 100 else f"{'...' if start else ''}{text[start : start + 94]}..."
 
 
 def _tensors(step: EditStep) -> dict[str, Tensor]:
@@ -223,6 +246,7 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
         targets=step.targets,
         numbers=step.numbers,
         changes=changes,
+        inputs=step.inputs,
         **requests,
     )
 
@@ -238,6 +262,7 @@ def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
         hashes=tuple(body.hashes),
         before={part.place: part.before for part in reversed(body.changes)},
         after={part.place: part.after for part in body.changes},
+        inputs=dict(body.inputs),
         number=body.batch,
     )
 

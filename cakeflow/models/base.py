@@ -52,6 +52,11 @@ class EditableModel(ABC):
     def dtype(self) -> torch.dtype:
         """Type of the weights."""
 
+    @property
+    def attention(self) -> str:
+        """Implementation of attention, on which the last bits depend; empty if the model names none."""
+        return str(getattr(getattr(self.model, "config", None), "_attn_implementation", None) or "")
+
     @abstractmethod
     def identity(self) -> bytes:
         """Everything beside the weights that decides the model's output: config, tokenizer or image processor."""

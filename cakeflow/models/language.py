@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import cast
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -69,8 +70,12 @@ class LanguageModel(EditableModel):
     def identity(self) -> bytes:
         """Config and tokenizer."""
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in INCIDENTAL}
-        tokenizer: str = self.tokenizer.backend_tokenizer.to_str()
-        return (json.dumps(config, sort_keys=True, default=str) + tokenizer).encode()
+        tokenizer: Tokenizer = self.tokenizer.backend_tokenizer
+        if tokenizer.padding or tokenizer.truncation:  # left by the last call; every call here says its own
+            tokenizer = Tokenizer.from_str(tokenizer.to_str())
+            tokenizer.no_padding()
+            tokenizer.no_truncation()
+        return (json.dumps(config, sort_keys=True, default=str) + tokenizer.to_str()).encode()
 
     @property
     def name(self) -> str:

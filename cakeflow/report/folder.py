@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import csv
+import math
+import re
+import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -20,9 +23,8 @@ from cakeflow.journal.schema import (
     RunBody,
     RunInfo,
     TargetBody,
-    parse_as,
-    read_as,
 )
+from cakeflow.storage.typed import LARGEST, Count, parse_as, read_as
 
 
 class EditedRequest(RequestTexts):
@@ -30,7 +32,7 @@ class EditedRequest(RequestTexts):
 
     model_config = ConfigDict(extra="ignore")
 
-    batch: int
+    batch: Count
     targets: list[TargetBody]
 
 
@@ -75,7 +77,7 @@ class RunFolder:
             edits=list(_edits(path / "journal" / "ledger.jsonl")),
             log=_log(path / "metrics.csv"),
             config=next((text for text in texts if text.strip() not in ("", "{}")), ""),
-            written=datetime.fromtimestamp((path / "run.json").stat().st_mtime, timezone.utc),
+            written=_written(path / "run.json"),
         )
 
     def metrics(self, stage: str) -> dict[str, float]:
@@ -130,12 +132,34 @@ def _edits(path: Path) -> Iterator[EditedRequest]:
 
 def _log(path: Path) -> list[dict[str, float]]:
     rows = []
-    for number, row in enumerate(csv.DictReader(_text(path).splitlines()), 2):
+    for number, row in enumerate(_rows(path), 2):
         try:
-            rows.append({name: float(cell) for name, cell in row.items() if cell})
+            rows.append({name: _cell(cell) for name, cell in row.items() if cell})
         except (TypeError, ValueError) as error:
             raise RunFolderError(f"{path}, line {number}: {error}; {REMEDY}") from error
     return rows
+
+
+def _rows(path: Path) -> Iterator[dict[str, str]]:
+    reader = csv.DictReader(_text(path).splitlines())
+    try:
+        if beyond := [name for name in reader.fieldnames or () if re.match(r"layer\d{5}", name)]:
+            raise RunFolderError(f"{path}, column {reprlib.repr(beyond[0])}: no model has such a layer; {REMEDY}")
+        yield from reader
+    except csv.Error as error:
+        raise RunFolderError(f"{path}: {error}; {REMEDY}") from error
+
+
+def _cell(text: str) -> float:
+    """Return a logged number, nan for one that cannot have been measured: loggers write whatever they are given."""
+    return value if abs(value := float(text)) <= LARGEST else math.nan
+
+
+def _written(path: Path) -> datetime:
+    try:
+        return datetime.fromtimestamp(path.stat().st_mtime, timezone.utc)
+    except (OSError, OverflowError, ValueError) as error:
+        raise RunFolderError(f"{path}, time of writing: {error}; touch the file") from error
 
 
 def _text(path: Path) -> str:

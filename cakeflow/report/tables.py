@@ -21,11 +21,11 @@ from cakeflow.journal.schema import (
     PolicyBody,
     RollbackBody,
     RunBody,
-    Schema,
 )
 from cakeflow.plugins import Plugin
 from cakeflow.report.comparison import DELTA, as_texts
 from cakeflow.report.intervals import KINDS
+from cakeflow.storage.typed import Schema
 from cakeflow.tracing import Trace
 
 

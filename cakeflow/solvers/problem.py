@@ -80,13 +80,18 @@ class Update:
     is_plain: bool = False
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """d_out and d_in."""
+        return self.right.shape[0] if self.left is None else self.left.shape[1], self.right.shape[1]
+
+    @property
     def dense(self) -> Float[Tensor, "d_out d_in"]:
         """D."""
         return self.right if self.left is None else self.left.T @ self.right
 
     def rows(self, count: int = 512) -> Iterator[tuple[slice, Float[Tensor, "rows d_in"]]]:
         """Yield D some rows at a time: whole, it is the largest tensor of an edit."""
-        for start in range(0, self.right.shape[0] if self.left is None else self.left.shape[1], count):
+        for start in range(0, self.shape[0], count):
             some = slice(start, start + count)
             yield some, (self.right[some] if self.left is None else self.left[:, some].T @ self.right)
 

@@ -19,6 +19,7 @@ from cakeflow.forward.tokens import Row
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
+from cakeflow.storage.typed import SHA256, Schema, parse_as
 
 PLACES = (
     "first subject token",
@@ -59,6 +60,16 @@ class Effect:
     effects: list[list[float] | None]
 
 
+class _CacheLine(Schema):
+    """A fact's effects in the cache, with the hash of the rest of the line."""
+
+    fact: str
+    clean: float
+    corrupted: float
+    effects: list[list[float] | None]
+    hash: SHA256
+
+
 class TraceCache:
     """Effects by fact, in a file that grows line by line, so that an interrupted trace keeps its results."""
 
@@ -68,12 +79,11 @@ class TraceCache:
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         self._torn = bool(text) and not text.endswith("\n")
         for line in text.split("\n"):
-            with suppress(ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                entry = json.loads(
-                    line
-                )  # a line cut off by the death of a process is skipped: its fact is traced again
-                fact = entry.pop("fact")
-                self._effects[fact] = Effect(**entry)
+            with suppress(ConfigError):  # a line cut off by the death of a process is skipped: its fact is traced again
+                entry = parse_as(_CacheLine, line, str(path), ConfigError, "").to_dict()
+                if entry.pop("hash") == content_key(entry):
+                    fact = entry.pop("fact")
+                    self._effects[fact] = Effect(**entry)
 
     @classmethod
     def of(cls, lm: LanguageModel, settings: dict[str, Any], folder: Path | None) -> TraceCache:
@@ -100,7 +110,8 @@ class TraceCache:
             self._torn = False
             for row, effect in zip(rows, effects, strict=True):
                 self._effects[self._name(row)] = effect
-                handle.write(json.dumps({"fact": self._name(row), **asdict(effect)}) + "\n")
+                entry = {"fact": self._name(row), **asdict(effect)}
+                handle.write(json.dumps(entry | {"hash": content_key(entry)}) + "\n")
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +186,9 @@ class Trace:
         """
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
-            return cls.of([Effect(**entry) for entry in content["effects"]], content["settings"])
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            trace = cls.of([Effect(**entry) for entry in content["effects"]], content["settings"])
+            if trace.effects.shape[1:] != (len(PLACES), len(trace.layers)):
+                raise ValueError(f"effects of shape {tuple(trace.effects.shape)}")
+            return trace
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError) as error:
             raise ConfigError(f"{path} is no saved trace: {error}") from error

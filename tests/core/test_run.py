@@ -9,7 +9,7 @@ import lightning as L
 import pytest
 import torch
 from cakeflow_restrain import Prune, Rect
-from tiny_runs import LAYERS, content, editor_of, module_of, state
+from tiny_runs import LAYERS, StopAfter, content, editor_of, module_of, state
 
 from cakeflow import EditDataModule, Evaluation, GradientSearch, LeastSquares, LocateThenEdit, NullSpace
 from cakeflow.callbacks import Retention
@@ -36,17 +36,6 @@ def _one_clock(monkeypatch):
             return cls(2026, 1, 1, tzinfo=tz)
 
     monkeypatch.setattr(ledger, "datetime", Clock)
-
-
-class StopAfter(L.Callback):
-    """Ends a run as an interrupt would, after so many batches."""
-
-    def __init__(self, batches, error=KeyboardInterrupt):
-        self.batches, self.error = batches, error
-
-    def on_train_batch_start(self, trainer, module, batch, batch_idx):
-        if batch_idx == self.batches:
-            raise self.error
 
 
 def fit(lm, requests, folder, *callbacks, solver="null space", **changes):
@@ -172,6 +161,8 @@ def test_what_callbacks_logged_of_a_batch_is_logged_again(lm, requests, tmp_path
         ({"layers": [1, 4]}, "settings.layers was"),
         ({"seed": 5}, "settings.seed was 0, is 5"),
         ({"evaluation": Evaluation(protocol="official")}, "settings.evaluation was"),
+        ({"max_relative_update": 5.0}, "settings.max_relative_update was 10.0, is 5.0"),
+        ({"memory_budget": 5.0}, "settings.memory_budget was None, is 5.0"),
     ],
     ids=str,
 )

@@ -11,6 +11,8 @@ from cakeflow.core.statistics import convergence
 from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
+from cakeflow.storage.atomic import write_tensors
+from cakeflow.storage.tensors import hashes_of
 
 SENTENCE = "the sea was calm and every small boat came home before night while the old town slept under rain"
 WORDS = SENTENCE.split()
@@ -226,7 +228,7 @@ def test_a_beginning_of_text_token_stands_before_every_window(lm, settings):
         single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
     )
     assert lm.tokenizer("")["input_ids"] == [0]
-    windows = settings._windows(lm, 1)
+    windows = settings.windows(lm, 1)
     assert windows.shape == (500 // 19, 20)
     assert (windows[:, 0] == 0).all()
     assert not (windows[:, 1:] == 0).any()
@@ -236,6 +238,96 @@ def test_without_a_source_the_model_samples_its_own(lm):
     found = Statistics(tokens=400, window=16, batch_tokens=400).collect(lm, at(0))
     assert torch.isfinite(found[MLP[0]].moment).all()
     assert float(found[MLP[0]].moment.diagonal().min()) > 0
+
+
+def stopped(lm, settings, folder, moment, monkeypatch):
+    """Partial sums of layers 1 and 3, left by a pass that was stopped at the first or second eigenbasis."""
+    finish, count = module._finish, []
+
+    def stop(*args):
+        count.append(1)
+        if len(count) == moment:
+            raise KeyboardInterrupt
+        finish(*args)
+
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
+    monkeypatch.setattr(module, "_finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        settings.collect(lm, at(1, 3), folder)
+    monkeypatch.setattr(module, "_finish", finish)
+    return next(folder.rglob("partial.safetensors"))
+
+
+@pytest.mark.parametrize("moment", [1, 2])
+def test_a_pass_that_was_stopped_before_its_eigenbases_goes_on_from_its_sums(
+    tiny, settings, tmp_path, monkeypatch, moment
+):
+    expected = settings.collect(tiny, at(1, 3), tmp_path / "whole")
+    partial = stopped(tiny, settings, tmp_path / "broken", moment, monkeypatch)
+    assert len(list(partial.parent.glob("layer-*"))) == moment - 1
+    count = passes(tiny)
+    resumed = settings.collect(tiny, at(1, 3), tmp_path / "broken")
+    assert not count
+    assert not partial.exists()
+    for site in at(1, 3):
+        assert torch.equal(resumed[site].moment, expected[site].moment)
+
+
+def rewritten(path, **changes):
+    """Other tensors in a file, with the hashes that fit them."""
+    tensors = {**load_file(path), **changes}
+    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    write_tensors(path, tensors, hashes_of(tensors))
+
+
+NAN = torch.full((192, 192), float("nan"), dtype=torch.float64)
+PARTIAL_FAULTS = {
+    "sum/layer-1-mlp_out is not finite": {"sum/layer-1-mlp_out": NAN},
+    r"no sum/layer-1-mlp_out of shape \(192, 192\)": {"sum/layer-1-mlp_out": torch.ones(3, 3)},
+    r"no half/layer-3-mlp_out of shape \(192, 192\)": {"half/layer-3-mlp_out": None},
+    "sums of 1000000 windows out of 25": {"done": torch.tensor(10**6)},
+    "sums of -3 windows out of 25": {"done": torch.tensor(-3)},
+    "sums of 0 windows out of 25": {"done": torch.tensor(0)},
+    r"no done of shape \(\)": {"done": torch.ones(2)},
+    "sums of 25 windows out of 25": {"half/layer-1-mlp_out": None, "half/layer-3-mlp_out": None},
+}
+
+
+@pytest.mark.parametrize("fault", PARTIAL_FAULTS)
+def test_partial_sums_that_cannot_be_are_named_and_stay(lm, settings, tmp_path, monkeypatch, fault):
+    partial = stopped(lm, settings, tmp_path, 1, monkeypatch)
+    rewritten(partial, **PARTIAL_FAULTS[fault])
+    before = partial.read_bytes()
+    with pytest.raises(StatisticsError, match=rf"partial.safetensors is damaged \({fault}\); delete it"):
+        settings.collect(lm, at(1, 3), tmp_path)
+    assert partial.read_bytes() == before
+
+
+@pytest.mark.parametrize("file", ["layer-1-mlp_out", "partial"])
+def test_every_flipped_byte_of_the_cache_is_noticed(lm, settings, tmp_path, monkeypatch, file):
+    partial = stopped(lm, settings, tmp_path, 2, monkeypatch)
+    path = partial.with_stem(file)
+    whole = path.read_bytes()
+    for place in range(0, len(whole), len(whole) // 40):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
+        with pytest.raises(StatisticsError, match=rf"{file}.safetensors is damaged"):
+            settings.collect(lm, at(1, 3), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["moment", "eigenvalues", "eigenvectors"])
+def test_statistics_that_are_not_finite_are_not_used(lm, settings, cache, name):
+    settings.collect(lm, at(1))
+    path = next(cache.rglob("layer-1-*"))
+    rewritten(path, **{name: torch.full_like(load_file(path)[name], float("inf"))})
+    with pytest.raises(StatisticsError, match=f"{name} is not finite"):
+        settings.collect(lm, at(1))
+
+
+def test_statistics_stay_as_they_were_read(lm, settings, cache):
+    collected = settings.collect(lm, at(1))[MLP[1]]
+    before = collected.moment.clone()
+    next(cache.rglob("layer-1-*")).write_bytes(b"")
+    assert torch.equal(collected.moment, before)
 
 
 @pytest.mark.parametrize("name", ["tokens", "window", "cov_weight", "batch_tokens"])

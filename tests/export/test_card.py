@@ -2,7 +2,6 @@
 
 import copy
 import json
-import math
 import re
 
 from bodies import body
@@ -15,6 +14,7 @@ from cakeflow import EditRequest
 from cakeflow.export import Manifest
 from cakeflow.export.card import escape, model_card
 from cakeflow.journal.ledger import Entry
+from cakeflow.storage.typed import LARGEST
 
 HOSTILE = "---\n# x <script>alert(1)</script> | `````\n```\n[a](javascript:b) \u202e\x1b[31m {{ x }}"
 
@@ -85,7 +85,7 @@ def test_any_ledger_gives_a_card_without_markup_of_its_own(model, settings, name
     card = model_card(MANIFEST.model_copy(update={"model": model}), entries)
     shown = [line for line in card.splitlines() if line.startswith('{"subject"')]
     assert [json.loads(line) for line in shown] == [{"subject": subject}]
-    assert (f"| {rate:.4g} |" in card) == math.isfinite(rate)
+    assert (f"| {rate:.4g} |" in card) == (abs(rate) <= LARGEST)
     outside = re.sub(r"^(`{3,})$.*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
     headings = [line for line in outside.splitlines() if line.startswith("#")]
     assert headings[1:] == ["## Method", "## Metrics", "## Edits", "## How to verify"]

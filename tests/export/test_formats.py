@@ -197,6 +197,10 @@ def test_a_forged_delta_reaches_no_other_weight(delta):
     for tensor in (good[name].T.contiguous(), good[name].double(), torch.zeros(0), good[name].flatten()):
         forged(folder, {**good, name: tensor}, weights=weights(name, tensor))
         refused(lm, folder, "but the model has")
+    for number in (float("nan"), float("inf")):
+        tensor = good[name].clone().index_fill_(0, torch.tensor(1), number)
+        forged(folder, {**good, name: tensor}, weights=weights(name, tensor))
+        refused(lm, folder, f"{re.escape(name)}': not finite")
     forged(folder, {**good, name: good[name] + 1}, weights=told)
     refused(lm, folder, "not the weight that the manifest names")
     forged(folder, {name: good[name]}, weights=told)
@@ -207,7 +211,7 @@ def test_a_forged_delta_reaches_no_other_weight(delta):
     forged(folder, good, weights=told)
     (folder / "delta.safetensors").write_bytes(b"no tensors")
     data = (folder / "manifest.json").read_text()
-    refused(lm, folder, "does not have the hash")
+    refused(lm, folder, "was changed after it was written")
     forged(folder, good, weights=told)
     assert (folder / "manifest.json").read_text() == data
     apply_delta(lm, folder)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from cakeflow.data.sources import read_documents, read_texts
+import cakeflow.forward.corpus as corpus
+from cakeflow.data.sources import read_documents
+from cakeflow.errors import StatisticsError
 from cakeflow.forward.corpus import OPENINGS, TOPICS, sampled_corpus, token_stream
 from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
@@ -13,7 +15,7 @@ TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "t
 
 def test_a_sample_depends_on_its_opening_alone(tiny, cache):
     """Whichever samples are made beside it; 640 tokens are 5 for each of the 128 openings."""
-    texts = list(read_texts(sampled_corpus(tiny, 640)))
+    texts = sampled_corpus(tiny, 640)
     for number, topic in ((0, TOPICS[0]), (len(TOPICS) + 2, TOPICS[2])):
         prompt = OPENINGS[number // len(TOPICS)].format(topic)
         settings = {"top_k": 50, "seed": 0, "endless": True, "with_prompt": True}
@@ -35,28 +37,48 @@ def test_token_stream_joins_texts_and_stops_at_the_budget(lm):
 def test_the_sampled_corpus_is_deterministic_and_leaves_the_rng_alone(tiny, cache, monkeypatch, tmp_path):
     torch.manual_seed(5)
     state = torch.get_rng_state()
-    first = sampled_corpus(tiny, 640)
+    texts = sampled_corpus(tiny, 640)
     assert torch.equal(torch.get_rng_state(), state)
-    assert first.is_relative_to(cache)
+    (first,) = (cache / "corpora").iterdir()
     monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "elsewhere"))
     torch.manual_seed(99)
-    again = sampled_corpus(tiny, 640)
-    assert again != first
-    assert again.read_bytes() == first.read_bytes()
-    assert sampled_corpus(tiny, 640, seed=1).read_bytes() != first.read_bytes()
-    texts = list(read_texts(first))
+    assert sampled_corpus(tiny, 640) == texts
+    assert (tmp_path / "elsewhere" / "corpora" / first.name).read_bytes() == first.read_bytes()
+    assert sampled_corpus(tiny, 640, seed=1) != texts
     assert len(texts) == len(OPENINGS) * len(TOPICS)
     assert texts[0].startswith("The history of the sea")
     assert len(token_stream(tiny, texts, 10**6)) >= 640
 
 
-def test_the_sampled_corpus_is_made_once(lm, cache):
+def test_the_sampled_corpus_is_made_once(lm, cache, monkeypatch):
     first = sampled_corpus(lm, 128)
-    first.write_text("kept")
-    assert sampled_corpus(lm, 128).read_text() == "kept"
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "continuations", None)
+        assert sampled_corpus(lm, 128) == first
     with torch.no_grad():
         lm.weight(Site(0, "mlp_out"))[0, 0] += 1
-    assert sampled_corpus(lm, 128) != first
+    sampled_corpus(lm, 128)
+    assert len(list((cache / "corpora").iterdir())) == 2
+
+
+CHANGES = {
+    "a word": lambda text: text.replace(b"sea", b"see", 1),
+    "a sample less": lambda text: text[: text.rindex(b"{")],
+    "cut off": lambda text: text[:-9],
+    "without its hash": lambda text: text.partition(b"\n")[2],
+    "nested deeply": lambda _: b"[" * 30_000,
+    "no text": lambda _: b"\xff\x00",
+    "empty": lambda _: b"",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_sampled_corpus_that_was_changed_is_not_used(lm, cache, change):
+    sampled_corpus(lm, 128)
+    (path,) = (cache / "corpora").iterdir()
+    path.write_bytes(CHANGES[change](path.read_bytes()))
+    with pytest.raises(StatisticsError, match=f"{path} is damaged .*delete it"):
+        sampled_corpus(lm, 128)
 
 
 @pytest.mark.parametrize("part", [1000, 1 << 16])

@@ -7,7 +7,7 @@ import torch
 from toy_changes import Scaled
 
 from cakeflow import Update
-from cakeflow.errors import LedgerError, NumericalError
+from cakeflow.errors import LedgerError, NumericalError, ShapeError
 from cakeflow.journal.changes import WeightChange, kind_of
 from cakeflow.models import Site
 from cakeflow.storage.hashing import tensor_hash
@@ -75,6 +75,32 @@ def test_a_change_survives_as_tensors(lm):
     assert torch.equal(again.keys, change.keys)
     full = WeightChange(change.place, Update(change.update.dense), change.keys[:0])
     assert kind_of("WeightChange").from_tensors(full.place, full.tensors()).update.left is None
+
+
+ROWS = torch.ones(2, 3)
+FORGERIES = {
+    "are not finite matrices": [
+        {"right": torch.ones(3)}, {"left": torch.ones(2, 2, 2)}, {"keys": torch.ones(2, 3, dtype=torch.long)},
+        {"right": ROWS * float("nan")}, {"left": ROWS * float("inf")}, {"keys": ROWS.bool()},
+    ],
+    r"\(3, 3\), \(2, 4\), \(2, 3\) do not fit": [{"right": torch.ones(3, 3)}],
+    r"\(2, 3\), \(2, 4\), \(2, 5\) do not fit": [{"keys": torch.ones(2, 5)}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "parts"), [(words, each) for words, rows in FORGERIES.items() for each in rows])
+def test_forged_tensors_are_no_change(words, parts):
+    with pytest.raises(ValueError, match=f"a.weight: keys and factors .*{words}"):
+        WeightChange.from_tensors("a.weight", {"right": ROWS, "left": torch.ones(2, 4), "keys": ROWS, **parts})
+
+
+def test_an_update_of_another_shape_is_refused_before_the_weight_changes(lm):
+    weight = lm.oriented(Site(1, "mlp_out"))
+    before, (d_out, d_in) = weight.clone(), weight.shape
+    for update in (Update(torch.ones(2, d_in), torch.ones(2, d_out + 1)), Update(torch.ones(d_out, 1)), Update(ROWS)):
+        with pytest.raises(ShapeError, match=r"a change belongs to the model that it was made for"):
+            WeightChange(lm.weight_name(Site(1, "mlp_out")), update).apply(lm)
+    assert torch.equal(lm.oriented(Site(1, "mlp_out")), before)
 
 
 def test_a_module_takes_a_place_and_leaves_it(tiny):

@@ -12,7 +12,8 @@ from strategies import JSON
 
 from cakeflow.errors import LedgerError
 from cakeflow.journal.ledger import Ledger, bodies, canonical, read_entries
-from cakeflow.journal.schema import BODIES, BatchBody, EndBody, plain
+from cakeflow.journal.schema import BODIES, BatchBody, EndBody
+from cakeflow.storage.typed import plain
 
 
 def batch(number):
@@ -52,6 +53,15 @@ def test_the_form_of_a_line_is_fixed(tmp_path):
     forge(ledger.path, raw(ledger.path))  # the time aside, which is part of the hash
     assert ledger.path.read_bytes() == (tmp_path / "expected.jsonl").read_bytes()
     assert ledger.path.read_bytes().startswith(b'{"body":{"dtype":"torch.float32","fingerprint":"ab12"},"hash":"')
+
+
+@pytest.mark.parametrize("kind", ["model", "run"])
+@pytest.mark.parametrize("version", [0, 3, "2", 10**400, None])
+def test_a_format_of_another_version_is_refused_by_its_number(tmp_path, kind, version):
+    path = tmp_path / "ledger.jsonl"
+    forge(path, [(kind, EXAMPLES[kind] | {"format": version, "new field": 1})])
+    with pytest.raises(LedgerError, match=r"entry 0, format = .*: known are 1 to 2; read .* version of cakeflow that"):
+        Ledger(path)
 
 
 @pytest.mark.parametrize("kind", BODIES)

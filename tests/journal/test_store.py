@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -160,6 +161,23 @@ def test_killed_processes_lose_nothing_that_was_acknowledged(tmp_path):
     done = subprocess.run(words, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "20 kills" in done.stdout
+
+
+def test_files_that_change_under_an_open_run_change_nothing_in_it(lm, requests, tmp_path):
+    unedited = copy.deepcopy(lm)
+    editor = editor_of(lm)
+    editor.fit(requests[:6], 2, evaluate=False, run_dir=tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    other = editor_of(unedited)
+    other.load(tmp_path / "copy")
+    for path in (tmp_path / "copy/journal").glob("*.safetensors"):
+        os.truncate(path, 9)
+    for each in (editor, other):
+        each.rollback(batch=1)
+    assert state(unedited, other.module) == state(lm, editor.module)
+    other.rollback()
+    with pytest.raises(LedgerError, match=r"batch-00000\.safetensors was changed after it was written"):
+        other.load(tmp_path / "copy")
 
 
 @pytest.mark.parametrize("earlier", ["two", None, [2]])

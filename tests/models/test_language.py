@@ -40,6 +40,17 @@ def test_wrap_takes_an_architecture_by_hand_and_checks_it(lm):
             LanguageModel.wrap(lm.model, lm.tokenizer, wrong)
 
 
+def test_padding_and_truncation_of_the_tokenizer_do_not_change_the_fingerprint(lm):
+    before, lm.tokenizer.pad_token = lm.fingerprint(), lm.tokenizer.eos_token
+    lm.tokenizer(["one", "and two"], padding=True, truncation=True, max_length=7)
+    assert lm.tokenizer.backend_tokenizer.padding
+    settings = lm.tokenizer.backend_tokenizer.padding, lm.tokenizer.backend_tokenizer.truncation
+    assert lm.fingerprint() == before
+    assert settings == (lm.tokenizer.backend_tokenizer.padding, lm.tokenizer.backend_tokenizer.truncation)
+    lm.tokenizer.add_tokens(["a new token"])
+    assert lm.fingerprint() != before
+
+
 def test_slow_tokenizer_is_refused(lm):
     with pytest.raises(ArchitectureError, match="ByT5Tokenizer gives no character offsets; load a fast tokenizer"):
         LanguageModel.wrap(lm.model, ByT5Tokenizer())

@@ -1,11 +1,13 @@
 """Reading a run folder back, and refusing a broken one by file, line and remedy."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 from bodies import body
 
+import cakeflow.report.folder as folder
 from cakeflow.errors import RunFolderError
 from cakeflow.journal.ledger import Ledger
 from cakeflow.report import RunFolder
@@ -77,6 +79,23 @@ def without(*names):
     return lambda line: json.dumps({key: value for key, value in json.loads(line).items() if key not in names})
 
 
+def with_value(name, value):
+    return lambda line: json.dumps(json.loads(line) | {name: value})
+
+
+def with_prompt(**values):
+    def change(line):
+        record = json.loads(line)
+        record["prompts"][0] |= values
+        return json.dumps(record)
+
+    return change
+
+
+def deep(levels):
+    return {"a": deep(levels - 1)} if levels else {}
+
+
 @pytest.mark.parametrize(
     ("file", "number", "change", "words"),
     [
@@ -119,6 +138,21 @@ def without(*names):
         ),
         ("metrics.csv", 3, lambda line: "high" + line, ["metrics.csv, line 3", "high"]),
         ("metrics.csv", 3, lambda line: line + ",1,2", ["metrics.csv, line 3"]),
+        ("metrics.csv", 3, lambda line: "9" * 200_000 + line, ["metrics.csv: field larger"]),
+        (
+            "metrics.csv",
+            1,
+            lambda line: line + ",layer99999/update",
+            ["metrics.csv, column 'layer99999/update': no model has such a layer"],
+        ),
+        ("metrics.csv", 1, lambda line: line + f",layer{'9' * 5000}/a", ["metrics.csv, column", "no model has"]),
+        ("run.json", 1, with_value("edits", 10**400), ["run.json, edits = 1", "less than"]),
+        ("run.json", 1, with_value("edits", -5), ["run.json, edits = -5", "greater than"]),
+        ("run.json", 1, with_value("timings", {"keys": 1e308}), ["run.json: 1e+308 is beyond"]),
+        ("run.json", 1, with_value("settings", deep(900)), ["run.json: nested more than 64 levels"]),
+        ("after.jsonl", 1, with_value("index", 10**400), ["after.jsonl, line 1, index = 1"]),
+        ("after.jsonl", 1, with_prompt(tokens=1.5), ["after.jsonl, line 1, prompts.0.tokens = 1.5", "less than"]),
+        ("after.jsonl", 1, with_prompt(expected_logprob=10**400), ["after.jsonl, line 1, prompts.0.expected_logprob"]),
     ],
 )
 def test_a_broken_file_is_named_with_its_line(run_folder, file, number, change, words):
@@ -127,6 +161,25 @@ def test_a_broken_file_is_named_with_its_line(run_folder, file, number, change, 
         RunFolder.read(run_folder)
     for word in words:
         assert word in str(error.value)
+
+
+def test_numbers_that_a_logger_wrote_are_bounded(run_folder):
+    (run_folder / "metrics.csv").write_text("layer1/update,layer2/update,neutral/edits\ninf,1e308,nan\n-inf,1,2\n")
+    first, second = RunFolder.read(run_folder).log
+    assert all(value != value for value in first.values())
+    assert (second["layer2/update"], second["neutral/edits"]) == (1, 2)
+
+
+@pytest.mark.parametrize("seconds", [2**33 * 60, 2**62, -(2**62)])
+def test_a_time_that_no_calendar_has_is_named(seconds):
+    class Dated(type(Path())):
+        """A file of a file system whose times go that far."""
+
+        def stat(self, **_):
+            return os.stat_result((0,) * 8 + (seconds, 0))
+
+    with pytest.raises(RunFolderError, match=r"run.json, time of writing: .*; touch the file"):
+        folder._written(Dated("run.json"))
 
 
 def test_bytes_that_are_no_text(run_folder):

@@ -30,7 +30,13 @@ def test_scores_errors_and_map(tmp_path):
     json.loads((tmp_path / "t.json").read_text(), parse_constant=lambda name: pytest.fail(name))
 
 
-@pytest.mark.parametrize("text", ["", "{}", '{"effects": 3}', "[1]", '{"effects": [], "settings": []}', "[" * 9999])
+FACT = '{{"effects": [{{"clean": {}, "corrupted": 0, "effects": {}}}], "settings": {{"layers": [1]}}}}'
+BROKEN = ["", "{}", '{"effects": 3}', "[1]", '{"effects": [], "settings": []}', "[" * 9999]
+
+
+@pytest.mark.parametrize(
+    "text", [*BROKEN, FACT.format(10**400, "[]"), FACT.format(1, "[[1], [1, 2]]"), FACT.format(1, "[[1]]")]
+)
 def test_a_file_that_is_no_trace_is_named(tmp_path, text):
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(ConfigError, match=r"x\.json"):
@@ -46,6 +52,7 @@ def test_of_a_ledger_what_cannot_be_read_is_traced_again(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b"\n".join([*odd, good]))
     again = TraceCache(tmp_path / "a.jsonl")
     assert again[row] == effect
+    odd += [good.replace(b"0.25", b"0.75"), good.replace(b'"hash"', b'"hush"'), good.partition(b', "hash"')[0] + b"}"]
     (tmp_path / "a.jsonl").write_bytes(b"\n".join(odd))
     assert row not in TraceCache(tmp_path / "a.jsonl")
 

@@ -1,0 +1,65 @@
+"""The identity of a run beside model and data: settings as text, and the arithmetic that decides the last bits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from cakeflow.data.contexts import Contexts
+from cakeflow.journal.schema import Arithmetic
+from cakeflow.models.base import EditableModel
+from cakeflow.solvers.covariance import Covariance
+from cakeflow.storage.cache import content_key
+from cakeflow.storage.hashing import tensor_hash
+from cakeflow.weighters.base import Weighter
+
+
+def arithmetic(lm: EditableModel, trainer: L.Trainer) -> Arithmetic:
+    """Return how a Trainer's run of a model is computed."""
+    device = lm.device if lm.sharded else trainer.strategy.root_device
+    return Arithmetic(
+        device=device.type,
+        precision=str(trainer.precision),
+        attention=lm.attention,
+        products=torch.get_float32_matmul_precision(),
+        threads=torch.get_num_threads(),
+    )
+
+
+def inputs_of(
+    contexts: Contexts | None, layers: Sequence[int], weighter: Weighter, covariances: Mapping[int, Covariance]
+) -> dict[str, str]:
+    """Name -> SHA-256 of the contexts, the layers with what was measured of them, and their second moments."""
+    return {
+        "contexts": content_key(() if contexts is None else contexts.groups),
+        "weighter": content_key(list(layers), described(weighter)),
+        **{f"moment/{layer}": tensor_hash(covariances[layer].moment) for layer in layers},
+    }
+
+
+def described(value: object) -> Any:
+    """A setting as JSON-ready data, without the address of any object, which differs from process to process."""
+    if isinstance(value, (int, list)):
+        return value
+    return re.sub(r" at 0x[0-9a-f]+", "", "; ".join([repr(value), *_left_out(value)]))
+
+
+def _left_out(value: object) -> Iterator[str]:
+    """Yield what the text of a value does not show: numbers of tensors, attributes of an object with a bare text."""
+    if isinstance(value, Tensor):
+        yield tensor_hash(value)
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _left_out(part)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for each in fields(value):
+            yield from _left_out(getattr(value, each.name))
+    elif type(value).__repr__ is object.__repr__:
+        for name, part in getattr(value, "__dict__", {}).items():
+            yield tensor_hash(part) if isinstance(part, Tensor) else f"{name}={part!r}"
