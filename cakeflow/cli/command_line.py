@@ -23,6 +23,7 @@ from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipp
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
+from cakeflow.core.trainer import check_settings
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
 from cakeflow.errors import ConfigError, EditError
 from cakeflow.forward.generation import continuations
@@ -42,7 +43,7 @@ EPILOG = f"{NAMES_HELP} Further commands, each with --help: {', '.join(COMMANDS)
 
 
 class _Trainer(L.Trainer):
-    """Lightning's Trainer: devices, precision, loggers, callbacks.
+    """Lightning's Trainer: accelerator, loggers, callbacks, profiler.
 
     The docstrings of its methods are the help texts of the commands.
     """
@@ -86,8 +87,9 @@ class EditCLI(LightningCLI):
             raise ConfigError(f"a config file cannot be read: {error}; check the files given as --config") from error
 
     def instantiate_classes(self) -> None:
-        """Create the module, the data and the Trainer."""
+        """Create the module, the data and the Trainer, whose settings are checked before the others are read."""
         with own_errors():
+            check_settings(self._get(self.config, "trainer"))
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -15,6 +15,7 @@ from typing import Any, Generic, final
 
 import lightning as L
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import TypeVar
@@ -22,9 +23,10 @@ from typing_extensions import TypeVar
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
+from cakeflow.core.trainer import check_trainer
 from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, EditError, PolicyError
+from cakeflow.errors import EditError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.scoring import check_records
 from cakeflow.forward.packing import GIB
@@ -61,6 +63,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         timings: Phase -> seconds.
         peaks: Phase -> most bytes beyond the model.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
+        complete: Whether all batches of the last run were edited.
 
     Args:
         base: An embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
@@ -100,7 +103,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self._memory: PeakMemory | None = None
-        self._finished = False
+        self._finished = self.complete = False
         if isinstance(base, EditableModel):
             self.adopt(base)
 
@@ -149,7 +152,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     # ---- Lightning's hooks, in the order in which they run ----
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every Trainer gets ``RestoreState``, once."""
+        """Every Trainer is checked, and gets ``RestoreState``, once; this is the first that it asks a module."""
+        check_trainer(self.trainer, edits=self.trainer.state.fn == TrainerFn.FITTING)
         return [] if any(isinstance(each, RestoreState) for each in self.trainer.callbacks) else [RestoreState()]  # type: ignore[attr-defined]
 
     @final
@@ -167,9 +171,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     @final
     def on_train_start(self) -> None:
         """Measure the unedited model."""
-        if self.trainer.max_epochs != 1:
-            raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
-        self._finished = False
+        self._finished = self.complete = False
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         with self.journal.reverted():
             self.prepare(list(self.trainer.train_dataloader or ()))
@@ -189,6 +191,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         peaks = [peak for phase, peak in self.peaks.items() if phase != "evaluation"]
         self.log("memory/peak", max(peaks, default=0.0) / GIB)
         if self.trainer.is_last_batch:  # before the last validation, which must see the finished model
+            self.complete = True
             self._finish_once()
 
     @final
@@ -323,7 +326,7 @@ def described(value: object) -> Any:
 
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """Make new tensors float32: under ``precision="bf16-true"`` a step's default, and so its sums, would be too."""
+    """Make new tensors float32, whatever the default type of the process is: sums of a step need it."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
