@@ -45,6 +45,7 @@ from cakeflow.journal.schema import TargetBody
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Architecture, Role, Site
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.projections import check_projections, dequantize
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
@@ -99,6 +100,8 @@ class LocateThenEdit(EditModule[TextBatch]):
             and the batch is undone. On SmolLM2, eight facts by six shipped recipes stay below 0.2.
         min_arrival: Least part of each fact's searched change that has to arrive at its value site.
         on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
+        dequantize: Whether quantized projections of these layers are replaced, in the model itself, by plain ones with
+            the same numbers; the rest of the model stays quantized.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.
@@ -130,8 +133,11 @@ class LocateThenEdit(EditModule[TextBatch]):
         max_relative_update: float = 10.0,
         min_arrival: float = 0.5,
         on_low_arrival: Outcome = "warn",
+        dequantize: bool = False,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
+        if dequantize and layers == "auto":
+            raise ConfigError("dequantize=True needs layers by number: with layers='auto' they are known too late")
         for name, limit in (("memory_budget", memory_budget), ("max_relative_update", max_relative_update)):
             if limit is not None and not limit > 0:
                 raise ConfigError(f"{name} must be above 0, got {limit}")
@@ -152,7 +158,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             layer: statistics.covariance(moment) for layer, moment in (moments or {}).items()
         }
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
-        self.max_relative_update = max_relative_update
+        self.max_relative_update, self.dequantize = max_relative_update, dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -176,9 +182,12 @@ class LocateThenEdit(EditModule[TextBatch]):
         """
         if self.layers and self.layers[-1] >= self.lm.depth:
             raise ConfigError(f"layer {self.layers[-1]} is not in the model, which has blocks 0 to {self.lm.depth - 1}")
-        for layer in self.layers:
-            self.lm.weight(Site(layer, self.site))
-            self.lm.module(self.targets.value_site(layer))
+        sites = [Site(layer, self.site) for layer in self.layers]
+        for site in sites:
+            self.lm.module(self.targets.value_site(site.layer))
+        if self.dequantize:
+            dequantize(self.lm, sites)
+        check_projections(self.lm, sites)
 
     # ---- before the first edit ----
 
@@ -196,6 +205,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             if not self.layers:
                 proposal = locate(self.lm)
                 self._choose_layers(proposal.layers, proposal.scores)
+                self.check_model()
             self.weighter = self.weighter.prepare(self.lm, self.layers)
         earlier = self.journal.edits
         for batch in batches:

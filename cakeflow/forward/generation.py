@@ -152,7 +152,7 @@ def continuations(
 
 def _cached(lm: LanguageModel) -> int:
     """Bytes of a token's keys and values in all blocks."""
-    config, heads = lm.model.config, int(lm.model.config.num_attention_heads)
+    config, heads = lm.config, int(lm.config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or lm.width // heads)
     return 2 * lm.depth * int(getattr(config, "num_key_value_heads", None) or heads) * width * lm.dtype.itemsize
 

@@ -10,11 +10,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.errors import ArchitectureError
-from cakeflow.models.architecture import Architecture, Site, find_architecture
+from cakeflow.models.architecture import Architecture, Role, Site, find_architecture
 from cakeflow.models.base import EditableModel
+from cakeflow.models.wrappers import unwrapped
 
 INCIDENTAL = ("transformers_version", "dtype", "architectures", "_name_or_path")
 """Entries of a config that do not decide what a model computes: a library's version, what saving writes in."""
@@ -38,13 +39,21 @@ class LanguageModel(EditableModel):
 
     @classmethod
     def wrap(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture | None = None
+        cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, architecture: Architecture | None = None
     ) -> LanguageModel:
         """Check a model object and find its architecture.
 
+        Args:
+            model: A model, or ``torch.compile`` or ``DataParallel`` around one: the model inside is taken.
+            tokenizer: Its tokenizer.
+            architecture: Module paths, if they cannot be derived from the module tree.
+
         Raises:
-            ArchitectureError: If the tokenizer is not a fast one, attention takes no masks, or modules are missing.
+            ArchitectureError: If the model is wrapped otherwise, the tokenizer is not a fast one, attention takes no
+                masks, or modules are missing.
+            NumericalError: If a weight is not finite.
         """
+        model = unwrapped(model)
         if not tokenizer.is_fast:
             raise ArchitectureError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
         implementation = model.config._attn_implementation
@@ -54,9 +63,23 @@ class LanguageModel(EditableModel):
                 "load the model with attn_implementation='sdpa'"
             )
         wrapped = cls(model, tokenizer, architecture or find_architecture(model))
+        wrapped.require_finite()
         for role in ("block", "mlp_out", "attn_out"):
-            wrapped.module(Site(0, role))
+            wrapped.require(role)
         return wrapped
+
+    def require(self, role: Role) -> None:
+        """Check that some block has a module.
+
+        Args:
+            role: The module's role.
+
+        Raises:
+            ArchitectureError: If none has, naming the place in the first.
+        """
+        paths = {self.architecture.path(Site(layer, role)) for layer in range(self.depth)}
+        if not any(name in paths for name, _ in self.model.named_modules(remove_duplicate=False)):
+            self.module(Site(0, role))
 
     def identity(self) -> bytes:
         """Config and tokenizer."""
@@ -70,14 +93,19 @@ class LanguageModel(EditableModel):
         return str(self.model.name_or_path) or type(self.model).__name__
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """Config of the text part, which is all of the model's but for vision-language models."""
+        return self.model.config.get_text_config()
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.config.num_hidden_layers)
 
     @property
     def width(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.hidden_size)
+        return int(self.config.hidden_size)
 
     @property
     def embedding(self) -> Tensor:
@@ -97,17 +125,17 @@ class LanguageModel(EditableModel):
     @property
     def longest(self) -> int:
         """Most tokens that a text may have."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
 
     @property
     def places_tokens(self) -> bool:
         """True if tokens can be put at given positions under an explicit mask (ALiBi counts them off a 2-D mask)."""
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        return takes_positions and not getattr(self.model.config, "alibi", False)
+        return takes_positions and not getattr(self.config, "alibi", False)
 
     def sees_all(self, tokens: int) -> bool:
         """True if no sliding window of the attention is shorter than a text of so many tokens."""
-        config = self.model.config
+        config = self.config
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         window = window or getattr(config, "window_size", None)
         return window is None or tokens <= window
