@@ -120,7 +120,7 @@ class EditableModel(ABC):
         """
         name = place if isinstance(place, str) else self.weight_name(place)
         path, _, attribute = name.rpartition(".")
-        module = self.module(path)
+        module = self.module(path if isinstance(place, str) else place)
         weight = getattr(module, attribute, None)
         if type(weight) is not nn.Parameter or weight.dtype not in EDITABLE:  # subclasses hold packed or split numbers
             raise ArchitectureError(

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.errors import ArchitectureError
@@ -127,11 +128,35 @@ class LanguageModel(EditableModel):
         """Most tokens that a text may have."""
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
 
-    @property
+    @cached_property
     def places_tokens(self) -> bool:
-        """True if tokens can be put at given positions under an explicit mask (ALiBi counts them off a 2-D mask)."""
+        """True if tokens can be put at given positions under an explicit mask.
+
+        ALiBi counts positions off a 2-D mask, convolutions and recurrent layers (hybrid models) read their neighbors,
+        and some models take no other mask; two short passes show whatever is not known from the structure.
+        """
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        return takes_positions and not getattr(self.config, "alibi", False)
+        blocks = (self.module(Site(layer)) for layer in range(self.depth))
+        recurrent = any(isinstance(module, _ConvNd) for block in blocks for module in block.modules())
+        able = takes_positions and not recurrent and not getattr(self.config, "alibi", False)
+        return able and (self.embedding.is_meta or self._skips_a_token())
+
+    @torch.no_grad()
+    def _skips_a_token(self) -> bool:
+        """True if a token that the mask hides changes nothing for the last of four tokens."""
+        ids = torch.linspace(0, len(self.embedding) - 1, 4, device=self.device).long()[None]
+        visible = torch.ones(4, 4, dtype=torch.bool, device=self.device).tril()
+        visible[3, 2] = False
+        lowest = torch.finfo(self.dtype).min
+        mask = torch.zeros(1, 1, 4, 4, dtype=self.dtype, device=self.device).masked_fill(~visible, lowest)
+        positions = torch.tensor([[0, 1, 2, 2]], device=self.device)
+        whole = ids[:, [0, 1, 3]]
+        expected = self(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0, -1].double()
+        try:
+            logits = self(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[0, -1]
+        except (RuntimeError, ValueError, TypeError):  # a model's own code refuses the mask
+            return False
+        return bool((logits.double() - expected).norm() <= torch.finfo(self.dtype).eps ** (1 / 3) * expected.norm())
 
     def sees_all(self, tokens: int) -> bool:
         """True if no sliding window of the attention is shorter than a text of so many tokens."""
@@ -146,15 +171,17 @@ class LanguageModel(EditableModel):
         return self.model.get_submodule(self.architecture.head)
 
     @cached_property
-    def returns_tuple(self) -> bool:
-        """True if the blocks of this version of the model return a tuple rather than a tensor; one pass shows it."""
-        kinds: list[bool] = []
+    def tuple_size(self) -> int:
+        """Number of values that the blocks return in a tuple, 0 if they return a tensor; one pass shows it."""
+        sizes: list[int] = []
         block = self.module(Site(0))
-        handle = block.register_forward_hook(lambda _m, _a, out: kinds.append(isinstance(out, tuple)))
+        handle = block.register_forward_hook(
+            lambda _m, _a, out: sizes.append(len(out) if isinstance(out, (tuple, list)) else 0)
+        )
         try:
             with torch.no_grad():
                 one = torch.ones(1, 1, dtype=torch.long, device=self.device)
                 self(input_ids=one, attention_mask=one, use_cache=False)
         finally:
             handle.remove()
-        return kinds[0]
+        return sizes[0]
