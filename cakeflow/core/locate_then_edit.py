@@ -100,8 +100,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             and the batch is undone. On SmolLM2, eight facts by six shipped recipes stay below 0.2.
         min_arrival: Least part of each fact's searched change that has to arrive at its value site.
         on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
-        dequantize: Whether quantized projections of these layers are replaced, in the model itself, by plain ones with
-            the same numbers; the rest of the model stays quantized.
+        dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.
@@ -245,9 +244,7 @@ class LocateThenEdit(EditModule[TextBatch]):
     def _choose_layers(self, layers: Sequence[int], scores: dict[int, float] | None) -> None:
         """Set the candidate layers, and the scores of a weighter that was given none."""
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
-            raise ConfigError(
-                f"layers must be block indices in ascending order, got {layers!r}; e.g. [9, 10, 11] or auto"
-            )
+            raise ConfigError(f"layers must be block indices in ascending order, e.g. [9, 10], or auto; got {layers!r}")
         self.weighter = self.weighter.with_scores(scores)
         self.weighter.check(layers)
         self.layers = list(layers)
@@ -402,8 +399,3 @@ class LocateThenEdit(EditModule[TextBatch]):
                 for name, update in updates.items():
                     change = WeightChange(name, update, update.right[:0])
                     self.journal.apply(step, change, {"update": update.norm()})
-
-    def original_weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
-        """A weight before any edit."""
-        original = self.journal.original(name)
-        return self.lm.oriented(name, original[name].to(self.lm.weight(name).device) if original else None)

@@ -15,6 +15,7 @@ from typing import Any, Generic, final
 
 import lightning as L
 import torch
+from jaxtyping import Float
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
@@ -261,6 +262,11 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         needs = {name: getattr(metric, "needs", ()) for name, metric in self.metrics.items()}
         check_fields(requests, needs, self._requested)
         check_records(self.lm, requests)
+
+    def original_weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
+        """Return a weight as it was before any edit."""
+        original = self.journal.original(name)
+        return self.lm.oriented(name, original[name].to(self.lm.weight(name).device) if original else None)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

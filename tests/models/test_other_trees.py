@@ -51,10 +51,10 @@ TREES = {
 }  # fmt: skip
 """Family -> config, MLP output and attention output, written down from each family's own source."""
 RECURRENT = {"falcon_h1", "bamba", "jamba", "qwen3_next", "lfm2", "recurrent_gemma"}
-LAYERS = [1, 2]
+LAYER = 2
 FACTS = [EditRequest("Here comes {}", "Ann", "Rome"), EditRequest("A friend of {}", "Bob", "sea")]
 PARTS = {
-    "solver": LeastSquares(), "targets": GradientSearch(steps=20, lr=0.5, clamp=30.0, essence=None),
+    "solver": LeastSquares(), "targets": GradientSearch(steps=30, lr=0.2, clamp=30.0, essence=None, decay=None),
     "max_relative_update": 1e3,
 }  # fmt: skip
 
@@ -134,14 +134,19 @@ def chances(lm):
 
 
 def test_an_edit_raises_the_targets_and_is_taken_back(family, quiet):
-    if family.model.config.model_type == "gemma4_text":
-        pytest.skip("what its MLP writes passes norms and a factor, which hold a random model's edit back")
+    if family.model.config.model_type == "gemma4_text":  # norms, a factor and a gate of the layer's own
+        with pytest.raises(ArchitectureError, match=r"neither by a factor nor by one norm.*targets\.site: mlp_out"):
+            fit_tiny(family, [LAYER], FACTS, quiet, 1e-9, **PARTS)
+        return
+    with torch.no_grad():
+        family.head.weight.mul_(8)  # otherwise no token gets more than a few per cent
     before = {name: tensor.clone() for name, tensor in family.model.state_dict().items()}
     low = chances(family)
-    module = fit_tiny(family, LAYERS, FACTS, quiet, 1e-9, **PARTS)
-    assert bool((chances(family) > low + 0.1).all())  # norms behind an MLP hold the change back
+    module = fit_tiny(family, [LAYER], FACTS, quiet, 1e-9, **PARTS)
+    assert module.journal[0].numbers["target/arrived"] > 0.95
+    assert bool((chances(family) > low + 0.3).all())
     changed = {name for name, tensor in family.model.state_dict().items() if not torch.equal(tensor, before[name])}
-    assert changed == {family.weight_name(Site(layer, "mlp_out")) for layer in LAYERS}
+    assert changed == {family.weight_name(Site(LAYER, "mlp_out"))}
     module.journal.rollback()
     assert all(torch.equal(tensor, before[name]) for name, tensor in family.model.state_dict().items())
 
