@@ -254,9 +254,8 @@ class LocateThenEdit(EditModule[TextBatch]):
     def edit(self, batch: TextBatch, step: EditStep) -> None:
         """Edit one batch: layer by layer, from below."""
         footprint = self.footprints[batch.first]
-        weights = checked_weights(
-            self.weighter, self.weighter.weigh(self.lm, batch, self.layers), len(batch), self.layers
-        )
+        weights = self.weighter.weigh(self.lm, batch, self.layers)
+        weights = checked_weights(self.weighter, weights, len(batch), self.layers)
         self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
         reader = FactReader(self.lm, batch, footprint.pass_tokens)
         targets: dict[Site, Targets] = {}
