@@ -11,7 +11,7 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,6 +23,7 @@ from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
+from cakeflow.core.trainer import check_settings, check_trainer
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import Evaluation
@@ -39,6 +40,7 @@ Part = Mapping[str, Any]
 """A part of a method as a config has it: some of its settings, or ``class_path`` and ``init_args``."""
 TRAINER_DEFAULTS: dict[str, Any] = {
     "max_epochs": 1,
+    "devices": 1,
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
     "enable_checkpointing": False,
@@ -54,20 +56,28 @@ class Editor:
 
     Args:
         module: The edit method with its model.
-        trainer: A ``lightning.Trainer``, or its arguments: logger, callbacks, accelerator, precision and so on. From
+        trainer: A ``lightning.Trainer``, or its arguments: logger, callbacks, accelerator, max_time and so on. From
             arguments every call gets a Trainer of its own; a Trainer itself serves one ``fit``.
+
+    Raises:
+        ConfigError: If a setting of the Trainer would split the run, cut it short or change the model
+            (``check_trainer``); no model is loaded yet.
     """
 
     def __init__(self, module: EditModule, trainer: L.Trainer | Mapping[str, Any] | None = None) -> None:
         self.module = module
-        self.module.setup()
         self._trainer = trainer if isinstance(trainer, L.Trainer) else dict(trainer or {})
+        if isinstance(self._trainer, L.Trainer):
+            check_trainer(self._trainer, edits=False)
+        else:
+            check_settings(self._trainer)
+        self.module.setup()
         self.module.obey(_callbacks(self._trainer))
 
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path | PreTrainedModel = "smollm2-135m",
+        model: str | Path | nn.Module = "smollm2-135m",
         method: str | Path = "cake",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
@@ -94,11 +104,13 @@ class Editor:
         record_texts: bool | None = None,
         private: bool | None = None,
         max_relative_update: float | None = None,
+        dequantize: bool | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
 
         Args:
-            model: An embedded name, a hub id, a folder, a GGUF file, or a model object (then ``tokenizer`` too).
+            model: An embedded name, a hub id, a folder, a GGUF file, or a model object (then ``tokenizer`` too), also
+                one inside ``torch.compile`` or ``DataParallel``.
             method: A shipped recipe (``cake``, ``alphaedit``, ``memit``, ``memit_seq`` ...) or a YAML file.
             tokenizer: Tokenizer of a model object.
             architecture: Module paths, for a model whose structure is not recognized.
@@ -125,6 +137,7 @@ class Editor:
             record_texts: Whether the ledger has the texts of the requests.
             private: Whether only their owner can read the run folders that are made.
             max_relative_update: Largest update of a layer by one batch, in norms of its weight.
+            dequantize: Whether quantized projections of these layers are replaced by plain ones.
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.
@@ -138,7 +151,7 @@ class Editor:
             names = ", ".join(shipped("model"))
             raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
                               f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip
-        if isinstance(model, PreTrainedModel):
+        if not isinstance(model, str | Path):
             if tokenizer is None:
                 raise ConfigError("a model object needs its tokenizer: Editor.from_pretrained(model, tokenizer=...)")
             values["base"] = LanguageModel.wrap(model, tokenizer, architecture)

@@ -136,7 +136,8 @@ def fit_tiny(
     lm: LanguageModel, layers: list[int], requests: list[EditRequest], quiet: dict[str, Any], scale: float, **parts: Any
 ) -> LocateThenEdit:
     """Edit all requests in one batch of bare prompts; the second moments are ``scale`` times the identity."""
-    moment = scale * torch.eye(lm.oriented(Site(0, "mlp_out")).shape[1], dtype=torch.float64)
+    width = lm.key_width(Site(layers[0], parts.get("site", "mlp_out")))
+    moment = scale * torch.eye(width, dtype=torch.float64)
     parts = {"contexts": Contexts(), "moments": dict.fromkeys(layers, moment), **parts}
     module = LocateThenEdit(lm, layers, **parts)
     L.Trainer(**quiet).fit(module, datamodule=EditDataModule(requests, len(requests)))

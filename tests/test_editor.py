@@ -383,6 +383,7 @@ def test_a_run_that_is_stopped_has_its_last_word_too(lm, quiet):
 
     before = lm.weight(Site(2, "mlp_out")).detach().clone()
     editor = make(lm, {**quiet, "callbacks": [Stop()], "min_epochs": 0}, method="memit", solver=TakesItAllBack())
-    run = editor.fit(FACTS[:3], batch_size=1, evaluate=False)
+    with pytest.warns(UserWarning, match="stopped after 1 of 3 facts"):
+        run = editor.fit(FACTS[:3], batch_size=1, evaluate=False)
     assert len(run.journal) == 2  # one batch of three, and the last word
     torch.testing.assert_close(lm.weight(Site(2, "mlp_out")).detach(), before, rtol=0, atol=1e-12)

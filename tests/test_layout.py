@@ -336,6 +336,7 @@ def test_every_test_file_has_a_module():
         "layout",
         "parity",
         "families",
+        "other_trees",
         "sharded",
         "template",
         "malformed",

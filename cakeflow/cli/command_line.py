@@ -26,6 +26,7 @@ from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
+from cakeflow.core.trainer import check_settings
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
 from cakeflow.errors import ConfigError, EditError
 from cakeflow.forward.generation import continuations
@@ -49,7 +50,7 @@ EPILOG = f"{NAMES_HELP} Further commands, each with --help: {', '.join(COMMANDS)
 
 
 class _Trainer(L.Trainer):
-    """Lightning's Trainer: devices, precision, loggers, callbacks.
+    """Lightning's Trainer: accelerator, loggers, callbacks, profiler.
 
     The docstrings of its methods are the help texts of the commands.
     """
@@ -120,10 +121,11 @@ class EditCLI(LightningCLI):
         refuse_trust(self.config.get(self.config.subcommand))
 
     def instantiate_classes(self) -> None:
-        """Create the module, the data and the Trainer."""
+        """Create the module, the data and the Trainer, whose settings are checked before the others are read."""
         self._plain_config = self.config
         self.config = with_trust(self.config, self.trusted)
         with own_errors(), only_known_classes():
+            check_settings(self._get(self.config, "trainer"))
             super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:

@@ -46,6 +46,7 @@ from cakeflow.journal.schema import TargetBody
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Architecture, Role, Site
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.projections import check_projections, dequantize
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.history import KeyHistory
@@ -102,6 +103,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             and the batch is undone. On SmolLM2, eight facts by six shipped recipes stay below 0.2.
         min_arrival: Least part of each fact's searched change that has to arrive at its value site.
         on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
+        dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.
@@ -133,8 +135,11 @@ class LocateThenEdit(EditModule[TextBatch]):
         max_relative_update: float = 10.0,
         min_arrival: float = 0.5,
         on_low_arrival: Outcome = "warn",
+        dequantize: bool = False,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
+        if dequantize and layers == "auto":
+            raise ConfigError("dequantize=True needs layers by number: with layers='auto' they are known too late")
         if site != "mlp_out" and not isinstance(allocator, ShareAllocator):
             raise ConfigError(
                 f"site is {site!r}, but {type(allocator).__name__} follows the outputs of whole blocks, which are "
@@ -154,6 +159,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.memory_budget, self.max_relative_update = memory_budget, max_relative_update
         require_positive("model", self, "memory_budget", "max_relative_update")
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
+        self.dequantize = dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -177,9 +183,12 @@ class LocateThenEdit(EditModule[TextBatch]):
         """
         if self.layers and self.layers[-1] >= self.lm.depth:
             raise ConfigError(f"layer {self.layers[-1]} is not in the model, which has blocks 0 to {self.lm.depth - 1}")
-        for layer in self.layers:
-            self.lm.weight(Site(layer, self.site))
-            self.lm.module(self.targets.value_site(layer))
+        sites = [Site(layer, self.site) for layer in self.layers]
+        for site in sites:
+            self.lm.module(self.targets.value_site(site.layer))
+        if self.dequantize:
+            dequantize(self.lm, sites)
+        check_projections(self.lm, sites)
 
     # ---- before the first edit ----
 
@@ -197,6 +206,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             if not self.layers:
                 proposal = locate(self.lm)
                 self._choose_layers(proposal.layers, proposal.scores)
+                self.check_model()
             self.weighter = self.weighter.prepare(self.lm, self.layers)
         earlier = self.journal.edits
         for batch in batches:
@@ -239,9 +249,7 @@ class LocateThenEdit(EditModule[TextBatch]):
     def _choose_layers(self, layers: Sequence[int], scores: dict[int, float] | None) -> None:
         """Set the candidate layers, and the scores of a weighter that was given none."""
         if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
-            raise ConfigError(
-                f"layers must be block indices in ascending order, got {layers!r}; e.g. [9, 10, 11] or auto"
-            )
+            raise ConfigError(f"layers must be block indices in ascending order, e.g. [9, 10], or auto; got {layers!r}")
         self.weighter = self.weighter.with_scores(scores)
         self.weighter.check(layers)
         self.layers = list(layers)
@@ -251,9 +259,8 @@ class LocateThenEdit(EditModule[TextBatch]):
     def edit(self, batch: TextBatch, step: EditStep) -> None:
         """Edit one batch: layer by layer, from below."""
         footprint = self.footprints[batch.first]
-        weights = checked_weights(
-            self.weighter, self.weighter.weigh(self.lm, batch, self.layers), len(batch), self.layers
-        )
+        weights = self.weighter.weigh(self.lm, batch, self.layers)
+        weights = checked_weights(self.weighter, weights, len(batch), self.layers)
         self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
         reader = FactReader(self.lm, batch, footprint.pass_tokens)
         targets: dict[Site, Targets] = {}
@@ -396,8 +403,3 @@ class LocateThenEdit(EditModule[TextBatch]):
                 for name, update in updates.items():
                     change = WeightChange(name, update, update.right[:0])
                     self.journal.apply(step, change, {"update": update.norm()})
-
-    def original_weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
-        """A weight before any edit."""
-        original = self.journal.original(name)
-        return self.lm.oriented(name, original[name].to(self.lm.weight(name).device) if original else None)

@@ -58,7 +58,7 @@ class TokenCost:
         """
         embeds = lm.embedding.new_zeros(1, tokens, lm.embedding.shape[1])
         delta = lm.embedding.new_zeros(1, lm.width).requires_grad_()
-        cache, saved = DynamicCache(), {}
+        cache, saved = DynamicCache() if lm.places_tokens else None, {}
         own = {parameter.untyped_storage()._cdata for parameter in lm.model.parameters()}
 
         def save(tensor: Tensor) -> Tensor:
@@ -74,8 +74,8 @@ class TokenCost:
             inject(lm, Site(site.layer), delta, torch.zeros(1, dtype=torch.long, device=lm.device)),
             capture(lm, [Site(lm.depth - 1)], stop=True),
         ):
-            lm(inputs_embeds=embeds, past_key_values=cache, use_cache=True)
-        above: list[Any] = cache.layers[site.layer + 1 :]
+            lm(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
+        above: list[Any] = cache.layers[site.layer + 1 :] if cache else []
         size = lm.embedding.element_size()
         return cls(
             graph=sum(storage.nbytes() for storage in saved.values()) // tokens,

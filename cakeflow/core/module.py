@@ -14,6 +14,8 @@ from typing import Any, Generic, final
 
 import lightning as L
 import torch
+from jaxtyping import Float
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import TypeVar
@@ -23,9 +25,10 @@ from cakeflow.core.folder import is_finished, require_run_folder, run_folder
 from cakeflow.core.identity import arithmetic
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
+from cakeflow.core.trainer import check_trainer
 from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, EditError, PolicyError
+from cakeflow.errors import EditError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.scoring import check_records
 from cakeflow.forward.packing import GIB
@@ -66,6 +69,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
         inputs: Name -> SHA-256 of what ``prepare`` measured or read for the batches; the ledger has it with each batch,
             and a run does not go on with anything else.
+        complete: Whether all batches of the last run were edited.
 
     Args:
         base: An embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
@@ -106,7 +110,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self.inputs: dict[str, str] = {}
         self._memory: PeakMemory | None = None
-        self._finished = False
+        self._finished = self.complete = False
         if isinstance(base, EditableModel):
             self.adopt(base)
 
@@ -155,7 +159,11 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     # ---- Lightning's hooks, in the order in which they run ----
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every Trainer gets ``RestoreState``, once. Loggers begin after it, so the run folder is checked here."""
+        """Every Trainer is checked, and gets ``RestoreState``, once; this is the first that it asks a module.
+
+        Loggers begin after it, so the run folder is checked here too.
+        """
+        check_trainer(self.trainer, edits=self.trainer.state.fn == TrainerFn.FITTING)
         if (folder := run_folder(self.trainer)) is not None:
             require_run_folder(folder)
             if not self.trainer.training and is_finished(folder):
@@ -180,11 +188,9 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     @final
     def on_train_start(self) -> None:
         """Measure the unedited model."""
-        if self.trainer.max_epochs != 1:
-            raise ConfigError(f"max_epochs is {self.trainer.max_epochs}; an edit is applied once: use max_epochs=1")
         require_plain_mode("fit")
         self.journal.memory.check_all()
-        self._finished = False
+        self._finished = self.complete = False
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         with self.journal.reverted():
             self.prepare(list(self.trainer.train_dataloader or ()))
@@ -210,6 +216,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         peaks = [peak for phase, peak in self.peaks.items() if phase != "evaluation"]
         self.log("memory/peak", max(peaks, default=0.0) / GIB)
         if self.trainer.is_last_batch:  # before the last validation, which must see the finished model
+            self.complete = True
             self._finish_once()
 
     @final
@@ -281,6 +288,11 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         check_fields(requests, needs, self._requested)
         check_records(self.lm, requests)
 
+    def original_weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
+        """Return a weight as it was before any edit."""
+        original = self.journal.original(name)
+        return self.lm.oriented(name, original[name].to(self.lm.weight(name).device) if original else None)
+
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Measure a phase: ``timings`` (seconds), ``peaks`` (bytes beyond the model) and the Trainer's profiler."""
@@ -339,7 +351,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
 @contextmanager
 def _float32_by_default() -> Iterator[None]:
-    """Make new tensors float32: under ``precision="bf16-true"`` a step's default, and so its sums, would be too."""
+    """Make new tensors float32, whatever the default type of the process is: sums of a step need it."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:

@@ -14,6 +14,7 @@ import lightning as L
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
 from cakeflow.core.module import EditModule
+from cakeflow.core.trainer import check_trainer
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
 from cakeflow.journal.journal import Journal
@@ -85,21 +86,20 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     Every batch is on disk when its step ends. Where the folder holds an interrupted run, its batches are repeated from
     there, which takes no search and no solve.
 
+    A run that was stopped, by a callback or ``max_time``, is not marked as complete: the same command goes on with it.
+
     Raises:
-        ConfigError: If the Trainer has finished its epoch already: it would edit nothing; or inside ``autocast``.
+        ConfigError: If the Trainer does not fit (``check_trainer``), or has finished its epoch and would edit nothing;
+            or inside ``autocast``.
         ModelChangedError: If somebody else changed the model since its journal did.
         ResumeError: If the folder holds a run that differs, or a finished one.
     """
-    require_plain_mode("fit")
-    if trainer.current_epoch:
-        raise ConfigError(
-            "this Trainer has finished its epoch and would edit nothing; give a new one, or its arguments"
-        )
+    _check_start(trainer)
     for record in (module.timings, module.peaks, module.metrics_at):
         record.clear()
     data.evaluate = evaluate
     module.setup()
-    module.journal.memory.check_all(record=False)  # a Trainer's precision may cast an unedited model
+    module.journal.memory.check_all(record=False)
     data.attach(module, edit=True, evaluate=evaluate)
     module.obey(trainer.callbacks)  # type: ignore[attr-defined]
     folder = run_folder(trainer)
@@ -110,18 +110,31 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
         before = run_evaluate(trainer, module, data, "before").metrics
         check_texts(module.answers)
         warn_of_known(module.answers)
-    module.stage = "after"
+    module.stage, earlier = "after", module.journal.edits
     with _expected_warnings(), _advice_on_resuming(trainer, module):
         trainer.fit(module, datamodule=data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if evaluate and module.evaluated != len(module.journal):  # the last validation came before the last batch
         run_evaluate(trainer, module, data, "after")
     after = dict(module.metrics_at.get("after", {}))
+    edits = module.journal.edits - earlier
+    if not module.complete:
+        _warn_of_rest(edits, len(data.requests), folder)
     if folder is not None:
-        _write_run(folder, module, data, {"before": before, "after": after})
+        _write_run(folder, module, edits, {"before": before, "after": after})
     return FitResult(
         before, after, dict(module.timings), dict(module.peaks), logged, module.evaluation.id, module.journal, folder
     )
+
+
+def _check_start(trainer: L.Trainer) -> None:
+    """Check all that can be checked before a model is loaded."""
+    require_plain_mode("fit")
+    if trainer.current_epoch:
+        raise ConfigError(
+            "this Trainer has finished its epoch and would edit nothing; give a new one, or its arguments"
+        )
+    check_trainer(trainer, edits=True)
 
 
 def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> EvaluationResult:
@@ -133,8 +146,15 @@ def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, s
     return EvaluationResult(dict(module.metrics_at[stage]), list(module.answers), module.evaluation.id)
 
 
-def _write_run(folder: Path, module: EditModule, data: EditDataModule, metrics: dict[str, dict[str, float]]) -> None:
-    """Write ``run.json``, and mark the run as complete."""
+def _warn_of_rest(edits: int, requests: int, folder: Path | None) -> None:
+    goes_on = f"; the same command with run_dir={folder} goes on" if folder else ""
+    warnings.warn(
+        f"the run was stopped after {edits} of {requests} facts and is not marked as complete{goes_on}", stacklevel=3
+    )
+
+
+def _write_run(folder: Path, module: EditModule, edits: int, metrics: dict[str, dict[str, float]]) -> None:
+    """Write ``run.json``, and mark the run as complete if it is."""
     if metrics["after"]:
         _write_lines(folder / "after.jsonl", module.answers)
     info = RunInfo(
@@ -148,14 +168,15 @@ def _write_run(folder: Path, module: EditModule, data: EditDataModule, metrics: 
         versions=circumstances().versions,
         metrics=metrics,
         protocol=module.evaluation.id,
-        edits=len(data.requests),
+        edits=edits,
         timings=dict(module.timings),
         peaks=dict(module.peaks),
     )
     write_text(folder / "run.json", info.model_dump_json(indent=1))
     pass_on_rights(folder, [folder / name for name in FILES if (folder / name).exists()])  # some are Lightning's
     pass_on_rights(folder, (folder / "journal").iterdir())
-    module.journal.close({name: file_hash(folder / name) for name in FILES if (folder / name).exists()})
+    if module.complete:
+        module.journal.close({name: file_hash(folder / name) for name in FILES if (folder / name).exists()})
 
 
 def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from cakeflow.errors import ConfigError, ExportError
 from cakeflow.export.card import model_card
+from cakeflow.export.check import check_delta, check_lora, check_memory, check_model, questions
 from cakeflow.export.delta import DELTA, require_finite
 from cakeflow.export.lora import write_lora
 from cakeflow.export.manifest import MANIFEST, Format, Manifest, require_place
@@ -30,8 +37,8 @@ def export(journal: Journal, folder: str | Path, format: Format = "model", *, ov
         format: ``model`` is everything, in the Hugging Face format, with a model card; loaded, it gives the same
             logits, bit for bit. ``delta`` is the edited weights as they are, for ``apply_delta``. ``lora`` is an
             adapter in float32 that PEFT loads onto the base model. The edited weights took the same change in, rounded
-            to their type: logits differ by less than 1e-5 of the largest one in float32, by less than 0.05 of it in
-            bfloat16 (measured: 2e-6 and 0.02). ``memory`` is the modules that were put in place, for ``apply_memory``.
+            to their type: logits differ by less than the manifest's ``tolerance``. ``memory`` is the modules that were
+            put in place, for ``apply_memory``.
         overwrite: Whether an export that is there is replaced, as a whole, when the new one is complete.
 
     Returns:
@@ -39,8 +46,9 @@ def export(journal: Journal, folder: str | Path, format: Format = "model", *, ov
 
     Raises:
         ConfigError: If something is there already, or there is no such format.
-        ExportError: If no weight differs from the base (``delta``, ``lora``), a change has full rank (``lora``), or the
-            format cannot hold the kind of changes that were made.
+        ExportError: If no weight differs from the base (``delta``, ``lora``), a change has full rank (``lora``), the
+            format cannot hold the kind of changes that were made, or what was written, loaded and asked again, does not
+            answer as the edited model does.
         PolicyError: If a run was stopped before its policy judged it.
         ModelChangedError: If somebody else changed the model since its journal did.
     """
@@ -53,7 +61,8 @@ def export(journal: Journal, folder: str | Path, format: Format = "model", *, ov
     manifest = Manifest.of(journal, format)
     if format in ("delta", "lora") and not manifest.weights:
         raise ExportError(f"there is no {format} to write: no weight differs from the base; edit first")
-    return _put(place, manifest, FORMATS[format](journal, manifest), overwrite=overwrite)
+    fill, texts = FORMATS[format](journal, manifest), questions(journal)
+    return _put(place, manifest, fill, lambda fresh: CHECKS[format](journal, fresh, texts), overwrite=overwrite)
 
 
 def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -73,7 +82,8 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
     """
     manifest = applied.model_copy(update={"format": "model", "files": {}})
     fill = _model_writer(lm, model_card(manifest, ()))
-    return _put(require_place(folder, overwrite=overwrite), manifest, fill, overwrite=overwrite)
+    place = require_place(folder, overwrite=overwrite)
+    return _put(place, manifest, fill, lambda fresh: check_model(lm, fresh, ["The"]), overwrite=overwrite)
 
 
 def _require_fit(journal: Journal, format: str) -> None:
@@ -86,11 +96,19 @@ def _require_fit(journal: Journal, format: str) -> None:
         raise ExportError(f"format = {format!r}: {reason}; export as {'memory' if modules else 'model, delta or lora'}")
 
 
-def _put(place: Path, manifest: Manifest, fill: Callable[[Path], None], *, overwrite: bool) -> Path:
+def _put(
+    place: Path,
+    manifest: Manifest,
+    fill: Callable[[Path], None],
+    check: Callable[[Path], None],
+    *,
+    overwrite: bool,
+) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
         files = {path.name: file_hash(path) for path in sorted(fresh.glob("*.safetensors"))}
         (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
+        check(fresh)
 
     write_folder(place, write, overwrite=overwrite)
     return place
@@ -107,16 +125,46 @@ def _write_model(journal: Journal, manifest: Manifest) -> Callable[[Path], None]
 
 def _model_writer(lm: LanguageModel, card: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        config = lm.model.config
-        before = config.dtype, config.architectures
-        try:
-            lm.model.save_pretrained(folder)
-        finally:
-            config.dtype, config.architectures = before  # saving notes both in the config, which the hash covers
+        with _as_it_was(lm.model):
+            try:
+                lm.model.save_pretrained(folder, state_dict=_untied(lm.model))
+            except ValueError as error:
+                raise ExportError(f"transformers does not write this model: {error}; export a delta") from error
+        if lm.model.can_generate():
+            settings = lm.model.generation_config
+            settings.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])
         lm.tokenizer.save_pretrained(folder)
         (folder / CARD).write_text(card, encoding="utf-8")
 
     return write
+
+
+@contextmanager
+def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
+    """Put back what saving notes in the config, which the hash of the model covers, and the settings of generation.
+
+    In the body these are the default ones: transformers refuses to write settings that contradict each other.
+    """
+    config, settings = model.config, model.generation_config
+    before = config.dtype, config.architectures
+    if model.can_generate():
+        model.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        config.dtype, config.architectures = before
+        model.generation_config = settings
+
+
+def _untied(model: PreTrainedModel) -> dict[str, Any]:
+    """Return the state dict, with copies of tensors that were tied by hand: loading would not tie them again."""
+    tied, storages, state = model.all_tied_weights_keys, set(), model.state_dict()
+    for name, tensor in state.items():
+        if name not in tied and isinstance(tensor, Tensor) and not tensor.is_meta:
+            storage = tensor.untyped_storage().data_ptr()
+            state[name] = tensor.clone() if storage in storages else tensor
+            storages.add(storage)
+    return state
 
 
 def _write_delta(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
@@ -132,3 +180,10 @@ FORMATS: dict[str, Callable[[Journal, Manifest], Callable[[Path], None]]] = {
     "memory": write_memory,
 }
 """Name -> a function of journal and manifest that refuses what cannot be, and returns what fills a folder."""
+CHECKS: dict[str, Callable[[Journal, Path, Sequence[str]], None]] = {
+    "model": lambda journal, folder, texts: check_model(cast(LanguageModel, journal.model), folder, texts),
+    "delta": check_delta,
+    "lora": check_lora,
+    "memory": check_memory,
+}
+"""Name -> a function of journal, folder and questions that refuses an export that is not the edited model again."""

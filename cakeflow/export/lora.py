@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from cakeflow.errors import ExportError
 from cakeflow.export.delta import require_finite
@@ -21,6 +21,8 @@ from cakeflow.storage.atomic import write_tensors
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+STEM = "base_model.model."
+"""Beginning of a tensor's name in an adapter."""
 
 
 def write_lora(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
@@ -28,7 +30,7 @@ def write_lora(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
     factors = {name.removesuffix(".weight"): _factors(updates) for name, updates in _updates(journal).items()}
     tensors: dict[str, Tensor] = {}
     for path, (left, right) in factors.items():
-        stem = f"base_model.model.{path}"
+        stem = f"{STEM}{path}"
         tensors |= {f"{stem}.lora_A.weight": right.float(), f"{stem}.lora_B.weight": left.T.float()}
     require_finite(tensors, Path(TENSORS))
     ranks = {path: len(right) for path, (_, right) in factors.items()}
@@ -40,6 +42,27 @@ def write_lora(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
         (folder / CONFIG).write_text(config, encoding="utf-8")
 
     return write
+
+
+def factors_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]]:
+    """Return the two matrices of each projection, by its path, from the tensors of an adapter's file."""
+    down, up = ".lora_A.weight", ".lora_B.weight"
+    paths = {name.removeprefix(STEM).removesuffix(down): name for name in tensors if name.endswith(down)}
+    return {path: (tensors[name], tensors[name.removesuffix(down) + up]) for path, name in paths.items()}
+
+
+class Adapted(nn.Module):
+    """A projection with an adapter beside it, computed as PEFT does."""
+
+    def __init__(self, inner: nn.Module, down: Float[Tensor, "r d_in"], up: Float[Tensor, "d_out r"]) -> None:
+        super().__init__()
+        self.inner, self.down, self.up = inner, down, up
+
+    def forward(self, keys: Float[Tensor, "... d_in"]) -> Float[Tensor, "... d_out"]:
+        """Return the projection's output plus the adapter's."""
+        output: Tensor = self.inner(keys)
+        down, up = self.down.to(output.device), self.up.to(output.device)
+        return output + (keys.to(down.dtype) @ down.T @ up.T).to(output.dtype)
 
 
 def _updates(journal: Journal) -> dict[str, list[tuple[Tensor, Tensor]]]:

@@ -20,6 +20,8 @@ from cakeflow.storage.typed import SHA256, Schema, parse_as
 
 MANIFEST = "manifest.json"
 Format = Literal["model", "delta", "lora", "memory"]
+TOLERANCES = {"torch.float64": 1e-5, "torch.float32": 1e-5, "torch.float16": 0.01, "torch.bfloat16": 0.05}
+"""Type of a model -> tolerance of adapters, whose float32 numbers are not rounded to that type as the weights are."""
 FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
 """Name of a file in the same folder."""
 
@@ -51,6 +53,8 @@ class Manifest(Schema):
         weights: Name of each weight that differs from the base -> its hashes.
         files: Name of each file of tensors -> its SHA-256.
         changes: The modules that were put in place, in order (``memory``); their tensors are named by their numbers.
+        tolerance: Largest difference of logits from the edited model's, relative to the largest of them (``lora``); 0
+            where they are the same, bit for bit.
         version: Version of this form.
         hash: SHA-256 of all the rest, in the file; ``text`` computes it.
     """
@@ -64,6 +68,7 @@ class Manifest(Schema):
     weights: dict[str, WeightHashes]
     files: dict[FileName, SHA256] = Field(default_factory=dict)
     changes: list[ChangeInfo] = Field(default_factory=list)
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
     version: Literal[2] = 2
     hash: SHA256 | Literal[""] = ""
 
@@ -85,6 +90,7 @@ class Manifest(Schema):
             edits=journal.edits,
             ledger=journal.store.ledger.head if journal.store else "",
             weights=weights,
+            tolerance=TOLERANCES[journal.base.dtype] if format == "lora" else 0.0,
             changes=[ChangeInfo(place=change.place, kind=type(change).__name__) for change in modules],
         )
 

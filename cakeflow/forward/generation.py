@@ -152,9 +152,10 @@ def continuations(
 
 def _cached(lm: LanguageModel) -> int:
     """Bytes of a token's keys and values in all blocks."""
-    config, heads = lm.model.config, int(lm.model.config.num_attention_heads)
-    width = int(getattr(config, "head_dim", None) or lm.width // heads)
-    return 2 * lm.depth * int(getattr(config, "num_key_value_heads", None) or heads) * width * lm.dtype.itemsize
+    config = lm.config.to_dict()  # where layers differ, attributes of the object raise
+    heads = lm.config.num_attention_heads
+    width = int(config.get("head_dim") or lm.width // heads)
+    return 2 * lm.depth * int(config.get("num_key_value_heads") or heads) * width * lm.dtype.itemsize
 
 
 def _most_tokens(lm: LanguageModel, lengths: Sequence[int], max_bytes: float) -> int:

@@ -4,8 +4,9 @@ A change at one position of one block changes nothing below that block and nothi
 *suffix*, from the changed token to the last token whose prediction counts, runs through the upper blocks only and
 attends to keys and values of its prefix that were computed once; logits are computed only where the objective reads
 them. The results equal those of a full pass up to rounding (ROME's ``compute_z`` does the full pass at every step).
-Attention that takes its positions from the mask alone (ALiBi) cannot start in the middle of a row; there the suffix is
-the whole row, and only the blocks below are saved.
+Attention that takes its positions from the mask alone (ALiBi), and layers that carry a state from token to token
+(hybrid models), cannot start in the middle of a row; there the suffix is the whole row, and only the blocks below are
+saved.
 """
 
 from __future__ import annotations
@@ -175,12 +176,13 @@ class Recording:
     @torch.no_grad()
     def of(cls, lm: LanguageModel, tokens: Tensor, sites: Sequence[Site]) -> Recording:
         """Run rows of ids or embeddings, padded on the right; the head is not computed."""
-        cache, kind = DynamicCache(), "inputs_embeds" if tokens.is_floating_point() else "input_ids"
+        cache = DynamicCache() if lm.places_tokens else None
+        kind = "inputs_embeds" if tokens.is_floating_point() else "input_ids"
         mask = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)  # padding is to the right of all
         with capture(lm, sites) as outputs, capture(lm, [Site(lm.depth - 1)], stop=True):
-            lm(attention_mask=mask, past_key_values=cache, use_cache=True, **{kind: tokens})
-        layers: list[Any] = cache.layers
-        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if lm.places_tokens else None)
+            lm(attention_mask=mask, past_key_values=cache, use_cache=cache is not None, **{kind: tokens})
+        layers: list[Any] = cache.layers if cache else []
+        return cls(tokens, outputs, [(layer.keys, layer.values) for layer in layers] if cache else None)
 
     def cut(
         self,

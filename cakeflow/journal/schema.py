@@ -304,7 +304,7 @@ class RunInfo(Schema):
         versions: Versions of the packages.
         metrics: Stage -> metric -> value.
         protocol: Protocol of the metrics; only numbers under the same one are comparable.
-        edits: Number of requests in the run.
+        edits: Number of facts edited in the run.
         timings: Seconds per phase.
         peaks: Peak memory per phase beyond the model, in bytes.
     """

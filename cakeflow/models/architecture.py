@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -35,9 +37,10 @@ class Architecture:
 
     Attributes:
         block: A decoder block.
-        mlp_out: The linear map whose input is the key and whose output is the value of the MLP.
-        attn_out: The output projection of the attention.
-        final_norm: The norm before the head.
+        mlp_out: The linear map whose input is the key and whose output is the value of the MLP; where every block is a
+            mixture of experts, of its shared expert. Blocks of another kind do not have it.
+        attn_out: The output projection of the attention, in the blocks that have one.
+        final_norm: The norm before the head; empty if there is none.
         head: The output embedding.
 
     Example:
@@ -60,40 +63,68 @@ class Architecture:
 
 ROLES = ("block", "mlp_out", "attn_out")
 """Roles whose paths an ``Architecture`` names; any other role is a path below the block."""
-EXCEPTIONS: dict[str, Architecture] = {}
-"""``config.model_type`` -> paths, for families whose tree misleads ``find_architecture``; none so far."""
 
 
 def find_architecture(model: PreTrainedModel) -> Architecture:
     """Find the blocks, projections, norm and head of a decoder from its module tree and config.
 
+    Blocks may differ: each path is that of the first block that has the part.
+
     Args:
-        model: A Hugging Face causal language model.
+        model: A Hugging Face causal language model, or a vision-language model, whose text part is taken.
 
     Returns:
-        The paths; an entry in ``EXCEPTIONS`` takes precedence over the tree.
+        The paths.
 
     Raises:
         ArchitectureError: If a module is missing, with a description of it and the way to pass paths by hand.
     """
-    if model.config.model_type in EXCEPTIONS:
-        return EXCEPTIONS[model.config.model_type]
+    if model.config.is_encoder_decoder:
+        raise _missing(model, "block", "a decoder alone; this model has an encoder too")
     stack, blocks = _blocks(model)
-    block, prefix = blocks[0], f"{stack}.{{}}."
-    if experts := [name for name, _ in block.named_parameters() if "experts" in name.split(".")]:
-        raise _missing(model, "mlp_out", f"one down projection per block; {experts[0]} belongs to a mixture of experts")
-    attention = [name for name, child in block.named_children() if "attention" in type(child).__name__.lower()]
-    if not attention:
-        raise _missing(model, "attn_out", f"a child of {type(block).__name__} whose class name contains 'Attention'")
-    attn_out = _last_projection(model, block, "attn_out", attention[0])
-    norms = _names_of_norms(model, stack)
-    if not norms:
-        raise _missing(model, "final_norm", f"a norm beside {stack}")
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    attn_out = next(filter(None, (_attn_out(block, width) for block in blocks)), None)
+    if attn_out is None:
+        raise _missing(
+            model,
+            "attn_out",
+            f"a child of {type(blocks[0]).__name__} whose class name contains 'Attention', and in it a linear map that "
+            f"writes config.hidden_size = {width} values",
+        )
     head = next((name for name, m in model.named_modules() if m is model.get_output_embeddings()), None)
     if head is None:
         raise _missing(model, "head", "model.get_output_embeddings()")
-    mlp_out = _last_projection(model, block, "mlp_out", "", skip=(*attention,))
-    return Architecture(f"{stack}.{{}}", prefix + mlp_out, prefix + attn_out, norms[-1], head)
+    prefix = f"{stack}.{{}}."
+    mlp_out = prefix + _mlp_out_of(model, blocks, width)
+    return Architecture(f"{stack}.{{}}", mlp_out, prefix + attn_out, _final_norm(model, stack, width), head)
+
+
+def _mlp_out_of(model: PreTrainedModel, blocks: nn.ModuleList, width: int | None) -> str:
+    dense = next(filter(None, (_mlp_out(block, width) for block in blocks if not routed_experts(block))), None)
+    shared = next(filter(None, (_mlp_out(block, width) for block in blocks)), None)
+    if dense or shared:
+        return dense or shared or ""
+    if experts := next(filter(None, map(routed_experts, blocks)), None):
+        raise _missing(model, "mlp_out", f"an MLP or shared expert in any block; {experts} is a {MIXTURE}")
+    raise _missing(
+        model, "mlp_out", f"a linear map outside the attention that writes config.hidden_size = {width} values"
+    )
+
+
+MIXTURE = (
+    "mixture of experts: the router sends every token to others of them, so that none holds a fact in all prompts, "
+    "and routed experts cannot be edited"
+)
+
+
+def reason_for_absence(block: nn.Module, width: int) -> str:
+    """Return why a block may lack a projection that others have, with a remedy; empty if nothing is known."""
+    experts = routed_experts(block)
+    if experts is None:
+        return ""
+    shared = _mlp_out(block, width)
+    remedy = f"edit its shared expert, site={shared!r}, or" if shared else "edit"
+    return f"its {experts} is a {MIXTURE}; {remedy} layers that have a dense MLP"
 
 
 def is_transposed(module: nn.Module) -> bool:
@@ -110,38 +141,101 @@ def _missing(model: PreTrainedModel, field: str, description: str) -> Architectu
 
 
 def _blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
-    depth = getattr(model.config, "num_hidden_layers", None)
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return name, module
-    raise _missing(model, "block", f"a ModuleList with config.num_hidden_layers = {depth} entries")
+    """Return the list of blocks that lies nearest to the input embedding; an image encoder may have as many."""
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    stacks = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
+    if not stacks:
+        raise _missing(model, "block", f"a ModuleList with config.num_hidden_layers = {depth} entries")
+    embedding = next((name for name, m in model.named_modules() if m is model.get_input_embeddings()), "")
+
+    def common(path: str) -> int:
+        pairs = zip(path.split("."), embedding.split("."), strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+    return max(stacks, key=lambda stack: common(stack[0]))  # the first of equals
 
 
-def _names_of_norms(model: PreTrainedModel, stack: str) -> list[str]:
+def _final_norm(model: PreTrainedModel, stack: str, width: int | None) -> str:
+    """Return the last norm of the residual stream beside the blocks; empty if there is none (OPT-350m)."""
     parent = stack.rpartition(".")[0]
-    children = model.get_submodule(parent).named_children()
-    return [
-        f"{parent}.{name}" if parent else name for name, child in children if "norm" in type(child).__name__.lower()
+    names = [
+        name
+        for name, child in model.get_submodule(parent).named_children()
+        if _is_norm(child) and all(weight.shape == (width,) for weight in child.parameters())
     ]
+    return f"{parent}.{names[-1]}".removeprefix(".") if names else ""
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return "attention" in type(module).__name__.lower()
+
+
+def routed_experts(block: nn.Module) -> str | None:
+    """Return the path of the routed experts of a block: matrices stacked in one parameter, or a list of modules."""
+    modules: Iterator[tuple[str, nn.Module]] = block.named_modules()
+    for name, module in modules:
+        if isinstance(module, nn.ModuleList) and len(module) > 1 and all(any(linear_maps(each)) for each in module):
+            return name
+        stacked = any(weight.dim() == 3 and len(weight) > 1 for weight in module.parameters(recurse=False))
+        if stacked and not isinstance(module, _ConvNd):
+            return name
+    return None
+
+
+def _mixes_tokens(child: nn.Module) -> bool:
+    """True for state-space and recurrent layers: they have convolutions, or matrices of their own."""
+    return any(
+        isinstance(module, _ConvNd)
+        or (
+            not isinstance(module, nn.Embedding)
+            and not is_linear_map(module)
+            and any(weight.dim() > 1 for weight in module.parameters(recurse=False))
+        )
+        for module in child.modules()
+    )
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """True for a linear map, quantized or not: what has as many inputs and outputs as it says."""
+    return isinstance(module, Conv1D) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
 def linear_maps(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Return every linear map inside a module, with its path."""
-    return ((name, m) for name, m in module.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    return ((name, m) for name, m in module.named_modules() if is_linear_map(m))
 
 
-def _width_out(module: nn.Module) -> int:
-    weight: nn.Parameter = module.weight  # type: ignore[assignment]
-    return weight.shape[1 if is_transposed(module) else 0]
+def _widths(module: nn.Module) -> tuple[int, int]:
+    """Width of a linear map's input and output."""
+    if isinstance(module, Conv1D):
+        d_in, d_out = module.weight.shape
+        return int(d_in), int(d_out)
+    return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
-def _last_projection(
-    model: PreTrainedModel, block: nn.Module, field: str, child: str, skip: tuple[str, ...] = ()
-) -> str:
-    """Return the last linear map of ``child`` onto the residual width; modules are declared in order of use."""
-    width = getattr(model.config, "hidden_size", None)
-    names = [name for name, m in linear_maps(block.get_submodule(child)) if _width_out(m) == width]
-    names = [f"{child}.{name}" if child else name for name in names if name.split(".")[0] not in skip]
-    if not names:
-        raise _missing(model, field, f"a Linear or Conv1D that writes config.hidden_size = {width} values")
-    return names[-1]
+def _attn_out(block: nn.Module, width: int | None) -> str | None:
+    """Return the last linear map of a block's first attention onto the residual width; a gate may follow it."""
+    for child, module in block.named_children():
+        if _is_attention(module):
+            names = [name for name, m in linear_maps(module) if _widths(m)[1] == width and "gate" not in name]
+            return f"{child}.{names[-1]}" if names else None
+    return None
+
+
+def _mlp_out(block: nn.Module, width: int | None) -> str | None:
+    """Return the linear map of a block's MLP onto the residual width: the last of those with the widest input."""
+    experts = routed_experts(block)
+    maps: list[tuple[int, str]] = []
+    for child, module in block.named_children():
+        inside = experts is not None and f"{experts}.".startswith(f"{child}.")
+        if _is_attention(module) or _is_norm(module) or (_mixes_tokens(module) and not inside):
+            continue
+        for name, each in linear_maps(module):
+            path = f"{child}.{name}".rstrip(".")
+            if _widths(each)[1] == width and not (inside and f"{path}.".startswith(f"{experts}.")):
+                maps.append((_widths(each)[0], path))
+    return max(reversed(maps), key=lambda entry: entry[0])[1] if maps else None

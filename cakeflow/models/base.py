@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,8 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cakeflow.errors import ArchitectureError
-from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps
+from cakeflow.errors import ArchitectureError, NumericalError, listed
+from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
+
+EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types of weights whose numbers mean themselves, without a scale beside them."""
 
 
 class EditableModel(ABC):
@@ -41,6 +45,11 @@ class EditableModel(ABC):
     @abstractmethod
     def depth(self) -> int:
         """Number of blocks."""
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width of the residual stream."""
 
     @property
     @abstractmethod
@@ -93,7 +102,16 @@ class EditableModel(ABC):
         try:
             return self.model.get_submodule(path)
         except AttributeError as error:
-            raise ArchitectureError(f"no module {path!r} in {type(self.model).__name__}: {error}") from error
+            reason = self._absence(place) if isinstance(place, Site) else ""
+            raise ArchitectureError(f"no module {path!r} in {type(self.model).__name__}: {reason or error}") from error
+
+    def _absence(self, site: Site) -> str:
+        """Return why a block lacks a projection that others have; empty if nothing is known."""
+        try:
+            block = self.model.get_submodule(self.architecture.path(Site(site.layer)))
+        except AttributeError:
+            return ""
+        return reason_for_absence(block, self.width)
 
     def weight_name(self, site: Site) -> str:
         """Name of the weight of the projection at a site."""
@@ -103,16 +121,16 @@ class EditableModel(ABC):
         """A weight that an edit may change, by its name or site, in the layout the module has.
 
         Raises:
-            ArchitectureError: If it is quantized, offloaded, or not there.
+            ArchitectureError: If it is quantized, sharded over processes, computed, offloaded, or not there.
         """
         name = place if isinstance(place, str) else self.weight_name(place)
         path, _, attribute = name.rpartition(".")
-        module = self.module(path)
+        module = self.module(path if isinstance(place, str) else place)
         weight = getattr(module, attribute, None)
-        if not isinstance(weight, nn.Parameter) or not weight.is_floating_point():
+        if type(weight) is not nn.Parameter or weight.dtype not in EDITABLE:  # subclasses hold packed or split numbers
             raise ArchitectureError(
-                f"{path}: {type(module).__name__} has no floating-point {attribute} to edit (quantized?); load this "
-                "layer dequantized"
+                f"{path}: {type(module).__name__} has no floating-point {attribute} to edit, but {_kind(weight)}; if "
+                "it is quantized, load this layer dequantized, or have the edited layers dequantized: dequantize=True"
             )
         if weight.is_meta:
             raise ArchitectureError(
@@ -142,20 +160,47 @@ class EditableModel(ABC):
         module = self.module(site)
         return module.get_parameter("weight").shape[0 if is_transposed(module) else 1]
 
+    def require_finite(self) -> None:
+        """Check that every weight is finite.
+
+        Raises:
+            NumericalError: Naming weights that are not.
+        """
+        plain = ((name, each.detach()) for name, each in self.model.named_parameters() if type(each) is nn.Parameter)
+        able = ((name, each) for name, each in plain if each.dtype in EDITABLE and each.numel() and not each.is_meta)
+        if bad := [name for name, each in able if not all(math.isfinite(end) for end in each.aminmax())]:
+            raise NumericalError(
+                f"weights that are not finite: {listed(bad, 3)}; the checkpoint is damaged, or its type too narrow: "
+                "load another copy, or load it in float32"
+            )
+
     def fingerprint(self, blocks: int | None = None) -> str:
         """SHA-256 of the weights up to and including block ``blocks - 1`` (all by default), config and tokenizer.
 
         Raises:
-            ArchitectureError: If a weight is offloaded.
+            ArchitectureError: If a weight is offloaded, or packed in something else than a tensor.
         """
         digest = hashlib.sha256(self.identity())
         above = tuple(self.architecture.block.format(i) + "." for i in range(blocks or self.depth, self.depth))
         for name, tensor in sorted(self.model.state_dict().items()):
             if not name.startswith(above):
+                if not isinstance(tensor, Tensor) or tensor.is_quantized:
+                    raise ArchitectureError(
+                        f"{name} is a {type(tensor).__name__}, no plain tensor, and cannot be read; load the model "
+                        "dequantized"
+                    )
                 if tensor.is_meta:
                     raise ArchitectureError(
                         f"{name} is offloaded and cannot be read; make room for it in device_map or max_memory"
                     )
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy())
+                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
+
+
+def _kind(weight: object) -> str:
+    """Return what a module has in the place of a weight, in words for an error."""
+    if isinstance(weight, Tensor):
+        parameter = "a parameter" if isinstance(weight, nn.Parameter) else "a tensor"
+        return f"{parameter} of class {type(weight).__name__}, type {weight.dtype} and shape {tuple(weight.shape)}"
+    return f"a {type(weight).__name__}"

@@ -26,7 +26,7 @@ class _StopError(Exception):
 
 def _first(value: Tensor | tuple[Tensor, ...], shape: torch.Size | None) -> Tensor:
     """Return the hidden states as rows x time x width, also where a block flattens them for its MLP (OPT does)."""
-    tensor = value[0] if isinstance(value, tuple) else value
+    tensor = value[0] if isinstance(value, (tuple, list)) else value
     if tensor.dim() == 3 or shape is None:
         return tensor
     return rearrange(tensor, "(rows time) width -> rows time width", rows=shape[0])
@@ -34,9 +34,9 @@ def _first(value: Tensor | tuple[Tensor, ...], shape: torch.Size | None) -> Tens
 
 def _with_first(value: Any, tensor: Tensor) -> Any:
     """Replace the hidden states in a module's output, in their original shape."""
-    old = value[0] if isinstance(value, tuple) else value
-    tensor = tensor.reshape(old.shape)
-    return (tensor, *value[1:]) if isinstance(value, tuple) else tensor
+    several = isinstance(value, (tuple, list))
+    tensor = tensor.reshape((value[0] if several else value).shape)
+    return (tensor, *value[1:]) if several else tensor
 
 
 @contextmanager
@@ -161,7 +161,8 @@ def start_at(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time wid
     blocks = [lm.module(Site(index)) for index in range(layer)]
     # an instance may have a forward of its own (accelerate's hooks), which deleting ours would lose
     originals = [block.__dict__.get("forward", absent) for block in blocks]
-    result = (hidden,) if blocks and lm.returns_tuple else hidden
+    size = lm.tuple_size if blocks else 0
+    result = (hidden, *[None] * (size - 1)) if size else hidden
     try:
         for block in blocks:
             block.forward = lambda *_args, **_kwargs: result

@@ -11,11 +11,13 @@ from typing import cast
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from torch.nn.modules.conv import _ConvNd
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.errors import ArchitectureError
-from cakeflow.models.architecture import Architecture, Site, find_architecture
+from cakeflow.models.architecture import Architecture, Role, Site, find_architecture
 from cakeflow.models.base import EditableModel
+from cakeflow.models.wrappers import unwrapped
 
 INCIDENTAL = ("transformers_version", "dtype", "architectures", "_name_or_path")
 """Entries of a config that do not decide what a model computes: a library's version, what saving writes in."""
@@ -52,20 +54,42 @@ class LanguageModel(EditableModel):
 
     @classmethod
     def wrap(
-        cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, architecture: Architecture | None = None
+        cls, model: nn.Module, tokenizer: PreTrainedTokenizerBase, architecture: Architecture | None = None
     ) -> LanguageModel:
         """Check a model object and find its architecture.
 
+        Args:
+            model: A model, or ``torch.compile`` or ``DataParallel`` around one: the model inside is taken.
+            tokenizer: Its tokenizer.
+            architecture: Module paths, if they cannot be derived from the module tree.
+
         Raises:
-            ArchitectureError: If the tokenizer is not a fast one, attention takes no masks, or modules are missing.
+            ArchitectureError: If the model is wrapped otherwise, the tokenizer is not a fast one, attention takes no
+                masks, or modules are missing.
+            NumericalError: If a weight is not finite.
         """
+        model = unwrapped(model)
         if not tokenizer.is_fast:
             raise ArchitectureError(f"{type(tokenizer).__name__} gives no character offsets; load a fast tokenizer")
         require_masks(model.config._attn_implementation)
         wrapped = cls(model, tokenizer, architecture or find_architecture(model))
+        wrapped.require_finite()
         for role in ("block", "mlp_out", "attn_out"):
-            wrapped.module(Site(0, role))
+            wrapped.require(role)
         return wrapped
+
+    def require(self, role: Role) -> None:
+        """Check that some block has a module.
+
+        Args:
+            role: The module's role.
+
+        Raises:
+            ArchitectureError: If none has, naming the place in the first.
+        """
+        paths = {self.architecture.path(Site(layer, role)) for layer in range(self.depth)}
+        if not any(name in paths for name, _ in self.model.named_modules(remove_duplicate=False)):
+            self.module(Site(0, role))
 
     def identity(self) -> bytes:
         """Config and tokenizer."""
@@ -83,14 +107,19 @@ class LanguageModel(EditableModel):
         return str(self.model.name_or_path) or type(self.model).__name__
 
     @property
+    def config(self) -> PreTrainedConfig:
+        """Config of the text part, which is all of the model's but for vision-language models."""
+        return self.model.config.get_text_config()
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
-        return int(self.model.config.num_hidden_layers)
+        return int(self.config.num_hidden_layers)
 
     @property
     def width(self) -> int:
         """Width of the residual stream."""
-        return int(self.model.config.hidden_size)
+        return int(self.config.hidden_size)
 
     @property
     def embedding(self) -> Tensor:
@@ -110,17 +139,41 @@ class LanguageModel(EditableModel):
     @property
     def longest(self) -> int:
         """Most tokens that a text may have."""
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 1 << 30)
+        return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
 
-    @property
+    @cached_property
     def places_tokens(self) -> bool:
-        """True if tokens can be put at given positions under an explicit mask (ALiBi counts them off a 2-D mask)."""
+        """True if tokens can be put at given positions under an explicit mask.
+
+        ALiBi counts positions off a 2-D mask, convolutions and recurrent layers (hybrid models) read their neighbors,
+        and some models take no other mask; two short passes show whatever is not known from the structure.
+        """
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
-        return takes_positions and not getattr(self.model.config, "alibi", False)
+        blocks = (self.module(Site(layer)) for layer in range(self.depth))
+        recurrent = any(isinstance(module, _ConvNd) for block in blocks for module in block.modules())
+        able = takes_positions and not recurrent and not getattr(self.config, "alibi", False)
+        return able and (self.embedding.is_meta or self._skips_a_token())
+
+    @torch.no_grad()
+    def _skips_a_token(self) -> bool:
+        """True if a token that the mask hides changes nothing for the last of four tokens."""
+        ids = torch.linspace(0, len(self.embedding) - 1, 4, device=self.device).long()[None]
+        visible = torch.ones(4, 4, dtype=torch.bool, device=self.device).tril()
+        visible[3, 2] = False
+        lowest = torch.finfo(self.dtype).min
+        mask = torch.zeros(1, 1, 4, 4, dtype=self.dtype, device=self.device).masked_fill(~visible, lowest)
+        positions = torch.tensor([[0, 1, 2, 2]], device=self.device)
+        whole = ids[:, [0, 1, 3]]
+        expected = self(input_ids=whole, attention_mask=torch.ones_like(whole), use_cache=False).logits[0, -1].double()
+        try:
+            logits = self(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits[0, -1]
+        except (RuntimeError, ValueError, TypeError):  # a model's own code refuses the mask
+            return False
+        return bool((logits.double() - expected).norm() <= torch.finfo(self.dtype).eps ** (1 / 3) * expected.norm())
 
     def sees_all(self, tokens: int) -> bool:
         """True if no sliding window of the attention is shorter than a text of so many tokens."""
-        config = self.model.config
+        config = self.config
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
         window = window or getattr(config, "window_size", None)
         return window is None or tokens <= window
@@ -131,15 +184,17 @@ class LanguageModel(EditableModel):
         return self.model.get_submodule(self.architecture.head)
 
     @cached_property
-    def returns_tuple(self) -> bool:
-        """True if the blocks of this version of the model return a tuple rather than a tensor; one pass shows it."""
-        kinds: list[bool] = []
+    def tuple_size(self) -> int:
+        """Number of values that the blocks return in a tuple, 0 if they return a tensor; one pass shows it."""
+        sizes: list[int] = []
         block = self.module(Site(0))
-        handle = block.register_forward_hook(lambda _m, _a, out: kinds.append(isinstance(out, tuple)))
+        handle = block.register_forward_hook(
+            lambda _m, _a, out: sizes.append(len(out) if isinstance(out, (tuple, list)) else 0)
+        )
         try:
             with torch.no_grad():
                 one = torch.ones(1, 1, dtype=torch.long, device=self.device)
                 self(input_ids=one, attention_mask=one, use_cache=False)
         finally:
             handle.remove()
-        return kinds[0]
+        return sizes[0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,13 +81,24 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "models" / f"{gguf.stem}-{key[:16]}"
     if not (folder / "tokenizer.json").exists():
         require_writable(folder.parent)
-        hf_logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
-        fresh = AutoModelForCausalLM.from_config(model.config)
-        fresh.load_state_dict(model.state_dict())
-        fresh.generation_config = model.generation_config
-        fresh.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-        hf_logging.enable_progress_bar()
+        with without_progress_bars():
+            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+            del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
+            fresh = AutoModelForCausalLM.from_config(model.config)
+            fresh.load_state_dict(model.state_dict())
+            fresh.generation_config = model.generation_config
+            fresh.save_pretrained(folder)
+            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def without_progress_bars() -> Iterator[None]:
+    """Let transformers show no progress bars in the body."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()

@@ -84,8 +84,10 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     """Check that a folder may be written, e.g. before the work whose result it is for.
 
     Raises:
-        ConfigError: If ``path`` is a file, or a folder with content that may not be overwritten.
+        ConfigError: If ``path`` is a file, a mount point, or a folder with content that may not be overwritten.
     """
+    if path.is_mount():
+        raise ConfigError(f"{path} is a mount point, which no folder can replace; choose a folder inside it")
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         remedy = "choose another place" if not path.is_dir() else "choose another folder, or overwrite=True"
         raise ConfigError(f"{path} exists already; {remedy}")

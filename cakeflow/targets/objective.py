@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cakeflow.errors import ArchitectureError, ConfigError
+from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
 from cakeflow.forward.suffix import Suffixes, cut
 from cakeflow.forward.tokens import Row, TextBatch
 from cakeflow.models.architecture import Site
@@ -262,6 +262,7 @@ def _require_agreement(lm: LanguageModel, essence: Sequence[Row], sites: Sequenc
 
     Raises:
         ArchitectureError: If they differ by more than rounding.
+        NumericalError: If the full ones do not give finite numbers.
     """
     dtype = torch.promote_types(lm.dtype, torch.float32)
     rows = [pick(essence, key=lambda row: row.subject) for pick in (max, min)]  # both, so that one prefix is padded
@@ -269,6 +270,11 @@ def _require_agreement(lm: LanguageModel, essence: Sequence[Row], sites: Sequenc
     for index, logits in zip(part.fact.tolist(), part.run(lm), strict=True):
         ids = torch.tensor([rows[index].ids[: rows[index].subject + 1]], device=lm.device)
         full = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
+        if not bool(torch.isfinite(full).all()):
+            raise NumericalError(
+                f"{type(lm.model).__name__}: its logits for a prompt are not finite in {full.dtype}; load the model in "
+                "float32 or bfloat16, or another copy of it"
+            )
         difference = float((full.to(dtype).log_softmax(-1) - logits.to(dtype).log_softmax(-1)).abs().mean())
         if not difference <= torch.finfo(lm.dtype).eps ** (1 / 3):
             raise ArchitectureError(

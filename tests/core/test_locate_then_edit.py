@@ -293,25 +293,6 @@ def test_the_logger_receives_what_the_walk_did(lm, requests, quiet, build):
     assert module.timings["solve"] > 0
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "32-true", "64-true"])
-def test_precisions_of_the_trainer(lm, requests, quiet, build, precision):
-    """Whatever type the Trainer gives the model, it comes back with finite weights and can be taken back."""
-    module = build(lm)
-    fit(module, requests, quiet, precision=precision)
-    dtype = {"bf16-true": torch.bfloat16, "32-true": torch.float64, "64-true": torch.float64}[precision]
-    assert lm.dtype == dtype
-    assert all(torch.isfinite(p).all() for p in lm.model.parameters())
-    assert all(change.keys.dtype == torch.float64 for change in module.journal.changes)
-    if precision == "bf16-true":
-        master = lm.masters[lm.weight_name(Site(1, "mlp_out"))]
-        assert master.dtype == torch.float32
-        assert torch.equal(master.bfloat16(), lm.weight(Site(1, "mlp_out")))
-    edited = lm.weight(Site(1, "mlp_out")).clone()
-    module.journal.rollback()
-    assert not torch.equal(lm.weight(Site(1, "mlp_out")), edited)
-    assert torch.equal(lm.weight(Site(1, "mlp_out")), module.journal.original(name_of(lm, 1))[name_of(lm, 1)])
-
-
 @pytest.mark.parametrize("layers", [[], [2, 1], [1, 1], [-1, 2], [4, 6]])
 def test_bad_layers(lm, build, layers):
     with pytest.raises(ConfigError, match="layer"):

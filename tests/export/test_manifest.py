@@ -26,6 +26,7 @@ WHOLE = {
     "weights": {"block.3.weight": {"before": HASH, "after": HASH[::-1]}},
     "files": {"delta.safetensors": HASH},
     "changes": [],
+    "tolerance": 0.0,
     "version": 2,
 }
 

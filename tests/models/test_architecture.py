@@ -1,6 +1,7 @@
 """Structure discovery: two tiny models, other families by structure alone, and refusals that say what to do."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -106,7 +107,6 @@ def hide_attention(model):
 BROKEN = {
     "block": lambda model: setattr(model.config, "n_layer", 5),
     "attn_out": hide_attention,
-    "final_norm": lambda model: setattr(model.transformer, "ln_f", nn.Identity()),
     "head": lambda model: setattr(model, "get_output_embeddings", lambda: None),
     "mlp_out": lambda model: setattr(model.config, "n_embd", 47),
 }
@@ -125,22 +125,9 @@ def test_an_unknown_structure_names_the_part_and_the_remedy(lm, part):
     assert isinstance(caught.value, EditError)
 
 
-def test_a_mixture_of_experts_is_refused():
-    model = build("gpt2")
-    for block in model.transformer.h:
-        block.mlp = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(40, WIDTH) for _ in range(2)])})
-    with pytest.raises(ArchitectureError, match="mixture of experts"):
-        find_architecture(model)
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [("mixtral", {"num_local_experts": 2}), ("qwen2_moe", {"num_experts": 2, "moe_intermediate_size": 40})],
-)
-def test_a_real_mixture_of_experts_is_refused(family, changes):
-    """In this library's own MoE models the experts are fused tensors; a shared expert alone is not the MLP."""
-    with pytest.raises(ArchitectureError, match="mlp_out"):
-        find_architecture(build(family, **GATED, **changes))
+def test_a_model_without_a_final_norm(lm):
+    model = renamed(lm.model, hide_final_norm)
+    assert find_architecture(model) == dataclasses.replace(lm.architecture, final_norm="")
 
 
 def test_an_architecture_given_by_hand_wins(lm):

@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -105,6 +106,11 @@ def test_a_folder_appears_whole_and_replaces_nothing_unasked(tmp_path):
 
 
 @pytest.mark.usefixtures("ctrl_c")
+def test_a_mount_point_is_refused_before_anything_is_written():
+    with pytest.raises(ConfigError, match=r"/ is a mount point.*a folder inside it"):
+        atomic.check_free(Path("/"), overwrite=True)
+
+
 def test_ctrl_c_is_held_back(tmp_path):
     done = []
 

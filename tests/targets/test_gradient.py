@@ -298,3 +298,11 @@ def test_facts_whose_keys_coincide_share_one_vector(tiny, requests, loss):
         assert joint.steps[place] == steps
     alone = settings.search(tiny, batch.part(slice(1, 2)), 3)
     assert relative(joint.values[1], alone.values[0]) < 1e-9
+
+
+def test_a_model_whose_logits_are_not_finite_is_named(lm, batch):
+    """Of such a model, no comparison tells anything about its attention."""
+    with torch.no_grad():
+        lm.model.get_submodule(lm.architecture.final_norm).weight[0] = torch.nan
+    with pytest.raises(NumericalError, match=r"GPT2LMHeadModel: its logits for a prompt are not finite.*float32"):
+        FAST.search(lm, batch, 4)

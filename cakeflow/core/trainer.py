@@ -1,0 +1,94 @@
+"""Checks of a Trainer: every setting that would change the model or the run unasked is refused before anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from copy import deepcopy
+from inspect import signature
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from cakeflow.errors import ConfigError
+
+FIRST_FACTS = "to edit the first facts only, set data.limit"
+SETTINGS = {
+    "fast_dev_run": ((False,), f"it would edit one batch and store nothing; {FIRST_FACTS}"),
+    "overfit_batches": ((0.0,), FIRST_FACTS),
+    "limit_train_batches": ((1.0,), FIRST_FACTS),
+    "max_steps": ((-1,), FIRST_FACTS),
+    "limit_val_batches": ((1.0,), "metrics are over all requests; to measure fewer, set data.limit, or evaluate=False"),
+    "accumulate_grad_batches": ((1,), "there are no gradients to add up; to edit more facts at once, set batch_size"),
+    "gradient_clip_val": ((None, 0), "there are no gradients to clip; to bound an edit, set max_relative_update"),
+    "reload_dataloaders_every_n_epochs": ((0,), "there is one epoch"),
+}
+"""Setting of a Trainer -> the values that leave a run as it is, and advice."""
+
+PLACE = ("devices", "num_nodes", "strategy", "precision", "plugins")
+"""Further settings that ``check_trainer`` may refuse."""
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Check the arguments of a Trainer before a model or data are read for it; see ``check_trainer``.
+
+    Args:
+        settings: Arguments of a Trainer; what a config has in the place of an object is left for ``check_trainer``.
+    """
+    defaults = signature(L.Trainer).parameters
+    chosen = {
+        name: settings[name]
+        for name in (*PLACE, *SETTINGS)
+        if name in settings and settings[name] not in (None, defaults[name].default) and not _is_node(settings[name])
+    }
+    if chosen.keys() - {"devices"} or chosen.get("devices", 1) != 1:
+        accelerator = settings.get("accelerator", "auto")
+        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        copied = deepcopy(chosen)  # a strategy serves one Trainer
+        check_trainer(L.Trainer(accelerator=accelerator, **copied, **quiet), edits=False)  # type: ignore[arg-type]
+
+
+def _is_node(value: object) -> bool:
+    """True for a part of a config from which an object is yet to be made."""
+    return hasattr(value, "class_path") or (isinstance(value, list) and any(map(_is_node, value)))
+
+
+def check_trainer(trainer: L.Trainer, *, edits: bool) -> None:
+    """Check that a Trainer neither splits, cuts short nor changes what it is given.
+
+    Args:
+        trainer: The Trainer.
+        edits: Whether it is to edit, rather than evaluate only.
+
+    Raises:
+        ConfigError: Naming every setting that does, with its value and a remedy.
+    """
+    if faults := [*_faults_of_place(trainer), *_faults_of_settings(trainer)]:
+        raise ConfigError(f"the Trainer does not fit: {'; '.join(faults)}")
+    if edits and trainer.max_epochs != 1:
+        raise ConfigError(f"max_epochs is {trainer.max_epochs}; an edit is applied once: use max_epochs=1")
+
+
+def _faults_of_place(trainer: L.Trainer) -> Iterator[str]:
+    """Yield why a Trainer does not run one process, on one device, with the weights as they are."""
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+        yield (
+            f"strategy {type(trainer.strategy).__name__} over devices = {trainer.num_devices}, num_nodes = "
+            f"{trainer.num_nodes}: each would edit or measure a part only; use devices=1 and strategy='auto' (a model "
+            "too large for one device: model_kwargs={'device_map': 'auto'})"
+        )
+    if type(trainer.precision_plugin) is not Precision:
+        yield (
+            f"precision = {trainer.precision!r} would cast the model's weights or its passes; load the model in the "
+            "type that you want, dtype='bfloat16' for example, and leave precision out"
+        )
+
+
+def _faults_of_settings(trainer: L.Trainer) -> Iterator[str]:
+    for name, (neutral, advice) in SETTINGS.items():
+        value = getattr(trainer, name)
+        if not any(value == each and type(value) is type(each) for each in neutral):  # of batches, 1 is not 1.0
+            yield f"{name} = {value!r}: {advice}"
+            if name == "fast_dev_run":  # which sets some of the others
+                return

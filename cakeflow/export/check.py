@@ -1,0 +1,142 @@
+"""Exports are loaded and asked again before they count as written: what gives other answers is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from cakeflow.errors import EditError, ExportError
+from cakeflow.export.delta import apply_delta, require_base
+from cakeflow.export.lora import TENSORS, Adapted, factors_of
+from cakeflow.export.manifest import Manifest
+from cakeflow.export.memory import apply_memory
+from cakeflow.journal.journal import Journal
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import without_progress_bars
+
+MOST_QUESTIONS = 8
+"""Prompts that a model and its export are asked."""
+
+
+def questions(journal: Journal) -> list[str]:
+    """Return the prompts of the facts that were edited last; some words if their texts are not known."""
+    texts = [request.text for step in journal for request in step.requests]
+    return texts[-MOST_QUESTIONS:] or ["The"]
+
+
+def check_model(lm: LanguageModel, folder: Path, texts: Sequence[str]) -> None:
+    """Load an exported model and compare it with the one in memory: weights, tokens and logits, bit for bit.
+
+    Args:
+        lm: The model in memory.
+        folder: The export.
+        texts: Questions.
+
+    Raises:
+        ExportError: If it does not load, or anything differs.
+    """
+    loaded, state = _loaded(lm, folder), lm.model.state_dict()
+    read = loaded.model.state_dict()
+    for name in sorted(state.keys() | read.keys()):
+        if name not in state or name not in read or not torch.equal(read[name], state[name].cpu()):
+            raise _unlike(f"{name} is another one", "export a delta")
+    # the same numbers elsewhere in memory may give other last bits, so both are asked with the same tensors
+    loaded.model.load_state_dict(state, assign=True)
+    if not lm.sharded:
+        cast(nn.Module, loaded.model).to(lm.device)
+    if not all(map(torch.equal, _answers(loaded, texts), _answers(lm, texts))):
+        raise _unlike("logits differ", "export a delta")
+
+
+def _loaded(lm: LanguageModel, folder: Path) -> LanguageModel:
+    implementation = lm.model.config._attn_implementation
+    options = {"attn_implementation": implementation} if implementation else {}
+    if lm.sharded and hasattr(lm.model, "hf_device_map"):
+        options["device_map"] = lm.model.hf_device_map
+    try:
+        with without_progress_bars():
+            model = type(lm.model).from_pretrained(folder, **options)
+            tokenizer = type(lm.tokenizer).from_pretrained(folder)
+    except Exception as error:  # the libraries raise errors of many types
+        raise _unlike(f"it does not load: {error}", "export a delta") from error
+    return replace(lm, model=model, tokenizer=tokenizer, masters={})
+
+
+def check_delta(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
+    """Apply an exported delta to the unedited weights: the same logits, bit for bit.
+
+    Raises:
+        ExportError: If other logits come out, or weights beside the edited ones were changed.
+    """
+    lm = cast(LanguageModel, journal.model)
+    with _asked(journal, texts):
+        apply_delta(lm, folder)
+
+
+def check_memory(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
+    """Put exported modules into the unedited model: the same logits, bit for bit.
+
+    Raises:
+        ExportError: As ``check_delta``.
+    """
+    with _asked(journal, texts):
+        apply_memory(journal.model, folder)
+
+
+@torch.no_grad()
+def check_lora(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
+    """Add an exported adapter to the unedited model, as PEFT does: logits within the manifest's tolerance.
+
+    Raises:
+        ExportError: As ``check_delta``.
+    """
+    lm = cast(LanguageModel, journal.model)
+    pairs = factors_of(load_file(folder / TENSORS))
+    manifest = Manifest.read(folder)
+    with _asked(journal, texts, manifest.tolerance):
+        require_base(lm, manifest, folder)
+        for path, (down, up) in pairs.items():
+            lm.model.set_submodule(path, Adapted(lm.module(path), down, up))
+
+
+@contextmanager
+def _asked(journal: Journal, texts: Sequence[str], tolerance: float = 0.0) -> Iterator[None]:
+    """Ask the edited model, then the unedited one with what the body puts into it, and compare; all is put back."""
+    lm = journal.model
+    ask: Callable[[], list[Tensor]] = lambda: _answers(lm, texts) if isinstance(lm, LanguageModel) else []  # noqa: E731
+    expected = ask()
+    with journal.reverted():
+        originals = {part.place: (part, part.read(lm)) for part in reversed(journal.changes)}
+        modules = {place.removesuffix(".weight"): lm.module(place.removesuffix(".weight")) for place in originals}
+        try:
+            yield
+            answers = ask()
+        except EditError as error:
+            raise _unlike(str(error), "if weights were changed beside edits, export the model") from error
+        finally:
+            for path, module in modules.items():
+                lm.model.set_submodule(path, module)
+            for part, content in originals.values():
+                part.undo(lm, content)
+    for answer, other in zip(answers, expected, strict=True):
+        difference = float((answer.double() - other.double()).abs().max() / other.abs().max())
+        if not (difference <= tolerance if tolerance else torch.equal(answer, other)):
+            raise _unlike(f"logits differ by {difference:.1e} of the largest", "export the delta or the model")
+
+
+@torch.no_grad()
+def _answers(lm: LanguageModel, texts: Sequence[str]) -> list[Tensor]:
+    """Return the logits at every token of every text."""
+    rows = [torch.tensor([lm.tokenizer(text)["input_ids"] or [0]], device=lm.device) for text in texts]
+    return [lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for ids in rows]
+
+
+def _unlike(reason: str, remedy: str) -> ExportError:
+    return ExportError(f"the export does not give the edited model again: {reason}; it was not kept; {remedy}")
