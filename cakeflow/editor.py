@@ -22,6 +22,7 @@ from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
+from cakeflow.core.run_folder import RunLogger
 from cakeflow.core.statistics import Statistics
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError
@@ -251,8 +252,8 @@ class Editor:
 def default_logger(run_dir: str | Path | None = None) -> CSVLogger:
     """Metrics as CSV in the run folder: the one that is named, or ``runs/cakeflow/version_N``."""
     if run_dir is None:
-        return CSVLogger("runs", name="cakeflow")
-    return CSVLogger(Path(run_dir).parent, name="", version=Path(run_dir).name)
+        return RunLogger("runs", name="cakeflow")
+    return RunLogger(Path(run_dir).parent, name="", version=Path(run_dir).name)
 
 
 def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:

@@ -22,6 +22,7 @@ from typing_extensions import TypeVar
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
+from cakeflow.core.run_folder import run_folder
 from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, EditError, PolicyError
@@ -309,11 +310,6 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         for part in (folder, folder / "journal") if self.private else ():
             make_private(part)
         self.journal.open(self.journal.store_at(folder / "journal", texts=self.record_texts), run)
-
-
-def run_folder(trainer: L.Trainer) -> Path | None:
-    """The folder of a Trainer's logger, where it has one: the run folder."""
-    return Path(trainer.log_dir) if trainer.log_dir and trainer.loggers else None
 
 
 def described(value: object) -> Any:

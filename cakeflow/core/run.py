@@ -12,7 +12,8 @@ from pathlib import Path
 import lightning as L
 
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.module import EditModule, run_folder
+from cakeflow.core.module import EditModule
+from cakeflow.core.run_folder import run_folder, writing
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
 from cakeflow.journal.journal import Journal
@@ -86,6 +87,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     Raises:
         ConfigError: If the Trainer has finished its epoch already: it would edit nothing.
         ResumeError: If the folder holds a run that differs, or a finished one.
+        LockedError: If another process writes this folder.
     """
     if trainer.current_epoch:
         raise ConfigError(
@@ -96,7 +98,13 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     data.evaluate = evaluate
     data.attach(module, edit=True, evaluate=evaluate)
     module.obey(trainer.callbacks)  # type: ignore[attr-defined]
-    folder = run_folder(trainer)
+    with writing(trainer) as folder:
+        return _fit(trainer, module, data, folder, evaluate=evaluate)
+
+
+def _fit(
+    trainer: L.Trainer, module: EditModule, data: EditDataModule, folder: Path | None, *, evaluate: bool
+) -> FitResult:
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
         module.open_journal(folder, data)
     before: dict[str, float] = {}

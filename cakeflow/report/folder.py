@@ -23,6 +23,7 @@ from cakeflow.journal.schema import (
     parse_as,
     read_as,
 )
+from cakeflow.storage.folders import require_inside
 
 
 class EditedRequest(RequestTexts):
@@ -139,7 +140,7 @@ def _log(path: Path) -> list[dict[str, float]]:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    if not require_inside(path, path.parent).is_file():
         return ""
     try:
         return path.read_text(encoding="utf-8")
