@@ -233,7 +233,8 @@ class Journal(Sequence[EditStep]):
         """
         kinds = [entry.kind for entry in store.recorded]
         if "end" in kinds or "rollback" in kinds:
-            raise ResumeError(f"{store.folder} holds a finished run; start this one in another folder")
+            state = "finished" if "end" in kinds else "rolled-back"
+            raise ResumeError(f"{store.folder} holds a {state} run; start this one in another folder")
         if kinds and self.steps:
             raise ResumeError(f"{store.folder} holds a run; to go on with it, start with the unedited model")
         self.policies.require_same(store.ledger.entries)
