@@ -41,7 +41,7 @@ def locked(path: Path, *, wait: bool = False) -> Iterator[None]:
     owner = path.with_name(f".{path.name}.owner")
     _acquire(lock, path, owner, wait=wait)
     try:
-        with suppress(OSError):  # it only informs
+        with suppress(OSError, psutil.Error):  # it only informs
             owner.write_text(_myself(), encoding="utf-8")
         yield
     finally:

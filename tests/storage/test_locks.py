@@ -1,6 +1,5 @@
 """One process at a time writes, and the others learn who does."""
 
-import getpass
 import logging
 import os
 import platform
@@ -8,6 +7,7 @@ import signal
 import threading
 import time
 
+import psutil
 import pytest
 
 from cakeflow.errors import LockedError
@@ -40,7 +40,7 @@ def test_others_are_told_whose_it_is(tmp_path):
     holder = Holder(tmp_path / "run")
     with pytest.raises(LockedError) as error, locked(tmp_path / "run"):
         pass
-    assert f"{getpass.getuser()}@{platform.node()}, process {holder.pid}, since " in str(error.value)
+    assert f"{psutil.Process().username()}@{platform.node()}, process {holder.pid}, since " in str(error.value)
     assert str(tmp_path / "run") in str(error.value)
     holder.end()
     with locked(tmp_path / "run"):
