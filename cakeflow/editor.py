@@ -19,6 +19,7 @@ from cakeflow.allocators.base import Allocator
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.folder import RunLogger
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
@@ -264,8 +265,8 @@ class Editor:
 def default_logger(run_dir: str | Path | None = None) -> CSVLogger:
     """Metrics as CSV in the run folder: the one that is named, or ``runs/cakeflow/version_N``."""
     if run_dir is None:
-        return CSVLogger("runs", name="cakeflow")
-    return CSVLogger(Path(run_dir).parent, name="", version=Path(run_dir).name)
+        return RunLogger("runs", name="cakeflow")
+    return RunLogger(Path(run_dir).parent, name="", version=Path(run_dir).name)
 
 
 def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:

@@ -133,6 +133,10 @@ class LedgerError(RunFolderError):
     """A ledger that was changed after it was written, or files that differ from those it lists."""
 
 
+class LockedError(EditError, RuntimeError):
+    """Something that another process, or another thread, is writing at the moment."""
+
+
 class ResumeError(EditError, ValueError):
     """A run that cannot be resumed, because its model, data or settings differ."""
 

@@ -9,6 +9,7 @@ import lightning as L
 from cakeflow.core.callback import EditCallback
 from cakeflow.errors import PolicyError, with_faults
 from cakeflow.journal.policy import BROKEN, HELD, Policy
+from cakeflow.journal.steps import with_completions
 
 
 class PolicyGuard(EditCallback):
@@ -55,7 +56,7 @@ class PolicyGuard(EditCallback):
         faults = list(self.policy.violations(pl_module.metrics_at.get("before", {}), after))
         pl_module.journal.policies.record(self.policy, BROKEN if faults else HELD, faults)
         if faults:  # after the record: a crash in between leaves a run that is known to be broken
-            pl_module.journal.rollback(len(pl_module.journal) - self._first)
+            pl_module.journal.rollback(len(with_completions(pl_module.journal[self._first :])))
             raise PolicyError(with_faults("the policy is broken; the edits of this run were taken back:", faults))
 
     def _begin(self, module: Any, loader: Any) -> None:

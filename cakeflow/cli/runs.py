@@ -12,7 +12,7 @@ from cakeflow.cli.console import say
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
-from cakeflow.journal.audit import Audit, replay, verify
+from cakeflow.journal.audit import Audit, ledger_of, replay, verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry
 from cakeflow.plugins import Plugin, find_plugins, load_plugins
@@ -21,6 +21,7 @@ from cakeflow.report.folder import RunFolder
 from cakeflow.report.page import render_page
 from cakeflow.report.tables import ledger_table, plugins_table, runs_table
 from cakeflow.storage.atomic import write_text
+from cakeflow.storage.locks import locked
 
 
 def run_plugins() -> list[Plugin]:
@@ -141,12 +142,14 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
     Raises:
         ConfigError: If there are not as many batches, or no such batch.
         ResumeError: If the model is another one, or a batch leads to other weights.
+        LockedError: If another process is writing the run.
     """
     if n is not None and n < 1:
         raise ConfigError(f"n must be at least 1 batch, got {n}")
-    journal = replay(run, model, judged=False)  # what its policy has not judged may be taken back
-    before = len(journal)
-    journal.rollback(n, batch=batch)
+    with locked(ledger_of(run)):
+        journal = replay(run, model, judged=False)  # what its policy has not judged may be taken back
+        before = len(journal)
+        journal.rollback(n, batch=batch)
     say(f"{run}: {before - len(journal)} batches taken back, {len(journal)} remain")
     return journal
 

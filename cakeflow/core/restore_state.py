@@ -11,6 +11,7 @@ import lightning as L
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
+from cakeflow.core.folder import writing
 from cakeflow.models.base import EditableModel
 
 
@@ -18,8 +19,8 @@ class RestoreState(L.Callback):
     """Restores what ``Trainer.fit`` changes: training flags, gradients, random states and the SIGINT handler.
 
     Data loaders draw seeds, ``fit`` drops gradients, a failed validation leaves the model in evaluation mode, and after
-    an interrupt Lightning ignores all later ones. During a run the model is in evaluation mode. Every ``EditModule``
-    adds this callback to its Trainer.
+    an interrupt Lightning ignores all later ones. During a run the model is in evaluation mode, and no other process
+    writes the run folder. Every ``EditModule`` adds this callback to its Trainer.
     """
 
     def __init__(self) -> None:
@@ -31,6 +32,8 @@ class RestoreState(L.Callback):
         if isinstance(lm, EditableModel):
             self._state.enter_context(lm.evaluating())
             self._state.enter_context(_restoring_gradients(lm.model))
+        if stage == "fit":
+            self._state.enter_context(writing(trainer))
         self._state.enter_context(isolate_rng())
         self._state.callback(_restore_handler, signal.getsignal(signal.SIGINT))
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import lightning as L
 
 from cakeflow.core.datamodule import EditDataModule
-from cakeflow.core.folder import run_folder
+from cakeflow.core.folder import run_folder, writing
 from cakeflow.core.module import EditModule
 from cakeflow.core.trainer import check_trainer
 from cakeflow.errors import ConfigError, PolicyError
@@ -93,6 +93,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
             or inside ``autocast``.
         ModelChangedError: If somebody else changed the model since its journal did.
         ResumeError: If the folder holds a run that differs, or a finished one.
+        LockedError: If another process writes this folder.
     """
     _check_start(trainer)
     for record in (module.timings, module.peaks, module.metrics_at):
@@ -102,7 +103,13 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     module.journal.memory.check_all(record=False)
     data.attach(module, edit=True, evaluate=evaluate)
     module.obey(trainer.callbacks)  # type: ignore[attr-defined]
-    folder = run_folder(trainer)
+    with writing(trainer) as folder:
+        return _fit(trainer, module, data, folder, evaluate=evaluate)
+
+
+def _fit(
+    trainer: L.Trainer, module: EditModule, data: EditDataModule, folder: Path | None, *, evaluate: bool
+) -> FitResult:
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
         module.open_journal(folder, data, trainer)
     before: dict[str, float] = {}

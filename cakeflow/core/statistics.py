@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.locks import locked
 from cakeflow.storage.tensors import TensorFile, fault_in, hashes_of, read_tensors
 
 log = logging.getLogger(__name__)
@@ -95,14 +97,16 @@ class Statistics:
         key = content_key(lm.fingerprint(last + 1), tensor_hash(windows), str(lm.dtype), FORMAT)
         home = (folder or cache_folder() / "statistics") / key[:16]
         paths = {site: home / f"{_label(site)}.safetensors" for site in sites}
-        loaded = {site: self._load(path, lm.key_width(site)) for site, path in paths.items() if path.exists()}
-        absent = [site for site in sites if site not in loaded]
-        log.info("second moments: %s, %d of %d layers to collect", home, len(absent), len(sites))
-        if absent:
+        complete = all(path.exists() for path in paths.values())
+        if not complete:
             require_writable(home)
-        at_once = max(1, int(max_bytes / 8 / width**2) - 3) if max_bytes else len(sites)
-        for start in range(0, len(absent), at_once):
-            _collect(lm, absent[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
+        with nullcontext() if complete else locked(home, wait=True):  # a second process finds what this one collected
+            loaded = {site: self._load(path, lm.key_width(site)) for site, path in paths.items() if path.exists()}
+            absent = [site for site in sites if site not in loaded]
+            log.info("second moments: %s, %d of %d layers to collect", home, len(absent), len(sites))
+            at_once = max(1, int(max_bytes / 8 / width**2) - 3) if max_bytes else len(sites)
+            for start in range(0, len(absent), at_once):
+                _collect(lm, absent[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
         loaded |= {site: self._load(paths[site], lm.key_width(site)) for site in absent}
         return {site: loaded[site] for site in sites}
 

@@ -14,7 +14,7 @@ from cakeflow.errors import visible
 from cakeflow.export.manifest import MANIFEST, Manifest
 from cakeflow.journal.ledger import Entry, bodies
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.schema import BatchBody, EvaluationBody, RollbackBody, RunBody
+from cakeflow.journal.schema import BatchBody, EndBody, EvaluationBody, RollbackBody, RunBody
 from cakeflow.journal.store import LEDGER
 
 MOST_EDITS = 50
@@ -32,7 +32,7 @@ def model_card(manifest: Manifest, entries: Sequence[Entry]) -> str:
         Markdown after a YAML header, as the Hugging Face hub reads it.
     """
     runs = bodies(entries, RunBody)
-    parts = [_header(manifest), _identity(manifest, runs)]
+    parts = [_header(manifest), _identity(manifest, runs), *_warning(entries)]
     parts += (
         _history(entries, runs[-1]) if runs else ["There is no ledger here: method, metrics and edits are unknown.\n"]
     )
@@ -63,6 +63,16 @@ def _identity(manifest: Manifest, runs: Sequence[RunBody]) -> str:
     }
     head = f"# {escape(manifest.model)}, edited\n\nFacts in this model were changed by knowledge editing.\n"
     return f"{head}\n{_table([['', ''], *([name, escape(value)] for name, value in rows.items())])}"
+
+
+def _warning(entries: Sequence[Entry]) -> Iterator[str]:
+    """Yield a warning if the last run did not come to its end."""
+    runs = [entry for entry in entries if isinstance(entry.body, RunBody)]
+    own = [entry for entry in entries if runs and entry.number > runs[-1].number]
+    if runs and not bodies(own, EndBody):
+        edited = sum(len(body.hashes) for body in bodies(own, BatchBody))
+        (run,) = bodies(runs[-1:], RunBody)
+        yield f"**The run was stopped before its end: {edited} of its {run.edits} facts are edited.**\n"
 
 
 def _history(entries: Sequence[Entry], run: RunBody) -> Iterator[str]:

@@ -22,7 +22,8 @@ from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.schema import BatchBody
 from cakeflow.models.language import LanguageModel
-from cakeflow.storage.atomic import write_folder, write_tensors
+from cakeflow.storage.atomic import write_tensors
+from cakeflow.storage.folders import write_folder
 from cakeflow.storage.hashing import file_hash
 
 CARD = "README.md"
@@ -110,7 +111,7 @@ def _put(
         (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
         check(fresh)
 
-    write_folder(place, write, overwrite=overwrite)
+    write_folder(place, write, overwrite=overwrite, check=lambda place: require_place(place, overwrite=overwrite))
     return place
 
 

@@ -14,7 +14,7 @@ from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import bodies
 from cakeflow.journal.schema import RunBody
-from cakeflow.storage.atomic import check_free
+from cakeflow.storage.folders import check_free
 from cakeflow.storage.hashing import tensor_hash
 from cakeflow.storage.typed import SHA256, Schema, parse_as
 

@@ -14,6 +14,7 @@ from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody,
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
+from cakeflow.storage.folders import require_inside
 from cakeflow.storage.hashing import file_hash, tensor_hash
 
 
@@ -73,6 +74,8 @@ def _file_faults(run: Path, store: JournalStore, entry: Entry, named: set[Path])
         named.add(path)
         if Path(name).name != name:
             yield f"{where}: {name!r} is not a file name"
+        elif path.is_symlink():
+            yield f"{where}: {name} is a link; {FROM_A_COPY}"
         elif not path.is_file():
             yield f"{where}: {name} is missing; {FROM_A_COPY}"
         elif file_hash(path) != expected:
@@ -102,10 +105,10 @@ def ledger_of(run: Path) -> Path:
     """The ledger of a run folder.
 
     Raises:
-        RunFolderError: If there is none.
+        RunFolderError: If there is none, or links lead from it out of the folder.
     """
     path = run / "journal" / LEDGER
-    if not path.is_file():
+    if not require_inside(path, run).is_file():
         raise RunFolderError(f"{run} is no run folder: it has no journal/{LEDGER}; give the folder that a fit printed")
     return path
 

@@ -18,7 +18,7 @@ from cakeflow.journal.ledger import Entry
 from cakeflow.journal.model_state import ModelState
 from cakeflow.journal.policy import Policies
 from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, ModelBody, RollbackBody, RunBody
-from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
+from cakeflow.journal.steps import AppliedChange, EditStep, request_hash, without_batch, without_last
 from cakeflow.journal.store import JournalStore
 from cakeflow.models.architecture import Site
 from cakeflow.models.base import EditableModel
@@ -109,15 +109,16 @@ class Journal(Sequence[EditStep]):
         self.memory.require_ready("a batch", busy=self.pending is not None)
         self.policies.require(requests)
         step, known = EditStep(tuple(requests), inputs=dict(self.inputs)), set(self.originals)
+        number = self._count
         self.pending = step
         try:
             yield step
             with uninterrupted():
-                self._commit(step, known)
+                self._commit(step, number, known)
         except BaseException:
             if step.number < 0:
                 with uninterrupted():
-                    self._undo(step, known)
+                    self._settle(step, number, known)
             raise
         finally:
             self.pending = None
@@ -175,22 +176,21 @@ class Journal(Sequence[EditStep]):
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` batches (default: all), or one named batch; bit for bit.
 
+        What a solver did to complete a run behind them, such as PRUNE's damping, counted on them and goes too.
+
         Args:
-            steps: How many.
+            steps: How many; all, if there are fewer.
             batch: Number of one batch (``EditStep.number``): the model becomes what it would be without its changes,
                 those of later batches made again on top.
 
         Raises:
-            ConfigError: If there is no such batch, or both are given.
+            ConfigError: If there is no such batch, both are given, or one is no whole number from 0.
             ModelChangedError: If the model is not as the journal left it.
         """
         self.memory.require_ready("a rollback", busy=self.pending is not None, everything=True)
-        if batch is not None and (steps is not None or batch not in [step.number for step in self.steps]):
-            numbers = ", ".join(str(step.number) for step in self.steps) or "none"
-            raise ConfigError(f"no single batch {batch} to take back; there are {numbers}")
-        rest = self.steps[: 0 if steps is None else max(0, len(self.steps) - steps)]
-        if batch is not None:
-            rest = [step for step in self.steps if step.number != batch]
+        if batch is not None and steps is not None:
+            raise ConfigError(f"no single batch {batch} to take back together with the last {steps}; give one of them")
+        rest = without_last(self.steps, steps) if batch is None else without_batch(self.steps, batch)
         with uninterrupted():
             self._reduce_to(rest)
 
@@ -206,7 +206,8 @@ class Journal(Sequence[EditStep]):
                 hashes = {place: self.hash(place) for place in sorted(places)}
                 self.store.rollback([step.number for step in removed], hashes)
         except BaseException:
-            self._become(before, places, rehash=rehash)
+            if not (self.store and self.store.has_rollback([step.number for step in removed])):
+                self._become(before, places, rehash=rehash)
             raise
 
     @contextmanager
@@ -246,11 +247,11 @@ class Journal(Sequence[EditStep]):
         """
         kinds = [entry.kind for entry in store.recorded]
         if "end" in kinds or "rollback" in kinds:
-            raise ResumeError(f"{store.folder} holds a finished run; start this one in another folder")
+            state = "finished" if "end" in kinds else "rolled-back"
+            raise ResumeError(f"{store.folder} holds a {state} run; start this one in another folder")
         if kinds and self.steps:
             raise ResumeError(f"{store.folder} holds a run; to go on with it, start with the unedited model")
         self.policies.require_same(store.ledger.entries)
-        self.store = store
         self._write_all(store)
         while store.recorded and store.recorded[0].kind == "batch":
             self.policies.require_recorded([store.recorded[0]])
@@ -261,6 +262,7 @@ class Journal(Sequence[EditStep]):
                 "stopped while they were copied; edit those first, then start this run in another folder"
             )
         store.append(run)
+        self.store = store
 
     def close(self, files: Mapping[str, str]) -> None:
         """Mark the run in the folder as complete; ``files`` are its other files and their hashes."""
@@ -345,7 +347,7 @@ class Journal(Sequence[EditStep]):
                     )
             self.originals[place], self._first[place] = change.read(self.model), change
 
-    def _commit(self, step: EditStep, known: set[str]) -> None:
+    def _commit(self, step: EditStep, number: int, known: set[str]) -> None:
         """Complete a batch; whatever can fail comes before the ledger's line."""
         sys.audit("cakeflow.journal", "commit")
         step.after.update({place: self.hash(place) for place in step.places})
@@ -353,11 +355,24 @@ class Journal(Sequence[EditStep]):
         sys.audit("cakeflow.journal", "remembered")
         if self.store:
             fresh = {place: self.original(place) for place in step.places if place not in known}
-            self.store.commit(step, self._count, fresh)
-        step.number = self._count
-        self._count += 1
-        self.steps.append(step)
+            self.store.commit(step, number, fresh)
+        self._note(step, number)
+
+    def _note(self, step: EditStep, number: int) -> None:
+        """Have a batch that is committed; called again, nothing changes."""
+        if step not in self.steps:
+            self.steps.append(step)
+        self._count = number + 1
+        step.number = number
         self.memory.record(step.after)
+
+    def _settle(self, step: EditStep, number: int, known: set[str]) -> None:
+        """After an exception, agree with the disk: note a batch that is committed there, undo any other."""
+        if self.store and self.store.has_batch(number):
+            self._note(step, number)
+        else:
+            self.steps = [each for each in self.steps if each is not step]
+            self._undo(step, known)
 
     def _undo(self, step: EditStep, known: set[str]) -> None:
         """Undo what an uncommitted batch has done so far."""

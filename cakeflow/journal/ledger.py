@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +13,8 @@ from typing import Any
 
 from cakeflow.errors import LedgerError
 from cakeflow.journal.schema import BODIES, FORMAT, Line, upgraded
-from cakeflow.storage.atomic import append_line, truncate
+from cakeflow.storage.atomic import append_line, truncate, unfinished
+from cakeflow.storage.locks import locked
 from cakeflow.storage.typed import S, Schema, parse_as, read_as
 
 Place = Callable[[int], str]
@@ -44,7 +45,9 @@ class Entry:
 class Ledger:
     """A ledger file, to be read and added to.
 
-    A last line without its end was never acknowledged: it is left out, and cut off when the next entry is added.
+    Every entry is added under a lock, and only if the file is as this ledger saw it last: what another process wrote is
+    never cut back. The line of an append that did not end was never acknowledged: it is left out, and cut off when the
+    next entry is added.
 
     Args:
         path: The file; the first entry creates it.
@@ -56,8 +59,11 @@ class Ledger:
 
     def __init__(self, path: Path, place: Place = "layer {}".format) -> None:
         self.path = path
-        self.entries = list(read_entries(path, place)) if path.exists() else []
-        self._size = self._end(len(self.entries)) if self.entries else 0
+        lines = whole_lines(path) if path.exists() else []
+        self.entries = list(_checked(lines, path, place))
+        self._size = sum(len(line) + 1 for line in lines)
+        self._last = lines[-1] + b"\n" if lines else b""
+        self._pending: tuple[Entry, bytes, int] | None = None
 
     @property
     def head(self) -> str:
@@ -65,30 +71,50 @@ class Ledger:
         return self.entries[-1].hash if self.entries else ""
 
     def append(self, body: Schema) -> Entry:
-        """Add an entry; it is on disk when this returns."""
-        kind = next(kind for kind, each in BODIES.items() if each is type(body))
-        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        line = Line(number=len(self.entries), kind=kind, time=now, body=body.to_dict(), previous=self.head)
-        line = line.model_copy(update={"hash": _hash(line)})
-        if self.path.exists() and self.path.stat().st_size > self._size:
-            truncate(self.path, self._size)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = canonical(dict(line))
-        append_line(self.path, text)
-        self.entries.append(_entry(line, body))
-        self._size += len(text) + 1
+        """Add an entry; it is on disk when this returns.
+
+        Raises:
+            LedgerError: If the file is not as this ledger saw it last.
+            LockedError: If another process is writing it.
+        """
+        with locked(self.path):
+            self.settle()
+            self.require_unchanged()
+            kind = next(kind for kind, each in BODIES.items() if each is type(body))
+            now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+            line = Line(number=len(self.entries), kind=kind, time=now, body=body.to_dict(), previous=self.head)
+            line = line.model_copy(update={"hash": _hash(line)})
+            text = canonical(dict(line))
+            self._pending = _entry(line, body), text + b"\n", self._size
+            append_line(self.path, text)
+            self.settle()
         return self.entries[-1]
 
-    def withdraw(self, count: int) -> None:
-        """Cut off the entries after the first ``count``, which were not acknowledged yet."""
-        if len(self.entries) > count:
-            del self.entries[count:]
-            self._size = self._end(count)
-            truncate(self.path, self._size)
+    def settle(self) -> None:
+        """Take in the last append if it reached the disk: an exception may have come before it was noted here."""
+        if self._pending:
+            entry, text, start = self._pending
+            if _bytes_from(self.path, start) == text:
+                self.entries[entry.number :] = [entry]
+                self._size, self._last = start + len(text), text
+        self._pending = None
 
-    def _end(self, count: int) -> int:
-        """Return the size in bytes of the first ``count`` lines."""
-        return sum(len(line) + 1 for line in whole_lines(self.path)[:count])
+    def require_unchanged(self) -> None:
+        """Compare the file with what is known of it, and cut off an append that did not end; for holders of the lock.
+
+        Raises:
+            LedgerError: If another process has continued or changed it.
+        """
+        expected = self._last
+        content = _bytes_from(self.path, self._size - len(expected))
+        tail = content.removeprefix(expected)
+        if not content.startswith(expected) or (tail and (b"\n" in tail or unfinished(self.path) != self._size)):
+            raise LedgerError(
+                f"{self.path} was continued or changed by another process after entry {len(self.entries) - 1}; nothing "
+                "was written: load the run again and go on from there"
+            )
+        if tail:
+            truncate(self.path, self._size)
 
 
 def canonical(value: Mapping[str, Any]) -> bytes:
@@ -111,8 +137,12 @@ def read_entries(path: Path, place: Place = "layer {}".format) -> Iterator[Entry
     Raises:
         LedgerError: Naming the entry that is broken.
     """
+    yield from _checked(whole_lines(path), path, place)
+
+
+def _checked(lines: Sequence[bytes], path: Path, place: Place) -> Iterator[Entry]:
     previous = ""
-    for number, text in enumerate(whole_lines(path)):
+    for number, text in enumerate(lines):
         where = f"{path}, entry {number}"
         line = parse_as(Line, text, where, LedgerError, REMEDY)
         if fault := _fault(line, text, number, previous):
@@ -122,8 +152,26 @@ def read_entries(path: Path, place: Place = "layer {}".format) -> Iterator[Entry
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a ledger that have an end."""
-    return path.read_bytes().split(b"\n")[:-1]
+    """Return the lines of a ledger, without one whose append has not ended.
+
+    Raises:
+        LedgerError: If the last line was whole once and is cut off: what it said may have been acknowledged.
+    """
+    data = path.read_bytes()
+    *lines, tail = data.split(b"\n")
+    start = len(data) - len(tail)
+    if tail and unfinished(path) != start and _bytes_from(path, start) == tail:  # not written on meanwhile
+        raise LedgerError(f"{path}, entry {len(lines)}: cut off after it was written; take the ledger from a copy")
+    return lines
+
+
+def _bytes_from(path: Path, start: int) -> bytes:
+    """The content of a file from an offset on; nothing if there is no file."""
+    if not path.exists():
+        return b""
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read()
 
 
 REMEDY = "the ledger was changed after it was written; take it from a copy"

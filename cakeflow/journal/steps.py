@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 from torch import Tensor
 
 from cakeflow.data.request import EditRequest
+from cakeflow.errors import ConfigError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import canonical
 from cakeflow.journal.schema import TargetBody
@@ -66,6 +69,44 @@ class EditStep:
     def places(self) -> list[str]:
         """The changed places, each once, in order."""
         return [*dict.fromkeys(part.place for part in self.changes)]
+
+
+def with_completions(steps: Sequence[EditStep]) -> list[list[EditStep]]:
+    """Batches, each together with the steps without facts behind it, which completed the run that it ended."""
+    groups: list[list[EditStep]] = []
+    for step in steps:
+        if step.hashes or not groups or not groups[-1][0].hashes:
+            groups.append([step])
+        else:
+            groups[-1].append(step)
+    return groups
+
+
+def without_last(steps: Sequence[EditStep], count: int | None) -> list[EditStep]:
+    """The steps without the last batches (None: without any), and without what completed a run with them.
+
+    Raises:
+        ConfigError: If the count is not a whole number from 0.
+    """
+    if count is not None and (isinstance(count, bool) or not isinstance(count, Integral) or count < 0):
+        raise ConfigError(f"rollback takes a whole number of batches, at least 0, got {count!r}")
+    groups = with_completions(steps)
+    return [step for group in groups[: 0 if count is None else max(0, len(groups) - count)] for step in group]
+
+
+def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
+    """The steps without one batch, and without what completed a run behind it, which counted on it.
+
+    Raises:
+        ConfigError: If there is no such batch.
+    """
+    numbers = [step.number for step in steps]
+    if isinstance(number, bool) or not isinstance(number, Integral) or number not in numbers:
+        raise ConfigError(
+            f"no single batch {number!r} to take back; there are {', '.join(map(str, numbers)) or 'none'}"
+        )
+    place = numbers.index(int(number))
+    return [*steps[:place], *(step for step in steps[place + 1 :] if step.hashes)]
 
 
 def request_hash(request: EditRequest) -> str:

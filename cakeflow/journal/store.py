@@ -16,10 +16,20 @@ from cakeflow.errors import LedgerError, RequestError, ResumeError
 from cakeflow.journal.changes import kind_of
 from cakeflow.journal.ledger import Entry, Ledger
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.schema import BatchBody, ChangeBody, Circumstances, ModelBody, RollbackBody, RunBody
+from cakeflow.journal.schema import (
+    BatchBody,
+    ChangeBody,
+    Circumstances,
+    EvaluationBody,
+    ModelBody,
+    RollbackBody,
+    RunBody,
+)
 from cakeflow.journal.steps import AppliedChange, EditStep
 from cakeflow.storage.atomic import write_tensors
+from cakeflow.storage.folders import require_inside
 from cakeflow.storage.hashing import file_hash
+from cakeflow.storage.locks import locked
 from cakeflow.storage.tensors import read_tensors
 from cakeflow.storage.typed import Schema
 
@@ -55,6 +65,8 @@ class JournalStore:
         Raises:
             ResumeError: If they differ in anything that decides results.
         """
+        if not isinstance(body, EvaluationBody):
+            self._pass_evaluations()
         if not self.recorded:
             self.ledger.append(body)
         elif type(self.recorded[0].body) is type(body):
@@ -96,11 +108,10 @@ class JournalStore:
         Raises:
             ResumeError: If it has other requests, or was solved with something else.
         """
-        while self.recorded and self.recorded[0].kind == "evaluation":
-            self.recorded.popleft()  # an evaluation that does not take place now
-        body = self.recorded[0].body if self.recorded else None
+        body = next((entry.body for entry in self.recorded if entry.kind != "evaluation"), None)
         if not isinstance(body, BatchBody) or (body.hashes and not hashes):
             return None
+        self._pass_evaluations()
         step = self.read_step(self.recorded.popleft())
         if list(step.hashes) != list(hashes):
             raise ResumeError(f"{self.folder}: the next recorded batch, {step.number}, has other requests than these")
@@ -112,9 +123,16 @@ class JournalStore:
 
         Raises:
             ResumeError: If batches of the interrupted run have not been repeated yet.
+            LedgerError: If another process has continued the ledger meanwhile.
+            LockedError: If another process is writing it.
         """
         self._require_all_repeated()
-        entries, names = len(self.ledger.entries), [f"batch-{number:05d}.safetensors"]
+        with locked(self.ledger.path):
+            self.ledger.require_unchanged()  # before files of the same names are written
+            self._commit(step, number, originals)
+
+    def _commit(self, step: EditStep, number: int, originals: Mapping[str, Mapping[str, Tensor]]) -> None:
+        names = [f"batch-{number:05d}.safetensors"]
         try:
             write_tensors(self.folder / names[0], _tensors(step))
             for tensors in filter(None, originals.values()):
@@ -124,9 +142,9 @@ class JournalStore:
             self.ledger.append(_body(step, number, files, texts=self.texts))
             sys.audit("cakeflow.files", "committed", names[0])
         except BaseException:
-            self.ledger.withdraw(entries)
-            for name in names:
-                (self.folder / name).unlink(missing_ok=True)
+            if not self.has_batch(number):
+                for name in names:
+                    (self.folder / name).unlink(missing_ok=True)
             raise
 
     def rollback(self, batches: Sequence[int], hashes: Mapping[str, str]) -> None:
@@ -140,7 +158,25 @@ class JournalStore:
         body = self.ledger.entries[0].body
         return body.earlier if isinstance(body, ModelBody) else 0
 
+    def has_batch(self, number: int) -> bool:
+        """True if the ledger ends with this batch: it is committed, whatever came after that."""
+        self.ledger.settle()
+        last = self.ledger.entries[-1].body if self.ledger.entries else None
+        return isinstance(last, BatchBody) and last.batch == number
+
+    def has_rollback(self, batches: Sequence[int]) -> bool:
+        """True if the ledger ends with the rollback of these batches."""
+        self.ledger.settle()
+        last = self.ledger.entries[-1].body if self.ledger.entries else None
+        return isinstance(last, RollbackBody) and last.batches == list(batches)
+
+    def _pass_evaluations(self) -> None:
+        """Leave out recorded evaluations that do not take place now."""
+        while self.recorded and self.recorded[0].kind == "evaluation":
+            self.recorded.popleft()
+
     def _require_all_repeated(self) -> None:
+        self._pass_evaluations()
         if self.recorded:
             raise ResumeError(
                 f"{self.folder} holds {sum(e.kind == 'batch' for e in self.recorded)} batches that were not repeated "
@@ -187,7 +223,7 @@ class JournalStore:
         files: Mapping[str, str] = getattr(entry.body, "files", {})
         if Path(name).name != name:
             raise LedgerError(f"{where}: {name!r} is not a file name; a ledger may not name files outside its folder")
-        if not path.is_file():
+        if not require_inside(path, self.folder).is_file():
             raise LedgerError(f"{where}: {name} is missing; {FROM_A_COPY}")
         return read_tensors(path, f"{where}: {name}", LedgerError, FROM_A_COPY, files.get(name, "")).tensors
 

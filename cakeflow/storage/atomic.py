@@ -6,19 +6,26 @@
 from __future__ import annotations
 
 import os
-import shutil
+import secrets
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from cakeflow.errors import ConfigError
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it that are missing, and flush their names to disk."""
+    missing = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in missing:
+        flush(each.parent)
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -26,17 +33,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 
     The order matters: renamed before it is flushed, a file could be empty after a power cut.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    make_folder(path.parent)
+    temporary = beside(path, "tmp")
     try:
         write(temporary)
         _narrow(temporary)
         sys.audit("cakeflow.files", "written", path.name)
-        _flush(temporary)
+        flush(temporary)
         sys.audit("cakeflow.files", "flushed", path.name)
         temporary.replace(path)
         sys.audit("cakeflow.files", "renamed", path.name)
-        _flush(path.parent)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -50,47 +57,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """Write a safetensors file atomically."""
     # safetensors refuses tensors that share memory, so each is copied
     ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_whole(path, lambda temporary: save_file(ready, temporary, dict(metadata or {})))
-
-
-def write_folder(path: Path, write: Callable[[Path], object], *, overwrite: bool = False) -> None:
-    """Let ``write`` fill a new folder, flush it, then move it to ``path``; the old folder stays until that is done.
-
-    Raises:
-        ConfigError: If ``path`` exists and may not be overwritten.
-    """
-    check_free(path, overwrite=overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fresh, old = (path.with_name(f".{path.name}.{os.getpid()}.{kind}") for kind in ("tmp", "old"))
-    fresh.mkdir()
-    try:
-        write(fresh)
-        pass_on_rights(fresh, fresh.rglob("*"))
-        for entry in fresh.rglob("*"):
-            _flush(entry)
-        _flush(fresh)
-        if path.exists():
-            path.rename(old)
-        fresh.rename(path)
-        _flush(path.parent)
-    finally:
-        if old.exists() and not path.exists():
-            old.rename(path)
-        for folder in (fresh, old):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def check_free(path: Path, *, overwrite: bool) -> None:
-    """Check that a folder may be written, e.g. before the work whose result it is for.
-
-    Raises:
-        ConfigError: If ``path`` is a file, a mount point, or a folder with content that may not be overwritten.
-    """
-    if path.is_mount():
-        raise ConfigError(f"{path} is a mount point, which no folder can replace; choose a folder inside it")
-    if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
-        remedy = "choose another place" if not path.is_dir() else "choose another folder, or overwrite=True"
-        raise ConfigError(f"{path} exists already; {remedy}")
+    notes = dict(metadata or {}) if ready or metadata else None  # safetensors cannot read a file of neither
+    write_whole(path, lambda temporary: save_file(ready, temporary, notes))
 
 
 def make_private(folder: Path) -> None:
@@ -118,12 +86,15 @@ def _narrow(path: Path) -> None:
 def append_line(path: Path, line: bytes) -> None:
     """Append a line to a file and flush it to disk; if that fails, the file is as before.
 
-    A process that is killed meanwhile may leave an unfinished last line, which readers must ignore.
+    A process that is killed meanwhile may leave an unfinished last line; ``unfinished`` tells where it begins.
     """
-    fresh = not path.exists()
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
     try:
         size = os.fstat(descriptor).st_size
+        marker = _marker(path)
+        marker.write_text(str(size))
+        flush(marker)
+        flush(path.parent)
         try:
             sys.audit("cakeflow.files", "append", path.name)
             rest = line + b"\n"
@@ -133,11 +104,24 @@ def append_line(path: Path, line: bytes) -> None:
             os.fsync(descriptor)
         except BaseException:
             os.ftruncate(descriptor, size)
+            marker.unlink(missing_ok=True)
             raise
+        marker.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
-    if fresh:
-        _flush(path.parent)
+
+
+def unfinished(path: Path) -> int | None:
+    """Offset of an append to a file that has not ended, or never did; None if every append has."""
+    try:
+        return int(_marker(path).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def _marker(path: Path) -> Path:
+    """The file that is there while a line is appended."""
+    return path.with_name(f".{path.name}.append")
 
 
 def truncate(path: Path, size: int) -> None:
@@ -149,23 +133,35 @@ def truncate(path: Path, size: int) -> None:
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Delay Ctrl-C until the body has ended, so that it cannot fall between two steps that belong together."""
-    usual = signal.getsignal(signal.SIGINT)
-    # only the main thread may set handlers; SIG_IGN, SIG_DFL and None are left as they are
-    if threading.current_thread() is not threading.main_thread() or not callable(usual):
+    """Delay the handlers of all signals until the body has ended.
+
+    What they raise (Ctrl-C, the alarm of a time-out) cannot fall between two steps that belong together.
+    """
+    if threading.current_thread() is not threading.main_thread():  # handlers run in the main thread only
         yield
         return
-    interrupts: list[tuple[int, FrameType | None]] = []
-    signal.signal(signal.SIGINT, lambda number, frame: interrupts.append((number, frame)))
-    try:
+    usual = {int(number): each for number in signal.valid_signals() if callable(each := signal.getsignal(number))}
+    late: list[tuple[int, FrameType | None]] = []
+    with ExitStack() as ends:  # which calls all that it has, whatever one of them raises
+        ends.callback(_call_handlers, usual, late)
+        for number, handler in usual.items():
+            ends.callback(signal.signal, number, handler)
+            signal.signal(number, lambda number, frame: late.append((number, frame)))
         yield
-    finally:
-        signal.signal(signal.SIGINT, usual)
-    if interrupts:
-        usual(*interrupts[0])
 
 
-def _flush(path: Path) -> None:
+def _call_handlers(handlers: Mapping[int, Any], signals: list[tuple[int, FrameType | None]]) -> None:
+    with ExitStack() as calls:
+        for number, frame in reversed(signals):
+            calls.callback(handlers[number], number, frame)
+
+
+def beside(path: Path, kind: str) -> Path:
+    """A hidden name beside a path that no other process, here or on another host, comes upon."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.{kind}")
+
+
+def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk; systems that cannot do so for folders are forgiven."""
     folder = path.is_dir()
     descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)

@@ -19,6 +19,7 @@ from cakeflow.forward.tokens import Row
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
+from cakeflow.storage.locks import locked
 from cakeflow.storage.typed import SHA256, Schema, parse_as
 
 PLACES = (
@@ -105,7 +106,7 @@ class TraceCache:
     def add(self, rows: Sequence[Row], effects: Sequence[Effect]) -> None:
         """Store the effects of some facts, in memory and on disk."""
         require_writable(self._path.parent)
-        with self._path.open("a", encoding="utf-8") as handle:
+        with locked(self._path, wait=True), self._path.open("a", encoding="utf-8") as handle:
             handle.write("\n" if self._torn else "")
             self._torn = False
             for row, effect in zip(rows, effects, strict=True):

@@ -111,6 +111,47 @@ def test_resumed_equals_uninterrupted(model_of, requests, tmp_path, whole, arch,
     assert state(tiny, editor.module) != expected
 
 
+@pytest.mark.parametrize("solver", ["null space", "prune"])
+def test_the_last_evaluation_is_recorded_once(lm, requests, tmp_path, whole, solver):
+    """A run that was stopped between it and its end."""
+
+    class StopAtEnd(L.Callback):
+        def on_train_end(self, trainer, module):
+            raise KeyboardInterrupt
+
+    folder, *_ = whole(lm, requests[:7], solver, lm.dtype)
+    for _ in range(2):
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAtEnd(), solver=solver)
+    fit(lm, requests[:7], tmp_path / "run", solver=solver)
+    assert told(tmp_path / "run") == told(folder)
+
+
+def test_a_run_that_resumes_without_evaluation_ends_too(lm, requests, tmp_path):
+    class StopAtEnd(L.Callback):
+        def on_train_end(self, trainer, module):
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        editor_of(copy.deepcopy(lm), {"callbacks": [StopAtEnd()]}).fit(requests[:2], 1, run_dir=tmp_path / "run")
+    editor_of(lm).fit(requests[:2], 1, evaluate=False, run_dir=tmp_path / "run")
+    kinds = [entry.kind for entry in read_entries(tmp_path / "run/journal/ledger.jsonl")]
+    assert kinds == ["model", "run", "evaluation", "batch", "batch", "evaluation", "end"]
+
+
+def test_a_run_that_was_refused_gets_no_entry(lm, requests, tmp_path):
+    """Neither at once, nor by what the editor does later."""
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(2))
+    files, editor = content(tmp_path / "run"), editor_of(lm)
+    with pytest.raises(ResumeError, match="edits was 7, is 4"):
+        editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
+    editor.evaluate(requests[:2])
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "other")
+    editor.rollback()
+    assert content(tmp_path / "run") == files
+
+
 def test_resumed_again_and_again(lm, requests, tmp_path, whole):
     folder, expected, *_ = whole(lm, requests[:7], "null space", lm.dtype)
     for stop in (1, 1, 3):

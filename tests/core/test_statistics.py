@@ -1,5 +1,8 @@
 """Second moments: one pass equals direct outer products, is kept by content and goes on after an interrupt."""
 
+import copy
+import threading
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -334,3 +337,24 @@ def test_statistics_stay_as_they_were_read(lm, settings, cache):
 def test_bad_settings(name):
     with pytest.raises(ConfigError, match=rf"statistics\.{name} must be above 0"):
         Statistics(**{name: 0})
+
+
+def test_who_comes_second_waits_and_finds_what_the_first_one_collected(lm, settings, tmp_path, monkeypatch):
+    """As two first runs of a sweep do; else each would write over the partial sums of the other."""
+    usual, calls, other, second = module._collect, [], copy.deepcopy(lm), []
+
+    def collect(*arguments):
+        calls.append(arguments)
+        thread = threading.Thread(target=lambda: second.append(settings.collect(other, at(1), tmp_path)))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        usual(*arguments)
+        threads.append(thread)
+
+    threads = []
+    monkeypatch.setattr(module, "_collect", collect)
+    first = settings.collect(lm, at(1), tmp_path)
+    threads[0].join()
+    assert len(calls) == len(threads) == 1
+    assert torch.equal(first[MLP[1]].moment, second[0][MLP[1]].moment)

@@ -4,6 +4,8 @@ import copy
 import json
 import re
 
+import lightning as L
+import pytest
 from bodies import body
 from huggingface_hub import ModelCard
 from hypothesis import given
@@ -66,6 +68,23 @@ def test_the_card_keeps_to_what_the_ledger_has(lm, requests, tmp_path):
     quiet.fit(requests[:2], evaluate=False)
     quiet.save_pretrained(tmp_path / "bare")
     assert "There is no ledger here" in (tmp_path / "bare/README.md").read_text()
+
+
+def test_the_card_of_a_run_that_was_stopped_says_so(lm, requests, tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, *_):
+            raise RuntimeError("no")
+
+    editor = editor_of(copy.deepcopy(lm), {"callbacks": [Stop()]})
+    with pytest.raises(RuntimeError, match="no"):
+        editor.fit(requests[:5], 2, evaluate=False, run_dir=tmp_path / "run")
+    editor.save_pretrained(tmp_path / "partial")
+    warning = "**The run was stopped before its end: 2 of its 5 facts are edited.**"
+    assert warning in (tmp_path / "partial/README.md").read_text()
+    whole = editor_of(lm)
+    whole.fit(requests[:5], 2, evaluate=False, run_dir=tmp_path / "run")
+    whole.save_pretrained(tmp_path / "whole")
+    assert "stopped before" not in (tmp_path / "whole/README.md").read_text()
 
 
 TEXT = st.text(max_size=8) | st.just(HOSTILE)

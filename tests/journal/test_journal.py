@@ -62,6 +62,59 @@ def test_rollback_of_none_or_more_than_there_are(lm, requests, steps):
     assert len(journal) == (1 if steps == 0 else 0)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "left"),
+    [
+        ({"steps": 1}, [0, 1, 2]),
+        ({"steps": 2}, [0]),
+        ({"steps": 3}, []),
+        ({"batch": 0}, [1, 3]),
+        ({"batch": 1}, [0, 3]),
+        ({"batch": 3}, [0, 1, 2]),
+        ({"batch": 2}, [0, 1, 3]),
+        ({"batch": 4}, [0, 1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_what_completed_a_run_goes_with_any_batch_that_it_counted_on(tiny, requests, arguments, left):
+    """Steps 2 and 4 complete two runs, as PRUNE does; without them the weights are those of the batches alone."""
+    plan = [requests[:2], requests[2:4], (), requests[4:6], ()]
+    journal, alone = Journal(tiny), Journal(copy.deepcopy(tiny))
+    for seed, facts in enumerate(plan):
+        edit(journal, facts, 10 * seed, scale=1e-3)
+    for seed in left:
+        edit(alone, plan[seed], 10 * seed, scale=1e-3)
+    journal.rollback(**arguments)
+    assert [step.number for step in journal] == left
+    assert same(tiny, bits(alone.model))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"steps": -1}, "at least 0, got -1"),
+        ({"steps": 0.5}, r"got 0\.5"),
+        ({"steps": "1"}, "got '1'"),
+        ({"steps": True}, "got True"),
+        ({"batch": 7}, "no single batch 7 to take back; there are 0"),
+        ({"batch": -1}, "no single batch -1"),
+        ({"batch": 0.0}, r"no single batch 0\.0"),
+        ({"batch": "0"}, "no single batch '0'"),
+        ({"batch": False}, "no single batch False"),
+        ({"batch": 0, "steps": 1}, "give one of them"),
+    ],
+    ids=str,
+)
+def test_what_is_no_number_of_batches_is_refused(lm, requests, arguments, words):
+    journal = Journal(lm)
+    edit(journal, requests[:2], 0)
+    edited = bits(lm)
+    with pytest.raises(ConfigError, match=words):
+        journal.rollback(**arguments)
+    assert same(lm, edited)
+    assert len(journal) == 1
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_trial_leaves_nothing(tiny, requests, dtype, fails):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from contextlib import suppress
 
 import pytest
@@ -10,9 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import JSON
 
-from cakeflow.errors import LedgerError
+from cakeflow.errors import LedgerError, LockedError
+from cakeflow.journal import ledger as ledger_module
 from cakeflow.journal.ledger import Ledger, bodies, canonical, read_entries
 from cakeflow.journal.schema import BODIES, BatchBody, EndBody
+from cakeflow.storage.locks import locked
 from cakeflow.storage.typed import plain
 
 
@@ -74,10 +77,10 @@ def test_every_kind_is_written_and_read_back(tmp_path, kind):
 
 
 def test_every_flipped_bit_is_noticed_and_its_entry_named(path):
-    """The end of the last line aside: without it the entry counts as never written, which its absence shows."""
+    """The end of the last line too: without it the line was cut off."""
     whole = path.read_bytes()
     ends = [index for index, byte in enumerate(whole) if byte == 10]
-    for place in range(len(whole) - 1):
+    for place in range(len(whole)):
         data = bytearray(whole)
         data[place] ^= 1 << place % 8
         path.write_bytes(bytes(data))
@@ -94,25 +97,118 @@ def test_lines_that_were_swapped_dropped_or_repeated_are_noticed(path):
             list(read_entries(path))
 
 
-@pytest.mark.parametrize("kept", [0, 1, 40, -1])
-def test_a_torn_tail_is_left_out_and_cut_off_by_the_next_entry(path, kept):
+class StopError(Exception):
+    pass
+
+
+@pytest.fixture
+def torn(path):
+    """A ledger of three entries, and the beginning of a fourth whose process was killed."""
+
+    def tear(size):
+        whole = path.read_bytes()
+        Ledger(path).append(batch(3))
+        line = path.read_bytes()[len(whole) :]
+        path.write_bytes(whole + line[:size])
+        path.with_name(".ledger.jsonl.append").write_text(str(len(whole)))
+        return whole
+
+    return tear
+
+
+@pytest.mark.parametrize("size", [0, 1, 40, -1])
+def test_an_unfinished_append_is_left_out_and_cut_off_by_the_next_entry(path, torn, size):
+    whole = torn(size)
+    assert len(list(read_entries(path))) == 3
+    ledger = Ledger(path)
+    ledger.append(batch(3))
+    assert path.read_bytes().startswith(whole)
+    assert [entry.body.batch for entry in read_entries(path)] == [0, 1, 2, 3]
+    assert [each.name for each in path.parent.iterdir()] == ["ledger.jsonl"]
+
+
+@pytest.mark.parametrize("size", [1, 40, -1])
+def test_a_line_that_was_whole_once_is_not_left_out(path, size):
+    """Else a rollback that was acknowledged would be taken back with it."""
+    ledger = Ledger(path)
+    ledger.append(body("rollback"))
     whole = path.read_bytes()
     start = whole.rindex(b"\n", 0, len(whole) - 1) + 1
-    path.write_bytes(whole[: start + kept] if kept >= 0 else whole[:-1])
-    assert len(list(read_entries(path))) == 2
-    ledger = Ledger(path)
-    ledger.append(batch(2))
-    assert [entry.body.batch for entry in read_entries(path)] == [0, 1, 2]
+    path.write_bytes(whole[: start + size] if size >= 0 else whole[:-1])
+    for read in (Ledger, lambda path: list(read_entries(path))):
+        with pytest.raises(LedgerError, match="entry 3: cut off"):
+            read(path)
+    with pytest.raises(LedgerError, match="by another process"):
+        ledger.append(batch(4))
 
 
-def test_entries_that_were_not_acknowledged_are_withdrawn(path):
-    whole, ledger = path.read_bytes(), Ledger(path)
-    ledger.append(batch(3))
-    ledger.withdraw(3)
-    ledger.withdraw(3)
-    assert path.read_bytes() == whole
-    ledger.append(body("end"))
+def test_a_line_that_ends_while_it_is_read_is_no_damage(path, torn, monkeypatch):
+    """Its mark is gone when the reader looks for it."""
+    torn(40)
+    usual = ledger_module.unfinished
+
+    def overtaken(path):
+        monkeypatch.setattr(ledger_module, "unfinished", usual)
+        Ledger(path).append(batch(3))
+        return usual(path)
+
+    monkeypatch.setattr(ledger_module, "unfinished", overtaken)
+    assert len(list(read_entries(path))) == 3
     assert len(list(read_entries(path))) == 4
+
+
+def test_what_another_process_wrote_is_never_cut_back(path):
+    mine, other = Ledger(path), Ledger(path)
+    other.append(body("rollback"))
+    whole = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(LedgerError, match="continued or changed by another process after entry 2"):
+            mine.append(batch(3))
+        assert path.read_bytes() == whole
+    other.append(batch(3))
+    path.write_bytes(whole)  # cut back by somebody else
+    with pytest.raises(LedgerError, match="after entry 4"):
+        other.append(batch(4))
+    path.unlink()
+    with pytest.raises(LedgerError, match="after entry 2"):
+        mine.append(batch(3))
+    assert not path.exists()
+
+
+def test_a_ledger_that_is_being_written_is_not_added_to(path):
+    errors = []
+
+    def add():
+        try:
+            Ledger(path).append(batch(3))
+        except LockedError as error:
+            errors.append(error)
+
+    with locked(path):
+        thread = threading.Thread(target=add)
+        thread.start()
+        thread.join()
+        assert len(Ledger(path).entries) == 3  # to read takes no lock
+    assert len(errors) == 1
+
+
+def test_an_entry_that_reached_the_disk_is_noted_whatever_came_after(path, monkeypatch):
+    """An exception out of nowhere, as another thread can raise one, between the disk and the note in memory."""
+    usual, ledger = ledger_module.append_line, Ledger(path)
+
+    def late(path, line):
+        usual(path, line)
+        raise StopError
+
+    monkeypatch.setattr(ledger_module, "append_line", late)
+    with pytest.raises(StopError):
+        ledger.append(batch(3))
+    monkeypatch.setattr(ledger_module, "append_line", usual)
+    ledger.settle()
+    ledger.settle()
+    assert [entry.body.batch for entry in ledger.entries] == [0, 1, 2, 3]
+    ledger.append(batch(4))
+    assert [entry.body.batch for entry in read_entries(path)] == [0, 1, 2, 3, 4]
 
 
 @given(content=st.dictionaries(st.text(), JSON, max_size=4))

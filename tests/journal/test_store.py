@@ -1,11 +1,13 @@
 """A batch is done whole or not at all, in memory and on disk, wherever it is stopped."""
 
 import copy
+import ctypes
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,10 +18,11 @@ from stops import STOPS
 from tiny_runs import LAYERS, content, editor_of, name_of, state
 
 from cakeflow import LeastSquares
-from cakeflow.errors import LedgerError, NumericalError
+from cakeflow.errors import LedgerError, NumericalError, RunFolderError
+from cakeflow.journal.audit import verify
 from cakeflow.journal.changes import WeightChange
-from cakeflow.journal.ledger import read_entries
-from cakeflow.journal.schema import RunBody
+from cakeflow.journal.ledger import bodies, read_entries
+from cakeflow.journal.schema import BatchBody, RunBody
 from cakeflow.journal.store import JournalStore
 from cakeflow.models import Site
 from cakeflow.solvers import Solver
@@ -67,9 +70,10 @@ def test_every_moment_of_a_batch_is_a_place_to_fail(editor, requests, tmp_path, 
     moments = STOPS.seen[first:]
     assert len(moments) == least
     assert len(counted.journal) == earlier + 1
+    unedited = copy.deepcopy(lm)
     editor = begun(lm, requests, tmp_path / "run", earlier)
     before, files = state(lm, editor.module), content(tmp_path / "run")
-    for place in range(len(moments)):
+    for place in range(len(moments) - 1):
         for error in ERRORS:
             with pytest.raises(error), STOPS.at(place, error):
                 one_batch(editor, requests[4:6])
@@ -77,8 +81,15 @@ def test_every_moment_of_a_batch_is_a_place_to_fail(editor, requests, tmp_path, 
             assert state(lm, editor.module) == before, moments[place]
             assert content(tmp_path / "run") == files, moments[place]
             assert len(editor.journal) == earlier
-    one_batch(editor, requests[4:6])
-    assert [step.number for step in editor.journal] == list(range(earlier + 1))
+    assert moments[-1][1] == "committed"
+    with pytest.raises(RuntimeError), STOPS.at(len(moments) - 1, RuntimeError):  # too late: it is on disk
+        one_batch(editor, requests[4:6])
+    one_batch(editor, requests[:2])
+    assert [step.number for step in editor.journal] == list(range(earlier + 2))
+    assert verify(tmp_path / "run").faults == []
+    fresh = editor_of(unedited)
+    fresh.load(tmp_path / "run")
+    assert state(unedited, fresh.module) == state(lm, editor.module)
 
 
 def test_every_moment_of_a_rollback_is_a_place_to_fail(editor, requests, tmp_path):
@@ -120,6 +131,87 @@ def test_a_fit_that_fails_in_its_second_batch_keeps_the_first(lm, requests, tmp_
     assert [step.requests for step in editor.journal] == [tuple(requests[:2])]
     editor.rollback()
     assert state(lm, editor.module) == before
+
+
+class LateError(Exception):
+    pass
+
+
+def raise_late(*_):
+    raise LateError
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM])
+def test_what_a_signal_raises_does_not_fall_between_disk_and_memory(lm, requests, tmp_path, number):
+    editor = begun(lm, requests, tmp_path / "run", 1)
+    with STOPS.at(-1, None):
+        one_batch(editor, requests[2:4])
+    start = next(place for place, moment in enumerate(STOPS.seen) if moment[1] == "commit")
+    places, usual = range(start, len(STOPS.seen)), signal.signal(number, raise_late)
+    try:
+        for count, place in enumerate(places, 3):
+            with pytest.raises(LateError), STOPS.at(place, number):
+                one_batch(editor, requests[4:6])
+            assert len(editor.journal) == len(bodies(read_entries(tmp_path / "run/journal/ledger.jsonl"), BatchBody))
+            assert len(editor.journal) == count
+        with pytest.raises(LateError), STOPS.at(0, number):
+            editor.rollback(2)
+        assert len(editor.journal) == len(places)
+    finally:
+        signal.signal(number, usual)
+    assert verify(tmp_path / "run").faults == []
+
+
+@pytest.mark.parametrize("function", ["_note", "rollback"])
+def test_an_exception_of_another_thread_leaves_memory_and_disk_agreeing(lm, requests, tmp_path, monkeypatch, function):
+    """It comes out of nowhere, here once just behind the disk."""
+    unedited, editor = copy.deepcopy(lm), begun(lm, requests, tmp_path / "run", 2)
+    owner = editor.journal if function == "_note" else editor.journal.store
+    usual = getattr(owner, function)
+
+    def late(*arguments):
+        monkeypatch.undo()
+        if function == "rollback":
+            usual(*arguments)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(threading.get_ident()), ctypes.py_object(LateError))
+
+    monkeypatch.setattr(owner, function, late)
+    with pytest.raises(LateError):
+        one_batch(editor, requests[4:6]) if function == "_note" else editor.rollback(1)
+    assert len(editor.journal) == (3 if function == "_note" else 1)
+    one_batch(editor, requests[6:8])
+    assert verify(tmp_path / "run").faults == []
+    fresh = editor_of(unedited)
+    fresh.load(tmp_path / "run")
+    assert state(unedited, fresh.module) == state(lm, editor.module)
+
+
+def test_a_batch_of_another_process_is_not_written_over(lm, requests, tmp_path):
+    """Both go on from the same two batches: the second one to write is refused, and its model is as it was."""
+    mine, other = copy.deepcopy(lm), copy.deepcopy(lm)
+    begun(copy.deepcopy(lm), requests, tmp_path / "run", 2)
+    editors = [editor_of(each) for each in (mine, other)]
+    for editor in editors:
+        editor.load(tmp_path / "run")
+    one_batch(editors[1], requests[4:6])
+    files, before = content(tmp_path / "run"), state(mine, editors[0].module)
+    for act in (lambda: one_batch(editors[0], requests[6:8]), lambda: editors[0].rollback(1)):
+        with pytest.raises(LedgerError, match="continued or changed by another process"):
+            act()
+        assert state(mine, editors[0].module) == before
+        assert content(tmp_path / "run") == files
+    assert verify(tmp_path / "run").faults == []
+
+
+def test_files_that_links_lead_to_are_not_read(lm, requests, tmp_path):
+    begun(lm, requests, tmp_path / "run", 1)
+    name = "batch-00000.safetensors"
+    (tmp_path / "run/journal" / name).rename(tmp_path / name)
+    (tmp_path / "run/journal" / name).symlink_to(tmp_path / name)
+    store = JournalStore(tmp_path / "run/journal")
+    with pytest.raises(RunFolderError, match="leads out of"):
+        store.read_step(store.ledger.entries[-1])
+    assert any("is a link" in fault for fault in verify(tmp_path / "run").faults)
 
 
 @pytest.mark.usefixtures("ctrl_c")

@@ -1,12 +1,14 @@
 """Loading models by name, folder or file."""
 
 import json
+import threading
 import time
 
 import pytest
 import torch
 
 from cakeflow.errors import ArchitectureError, ConfigError
+from cakeflow.models import loading
 from cakeflow.models.loading import load_model
 from cakeflow.storage.cache import cache_folder
 
@@ -63,3 +65,32 @@ def test_python_in_a_models_folder_runs_only_when_it_is_trusted(tiny, tmp_path):
     with pytest.raises(ConfigError, match="trust_remote_code"):
         load_model(tmp_path / "own")
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_file_is_converted_once_by_whoever_comes_first(tmp_path, monkeypatch):
+    """The other one waits, and never sees a part of it."""
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.gguf").write_bytes(b"weights")
+    calls, second = [], []
+
+    def convert(gguf, folder):
+        calls.append(gguf)
+        if len(calls) == 1:
+            (folder / "model.safetensors").touch()
+            raise KeyboardInterrupt
+        thread = threading.Thread(target=lambda: second.append(loading._converted(gguf)))
+        thread.start()
+        thread.join(0.3)
+        assert thread.is_alive()
+        (folder / "tokenizer.json").touch()
+        second.append(thread)
+
+    monkeypatch.setattr(loading, "_convert", convert)
+    with pytest.raises(KeyboardInterrupt):
+        loading._converted(tmp_path / "a.gguf")
+    assert list((tmp_path / "cache/models").iterdir()) == []
+    folder = loading._converted(tmp_path / "a.gguf")
+    second[0].join()
+    assert second[1] == folder
+    assert [each.name for each in folder.iterdir()] == ["tokenizer.json"]
+    assert len(calls) == 2

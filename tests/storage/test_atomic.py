@@ -3,7 +3,6 @@
 import os
 import signal
 import threading
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from stops import STOPS
 
-from cakeflow.errors import ConfigError
 from cakeflow.storage import atomic
 
 
@@ -79,38 +77,56 @@ class FullError(OSError):
         super().__init__("the disk is full")
 
 
-def fill(text):
-    return lambda folder: (folder / "a.txt").write_text(text)
+def test_an_append_that_did_not_end_is_marked_until_it_does(tmp_path):
+    path, offsets = tmp_path / "lines", []
+    atomic.append_line(path, b"one")
+    assert atomic.unfinished(path) is None
+
+    class LookError(Exception):
+        def __init__(self):
+            offsets.append(atomic.unfinished(path))
+
+    for place in (0, 1):
+        with pytest.raises(LookError), STOPS.at(place, LookError):
+            atomic.append_line(path, b"two")
+    assert offsets == [4, 4]
+    assert [each.name for each in tmp_path.iterdir()] == ["lines"]
+    (tmp_path / ".lines.append").write_text("damaged")
+    assert atomic.unfinished(path) is None
 
 
-def test_a_folder_appears_whole_and_replaces_nothing_unasked(tmp_path):
-    path = tmp_path / "out"
-    atomic.write_folder(path, fill("first"))
-    with pytest.raises(ConfigError, match="exists already"):
-        atomic.write_folder(path, fill("second"))
-    assert (path / "a.txt").read_text() == "first"
+def test_lines_are_not_added_through_a_link(tmp_path):
+    (tmp_path / "elsewhere").write_text("")
+    (tmp_path / "lines").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="lines"):
+        atomic.append_line(tmp_path / "lines", b"one")
+    assert (tmp_path / "elsewhere").read_text() == ""
 
-    def half(folder):
-        fill("half")(folder)
-        raise FullError
 
-    with pytest.raises(OSError, match="full"):
-        atomic.write_folder(path, half, overwrite=True)
-    assert (path / "a.txt").read_text() == "first"
-    atomic.write_folder(path, fill("second"), overwrite=True)
-    assert (path / "a.txt").read_text() == "second"
-    assert list(tmp_path.iterdir()) == [path]
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(ConfigError, match="choose another place"):
-        atomic.write_folder(tmp_path / "file", fill("x"), overwrite=True)
+def test_new_folders_are_flushed_with_the_names_in_them(tmp_path, monkeypatch):
+    flushed = []
+    monkeypatch.setattr(atomic, "flush", lambda path: flushed.append(path))
+    atomic.write_text(tmp_path / "a" / "b" / "c.txt", "x")
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(flushed)
+    flushed.clear()
+    atomic.make_folder(tmp_path / "a" / "b")
+    assert flushed == []
+
+
+def test_temporary_names_are_never_those_of_another_process(tmp_path):
+    names = set()
+    for _ in range(50):
+        atomic.write_whole(tmp_path / "x", lambda temporary: (names.add(temporary.name), temporary.touch()))
+    assert len(names) == 50
+    assert all(name.startswith(".x.") for name in names)
+
+
+def test_a_file_of_no_tensors_can_be_read(tmp_path):
+    atomic.write_tensors(tmp_path / "t.safetensors", {})
+    assert load_file(tmp_path / "t.safetensors") == {}
 
 
 @pytest.mark.usefixtures("ctrl_c")
-def test_a_mount_point_is_refused_before_anything_is_written():
-    with pytest.raises(ConfigError, match=r"/ is a mount point.*a folder inside it"):
-        atomic.check_free(Path("/"), overwrite=True)
-
-
 def test_ctrl_c_is_held_back(tmp_path):
     done = []
 
@@ -129,3 +145,46 @@ def test_ctrl_c_is_held_back(tmp_path):
     thread.start()
     thread.join()
     assert done == ["whole", None]
+
+
+class LateError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGALRM, signal.SIGTERM, signal.SIGUSR1])
+def test_the_handler_of_any_signal_is_held_back(number):
+    def handler(*_):
+        calls.append("handler")
+        raise LateError
+
+    def work():
+        with atomic.uninterrupted():
+            with atomic.uninterrupted():
+                signal.raise_signal(number)
+            calls.append("body")
+
+    calls, usual = [], signal.signal(number, handler)
+    try:
+        with pytest.raises(LateError):
+            work()
+        assert calls == ["body", "handler"]
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, usual)
+
+
+@pytest.mark.usefixtures("ctrl_c")
+def test_no_signal_is_lost_when_the_handler_of_another_raises():
+    def work():
+        with atomic.uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGTERM)
+
+    calls, usual = [], signal.signal(signal.SIGTERM, lambda *_: calls.append("SIGTERM"))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert calls == ["SIGTERM"]
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGTERM, usual)
