@@ -16,6 +16,7 @@ from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.model_state import ModelState
+from cakeflow.journal.places import EditedPlaces
 from cakeflow.journal.policy import Policies
 from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.steps import AppliedChange, EditStep, request_hash, without_batch, without_last
@@ -36,7 +37,7 @@ class Journal(Sequence[EditStep]):
     Attributes:
         model: The model.
         steps: The batches.
-        originals: Place -> its content before any edit, as ``Change.read`` returned it.
+        places: The edited places.
         store: The journal's folder on disk, if it has one.
         pending: The batch that is being made, if there is one.
         memory: Hashes of the model in memory.
@@ -53,11 +54,10 @@ class Journal(Sequence[EditStep]):
         self.policies = Policies(self)
         self.inputs: dict[str, str] = {}
         self.steps: list[EditStep] = []
-        self.originals: dict[str, Any] = {}
+        self.places = EditedPlaces(model)
         self.store: JournalStore | None = None
         self.pending: EditStep | None = None
-        self._first: dict[str, Change] = {}  # reads and restores its place
-        self.memory = ModelState(model, self._first)
+        self.memory = ModelState(model, self.places.first)
         self._history: dict[str, KeyHistory] = {}
         self._count = 0
 
@@ -85,17 +85,22 @@ class Journal(Sequence[EditStep]):
         """Keys of all committed batches at a place."""
         return self._history.setdefault(place, KeyHistory())
 
+    @property
+    def originals(self) -> dict[str, Any]:
+        """Place -> its content before any edit, as ``Change.read`` returned it."""
+        return self.places.originals
+
     def original(self, place: str) -> dict[str, Tensor]:
         """Tensors that a place held before any edit; empty if it was not edited."""
-        return self._first[place].original(self.originals[place]) if place in self.originals else {}
+        return self.places.original(place)
 
     def state(self) -> dict[str, Tensor]:
         """The model's tensors at all edited places, by their names in its state dict."""
-        return {name: each for change in self._first.values() for name, each in change.state(self.model).items()}
+        return self.places.state()
 
     def hash(self, place: str) -> str:
         """SHA-256 of the content of an edited place."""
-        return self._first[place].hash(self.model)
+        return self.places.hash(place)
 
     # ---- making a batch ----
 
@@ -130,8 +135,8 @@ class Journal(Sequence[EditStep]):
         try:
             yield step
         finally:
-            self._restore(set(step.places), self.steps)
-            self._forget_all_but(known)
+            self.places.restore(set(step.places), self.steps)
+            self.places.forget_all_but(known)
 
     def apply(self, step: EditStep, change: Change, numbers: dict[str, float]) -> None:
         """Make a change as a part of a batch.
@@ -145,7 +150,7 @@ class Journal(Sequence[EditStep]):
             ConfigError: If another place that was edited lies inside this one, or around it.
             NumericalError: If the place does not hold finite numbers afterwards.
         """
-        self._touch(change)
+        self.places.touch(change)
         if change.place not in step.before:
             self.memory.check([change.place])
             step.before[change.place] = change.hash(self.model)
@@ -157,7 +162,7 @@ class Journal(Sequence[EditStep]):
     def replace(self, step: EditStep, index: int, change: Change, numbers: dict[str, float]) -> None:
         """Put another change in the place of one that the open batch has made."""
         step.changes[index] = AppliedChange(change, numbers)
-        self._restore({change.place}, [*self.steps, step])
+        self.places.restore({change.place}, [*self.steps, step])
 
     def replay_next(self, requests: Sequence[EditRequest]) -> EditStep | None:
         """Repeat the next batch of the interrupted run in the journal's folder, if it goes on with one.
@@ -213,17 +218,13 @@ class Journal(Sequence[EditStep]):
     @contextmanager
     def reverted(self) -> Iterator[None]:
         """Give the model its original places; on exit the edited ones return, bit for bit."""
-        edited = {place: first.read(self.model) for place, first in self._first.items()}
+        edited = self.places.read()
         try:
-            self._put(self.originals)
+            self.places.put(self.originals)
             with self.memory.reverting():
                 yield
         finally:
-            self._put(edited)
-
-    def _put(self, contents: Mapping[str, Any]) -> None:
-        for place, content in contents.items():
-            self._first[place].undo(self.model, content)
+            self.places.put(edited)
 
     # ---- the folder on disk ----
 
@@ -336,17 +337,6 @@ class Journal(Sequence[EditStep]):
 
     # ---- the parts ----
 
-    def _touch(self, change: Change) -> None:
-        """Keep the original of a place that was never edited."""
-        place = change.place
-        if place not in self.originals:
-            for other in self.originals:
-                if place.startswith(f"{other}.") or other.startswith(f"{place}."):
-                    raise ConfigError(
-                        f"{place} cannot be edited: {other} was, and one lies inside the other; roll back"
-                    )
-            self.originals[place], self._first[place] = change.read(self.model), change
-
     def _commit(self, step: EditStep, number: int, known: set[str]) -> None:
         """Complete a batch; whatever can fail comes before the ledger's line."""
         sys.audit("cakeflow.journal", "commit")
@@ -377,19 +367,14 @@ class Journal(Sequence[EditStep]):
     def _undo(self, step: EditStep, known: set[str]) -> None:
         """Undo what an uncommitted batch has done so far."""
         self._become(self.steps, set(step.places))
-        self._forget_all_but(known)
-
-    def _forget_all_but(self, known: set[str]) -> None:
-        """Treat all other places, restored, as never edited."""
-        for place in set(self.originals) - known:
-            del self.originals[place], self._first[place]
+        self.places.forget_all_but(known)
 
     def _replay(self, step: EditStep) -> None:
         """Repeat a recorded batch, or nothing of it."""
         known = set(self.originals)
         try:
             for part in step.changes:
-                self._touch(part.change)
+                self.places.touch(part.change)
                 part.change.apply(self.model)
             self._check(step.after, f"batch {step.number}")
             self._remember(step)
@@ -402,7 +387,7 @@ class Journal(Sequence[EditStep]):
         self._count = max(self._count, step.number + 1)
 
     def _check(self, hashes: Mapping[str, str], label: str) -> None:
-        differing = [p for p, expected in hashes.items() if p not in self._first or self.hash(p) != expected]
+        differing = [p for p, expected in hashes.items() if p not in self.originals or self.hash(p) != expected]
         if differing:
             raise ResumeError(f"{label}: the weights of {', '.join(differing)} {DIFFERENT}")
 
@@ -416,19 +401,8 @@ class Journal(Sequence[EditStep]):
     def _become(self, steps: list[EditStep], places: set[str], *, rehash: bool = False) -> None:
         """Have the state after these steps; it differs from the present one in ``places``."""
         self.steps = list(steps)
-        self._restore(places, self.steps, rehash=rehash)
-        self.memory.record({place: self.hash(place) for place in places if place in self._first})
+        self.places.restore(places, self.steps, rehash=rehash)
+        self.memory.record(self.places.hashes(places))
         self._history.clear()
         for step in self.steps:
             self._remember(step)
-
-    def _restore(self, places: set[str], steps: Sequence[EditStep], *, rehash: bool = False) -> None:
-        """Put originals back, then make the steps' changes at these places again; ``rehash`` renews their hashes."""
-        self._put({place: content for place, content in self.originals.items() if place in places})
-        for step in steps:
-            touched = [place for place in step.places if place in places and rehash]
-            step.before.update({place: self.hash(place) for place in touched})
-            for part in step.changes:
-                if part.place in places:
-                    part.change.apply(self.model)
-            step.after.update({place: self.hash(place) for place in touched})
