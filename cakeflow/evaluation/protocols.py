@@ -10,7 +10,9 @@ does what the code behind the published tables does, errors included, so that it
 - token accuracies (zsRE; ``evaluate_utils_zsre``): every token has a context of its own, the prompt and the decoded
   tokens before it, tokenised again; the tokens of a neighborhood answer keep the special tokens in front.
 
-A published number without its protocol means nothing: on zsRE the two differ by the special tokens alone.
+The official code puts a space before every continuation; ``clean`` does what the texts or their request say
+(``cakeflow.data.text.join``). A published number without its protocol means nothing: on zsRE the two differ by the
+special tokens alone.
 """
 
 from __future__ import annotations
