@@ -293,7 +293,7 @@ def _problems(
 def unknown_tokens(lm: LanguageModel, ids: Sequence[int], text: str) -> str:
     """Return a remedy if some tokens of a text stand for what the tokenizer does not know, else nothing."""
     tokenizer, unknown = lm.tokenizer, lm.tokenizer.unk_token_id
-    if unknown not in ids or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+    if unknown not in ids or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         return ""  # GPT-2 has one token for all roles, and knows every byte
     (alone,) = _tokens(tokenizer, [text])
     pieces = [text[slice(*alone.offsets[i])].strip() for i, token in enumerate(alone.ids) if token == unknown]

@@ -309,6 +309,7 @@ def test_a_prompt_keeps_its_own_tokens_where_the_target_would_join_them(kind, te
 )
 def test_a_token_that_stands_for_the_unknown_is_refused(wordy, request_, field, piece):
     good = EditRequest("Near {} is", "Peru", "big")  # elsewhere in a prompt it says little
+    wordy.tokenizer.pad_token = wordy.tokenizer.unk_token  # as many do
     with pytest.raises(RequestError, match=f"does not know '{piece}', which becomes <unk>") as caught:
         encode_batch(wordy, [good, request_], Contexts())
     assert [(fault.index, fault.field) for fault in caught.value.faults] == [(1, field)]
