@@ -14,6 +14,5 @@ from cakeflow.data.text import join, occurrences, until_stop
 __all__ = [
     "Contexts", "EditRequest", "Probe", "builtin_facts", "check_fields", "contradictions", "join", "missing_fields",
     "occurrences", "parse_requests", "read_documents", "read_entries", "read_requests", "read_text", "read_texts",
-    "select", "until_stop",
-    "with_references",
+    "select", "until_stop", "with_references",
 ]  # fmt: skip
