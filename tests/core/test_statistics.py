@@ -235,11 +235,11 @@ def test_a_beginning_of_text_token_stands_before_every_window(lm, settings):
 
 
 def test_an_end_of_text_token_stands_nowhere(lm, settings):
-    plain = settings._windows(lm, 1)
+    plain = settings.windows(lm, 1)
     lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
     )
-    assert torch.equal(settings._windows(lm, 1), plain)
+    assert torch.equal(settings.windows(lm, 1), plain)
 
 
 def test_a_corpus_with_a_token_beyond_the_embedding_is_refused(lm, settings):
