@@ -60,6 +60,7 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
         with only_known_classes():
             config = parser.parse_args([f"--config={path}" for path in configs])
             refuse_trust(config)
+            parser.parser_mode = "text"
             config = parser.parse_object({"model": {"init_args": plain}}, config)
     except EditError:
         raise

@@ -84,6 +84,7 @@ def _shown(value: Any) -> Any:
 
 
 register_type(Plain, serializer=_shown, deserializer=plain, type_check=_is_checked)
+set_loader("text", lambda text: text)  # reads nothing: for the settings that Python gives
 set_loader("plain_yaml", lambda text: read_yaml(text, get_loader("yaml")), exceptions=(yaml.YAMLError,))
 
 

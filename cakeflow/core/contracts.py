@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -13,9 +13,12 @@ from torch import Tensor
 
 from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
 from cakeflow.errors import ArrivalWarning, ConfigError, NumericalError, ShapeError, SharedKeyWarning
+from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import TextBatch
+from cakeflow.models.architecture import Role, Site
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
+from cakeflow.targets.base import Targets
 from cakeflow.weighters.base import Weighter
 
 Outcome = Literal["warn", "error"]
@@ -203,29 +206,41 @@ def checked_update(solver: Solver, update: Update, problem: LayerProblem, layer:
     return update
 
 
-def checked_arrival(arrived: Float[Tensor, " n"], batch: TextBatch, least: float, outcome: Outcome) -> None:
-    """Check that enough of the searched change of every fact arrived, so that no fact fails to take unnoticed.
+def checked_arrival(
+    reader: FactReader, batch: TextBatch, targets: Mapping[Site, Targets], role: Role, least: float, outcome: Outcome
+) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
+    """Measure the part of each fact's searched change that arrived, so that no fact fails to take unnoticed.
 
     Args:
-        arrived: Part of each fact's searched change that is there after the edit; 1 is all of it.
+        reader: Reader of the facts, at or below the first value site.
         batch: n facts.
+        targets: Value site -> target values, in ascending order.
+        role: The edited projection.
         least: Least part that passes.
         outcome: Whether less is a warning or an error.
+
+    Returns:
+        What remains at the last value site, and the part that arrived at the worst one; 1 is all of it.
 
     Raises:
         NumericalError: If a fact has less and the outcome is ``error``.
     """
-    bad = (~(arrived >= least)).nonzero()[:, 0].tolist()
-    if not bad:
-        return
-    message = (
-        f"{batch.name(bad)}: {float(arrived[bad].min()):.0%} of the searched change arrived, and min_arrival is "
-        f"{least:.0%}, so the edit may not have taken; lower statistics.cov_weight or the solver's ridge, edit fewer "
-        "facts at once, or edit other layers"
-    )
-    if outcome == "error":
-        raise NumericalError(message)
-    warnings.warn(message, ArrivalWarning, stacklevel=2)
+    arrived = torch.ones(len(batch), dtype=torch.float64, device=reader.weights.device)
+    for value_site, each in targets.items():
+        remaining = each.values - reader.values(Site(value_site.layer, role), value_site)
+        searched = (each.values - each.initial).norm(dim=1)
+        share = 1 - remaining.norm(dim=1) / searched
+        arrived = torch.where(searched > 0, torch.minimum(arrived, share), arrived)
+    if bad := (~(arrived >= least)).nonzero()[:, 0].tolist():
+        message = (
+            f"{batch.name(bad)}: {float(arrived[bad].min()):.0%} of the searched change arrived, and min_arrival is "
+            f"{least:.0%}, so the edit may not have taken; lower statistics.cov_weight or the solver's ridge, edit "
+            "fewer facts at once, or edit other layers"
+        )
+        if outcome == "error":
+            raise NumericalError(message)
+        warnings.warn(message, ArrivalWarning, stacklevel=2)
+    return remaining, arrived
 
 
 def _name(part: object) -> str:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from cakeflow.core.module import EditModule
 from cakeflow.data.request import EditRequest
-from cakeflow.data.schemas import parse_requests
+from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
 from cakeflow.data.selection import Conflicts, Order, select
 from cakeflow.data.snippets import with_references
 from cakeflow.data.sources import Source, read_entries
@@ -35,6 +35,9 @@ class EditDataModule(L.LightningDataModule):
         order: Case ids of exactly the requests to edit, in their sequence, or a file with them.
         conflicts: What to do about requests that contradict each other: ``error``, or ``drop`` all but the first.
         snippets: ``attribute_snippets.json`` of the official code, for ``Consistency`` (``snippets.with_references``).
+        occurrence: Occurrence of its subject that a prompt without ``{}`` means, ``first`` or ``last``
+            (``parse_requests``).
+        zsre_target: Field of zsRE's records with the new target, ``answers`` or ``alt`` (``parse_requests``).
 
     Raises:
         ConfigError: If a setting is out of its range, or names requests that are not there.
@@ -57,13 +60,17 @@ class EditDataModule(L.LightningDataModule):
         order: Order | None = None,
         conflicts: Conflicts = "error",
         snippets: str | None = None,
+        occurrence: Occurrence | None = None,
+        zsre_target: ZsreTarget = "answers",
     ) -> None:
         super().__init__()
         for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
         entries = read_entries(source, split)
-        requests = parse_requests(with_references(entries, snippets) if snippets else entries)
+        requests = parse_requests(
+            with_references(entries, snippets) if snippets else entries, occurrence=occurrence, zsre_target=zsre_target
+        )
         self.requests = select(requests, order, shuffle_seed, conflicts, limit)
         _warn_of_repetitions(self.requests)
         self.batch_size = batch_size or len(self.requests)

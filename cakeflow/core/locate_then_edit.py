@@ -279,22 +279,10 @@ class LocateThenEdit(EditModule[TextBatch]):
             self.apply_update(step, context, batch, problem, update)
         if self.apply_deferred(step) or len(targets) > 1:
             reader = FactReader(self.lm, batch, footprint.pass_tokens)
-        self.notify("on_batch_edited", self.measure_arrival(reader, batch, targets))
-
-    def measure_arrival(
-        self, reader: FactReader, batch: TextBatch, targets: Mapping[Site, Targets]
-    ) -> Float[Tensor, "n d_out"]:
-        """Log and check the part of the searched changes that arrived; return what remains at the last value site."""
-        arrived = torch.ones(len(batch), dtype=torch.float64, device=self.lm.device)
-        for value_site, each in targets.items():
-            remaining = each.values - reader.values(Site(value_site.layer, self.site), value_site)
-            searched = (each.values - each.initial).norm(dim=1)
-            share = 1 - remaining.norm(dim=1) / searched
-            arrived = torch.where(searched > 0, torch.minimum(arrived, share), arrived)
-        self.log("target/left", remaining.norm(dim=1).mean(), batch_size=len(batch))
-        self.log("target/arrived", arrived.mean(), batch_size=len(batch))
-        checked_arrival(arrived, batch, self.min_arrival, self.on_low_arrival)
-        return remaining
+        remaining, arrived = checked_arrival(reader, batch, targets, self.site, self.min_arrival, self.on_low_arrival)
+        numbers = {"left": remaining.norm(dim=1).mean(), "arrived": arrived.mean()}
+        self.log_dict({f"target/{name}": value for name, value in numbers.items()}, batch_size=len(batch))
+        self.notify("on_batch_edited", remaining)
 
     def layer_contexts(self, weights: Float[Tensor, "*n l"], batch: TextBatch) -> Iterator[LayerContext]:
         """The layers to edit in ascending order; those of weight 0 are left out."""

@@ -123,7 +123,7 @@ class Statistics:
         """
         texts = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
         stream = token_stream(lm, texts, self.tokens)
-        front: list[int] = lm.tokenizer("")["input_ids"]
+        front = list(lm.front)
         body = self.window - len(front)
         if len(stream) < max(body, width):
             corpus = "sampled from the model" if self.source is None else repr(self.source)

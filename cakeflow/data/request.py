@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from cakeflow.data.text import occurrences
 from cakeflow.errors import Fault
 
 ProbeKind = Literal["paraphrase", "neighborhood", "generation"]
@@ -45,6 +46,8 @@ class EditRequest:
         relation: Name of the relation, by default the prompt; two targets of one subject and relation contradict.
         reference: Text about the new target, for text metrics.
         case_id: Id of the record in its data set, used by published orders.
+        space: Whether a space stands between prompt and target, in the probes too; None lets the texts decide
+            (``cakeflow.data.text.join``).
 
     Example:
         >>> EditRequest("{} plays the sport of", "LeBron James", "tennis").text
@@ -59,6 +62,7 @@ class EditRequest:
     relation: str | None = None
     reference: str | None = None
     case_id: int | str | None = None
+    space: bool | None = None
 
     @property
     def text(self) -> str:
@@ -73,11 +77,6 @@ class EditRequest:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready data without empty fields; ``parse_requests`` reads it back."""
         return {name: value for name, value in asdict(self).items() if value not in (None, ())}
-
-
-def occurrences(text: str, part: str) -> list[int]:
-    """Return the indices at which a part begins in a text, overlapping ones included; none for a blank part."""
-    return [at for at in range(len(text)) if text.startswith(part, at)] if part.strip() else []
 
 
 def is_case_id(value: object) -> bool:
@@ -124,6 +123,8 @@ def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
         yield from _text_faults(name, getattr(request, name), optional=True)
     if request.case_id is not None and not is_case_id(request.case_id):
         yield "case_id", request.case_id, "must be an integer or a text: of 100 digits at most, and valid Unicode"
+    if request.space is not None and not isinstance(request.space, bool):
+        yield "space", request.space, "must be true or false, or left out"
     yield from _prompt_faults(request)
     new, true = request.target_new, request.target_true
     if isinstance(new, str) and isinstance(true, str) and _canonical(new) == _canonical(true):
@@ -155,6 +156,8 @@ def _slot_remedy(prompt: str, subject: object) -> str:
         return f"{remedy}; the subject occurs {places} times: put {{}} where it is meant"
     if places == 1:
         return f"{remedy}; put it in place of the subject"
+    if subject in prompt:
+        return f"{remedy}; the subject occurs only inside a longer word: put {{}} where it is meant"
     return f"{remedy}, and the subject does not occur either{normal_form_hint(prompt, subject)}"
 
 

@@ -2,44 +2,72 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
-from typing import Any
+from typing import Any, Literal
 
-from cakeflow.data.request import EditRequest, Probe, ProbeKind, normal_form_hint, occurrences, request_faults
-from cakeflow.errors import Fault, RequestError
+from cakeflow.data.request import EditRequest, Probe, ProbeKind, normal_form_hint, request_faults
+from cakeflow.data.text import occurrences
+from cakeflow.errors import Fault, RequestError, require_choice
+
+Occurrence = Literal["first", "last"]
+"""Occurrence of a subject, as whole words, that a prompt without ``{}`` means."""
+ZsreTarget = Literal["answers", "alt"]
+"""Field of zsRE's records that has the new target: the gold answers, of which the first is taken, or another one."""
+
+log = logging.getLogger(__name__)
 
 
-def parse_requests(entries: Iterable[EditRequest | Mapping[str, Any]], first: int = 0) -> list[EditRequest]:
+def parse_requests(
+    entries: Iterable[EditRequest | Mapping[str, Any]],
+    first: int = 0,
+    *,
+    occurrence: Occurrence | None = None,
+    zsre_target: ZsreTarget = "answers",
+) -> list[EditRequest]:
     """Check every entry of a list and return them as requests.
 
     Contradictions are not checked here, but among the requests that are edited (see ``contradictions``).
 
     Args:
         entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); a field of None counts as
-            missing. In our own, a prompt without ``{}`` that contains the subject exactly once becomes a template.
+            missing. A prompt without ``{}`` becomes a template where it contains the subject as whole words.
         first: Index of the first entry in error messages.
+        occurrence: Occurrence of the subject that such a prompt means, ``first`` or ``last``. None takes the first
+            in zsRE, and refuses a prompt of our own schema with several.
+        zsre_target: Field of zsRE's records with the new target: ``answers`` (the first one, as in the official
+            evaluation) or ``alt`` (MEND's edit target).
 
     Returns:
         One request per entry, in order.
 
     Raises:
         RequestError: Listing every fault of every entry.
+        ConfigError: If a setting is none of its choices.
     """
+    if occurrence is not None:
+        require_choice("occurrence", occurrence, Occurrence)
+    require_choice("zsre_target", zsre_target, ZsreTarget)
     faults: list[Fault] = []
+    questions = 0
     requests: list[EditRequest] = []
     for index, entry in enumerate(entries, first):
         try:
-            request = entry if isinstance(entry, EditRequest) else _from_mapping(entry)
+            request = entry if isinstance(entry, EditRequest) else _from_mapping(entry, occurrence, zsre_target)
         except _BadEntryError as bad:
             faults.append(Fault(index, bad.field, bad.value, bad.remedy))
             continue
         faults += request_faults(request, index)
         requests.append(request)
+        questions += isinstance(entry, Mapping) and entry.get("src") is not None
     if not requests and not faults:
         faults.append(Fault(first, "requests", [], "give at least one request"))
     if faults:
         raise RequestError(faults)
+    if questions:
+        label = "the first of answers" if zsre_target == "answers" else zsre_target
+        log.info("%d records of zsRE: their target_new is %s (zsre_target)", questions, label)
     return requests
 
 
@@ -50,7 +78,7 @@ class _BadEntryError(Exception):
         self.field, self.value, self.remedy = field, value, remedy
 
 
-def _from_mapping(entry: object) -> EditRequest:
+def _from_mapping(entry: object, occurrence: Occurrence | None, zsre_target: ZsreTarget) -> EditRequest:
     if not isinstance(entry, Mapping):
         raise _BadEntryError("entry", entry, "give an EditRequest or a mapping with prompt, subject and target_new")
     # a data set of several schemas gives each record every column, most of them None
@@ -58,11 +86,11 @@ def _from_mapping(entry: object) -> EditRequest:
     if "requested_rewrite" in entry:
         return _from_counterfact(entry)
     if "src" in entry:
-        return _from_zsre(entry)
-    return _from_own(entry)
+        return _from_zsre(entry, occurrence or "first", zsre_target)
+    return _from_own(entry, occurrence)
 
 
-def _from_own(entry: Mapping[str, Any]) -> EditRequest:
+def _from_own(entry: Mapping[str, Any], occurrence: Occurrence | None) -> EditRequest:
     names, required = {field.name for field in fields(EditRequest)}, ("prompt", "subject", "target_new")
     if not set(required) & set(entry):
         remedy = "missing; every request needs prompt, subject and target_new, or CounterFact's or zsRE's (MEND) fields"
@@ -71,8 +99,8 @@ def _from_own(entry: Mapping[str, Any]) -> EditRequest:
         raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(names))}")
     values = {name: entry[name] for name in names & set(entry)}
     prompt, subject = values.get("prompt"), values.get("subject")
-    if isinstance(prompt, str) and isinstance(subject, str):
-        values["prompt"] = _template(prompt, subject)
+    if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:
+        values["prompt"] = _template(prompt, subject, occurrence)
     for name in required:
         if name not in values:
             raise _BadEntryError(name, None, "missing; every request needs prompt, subject and target_new")
@@ -82,9 +110,13 @@ def _from_own(entry: Mapping[str, Any]) -> EditRequest:
     return EditRequest(**values, probes=tuple(_probe(probe) for probe in probes))
 
 
-def _template(prompt: str, subject: str) -> str:
-    """Return a prompt with ``{}`` in place of its subject, unless it has a ``{}`` or the place is uncertain."""
-    return prompt.replace(subject, "{}") if "{}" not in prompt and len(occurrences(prompt, subject)) == 1 else prompt
+def _template(prompt: str, subject: str, occurrence: Occurrence | None) -> str:
+    """Return a prompt with ``{}`` in place of its subject, or as it is if the place is uncertain."""
+    places = occurrences(prompt, subject)
+    if not places or (len(places) > 1 and occurrence is None):
+        return prompt
+    at = places[-1 if occurrence == "last" else 0]
+    return f"{prompt[:at]}{{}}{prompt[at + len(subject) :]}"
 
 
 def _probe(value: object) -> Probe:
@@ -131,17 +163,19 @@ def _from_counterfact(entry: Mapping[str, Any]) -> EditRequest:
     )
 
 
-def _from_zsre(entry: Mapping[str, Any]) -> EditRequest:
-    """Parse a record of zsRE in MEND's schema; the new target is the gold answer, as in the official evaluation."""
+def _from_zsre(entry: Mapping[str, Any], occurrence: Occurrence, zsre_target: ZsreTarget) -> EditRequest:
+    """Parse a record of zsRE in MEND's schema."""
     question, subject = _need(entry, "src"), _need(entry, "subject")
-    answers = _texts(entry, "answers")
-    if not isinstance(question, str) or not isinstance(subject, str) or subject not in question:
-        raise _BadEntryError("subject", subject, f"the subject must occur in src{normal_form_hint(question, subject)}")
+    if not isinstance(question, str) or not isinstance(subject, str) or not occurrences(question, subject):
+        inside = isinstance(question, str) and isinstance(subject, str) and subject.strip() and subject in question
+        hint = ", not inside a longer word" if inside else normal_form_hint(question, subject)
+        raise _BadEntryError("subject", subject, f"the subject must occur in src{hint}")
+    answers = _texts(entry, "answers") if zsre_target == "answers" else [_need(entry, "alt")]
     if not answers:
         raise _BadEntryError("answers", answers, "give at least one answer")
     probes = [Probe("paraphrase", text) for text in [entry.get("rephrase")] if text]
     if entry.get("loc") and entry.get("loc_ans"):
         prompt = entry["loc"] + "?" if isinstance(entry["loc"], str) else entry["loc"]
         probes.append(Probe("neighborhood", prompt, entry["loc_ans"]))
-    prompt = question.replace(subject, "{}", 1)
+    prompt = _template(question, subject, occurrence)
     return EditRequest(prompt, subject, answers[0], probes=tuple(probes), case_id=entry.get("case_id"))

@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import MOST_ENTRIES, SOURCES, Parts, exists, lines, parse_json, read_text
 from cakeflow.data.request import EditRequest
-from cakeflow.data.schemas import parse_requests
+from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
 from cakeflow.errors import ConfigError, Fault, RequestError
 
 Source = str | Path | Mapping[str, object] | Iterable[object]
@@ -25,7 +25,13 @@ _HUB_TIMEOUT = 10.0
 """Seconds that the hub has for its first answer."""
 
 
-def read_requests(source: Any, split: str | None = None) -> list[EditRequest]:
+def read_requests(
+    source: Any,
+    split: str | None = None,
+    *,
+    occurrence: Occurrence | None = None,
+    zsre_target: ZsreTarget = "answers",
+) -> list[EditRequest]:
     """Read requests and check each of them.
 
     Args:
@@ -34,6 +40,8 @@ def read_requests(source: Any, split: str | None = None) -> list[EditRequest]:
             hub, ``"owner/name"`` (a local path of that name wins); a list of requests or mappings; or a
             ``datasets.Dataset``. Schemas: ours, CounterFact's (single and multi) and zsRE's (MEND), unchanged.
         split: Split of a data set that has several, e.g. ``"test"`` or ``"train[:100]"``.
+        occurrence: See ``parse_requests``.
+        zsre_target: See ``parse_requests``.
 
     Returns:
         The requests in order. Some may contradict each other: ``EditDataModule`` checks those that are edited.
@@ -46,7 +54,7 @@ def read_requests(source: Any, split: str | None = None) -> list[EditRequest]:
         >>> read_requests({"prompt": "{} flows into", "subject": "The Elbe", "target_new": "the Black Sea"})[0].text
         'The Elbe flows into'
     """
-    return parse_requests(read_entries(source, split))
+    return parse_requests(read_entries(source, split), occurrence=occurrence, zsre_target=zsre_target)
 
 
 def read_entries(source: Any, split: str | None = None) -> list[Any]:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import math
 import string
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import regex
 import torch
 from torchmetrics import Metric, MetricCollection
 
 from cakeflow.data.request import EditRequest
+from cakeflow.data.text import until_stop
 from cakeflow.errors import ConfigError, listed, require_choice
 from cakeflow.evaluation.protocols import Protocol
 from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
-from cakeflow.forward.generation import continuations, until_stop
+from cakeflow.forward.generation import continuations
 from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
 from cakeflow.metrics import KINDS, Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.models.language import LanguageModel
@@ -29,6 +32,9 @@ COLUMNS = {
     "answered": "answered",
 }
 """Field of ``PromptAnswer`` -> field of ``PromptScores``; None where it is nan."""
+VERSIONS = {"clean": "v2", "official": "v1"}
+"""Protocol -> its version; in version 1 of ``clean`` a space stood before every continuation."""
+_PUNCTUATION = regex.compile(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +65,7 @@ class Answers:
             }
             answer = PromptAnswer(kind=KINDS[kind], prompt=prompt, expected=expected, rival=rival, **numbers)
             prompts[record].append(answer)
-        names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation")
+        names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation", "space")
         for index, (request, texts) in enumerate(zip(self.records, self.texts, strict=True)):
             pairs = zip(free_prompts(request), texts, strict=False)
             yield EvaluatedRequest(
@@ -105,9 +111,9 @@ class Evaluation:
     @property
     def id(self) -> str:
         """Name of everything that decides the numbers; numbers under different ids are not comparable."""
-        answers = f"+answers{self.answer_tokens}" if self.answer_tokens else ""
+        answers = f"+answers{self.answer_tokens}v2" if self.answer_tokens else ""
         texts = f"+texts{self.text_tokens}k{self.top_k}s{self.seed}" if self.texts_every else ""
-        return f"{self.protocol}-v1{answers}{texts}"
+        return f"{self.protocol}-{VERSIONS[self.protocol]}{answers}{texts}"
 
     def metrics(self, further: Sequence[Metric] = ()) -> MetricCollection:
         """Return every metric that these settings allow, by its name in tables and logs.
@@ -214,11 +220,14 @@ def _answered(lm: LanguageModel, prompts: Sequence[ScoredPrompt], tokens: int, m
 def plain(text: str) -> str:
     """Return a text without case, punctuation and articles, as SQuAD's exact match compares answers.
 
+    Full-width letters count as what they show, and a text of punctuation alone stays.
+
     Example:
-        >>> plain(" The Hague, ")
-        'hague'
+        >>> plain(" The Hague, "), plain("「東京」")
+        ('hague', '東京')
     """
-    words = text.lower().translate(str.maketrans("", "", string.punctuation)).split()
+    text = unicodedata.normalize("NFKC", text).lower()
+    words = _PUNCTUATION.sub("", text).split() or text.split()
     return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
 
 

@@ -10,7 +10,9 @@ does what the code behind the published tables does, errors included, so that it
 - token accuracies (zsRE; ``evaluate_utils_zsre``): every token has a context of its own, the prompt and the decoded
   tokens before it, tokenised again; the tokens of a neighborhood answer keep the special tokens in front.
 
-A published number without its protocol means nothing: on zsRE the two differ by the special tokens alone.
+The official code puts a space before every continuation; ``clean`` does what the texts or their request say
+(``cakeflow.data.text.join``). A published number without its protocol means nothing: on zsRE the two differ by the
+special tokens alone.
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from cakeflow.forward.tokens import encode_prompts
+from cakeflow.forward.tokens import encode_prompts, encode_texts
 
 Protocol = Literal["clean", "official"]
 
@@ -28,9 +30,21 @@ Read = tuple[tuple[int, ...], int]
 """A context (the tokens that the model reads) and the token that should come next."""
 
 
-def joint_reads(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[list[Read]]:
-    """Return the reads of the ``clean`` protocol: each target token after all tokens before it in the joint text."""
-    rows = encode_prompts(tokenizer, prompts, targets)
+def joint_reads(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    spaces: Sequence[bool | None] = (),
+) -> list[list[Read]]:
+    """Return the reads of the ``clean`` protocol: each target token after all tokens before it in the joint text.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+        prompts: n prompts.
+        targets: n targets.
+        spaces: For each pair, whether a space stands between them; by default the texts decide.
+    """
+    rows = encode_prompts(tokenizer, prompts, targets, spaces)
     return [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
 
 
@@ -69,13 +83,18 @@ def official_token_reads(
     labels = _tokens(tokenizer, [label for *_, label in tokens], special=False)
     reads: list[list[Read]] = [[] for _ in prompts]
     for (index, *_), text, label in zip(tokens, texts, labels, strict=True):
-        reads[index].append((tuple(text), label[0] if label else tokenizer.eos_token_id))
+        if label or tokenizer.eos_token_id is not None:  # a token that reads back as none counts as the end
+            reads[index].append((tuple(text), label[0] if label else tokenizer.eos_token_id))
     return reads
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
-    return tokenizer(list(texts), add_special_tokens=special)["input_ids"] if texts else []
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], *, special: bool = True
+) -> Sequence[Sequence[int]]:
+    if special:
+        return encode_texts(tokenizer, texts)
+    return tokenizer(list(texts), add_special_tokens=False)["input_ids"] if texts else []
 
 
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    return str(tokenizer.decode(ids))
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids)))

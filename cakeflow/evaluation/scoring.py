@@ -15,6 +15,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import Fault, RequestError
 from cakeflow.evaluation.protocols import Protocol, Read, joint_reads, official_reads, official_token_reads
 from cakeflow.forward.prefix_tree import predict
+from cakeflow.forward.tokens import encode_texts, unknown_tokens, unreadable_token
 from cakeflow.metrics.preference import KINDS
 from cakeflow.models.language import LanguageModel
 
@@ -30,12 +31,14 @@ class ScoredContinuation(NamedTuple):
         prompt: The prompt.
         target: The continuation.
         fields: Names of both in error messages.
+        space: Whether a space stands between them; None lets the texts decide.
     """
 
     record: int
     prompt: str
     target: str
     fields: tuple[str, str] = ("prompt", "target")
+    space: bool | None = None
 
 
 class ScoredPrompt(NamedTuple):
@@ -97,7 +100,7 @@ def score_targets(
         RequestError: If a target has no token, or a text is longer than the model can read.
     """
     pairs = [ScoredContinuation(index, *pair) for index, pair in enumerate(zip(prompts, targets, strict=True))]
-    reads = joint_reads(lm.tokenizer, prompts, targets)
+    reads = _joint(lm, pairs)
     _require_readable(lm, reads, pairs)
     return score_reads(lm, reads, max_tokens)
 
@@ -129,13 +132,14 @@ def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:
         records: The records, probes included.
 
     Raises:
-        RequestError: Naming every record with a prompt that is too long or a continuation without a token.
+        RequestError: Naming every record with a prompt that is too long, a continuation without a token, or a token
+            that tokenizer or model does not know.
     """
     faults: list[Fault] = []
     for first in range(0, len(records), CHECK_SIZE):
         pairs = _continuations(records[first : first + CHECK_SIZE], first)
-        reads = joint_reads(lm.tokenizer, [pair.prompt for pair in pairs], [pair.target for pair in pairs])
-        faults += _read_faults(lm, reads, pairs)
+        faults += _read_faults(lm, _joint(lm, pairs), pairs)
+        faults += _prompt_faults(lm, records[first : first + CHECK_SIZE], first)
     if faults:
         raise RequestError(faults)
 
@@ -166,13 +170,13 @@ def score_records(
     record, kind, prompts, expected, rivals = zip(*scored_prompts(records), strict=True)
     with_rival = [i for i, rival in enumerate(rivals) if rival is not None]
     pairs = _continuations(records)
-    texts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
     if protocol == "official":
+        texts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
         singly = official_token_reads(lm.tokenizer, prompts, expected, [KINDS[each] == "neighborhood" for each in kind])
         reads = [*official_reads(lm.tokenizer, texts, targets), *singly]
         pairs += pairs[: len(prompts)]
     else:
-        reads = joint_reads(lm.tokenizer, texts, targets)
+        reads = _joint(lm, pairs)
     _require_readable(lm, reads, pairs)
     scores, hits = score_reads(lm, reads, max_tokens, max_bytes)
     count = len(prompts)
@@ -211,8 +215,13 @@ def _continuations(records: Sequence[EditRequest], first: int = 0) -> list[Score
         for pairs, target in zip((right, rivals), targets, strict=True):
             if target is not None:
                 names = ("probes.prompt" if kind else "prompt", fields.get(target, "probes.expected"))
-                pairs.append(ScoredContinuation(first + index, prompt, target, names))
+                pairs.append(ScoredContinuation(first + index, prompt, target, names, records[index].space))
     return right + rivals
+
+
+def _joint(lm: LanguageModel, pairs: Sequence[ScoredContinuation]) -> list[list[Read]]:
+    prompts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
+    return joint_reads(lm.tokenizer, prompts, targets, [pair.space for pair in pairs])
 
 
 def _require_readable(lm: LanguageModel, reads: list[list[Read]], pairs: Sequence[ScoredContinuation]) -> None:
@@ -222,11 +231,34 @@ def _require_readable(lm: LanguageModel, reads: list[list[Read]], pairs: Sequenc
 
 def _read_faults(lm: LanguageModel, reads: list[list[Read]], pairs: Sequence[ScoredContinuation]) -> list[Fault]:
     faults: dict[tuple[int, str, str], Fault] = {}  # a target that many prompts share is named once
-    for each, (record, prompt, target, (prompt_field, target_field)) in zip(reads, pairs, strict=True):
+    front = lm.front
+    for each, (record, prompt, target, (prompt_field, target_field), _) in zip(reads, pairs, strict=True):
         if not each or not each[0][0]:
             remedy = f"has no token of its own after {prompt[-40:]!r}; give another one, or leave the entry out"
             faults.setdefault((record, target_field, target), Fault(record, target_field, target, remedy))
         elif len(each[-1][0]) >= lm.longest:
             remedy = f"longer than the model's {lm.longest} positions, with its target; shorten it or leave it out"
             faults.setdefault((record, prompt_field, prompt), Fault(record, prompt_field, prompt, remedy))
+        elif remedy := _target_remedy(lm, [label for _, label in each], target):
+            faults.setdefault((record, target_field, target), Fault(record, target_field, target, remedy))
+        elif remedy := unreadable_token(lm, each[-1][0], front):
+            faults.setdefault((record, prompt_field, prompt), Fault(record, prompt_field, prompt, remedy))
     return [*faults.values()]
+
+
+def _target_remedy(lm: LanguageModel, labels: Sequence[int], target: str) -> str:
+    return unknown_tokens(lm, labels, target) or unreadable_token(lm, labels)
+
+
+def _prompt_faults(lm: LanguageModel, records: Sequence[EditRequest], first: int) -> list[Fault]:
+    """Return the faults of the prompts that are not scored, from which free texts start."""
+    prompts = [
+        (first + index, probe.prompt)
+        for index, record in enumerate(records)
+        for probe in record.probes
+        if probe.kind == "generation"
+    ]
+    front, rows = lm.front, encode_texts(lm.tokenizer, [prompt for _, prompt in prompts])
+    remedies = [unreadable_token(lm, ids, front) for ids in rows]
+    pairs = zip(prompts, remedies, strict=True)
+    return [Fault(record, "probes.prompt", prompt, remedy) for (record, prompt), remedy in pairs if remedy]

@@ -1,17 +1,17 @@
 """Running parts of a model: tokens, suffixes, prefix trees, keys, Jacobians and text generation."""
 
 from cakeflow.forward.corpus import sampled_corpus, token_stream
-from cakeflow.forward.generation import continuations, generate_contexts, until_stop
+from cakeflow.forward.generation import continuations, generate_contexts
 from cakeflow.forward.jacobian import LinearMap, ModelJacobian
 from cakeflow.forward.keys import FactReader, PromptStream
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pad, plan
 from cakeflow.forward.prefix_tree import predict
 from cakeflow.forward.suffix import Recording, Suffixes, cut
-from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode_prompts, join
+from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode_prompts, encode_texts
 
 __all__ = [
     "GIB", "FactReader", "LinearMap", "ModelJacobian", "PromptStream", "Recording", "Row", "Suffixes", "TextBatch",
-    "WeightLoss", "continuations", "cut", "encode", "encode_batch", "encode_prompts", "generate_contexts", "join",
-    "pad", "plan", "predict", "sampled_corpus", "token_stream", "until_stop",
+    "WeightLoss", "continuations", "cut", "encode", "encode_batch", "encode_prompts", "encode_texts",
+    "generate_contexts", "pad", "plan", "predict", "sampled_corpus", "token_stream",
 ]  # fmt: skip

@@ -9,8 +9,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from cakeflow.errors import StatisticsError
+from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.forward.generation import continuations
+from cakeflow.forward.tokens import unreadable_token
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
@@ -45,6 +46,9 @@ def token_stream(lm: LanguageModel, documents: Iterable[Iterable[str]], tokens: 
         lm: The model.
         documents: Texts, or the parts of each; no more of them is read than the tokens need.
         tokens: Most tokens.
+
+    Raises:
+        ConfigError: If a text has a token that the model cannot read.
     """
     stream: list[int] = []
     for document in documents:
@@ -52,6 +56,8 @@ def token_stream(lm: LanguageModel, documents: Iterable[Iterable[str]], tokens: 
         stream += _first_tokens(lm, parts, tokens - len(stream))
         if len(stream) >= tokens:
             break
+    if remedy := unreadable_token(lm, stream):
+        raise ConfigError(f"the corpus {remedy}")
     return stream
 
 

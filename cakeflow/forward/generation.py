@@ -15,14 +15,11 @@ from transformers import LogitsProcessor, StoppingCriteria
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.forward.packing import GIB, logits_bytes, pass_bytes, plan, require_bytes
+from cakeflow.forward.tokens import encode_texts, require_readable
 from cakeflow.models.language import LanguageModel
 
 SEEDS = ("The", "Therefore", "Because", "I", "You")
 """First words of the generated contexts, as in MEMIT's official code."""
-
-
-STOPS = (".", "\n")
-"""Characters that end an answer, beside the end-of-text token."""
 
 
 def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Contexts:
@@ -122,8 +119,10 @@ def continuations(
 
     Raises:
         ConfigError: If the longest text does not fit ``max_bytes``.
+        RequestError: If a prompt has a token that the model cannot read.
     """
-    rows = [tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in prompts]
+    rows = encode_texts(lm.tokenizer, prompts)
+    require_readable(lm, rows, prompts)
     repeats: Counter[tuple[int, ...]] = Counter()
     keys = []
     for row in rows:  # a row and its number among equal ones; greedily all of them are number 0
@@ -204,14 +203,3 @@ def _generate(
             stopping_criteria=[_Progress(bar, limits, width)],
         )
     return output[:, width:]
-
-
-def until_stop(text: str) -> str:
-    """Return a continuation up to the first full stop or line break, or all of it where there is none.
-
-    Example:
-        >>> until_stop(" Rome. It is old")
-        ' Rome'
-    """
-    ends = [at for stop in STOPS if (at := text.find(stop)) >= 0]
-    return text[: min(ends, default=len(text))]

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import Fault, RequestError
+from cakeflow.data.text import join, separator
+from cakeflow.errors import Fault, RequestError, listed
 from cakeflow.models.language import LanguageModel
 
 ESSENCE = "{} is a"
@@ -113,9 +115,30 @@ class TextBatch(EditBatch):
         return [first.setdefault(prefix, i) for i, prefix in enumerate(prefixes)]
 
 
-def join(prompt: str, target: str) -> str:
-    """Join prompt and target, with a space between them unless one of them has white space there."""
-    return prompt + ("" if prompt[-1].isspace() or target[0].isspace() else " ") + target
+class _Tokens(NamedTuple):
+    """Tokens of a text, without the special ones that the tokenizer puts behind it: nothing goes on from there."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+    special: list[int]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[_Tokens]:
+    if not texts:
+        return []
+    encoded = tokenizer(
+        list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, return_attention_mask=False
+    )
+    rows = [_Tokens(list(e.ids), list(e.offsets), list(e.special_tokens_mask)) for e in encoded.encodings]
+    for ids, offsets, special in rows:
+        while len(ids) > 1 and special[-1]:
+            del ids[-1], offsets[-1], special[-1]
+    return rows
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[tuple[int, ...]]:
+    """Tokenise texts from which a model goes on: of the special tokens, only those at the front stay."""
+    return [tuple(row.ids) for row in _tokens(tokenizer, texts)]
 
 
 def encode(
@@ -137,18 +160,36 @@ def encode(
     Returns:
         One row per text.
     """
-    encoded = tokenizer(
-        list(texts), return_offsets_mapping=True, return_special_tokens_mask=True, return_attention_mask=False
-    )
+    rows: list[Row] = []
     marks = zip(subjects, targets, starts or [-1] * len(texts), strict=True)
-    return [_row(encoded.encodings[i], *each) for i, each in enumerate(marks)]
+    for text, tokens, (subject, target, start) in zip(texts, _tokens(tokenizer, texts), marks, strict=True):
+        parts = _parts(tokenizer, text, target) if _is_shared(text, tokens, target) else None
+        rows.append(_row(parts or tokens, subject, target, start))
+    return rows
 
 
-def _row(encoding: object, subject_end: int, target_start: int, subject_start: int) -> Row:
-    ids, offsets = list(encoding.ids), list(encoding.offsets)  # type: ignore[attr-defined]
-    special = list(encoding.special_tokens_mask)  # type: ignore[attr-defined]
-    while special and special[-1]:  # an end-of-text token after the target would not be the target's
-        del ids[-1], offsets[-1], special[-1]
+def _is_shared(text: str, tokens: _Tokens, at: int) -> bool:
+    """Return True if a token has characters on both sides of a place, white space before it aside."""
+    return any(start < at < end and text[start:at].strip() for start, end in tokens.offsets)
+
+
+def _parts(tokenizer: PreTrainedTokenizerBase, text: str, at: int) -> _Tokens | None:
+    """Tokenise a text in two parts: its first part as it stands alone, which is how a model meets a prompt.
+
+    The second part stands behind a line break, where no tokenizer adds a space to it. None if that does not part them.
+    """
+    before, after = _tokens(tokenizer, [text[:at], "\n" + text[at:]])
+    rest = [i for i, (start, end) in enumerate(after.offsets) if end > max(start, 1) and not after.special[i]]
+    if not rest or after.offsets[rest[0]][0] != 1:
+        return None
+    before.ids.extend(after.ids[i] for i in rest)
+    before.offsets.extend((after.offsets[i][0] + at - 1, after.offsets[i][1] + at - 1) for i in rest)
+    before.special.extend(0 for _ in rest)
+    return before
+
+
+def _row(tokens: _Tokens, subject_end: int, target_start: int, subject_start: int) -> Row:
+    ids, offsets, special = tokens
     inside = [i for i, (start, end) in enumerate(offsets) if start < subject_end and end > start and not special[i]]
     after = [i for i, (start, end) in enumerate(offsets) if end > max(start, target_start) and not special[i]]
     subject = [i for i in inside if 0 <= subject_start < offsets[i][1]]
@@ -160,9 +201,22 @@ def _row(encoding: object, subject_end: int, target_start: int, subject_start: i
     )
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], targets: Sequence[str]) -> list[Row]:
-    """Tokenise prompts, each followed by a target; the rows have no subject."""
-    texts = [join(prompt, target) for prompt, target in zip(prompts, targets, strict=True)]
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    spaces: Sequence[bool | None] = (),
+) -> list[Row]:
+    """Tokenise prompts, each followed by a target; the rows have no subject.
+
+    Args:
+        tokenizer: A fast tokenizer.
+        prompts: n prompts.
+        targets: n targets.
+        spaces: For each pair, whether a space stands between them; by default the texts decide (``join``).
+    """
+    pairs = zip(prompts, targets, spaces or [None] * len(prompts), strict=True)
+    texts = [join(prompt, target, space) for prompt, target, space in pairs]
     return encode(tokenizer, texts, [0] * len(texts), [len(prompt) for prompt in prompts])
 
 
@@ -176,13 +230,15 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
         first: Index of the first request in error messages.
 
     Raises:
-        RequestError: If a target has no token of its own, or a text is longer than the model can read.
+        RequestError: If a target has no token of its own, a subject or target has one that stands for whatever the
+            tokenizer does not know, or a text is longer than the model can read or has a token that it has not.
     """
     texts, subjects, targets, starts = [], [], [], []
     for request in requests:
+        gap = separator(request.text, request.target_new, request.space)  # of the bare prompt, whatever the context
         for template in contexts.templates:
             prompt = template.replace("{}", request.text)
-            texts.append(join(prompt, request.target_new))
+            texts.append(prompt + gap + request.target_new)
             subjects.append(template.index("{}") + request.subject_end)
             targets.append(len(prompt))
             starts.append(template.index("{}") + request.prompt.index("{}"))
@@ -203,16 +259,79 @@ def _check_rows(
     lm: LanguageModel, requests: Sequence[EditRequest], rows: tuple[tuple[Row, ...], ...], first: int
 ) -> None:
     faults: list[Fault] = []
+    front = lm.front
     for index, (request, variants) in enumerate(zip(requests, rows, strict=True), first):
-        longest = max(len(row.ids) for row in variants)
-        no_subject = any(row.subject < 0 for row in variants)
-        # a token may hold the subject's end and the target's beginning: no row can mark both then
-        no_target = any(row.target >= len(row.ids) or row.target <= row.subject for row in variants)
-        checks = (
-            (no_target, "target_new", "has no token of its own after the prompt; give another target"),
-            (no_subject, "subject", "the tokenizer gives it no token; write it otherwise"),
-            (longest > lm.longest, "prompt", f"longer than the model's {lm.longest} positions; shorten it"),
-        )
-        faults += [Fault(index, field, getattr(request, field), remedy) for failed, field, remedy in checks if failed]
+        problems = _problems(lm, request, variants, front)
+        faults += [Fault(index, field, getattr(request, field), remedy) for field, remedy in problems]
     if faults:
+        raise RequestError(faults)
+
+
+def _problems(
+    lm: LanguageModel, request: EditRequest, variants: tuple[Row, ...], front: tuple[int, ...]
+) -> Iterator[tuple[str, str]]:
+    """Yield the field and remedy of each problem that a model has with a request."""
+    longest = max(len(row.ids) for row in variants)
+    # a token may hold the subject's end and the target's beginning: no row can mark both then
+    if any(row.target >= len(row.ids) or row.target <= row.subject for row in variants):
+        yield "target_new", "has no token of its own after the prompt; give another target"
+    if any(row.subject < 0 for row in variants):
+        yield "subject", "the tokenizer gives it no token; write it otherwise"
+    if longest > lm.longest:
+        yield "prompt", f"longer than the model's {lm.longest} positions; shorten it"
+    bare = variants[0]
+    parts = {"subject": bare.ids[bare.start : bare.subject + 1], "target_new": bare.ids[bare.target :]}
+    remedies = {
+        field: unknown_tokens(lm, ids, getattr(request, field)) or unreadable_token(lm, ids)
+        for field, ids in parts.items()
+    }
+    if not any(remedies.values()):
+        remedies["prompt"] = next(filter(None, (unreadable_token(lm, row.ids, front) for row in variants)), "")
+    yield from ((field, remedy) for field, remedy in remedies.items() if remedy)
+
+
+def unknown_tokens(lm: LanguageModel, ids: Sequence[int], text: str) -> str:
+    """Return a remedy if some tokens of a text stand for what the tokenizer does not know, else nothing."""
+    tokenizer, unknown = lm.tokenizer, lm.tokenizer.unk_token_id
+    if unknown not in ids or unknown in (tokenizer.bos_token_id, tokenizer.eos_token_id):
+        return ""  # GPT-2 has one token for all roles, and knows every byte
+    (alone,) = _tokens(tokenizer, [text])
+    pieces = [text[slice(*alone.offsets[i])].strip() for i, token in enumerate(alone.ids) if token == unknown]
+    return (
+        f"the tokenizer does not know {listed([repr(piece) for piece in pieces or [text]])}, which becomes "
+        f"{tokenizer.unk_token}; write it otherwise, or edit a model that knows it"
+    )
+
+
+def unreadable_token(lm: LanguageModel, ids: Sequence[int], front: Sequence[int] = ()) -> str:
+    """Return a remedy if a text has a token beyond the embedding, or repeats the special ones at its front.
+
+    Args:
+        lm: The model.
+        ids: Tokens of the text.
+        front: Special tokens that the tokenizer puts in front (``LanguageModel.front``).
+    """
+    size, highest = len(lm.embedding), max(ids, default=0)
+    if highest >= size:
+        return (
+            f"has the token {lm.tokenizer.convert_ids_to_tokens(highest)!r}, number {highest}, and the model's "
+            f"embedding ends with {size - 1}: resize it (model.resize_token_embeddings), or leave the token out"
+        )
+    if front and len(ids) > len(front) and ids[len(front)] in front:
+        return (
+            f"begins with {lm.tokenizer.convert_ids_to_tokens(ids[len(front)])!r}, which the tokenizer puts in front "
+            "by itself: leave it out, or the model reads it twice"
+        )
+    return ""
+
+
+def require_readable(lm: LanguageModel, rows: Sequence[Sequence[int]], texts: Sequence[str]) -> None:
+    """Check the tokens of texts (``unreadable_token``).
+
+    Raises:
+        RequestError: Naming every text that the model cannot read.
+    """
+    front = lm.front
+    remedies = [unreadable_token(lm, ids, front) for ids in rows]
+    if faults := [Fault(i, "prompt", texts[i], remedy) for i, remedy in enumerate(remedies) if remedy]:
         raise RequestError(faults)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
 from torch import Tensor
 
@@ -25,8 +25,6 @@ from cakeflow.models.architecture import Site
 from cakeflow.models.base import EditableModel
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.storage.atomic import uninterrupted
-
-DIFFERENT = "do not come out as recorded: another machine, library or number of threads; edit again there"
 
 
 class Journal(Sequence[EditStep]):
@@ -85,11 +83,6 @@ class Journal(Sequence[EditStep]):
         """Keys of all committed batches at a place."""
         return self._history.setdefault(place, KeyHistory())
 
-    @property
-    def originals(self) -> dict[str, Any]:
-        """Place -> its content before any edit, as ``Change.read`` returned it."""
-        return self.places.originals
-
     def original(self, place: str) -> dict[str, Tensor]:
         """Tensors that a place held before any edit; empty if it was not edited."""
         return self.places.original(place)
@@ -113,7 +106,7 @@ class Journal(Sequence[EditStep]):
         """
         self.memory.require_ready("a batch", busy=self.pending is not None)
         self.policies.require(requests)
-        step, known = EditStep(tuple(requests), inputs=dict(self.inputs)), set(self.originals)
+        step, known = EditStep(tuple(requests), inputs=dict(self.inputs)), set(self.places.originals)
         number = self._count
         self.pending = step
         try:
@@ -131,7 +124,7 @@ class Journal(Sequence[EditStep]):
     @contextmanager
     def trial(self) -> Iterator[EditStep]:
         """Make a batch that is undone when the body ends; for places that no open batch has changed."""
-        step, known = EditStep(()), set(self.originals)
+        step, known = EditStep(()), set(self.places.originals)
         try:
             yield step
         finally:
@@ -220,7 +213,7 @@ class Journal(Sequence[EditStep]):
         """Give the model its original places; on exit the edited ones return, bit for bit."""
         edited = self.places.read()
         try:
-            self.places.put(self.originals)
+            self.places.put(self.places.originals)
             with self.memory.reverting():
                 yield
         finally:
@@ -307,7 +300,7 @@ class Journal(Sequence[EditStep]):
                 self._repeat(store, entry)
             self.policies.require_judged(store.ledger.entries if judged else ())
         except BaseException:
-            self._become([], set(self.originals))
+            self._become([], set(self.places.originals))
             raise
         self.store = store
 
@@ -323,8 +316,8 @@ class Journal(Sequence[EditStep]):
         elif isinstance(entry.body, RollbackBody):
             removed = entry.body.batches
             rest = [step for step in self.steps if step.number not in removed]
-            self._become(rest, set(entry.body.places) & set(self.originals), rehash=True)
-            self._check(entry.body.places, f"entry {entry.number}, rollback")
+            self._become(rest, set(entry.body.places) & set(self.places.originals), rehash=True)
+            self.places.require(entry.body.places, f"entry {entry.number}, rollback")
 
     def _write_all(self, store: JournalStore) -> None:
         """Write the batches so far."""
@@ -371,12 +364,12 @@ class Journal(Sequence[EditStep]):
 
     def _replay(self, step: EditStep) -> None:
         """Repeat a recorded batch, or nothing of it."""
-        known = set(self.originals)
+        known = set(self.places.originals)
         try:
             for part in step.changes:
                 self.places.touch(part.change)
                 part.change.apply(self.model)
-            self._check(step.after, f"batch {step.number}")
+            self.places.require(step.after, f"batch {step.number}")
             self._remember(step)
         except BaseException:
             with uninterrupted():
@@ -385,11 +378,6 @@ class Journal(Sequence[EditStep]):
         self.steps.append(step)
         self.memory.record(step.after)
         self._count = max(self._count, step.number + 1)
-
-    def _check(self, hashes: Mapping[str, str], label: str) -> None:
-        differing = [p for p, expected in hashes.items() if p not in self.originals or self.hash(p) != expected]
-        if differing:
-            raise ResumeError(f"{label}: the weights of {', '.join(differing)} {DIFFERENT}")
 
     def _remember(self, step: EditStep) -> None:
         """Add a step's keys to the histories; changes made when a run ends have none."""

@@ -7,10 +7,12 @@ from typing import Any
 
 from torch import Tensor
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, ResumeError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.base import EditableModel
+
+DIFFERENT = "do not come out as recorded: another machine, library or number of threads; edit again there"
 
 
 class EditedPlaces:
@@ -65,6 +67,16 @@ class EditedPlaces:
     def hashes(self, places: Iterable[str]) -> dict[str, str]:
         """The hash of each of these places that is edited."""
         return {place: self.hash(place) for place in places if place in self.first}
+
+    def require(self, hashes: Mapping[str, str], label: str) -> None:
+        """Check that places have these hashes.
+
+        Raises:
+            ResumeError: If one of them was not edited or holds something else.
+        """
+        differing = [p for p, expected in hashes.items() if p not in self.first or self.hash(p) != expected]
+        if differing:
+            raise ResumeError(f"{label}: the weights of {', '.join(differing)} {DIFFERENT}")
 
     def read(self) -> dict[str, Any]:
         """The present content of every edited place, for ``put``."""

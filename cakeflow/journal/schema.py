@@ -266,6 +266,7 @@ class RequestTexts(Schema):
     target_new: str
     target_true: str | None = None
     relation: str | None = None
+    space: bool | None = None
 
     @property
     def key(self) -> tuple[str, str, str]:

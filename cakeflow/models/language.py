@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import warnings
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import cast
 
 import torch
@@ -76,6 +78,13 @@ class LanguageModel(EditableModel):
         wrapped.require_finite()
         for role in ("block", "mlp_out", "attn_out"):
             wrapped.require(role)
+        front = wrapped.front
+        if len(set(front)) < len(front):
+            warnings.warn(
+                f"{type(tokenizer).__name__} puts {tokenizer.convert_ids_to_tokens(list(front))} in front of every "
+                "text, one of them twice; if the model was not trained so, correct the tokenizer (add_bos_token)",
+                stacklevel=2,
+            )
         return wrapped
 
     def require(self, role: Role) -> None:
@@ -140,6 +149,13 @@ class LanguageModel(EditableModel):
     def longest(self) -> int:
         """Most tokens that a text may have."""
         return int(getattr(self.config, "max_position_embeddings", None) or 1 << 30)
+
+    @property
+    def front(self) -> tuple[int, ...]:
+        """Special tokens that the tokenizer puts in front of every text."""
+        row = self.tokenizer("a", return_special_tokens_mask=True)
+        tokens = zip(row["input_ids"], row["special_tokens_mask"], strict=True)
+        return tuple(token for token, _ in takewhile(lambda pair: pair[1], tokens))
 
     @cached_property
     def places_tokens(self) -> bool:

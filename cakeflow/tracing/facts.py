@@ -13,10 +13,11 @@ import torch
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.sources import read_entries
+from cakeflow.data.text import join, occurrences, until_stop
 from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.packing import pad, plan
-from cakeflow.forward.tokens import Row, TextBatch, encode, join
+from cakeflow.forward.tokens import Row, TextBatch, encode
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
@@ -25,7 +26,7 @@ CHUNK = 128
 
 _CAPITAL = r"\b[A-Z\u00c0-\u00de]"
 _CAPITALISED = re.compile(_CAPITAL)
-_NAME = re.compile(rf"[^.,;:!?\n]*?({_CAPITAL}\w*(?: {_CAPITAL}\w*)*)")
+_NAME = re.compile(rf"[^,;:!?]*?({_CAPITAL}\w*(?:\.? ?{_CAPITAL}\w*)*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,7 @@ class Fact:
         prompt: Text with exactly one ``{}`` in place of the subject.
         subject: Subject of the fact.
         object: Continuation of the prompt; if it is empty, ``known_facts`` fills in the model's own answer.
+        space: Whether a space stands before the object; None lets the texts decide.
 
     Example:
         >>> Fact("The capital of {} is", "France", "Paris").text
@@ -45,6 +47,7 @@ class Fact:
     prompt: str
     subject: str
     object: str = ""
+    space: bool | None = None
 
     @property
     def text(self) -> str:
@@ -54,7 +57,8 @@ class Fact:
     @classmethod
     def of(cls, request: EditRequest) -> Fact:
         """Return the fact behind a request: its true target, or its new target where it has none."""
-        return cls(request.prompt.strip(), request.subject, (request.target_true or request.target_new).strip())
+        target = (request.target_true or request.target_new).strip()
+        return cls(request.prompt.strip(), request.subject, target, request.space)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +88,7 @@ class KnownFact:
             "attribute": fact.object,
             "template": fact.prompt,
             "prediction": self.continuation,
-            "prompt": join(fact.text, self.before) if self.before else fact.text,
+            "prompt": join(fact.text, self.before, fact.space) if self.before else fact.text,
         }
 
 
@@ -153,9 +157,11 @@ def _check_fields(entries: Sequence[Mapping[str, Any]], fields: Sequence[str]) -
 
 def trace_row(lm: LanguageModel, fact: Fact, before: str = "") -> Row:
     """Tokenise a fact: prompt, the model's own words before the object, object."""
-    text = join(fact.text, before) if before else fact.text
+    text = join(fact.text, before, fact.space) if before else fact.text
     start = fact.prompt.index("{}")
-    (row,) = encode(lm.tokenizer, [join(text, fact.object)], [start + len(fact.subject)], [len(text)], [start])
+    (row,) = encode(
+        lm.tokenizer, [join(text, fact.object, fact.space)], [start + len(fact.subject)], [len(text)], [start]
+    )
     return row
 
 
@@ -224,8 +230,10 @@ def first_name(text: str) -> str:
     Example:
         >>> first_name(" the city of New York, where"), first_name(" a village. The"), first_name(" called New Yo")
         ('New York', '', '')
+        >>> first_name(" in St. Petersburg, which")
+        'St. Petersburg'
     """
-    match = _NAME.match(text)
+    match = _NAME.match(until_stop(text))
     return match[1] if match and match.end() < len(text) else ""  # a name at the very end may be cut off
 
 
@@ -236,9 +244,9 @@ def text_before(text: str, name: str) -> str | None:
         >>> text_before(" the city of Paris, in France", "Paris"), text_before(" Rome, not Paris", "Paris")
         ('the city of', None)
     """
-    match = re.search(rf"(?<!\w){re.escape(name)}(?!\w)", text)
-    before = text[: match.start()].strip() if match else ""
-    return before if match and not _CAPITALISED.search(before) else None
+    places = occurrences(text, name)
+    before = text[: places[0]].strip() if places else ""
+    return before if places and not _CAPITALISED.search(before) else None
 
 
 @torch.no_grad()

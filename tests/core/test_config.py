@@ -175,6 +175,26 @@ def test_values_given_in_python_win():
     assert module.weighter is weighter
 
 
+TEXTS = [
+    "0123456", "off", "1e3", "null", "~", "yes", "true", "3", "1_000", ".5", "0x1F", "12:30:45", "2024-01-01", "{a: 1}",
+    "[1]", "# x", "a: b", "- a", "'q'", "&a x", "*a", "!!int 3", "<<", " x ", "", "\n",
+]  # fmt: skip
+"""Texts of which YAML would make something else, or nothing at all."""
+
+
+def test_texts_given_in_python_arrive_as_they_are():
+    options = {f"option{i}": text for i, text in enumerate(TEXTS)}
+    options |= {"map": {text: text for text in TEXTS}, "list": [*TEXTS, {"deep": "off"}], "count": 3}
+    module = build(base="0123456", dtype="1e3", model_kwargs=options, statistics={"source": TEXTS})
+    assert (module.name, module.statistics.source) == ("0123456", TEXTS)
+    assert {name: module._loading[name] for name in ("dtype", *options)} == {"dtype": "1e3", **options}
+
+
+@pytest.mark.parametrize("text", ["off", "1e3", "[1]", "a: b"])
+def test_a_source_given_in_python_is_its_name(text):
+    assert build(statistics={"source": text}).statistics.source == text
+
+
 def test_mappings_are_merged_into_the_configured_part():
     configured = yaml.safe_load(MODELS["smollm2-135m"].read_text())["model"]["targets"]
     assert build(targets={"clamp": 0.5}).targets == GradientSearch(**{**configured, "clamp": 0.5})

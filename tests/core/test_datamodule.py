@@ -133,3 +133,11 @@ def test_order_and_split_reach_the_reader(lm, tmp_path):
 def test_missing_source():
     with pytest.raises(ConfigError, match="no file"):
         EditDataModule("no-such-file.json")
+
+
+def test_how_subjects_and_targets_are_read_is_a_setting():
+    record = {"src": "Is Ann the Ann of Rome?", "subject": "Ann", "answers": ["yes"], "alt": "no"}
+    (request,) = EditDataModule([record]).requests
+    assert (request.prompt, request.target_new) == ("Is {} the Ann of Rome?", "yes")
+    (request,) = EditDataModule([record], occurrence="last", zsre_target="alt").requests
+    assert (request.prompt, request.target_new) == ("Is Ann the {} of Rome?", "no")

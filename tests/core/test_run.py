@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -17,6 +18,7 @@ from cakeflow.core.callback import EditCallback
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal import ledger
 from cakeflow.journal.ledger import read_entries
+from cakeflow.report import RunFolder
 
 SOLVERS = {
     "null space": NullSpace(LeastSquares(0.5)),
@@ -215,6 +217,20 @@ def test_another_config_is_refused_saying_what_differs(lm, requests, tmp_path, c
         fit(lm, requests[:7], tmp_path / "run", **changes)
     assert state(lm, module_of(lm)) == before
     assert content(tmp_path / "run") == files
+
+
+def test_the_space_of_a_request_is_part_of_its_run(lm, requests, tmp_path):
+    facts = [replace(request, space=False) for request in requests[:4]]
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        fit(copy.deepcopy(lm), facts, tmp_path / "run", StopAfter(1))
+    with pytest.raises(ResumeError, match="data was"):
+        fit(copy.deepcopy(lm), requests[:4], tmp_path / "run")
+    fit(copy.deepcopy(lm), facts, tmp_path / "run")
+    run, editor = RunFolder.read(tmp_path / "run"), editor_of(lm)
+    assert run.after is not None
+    assert [record.space for record in [*run.after, *run.edits]] == [False] * 8
+    editor.load(tmp_path / "run")
+    assert [request for step in editor.journal for request in step.requests] == facts
 
 
 def test_another_model_tokenizer_or_data_is_refused(lm, requests, tmp_path):

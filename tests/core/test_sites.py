@@ -58,7 +58,7 @@ def test_a_projection_is_edited_by_configuration_alone(model_of, tmp_path, reque
     result = editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
     names = [lm.weight_name(Site(layer, site)) for layer in (1, 2)]
     changed = [name for name, tensor in lm.model.state_dict().items() if not torch.equal(tensor, before[name])]
-    assert sorted(changed) == sorted(names) == sorted(editor.journal.originals)
+    assert sorted(changed) == sorted(names) == sorted(editor.journal.places.originals)
     losses = [target.loss for step in editor.journal for target in step.targets]
     assert torch.tensor(losses).isfinite().all()
     own = "site" in SITES[arch, site]["targets"]  # at the end of the block, its MLP moves as well

@@ -109,7 +109,7 @@ def change_weights(lm, corpus):
 
 
 def change_tokenizer(lm, corpus):
-    lm.tokenizer.add_tokens(["calm and every"])
+    lm.tokenizer.add_tokens(["calm and never"])
     return Statistics(corpus, 500, 20)
 
 
@@ -235,6 +235,20 @@ def test_a_beginning_of_text_token_stands_before_every_window(lm, settings):
     assert windows.shape == (500 // 19, 20)
     assert (windows[:, 0] == 0).all()
     assert not (windows[:, 1:] == 0).any()
+
+
+def test_an_end_of_text_token_stands_nowhere(lm, settings):
+    plain = settings.windows(lm, 1)
+    lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 0)]
+    )
+    assert torch.equal(settings.windows(lm, 1), plain)
+
+
+def test_a_corpus_with_a_token_beyond_the_embedding_is_refused(lm, settings):
+    lm.tokenizer.add_tokens(["calm"])
+    with pytest.raises(ConfigError, match="the corpus has the token 'calm', number 600"):
+        settings.collect(lm, at(1))
 
 
 def test_without_a_source_the_model_samples_its_own(lm):

@@ -6,7 +6,7 @@ import pytest
 from records import COUNTERFACT, OWN, SCHEMAS, ZSRE, nested, own
 
 from cakeflow.data import EditRequest, contradictions, parse_requests
-from cakeflow.data.request import normal_form_hint, occurrences, request_faults
+from cakeflow.data.request import normal_form_hint, request_faults
 
 
 @pytest.mark.parametrize(
@@ -60,14 +60,6 @@ def test_to_dict_leaves_empty_fields_out():
     assert request.to_dict() == {"prompt": "{} is", "subject": "a", "target_new": "b"}
 
 
-@pytest.mark.parametrize(
-    ("text", "part", "places"),
-    [("banana", "ana", [1, 3]), ("banana", "x", []), ("a a", " ", []), ("a", "", []), ("aa", "a", [0, 1])],
-)
-def test_occurrences(text, part, places):
-    assert occurrences(text, part) == places
-
-
 def test_the_hint_is_given_only_where_the_normal_form_differs():
     assert "unicodedata.normalize('NFC'" in normal_form_hint("In Malm\u00f6", "Malmo\u0308")
     for text, part in (("In Malm\u00f6", "Lund"), (5, "Lund"), ("Lund", None), ("Lund", " ")):
@@ -79,3 +71,18 @@ def test_faults_of_one_request_carry_its_index():
     fields = [(fault.index, fault.field) for fault in faults]
     assert fields == [(7, "target_new"), (7, "relation"), (7, "prompt"), (7, "subject")]
     assert request_faults(EditRequest("{} is", "a", "b"), 7) == []
+
+
+@pytest.mark.parametrize("space", [True, False])
+def test_a_space_is_part_of_a_request(space):
+    (request,) = parse_requests([own(space=space)])
+    assert request.space is space
+    assert request.to_dict()["space"] is space
+    assert parse_requests([request.to_dict()]) == [request]
+    assert "space" not in parse_requests([OWN])[0].to_dict()  # the hash of a request that does not say so stays
+
+
+@pytest.mark.parametrize("value", [1, 0, "no", []])
+def test_a_space_is_true_or_false(value):
+    (fault,) = request_faults(EditRequest("{} is", "a", "b", space=value), 2)
+    assert (fault.index, fault.field) == (2, "space")

@@ -4,7 +4,7 @@ import pytest
 from records import COUNTERFACT, OWN, SCHEMAS, ZSRE, nested, own
 
 from cakeflow.data import EditRequest, Probe, parse_requests
-from cakeflow.errors import EditError, RequestError
+from cakeflow.errors import ConfigError, EditError, RequestError
 
 
 def test_own_schema_keeps_every_field():
@@ -54,6 +54,54 @@ def test_zsre_replaces_only_the_first_occurrence_of_the_subject():
     (request,) = parse_requests([{**ZSRE, "src": "Is Anna Berg the Anna Berg of Oslo?"}])
     assert request.prompt == "Is {} the Anna Berg of Oslo?"
     assert request.text == "Is Anna Berg the Anna Berg of Oslo?"
+
+
+@pytest.mark.parametrize(
+    ("occurrence", "prompt"),
+    [
+        (None, "Is Annabel, {}, the Ann of Annaberg?"),
+        ("first", "Is Annabel, {}, the Ann of Annaberg?"),
+        ("last", "Is Annabel, Ann, the {} of Annaberg?"),
+    ],
+)
+def test_a_subject_is_whole_words_the_first_or_by_choice_the_last(occurrence, prompt):
+    src = prompt.replace("{}", "Ann")
+    (request,) = parse_requests([{**ZSRE, "src": src, "subject": "Ann"}], occurrence=occurrence)
+    assert (request.prompt, request.text) == (prompt, src)
+    entry = own(prompt=src, subject="Ann")
+    if occurrence:
+        assert parse_requests([entry], occurrence=occurrence)[0].prompt == prompt
+    else:  # ours says which one is meant
+        with pytest.raises(RequestError, match=r"the subject occurs 2 times: put \{\} where it is meant"):
+            parse_requests([entry])
+
+
+def test_a_subject_inside_a_longer_word_is_none():
+    (request,) = parse_requests([own(prompt="Annabel is a friend of Ann in", subject="Ann")])
+    assert request.prompt == "Annabel is a friend of {} in"
+    with pytest.raises(RequestError, match=r"occurs only inside a longer word: put \{\} where it is meant"):
+        parse_requests([own(prompt="Annabel met Bob in", subject="Ann")])
+    with pytest.raises(RequestError, match="must occur in src, not inside a longer word"):
+        parse_requests([{**ZSRE, "src": "Who is Annabel?", "subject": "Ann"}])
+
+
+def test_zsre_takes_the_target_that_is_chosen_and_says_which(caplog):
+    with caplog.at_level("INFO", "cakeflow.data.schemas"):
+        (gold,), (other,) = parse_requests([ZSRE, OWN])[:1], parse_requests([ZSRE], zsre_target="alt")
+    assert (gold.target_new, other.target_new) == ("Uppsala", "a wrong answer")
+    assert [record.getMessage() for record in caplog.records] == [
+        "1 records of zsRE: their target_new is the first of answers (zsre_target)",
+        "1 records of zsRE: their target_new is alt (zsre_target)",
+    ]
+    with pytest.raises(RequestError, match="entry 1, alt = None: missing"):
+        parse_requests([ZSRE, nested(ZSRE, ["alt"], ...)], zsre_target="alt")
+
+
+def test_choices_of_reading_are_checked():
+    with pytest.raises(ConfigError, match="occurrence must be one of first, last, got 'second'"):
+        parse_requests([OWN], occurrence="second")
+    with pytest.raises(ConfigError, match="zsre_target must be one of answers, alt, got 'pred'"):
+        parse_requests([OWN], zsre_target="pred")
 
 
 def test_schemas_and_objects_mix_in_one_list_and_keep_their_order():

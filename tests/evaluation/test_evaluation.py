@@ -12,10 +12,12 @@ from torchmetrics import SumMetric
 
 from cakeflow import Contexts, Editor, EditRequest, Evaluation, LocateThenEdit, Probe
 from cakeflow.data import builtin_facts
+from cakeflow.data.text import until_stop
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import free_prompts, plain
 from cakeflow.evaluation.scoring import score_records, scored_prompts
-from cakeflow.forward.generation import continuations, until_stop
+from cakeflow.forward.generation import continuations
+from cakeflow.journal.schema import EvaluatedRequest
 from cakeflow.metrics import KINDS, Fluency
 from cakeflow.metrics.text import fluency
 from cakeflow.models import Site
@@ -53,6 +55,19 @@ def test_free_answers_count_when_they_are_right(tiny):
     assert scores.answered.tolist() == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("target", ["St. Petersburg", "3.5 million", "J. K. Rowling", "Apple Inc.", "北京", "「東京」"])
+@pytest.mark.parametrize("ending", [". It is", ".", "\nIt is", "。他"])
+def test_a_right_answer_counts_where_a_reader_ends_it(lm, target, ending):
+    answer = lm.tokenizer(f" {target}{ending}", add_special_tokens=False)["input_ids"]
+
+    def generate(input_ids, **_):
+        return torch.cat([input_ids, torch.tensor([answer] * len(input_ids))], 1)
+
+    lm.model.generate = generate
+    records = [EditRequest("{} is in", "Lund", target), EditRequest("{} is in", "Lund", f"{target} too")]
+    assert Evaluation(answer_tokens=len(answer)).ask(lm, records).scores.answered.tolist() == [1, 0]
+
+
 def test_parts_say_the_same_as_the_whole(tiny):
     """However records are split into batches, samples included."""
     whole = EVERYTHING.ask(tiny, RECORDS)
@@ -85,6 +100,15 @@ def test_rows_hold_every_prompt(tiny):
     assert next(asked, None) is None
 
 
+def test_rows_say_which_requests_have_a_space_of_their_own(tiny):
+    records = [EditRequest("{} is in", "Lund", "Peru", space=space) for space in (None, False)]
+    rows = [row.to_dict() for row in Evaluation().ask(tiny, records).rows()]
+    assert [row["space"] for row in rows] == [None, False]
+    assert [EvaluatedRequest.model_validate(row).space for row in rows] == [None, False]
+    del rows[0]["space"]  # as in files of 0.1
+    assert EvaluatedRequest.model_validate(rows[0]).space is None
+
+
 def test_a_prompt_without_a_rival_has_null(tiny):
     (row,) = Evaluation().ask(tiny, [EditRequest("{} is in", "Lund", "Peru")]).rows()
     assert (row.prompts[0].rival_logprob, row.prompts[0].answered) == (None, None)
@@ -115,7 +139,7 @@ def test_ids_differ_where_numbers_would():
     ids = {replace(base, **{name: value}).id for name, value in changes.items()}
     assert len(ids) == len(changes)  # every record or every second one: the same kind of number
     assert base.id in ids
-    assert Evaluation().id == "clean-v1"
+    assert (Evaluation().id, Evaluation("official").id) == ("clean-v2", "official-v1")
 
 
 @pytest.mark.parametrize(
@@ -159,6 +183,9 @@ def test_a_model_that_writes_nothing_is_an_error_before_the_edit(lm, quiet):
 def test_plain_keeps_what_is_an_article_only():
     assert plain("The") == "the" != plain("A")
     assert plain("a U.S. state") == "us state"
+    assert plain("!") == "!" != plain("?")
+    assert plain("２０２４年") == plain("“2024年”") == "2024年"
+    assert plain("Ça") == plain("C\u0327a")
 
 
 def test_run_folder_keeps_every_answer(lm, tmp_path, quiet):

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from tokenizers import processors
+from tokenizers import Regex, normalizers, processors
 
 from cakeflow import EditRequest, Probe
 from cakeflow.errors import ConfigError
-from cakeflow.evaluation import Evaluation
+from cakeflow.evaluation import Evaluation, official_token_reads
 from cakeflow.evaluation.scoring import score_records, scored_prompts
 from cakeflow.metrics import KINDS
 
@@ -95,3 +95,37 @@ def test_protocols_differ_where_tokens_join(tiny):
 def test_unknown_protocol():
     with pytest.raises(ConfigError, match="protocol must be one of clean, official, got 'mine'"):
         Evaluation(protocol="mine")
+
+
+@pytest.mark.parametrize("protocol", ["clean", "official"])
+def test_an_end_of_text_token_behind_every_text_changes_no_score(tiny, protocol):
+    expected = score_records(tiny, RECORDS, protocol)
+    name, number = tiny.tokenizer.eos_token, tiny.tokenizer.eos_token_id
+    tiny.tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {name}", special_tokens=[(name, number)]
+    )
+    assert tiny.tokenizer("a")["input_ids"][-1] == number
+    scores = score_records(tiny, RECORDS, protocol)
+    for field in ("expected", "rival", "tokens", "correct"):
+        assert torch.equal(getattr(scores, field).nan_to_num(9), getattr(expected, field).nan_to_num(9))
+
+
+@pytest.mark.parametrize("protocol", ["clean", "official"])
+def test_a_tokenizer_may_have_no_end_of_text_token(tiny, protocol):
+    """Not even where a token of the official protocol reads back as none: it is left out."""
+    records = [EditRequest("{} is in", "Lund", "Peru \u200b far")]
+    tiny.tokenizer.backend_tokenizer.normalizer = normalizers.Replace(" \u200b", "")
+    tiny.tokenizer.eos_token = None
+    assert score_records(tiny, records, protocol).expected.isfinite().all()
+
+
+def test_official_tokens_that_read_back_as_none(tiny):
+    """The official code takes the end-of-text token for them; where there is none, nothing is asked."""
+    tokenizer = tiny.tokenizer
+    ids = tokenizer(" Peru far", add_special_tokens=False)["input_ids"]
+    last = tokenizer.decode(ids[-1:])
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace(Regex(f"^{last}$"), "")
+    (reads,) = official_token_reads(tokenizer, ["Lund is in"], ["Peru far"], [False])
+    assert reads[-1][1] == tokenizer.eos_token_id
+    tokenizer.eos_token = None
+    assert official_token_reads(tokenizer, ["Lund is in"], ["Peru far"], [False]) == [reads[:-1]]

@@ -1,23 +1,28 @@
 """Scores: the batched, padded pass with narrowed logits equals one plain forward pass per prompt."""
 
+import dataclasses
+
 import pytest
 import torch
-from tokenizers import normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from cakeflow import EditRequest, Probe, RequestError
 from cakeflow.data import builtin_facts
-from cakeflow.evaluation.scoring import check_records, score_records, score_targets
+from cakeflow.evaluation.scoring import check_records, score_records, score_targets, scored_prompts
 from cakeflow.metrics import KINDS
 
 PROMPTS = ["The capital of Peru is", "A", "日本の首都は", "It is said that a very long sentence about the sea"]
 PROMPTS += ["Who is ", "The sign 🙂 means", "Rome, Rome, Rome is called '"]
 TARGETS = ["Lima, the city of kings", "b", "東京", "ends", "nobody", "🚀", "eternal"]
+GAPS = [" ", " ", "", " ", "", " ", ""]
+"""What a writer puts between them."""
 
 
 @torch.no_grad()
-def plainly(lm, prompt, target):
+def plainly(lm, prompt, target, gap=" "):
     """Mean log-probability and correctness from one unpadded pass; the prompt's tokens are counted on their own."""
-    text = prompt + ("" if prompt.endswith(" ") else " ") + target
+    text = prompt + gap + target
     ids, start = lm.tokenizer(text)["input_ids"], len(lm.tokenizer(prompt.rstrip())["input_ids"])
     assert lm.tokenizer.decode(ids[start:]).strip() == target
     logits = lm.model(torch.tensor([ids])).logits[0, start - 1 : -1].double()
@@ -31,7 +36,7 @@ def plainly(lm, prompt, target):
 def test_scores_equal_one_plain_pass_per_prompt(tiny, dtype, max_tokens):
     tiny.model.to(dtype)
     scores, share = score_targets(tiny, PROMPTS, TARGETS, max_tokens)
-    expected, hits = zip(*(plainly(tiny, *pair) for pair in zip(PROMPTS, TARGETS, strict=True)), strict=True)
+    expected, hits = zip(*(plainly(tiny, *pair) for pair in zip(PROMPTS, TARGETS, GAPS, strict=True)), strict=True)
     torch.testing.assert_close(scores.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-5)
     assert share.tolist() == pytest.approx(hits)
 
@@ -178,3 +183,42 @@ def test_real_model_equals_plain_passes(smollm2):
     mine = found.expected[found.kind == KINDS.index("rewrite")]
     expected = torch.tensor([plainly(smollm2, *pair)[0] for pair in asked])
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4)
+
+
+def test_the_space_of_a_request_holds_for_all_its_prompts(tiny):
+    probes = (Probe("paraphrase", "You find Lund in"), Probe("neighborhood", "Malmö is in"))
+    record = EditRequest("{} is in", "Lund", "Peru", "Sweden", probes, space=False)
+    scores = score_records(tiny, [record])
+    for place, (_, _, prompt, expected, rival) in enumerate(scored_prompts([record])):
+        score, _ = plainly(tiny, prompt, expected, "")
+        assert float(scores.expected[place]) == pytest.approx(score, abs=1e-5)
+        assert float(scores.rival[place]) == pytest.approx(plainly(tiny, prompt, rival, "")[0], abs=1e-5)
+
+
+def test_tokens_that_the_model_has_not_are_refused_before_anything_is_scored(lm):
+    lm.tokenizer.add_tokens(["<ent>"])
+    records = [
+        EditRequest("{} is in", "Lund", "<ent>"),
+        EditRequest("{} is", "Lund", "old", probes=(Probe("neighborhood", "Malmö is", "<ent>"),)),
+        EditRequest("{} is", "Lund", "old", probes=(Probe("paraphrase", "The <ent> is"),)),
+        EditRequest("{} is", "Lund", "old", probes=(Probe("generation", "The <ent> is"),)),
+        EditRequest("{} is", "Lund", "old"),
+    ]
+    with pytest.raises(RequestError, match="has the token '<ent>', number 600") as caught:
+        check_records(lm, records)
+    assert {(fault.index, fault.field) for fault in caught.value.faults} == {
+        (0, "target_new"),
+        (1, "probes.expected"),
+        (2, "probes.prompt"),
+        (3, "probes.prompt"),
+    }
+
+
+def test_a_continuation_that_the_tokenizer_does_not_know_is_refused(lm):
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "Lund": 1, "is": 2, "old": 3, "new": 4}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    lm = dataclasses.replace(lm, tokenizer=PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>"))
+    records = [EditRequest("{} is", "Lund", "old"), EditRequest("{} is", "Lund", "new", "very old")]
+    with pytest.raises(RequestError, match="does not know 'very', which becomes <unk>") as caught:
+        check_records(lm, records)
+    assert [(fault.index, fault.field) for fault in caught.value.faults] == [(1, "target_true")]

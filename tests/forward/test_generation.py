@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 
-from cakeflow.errors import ConfigError
-from cakeflow.forward.generation import SEEDS, TopK, _cached, continuations, generate_contexts, gumbel, until_stop
+from cakeflow.errors import ConfigError, RequestError
+from cakeflow.forward.generation import SEEDS, TopK, _cached, continuations, generate_contexts, gumbel
 from cakeflow.models import Site
 
 PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
@@ -155,14 +154,6 @@ def test_samples_follow_the_distribution():
     assert shares[2] == shares[3] == 0
 
 
-@given(st.text(alphabet="ab .\n", max_size=20))
-def test_until_stop(text):
-    cut = until_stop(text)
-    assert text.startswith(cut)
-    assert not set(cut) & set(".\n")
-    assert cut == text or text[len(cut)] in ".\n"
-
-
 def test_texts_keep_to_a_limit_of_bytes(tiny):
     prompts, rows = [f"The river number {n} flows into" for n in range(20)], []
     free = continuations(tiny, prompts, 5)
@@ -174,3 +165,31 @@ def test_texts_keep_to_a_limit_of_bytes(tiny):
     assert 1 <= max(rows) < 20
     with pytest.raises(ConfigError, match="writing a text of"):
         continuations(tiny, prompts, 5, max_bytes=1000)
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_texts_go_on_from_prompts_without_an_end(tiny, top_k):
+    """A tokenizer that puts an end-of-text token behind every text changes nothing."""
+    settings = {"top_k": top_k, "with_prompt": True}
+    expected, contexts = continuations(tiny, PROMPTS, 5, **settings), generate_contexts(tiny, 3)
+    number = tiny.tokenizer.eos_token_id
+    tiny.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", number)]
+    )
+    assert tiny.tokenizer("a")["input_ids"][-1] == number
+    assert continuations(tiny, PROMPTS, 5, **settings) == expected
+    assert generate_contexts(tiny, 3) == contexts
+
+
+@pytest.mark.parametrize("top_k", [1, 5])
+def test_a_tokenizer_may_have_no_end_of_text_token(tiny, top_k):
+    expected = continuations(tiny, PROMPTS, 5, top_k=top_k)
+    tiny.tokenizer.eos_token = tiny.tokenizer.pad_token = None
+    assert tiny.tokenizer.eos_token_id is None
+    assert continuations(tiny, PROMPTS, 5, top_k=top_k) == expected
+
+
+def test_prompts_with_tokens_beyond_the_embedding_are_refused(lm):
+    lm.tokenizer.add_tokens(["<ent>"])
+    with pytest.raises(RequestError, match=r"entry 1, prompt = 'An <ent> is': has the token '<ent>'"):
+        continuations(lm, ["Ann is", "An <ent> is"], 3)

@@ -6,11 +6,12 @@ import dataclasses
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from cakeflow import Contexts, EditRequest, RequestError
-from cakeflow.forward.tokens import encode, encode_batch, encode_prompts, join
+from cakeflow.data.text import join
+from cakeflow.forward.tokens import encode, encode_batch, encode_prompts, encode_texts
 
 TEMPLATES = Contexts((("{}",), ("The sky is blue. {}", "Élan 日本 🙂. {}")))
 
@@ -86,7 +87,9 @@ VARIANTS = {
 
 @pytest.fixture(params=VARIANTS)
 def variant(request, lm):
-    return dataclasses.replace(lm, tokenizer=VARIANTS[request.param](lm.tokenizer))
+    tokenizer = VARIANTS[request.param](lm.tokenizer)
+    lm.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    return dataclasses.replace(lm, tokenizer=tokenizer)
 
 
 def ends(tokenizer, ids):
@@ -244,16 +247,100 @@ def test_a_text_that_is_just_short_enough_is_taken(lm):
         encode_batch(lm, [dataclasses.replace(request, target_new=request.target_new + " a")], Contexts())
 
 
+def test_a_text_to_go_on_from_ends_with_its_own_token(lm):
+    plain, decorated = lm.tokenizer, VARIANTS["both"](lm.tokenizer)
+    bos = decorated.bos_token_id
+    rows = encode_texts(decorated, ["A prompt", ""])
+    assert rows == [(bos, *plain("A prompt")["input_ids"]), (bos,)]
+    assert encode_texts(decorated, []) == []
+
+
+def test_a_request_says_whether_a_space_stands_before_its_target(lm):
+    spaces = {None: "在", True: " 在", False: "在"}
+    for space, target in spaces.items():
+        batch = encode_batch(lm, [EditRequest("{}的首都", "中国", "在", space=space)], TEMPLATES)
+        for row in batch.rows[0]:  # behind English contexts as well
+            assert lm.tokenizer.decode(row.ids[row.target :]) == target
+    (row,) = encode_prompts(lm.tokenizer, ["Ann"], ["Bob"], [False])
+    assert lm.tokenizer.decode(row.ids) == "AnnBob"
+
+
+CHINESE = ["我们学习历史在北京。", "首都是北京。", "他们住在上海。"] * 20
+
+
+def trained(kind):
+    """A tokenizer that merges characters across words: byte-level, or with word markers that it adds in front."""
+    backend = Tokenizer(models.BPE(unk_token="<unk>"))
+    marked = kind == "markers"
+    level, metaspace = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        pre_tokenizers.Metaspace(prepend_scheme="first"),
+    )
+    backend.pre_tokenizer = metaspace if marked else level
+    backend.decoder = decoders.Metaspace() if marked else decoders.ByteLevel()
+    alphabet = ["\n"] if marked else pre_tokenizers.ByteLevel.alphabet()
+    special = ["<unk>", "<bos>"]
+    backend.train_from_iterator(
+        CHINESE, trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    )
+    backend.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<bos>")
+
+
+@pytest.mark.parametrize(("kind", "text"), [("byte-level", "首都是北京"), ("markers", "首都是北京。")])
+def test_a_prompt_keeps_its_own_tokens_where_the_target_would_join_them(kind, text):
+    """A model meets the prompt alone, so the target must follow the tokens that the prompt has then."""
+    tokenizer, prompt = trained(kind), text[:3]
+    (whole,) = encode(tokenizer, [text], [0], [len(text)])
+    assert len(whole.ids) == 2  # the tokenizer's own way: one token for all of it
+    (row,) = encode(tokenizer, [text], [2], [3], [0])
+    assert list(row.ids[: row.target]) == tokenizer(prompt)["input_ids"]
+    assert tokenizer.decode(row.ids, skip_special_tokens=True) == text
+    assert tokenizer.decode(row.ids[row.target :]) == text[3:]
+    assert 1 == row.start <= row.subject < row.target
+
+
 @pytest.mark.parametrize(
-    ("prompt", "target", "text"),
+    ("request_", "field", "piece"),
     [
-        ("a", "b", "a b"),
-        ("a ", "b", "a b"),
-        ("a", " b", "a b"),
-        ("a\n", "b", "a\nb"),
-        ("a ", " b", "a  b"),
-        ("'", "b", "' b"),
+        (EditRequest("The capital of {} is", "Peru", "big 北京 Lima"), "target_new", "北京"),
+        (EditRequest("The capital of {} is", "Chile", "Lima"), "subject", "Chile"),
     ],
 )
-def test_join(prompt, target, text):
-    assert join(prompt, target) == text
+def test_a_token_that_stands_for_the_unknown_is_refused(wordy, request_, field, piece):
+    good = EditRequest("Near {} is", "Peru", "big")  # elsewhere in a prompt it says little
+    wordy.tokenizer.pad_token = wordy.tokenizer.unk_token  # as many do
+    with pytest.raises(RequestError, match=f"does not know '{piece}', which becomes <unk>") as caught:
+        encode_batch(wordy, [good, request_], Contexts())
+    assert [(fault.index, fault.field) for fault in caught.value.faults] == [(1, field)]
+
+
+@pytest.mark.parametrize(
+    ("request_", "field"),
+    [
+        (EditRequest("{} is in <ent>", "Peru", "Lima"), "prompt"),
+        (EditRequest("{} is in", "<ent>", "Lima"), "subject"),
+        (EditRequest("{} is in", "Peru", "<ent>"), "target_new"),
+    ],
+)
+def test_a_token_beyond_the_embedding_is_refused(lm, request_, field):
+    size = len(lm.embedding)
+    lm.tokenizer.add_tokens(["<ent>"])
+    with pytest.raises(RequestError, match=f"has the token '<ent>', number {size}, .* ends with {size - 1}") as caught:
+        encode_batch(lm, [EditRequest("{} is", "Peru", "big"), request_], TEMPLATES)
+    assert [(fault.index, fault.field) for fault in caught.value.faults] == [(1, field)]
+    contexts = Contexts.of(["{}", "An <ent>. {}"])
+    with pytest.raises(RequestError, match="'<ent>'"):
+        encode_batch(lm, [EditRequest("{} is", "Peru", "big")], contexts)
+    lm.model.resize_token_embeddings(len(lm.tokenizer), mean_resizing=False)
+    assert encode_batch(lm, [request_], contexts).rows
+
+
+def test_a_prompt_that_repeats_the_special_tokens_at_its_front_is_refused(variant):
+    request = EditRequest("<bos>{} is in", "Peru", "Lima")
+    if variant.front:
+        with pytest.raises(RequestError, match="begins with '<bos>', which the tokenizer puts in front by itself"):
+            encode_batch(variant, [request], TEMPLATES)
+    elif "<bos>" in variant.tokenizer.get_vocab():
+        (row,) = encode_batch(variant, [request], Contexts()).rows[0]
+        assert row.ids.count(variant.tokenizer.bos_token_id) == 1

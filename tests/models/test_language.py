@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from cakeflow import Architecture, LocateThenEdit
@@ -144,3 +145,17 @@ def test_a_call_runs_the_model_without_dropout_and_gives_its_modes_back(lm):
     with pytest.raises(KeyboardInterrupt), lm.evaluating():
         raise KeyboardInterrupt
     assert [module.training for module in lm.model.modules()] == modes
+
+
+@pytest.mark.parametrize(("single", "front"), [("$A", ()), ("<s> $A", (1,)), ("$A </s>", ()), ("<s> $A </s>", (1,))])
+def test_the_front_of_every_text(lm, single, front):
+    template = TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
+    lm.tokenizer.backend_tokenizer.post_processor = template
+    assert lm.front == front
+    assert LanguageModel.wrap(lm.model, lm.tokenizer).front == front
+
+
+def test_a_tokenizer_with_two_equal_tokens_in_front_is_named(lm):
+    lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 1)])
+    with pytest.warns(UserWarning, match="in front of every text, one of them twice"):
+        LanguageModel.wrap(lm.model, lm.tokenizer)

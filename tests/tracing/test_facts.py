@@ -153,3 +153,17 @@ def test_white_space_at_the_ends_is_left_out():
 def test_requests_without_a_true_target_are_no_facts():
     with pytest.raises(RequestError, match="true target"):
         read_facts([EditRequest("{} is", "Bob", "tall")])
+
+
+def test_names_in_scripts_without_spaces_and_with_full_stops():
+    assert text_before("是北京。", "北京") == "是"
+    assert text_before(" in St. Petersburg, not", "St. Petersburg") == "in"
+    assert first_name(" is J. K. Rowling. She") == "J. K. Rowling"
+    assert first_name(" is old. Rome is") == ""
+
+
+def test_a_fact_has_the_space_of_its_request(tiny):
+    fact = Fact.of(EditRequest("{} is", "Ann", "tall", "small", space=False))
+    assert fact == Fact("{} is", "Ann", "small", False)
+    row = trace_row(tiny, fact)
+    assert tiny.tokenizer.decode(row.ids) == "Ann issmall"

@@ -115,7 +115,7 @@ def test_layers_auto(lm, requests, quiet):
     assert module.layers == wanted.layers
     assert len(module.layers) == 5
     assert module.weighter.scores == wanted.scores
-    assert list(module.journal.originals) == [lm.weight_name(Site(layer, "mlp_out")) for layer in wanted.layers]
+    assert list(module.journal.places.originals) == [lm.weight_name(Site(layer, "mlp_out")) for layer in wanted.layers]
 
 
 def test_bad_layers_are_refused(lm):
