@@ -3,11 +3,23 @@
 import pytest
 
 from cakeflow import errors
-from cakeflow.errors import EditError, Fault, NumericalError, PluginError, PolicyError, RequestError
+from cakeflow.errors import (
+    EditError,
+    Fault,
+    LockedError,
+    ModelChangedError,
+    NumericalError,
+    PluginError,
+    PolicyError,
+    RequestError,
+)
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
 FAMILY = [kind for kind in KINDS if not issubclass(kind, Warning)]
-PYTHON = {NumericalError: ArithmeticError, PluginError: ImportError, PolicyError: PermissionError}
+PYTHON = {
+    NumericalError: ArithmeticError, PluginError: ImportError, PolicyError: PermissionError,
+    ModelChangedError: RuntimeError, LockedError: RuntimeError,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", FAMILY)

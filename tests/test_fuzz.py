@@ -6,6 +6,7 @@ from records import COUNTERFACT, OWN, SCHEMAS, ZSRE, nested, own
 
 from cakeflow.data.request import EditRequest, Probe
 from cakeflow.data.schemas import parse_requests
+from cakeflow.data.text import occurrences
 from cakeflow.errors import RequestError
 
 NAMES = sorted({*OWN, *COUNTERFACT, *COUNTERFACT["requested_rewrite"], *ZSRE, "kind", "expected", "str"})
@@ -64,7 +65,7 @@ LETTERS = st.text("abé\u0301{} 🙂\u200dא", min_size=1, max_size=6)
 def test_a_prompt_in_full_is_taken_only_where_its_subject_is_certain(before, subject, after):
     prompt = before + subject + after
     requests, _ = outcome([own(prompt=prompt, subject=subject)])
-    places = [at for at in range(len(prompt)) if prompt[at:].startswith(subject)]
+    places = occurrences(prompt, subject)
     slots, seen = prompt.count("{}"), subject.strip(" \u200d") != "" and subject == subject.strip()
     assert bool(requests) == (seen and (slots or len(places)) == 1)
     if requests and not slots:

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from cakeflow.cli.command_line import run_command as main
@@ -13,6 +14,7 @@ from cakeflow.core.statistics import Statistics, convergence
 from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.models import Site
 from cakeflow.models.loading import load_model
+from cakeflow.storage.hashing import tensor_hash
 
 PACKED = struct.pack("<Q", 2) + b"{}"
 OVERLAP = json.dumps({n: {"dtype": "F64", "shape": [1], "data_offsets": [0, 8]} for n in ("moment", "eigenvalues")})
@@ -38,21 +40,27 @@ def statistics(lm, tmp_path):
     return found, next((tmp_path / "kept").rglob("layer-2-mlp_out.safetensors"))
 
 
+def contents(path):
+    """Metadata and hash of every tensor; safetensors writes metadata in any order."""
+    with safe_open(path, framework="pt") as file:
+        return file.metadata(), {name: tensor_hash(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118
+
+
 @pytest.mark.parametrize("name", [*POISONED, "cut", "other-shape"])
 def test_poisoned_statistics_are_named_and_made_again_once_deleted(name, lm, statistics, tmp_path):
     settings, path = statistics
-    good = path.read_bytes()
-    path.write_bytes(POISONED.get(name, good[:-100]))
+    good, cut = contents(path), path.read_bytes()[:-100]
+    path.write_bytes(POISONED.get(name, cut))
     if name == "other-shape":
         save_file({part: torch.ones(3, 3) for part in ("moment", "eigenvalues", "eigenvectors")}, path)
-    with pytest.raises(StatisticsError, match=rf"{path} is damaged .*; delete it, and it is collected again"):
+    with pytest.raises(StatisticsError, match=rf"{path} is damaged.*; delete it, and it is collected again"):
         settings.collect(lm, SITES, tmp_path / "kept")
     assert not path.with_name("layer-1-mlp_out.safetensors").exists()  # nothing was collected before the fault was seen
     with pytest.raises(StatisticsError, match="is damaged"):
         convergence(path)
     path.unlink()
     settings.collect(lm, SITES[1:], tmp_path / "kept")
-    assert path.read_bytes() == good
+    assert contents(path) == good
 
 
 def test_poisoned_partial_sums_are_named(lm, statistics, tmp_path):
@@ -61,7 +69,10 @@ def test_poisoned_partial_sums_are_named(lm, statistics, tmp_path):
     partial.write_bytes(POISONED["garbage"])
     with pytest.raises(StatisticsError, match=r"partial.safetensors is damaged"):
         settings.collect(lm, SITES, tmp_path / "kept")
-    save_file({"sum/1": torch.ones(2, 2)}, partial)  # not all that there must be: begun again
+    save_file({"sum/1": torch.ones(2, 2)}, partial)  # not all that there must be
+    with pytest.raises(StatisticsError, match=r"partial.safetensors is damaged .*delete it"):
+        settings.collect(lm, SITES, tmp_path / "kept")
+    partial.unlink()
     assert [site.layer for site in settings.collect(lm, SITES, tmp_path / "kept")] == [1, 2]
 
 

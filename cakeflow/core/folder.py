@@ -71,7 +71,9 @@ def require_run_folder(folder: Path) -> None:
 
 
 def _files(folder: Path) -> Iterator[Path]:
-    return (each for each in folder.rglob("*") if not each.is_dir() or each.is_symlink())
+    """Files and links in a folder, but for the hidden ones beside a ledger: its lock, its owner, an append's mark."""
+    files = (each for each in folder.rglob("*") if not each.is_dir() or each.is_symlink())
+    return (each for each in files if not each.name.startswith(f".{LEDGER}."))
 
 
 def _is_evaluation(folder: Path) -> bool:

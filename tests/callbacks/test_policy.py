@@ -54,9 +54,8 @@ def test_a_run_that_keeps_it_goes_through(lm, requests, tmp_path):
 def test_what_is_forbidden_is_refused_before_the_model_is_measured(
     lm, requests, tmp_path, policy, first, words, evaluate
 ):
-    before, passes = lm.fingerprint(), []
+    before, passes, editor = lm.fingerprint(), [], guarded(lm, policy)
     lm.model.register_forward_pre_hook(lambda *_: passes.append(1))
-    editor = guarded(lm, policy)
     with pytest.raises(PolicyError, match="nothing was changed") as error:
         editor.fit(requests[first : first + 4], 2, run_dir=tmp_path / "run", evaluate=evaluate)
     assert words in str(error.value)

@@ -99,7 +99,11 @@ def other_tensor(folder, changes):
     [
         (["statistics"], other_corpus, "corpus was [0-9a-f]{64}, is [0-9a-f]{64}; moment/1 was"),
         (["moments"], other_moments, "moment/1 was [0-9a-f]{64}, is [0-9a-f]{64}; moment/3 was"),
-        (["moments", "policy"], other_policy, "policy was [0-9a-f]{64}, is [0-9a-f]{64}"),
+        (
+            ["moments", "policy"],
+            other_policy,
+            "under the policy with the hash [0-9a-f]{16}, which has not judged it",
+        ),
         (["moments", "solver"], other_tensor, r"settings.solver was .*; [0-9a-f]{20,}..., is .*; [0-9a-f]{20,}...;"),
     ],
     ids=["corpus", "moments", "policy", "tensor"],

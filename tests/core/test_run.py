@@ -378,11 +378,12 @@ def test_a_run_folder_is_its_owners_unless_asked_and_an_export_follows_the_umask
 
 
 def test_a_folder_with_content_keeps_its_rights(lm, requests, tmp_path, umask):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "notes.txt").write_text("mine")
-    editor_of(lm).fit(requests[:2], run_dir=run)
-    assert (run.stat().st_mode & 0o777, (run / "notes.txt").stat().st_mode & 0o777) == (0o755, 0o644)
+    fresh, run = copy.deepcopy(lm), tmp_path / "run"
+    with pytest.raises(RuntimeError):
+        fit(lm, requests[:4], run, StopAfter(1, RuntimeError()))
+    run.chmod(0o755)
+    fit(fresh, requests[:4], run)
+    assert run.stat().st_mode & 0o777 == 0o755
     assert (run / "journal").stat().st_mode & 0o777 == 0o700
 
 
