@@ -299,8 +299,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         bar = tqdm(total=len(batch), desc=f"target values, layer {layer}", unit="edit", delay=2, leave=False)
         tokens, parts = footprint.suffix_tokens, checked_parts(batch, footprint.facts)
         with self.phase("targets"), bar:
-            site = Site(layer, self.site)
-            path = self.paths.ahead(batch, site, footprint.pass_tokens) if self.writes_blocks else ResidualPath()
+            stream = FactReader(self.lm, batch, footprint.pass_tokens).prompts
+            path = self.paths.ahead(stream, Site(layer, self.site)) if self.writes_blocks else ResidualPath()
             part_of = self.targets.at(self.site) if isinstance(path, NormPath) else self.targets
             search = partial(part_of.search, progress=bar.update) if self.solver.needs_targets else part_of.measure
             targets = Targets.join([search(self.lm, part, layer, max_tokens=tokens) for part in parts])

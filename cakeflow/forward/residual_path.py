@@ -14,8 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from cakeflow.errors import ArchitectureError
-from cakeflow.forward.keys import FactReader, PromptStream
-from cakeflow.forward.tokens import TextBatch
+from cakeflow.forward.keys import PromptStream
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
 
@@ -168,11 +167,10 @@ class ResidualPaths:
             self._direct.add(site)
         return path
 
-    def ahead(self, batch: TextBatch, site: Site, max_tokens: int) -> ResidualPath:
-        """Return the path of a projection for the facts of a batch, before the walk has come to its layer."""
+    def ahead(self, stream: PromptStream, site: Site) -> ResidualPath:
+        """Return the path of a projection for a stream that was not read yet; if need be, its rows are run up to it."""
         if site in self._direct:
             return ResidualPath()
-        stream = FactReader(self.lm, batch, max_tokens).prompts
         stream.read(site)
         return self.at(stream, site)
 

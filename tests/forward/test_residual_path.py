@@ -111,7 +111,7 @@ def test_a_direct_path_is_measured_once_and_changes_nothing(tiny, monkeypatch):
     assert paths.at(stream, SITE).required(change) is change
     monkeypatch.setattr(type(stream), "probe", None)  # any further measurement would fail
     assert paths.at(stream, SITE).reached(change) is change
-    assert type(paths.ahead(encode_batch(tiny, FACTS, Contexts()), SITE, 100)) is ResidualPath
+    assert type(paths.ahead(FactReader(tiny, encode_batch(tiny, FACTS, Contexts())).prompts, SITE)) is ResidualPath
 
 
 @pytest.mark.parametrize("centred", [True, False])
