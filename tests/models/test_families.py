@@ -74,7 +74,13 @@ def test_an_injected_value_changes_logits_from_its_position_on(family, role):
 
 def edit(lm, requests, quiet, layers=LAYERS, **changes):
     targets = GradientSearch(steps=20, lr=0.5, clamp=30.0, essence=None)
-    return fit_tiny(lm, layers, requests, quiet, 1e-9, solver=LeastSquares(), targets=targets, **changes)
+    parts = {
+        "solver": LeastSquares(),
+        "targets": targets,
+        "max_relative_update": 1e9,
+        **changes,
+    }  # a multiplier needs more
+    return fit_tiny(lm, layers, requests, quiet, 1e-9, **parts)
 
 
 def chances(lm, requests):
