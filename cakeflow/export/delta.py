@@ -43,8 +43,7 @@ def apply_delta(lm: LanguageModel, folder: str | Path, policies: Sequence[Policy
     folder = Path(folder)
     manifest = Manifest.read(folder)
     tensors = _read(folder, manifest)
-    require_base(lm, manifest, folder)
-    require_permission(policies, manifest)
+    require_base(lm, manifest, folder, policies)
     weights = _places(lm, manifest, folder)
     for name, weight in weights.items():
         _require_fit(name, weight, manifest, tensors, folder)
@@ -54,7 +53,7 @@ def apply_delta(lm: LanguageModel, folder: str | Path, policies: Sequence[Policy
     return manifest
 
 
-def require_permission(policies: Sequence[Policy], manifest: Manifest) -> None:
+def _require_permission(policies: Sequence[Policy], manifest: Manifest) -> None:
     """Check that policies allow an export, which names no facts and has no metrics: rules about these do not hold.
 
     Raises:
@@ -79,11 +78,12 @@ def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
     return tensors
 
 
-def require_base(lm: EditableModel, manifest: Manifest, folder: Path) -> None:
-    """Check that a model is the unedited one that an export was made from.
+def require_base(lm: EditableModel, manifest: Manifest, folder: Path, policies: Sequence[Policy] = ()) -> None:
+    """Check that a model is the unedited one that an export was made from, and that policies allow the export.
 
     Raises:
         ExportError: If its type or hash differs.
+        PolicyError: If a policy forbids it.
     """
     if str(lm.dtype) != manifest.dtype:
         raise ExportError(f"{folder} is for a model in {manifest.dtype}, this one is in {lm.dtype}; load it in that")
@@ -93,6 +93,7 @@ def require_base(lm: EditableModel, manifest: Manifest, folder: Path) -> None:
             f"{folder} is for {manifest.model!a} with the hash {manifest.fingerprint[:16]}..., this model has "
             f"{fingerprint[:16]}...: other weights (edited already?), another config, tokenizer or transformers version"
         )
+    _require_permission(policies, manifest)
 
 
 def require_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:

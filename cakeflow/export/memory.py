@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from cakeflow.errors import ExportError
-from cakeflow.export.delta import require_base, require_finite, require_permission
+from cakeflow.export.delta import require_base, require_finite
 from cakeflow.export.manifest import FROM_A_COPY, REMEDY, Manifest
 from cakeflow.journal.changes import kind_of
 from cakeflow.journal.journal import Journal
@@ -47,8 +47,7 @@ def apply_memory(model: EditableModel, folder: str | Path, policies: Sequence[Po
     folder = Path(folder)
     manifest = Manifest.read(folder)
     tensors = _read(folder, manifest)
-    require_base(model, manifest, folder)
-    require_permission(policies, manifest)
+    require_base(model, manifest, folder, policies)
     try:
         changes = [
             kind_of(change.kind).from_tensors(change.place, _of(index, tensors))

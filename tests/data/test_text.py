@@ -1,6 +1,7 @@
 """Rules of written text, by the examples that a reader of each language would give."""
 
 import json
+from itertools import product
 
 import pytest
 from hypothesis import given
@@ -28,43 +29,38 @@ def test_join(prompt, target, text):
     assert join(prompt, target) == text
 
 
-@pytest.mark.parametrize(
-    ("prompt", "target"),
-    [
-        ("法国的首都是", "巴黎"),
-        ("法国的首都是", "Paris"),
-        ("谁写了Hamlet", "莎士比亚"),
-        ("我用 Python 编程", "很多年"),
-        ("フランスの首都は", "パリ"),
-        ("問：日本の首都は？答:", "Tokyo"),
-        ("他说：\u201c", "Hello"),
-        ("我爱Python", "，很好"),
-        ("2024年", "5月"),
-        ("เมืองหลวงของไทยคือ", "กรุงเทพ"),
-        ("ປະເທດ", "ລາວ"),
-        ("རྒྱལ་ས་", "ལྷ་ས"),
-    ],
-)
-def test_no_space_in_scripts_without_spaces(prompt, target):
-    assert separator(prompt, target) == ""
+SOLID = [
+    ("法国的首都是", "巴黎"),
+    ("法国的首都是", "Paris"),
+    ("谁写了Hamlet", "莎士比亚"),
+    ("我用 Python 编程", "很多年"),
+    ("フランスの首都は", "パリ"),
+    ("問：日本の首都は？答:", "Tokyo"),
+    ("他说：\u201c", "Hello"),
+    ("我爱Python", "，很好"),
+    ("2024年", "5月"),
+    ("เมืองหลวงของไทยคือ", "กรุงเทพ"),
+    ("ປະເທດ", "ລາວ"),
+    ("རྒྱལ་ས་", "ལྷ་ས"),
+]
+"""Prompts and targets that meet in a script without spaces."""
+SPACED = [
+    ("The Chinese word for history is", "历史"),
+    ("The capital of 中国", "is"),
+    ("Who wrote 日本書紀?", "東京"),
+    ("谁写了Hamlet", "Shakespeare"),
+    ("我用 Python 编程", "Java"),
+    ("한국의 수도는", "부산"),
+    ("عاصمة مصر هي", "القاهرة"),
+    ("बिहार की राजधानी", "पटना"),
+    ("The sign means", "🚀"),
+]
+"""Those that meet in a script with spaces, though one of them has words of the other kind."""
 
 
-@pytest.mark.parametrize(
-    ("prompt", "target"),
-    [
-        ("The Chinese word for history is", "历史"),
-        ("The capital of 中国", "is"),
-        ("Who wrote 日本書紀?", "東京"),
-        ("谁写了Hamlet", "Shakespeare"),
-        ("我用 Python 编程", "Java"),
-        ("한국의 수도는", "부산"),
-        ("عاصمة مصر هي", "القاهرة"),
-        ("बिहार की राजधानी", "पटना"),
-        ("The sign means", "🚀"),
-    ],
-)
-def test_a_space_in_scripts_with_spaces(prompt, target):
-    assert separator(prompt, target) == " "
+@pytest.mark.parametrize(("between", "pair"), [*product([""], SOLID), *product([" "], SPACED)])
+def test_the_script_decides_on_the_space(between, pair):
+    assert separator(*pair) == between
 
 
 @pytest.mark.parametrize(

@@ -6,18 +6,10 @@ import torch
 from bodies import body
 from rich.console import Console
 
+from cakeflow import report
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import PolicyBody
 from cakeflow.plugins import Plugin
-from cakeflow.report import (
-    ledger_table,
-    metrics_table,
-    phases_table,
-    plugins_table,
-    runs_table,
-    texts_table,
-    trace_table,
-)
 from cakeflow.tracing import PLACES, Trace
 
 
@@ -28,7 +20,7 @@ def shown(table):
 
 
 def test_metrics_are_percent_with_one_column_per_stage():
-    lines = shown(metrics_table({"before": {"efficacy": 0.125}, "after": {"efficacy": 1.0}})).splitlines()
+    lines = shown(report.metrics_table({"before": {"efficacy": 0.125}, "after": {"efficacy": 1.0}})).splitlines()
     row = next(line for line in lines if "efficacy" in line)
     assert row.index("12.5") < row.index("100.0")
 
@@ -36,7 +28,7 @@ def test_metrics_are_percent_with_one_column_per_stage():
 def test_metrics_that_nothing_could_judge_are_left_out():
     nan = float("nan")
     columns = {"before": {"efficacy": nan, "fluency": nan}, "after": {"efficacy": nan, "fluency": 6.145}}
-    text = shown(metrics_table(columns, "official-v1"))
+    text = shown(report.metrics_table(columns, "official-v1"))
     assert "official-v1" in text
     assert "efficacy" not in text
     row = next(line for line in text.splitlines() if "fluency" in line)
@@ -45,13 +37,13 @@ def test_metrics_that_nothing_could_judge_are_left_out():
 
 def test_times_are_given_in_all_and_per_edit():
     times, peaks = {"targets": 8.0, "trace": 0.001, "keys": 1.0}, {"targets": 3 * 2**29, "keys": float("nan")}
-    words = set(shown(phases_table(times, peaks, edits=4)).replace("│", " ").split())
+    words = set(shown(report.phases_table(times, peaks, edits=4)).replace("│", " ").split())
     assert {"targets", "8.0", "2.00", "1.50"} <= words
     assert not {"trace", "nan"} & words
 
 
 def test_markup_in_a_text_is_shown_as_it_is():
-    text = shown(texts_table(["[bold]x[/] is"], ["[red]"], ["a [/b]"], ["c"]))
+    text = shown(report.texts_table(["[bold]x[/] is"], ["[red]"], ["a [/b]"], ["c"]))
     assert "[bold]x[/] is" in text
     assert "a [/b]" in text
 
@@ -65,7 +57,7 @@ def trace(places):
 
 def test_a_trace_is_a_row_per_layer():
     found = trace([2])
-    lines = shown(trace_table(found, {2: 0.5, 3: 0.25})).splitlines()
+    lines = shown(report.trace_table(found, {2: 0.5, 3: 0.25})).splitlines()
     row = next(line for line in lines if line.replace("│", " ").split()[:1] == ["3"])
     assert row.replace("│", " ").split() == ["3", f"{found.scores[3]:.4f}", f"{found.errors[3]:.4f}", "0.2500"]
 
@@ -73,13 +65,13 @@ def test_a_trace_is_a_row_per_layer():
 def test_no_cell_moves_the_cursor(make_run):
     bad = "Ann\x1b[2K\u202e\x07"
     tables = [
-        texts_table([bad], [bad], [bad], [bad]),
-        metrics_table({bad: {bad: 1.0}}, bad),
-        phases_table({bad: 1.0}, {}, 1),
-        runs_table([{"run": bad, bad: bad, "model": bad}]),
-        plugins_table([Plugin(bad, bad, bad, bad, bad)]),
-        ledger_table([Entry(0, "policy", bad, PolicyBody(outcome=bad, faults=[bad], policy=bad), "", bad)]),
-        ledger_table([Entry(0, "run", "", body("run", who=bad, model=bad), "", "")]),
+        report.texts_table([bad], [bad], [bad], [bad]),
+        report.metrics_table({bad: {bad: 1.0}}, bad),
+        report.phases_table({bad: 1.0}, {}, 1),
+        report.runs_table([{"run": bad, bad: bad, "model": bad}]),
+        report.plugins_table([Plugin(bad, bad, bad, bad, bad)]),
+        report.ledger_table([Entry(0, "policy", bad, PolicyBody(outcome=bad, faults=[bad], policy=bad), "", bad)]),
+        report.ledger_table([Entry(0, "run", "", body("run", who=bad, model=bad), "", "")]),
     ]
     for text in map(shown, tables):
         assert "Ann" in text
