@@ -6,13 +6,12 @@ from typing import Any
 
 import lightning as L
 
-from cakeflow.core.callback import EditCallback
 from cakeflow.errors import PolicyError, with_faults
 from cakeflow.journal.policy import BROKEN, HELD, Policy
 from cakeflow.journal.steps import with_completions
 
 
-class PolicyGuard(EditCallback):
+class PolicyGuard(L.Callback):
     """Enforces a policy: refuses a run that it forbids, and rolls back one whose outcome breaks it.
 
     From then on the model's journal obeys the policy before every batch, whoever makes it. Every decision becomes an
@@ -29,10 +28,6 @@ class PolicyGuard(EditCallback):
     def __init__(self, policy: Policy | str) -> None:
         self.policy = policy if isinstance(policy, Policy) else Policy.read(policy)
         self._first = 0
-
-    def inputs(self) -> dict[str, str]:
-        """The hash of the rules."""
-        return {"policy": self.policy.hash}
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run before its model is measured."""
@@ -61,6 +56,5 @@ class PolicyGuard(EditCallback):
 
     def _begin(self, module: Any, loader: Any) -> None:
         policies = module.journal.policies
-        policies.obey(self.policy)
         policies.begin([request for records in loader or () for request in records.requests])
         policies.start(self.policy)

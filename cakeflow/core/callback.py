@@ -43,10 +43,6 @@ class EditCallback(L.Callback):
     It observes only: an ``EditError`` that it raises becomes a warning, and the edit goes on.
     """
 
-    def inputs(self) -> dict[str, str]:
-        """Name -> SHA-256 of what it decides edits by, such as a policy; the ledger has it with each batch."""
-        return {}
-
     def on_layer_solved(self, module: LocateThenEdit, edit: LayerEdit) -> None:
         """Called when a layer's update is known; its weight is still as before."""
 

@@ -43,7 +43,6 @@ from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
 from cakeflow.storage.atomic import make_private
-from cakeflow.storage.cache import content_key
 
 B = TypeVar("B", bound=EditBatch, default=Any)
 """The batches of a method: requests with what it needs of them, such as tokens."""
@@ -195,11 +194,6 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         with self.journal.reverted():
             self.prepare(list(self.trainer.train_dataloader or ()))
         self.journal.inputs = dict(self.inputs)
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, EditCallback):
-                for name, value in callback.inputs().items():
-                    values = [*filter(None, [self.journal.inputs.get(name)]), value]
-                    self.journal.inputs[name] = value if len(values) == 1 else content_key(*values)
 
     @final
     def training_step(self, batch: B, _: int) -> None:

@@ -40,7 +40,8 @@ class Journal(Sequence[EditStep]):
         pending: The batch that is being made, if there is one.
         memory: Hashes of the model in memory.
         policies: The policies that it obeys.
-        inputs: Name -> SHA-256 of what batches are solved with from now on (``EditStep.inputs``).
+        inputs: Name -> SHA-256 of what batches are solved with from now on; with the policies' hash,
+            ``EditStep.inputs``.
 
     Args:
         model: The model.
@@ -105,9 +106,10 @@ class Journal(Sequence[EditStep]):
         ``PolicyError``: a policy forbids it.
         """
         self.memory.require_ready("a batch", busy=self.pending is not None)
-        self.policies.require(requests)
-        step, known = EditStep(tuple(requests), inputs=dict(self.inputs)), set(self.places.originals)
-        number = self._count
+        if self.policies.rules:
+            self.policies.require(requests)
+        known, number = set(self.places.originals), self._count
+        step = EditStep(tuple(requests), inputs=self.inputs | self.policies.inputs)
         self.pending = step
         try:
             yield step
@@ -163,8 +165,10 @@ class Journal(Sequence[EditStep]):
         Raises:
             ResumeError: If that batch has other requests or inputs, or does not lead to the recorded weights.
         """
-        self.policies.require(requests)
-        step = self.store.next_step(tuple(map(request_hash, requests)), self.inputs) if self.store else None
+        if self.policies.rules:
+            self.policies.require(requests)
+        inputs, hashes = self.inputs | self.policies.inputs, tuple(map(request_hash, requests))
+        step = self.store.next_step(hashes, inputs) if self.store else None
         if step is not None:
             self._replay(step)
         return step

@@ -23,6 +23,7 @@ from cakeflow.errors import ConfigError, LedgerError, PolicyError, RequestError,
 from cakeflow.journal.ledger import Entry, bodies
 from cakeflow.journal.schema import BatchBody, EvaluationBody, PolicyBody, RollbackBody
 from cakeflow.journal.steps import request_hash
+from cakeflow.storage.cache import content_key
 from cakeflow.storage.typed import SHA256, first_fault
 from cakeflow.storage.yaml_text import read_yaml
 
@@ -204,6 +205,12 @@ class Policies:
         self.rules: list[Policy] = []
         self._due: dict[str, int] = {}  # hash of a policy that has not judged its run -> first batch of the run
         self._earlier = 0  # facts edited before the run
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """What a batch is decided by: the hash of the rules under ``policy``, if there are any."""
+        hashes = [policy.hash for policy in self.rules]
+        return {"policy": hashes[0] if len(hashes) == 1 else content_key(*hashes)} if hashes else {}
 
     def obey(self, policy: Policy) -> None:
         """Ask a policy before every batch from now on."""

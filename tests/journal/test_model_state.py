@@ -152,6 +152,16 @@ def test_two_editors_of_one_model_take_back_in_turn(lm, requests, layers):
     assert same(lm, before)
 
 
+def test_tied_weights_change_together(lm, requests):
+    editor = editor_of(lm)  # which refuses weights that are tied already
+    lm.module(name_of(lm, 2).removesuffix(".weight")).weight = lm.weight(name_of(lm, 1))
+    before = bits(lm)
+    editor.fit(requests[:2], evaluate=False)
+    editor.fit(requests[2:4], evaluate=False)
+    editor.rollback()
+    assert same(lm, before)
+
+
 # ---- the unedited model for a while ----
 
 
