@@ -161,6 +161,10 @@ class NumericalError(EditError, ArithmeticError):
     """A failed solve or values that are not finite; the edits of the batch were taken back."""
 
 
+class AllocationWarning(UserWarning):
+    """The exact allocation of a fact was not solved to its tolerance; the best iterate was used."""
+
+
 class ArrivalWarning(UserWarning):
     """Too little of a fact's searched change arrived at its value site, so the edit may not have taken."""
 

@@ -158,10 +158,8 @@ def rows(tiny: LanguageModel) -> list[Row]:
 
 
 @pytest.fixture
-def workplace(lm: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, empty but for the tiny GPT-2 in ``model``, with a cache of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
+def workplace(lm: LanguageModel, tmp_path: Path) -> Path:
+    """The current folder, empty but for the tiny GPT-2 in ``model``."""
     lm.model.save_pretrained(tmp_path / "model")
     lm.tokenizer.save_pretrained(tmp_path / "model")
     return tmp_path
@@ -206,6 +204,7 @@ def smollm2() -> LanguageModel:
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Each test's own cache folder; the user's is not touched."""
+    """Each test's own cache folder, in its own current folder; the user's are not touched."""
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"

@@ -261,8 +261,7 @@ def test_logger_with_a_folder_gets_the_journal(lm, quiet, requests, tmp_path):
     assert (run.folder / "metrics.csv").is_file()
 
 
-def test_without_arguments_the_trainer_logs_under_runs(lm, requests, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_without_arguments_the_trainer_logs_under_runs(lm, requests, tmp_path):
     run = make(lm, {"accelerator": "cpu"}).fit(requests[:1], evaluate=False)
     assert (tmp_path / run.folder).is_dir()
     assert run.folder.parts[:2] == ("runs", "cakeflow")

@@ -259,8 +259,7 @@ def test_all_faults_of_all_entries_are_named_at_once_whatever_finds_them(untouch
 
 
 @pytest.mark.parametrize(("name", "content", "line", "remedy"), BROKEN, ids=[case[0] for case in BROKEN])
-def test_broken_files(name, content, line, remedy, untouched, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_broken_files(name, content, line, remedy, untouched, tmp_path):
     (tmp_path / name).write_bytes(content)
     (problem,) = refused(untouched, tmp_path / name)
     assert (problem.index, problem.field) == (line, "line")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 from jaxtyping import Float
@@ -13,6 +14,10 @@ from cakeflow.forward.jacobian import LinearMap
 from cakeflow.models.architecture import Site
 
 ResidualAt = Literal["last", "self"]
+
+
+def _unnamed(facts: Iterable[int]) -> str:
+    return f"facts {list(facts)} of the batch"
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +30,8 @@ class LayerContext:
         index: Position of this layer among the edited ones.
         weights: Weights of all edited layers, (n x) l.
         linear_map: Map from output changes of this and the later layers to the value site; computed on first use.
+        name: Names facts, given their places in the batch, for warnings and errors.
+        numbers: What an allocator measures, by name; logged as ``layer{l}/{name}``.
     """
 
     site: Site
@@ -32,6 +39,8 @@ class LayerContext:
     index: int
     weights: Float[Tensor, "*n l"]
     linear_map: LinearMap | None = None
+    name: Callable[[Iterable[int]], str] = _unnamed
+    numbers: dict[str, float] = field(default_factory=dict)
 
 
 class Allocator(ABC):

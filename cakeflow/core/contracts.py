@@ -160,7 +160,7 @@ def checked_residual(
     if not bool(torch.isfinite(share).all()):
         bad = (~torch.isfinite(share)).any(1).nonzero()[:, 0].tolist()
         raise NumericalError(
-            f"{_name(allocator)}: the share of layer {context.site.layer} is not finite, facts {bad[:3]} of the batch"
+            f"layer {context.site.layer}, {context.name(bad)}: {_name(allocator)}: the share is not finite"
         )
     if isinstance(allocator, ShareAllocator):
         _check_shares(allocator, context)

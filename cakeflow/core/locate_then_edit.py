@@ -291,7 +291,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         for index, layer in enumerate(layers):
             value_site = self.targets.value_site(layers[-1] if self.allocator.residual_at == "last" else layer)
             linear_map = ModelJacobian(self.lm, batch, layers[index:], value_site)
-            yield LayerContext(Site(layer, self.site), value_site, index, weights[..., active], linear_map)
+            yield LayerContext(Site(layer, self.site), value_site, index, weights[..., active], linear_map, batch.name)
 
     def find_targets(self, batch: TextBatch, value_site: Site, step: EditStep, footprint: Footprint) -> Targets:
         """Search the target values of a batch, in parts that fit into memory."""
@@ -321,8 +321,10 @@ class LocateThenEdit(EditModule[TextBatch]):
         """The part of the residual that the layer takes."""
         layer = context.site.layer
         checked_facts("residuals at the value site are", residual, batch, context.value_site.layer)
-        with self.phase("allocate"), naming(layer, batch):
-            return checked_residual(self.allocator, self.allocator.allocate(residual, context), residual, context)
+        with self.phase("allocate"):
+            with naming(layer, batch):
+                share = self.allocator.allocate(residual, context)
+            return checked_residual(self.allocator, share, residual, context)
 
     def problem(
         self,
@@ -355,7 +357,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         norm = update.norm()
         weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
         residual = float(problem.residual.norm(dim=1).mean())
-        numbers = {"residual": residual, "update": norm, "relative_update": norm / weight}
+        numbers = {"residual": residual, "update": norm, "relative_update": norm / weight} | context.numbers
         if isinstance(self.allocator, ShareAllocator):
             numbers["share"] = float(self.allocator.shares(context.weights)[..., context.index].mean())
         change = WeightChange(self.lm.weight_name(context.site), update.to("cpu"), problem.keys.cpu())

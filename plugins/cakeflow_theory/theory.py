@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cakeflow.allocators import LinearMap, ShareAllocator, conjugate_gradients
 from cakeflow.core import EditCallback, LayerEdit, LocateThenEdit
+from cakeflow.errors import NumericalError
 from cakeflow.forward import Row
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, read_facts
 
@@ -137,7 +138,13 @@ def alone(
     def effect(covector: Tensor) -> Tensor:
         return linear_map.jvp(first_only(linear_map.vjp(covector)[0])) + damping * covector
 
-    return linear_map.vjp(conjugate_gradients(effect, edit.residual, tolerance, iterations))[0]
+    solution = conjugate_gradients(effect, edit.residual, tolerance, iterations)
+    if bool((solution.residual > tolerance).any()):
+        raise NumericalError(
+            f"layer {edit.context.site.layer}: the residual cannot be removed by this layer alone: a relative residual "
+            f"of {float(solution.residual.max()):.1e} is left after {iterations} steps; set damping higher"
+        )
+    return linear_map.vjp(solution.value)[0]
 
 
 def sensitivity(linear_map: LinearMap, like: Float[Tensor, "n d_out"], draws: int = 8) -> list[float]:

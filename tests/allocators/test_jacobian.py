@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from cakeflow.allocators import Jacobian, LayerContext, Sequential
 from cakeflow.allocators.jacobian import conjugate_gradients
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import AllocationWarning, ConfigError
 from cakeflow.models.architecture import Site
 from cakeflow.testing import DenseLinearMap
 
@@ -101,15 +101,56 @@ def test_linear_in_the_residual():
     torch.testing.assert_close(parts[2], 2 * parts[0] - 3 * parts[1], rtol=0, atol=1e-9)
 
 
-def test_too_few_steps_are_an_error():
-    with pytest.raises(NumericalError, match="after 1 steps"):
-        Jacobian(tolerance=1e-12, iterations=1).allocate(residual(), context(0, torch.ones(3).double(), matrices(3)))
+def graded(spread, facts=1, width=64):
+    """Maps of two layers whose system has eigenvalues from 2 to ``1 + spread``, in other directions for each fact."""
+    gen = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(facts, width, width, generator=gen, dtype=torch.float64)).Q
+    values = torch.logspace(0, 0.5, width, spread, dtype=torch.float64)
+    return [basis * values @ basis.mT, torch.eye(width).double().expand(facts, -1, -1)]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), -1.0])
-def test_a_system_that_is_not_positive_definite_is_an_error(bad):
-    with pytest.raises(NumericalError, match="positive definite"):
-        conjugate_gradients(lambda x: bad * x, residual(), 1e-6, 10)
+def test_steps_follow_the_need():
+    """A system of an edited model, with a condition number of some thousands, takes more than a hundred steps."""
+    found, right = graded(2500.0, width=400), torch.ones(1, 400, dtype=torch.float64)
+    here = LayerContext(Site(0), Site(9), 0, torch.ones(2).double(), DenseLinearMap(found))
+    share = Jacobian().allocate(right, here)
+    system = found[0] @ found[0].mT + found[1]
+    expected = torch.einsum("nij,ni->nj", found[0], torch.linalg.solve(system, right))
+    assert 100 < here.numbers["steps"] < 200
+    assert float((share - expected).norm() / expected.norm()) < 1e-2
+
+
+def test_a_fact_that_is_not_solved_takes_its_best_iterate_and_is_named():
+    easy, hard = matrices(2), graded(1e12, width=WIDTH)
+    found = [torch.cat([a[:2], b]) for a, b in zip(easy, hard, strict=True)]
+    values, right = torch.ones(2, dtype=torch.float64), residual()
+    here = LayerContext(Site(3), Site(9), 0, values, DenseLinearMap(found), "request {0[0]}".format)
+    with pytest.warns(
+        AllocationWarning, match=r"^layer 3, request 2: .* after 8 steps, and the best iterates are used"
+    ):
+        share = Jacobian(tolerance=1e-10, iterations=8).allocate(right, here)
+    torch.testing.assert_close(share[:2], dense(values, found, right)[0][:2], rtol=0, atol=1e-8)
+    assert here.numbers == {"steps": 8}
+    assert 0 < float(share[2].norm()) < float(right[2].norm())
+
+
+def test_the_best_iterate_has_the_smallest_residual():
+    (hard, _), right = graded(1e8), torch.ones(1, 64, dtype=torch.float64)
+    left = [float(conjugate_gradients(lambda x: x @ hard[0], right, 1e-13, steps).residual) for steps in range(40)]
+    assert left == sorted(left, reverse=True)
+    solution = conjugate_gradients(lambda x: x @ hard[0], right, 1e-13, 39)
+    measured = (right - solution.value @ hard[0]).norm() / right.norm()
+    assert float(measured) == pytest.approx(left[-1], rel=1e-3)
+    assert solution.steps.tolist() == [39]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_a_system_that_is_not_positive_definite_stops_alone(bad):
+    scale, right = torch.tensor([[1.0], [bad], [2.0]], dtype=torch.float64), residual()
+    solution = conjugate_gradients(lambda x: scale * x, right, 1e-6, 10)
+    assert solution.steps.tolist() == [1, 0, 1]
+    assert solution.residual.tolist() == [0, 1, 0]
+    assert torch.equal(solution.value, right * torch.tensor([[1.0], [0.0], [0.5]], dtype=torch.float64))
 
 
 @pytest.mark.parametrize(

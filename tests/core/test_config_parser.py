@@ -188,7 +188,6 @@ PLACES = {
 @pytest.mark.parametrize("part", PLACES.values(), ids=PLACES)
 @pytest.mark.parametrize("mode", ["file", "nested file"])
 def test_a_config_builds_no_other_class(config, monkeypatch, tmp_path, part, mode):
-    monkeypatch.chdir(tmp_path)
     model = part if "class_path" in part else {"layers": [1], **part}
     if mode == "nested file":
         model = str(
@@ -222,7 +221,6 @@ def test_a_config_builds_no_other_class(config, monkeypatch, tmp_path, part, mod
     ],
 )
 def test_a_trainer_gets_no_other_class(config, monkeypatch, tmp_path, capsys, trainer):
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: (tmp_path / "marker").touch())
     with pytest.raises((SystemExit, EditError)) as stopped:
         run_command(["fit", f"--config={config({'model': {'base': 'nowhere', 'layers': [1]}, 'trainer': trainer})}"])
@@ -298,8 +296,7 @@ def test_a_config_trusts_no_foreign_code(config, name, value):
         build_module([config({"model": {"layers": [1], "model_kwargs": {name: value}}})])
 
 
-def test_python_and_the_command_line_can_trust(config, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def test_python_and_the_command_line_can_trust(config, monkeypatch):
     assert build_module([], layers=[1], model_kwargs={"trust_remote_code": True})._loading["trust_remote_code"] is True
     loaded = []
 

@@ -7,6 +7,7 @@ import lightning as L
 import pytest
 import torch
 from conftest import fit_tiny
+from tiny_runs import editor_of
 
 from cakeflow import (
     Contexts,
@@ -20,10 +21,17 @@ from cakeflow import (
     Update,
     Weighter,
 )
-from cakeflow.allocators import LayerContext
+from cakeflow.allocators import Jacobian, LayerContext
 from cakeflow.core.callback import EditCallback
 from cakeflow.core.contracts import checked_parts, checked_residual
-from cakeflow.errors import ArrivalWarning, ConfigError, NumericalError, ShapeError, SharedKeyWarning
+from cakeflow.errors import (
+    AllocationWarning,
+    ArrivalWarning,
+    ConfigError,
+    NumericalError,
+    ShapeError,
+    SharedKeyWarning,
+)
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
@@ -79,7 +87,7 @@ class Wrong(LeastSquares):
         (
             {"allocator": Lost()},
             NumericalError,
-            "layer 1, request 0 .*test_contracts.Lost: the share of layer 1 is not finite",
+            "layer 1, request 0 .*test_contracts.Lost: the share is not finite",
         ),
         ({"solver": Wrong()}, ShapeError, "test_contracts.Wrong: layer 2 needs an update of shape"),
         ({"solver": Wrong(spoil="values")}, NumericalError, "layer 2, request 0 .*test_contracts.Wrong: .* not finite"),
@@ -280,3 +288,11 @@ def test_facts_whose_keys_coincide_are_not_searched_apart(lm, requests):
     batch = encode_batch(lm, [twins[0], *requests[3:5], twins[1]], Contexts())
     with pytest.raises(ConfigError, match=r"request 0 \(.*\), request 3 \(.*\): .* 2 facts .* raise memory_budget"):
         checked_parts(batch, 2)
+
+
+def test_facts_whose_exact_allocation_is_not_solved_are_named(lm, requests, quiet):
+    editor = editor_of(lm, quiet, allocator=Jacobian(tolerance=1e-9, iterations=1))
+    with pytest.warns(AllocationWarning, match=r"layer 1, request 0 .*, request 1 .* after 1 steps"):
+        run = editor.fit(requests[:2], evaluate=False)
+    assert run.logged["layer1/steps"] == 1
+    assert editor.module.journal[0].changes[0].numbers["steps"] == 1

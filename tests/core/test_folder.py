@@ -82,9 +82,8 @@ def test_an_evaluation_leaves_a_finished_run_as_it_is(lm, requests, tmp_path):
     assert verify(tmp_path / "run").faults == []
 
 
-def test_the_commands_write_no_config_beside_or_over_anything(lm, requests, tmp_path, monkeypatch):
+def test_the_commands_write_no_config_beside_or_over_anything(lm, requests, tmp_path):
     finished_run(copy.deepcopy(lm), tmp_path, requests)
-    monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text("mine: 1")
     files = content(tmp_path)
     words = ["evaluate", "--model", str(tmp_path / "model"), "--model.layers=[1]", "--data", "builtin",
@@ -113,9 +112,8 @@ def test_a_number_is_claimed_when_it_is_first_asked_for(tmp_path):
     assert sorted(each.name for each in tmp_path.iterdir()) == ["x"]
 
 
-def test_two_runs_without_a_name_do_not_meet(lm, requests, tmp_path, monkeypatch):
+def test_two_runs_without_a_name_do_not_meet(lm, requests):
     """The second one begins when the first one knows its folder and has written nothing."""
-    monkeypatch.chdir(tmp_path)
     other, runs = copy.deepcopy(lm), []
 
     class Meanwhile(L.Callback):

@@ -7,8 +7,7 @@ from cakeflow.core.callback import EditCallback
 from cakeflow.errors import NumericalError
 
 
-def test_stages_outcomes_and_phases(lm, requests, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)  # evaluate logs under runs/
+def test_stages_outcomes_and_phases(lm, requests, tmp_path):
     editor = editor_of(lm)
     module = editor.module
     run = editor.fit(requests[:3], run_dir=tmp_path / "run")

@@ -141,9 +141,8 @@ def test_a_run_that_resumes_without_evaluation_ends_too(lm, requests, tmp_path):
     assert kinds == ["model", "run", "evaluation", "batch", "batch", "evaluation", "end"]
 
 
-def test_a_run_that_was_refused_gets_no_entry(lm, requests, tmp_path, monkeypatch):
+def test_a_run_that_was_refused_gets_no_entry(lm, requests, tmp_path):
     """Neither at once, nor by what the editor does later."""
-    monkeypatch.chdir(tmp_path)
     with pytest.raises((KeyboardInterrupt, SystemExit)):
         fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(2))
     files, editor = content(tmp_path / "run"), editor_of(lm)

@@ -168,8 +168,7 @@ def test_long_lists_of_faults_are_shortened():
         ("none.json", "no file 'none.json'"),
     ],
 )
-def test_what_is_no_order(order, words, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_what_is_no_order(order, words):
     with pytest.raises(ConfigError, match=words):
         select(RECORDS, order=order)
 

@@ -73,9 +73,8 @@ def test_builtin_by_name():
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing/a.jsonl.gz", "builtin2", "./none", "../none", ""])
-def test_missing_file(name, tmp_path, monkeypatch):
+def test_missing_file(name, tmp_path):
     """Neither a path object nor a file's name is taken for a data set of the hub."""
-    monkeypatch.chdir(tmp_path)
     for source in (name, tmp_path / "no" / name, Path("owner/set")):
         with pytest.raises(ConfigError, match=r"no file or folder .* give 'builtin', a .json .* 'owner/name'"):
             read_requests(source)

@@ -14,13 +14,6 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import read_entries
 from journal.edits import DTYPES, bits, edit, same
 
-
-@pytest.fixture(autouse=True)
-def _folder(tmp_path, monkeypatch):
-    """Runs without a name go into the current folder."""
-    monkeypatch.chdir(tmp_path)
-
-
 HEAD = "lm_head.weight"
 
 

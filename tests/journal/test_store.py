@@ -32,8 +32,7 @@ ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
-def editor(tiny, request, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def editor(tiny, request):
     tiny.model.to(request.param)
     return editor_of(tiny)
 
