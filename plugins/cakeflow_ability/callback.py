@@ -46,7 +46,7 @@ class GeneralAbility(PeriodicCallback):
 
     def measure(self, module: LocateThenEdit) -> dict[str, float]:
         """Score the model on the tasks and log their accuracies."""
-        numbers = score_tasks(module.lm, self._tasks, self.limit)
+        numbers = score_tasks(module.lm, self._tasks, self.limit, module.max_bytes)
         accuracies = [
             f"{name.removesuffix('/acc')} {value:.3f}" for name, value in numbers.items() if name.endswith("/acc")
         ]

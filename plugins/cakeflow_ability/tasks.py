@@ -168,8 +168,14 @@ def _faults(index: int, entry: object, fields: Sequence[str], label: str, labels
         yield Fault(index, label, entry.get(label), f"must be one of {', '.join(map(str, labels))}")
 
 
-def score_tasks(lm: LanguageModel, tasks: Mapping[str, Any], limit: int | None = 100) -> dict[str, float]:
-    """Score a model on tasks that ``load_tasks`` read; see ``general_ability``."""
+def score_tasks(
+    lm: LanguageModel, tasks: Mapping[str, Any], limit: int | None = 100, max_bytes: float | None = None
+) -> dict[str, float]:
+    """Score a model on tasks that ``load_tasks`` read, in at most ``max_bytes`` beyond it; see ``general_ability``.
+
+    Raises:
+        ConfigError: If the longest text does not fit ``max_bytes``.
+    """
     from lm_eval import evaluate
 
     for task in tasks["tasks"].values():
@@ -177,7 +183,7 @@ def score_tasks(lm: LanguageModel, tasks: Mapping[str, Any], limit: int | None =
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
     with _quiet(), lm.evaluating():
-        harness = _harness(lm)
+        harness = _harness(lm, max_bytes)
         results = evaluate(harness, dict(tasks), limit=limit, bootstrap_iters=DRAWS)
     numbers: dict[str, float] = {}
     for name, row in {**results["results"], **results.get("groups", {})}.items():
@@ -200,7 +206,7 @@ def _plain(row: Mapping[str, Any]) -> dict[str, float]:
     return numbers
 
 
-def _harness(lm: LanguageModel) -> Any:
+def _harness(lm: LanguageModel, max_bytes: float | None) -> Any:
     """Wrap the model for lm-eval, with a copy of its tokenizer, because lm-eval adds a padding token."""
     from lm_eval.models.huggingface import HFLM
 
@@ -216,7 +222,7 @@ def _harness(lm: LanguageModel) -> Any:
             widths = [len(answer) for _, _, answer in requests]
             pairs = zip(texts, widths, strict=True)
             reads = [[(ids[:at], ids[at]) for at in range(len(ids) - width, len(ids))] for ids, width in pairs]
-            means, right = score_reads(lm, reads)
+            means, right = score_reads(lm, reads, max_bytes=max_bytes)
             self.finite = self.finite and bool(means.isfinite().all())
             return list(zip((means * torch.tensor(widths)).tolist(), (right == 1).tolist(), strict=True))
 

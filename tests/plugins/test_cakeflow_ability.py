@@ -4,6 +4,7 @@ import csv
 import json
 import sys
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -16,6 +17,8 @@ from tasks import write_all
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import shipped
+from cakeflow.errors import ConfigError
+from cakeflow.forward.packing import logits_bytes, pass_bytes
 from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.solvers import Solver
@@ -66,6 +69,16 @@ def test_a_second_run_goes_on_counting(lm, requests, quiet, data):
     module, _ = fit(lm, requests[:2], quiet, watcher)
     L.Trainer(**{**quiet, "callbacks": [watcher]}).fit(module, datamodule=EditDataModule(requests[2:4], 2))
     assert [row["ability/edits"] for row in watcher.rows] == [0, 2, 2, 4]
+
+
+@pytest.mark.usefixtures("offline")
+def test_items_are_scored_within_the_memory_budget(lm, data):
+    tight = GeneralAbility(data, ["cola"])
+    module = SimpleNamespace(lm=lm, max_bytes=128 * (pass_bytes(lm) + 2 * logits_bytes(lm)))
+    assert tight.measure(module) == pytest.approx(general_ability(lm, data, ["cola"]))
+    module.max_bytes = 1000
+    with pytest.raises(ConfigError, match="memory_budget"):
+        tight.measure(module)
 
 
 @dataclass(frozen=True)
