@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cakeflow.allocators.base import Allocator
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import build_module, find_config, shipped
+from cakeflow.core.contracts import Outcome
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import RunLogger
 from cakeflow.core.locate_then_edit import LocateThenEdit
@@ -26,6 +27,7 @@ from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
 from cakeflow.core.trainer import check_settings, check_trainer
 from cakeflow.data.contexts import Contexts
+from cakeflow.data.request import FactToken
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.export.formats import export
@@ -105,7 +107,11 @@ class Editor:
         record_texts: bool | None = None,
         private: bool | None = None,
         max_relative_update: float | None = None,
+        min_arrival: float | None = None,
+        on_low_arrival: Outcome | None = None,
         dequantize: bool | None = None,
+        fact_token: FactToken | None = None,
+        rounds: int | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
 
@@ -138,7 +144,11 @@ class Editor:
             record_texts: Whether the ledger has the texts of the requests.
             private: Whether only their owner can read the run folders that are made.
             max_relative_update: Largest update of a layer by one batch, in norms of its weight.
+            min_arrival: Least part of each fact's searched change that has to arrive.
+            on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
             dequantize: Whether quantized projections of these layers are replaced by plain ones.
+            fact_token: Token at which a fact is written.
+            rounds: Most further walks over the facts of a batch that did not take.
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.

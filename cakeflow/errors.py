@@ -165,6 +165,14 @@ class AllocationWarning(UserWarning):
     """The exact allocation of a fact was not solved to its tolerance; the best iterate was used."""
 
 
+class NotTakenWarning(UserWarning):
+    """A fact did not take: after its edit the model does not answer its own prompt with the target."""
+
+
+class BlockedWarning(UserWarning):
+    """A fact cannot be written alone: every token that it could be written at carries a massive activation."""
+
+
 class ArrivalWarning(UserWarning):
     """Too little of a fact's searched change arrived at its value site, so the edit may not have taken."""
 

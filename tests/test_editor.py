@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 from dataclasses import dataclass
+from inspect import signature
 
 import lightning as L
 import pytest
@@ -12,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loggers import CSVLogger, Logger
 from transformers import AutoModelForCausalLM
 
-from cakeflow import Contexts, Editor, EditRequest, Probe, RequestError
+from cakeflow import Contexts, Editor, EditRequest, LocateThenEdit, Probe, RequestError
 from cakeflow.core.run import FitResult
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
@@ -266,6 +267,11 @@ def test_without_arguments_the_trainer_logs_under_runs(lm, requests, tmp_path):
     assert (tmp_path / run.folder).is_dir()
     assert run.folder.parts[:2] == ("runs", "cakeflow")
     assert isinstance(make(lm, None).trainer(), L.Trainer)
+
+
+def test_from_pretrained_takes_every_setting_of_the_method():
+    method, ours = (signature(each).parameters for each in (LocateThenEdit, Editor.from_pretrained))
+    assert set(method) - {"base"} <= set(ours)
 
 
 @pytest.mark.parametrize("logger", [None, True])

@@ -12,9 +12,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
-from cakeflow.errors import ArrivalWarning, ConfigError, NumericalError, ShapeError, SharedKeyWarning
+from cakeflow.errors import (
+    ArrivalWarning,
+    BlockedWarning,
+    ConfigError,
+    NotTakenWarning,
+    NumericalError,
+    ShapeError,
+    SharedKeyWarning,
+)
+from cakeflow.forward.fact_tokens import FactBatch
 from cakeflow.forward.keys import FactReader
-from cakeflow.forward.tokens import TextBatch
+from cakeflow.forward.tokens import EditBatch, TextBatch
+from cakeflow.journal.schema import FactBody, Reason
 from cakeflow.models.architecture import Role, Site
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
@@ -206,41 +216,80 @@ def checked_update(solver: Solver, update: Update, problem: LayerProblem, layer:
     return update
 
 
-def checked_arrival(
-    reader: FactReader, batch: TextBatch, targets: Mapping[Site, Targets], role: Role, least: float, outcome: Outcome
+def arrival(
+    reader: FactReader, targets: Mapping[Site, Targets], role: Role
 ) -> tuple[Float[Tensor, "n d_out"], Float[Tensor, " n"]]:
-    """Measure the part of each fact's searched change that arrived, so that no fact fails to take unnoticed.
+    """Measure the part of each fact's searched change that arrived at its value site.
 
     Args:
-        reader: Reader of the facts, at or below the first value site.
-        batch: n facts.
+        reader: Reader of the n facts, at or below the first value site.
         targets: Value site -> target values, in ascending order.
         role: The edited projection.
-        least: Least part that passes.
-        outcome: Whether less is a warning or an error.
 
     Returns:
         What remains at the last value site, and the part that arrived at the worst one; 1 is all of it.
-
-    Raises:
-        NumericalError: If a fact has less and the outcome is ``error``.
     """
-    arrived = torch.ones(len(batch), dtype=torch.float64, device=reader.weights.device)
+    arrived = torch.ones(reader.prompts.size, dtype=torch.float64, device=reader.weights.device)
     for value_site, each in targets.items():
         remaining = each.values - reader.values(Site(value_site.layer, role), value_site)
         searched = (each.values - each.initial).norm(dim=1)
         share = 1 - remaining.norm(dim=1) / searched
         arrived = torch.where(searched > 0, torch.minimum(arrived, share), arrived)
-    if bad := (~(arrived >= least)).nonzero()[:, 0].tolist():
+    return remaining, arrived
+
+
+REMEDIES: dict[Reason, str] = {
+    "blocked": "every token they can be written at carries a massive activation; put a text in front of the prompt",
+    "arrival": "too little of the searched change arrived; lower statistics.cov_weight or ridge, or edit fewer at once",
+    "search": "the search did not make the target likely; raise targets.steps or targets.lr",
+    "interference": "changes of other facts reach the tokens behind them; edit fewer facts at once, or raise rounds",
+}
+
+
+def warn_not_taken(batch: EditBatch, outcomes: Sequence[FactBody]) -> None:
+    """Warn of the facts of a batch that did not take, with reasons and remedies."""
+    for reason, remedy in REMEDIES.items():
+        if failed := [i for i, each in enumerate(outcomes) if not each.taken and each.reason == reason]:
+            best = max(outcomes[i].probability for i in failed)
+            warnings.warn(
+                f"{batch.name(failed)}: not taken (probability of the target at most {best:.2g}): {remedy}",
+                NotTakenWarning,
+                stacklevel=2,
+            )
+
+
+def warn_blocked(batch: FactBatch) -> None:
+    """Warn of the facts of a batch that cannot be written alone, before anything is searched."""
+    if blocked := [i for i, each in enumerate(batch.massive) if each is not None]:
+        largest = max(batch.massive[i] or 0.0 for i in blocked)
+        warnings.warn(
+            f"{batch.name(blocked)}: blocked: {REMEDIES['blocked']} (its norm is up to {largest:.0f} times the median)",
+            BlockedWarning,
+            stacklevel=2,
+        )
+
+
+def check_arrival(arrived: Sequence[float], batch: TextBatch, least: float, outcome: Outcome) -> None:
+    """Warn of facts of whose searched change too little arrived, so that no fact fails to take unnoticed.
+
+    Args:
+        arrived: The part that arrived.
+        batch: n facts.
+        least: Least part that passes.
+        outcome: Whether less is a warning or an error.
+
+    Raises:
+        NumericalError: If a fact has less and the outcome is ``error``.
+    """
+    if bad := [i for i, each in enumerate(arrived) if not each >= least]:
         message = (
-            f"{batch.name(bad)}: {float(arrived[bad].min()):.0%} of the searched change arrived, and min_arrival is "
+            f"{batch.name(bad)}: {min(arrived[i] for i in bad):.0%} of the searched change arrived, and min_arrival is "
             f"{least:.0%}, so the edit may not have taken; lower statistics.cov_weight or the solver's ridge, edit "
             "fewer facts at once, or edit other layers"
         )
         if outcome == "error":
             raise NumericalError(message)
         warnings.warn(message, ArrivalWarning, stacklevel=2)
-    return remaining, arrived
 
 
 def _name(part: object) -> str:

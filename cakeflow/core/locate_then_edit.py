@@ -1,48 +1,37 @@
-"""The walk of one edit, top to bottom: weigh layers, find targets, share the residual, solve, change the weights."""
+"""The edit method of all closed-form recipes: its parts and settings, and what it prepares before the first edit."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, final
 
-import torch
 from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
-from tqdm.auto import tqdm
 
-from cakeflow.allocators.base import Allocator, LayerContext, ShareAllocator
+from cakeflow.allocators.base import Allocator, ShareAllocator
 from cakeflow.allocators.sequential import Sequential
-from cakeflow.core.callback import LayerEdit
 from cakeflow.core.contracts import (
     Outcome,
-    checked_arrival,
     checked_facts,
-    checked_parts,
-    checked_residual,
-    checked_weights,
-    naming,
-    solved,
+    warn_blocked,
 )
 from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import Footprint
 from cakeflow.core.module import EditModule
 from cakeflow.core.statistics import Statistics
+from cakeflow.core.walk import Walk
 from cakeflow.data.contexts import Contexts
-from cakeflow.data.request import EditRequest
+from cakeflow.data.request import EditRequest, FactToken
 from cakeflow.errors import ConfigError, require_choice, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
+from cakeflow.forward.fact_tokens import FactBatch, choose_tokens
 from cakeflow.forward.generation import generate_contexts
-from cakeflow.forward.jacobian import ModelJacobian
-from cakeflow.forward.keys import FactReader
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB
-from cakeflow.forward.residual_path import NormPath, ResidualPath, ResidualPaths
+from cakeflow.forward.residual_path import ResidualPaths
 from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.journal.changes import WeightChange
-from cakeflow.journal.schema import TargetBody
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Architecture, Role, Site
 from cakeflow.models.language import LanguageModel
@@ -53,21 +42,22 @@ from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.problem import LayerProblem, Update
 from cakeflow.storage.hashing import tensor_hash
-from cakeflow.targets.base import Targets, TargetSearch
+from cakeflow.targets.base import TargetSearch
 from cakeflow.targets.gradient import GradientSearch
 from cakeflow.tracing.window import locate
-from cakeflow.weighters.base import Weighter, effective_layers
+from cakeflow.weighters.base import Weighter
 from cakeflow.weighters.static import Uniform
 
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
     "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
+    "fact_token", "rounds",
 )  # fmt: skip
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
 
 @final
-class LocateThenEdit(EditModule[TextBatch]):
+class LocateThenEdit(EditModule[FactBatch]):
     """Edits facts by closed-form changes of one projection per layer: MEMIT, AlphaEdit, CAKE and their relatives.
 
     Args:
@@ -103,6 +93,9 @@ class LocateThenEdit(EditModule[TextBatch]):
             and the batch is undone. On SmolLM2, eight facts by six shipped recipes stay below 0.2.
         min_arrival: Least part of each fact's searched change that has to arrive at its value site.
         on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
+        fact_token: Token at which a fact is written, for requests that do not say it: the subject's last one, its first
+            one, the one after it, the prompt's last one, or ``auto`` (``choose_tokens``).
+        rounds: Most further walks over the facts of a batch that did not take; 0 is what the papers do.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
 
     Raises:
@@ -135,9 +128,14 @@ class LocateThenEdit(EditModule[TextBatch]):
         max_relative_update: float = 10.0,
         min_arrival: float = 0.5,
         on_low_arrival: Outcome = "warn",
+        fact_token: FactToken = "auto",
+        rounds: int = 0,
         dequantize: bool = False,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
+        require_choice("fact_token", fact_token, FactToken)
+        if rounds < 0 or (rounds and not solver.needs_targets):
+            raise ConfigError(f"rounds must be 0 or more, and 0 for a solver without target values; got {rounds}")
         if dequantize and layers == "auto":
             raise ConfigError("dequantize=True needs layers by number: with layers='auto' they are known too late")
         if site != "mlp_out" and not isinstance(allocator, ShareAllocator):
@@ -161,6 +159,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
         self.dequantize = dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
+        self.fact_token, self.rounds = fact_token, rounds
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
         if isinstance(base, LanguageModel):
@@ -192,14 +191,15 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     # ---- before the first edit ----
 
-    def encode(self, requests: Sequence[EditRequest]) -> TextBatch:
+    def encode(self, requests: Sequence[EditRequest]) -> FactBatch:
         """All requests as tokens, in every context; contexts are sampled here if there are none."""
-        if self.contexts is None:
-            with self.journal.reverted():
+        with self.journal.reverted():
+            if self.contexts is None:
                 self.contexts = generate_contexts(self.lm, self.seed)
-        return encode_batch(self.lm, requests, self.contexts)
+            texts = encode_batch(self.lm, requests, self.contexts)
+            return choose_tokens(self.lm, texts, self.fact_token, self.layers[0] if self.layers else self.lm.depth // 4)
 
-    def prepare(self, batches: Sequence[TextBatch]) -> None:
+    def prepare(self, batches: Sequence[FactBatch]) -> None:
         """Choose the layers, measure their scores, estimate the memory of every batch, and collect second moments."""
         self.paths = ResidualPaths(self.lm)
         with self.phase("trace"):
@@ -210,8 +210,9 @@ class LocateThenEdit(EditModule[TextBatch]):
             self.weighter = self.weighter.prepare(self.lm, self.layers)
         earlier = self.journal.edits
         for batch in batches:
-            self.footprints[batch.first] = self.estimate(batch, earlier)
-            earlier += len(batch)
+            warn_blocked(batch)
+            self.footprints[batch.first] = self.estimate(batch.texts, earlier)
+            earlier += len(batch.texts)
         with self.phase("statistics"):
             missing = [Site(layer, self.site) for layer in self.layers if layer not in self.covariances]
             if missing:
@@ -254,77 +255,17 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.weighter.check(layers)
         self.layers = list(layers)
 
-    # ---- the walk ----
+    # ---- a batch ----
 
-    def edit(self, batch: TextBatch, step: EditStep) -> None:
-        """Edit one batch: layer by layer, from below."""
-        footprint = self.footprints[batch.first]
-        weights = self.weighter.weigh(self.lm, batch, self.layers)
-        weights = checked_weights(self.weighter, weights, len(batch), self.layers)
-        self.log("n_eff", effective_layers(weights).mean(), batch_size=len(batch))
-        reader = FactReader(self.lm, batch, footprint.pass_tokens)
-        targets: dict[Site, Targets] = {}
-        for context in self.layer_contexts(weights, batch):
-            if context.value_site not in targets:
-                targets[context.value_site] = self.find_targets(batch, context.value_site, step, footprint)
-            with self.phase("keys"):
-                keys, prompt_keys, values = reader.read(context.site, context.value_site)
-                path = self.paths.at(reader.prompts, context.site) if self.writes_blocks else ResidualPath()
-            residual = targets[context.value_site].values - values
-            share = self.allocate(residual, context, batch)
-            with self.phase("solve"):
-                problem = self.problem(context.site, batch, keys, path.required(share), prompt_keys)
-                update = solved(self.solver, problem, context.site.layer, batch, self.max_relative_update)
-            self.notify("on_layer_solved", LayerEdit(context, batch, residual, problem, update))
-            self.apply_update(step, context, batch, problem, update)
-        if self.apply_deferred(step) or len(targets) > 1:
-            reader = FactReader(self.lm, batch, footprint.pass_tokens)
-        remaining, arrived = checked_arrival(reader, batch, targets, self.site, self.min_arrival, self.on_low_arrival)
-        numbers = {"left": remaining.norm(dim=1).mean(), "arrived": arrived.mean()}
-        self.log_dict({f"target/{name}": value for name, value in numbers.items()}, batch_size=len(batch))
-        self.notify("on_batch_edited", remaining)
-
-    def layer_contexts(self, weights: Float[Tensor, "*n l"], batch: TextBatch) -> Iterator[LayerContext]:
-        """The layers to edit in ascending order; those of weight 0 are left out."""
-        active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(self.layers)).any(0)) if positive]
-        layers = [self.layers[i] for i in active]
-        for index, layer in enumerate(layers):
-            value_site = self.targets.value_site(layers[-1] if self.allocator.residual_at == "last" else layer)
-            linear_map = ModelJacobian(self.lm, batch, layers[index:], value_site)
-            yield LayerContext(Site(layer, self.site), value_site, index, weights[..., active], linear_map, batch.name)
-
-    def find_targets(self, batch: TextBatch, value_site: Site, step: EditStep, footprint: Footprint) -> Targets:
-        """Search the target values of a batch, in parts that fit into memory."""
-        layer = value_site.layer
-        bar = tqdm(total=len(batch), desc=f"target values, layer {layer}", unit="edit", delay=2, leave=False)
-        tokens, parts = footprint.suffix_tokens, checked_parts(batch, footprint.facts)
-        with self.phase("targets"), bar:
-            stream = FactReader(self.lm, batch, footprint.pass_tokens).prompts
-            path = self.paths.ahead(stream, Site(layer, self.site)) if self.writes_blocks else ResidualPath()
-            part_of = self.targets.at(self.site) if isinstance(path, NormPath) else self.targets
-            search = partial(part_of.search, progress=bar.update) if self.solver.needs_targets else part_of.measure
-            targets = Targets.join([search(self.lm, part, layer, max_tokens=tokens) for part in parts])
-            if isinstance(path, NormPath):
-                reached = path.output + path.reached(targets.values - targets.initial)
-                targets = replace(targets, values=reached, initial=path.output)
-        checked_facts("target values are", targets.values, batch, layer)
-        numbers = {"loss": targets.loss, "probability": targets.probability, "steps": targets.steps.double()}
-        self.log_dict({f"target/{name}": value.mean() for name, value in numbers.items()}, batch_size=len(batch))
-        step.values[layer] = targets.values.cpu()
-        rows = zip(*(value.tolist() for value in numbers.values()), strict=True)
-        step.targets += [TargetBody(layer=layer, **dict(zip(numbers, row, strict=True))) for row in rows]
-        return targets
-
-    def allocate(
-        self, residual: Float[Tensor, "n d_out"], context: LayerContext, batch: TextBatch
-    ) -> Float[Tensor, "n d_out"]:
-        """The part of the residual that the layer takes."""
-        layer = context.site.layer
-        checked_facts("residuals at the value site are", residual, batch, context.value_site.layer)
-        with self.phase("allocate"):
-            with naming(layer, batch):
-                share = self.allocator.allocate(residual, context)
-            return checked_residual(self.allocator, share, residual, context)
+    def edit(self, batch: FactBatch, step: EditStep) -> None:
+        """Edit one batch: walk over the layers, and again for the facts that did not take."""
+        walk = Walk(self, batch, step)
+        walk.over(range(len(walk.batch)))
+        for _ in range(self.rounds):
+            if not (facts := walk.not_taken()):
+                break
+            walk.over(facts)
+        walk.close()
 
     def problem(
         self,
@@ -348,33 +289,6 @@ class LocateThenEdit(EditModule[TextBatch]):
             prompt_keys=prompt_keys,
             loss=WeightLoss(self.lm, batch, site),
         )
-
-    def apply_update(
-        self, step: EditStep, context: LayerContext, batch: TextBatch, problem: LayerProblem, update: Update
-    ) -> None:
-        """Add the update to the weight, and log the layer's numbers."""
-        layer = context.site.layer
-        norm = update.norm()
-        weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
-        residual = float(problem.residual.norm(dim=1).mean())
-        numbers = {"residual": residual, "update": norm, "relative_update": norm / weight} | context.numbers
-        if isinstance(self.allocator, ShareAllocator):
-            numbers["share"] = float(self.allocator.shares(context.weights)[..., context.index].mean())
-        change = WeightChange(self.lm.weight_name(context.site), update.to("cpu"), problem.keys.cpu())
-        with self.phase("solve"), naming(layer, batch):
-            self.journal.apply(step, change, numbers)
-        self.log_dict({f"layer{layer}/{name}": value for name, value in numbers.items()}, batch_size=len(batch))
-
-    def apply_deferred(self, step: EditStep) -> bool:
-        """Put each deferred update in the place of the one that it was deferred for; True if there was any."""
-        deferred = False
-        for index, part in enumerate(step.changes):
-            change = part.change
-            if isinstance(change, WeightChange) and (update := change.update.deferred) is not None:
-                numbers = part.numbers | {"update": update.norm()}
-                self.journal.replace(step, index, replace(change, update=update), numbers)
-                deferred = True
-        return deferred
 
     # ---- after the last batch ----
 

@@ -88,11 +88,11 @@ class TokenCost:
     def of_pass(self, row: Row, *, essence: bool = False) -> int:
         """Return the bytes of a row's suffix in a pass with gradients."""
         suffix, reads = (1, 1) if essence else (_suffix(row), len(row.ids) - row.target)
-        return suffix * self.graph + (row.subject + suffix) * self.cache + reads * self.logits
+        return suffix * self.graph + (row.fact + suffix) * self.cache + reads * self.logits
 
     def of_search(self, rows: Sequence[Row]) -> int:
         """Return the bytes held per fact during the target search: prefixes, suffixes, the essence before the edit."""
-        return sum(row.subject * self.cache + 2 * len(row.ids) * self.hidden for row in rows) + self.logits // 7
+        return sum(row.fact * self.cache + 2 * len(row.ids) * self.hidden for row in rows) + self.logits // 7
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class Footprint:
         weights = [lm.module(site).get_parameter("weight") for site in sites]
         d_in, stored = lm.key_width(sites[0]), sum(map(_stored, weights))
         free = (DEFAULT_BYTES if max_bytes is None else max_bytes) - stored
-        prompts = sum(row.subject + 1 for rows in batch.rows for row in rows)
+        prompts = sum(row.fact + 1 for rows in batch.rows for row in rows)
         hidden = prompts * cost.hidden
         pass_tokens = int(max(256, min(PASS_TOKENS, prompts, free / 4 / cost.through)))
         squares = 1 if n + earlier <= d_in else 5  # eigenvectors of C; C, the system and its factor in the primal form
@@ -188,7 +188,7 @@ def _stored(weight: Tensor) -> int:
 
 
 def _suffix(row: Row) -> int:
-    return len(row.ids) - 1 - row.subject
+    return len(row.ids) - 1 - row.fact
 
 
 def _per_token(cost: TokenCost, batch: TextBatch) -> Iterator[float]:

@@ -12,6 +12,9 @@ from cakeflow.errors import Fault
 
 ProbeKind = Literal["paraphrase", "neighborhood", "generation"]
 
+FactToken = Literal["auto", "subject_last", "subject_first", "after_subject", "prompt_last"]
+"""Where a fact is written: see ``forward.choose_tokens``."""
+
 _INVISIBLE = ("Zs", "Zl", "Zp", "Cc", "Cf")
 """Unicode categories of invisible characters: white space, controls, zero-width marks."""
 
@@ -48,6 +51,7 @@ class EditRequest:
         case_id: Id of the record in its data set, used by published orders.
         space: Whether a space stands between prompt and target, in the probes too; None lets the texts decide
             (``cakeflow.data.text.join``).
+        fact_token: The token at which the fact is written; None takes the edit method's.
 
     Example:
         >>> EditRequest("{} plays the sport of", "LeBron James", "tennis").text
@@ -63,6 +67,7 @@ class EditRequest:
     reference: str | None = None
     case_id: int | str | None = None
     space: bool | None = None
+    fact_token: FactToken | None = None
 
     @property
     def text(self) -> str:
@@ -137,6 +142,8 @@ def _faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
 
 
 def _prompt_faults(request: EditRequest) -> Iterator[tuple[str, object, str]]:
+    if request.fact_token is not None and request.fact_token not in get_args(FactToken):
+        yield "fact_token", request.fact_token, f"must be one of {', '.join(get_args(FactToken))}, or left out"
     if isinstance(request.prompt, str) and request.prompt.count("{}") != 1:
         yield "prompt", request.prompt, _slot_remedy(request.prompt, request.subject)
     if isinstance(request.subject, str) and request.subject != request.subject.strip():

@@ -7,12 +7,12 @@ keys are already those of the edited model, because they depend only on the laye
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from cakeflow.forward.packing import pad, plan
@@ -34,11 +34,11 @@ class _Chunk:
 
 
 class PromptStream:
-    """Prompts cut after the subject's last token, run through the model layer by layer.
+    """Prompts cut after the token at which the fact is written, run through the model layer by layer.
 
     Args:
         lm: The model.
-        prompts: Token ids of each row, up to the subject's last token, which later tokens cannot influence.
+        prompts: Token ids of each row, up to the token that is read, which later tokens cannot influence.
         max_tokens: Most tokens in one forward pass.
     """
 
@@ -69,17 +69,24 @@ class PromptStream:
         return keys, torch.cat([value for _, value in parts])[order] if value_site else None  # type: ignore[misc]
 
     @torch.no_grad()
-    def mix(self, key_site: Site, weights: Float[Tensor, "n c"]) -> Float[Tensor, "n d_in"]:
-        """Return weighted sums of the keys of n groups of c rows, in float64, with the keys of one pass in memory."""
-        return reduce(torch.add, (self._mix_chunk(chunk, key_site, weights) for chunk in self.chunks))
+    def mix(
+        self, key_site: Site, owners: Int[Tensor, " rows"], weights: Float[Tensor, " rows"], count: int
+    ) -> Float[Tensor, "n d_in"]:
+        """Return weighted sums of keys, in float64, with the keys of one pass in memory.
 
-    def _mix_chunk(self, chunk: _Chunk, key_site: Site, weights: Float[Tensor, "n c"]) -> Float[Tensor, "n d_in"]:
+        Args:
+            key_site: Projection whose input is the key.
+            owners: For each row the sum that it belongs to.
+            weights: Weight of each row in its sum.
+            count: Number n of sums.
+        """
+        return reduce(torch.add, (self._mix_chunk(chunk, key_site, owners, weights, count) for chunk in self.chunks))
+
+    def _mix_chunk(self, chunk: _Chunk, key_site: Site, owners: Tensor, weights: Tensor, count: int) -> Tensor:
         """Return the part of the sums from one chunk."""
         keys, _ = self._read(chunk, key_site, None)
-        group = torch.tensor(chunk.rows, device=weights.device)
-        mixing = weights.new_zeros(len(weights), len(group))
-        place = group // weights.shape[1], torch.arange(len(group), device=weights.device)
-        mixing[place] = weights[place[0], group % weights.shape[1]]
+        mixing = weights.new_zeros(count, len(chunk.rows))
+        mixing[owners[chunk.rows], torch.arange(len(chunk.rows), device=weights.device)] = weights[chunk.rows]
         return mixing @ keys.double()  # not index_add_, whose order of additions varies on GPUs
 
     @torch.no_grad()
@@ -151,7 +158,7 @@ class PromptStream:
 
 
 class FactReader:
-    """Reader of the mean key of each fact over its contexts, and of its present value on the bare prompt.
+    """Reader of the mean key of each fact over its contexts, and of its present value in the first of them.
 
     Args:
         lm: The model.
@@ -160,11 +167,16 @@ class FactReader:
     """
 
     def __init__(self, lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192) -> None:
-        prompts = [[row.ids[: row.subject + 1] for row in rows] for rows in batch.rows]
-        self.weights = torch.tensor(batch.weights, dtype=torch.float64, device=lm.device)
-        self.prompts = PromptStream(lm, [rows[0] for rows in prompts], max_tokens)
-        others = [ids for rows in prompts for ids in rows[1:]]
+        self.prompts = PromptStream(lm, [rows[0].ids[: rows[0].fact + 1] for rows in batch.rows], max_tokens)
+        self.weights = self._column(weights[0] for weights in batch.weights)
+        others = [row.ids[: row.fact + 1] for rows in batch.rows for row in rows[1:]]
         self.others = PromptStream(lm, others, max_tokens) if others else None
+        self._other_weights = self._column(each for weights in batch.weights for each in weights[1:])
+        owners = [i for i, rows in enumerate(batch.rows) for _ in rows[1:]]
+        self._owners = torch.tensor(owners, dtype=torch.long, device=lm.device)
+
+    def _column(self, values: Iterable[float]) -> Float[Tensor, " rows"]:
+        return torch.tensor(list(values), dtype=torch.float64, device=self.prompts.lm.device)
 
     def read(
         self, site: Site, value_site: Site
@@ -176,19 +188,19 @@ class FactReader:
             value_site: Module whose output gets the target values.
 
         Returns:
-            Mean key over the contexts (weighted by the batch), key on the bare prompt, and present output of the value
-            site.
+            Mean key over the contexts (weighted by the batch), key in the first of them, which is the bare prompt if it
+            is among them, and the present output of the value site there.
         """
         keys, values = self.prompts.read(site, value_site)
         keys = keys.double()
-        mean = keys * self.weights[0]
+        mean = keys * self.weights[:, None]
         if self.others is not None:
-            mean = mean + self.others.mix(site, self.weights[1:].expand(len(keys), -1))
+            mean = mean + self.others.mix(site, self._owners, self._other_weights, len(keys))
         assert values is not None
         return mean, keys, values.double()
 
     def values(self, site: Site, value_site: Site) -> Float[Tensor, "n d_out"]:
-        """Return present values at the value site on the bare prompts, in float64; ``site`` is the last one read."""
+        """Return present values at the value site in the first contexts, in float64; ``site`` is the last one read."""
         _, values = self.prompts.read(site, value_site)
         assert values is not None
         return values.double()

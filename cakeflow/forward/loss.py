@@ -60,7 +60,7 @@ class WeightLoss:
 
     def _of(self, rows: list[Row], ids: Tensor, hidden: Tensor, change: Tensor) -> Float[Tensor, " rows"]:
         lm, layer = self.lm, self.site.layer
-        row, column, label = torch.tensor(before_targets(rows, from_subject=False), device=ids.device).T
+        row, column, label = torch.tensor(before_targets(rows, from_fact=False), device=ids.device).T
         # the change is d_out x d_in, the weight may be stored the other way round
         changed = {lm.weight_name(self.site): lm.weight(self.site).detach() + lm.oriented(self.site, change)}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}

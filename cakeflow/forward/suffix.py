@@ -248,7 +248,7 @@ def cut(
     *,
     read_first: bool = False,
 ) -> tuple[list[Suffixes], Float[Tensor, "rows sites width"]]:
-    """Run rows once in full and cut them at the subject's last token.
+    """Run rows once in full and cut them at the token at which the fact is written.
 
     Args:
         lm: The model.
@@ -259,23 +259,23 @@ def cut(
         read_first: Read logits at the first position only (no labels) instead of before each target token.
 
     Returns:
-        Groups of suffixes, and the sites' own outputs at each row's subject.
+        Groups of suffixes, and the sites' own outputs at each row's token of the fact.
     """
     _require_full_attention(lm, max(len(row.ids) for row in rows))
-    ends = [row.subject + 1 if read_first else len(row.ids) - 1 for row in rows]
-    lengths = [end - row.subject for end, row in zip(ends, rows, strict=True)]
+    ends = [row.fact + 1 if read_first else len(row.ids) - 1 for row in rows]
+    lengths = [end - row.fact for end, row in zip(ends, rows, strict=True)]
     first = min(map(first_changed, sites))
     recorded = [*dict.fromkeys([Site(max(first - 1, 0)), *sites])]
     groups: list[Suffixes] = []
     outputs: dict[int, Tensor] = {}
     for group in plan(lengths, max_tokens, slack=8):
         recording = Recording.of(lm, pad([rows[i].ids[: ends[i]] for i in group], lm.device), recorded)
-        start = torch.tensor([rows[i].subject for i in group], device=lm.device)
+        start = torch.tensor([rows[i].fact for i in group], device=lm.device)
         fact = torch.tensor([facts[i] for i in group], device=lm.device)
         reads = _first_position(len(group)) if read_first else before_targets([rows[i] for i in group])
         groups.append(recording.cut(first, start, lengths[group[0]], fact, reads))
-        at_subject = [take(recording.outputs[site], start[:, None])[:, 0] for site in sites]
-        outputs.update(zip(group, torch.stack(at_subject, 1), strict=True))
+        at_fact = [take(recording.outputs[site], start[:, None])[:, 0] for site in sites]
+        outputs.update(zip(group, torch.stack(at_fact, 1), strict=True))
     return groups, torch.stack([outputs[i] for i in range(len(rows))])
 
 
@@ -292,9 +292,9 @@ def _first_position(count: int) -> list[tuple[int, int, int]]:
     return [(row, 0, -1) for row in range(count)]
 
 
-def before_targets(rows: Sequence[Row], *, from_subject: bool = True) -> list[tuple[int, int, int]]:
-    """Return (row, column, label) of every target token; the column before it, from the subject or the row's start."""
-    starts = [row.subject if from_subject else 0 for row in rows]
+def before_targets(rows: Sequence[Row], *, from_fact: bool = True) -> list[tuple[int, int, int]]:
+    """Return (row, column, label) of every target token; the column before it, from the fact's or the row's start."""
+    starts = [row.fact if from_fact else 0 for row in rows]
     return [
         (i, at - 1 - start, row.ids[at])
         for i, (row, start) in enumerate(zip(rows, starts, strict=True))

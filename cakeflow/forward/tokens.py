@@ -33,12 +33,19 @@ class Row:
         subject: Index of the subject's last token; -1 without a subject.
         target: Index of the first target token; ``len(ids)`` without a target.
         start: Index of the subject's first token; -1 unless ``encode`` received ``starts``.
+        offset: Tokens from the subject's last one to the one at which a fact is written.
     """
 
     ids: tuple[int, ...]
     subject: int
     target: int
     start: int = -1
+    offset: int = 0
+
+    @property
+    def fact(self) -> int:
+        """Index of the token at which a fact is written (ROME's ``fact_token``)."""
+        return self.subject + self.offset
 
 
 class EditBatch:
@@ -46,14 +53,19 @@ class EditBatch:
 
     Args:
         requests: n requests.
-        first: Place of the first request in its run, for error messages.
+        numbers: Place of each request in its run; 0, 1, ... by default.
     """
 
-    def __init__(self, requests: Sequence[EditRequest], first: int = 0) -> None:
-        self.requests, self.first = tuple(requests), first
+    def __init__(self, requests: Sequence[EditRequest], numbers: Sequence[int] = ()) -> None:
+        self.requests, self.numbers = tuple(requests), tuple(numbers or range(len(requests)))
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    @property
+    def first(self) -> int:
+        """Place of the first request in its run."""
+        return self.numbers[0]
 
     def name(self, facts: Iterable[int]) -> str:
         """Some of the facts as error messages name them; of many, the first three.
@@ -62,56 +74,67 @@ class EditBatch:
             facts: Their places in the batch.
         """
         places = list(facts)
-        names = [f"request {self.first + i} ({self.requests[i].text!r})" for i in places[:3]]
+        names = [f"request {self.numbers[i]} ({self.requests[i].text!r})" for i in places[:3]]
         return ", ".join(names) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
 
-    def part(self, facts: slice) -> Self:
-        """The batch of some of the facts."""
-        return type(self)(self.requests[facts], self.first + (facts.start or 0))
+    def part(self, facts: Sequence[int]) -> Self:
+        """The batch of the facts at some places."""
+        return type(self)([self.requests[i] for i in facts], [self.numbers[i] for i in facts])
 
     def split(self, size: int) -> Iterator[Self]:
         """Batches of at most ``size`` facts."""
         for start in range(0, len(self), size):
-            yield self.part(slice(start, start + size))
+            yield self.part(range(start, min(start + size, len(self))))
 
 
 class TextBatch(EditBatch):
-    """The requests of one edit batch, tokenized.
+    """Requests with their tokens: n entries, each with one key and one target value.
 
     Args:
-        requests: n requests.
-        rows: For each request its prompt in every context, target included; the bare prompt first.
-        essence: For each request the prompt "{subject} is a".
-        weights: Weight of each context in the mean key; sums to 1.
-        first: Place of the first request in its run.
+        requests: n requests; one that is written at two tokens has two entries.
+        rows: For each entry the prompt in some contexts, target included; the bare prompt first, if it is among them.
+        essence: For each entry the prompt "{subject} is a".
+        weights: For each entry the weight of each of its rows in the mean key; they sum to 1.
+        numbers: Place of each request in its run.
     """
 
     def __init__(
         self,
         requests: Sequence[EditRequest],
-        rows: tuple[tuple[Row, ...], ...],
-        essence: tuple[Row, ...],
-        weights: tuple[float, ...],
-        first: int = 0,
+        rows: Sequence[tuple[Row, ...]],
+        essence: Sequence[Row],
+        weights: Sequence[tuple[float, ...]],
+        numbers: Sequence[int] = (),
     ) -> None:
-        super().__init__(requests, first)
-        self.rows, self.essence, self.weights = rows, essence, weights
+        super().__init__(requests, numbers)
+        self.rows, self.essence, self.weights = tuple(rows), tuple(essence), tuple(weights)
 
     def __repr__(self) -> str:
         return f"TextBatch({self.requests}, {self.rows}, {self.essence}, {self.weights})"
 
-    def part(self, facts: slice) -> Self:
-        """The batch of some of the facts."""
-        first = self.first + (facts.start or 0)
-        return type(self)(self.requests[facts], self.rows[facts], self.essence[facts], self.weights, first)
+    def part(self, facts: Sequence[int]) -> Self:
+        """The batch of the entries at some places."""
+        parts = (self.requests, self.rows, self.essence, self.weights, self.numbers)
+        return type(self)(*([each[i] for i in facts] for each in parts))  # type: ignore[arg-type]
+
+    @classmethod
+    def join(cls, parts: Sequence[Self]) -> Self:
+        """The entries of several batches as one."""
+        names = ("requests", "rows", "essence", "weights", "numbers")
+        return cls(*([each for part in parts for each in getattr(part, name)] for name in names))
+
+    @property
+    def owners(self) -> list[int]:
+        """For each row of all entries, in order, the place of its entry."""
+        return [i for i, rows in enumerate(self.rows) for _ in rows]
 
     def key_groups(self) -> list[int]:
-        """For each fact the first fact of the batch with the same key: the same tokens up to the end of the subject.
+        """For each entry the first one with the same key: the same tokens up to the one at which the fact is written.
 
-        Such facts can only have one value, whatever their prompts say after the subject.
+        Such facts can only have one value, whatever their prompts say after it.
         """
         first: dict[tuple[tuple[int, ...], ...], int] = {}
-        prefixes = [tuple(row.ids[: row.subject + 1] for row in rows) for rows in self.rows]
+        prefixes = [tuple(row.ids[: row.fact + 1] for row in rows) for rows in self.rows]
         return [first.setdefault(prefix, i) for i, prefix in enumerate(prefixes)]
 
 
@@ -252,7 +275,8 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
         [len(request.subject) for request in requests],
         [len(ESSENCE) - 2 + len(request.subject) for request in requests],
     )
-    return TextBatch(requests, rows, tuple(essence), contexts.weights, first)
+    count = len(requests)
+    return TextBatch(requests, rows, essence, [contexts.weights] * count, range(first, first + count))
 
 
 def _check_rows(

@@ -384,11 +384,11 @@ class Journal(Sequence[EditStep]):
         self._count = max(self._count, step.number + 1)
 
     def _remember(self, step: EditStep) -> None:
-        """Add a step's keys to the histories; changes made when a run ends have none."""
-        for part in step.changes:
-            keys = part.change.preserved_keys()
-            if keys is not None:
-                self.history(part.place).append(keys.to(self.model.device), step.hashes)
+        """Add a step's keys to the histories: of several changes at a place, the last one's."""
+        keys = {part.place: part.change.preserved_keys() for part in step.changes}
+        for place, rows in keys.items():
+            if rows is not None:
+                self.history(place).append(rows.to(self.model.device), step.key_hashes)
 
     def _become(self, steps: list[EditStep], places: set[str], *, rehash: bool = False) -> None:
         """Have the state after these steps; it differs from the present one in ``places``."""

@@ -114,6 +114,30 @@ class TargetBody(Schema):
     steps: Number
 
 
+Reason = Literal["", "blocked", "arrival", "search", "interference"]
+"""Why a fact did not take."""
+
+
+class FactBody(Schema):
+    """What became of one fact when its batch was edited.
+
+    Attributes:
+        taken: Whether every token of its target was the most likely one on its bare prompt.
+        probability: Probability of its target there, the geometric mean over its tokens.
+        arrived: Part of the searched change that arrived at its value site.
+        walks: Number of walks over the layers that it took part in.
+        reason: Why it did not take: ``blocked`` (a massive activation where it is written), ``arrival`` (too little of
+            the searched change arrived), ``search`` (the search did not make the target likely), ``interference``
+            (nothing of these: the other facts' changes reach the tokens behind it); empty if it took.
+    """
+
+    taken: bool
+    probability: Number
+    arrived: Number
+    walks: Count
+    reason: Reason = ""
+
+
 class ChangeBody(Schema):
     """One change of a batch.
 
@@ -143,6 +167,9 @@ class BatchBody(Schema):
         hashes: SHA-256 of each request.
         requests: The requests; empty if their texts are not stored.
         targets: Results of the target search, per value site and request.
+        facts: What became of each request; empty where it was not measured.
+        owners: For each row of keys, target values and their search the place of its request; empty where each request
+            has one.
         numbers: Logged numbers of the batch.
         changes: The changes, in order.
         inputs: Name -> SHA-256 of everything that the batch was solved with beside requests and settings: second
@@ -154,6 +181,8 @@ class BatchBody(Schema):
     hashes: list[str]
     requests: list[dict[str, Json]] = Field(default_factory=list)
     targets: list[TargetBody]
+    facts: list[FactBody] = Field(default_factory=list)
+    owners: list[Count] = Field(default_factory=list)
     numbers: dict[str, Number]
     changes: list[ChangeBody]
     inputs: dict[str, SHA256] = Field(default_factory=dict)

@@ -13,7 +13,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import canonical
-from cakeflow.journal.schema import TargetBody
+from cakeflow.journal.schema import FactBody, TargetBody
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,28 +42,38 @@ class EditStep:
         requests: The facts; empty if their texts were not stored.
         changes: The changes, in the order in which they were made.
         targets: How the target search of each request ended, layer by layer.
+        facts: What became of each request; empty where it was not measured.
         values: Layer -> target values at its value site, n x d_out.
         numbers: What was logged of the batch.
         hashes: SHA-256 of each request.
         before: Place -> SHA-256 of its content before the batch.
         after: Place -> the same when the batch was committed.
         inputs: Name -> SHA-256 of what the batch was solved with beside requests and settings.
+        owners: For each row of keys, target values and their search the place of its request; empty where each request
+            has one.
         number: Number of the batch in its journal; rolled-back batches keep theirs. -1 until it is committed.
     """
 
     requests: tuple[EditRequest, ...]
     changes: list[AppliedChange] = field(default_factory=list)
     targets: list[TargetBody] = field(default_factory=list)
+    facts: list[FactBody] = field(default_factory=list)
     values: dict[int, Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     hashes: tuple[str, ...] = ()
     before: dict[str, str] = field(default_factory=dict)
     after: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    owners: list[int] = field(default_factory=list)
     number: int = -1
 
     def __post_init__(self) -> None:
         self.hashes = self.hashes or tuple(map(request_hash, self.requests))
+
+    @property
+    def key_hashes(self) -> list[str]:
+        """For each row of keys the hash of its request."""
+        return [self.hashes[i] for i in self.owners or range(len(self.hashes))]
 
     @property
     def places(self) -> list[str]:

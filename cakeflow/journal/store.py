@@ -280,6 +280,8 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
         files=files,
         hashes=list(step.hashes),
         targets=step.targets,
+        facts=step.facts,
+        owners=step.owners,
         numbers=step.numbers,
         changes=changes,
         inputs=step.inputs,
@@ -289,10 +291,14 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
 
 def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
     values = {_layer_of(name): value for name, value in tensors.items() if "target" in name.split("/")}
+    if max(body.owners, default=-1) >= len(body.hashes):
+        raise LedgerError(f"batch {body.batch}: a key belongs to request {max(body.owners)} of {len(body.hashes)}")
     return EditStep(
         requests=tuple(parse_requests(body.requests)) if body.requests else (),
         changes=[AppliedChange(_change(part, tensors), dict(part.numbers)) for part in body.changes],
         targets=list(body.targets),
+        facts=list(body.facts),
+        owners=list(body.owners),
         values=values,
         numbers=dict(body.numbers),
         hashes=tuple(body.hashes),

@@ -9,6 +9,7 @@ import reprlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import cycle
 from pathlib import Path
 
 from pydantic import ConfigDict
@@ -123,8 +124,9 @@ def _edits(path: Path) -> Iterator[EditedRequest]:
     undone = {number for body in bodies(entries, RollbackBody) for number in body.batches}
     batches = [body for body in bodies(entries[own:], BatchBody) if body.batch not in undone]
     for number, body in enumerate(batches, 1):
+        owners = body.owners or range(len(body.requests))  # all of them at one value site, then all at the next
         for place, request in enumerate(body.requests):
-            targets = body.targets[place :: len(body.requests)]  # all requests at one value site, then all at the next
+            targets = [target for target, owner in zip(body.targets, cycle(owners), strict=False) if owner == place]
             where = f"{path}, batch {body.batch}, requests.{place}"
             yield read_as(
                 EditedRequest, {**request, "batch": number, "targets": targets}, where, RunFolderError, REMEDY

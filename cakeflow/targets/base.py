@@ -44,6 +44,11 @@ class Targets:
         """Concatenate the targets of several parts of a batch."""
         return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
 
+    def updated(self, facts: Sequence[int], newer: Targets) -> Targets:
+        """Take over newer targets for the facts at some places."""
+        rows, parts = torch.tensor(facts, device=self.values.device), [each.name for each in fields(self)]
+        return Targets(*(getattr(self, name).index_copy(0, rows, getattr(newer, name)) for name in parts))
+
 
 class TargetSearch(ABC):
     """Finds the value that a module should give for each fact of a batch.

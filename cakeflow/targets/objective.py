@@ -46,20 +46,20 @@ class SearchProblem:
             ArchitectureError: If the model's attention cannot start in the middle of a text.
         """
         _require_agreement(lm, batch.essence, sites)
-        rows = [row for variants in batch.rows for row in variants]
-        width = len(batch.weights)
-        prompts, outputs = cut(lm, rows, [i // width for i in range(len(rows))], sites, max_tokens)
-        initial = outputs[::width]  # h_0 is read on the bare prompt, the first of each request's rows
+        rows, owners = [row for variants in batch.rows for row in variants], batch.owners
+        prompts, outputs = cut(lm, rows, owners, sites, max_tokens)
+        first = [i for i, owner in enumerate(owners) if i == 0 or owner != owners[i - 1]]
+        initial = outputs[first]  # h_0 is read on the bare prompt, the first of each fact's rows
         initial = initial if initial.dtype == torch.float64 else initial.float()
         return cls(lm, batch, sites, initial, prompts, max_tokens)
 
     def cut(self, rows: Sequence[Row], facts: Sequence[int], *, read_first: bool = False) -> list[Suffixes]:
-        """Cut a term's own rows at the subject's last token, as ``cakeflow.forward.cut`` does.
+        """Cut a term's own rows at the token of the fact, as ``cakeflow.forward.cut`` does.
 
         Args:
             rows: Tokenised texts with a subject.
             facts: Index of the fact of each row.
-            read_first: True to read the logits at the subject only, False to read them before each target token.
+            read_first: True to read the logits at that token only, False to read them before each target token.
         """
         return cut(self.lm, rows, facts, self.sites, self.max_tokens, read_first=read_first)[0]
 
@@ -168,7 +168,8 @@ class _PreparedLikelihood(PreparedTerm):
         chosen = logits.detach().gather(1, part.label[:, None])[:, 0]  # ties count as most likely
         misses = (chosen < logits.detach().amax(1)).to(nll)
         count = torch.bincount(part.row, minlength=len(part.fact))
-        value = _by_row(part, nll / len(self.problem.batch.weights)) / count
+        contexts = torch.tensor([len(rows) for rows in self.problem.batch.rows]).to(nll)
+        value = _by_row(part, nll / contexts[part.fact[part.row]]) / count
         return TermRows(part.fact, value, _by_row(part, misses))
 
     def factor(self, solved: Tensor) -> Tensor:
@@ -265,10 +266,10 @@ def _require_agreement(lm: LanguageModel, essence: Sequence[Row], sites: Sequenc
         NumericalError: If the full ones do not give finite numbers.
     """
     dtype = torch.promote_types(lm.dtype, torch.float32)
-    rows = [pick(essence, key=lambda row: row.subject) for pick in (max, min)]  # both, so that one prefix is padded
+    rows = [pick(essence, key=lambda row: row.fact) for pick in (max, min)]  # both, so that one prefix is padded
     (part,), _ = cut(lm, rows, [0, 1], sites, len(rows), read_first=True)
     for index, logits in zip(part.fact.tolist(), part.run(lm), strict=True):
-        ids = torch.tensor([rows[index].ids[: rows[index].subject + 1]], device=lm.device)
+        ids = torch.tensor([rows[index].ids[: rows[index].fact + 1]], device=lm.device)
         full = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1]
         if not bool(torch.isfinite(full).all()):
             raise NumericalError(

@@ -68,7 +68,7 @@ def single_layer_mismatch(module: LocateThenEdit, edit: LayerEdit, layers: list[
     """
     shares = []
     for index in range(len(edit.batch)):
-        batch, value_site = edit.batch.part(slice(index, index + 1)), edit.context.value_site
+        batch, value_site = edit.batch.part([index]), edit.context.value_site
         reader, row = FactReader(module.lm, batch), []
         for layer in layers:
             site = Site(layer, edit.context.site.role)

@@ -140,17 +140,6 @@ def test_layers_of_weight_zero_are_untouched(tiny, requests, quiet, build):
                for layer in (0, 1, 3, 4, 5))  # fmt: skip
 
 
-def test_shares_use_the_weights_of_the_edited_layers_only(lm, build):
-    module = build(lm)
-    layer_contexts = list(module.layer_contexts(torch.tensor([1.0, 0.0, 3.0]), None))
-    assert [context.site.layer for context in layer_contexts] == [1, 4]
-    assert [context.index for context in layer_contexts] == [0, 1]
-    assert all(context.value_site == Site(4) for context in layer_contexts)
-    assert layer_contexts[0].weights.tolist() == [1.0, 3.0]
-    per_fact = list(module.layer_contexts(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]), None))
-    assert [context.site.layer for context in per_fact] == [1, 2]
-
-
 def test_endpoints_with_targets_of_their_own(tiny, requests, quiet, build):
     module = build(tiny, weighter=Endpoints(), allocator=Sequential(0.0, "self"))
     fit(module, requests, quiet, 12)

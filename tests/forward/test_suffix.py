@@ -145,7 +145,7 @@ def test_first_changed():
 def test_before_targets_from_the_subject_and_from_the_start(rows):
     row = rows[0]
     from_subject = before_targets([row])
-    from_start = before_targets([row], from_subject=False)
+    from_start = before_targets([row], from_fact=False)
     assert [(r, c + row.subject, label) for r, c, label in from_subject] == from_start
     assert [label for *_, label in from_start] == list(row.ids[row.target :])
     assert [column for _, column, _ in from_start] == list(range(row.target - 1, len(row.ids) - 1))

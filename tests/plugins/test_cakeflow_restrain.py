@@ -96,10 +96,9 @@ def weights(lm):
 class Watched(LocateThenEdit):
     """Keeps the goal of the last batch."""
 
-    def find_targets(self, batch, value_site, *rest):
-        targets = super().find_targets(batch, value_site, *rest)
-        self.batch, self.goal, self.value_site = batch, targets.values, value_site
-        return targets
+    def edit(self, batch, step):
+        super().edit(batch, step)
+        self.batch, self.goal, self.value_site = batch, step.values[LAYERS[-1]], Site(LAYERS[-1])
 
 
 def test_rect_in_a_fit(tiny, requests, quiet):

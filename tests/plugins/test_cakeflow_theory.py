@@ -123,10 +123,9 @@ class Plain(EditCallback):
 class Spied(LocateThenEdit):
     """Keeps the batch and the target values."""
 
-    def find_targets(self, batch, value_site, *rest):
-        targets = super().find_targets(batch, value_site, *rest)
-        self.batch, self.goal = batch, targets.values
-        return targets
+    def edit(self, batch, step):
+        super().edit(batch, step)
+        self.batch, self.goal = batch, step.values[LAYERS[-1]]
 
 
 def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):

@@ -1,0 +1,253 @@
+"""The walk of one edit, top to bottom: weigh layers, find targets, share the residual, solve, change weights, ask."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from cakeflow.allocators.base import LayerContext, ShareAllocator
+from cakeflow.core.callback import LayerEdit
+from cakeflow.core.contracts import (
+    arrival,
+    check_arrival,
+    checked_facts,
+    checked_parts,
+    checked_residual,
+    checked_weights,
+    naming,
+    solved,
+    warn_not_taken,
+)
+from cakeflow.evaluation.scoring import score_reads
+from cakeflow.forward.fact_tokens import FactBatch
+from cakeflow.forward.jacobian import ModelJacobian
+from cakeflow.forward.keys import FactReader
+from cakeflow.forward.residual_path import NormPath, ResidualPath
+from cakeflow.journal.changes import WeightChange
+from cakeflow.journal.schema import FactBody, Reason, TargetBody
+from cakeflow.journal.steps import EditStep
+from cakeflow.models.architecture import Site
+from cakeflow.solvers.problem import LayerProblem, Update
+from cakeflow.targets.base import Targets
+from cakeflow.weighters.base import effective_layers
+
+if TYPE_CHECKING:
+    from cakeflow.core.locate_then_edit import LocateThenEdit
+
+
+LIKELY = 0.6
+"""Probability of a target from which on its search has succeeded: of zsRE facts below it 19 of 19 did not take."""
+
+
+class Walk:
+    """The walk of one batch over the edited layers; facts that did not take are walked again.
+
+    Attributes:
+        batch: n entries of the facts, each with one key at every layer: what this class calls facts.
+
+    Args:
+        module: The edit method.
+        facts: The requests and their entries.
+        step: The journal's open batch.
+    """
+
+    def __init__(self, module: LocateThenEdit, facts: FactBatch, step: EditStep) -> None:
+        self.module, self.facts, self.batch, self.step = module, facts, facts.texts, step
+        batch, step.owners = facts.texts, facts.owners if len(facts.owners) > len(facts) else []
+        self.footprint = module.footprints[facts.first]
+        self.targets: dict[Site, Targets] = {}
+        self.walks, self.arrived = [0] * len(batch), [0.0] * len(batch)
+        weights = module.weighter.weigh(module.lm, batch, module.layers)
+        self.weights = checked_weights(module.weighter, weights, len(batch), module.layers)
+        self.log("n_eff", effective_layers(self.weights).mean())
+
+    def over(self, facts: Sequence[int]) -> None:
+        """Edit layer by layer, from below, so that some facts take; at the keys of the others nothing is to change.
+
+        Args:
+            facts: Places of the facts in the batch; all of them the first time.
+        """
+        for i in facts:
+            self.walks[i] += 1
+        reader, searched = self.reader(), set[Site]()
+        for context in self.contexts(self.weights):
+            if context.value_site not in searched:
+                self.search(context.value_site, facts)
+                searched.add(context.value_site)
+            self.edit_layer(context, reader, facts)
+        if self.apply_deferred() or len(searched) > 1:
+            reader = self.reader()
+        remaining, arrived = arrival(reader, self.targets, self.module.site)
+        for i in facts:
+            self.arrived[i] = float(arrived[i])
+        if self.is_first:
+            self.log("target/left", remaining.norm(dim=1).mean())
+            self.module.notify("on_batch_edited", remaining)
+
+    def edit_layer(self, context: LayerContext, reader: FactReader, facts: Sequence[int]) -> None:
+        """Change one weight by the layer's part of what remains of some facts."""
+        module = self.module
+        with module.phase("keys"):
+            keys, prompt_keys, values = reader.read(context.site, context.value_site)
+            path = module.paths.at(reader.prompts, context.site) if module.writes_blocks else ResidualPath()
+        residual = torch.zeros_like(values)
+        residual[facts] = (self.targets[context.value_site].values - values)[facts]
+        share = self.allocate(residual, context)
+        with module.phase("solve"):
+            problem = module.problem(context.site, self.batch, keys, path.required(share), prompt_keys)
+            update = solved(module.solver, problem, context.site.layer, self.batch, module.max_relative_update)
+        if self.is_first:
+            module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, problem, update))
+        self.apply(context, problem, update)
+
+    def reader(self) -> FactReader:
+        """A reader of the batch's keys and values that begins at the bottom."""
+        return FactReader(self.module.lm, self.batch, self.footprint.pass_tokens)
+
+    @property
+    def is_first(self) -> bool:
+        """True in the walk over all facts."""
+        return max(self.walks) == 1
+
+    def contexts(self, weights: Float[Tensor, "*n l"]) -> Iterator[LayerContext]:
+        """The layers to edit in ascending order; those of weight 0 are left out."""
+        module, batch = self.module, self.batch
+        active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(module.layers)).any(0)) if positive]
+        layers = [module.layers[i] for i in active]
+        for index, layer in enumerate(layers):
+            value_site = module.targets.value_site(layers[-1] if module.allocator.residual_at == "last" else layer)
+            linear_map = ModelJacobian(module.lm, batch, layers[index:], value_site)
+            yield LayerContext(
+                Site(layer, module.site), value_site, index, weights[..., active], linear_map, batch.name
+            )
+
+    def search(self, value_site: Site, facts: Sequence[int]) -> None:
+        """Search the target values of some facts, in parts that fit into memory."""
+        module, layer, batch = self.module, value_site.layer, self.batch.part(facts)
+        bar = tqdm(total=len(batch), desc=f"target values, layer {layer}", unit="edit", delay=2, leave=False)
+        with module.phase("targets"), bar:
+            stream = FactReader(module.lm, batch, self.footprint.pass_tokens).prompts
+            path = module.paths.ahead(stream, Site(layer, module.site)) if module.writes_blocks else ResidualPath()
+            part_of = module.targets.at(module.site) if isinstance(path, NormPath) else module.targets
+            search = partial(part_of.search, progress=bar.update) if module.solver.needs_targets else part_of.measure
+            parts = checked_parts(batch, self.footprint.facts)
+            targets = Targets.join(
+                [search(module.lm, each, layer, max_tokens=self.footprint.suffix_tokens) for each in parts]
+            )
+            if isinstance(path, NormPath):
+                reached = path.output + path.reached(targets.values - targets.initial)
+                targets = replace(targets, values=reached, initial=path.output)
+        checked_facts("target values are", targets.values, batch, layer)
+        self.note_targets(value_site, facts, targets)
+
+    def note_targets(self, value_site: Site, facts: Sequence[int], targets: Targets) -> None:
+        """Log how a search ended, and store it in the place of an earlier one."""
+        if self.is_first:
+            for name in ("loss", "probability", "steps"):
+                self.log(f"target/{name}", getattr(targets, name).double().mean())
+        earlier = self.targets.get(value_site)
+        self.targets[value_site] = targets if earlier is None else earlier.updated(facts, targets)
+        self.step.values = {site.layer: each.values.cpu() for site, each in self.targets.items()}
+        self.step.targets = [
+            TargetBody(layer=site.layer, loss=loss, probability=probability, steps=steps)
+            for site, each in self.targets.items()
+            for loss, probability, steps in zip(
+                each.loss.tolist(), each.probability.tolist(), each.steps.tolist(), strict=True
+            )
+        ]
+
+    def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
+        """The part of the residual that the layer takes."""
+        layer, allocator = context.site.layer, self.module.allocator
+        checked_facts("residuals at the value site are", residual, self.batch, context.value_site.layer)
+        with self.module.phase("allocate"):
+            with naming(layer, self.batch):
+                share = allocator.allocate(residual, context)
+            return checked_residual(allocator, share, residual, context)
+
+    def apply(self, context: LayerContext, problem: LayerProblem, update: Update) -> None:
+        """Add the update to the weight, and log the layer's numbers."""
+        module, layer, norm = self.module, context.site.layer, update.norm()
+        weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
+        residual = float(problem.residual.norm(dim=1).mean())
+        numbers = {"residual": residual, "update": norm, "relative_update": norm / weight} | context.numbers
+        if isinstance(module.allocator, ShareAllocator):
+            numbers["share"] = float(module.allocator.shares(context.weights)[..., context.index].mean())
+        change = WeightChange(module.lm.weight_name(context.site), update.to("cpu"), problem.keys.cpu())
+        with module.phase("solve"), naming(layer, self.batch):
+            module.journal.apply(self.step, change, numbers)
+        if self.is_first:
+            for name, value in numbers.items():
+                self.log(f"layer{layer}/{name}", value)
+
+    def apply_deferred(self) -> bool:
+        """Put each deferred update in the place of the one that it was deferred for; True if there was any."""
+        deferred = False
+        for index, part in enumerate(self.step.changes):
+            change = part.change
+            if isinstance(change, WeightChange) and (update := change.update.deferred) is not None:
+                numbers = part.numbers | {"update": update.norm()}
+                self.module.journal.replace(self.step, index, replace(change, update=update), numbers)
+                deferred = True
+        return deferred
+
+    # ---- asking ----
+
+    def ask(self) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
+        """Ask each request: probability of its target on the bare prompt, and whether its tokens are the arg-max."""
+        with self.module.phase("ask"):
+            reads = [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in self.facts.bare]
+            logprobs, hits = score_reads(self.module.lm, reads, max_bytes=self.module.max_bytes)
+        return logprobs.exp(), hits == 1
+
+    def not_taken(self) -> list[int]:
+        """The facts whose requests did not take, each with all those of the same key, which have one target value."""
+        _, taken = self.ask()
+        groups = self.batch.key_groups()
+        failed = {groups[i] for i, owner in enumerate(self.facts.owners) if not taken[owner]}
+        return [i for i, group in enumerate(groups) if group in failed]
+
+    def close(self) -> None:
+        """Record what became of every request, name those that did not take, and check what arrived."""
+        probability, taken = self.ask()
+        for i in range(len(self.facts)):
+            own = [place for place, owner in enumerate(self.facts.owners) if owner == i]
+            arrived = min(self.arrived[place] for place in own)
+            outcome = FactBody(
+                taken=bool(taken[i]),
+                probability=float(probability[i]),
+                arrived=arrived,
+                walks=max(self.walks[place] for place in own),
+                reason="" if taken[i] else self.reason(i, own, arrived),
+            )
+            self.step.facts.append(outcome)
+        self.log("target/arrived", sum(self.arrived) / len(self.arrived))
+        self.log("target/taken", taken.double().mean())
+        warn_not_taken(self.facts, self.step.facts)
+        check_arrival(self.arrived, self.batch, self.module.min_arrival, self.module.on_low_arrival)
+
+    def reason(self, i: int, own: Sequence[int], arrived: float) -> Reason:
+        """Return why a request did not take.
+
+        Args:
+            i: Place of the request.
+            own: Places of its entries.
+            arrived: Part of the searched change that arrived.
+        """
+        if self.facts.massive[i] is not None:
+            return "blocked"
+        if not arrived >= self.module.min_arrival:
+            return "arrival"
+        searched = min(float(each.probability[place]) for each in self.targets.values() for place in own)
+        return "search" if searched < LIKELY else "interference"
+
+    def log(self, name: str, value: float | Tensor) -> None:
+        """Log a number of the batch."""
+        self.module.log(name, value, batch_size=len(self.facts))

@@ -1,0 +1,165 @@
+"""The token at which a fact is written: named by the user, or the nearest one at which the model can take it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from typing_extensions import Self
+
+from cakeflow.data.request import EditRequest, FactToken
+from cakeflow.errors import Fault, RequestError
+from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.tokens import EditBatch, Row, TextBatch
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture
+from cakeflow.models.language import LanguageModel
+
+MASSIVE = 2.5
+"""Norm of a token's hidden state, in medians of the batch, from which on nothing can be written there.
+
+On SmolLM2 ordinary tokens stay below 1.6; first tokens and other massive activations (Sun et al. 2024) lie above 3.
+"""
+
+
+class FactBatch(EditBatch):
+    """The requests of one edit batch, and their entries: a fact that is written at two tokens has two of them.
+
+    Args:
+        requests: n requests.
+        texts: m entries, those of a request next to each other.
+        bare: The bare prompt of each request.
+        numbers: Place of each request in its run.
+        massive: For each request the norm at its fact's token in medians, where that is massive in spite of all.
+    """
+
+    def __init__(
+        self,
+        requests: Sequence[EditRequest],
+        texts: TextBatch,
+        bare: Sequence[Row],
+        numbers: Sequence[int],
+        massive: Sequence[float | None],
+    ) -> None:
+        super().__init__(requests, numbers)
+        self.texts, self.bare, self.massive = texts, tuple(bare), tuple(massive)
+        place = {number: i for i, number in enumerate(self.numbers)}
+        self.owners = [place[number] for number in texts.numbers]
+        """For each entry the place of its request."""
+
+    def part(self, facts: Sequence[int]) -> Self:
+        """The batch of the requests at some places."""
+        chosen = {self.numbers[i] for i in facts}
+        texts = self.texts.part([i for i, number in enumerate(self.texts.numbers) if number in chosen])
+        parts = ([each[i] for i in facts] for each in (self.requests, self.bare, self.numbers, self.massive))
+        requests, bare, numbers, massive = parts
+        return type(self)(requests, texts, bare, numbers, massive)  # type: ignore[arg-type]
+
+
+def choose_tokens(lm: LanguageModel, texts: TextBatch, fact_token: FactToken, layer: int) -> FactBatch:
+    """Choose in every row the token at which its fact is written, and make an entry of the rows that agree.
+
+    A token that carries a massive activation has nearly the same key in every text, so no fact can be written there
+    alone. ``auto`` takes the subject's last token, or where that is massive the next one before the target that is not:
+    in a model without a token for the beginning of a text, a subject of one token at the start of the prompt is such a
+    case, and in a context of the same prompt it is none. Then a fact has two entries, each with contexts of its own.
+
+    Args:
+        lm: The unedited model.
+        texts: One entry per request, at the subject's last token.
+        fact_token: The token, for requests that do not say it themselves.
+        layer: First edited layer.
+
+    Raises:
+        RequestError: If a request has no such token.
+    """
+    tokens: list[FactToken] = [request.fact_token or fact_token for request in texts.requests]
+    _check_tokens(texts, tokens)
+    automatic = [i for i, token in enumerate(tokens) if token == "auto"]
+    norms = dict(zip(automatic, relative_norms(lm, texts.part(automatic), layer), strict=True)) if automatic else {}
+    parts, massive = list[TextBatch](), list[float | None]()
+    for i, (rows, token) in enumerate(zip(texts.rows, tokens, strict=True)):
+        if token == "auto":
+            offsets = [_free(row, norm) for row, norm in zip(rows, norms[i], strict=True)]
+            highest = max(float(norm[row.subject + o]) for row, norm, o in zip(rows, norms[i], offsets, strict=True))
+        else:
+            offsets, highest = [_offset(row, token) for row in rows], 0.0
+        groups = dict.fromkeys(offsets) if token == "auto" else [None]
+        parts += [
+            _entry(texts, i, offsets, [k for k, o in enumerate(offsets) if group in (o, None)]) for group in groups
+        ]
+        massive.append(highest if highest > MASSIVE else None)
+    bare = [rows[0] for rows in texts.rows]
+    return FactBatch(texts.requests, TextBatch.join(parts), bare, texts.numbers, massive)
+
+
+def _check_tokens(texts: TextBatch, tokens: Sequence[FactToken]) -> None:
+    remedy = "there is no token between subject and target; write the fact at another one"
+    faults = [
+        Fault(number, "fact_token", token, remedy)
+        for number, rows, token in zip(texts.numbers, texts.rows, tokens, strict=True)
+        if token == "after_subject" and any(row.subject + 1 == row.target for row in rows)
+    ]
+    if faults:
+        raise RequestError(faults)
+
+
+def _offset(row: Row, token: FactToken) -> int:
+    """Return how far a named token lies behind the subject's last one."""
+    places = {"subject_last": row.subject, "subject_first": row.start, "after_subject": row.subject + 1}
+    return places.get(token, row.target - 1) - row.subject
+
+
+def _free(row: Row, norm: Float[Tensor, " time"]) -> int:
+    """Return the offset of the nearest token from the subject's last one on that is not massive; 0 if all are."""
+    free = [place for place in range(row.subject, row.target) if float(norm[place]) <= MASSIVE]
+    return free[0] - row.subject if free else 0
+
+
+def _entry(texts: TextBatch, i: int, offsets: Sequence[int], places: Sequence[int]) -> TextBatch:
+    """Return the entry of some of a request's rows, its fact written at tokens with the given offsets."""
+    rows, essence = [texts.rows[i][k] for k in places], texts.essence[i]
+    total = sum(texts.weights[i][k] for k in places)
+    weights = (
+        tuple(texts.weights[i][k] / total for k in places) if len(places) < len(texts.rows[i]) else texts.weights[i]
+    )
+    if places[0] > 0:  # the bare prompt is not among them: the neutral prompt stands in the first context as well
+        first, tail = rows[0], essence.ids[essence.subject + 1 :]
+        ids = first.ids[: first.subject + 1] + tail
+        essence = Row(ids, first.subject, len(ids), first.start)
+    essence = replace(essence, offset=min(offsets[places[0]], len(essence.ids) - 1 - essence.subject))
+    moved = tuple(replace(row, offset=offsets[k]) for row, k in zip(rows, places, strict=True))
+    return TextBatch([texts.requests[i]], [moved], [essence], [weights], [texts.numbers[i]])
+
+
+@torch.no_grad()
+def relative_norms(
+    lm: LanguageModel, texts: TextBatch, layer: int, max_tokens: int = 8192
+) -> list[list[Float[Tensor, " time"]]]:
+    """Measure the hidden states that enter a block: their norms in medians over all tokens but the first ones.
+
+    Args:
+        lm: The model.
+        texts: n entries.
+        layer: The block; below the first one there is only the embedding, so block 0 is measured at its output.
+        max_tokens: Most tokens in one forward pass.
+
+    Returns:
+        For each entry and row the norm at every token before the target.
+    """
+    site, rows = Site(max(layer - 1, 0)), [row.ids[: row.target] for rows in texts.rows for row in rows]
+    norms: dict[int, Tensor] = {}
+    for group in plan([len(ids) for ids in rows], max_tokens, slack=8):
+        ids = pad([rows[i] for i in group], lm.device)
+        with capture(lm, [site], stop=True) as outputs:
+            lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        norms |= {
+            i: each[: len(rows[i])] for i, each in zip(group, outputs[site].float().norm(dim=2).cpu(), strict=True)
+        }
+    behind = torch.cat([each[1:] for each in norms.values()])  # a first token is massive in most models
+    middle = behind.median() if len(behind) else torch.ones(())
+    flat = iter(norms[i] / middle for i in range(len(rows)))
+    return [[next(flat) for _ in entry] for entry in texts.rows]

@@ -1,0 +1,144 @@
+"""The walk of one batch: which layers, and again over the facts that did not take."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+from journal.edits import bits, same
+from tiny_runs import LAYERS, editor_of, module_of, name_of
+
+from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares, Uniform
+from cakeflow.core.walk import Walk
+from cakeflow.errors import BlockedWarning, ConfigError, NotTakenWarning
+from cakeflow.forward.tokens import encode_batch
+from cakeflow.journal.steps import EditStep
+from cakeflow.models.architecture import Site
+from cakeflow.report import RunFolder
+from cakeflow.solvers import Descent
+
+CONTEXTS = Contexts((("{}",), ("I am. {}", "The sky is. {}")))
+SHORT = EditRequest("{} plays", "A", "tennis")
+SEARCH = GradientSearch(steps=40, lr=0.1, clamp=5.0, essence=None, decay=None)
+
+
+def strong(lm, requests, folder, **changes):
+    """Edits that take mostly, on second moments of 0."""
+    width = lm.key_width(Site(0, "mlp_out"))
+    moments = dict.fromkeys(LAYERS, torch.zeros(width, width, dtype=torch.float64))
+    editor = editor_of(lm, **{"targets": SEARCH, "moments": moments, "solver": LeastSquares(1.0), **changes})
+    editor.fit(requests, evaluate=False, run_dir=folder)
+    return editor
+
+
+def arg_max(lm, request):
+    """Whether every token of the target is the most likely one, by one full pass."""
+    row = encode_batch(lm, [request], Contexts()).rows[0][0]
+    logits = lm.model(torch.tensor([row.ids])).logits[0]
+    return logits[row.target - 1 : -1].argmax(-1).tolist() == list(row.ids[row.target :])
+
+
+def test_shares_use_the_weights_of_the_edited_layers_only(lm, requests):
+    module = module_of(lm, layers=[1, 2, 4], weighter=Uniform())
+    facts = module.encode(requests[:2])
+    module.footprints[0] = module.estimate(facts.texts)
+    module.log = lambda *_, **__: None
+    walk = Walk(module, facts, EditStep(()))
+    contexts = list(walk.contexts(torch.tensor([1.0, 0.0, 3.0])))
+    assert [context.site.layer for context in contexts] == [1, 4]
+    assert [context.index for context in contexts] == [0, 1]
+    assert all(context.value_site == Site(4) for context in contexts)
+    assert contexts[0].weights.tolist() == [1.0, 3.0]
+    per_fact = list(walk.contexts(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
+    assert [context.site.layer for context in per_fact] == [1, 2]
+
+
+@pytest.fixture
+def sharp(lm):
+    """A model whose probabilities are not nearly uniform, so that an edit can make a target the most likely one."""
+    with torch.no_grad():
+        lm.model.transformer.ln_f.weight *= 30
+    return lm
+
+
+@pytest.fixture
+def massive(sharp):
+    """The same with a massive activation at the first position."""
+    with torch.no_grad():
+        sharp.model.transformer.wpe.weight[0] *= 200
+    return sharp
+
+
+@pytest.fixture
+def learnable(requests):
+    """Facts that a random model can learn: one token right behind the place where they are written."""
+    words = ("Rome", "Paris", "the", "in") * 3
+    return [
+        replace(request, target_new=word, target_true=None, fact_token="prompt_last")
+        for request, word in zip(requests, words, strict=True)
+    ]
+
+
+def test_facts_that_did_not_take_are_walked_again(sharp, learnable, tmp_path):
+    """They take in a further round, in the same batch, and every outcome is what a full pass says."""
+    other, requests = copy.deepcopy(sharp), learnable
+    once = strong(sharp, requests, tmp_path / "once").module.journal[0]
+    again = strong(other, requests, tmp_path / "again", rounds=2).module.journal[0]
+    assert 0 < sum(fact.taken for fact in once.facts) < len(requests)
+    assert all(fact.taken for fact in again.facts)
+    for lm, step in ((sharp, once), (other, again)):
+        assert [fact.taken for fact in step.facts] == [arg_max(lm, request) for request in requests]
+    assert {fact.walks for fact in once.facts} == {1}
+    assert all(fact.walks > 1 for fact, before in zip(again.facts, once.facts, strict=True) if not before.taken)
+    assert len(again.changes) > len(once.changes) == len(LAYERS)
+
+
+def test_a_batch_of_rounds_is_one_batch(sharp, learnable, tmp_path):
+    """Replay, rollback and the keys of later batches know nothing of its rounds."""
+    before, requests = bits(sharp), learnable
+    other = copy.deepcopy(sharp)
+    editor = strong(sharp, requests, tmp_path / "run", rounds=2)
+    for layer in LAYERS:
+        history = editor.module.journal.history(name_of(sharp, layer))
+        assert (len(history), len(history.batches)) == (len(requests), 1)
+    edited, again = bits(sharp), editor_of(other)
+    again.load(tmp_path / "run")
+    assert same(other, edited)
+    assert [vars(fact) for fact in again.module.journal[0].facts] == [vars(f) for f in editor.module.journal[0].facts]
+    editor.rollback(1)
+    assert same(sharp, before)
+
+
+def test_a_fact_that_did_not_take_is_named_with_its_reason(sharp, requests, tmp_path):
+    weak = GradientSearch(steps=2, lr=1e-3)
+    with pytest.warns(NotTakenWarning, match=r"request 0 .*, request 1 .*not taken .*: the search did not make"):
+        step = strong(sharp, requests[:2], tmp_path / "a", targets=weak).module.journal[0]
+    assert [fact.reason for fact in step.facts] == ["search", "search"]
+    with pytest.warns(NotTakenWarning, match="too little of the searched change arrived"):
+        step = strong(sharp, requests[2:4], tmp_path / "b", solver=LeastSquares(1e4)).module.journal[-1]
+    assert [fact.reason for fact in step.facts] == ["arrival", "arrival"]
+
+
+def test_rounds_need_target_values(lm):
+    for settings in ({"rounds": -1}, {"rounds": 1, "solver": Descent()}):
+        with pytest.raises(ConfigError, match="rounds must be 0 or more, and 0 for a solver without target values"):
+            module_of(lm, **settings)
+
+
+def test_a_blocked_fact_has_two_entries_and_is_one_fact(massive, requests, tmp_path):
+    facts = [requests[0], SHORT, requests[1]]
+    editor = strong(massive, facts, tmp_path / "run", contexts=CONTEXTS)
+    step = editor.module.journal[0]
+    assert step.owners == [0, 1, 1, 2]
+    assert len(step.facts) == len(step.requests) == 3
+    assert len(step.targets) == 4
+    assert step.facts[1].taken == arg_max(massive, SHORT)
+    history = editor.module.journal.history(name_of(massive, LAYERS[0]))
+    assert history.facts == [step.hashes[i] for i in step.owners]
+    assert len(history.without([step.hashes[1]])) == 2
+    assert [len(edit.targets) for edit in RunFolder.read(tmp_path / "run").edits] == [1, 2, 1]
+
+
+def test_a_fact_without_a_free_token_is_named_before_the_search(massive, tmp_path):
+    with pytest.warns(BlockedWarning, match=r"request 0 \('I'\): blocked: .* \(its norm is up to \d+ times the median"):
+        strong(massive, [EditRequest("{}", "I", "tennis"), SHORT], tmp_path / "run")

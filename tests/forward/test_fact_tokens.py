@@ -1,0 +1,130 @@
+"""Where facts are written: the named tokens, and what a massive activation leaves free."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cakeflow import Contexts, EditRequest, GradientSearch
+from cakeflow.errors import RequestError
+from cakeflow.forward.fact_tokens import MASSIVE, choose_tokens, relative_norms
+from cakeflow.forward.keys import FactReader
+from cakeflow.forward.tokens import encode_batch
+from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture
+
+CONTEXTS = Contexts((("{}",), ("I am. {}", "The sky is. {}")))
+SHORT = EditRequest("{} plays", "A", "tennis")
+"""A subject of one token at the start of the prompt."""
+
+
+@pytest.fixture
+def massive(lm):
+    """A model whose first position has a massive activation, as models without a beginning-of-text token have."""
+    with torch.no_grad():
+        lm.model.transformer.wpe.weight[0] *= 200
+    return lm
+
+
+def full(lm, row, site, side):
+    """Input or output of a module at a row's token, from a full pass."""
+    with torch.no_grad(), capture(lm, [site], side=side) as seen:
+        lm.model(input_ids=torch.tensor([row.ids]), use_cache=False)
+    return seen[site][0, row.fact]
+
+
+@pytest.mark.parametrize(
+    ("token", "place"),
+    [
+        ("subject_last", lambda row: row.subject),
+        ("subject_first", lambda row: row.start),
+        ("after_subject", lambda row: row.subject + 1),
+        ("prompt_last", lambda row: row.target - 1),
+    ],
+)
+def test_named_tokens(lm, requests, token, place):
+    some = [request for request in requests if not request.prompt.endswith("{}")]
+    texts = encode_batch(lm, some, CONTEXTS)
+    batch = choose_tokens(lm, texts, token, 1)
+    assert batch.owners == list(range(len(some)))
+    for rows, before in zip(batch.texts.rows, texts.rows, strict=True):
+        assert [row.fact for row in rows] == [place(row) for row in before]
+        assert [row.ids for row in rows] == [row.ids for row in before]
+    assert batch.texts.weights == texts.weights
+    own = [replace(request, fact_token=token) for request in some]
+    assert repr(choose_tokens(lm, encode_batch(lm, own, CONTEXTS), "auto", 1).texts.rows) == repr(batch.texts.rows)
+
+
+def test_a_request_without_such_a_token_is_refused(lm):
+    texts = encode_batch(lm, [SHORT, EditRequest("I live in {}", "Rome", "Paris")], CONTEXTS, first=7)
+    with pytest.raises(RequestError, match=r"8.*fact_token.*no token between subject and target"):
+        choose_tokens(lm, texts, "after_subject", 1)
+
+
+def test_ordinary_facts_are_written_at_the_subjects_last_token(tiny, requests):
+    texts = encode_batch(tiny, requests, CONTEXTS)
+    batch = choose_tokens(tiny, texts, "auto", 1)
+    assert repr(batch.texts) == repr(texts)
+    assert batch.massive == (None,) * len(requests)
+
+
+def test_norms_are_those_of_full_passes(massive, requests):
+    texts = encode_batch(massive, requests[:3], CONTEXTS)
+    rows = [row for entry in texts.rows for row in entry]
+    plain = []
+    for row in rows:
+        with torch.no_grad(), capture(massive, [Site(1)]) as seen:
+            massive.model(input_ids=torch.tensor([row.ids[: row.target]]), use_cache=False)
+        plain.append(seen[Site(1)][0].norm(dim=1).float())
+    middle = torch.cat([norm[1:] for norm in plain]).median()
+    measured = [norm for entry in relative_norms(massive, texts, 2, max_tokens=40) for norm in entry]
+    for norm, expected in zip(measured, plain, strict=True):
+        torch.testing.assert_close(norm, expected / middle, rtol=1e-5, atol=0)
+
+
+def test_a_massive_token_is_left_out_context_by_context(massive, requests):
+    texts = encode_batch(massive, [requests[0], SHORT, requests[1]], CONTEXTS, first=4)
+    batch = choose_tokens(massive, texts, "auto", 2)
+    assert batch.owners == [0, 1, 1, 2]
+    assert batch.texts.numbers == (4, 5, 5, 6)
+    bare, behind = batch.texts.rows[1:3]
+    assert [row.offset for row in (*bare, *behind)] == [1, 0, 0]
+    assert [row.ids for row in (*bare, *behind)] == [row.ids for row in texts.rows[1]]
+    assert batch.texts.weights[1:3] == ((1.0,), (0.5, 0.5))
+    neutral = batch.texts.essence[1:3]
+    assert neutral[0].ids == texts.essence[1].ids
+    assert neutral[0].fact == neutral[0].subject + 1
+    assert neutral[1].ids[: neutral[1].fact + 1] == behind[0].ids[: behind[0].fact + 1]
+    assert batch.massive == (None, None, None)
+    for part, entries in ((batch.part([1]), [1, 2]), (batch.part([0, 2]), [0, 3])):
+        assert repr(part.texts) == repr(batch.texts.part(entries))
+        assert part.owners == [0, 0] if len(part) == 1 else [0, 1]
+
+
+def test_a_fact_without_a_free_token_is_marked(massive):
+    only = EditRequest("{}", "A", "tennis")
+    batch = choose_tokens(massive, encode_batch(massive, [only, EditRequest("{} is", "I", "x")], Contexts()), "auto", 2)
+    assert batch.massive[0] > MASSIVE
+    assert batch.massive[1] is None
+    assert batch.texts.rows[0][0].offset == 0
+
+
+def test_keys_and_values_are_read_at_the_chosen_tokens(massive, requests):
+    batch = choose_tokens(massive, encode_batch(massive, [requests[0], SHORT], CONTEXTS), "auto", 2).texts
+    keys, first, values = FactReader(massive, batch).read(Site(3, "mlp_out"), Site(4))
+    for i, (rows, weights) in enumerate(zip(batch.rows, batch.weights, strict=True)):
+        each = [full(massive, row, Site(3, "mlp_out"), "in") for row in rows]
+        mean = sum(weight * key for weight, key in zip(weights, each, strict=True))
+        torch.testing.assert_close(keys[i], mean, rtol=0, atol=1e-10)
+        torch.testing.assert_close(first[i], each[0], rtol=0, atol=1e-10)
+        torch.testing.assert_close(values[i], full(massive, rows[0], Site(4), "out"), rtol=0, atol=1e-9)
+
+
+def test_entries_are_searched_as_facts_of_their_own(massive, requests):
+    batch = choose_tokens(massive, encode_batch(massive, [requests[0], SHORT], CONTEXTS), "auto", 2).texts
+    search = GradientSearch(steps=5, lr=0.3)
+    together = search.search(massive, batch, 4)
+    for i in range(len(batch)):
+        alone = search.search(massive, batch.part([i]), 4)
+        torch.testing.assert_close(together.values[i], alone.values[0], rtol=0, atol=1e-8)
+    assert float((together.values[1] - together.values[2]).abs().max()) > 0.1
