@@ -25,14 +25,16 @@ class LayerEdit:
         context: The layer. Its linear map, if used now, is linearized at the model as it is now.
         batch: The n facts.
         residual: n x d_out, the residual at the value site before.
-        problem: The solver's problem; ``problem.residual`` is the change of the projection's output that makes
-            the layer's share of the residual.
+        share: n x d_out, the layer's part of it.
+        problem: The solver's problem; ``problem.residual`` is the change of the projection's output that makes that
+            part, another one where the block multiplies or normalises what the projection writes.
         update: The solver's answer.
     """
 
     context: LayerContext
     batch: TextBatch
     residual: Float[Tensor, "n d_out"]
+    share: Float[Tensor, "n d_out"]
     problem: LayerProblem
     update: Update
 

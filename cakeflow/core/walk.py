@@ -30,6 +30,7 @@ from cakeflow.forward.fact_tokens import FactBatch
 from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.residual_path import NormPath, ResidualPath
+from cakeflow.forward.tokens import TextBatch
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.schema import FactBody, Reason, TargetBody
 from cakeflow.journal.steps import EditStep
@@ -77,7 +78,7 @@ class Walk:
         for i in facts:
             self.walks[i] += 1
         reader, searched = self.reader(), set[Site]()
-        for context in self.contexts(self.weights):
+        for context in self.contexts(facts):
             if context.value_site not in searched:
                 self.search(context.value_site, facts)
                 searched.add(context.value_site)
@@ -97,14 +98,13 @@ class Walk:
         with module.phase("keys"):
             keys, prompt_keys, values = reader.read(context.site, context.value_site)
             path = module.paths.at(reader.prompts, context.site) if module.writes_blocks else ResidualPath()
-        residual = torch.zeros_like(values)
-        residual[facts] = (self.targets[context.value_site].values - values)[facts]
-        share = self.allocate(residual, context)
+        residual, share = (self.targets[context.value_site].values - values)[facts], torch.zeros_like(values)
+        share[facts] = self.allocate(residual, context, self.batch.part(facts))
         with module.phase("solve"):
             problem = module.problem(context.site, self.batch, keys, path.required(share), prompt_keys)
             update = solved(module.solver, problem, context.site.layer, self.batch, module.max_relative_update)
         if self.is_first:
-            module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, problem, update))
+            module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, share, problem, update))
         self.apply(context, problem, update)
 
     def reader(self) -> FactReader:
@@ -116,17 +116,16 @@ class Walk:
         """True in the walk over all facts."""
         return max(self.walks) == 1
 
-    def contexts(self, weights: Float[Tensor, "*n l"]) -> Iterator[LayerContext]:
-        """The layers to edit in ascending order; those of weight 0 are left out."""
-        module, batch = self.module, self.batch
+    def contexts(self, facts: Sequence[int]) -> Iterator[LayerContext]:
+        """The layers to edit for some facts, in ascending order; those of weight 0 are left out."""
+        module, batch = self.module, self.batch.part(facts)
+        weights = self.weights[facts] if self.weights.dim() == 2 else self.weights
         active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(module.layers)).any(0)) if positive]
         layers = [module.layers[i] for i in active]
         for index, layer in enumerate(layers):
             value_site = module.targets.value_site(layers[-1] if module.allocator.residual_at == "last" else layer)
-            linear_map = ModelJacobian(module.lm, batch, layers[index:], value_site)
-            yield LayerContext(
-                Site(layer, module.site), value_site, index, weights[..., active], linear_map, batch.name
-            )
+            linear_map, site = ModelJacobian(module.lm, batch, layers[index:], value_site), Site(layer, module.site)
+            yield LayerContext(site, value_site, index, weights[..., active], linear_map, batch.name)
 
     def search(self, value_site: Site, facts: Sequence[int]) -> None:
         """Search the target values of some facts, in parts that fit into memory."""
@@ -163,12 +162,14 @@ class Walk:
             )
         ]
 
-    def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
-        """The part of the residual that the layer takes."""
+    def allocate(
+        self, residual: Float[Tensor, "n d_out"], context: LayerContext, batch: TextBatch
+    ) -> Float[Tensor, "n d_out"]:
+        """The part of some facts' residual that the layer takes."""
         layer, allocator = context.site.layer, self.module.allocator
-        checked_facts("residuals at the value site are", residual, self.batch, context.value_site.layer)
+        checked_facts("residuals at the value site are", residual, batch, context.value_site.layer)
         with self.module.phase("allocate"):
-            with naming(layer, self.batch):
+            with naming(layer, batch):
                 share = allocator.allocate(residual, context)
             return checked_residual(allocator, share, residual, context)
 

@@ -50,7 +50,7 @@ class ResidualDrift(EditCallback):
 
 def drift(edit: LayerEdit, after: Float[Tensor, "n d_out"]) -> float:
     """Compute the mean over facts of ``|actual - expected|`` reduction of the residual (CAKE eq. 53-55)."""
-    return float((edit.residual - after - edit.problem.residual).norm(dim=1).mean())
+    return float((edit.residual - after - edit.share).norm(dim=1).mean())
 
 
 @dataclass(frozen=True)
@@ -99,6 +99,8 @@ class WeightShiftBound(EditCallback):
         size, layer = len(edit.residual), edit.context.site.layer
         module.log(f"layer{layer}/sensitivity", sensitivity(edit.context.linear_map, edit.residual)[0], batch_size=size)
         if not isinstance(module.allocator, ShareAllocator) or not edit.update.is_plain:
+            return
+        if not torch.equal(edit.share, edit.problem.residual):  # the theorem knows no norm or factor behind a layer
             return
         share = module.allocator.shares(edit.context.weights)[..., edit.context.index, None]
         bound = weight_shift_bound(edit, share, alone(edit, self.damping, self.tolerance, self.iterations))

@@ -44,13 +44,15 @@ def test_shares_use_the_weights_of_the_edited_layers_only(lm, requests):
     module.footprints[0] = module.estimate(facts.texts)
     module.log = lambda *_, **__: None
     walk = Walk(module, facts, EditStep(()))
-    contexts = list(walk.contexts(torch.tensor([1.0, 0.0, 3.0])))
+    walk.weights = torch.tensor([1.0, 0.0, 3.0])
+    contexts = list(walk.contexts([0, 1]))
     assert [context.site.layer for context in contexts] == [1, 4]
     assert [context.index for context in contexts] == [0, 1]
     assert all(context.value_site == Site(4) for context in contexts)
     assert contexts[0].weights.tolist() == [1.0, 3.0]
-    per_fact = list(walk.contexts(torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])))
-    assert [context.site.layer for context in per_fact] == [1, 2]
+    walk.weights = torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]])
+    assert [context.site.layer for context in walk.contexts([0, 1])] == [1, 2]
+    assert [context.site.layer for context in walk.contexts([1])] == [2]
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ def edit(seed, spread, index=0):
     share = Sequential().allocate(missing, context)
     weight = normal(D_OUT, D_IN)
     problem = LayerProblem(normal(N, D_IN), share, weight, weight)
-    return LayerEdit(context, None, missing, problem, LeastSquares(ridge=0.5).solve(problem)), matrices
+    return LayerEdit(context, None, missing, share, problem, LeastSquares(ridge=0.5).solve(problem)), matrices
 
 
 @given(st.integers(0, 200), st.floats(0, 0.4))
@@ -124,8 +124,12 @@ class Spied(LocateThenEdit):
     """Keeps the batch and the target values."""
 
     def edit(self, batch, step):
+        self.batch, self.step = batch.texts, step
         super().edit(batch, step)
-        self.batch, self.goal = batch, step.values[LAYERS[-1]]
+
+    @property
+    def goal(self):
+        return self.step.values[LAYERS[-1]]
 
 
 def fit(lm, requests, quiet, callbacks, kind=LocateThenEdit, **changes):
