@@ -132,7 +132,7 @@ REQUESTS = [
          [own(subject="Würm"), own(subject=decomposed("Würm"), target_new="the Red Sea")], "target_new",
          "contradicts entry 0"),
     # fields and probes
-    entry("unknown-field", own(target="the Black Sea"), "target", "unknown field; known: case_id, probes, prompt"),
+    entry("unknown-field", own(target="the Black Sea"), "target", "unknown field; known: case_id, fact_token"),
     entry("fields-of-something-else", {"text": "a", "label": 1}, "prompt", "found ['label', 'text']"),
     entry("one-probe-for-a-list", own(probes={"kind": "paraphrase", "prompt": "x"}), "probes", "give a list of"),
     entry("probe-as-text", own(probes=["The Elbe ends in"]), "probes", "a probe has kind, prompt"),

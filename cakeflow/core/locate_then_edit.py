@@ -25,7 +25,7 @@ from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest, FactToken
 from cakeflow.errors import ConfigError, require_choice, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
-from cakeflow.forward.fact_tokens import FactBatch, choose_tokens
+from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
 from cakeflow.forward.generation import generate_contexts
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB
@@ -57,7 +57,7 @@ SETTINGS = (
 
 
 @final
-class LocateThenEdit(EditModule[FactBatch]):
+class LocateThenEdit(EditModule[TextBatch]):
     """Edits facts by closed-form changes of one projection per layer: MEMIT, AlphaEdit, CAKE and their relatives.
 
     Args:
@@ -160,6 +160,7 @@ class LocateThenEdit(EditModule[FactBatch]):
         self.dequantize = dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
         self.fact_token, self.rounds = fact_token, rounds
+        self.facts: dict[int, FactBatch] = {}
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
         if isinstance(base, LanguageModel):
@@ -191,16 +192,17 @@ class LocateThenEdit(EditModule[FactBatch]):
 
     # ---- before the first edit ----
 
-    def encode(self, requests: Sequence[EditRequest]) -> FactBatch:
+    def encode(self, requests: Sequence[EditRequest]) -> TextBatch:
         """All requests as tokens, in every context; contexts are sampled here if there are none."""
-        with self.journal.reverted():
-            if self.contexts is None:
+        if self.contexts is None:
+            with self.journal.reverted():
                 self.contexts = generate_contexts(self.lm, self.seed)
-            texts = encode_batch(self.lm, requests, self.contexts)
-            return choose_tokens(self.lm, texts, self.fact_token, self.layers[0] if self.layers else self.lm.depth // 4)
+        texts = encode_batch(self.lm, requests, self.contexts)
+        check_tokens(texts, self.fact_token)
+        return texts
 
-    def prepare(self, batches: Sequence[FactBatch]) -> None:
-        """Choose the layers, measure their scores, estimate the memory of every batch, and collect second moments."""
+    def prepare(self, batches: Sequence[TextBatch]) -> None:
+        """Choose layers with their scores and the facts' tokens, estimate memory, and collect second moments."""
         self.paths = ResidualPaths(self.lm)
         with self.phase("trace"):
             if not self.layers:
@@ -208,11 +210,13 @@ class LocateThenEdit(EditModule[FactBatch]):
                 self._choose_layers(proposal.layers, proposal.scores)
                 self.check_model()
             self.weighter = self.weighter.prepare(self.lm, self.layers)
-        earlier = self.journal.edits
+        facts = choose_tokens(self.lm, TextBatch.join(batches), self.fact_token, self.layers[0])
+        warn_blocked(facts)
+        earlier, place = self.journal.edits, 0
         for batch in batches:
-            warn_blocked(batch)
-            self.footprints[batch.first] = self.estimate(batch.texts, earlier)
-            earlier += len(batch.texts)
+            self.facts[batch.first] = part = facts.part(range(place, place + len(batch)))
+            self.footprints[batch.first] = self.estimate(part.texts, earlier)
+            earlier, place = earlier + len(part.texts), place + len(batch)
         with self.phase("statistics"):
             missing = [Site(layer, self.site) for layer in self.layers if layer not in self.covariances]
             if missing:
@@ -257,9 +261,9 @@ class LocateThenEdit(EditModule[FactBatch]):
 
     # ---- a batch ----
 
-    def edit(self, batch: FactBatch, step: EditStep) -> None:
+    def edit(self, batch: TextBatch, step: EditStep) -> None:
         """Edit one batch: walk over the layers, and again for the facts that did not take."""
-        walk = Walk(self, batch, step)
+        walk = Walk(self, self.facts[batch.first], step)
         walk.over(range(len(walk.batch)))
         for _ in range(self.rounds):
             if not (facts := walk.not_taken()):

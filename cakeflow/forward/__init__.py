@@ -1,7 +1,7 @@
 """Running parts of a model: tokens, suffixes, prefix trees, keys, Jacobians and text generation."""
 
 from cakeflow.forward.corpus import sampled_corpus, token_stream
-from cakeflow.forward.fact_tokens import FactBatch, choose_tokens
+from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
 from cakeflow.forward.generation import continuations, generate_contexts
 from cakeflow.forward.jacobian import LinearMap, ModelJacobian
 from cakeflow.forward.keys import FactReader, PromptStream
@@ -13,6 +13,6 @@ from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode
 
 __all__ = [
     "GIB", "FactBatch", "FactReader", "LinearMap", "ModelJacobian", "PromptStream", "Recording", "Row", "Suffixes",
-    "TextBatch", "WeightLoss", "choose_tokens", "continuations", "cut", "encode", "encode_batch", "encode_prompts",
-    "encode_texts", "generate_contexts", "pad", "plan", "predict", "sampled_corpus", "token_stream",
+    "TextBatch", "WeightLoss", "check_tokens", "choose_tokens", "continuations", "cut", "encode", "encode_batch",
+    "encode_prompts", "encode_texts", "generate_contexts", "pad", "plan", "predict", "sampled_corpus", "token_stream",
 ]  # fmt: skip

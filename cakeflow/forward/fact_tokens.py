@@ -59,6 +59,22 @@ class FactBatch(EditBatch):
         return type(self)(requests, texts, bare, numbers, massive)  # type: ignore[arg-type]
 
 
+def check_tokens(texts: TextBatch, fact_token: FactToken) -> None:
+    """Check that every request has the token at which its fact is to be written; arguments as for ``choose_tokens``.
+
+    Raises:
+        RequestError: Naming every request without such a token.
+    """
+    remedy = "there is no token between subject and target; write the fact at another one"
+    faults = [
+        Fault(number, "fact_token", token, remedy)
+        for number, rows, token in zip(texts.numbers, texts.rows, _tokens(texts, fact_token), strict=True)
+        if token == "after_subject" and any(row.subject + 1 == row.target for row in rows)
+    ]
+    if faults:
+        raise RequestError(faults)
+
+
 def choose_tokens(lm: LanguageModel, texts: TextBatch, fact_token: FactToken, layer: int) -> FactBatch:
     """Choose in every row the token at which its fact is written, and make an entry of the rows that agree.
 
@@ -72,12 +88,8 @@ def choose_tokens(lm: LanguageModel, texts: TextBatch, fact_token: FactToken, la
         texts: One entry per request, at the subject's last token.
         fact_token: The token, for requests that do not say it themselves.
         layer: First edited layer.
-
-    Raises:
-        RequestError: If a request has no such token.
     """
-    tokens: list[FactToken] = [request.fact_token or fact_token for request in texts.requests]
-    _check_tokens(texts, tokens)
+    tokens = _tokens(texts, fact_token)
     automatic = [i for i, token in enumerate(tokens) if token == "auto"]
     norms = dict(zip(automatic, relative_norms(lm, texts.part(automatic), layer), strict=True)) if automatic else {}
     parts, massive = list[TextBatch](), list[float | None]()
@@ -96,15 +108,8 @@ def choose_tokens(lm: LanguageModel, texts: TextBatch, fact_token: FactToken, la
     return FactBatch(texts.requests, TextBatch.join(parts), bare, texts.numbers, massive)
 
 
-def _check_tokens(texts: TextBatch, tokens: Sequence[FactToken]) -> None:
-    remedy = "there is no token between subject and target; write the fact at another one"
-    faults = [
-        Fault(number, "fact_token", token, remedy)
-        for number, rows, token in zip(texts.numbers, texts.rows, tokens, strict=True)
-        if token == "after_subject" and any(row.subject + 1 == row.target for row in rows)
-    ]
-    if faults:
-        raise RequestError(faults)
+def _tokens(texts: TextBatch, fact_token: FactToken) -> list[FactToken]:
+    return [request.fact_token or fact_token for request in texts.requests]
 
 
 def _offset(row: Row, token: FactToken) -> int:

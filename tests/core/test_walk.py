@@ -11,6 +11,7 @@ from tiny_runs import LAYERS, editor_of, module_of, name_of
 from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares, Uniform
 from cakeflow.core.walk import Walk
 from cakeflow.errors import BlockedWarning, ConfigError, NotTakenWarning
+from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Site
@@ -40,7 +41,7 @@ def arg_max(lm, request):
 
 def test_shares_use_the_weights_of_the_edited_layers_only(lm, requests):
     module = module_of(lm, layers=[1, 2, 4], weighter=Uniform())
-    facts = module.encode(requests[:2])
+    facts = choose_tokens(lm, module.encode(requests[:2]), "auto", 1)
     module.footprints[0] = module.estimate(facts.texts)
     module.log = lambda *_, **__: None
     walk = Walk(module, facts, EditStep(()))

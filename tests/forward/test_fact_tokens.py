@@ -7,7 +7,7 @@ import torch
 
 from cakeflow import Contexts, EditRequest, GradientSearch
 from cakeflow.errors import RequestError
-from cakeflow.forward.fact_tokens import MASSIVE, choose_tokens, relative_norms
+from cakeflow.forward.fact_tokens import MASSIVE, check_tokens, choose_tokens, relative_norms
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
@@ -58,7 +58,7 @@ def test_named_tokens(lm, requests, token, place):
 def test_a_request_without_such_a_token_is_refused(lm):
     texts = encode_batch(lm, [SHORT, EditRequest("I live in {}", "Rome", "Paris")], CONTEXTS, first=7)
     with pytest.raises(RequestError, match=r"8.*fact_token.*no token between subject and target"):
-        choose_tokens(lm, texts, "after_subject", 1)
+        check_tokens(texts, "after_subject")
 
 
 def test_ordinary_facts_are_written_at_the_subjects_last_token(tiny, requests):

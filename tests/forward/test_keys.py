@@ -74,7 +74,7 @@ def test_values_at_the_layer_itself(tiny, batch, role):
 
 def test_weights_of_the_mean(lm, batch):
     """Half for the bare prompt, a tenth for each of five contexts; without contexts the bare prompt alone."""
-    assert batch.weights == pytest.approx((0.5, *[0.1] * 5))
+    assert all(weights == pytest.approx((0.5, *[0.1] * 5)) for weights in batch.weights)
     bare = encode_batch(lm, batch.requests, Contexts())
     reader, anchor = FactReader(lm, bare), Site(3)
     keys, *_ = reader.read(Site(3, "mlp_out"), anchor)

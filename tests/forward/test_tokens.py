@@ -118,7 +118,7 @@ def check(tokenizer, row, text, subject_end, target_start):
 def test_subject_and_target_are_found(name, variant):
     request = CASES[name]
     batch = encode_batch(variant, [request], TEMPLATES)
-    assert (len(batch), batch.weights) == (1, (0.5, 0.25, 0.25))
+    assert (len(batch), batch.weights) == (1, ((0.5, 0.25, 0.25),))
     for template, row in zip(TEMPLATES.templates, batch.rows[0], strict=True):
         start = template.index("{}")
         prompt = template[:start] + request.text + template[start + 2 :]

@@ -20,6 +20,7 @@ COMMON = {
 }  # fmt: skip
 GATED = {"intermediate_size": 48, "num_key_value_heads": 2}
 HEADS = {**GATED, "head_dim": 8}
+LATENT = {"intermediate_size": 48, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_nope_head_dim": 4, "qk_rope_head_dim": 4}
 FAMILIES = {
     "llama": GATED, "mistral": GATED, "qwen2": GATED, "qwen3": HEADS, "phi3": GATED, "gemma": HEADS, "gemma2": HEADS,
     "smollm3": GATED, "gpt2": {"n_inner": 48}, "gptj": {"n_inner": 48, "rotary_dim": 4},
@@ -28,7 +29,7 @@ FAMILIES = {
     "phi": {"intermediate_size": 48}, "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32}, "bloom": {},
     "falcon": {}, "falcon, new": {"new_decoder_architecture": True, "num_kv_heads": 2},
     "falcon, alibi": {"alibi": True, "parallel_attn": False}, "olmo2": GATED, "stablelm": GATED,
-    "granite": {**GATED, "residual_multiplier": 0.22}, "minicpm3": {}, "gemma3_text": HEADS, "glm4": HEADS,
+    "granite": {**GATED, "residual_multiplier": 0.22}, "minicpm3": LATENT, "gemma3_text": HEADS, "glm4": HEADS,
     "olmo3": GATED, "exaone4": GATED, "cohere": GATED,
 }  # fmt: skip
 LAYERS = [1, 2]

@@ -98,7 +98,7 @@ class Watched(LocateThenEdit):
 
     def edit(self, batch, step):
         super().edit(batch, step)
-        self.batch, self.goal, self.value_site = batch.texts, step.values[LAYERS[-1]], Site(LAYERS[-1])
+        self.batch, self.goal, self.value_site = batch, step.values[LAYERS[-1]], Site(LAYERS[-1])
 
 
 def test_rect_in_a_fit(tiny, requests, quiet):

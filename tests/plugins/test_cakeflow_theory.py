@@ -124,7 +124,7 @@ class Spied(LocateThenEdit):
     """Keeps the batch and the target values."""
 
     def edit(self, batch, step):
-        self.batch, self.step = batch.texts, step
+        self.batch, self.step = batch, step
         super().edit(batch, step)
 
     @property

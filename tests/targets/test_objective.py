@@ -280,7 +280,7 @@ class PreparedUnlikelihood(PreparedTerm):
         p = self.problem.logits(part, delta).softmax(-1).gather(1, part.label[:, None])[:, 0]
         count = torch.bincount(part.row, minlength=len(part.fact))
         sums = p.new_zeros(len(part.fact)).index_add(0, part.row, -torch.log1p(-p))
-        return sums / count / len(self.problem.batch.weights)
+        return sums / count / len(self.problem.batch.rows[0])
 
     def factor(self, solved):
         return self.term.factor
