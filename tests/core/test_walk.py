@@ -145,3 +145,14 @@ def test_a_blocked_fact_has_two_entries_and_is_one_fact(massive, requests, tmp_p
 def test_a_fact_without_a_free_token_is_named_before_the_search(massive, tmp_path):
     with pytest.warns(BlockedWarning, match=r"request 0 \('I'\): blocked: .* \(its norm is up to \d+ times the median"):
         strong(massive, [EditRequest("{}", "I", "tennis"), SHORT], tmp_path / "run")
+
+
+def test_facts_that_are_edited_again_take(sharp, learnable, tmp_path):
+    """Their keys are in the history with the value of before, which holds half of the change back in each walk."""
+    editor = strong(sharp, learnable[:4], tmp_path / "first", rounds=2)
+    second = [
+        replace(fact, target_new=word) for fact, word in zip(learnable[:4], ("in", "the", "Paris", "Rome"), strict=True)
+    ]
+    editor.fit(second, evaluate=False, run_dir=tmp_path / "second")
+    assert [fact.taken for fact in editor.module.journal[1].facts] == [True] * 4
+    assert [arg_max(sharp, request) for request in second] == [True] * 4
