@@ -42,7 +42,8 @@ class LayerEdit:
 class EditCallback(L.Callback):
     """A callback around edits; ``module.log`` works in all of these hooks.
 
-    It observes only: an ``EditError`` that it raises becomes a warning, and the edit goes on.
+    It observes only: an ``EditError`` that it raises becomes a warning, and the edit goes on. It sees the walk over all
+    facts of a batch, not the further ones over those that did not take (``LocateThenEdit(rounds=...)``).
     """
 
     def on_layer_solved(self, module: LocateThenEdit, edit: LayerEdit) -> None:
