@@ -31,7 +31,7 @@ from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
 from cakeflow.errors import ConfigError, EditError
 from cakeflow.forward.generation import continuations
 from cakeflow.plugins import load_plugins
-from cakeflow.report import metrics_table, phases_table, texts_table
+from cakeflow.report import metrics_table, phases_table, texts_table, verdict
 
 EXAMPLES = 5
 """Number of generated texts to show before and after an edit."""
@@ -151,6 +151,8 @@ class EditCLI(LightningCLI):
         console.print(phases_table(result.timings, result.peaks, len(datamodule.requests)))
         targets = [request.target_new for request in datamodule.requests[:EXAMPLES]]
         console.print(texts_table(prompts, targets, before, after))
+        if line := verdict(result.journal):
+            say(line)
         say(f"run folder: {result.folder}")
 
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:

@@ -20,10 +20,11 @@ from cakeflow.report.tables import (
     runs_table,
     texts_table,
     trace_table,
+    verdict,
 )  # fmt: skip
 
 __all__ = [
     "RunFolder", "compare_runs", "curves_of", "ledger_table", "metrics_table", "phases_table", "plot_curves",
     "plot_layers", "plot_losses", "plot_trace", "plot_weights", "plugins_table", "render_page", "runs_table",
-    "save_plot", "texts_table", "to_csv", "to_markdown", "trace_table",
+    "save_plot", "texts_table", "to_csv", "to_markdown", "trace_table", "verdict",
 ]  # fmt: skip

@@ -22,6 +22,7 @@ from cakeflow.journal.schema import (
     RollbackBody,
     RunBody,
 )
+from cakeflow.journal.steps import EditStep
 from cakeflow.plugins import Plugin
 from cakeflow.report.comparison import DELTA, as_texts
 from cakeflow.report.intervals import KINDS
@@ -140,3 +141,26 @@ def _details(body: Schema) -> str:
 def _cell(text: str) -> Text:
     """Return what others wrote as it is to be shown: neither markup nor anything that the terminal obeys."""
     return Text(visible(text))
+
+
+def verdict(steps: Sequence[EditStep]) -> str:
+    """Say in one line how many facts took, and which did not and why; empty where no batch was asked.
+
+    A fact took if every token of its target is the most likely one on its own prompt, right after its batch.
+
+    Args:
+        steps: Edit batches.
+    """
+    facts = [(step, i, fact) for step in steps for i, fact in enumerate(step.facts)]
+    if not facts:
+        return ""
+    failed = [
+        f"{step.requests[i].text!r} ({fact.reason})"
+        if step.requests
+        else f"fact {i} of batch {step.number} ({fact.reason})"
+        for step, i, fact in facts
+        if not fact.taken
+    ]
+    return f"{len(facts) - len(failed)} of {len(facts)} facts learned" + (
+        f"; not learned: {listed(failed)}" if failed else ""
+    )

@@ -9,6 +9,7 @@ from cakeflow.cli.command_line import main as script
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.checkpoint import SafeCheckpointIO
 from cakeflow.core.config import shipped
+from cakeflow.report import verdict
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +125,7 @@ def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
     assert done.after["efficacy"] >= done.before["efficacy"]
     for title in ("Metrics", "Time", "Generations"):
         assert title in printed
+    assert verdict(done.journal) in " ".join(printed.split())
     names = {path.relative_to(done.folder).as_posix() for path in done.folder.rglob("*")}
     assert {"config.yaml", "metrics.csv", "run.json", "journal/ledger.jsonl"} <= names
     assert {"journal/batch-00000.safetensors", "journal/original-00000-0.safetensors"} <= names

@@ -6,9 +6,10 @@ import torch
 from bodies import body
 from rich.console import Console
 
-from cakeflow import report
+from cakeflow import EditRequest, report
 from cakeflow.journal.ledger import Entry
-from cakeflow.journal.schema import PolicyBody
+from cakeflow.journal.schema import FactBody, PolicyBody
+from cakeflow.journal.steps import EditStep
 from cakeflow.plugins import Plugin
 from cakeflow.tracing import PLACES, Trace
 
@@ -76,3 +77,18 @@ def test_no_cell_moves_the_cursor(make_run):
     for text in map(shown, tables):
         assert "Ann" in text
         assert text.replace("\n", "").isprintable()
+
+
+def fact(taken=True, reason=""):
+    return FactBody(taken=taken, probability=0.5, arrived=1, walks=1, reason=reason)
+
+
+def test_the_verdict_counts_what_took_and_names_what_did_not():
+    requests = tuple(EditRequest("{} plays", name, "tennis") for name in ("Ann", "Bob"))
+    first = EditStep(requests, facts=[fact(), fact(False, "blocked")], number=0)
+    second = EditStep((), hashes=("a",), facts=[fact(False, "search")], number=1)
+    assert report.verdict([]) == report.verdict([EditStep(requests)]) == ""
+    assert report.verdict([EditStep(requests, facts=[fact(), fact()])]) == "2 of 2 facts learned"
+    words = "1 of 3 facts learned; not learned: 'Bob plays' (blocked), fact 0 of batch 1 (search)"
+    assert report.verdict([first, second]) == words
+    assert report.verdict([second] * 12).endswith(", fact 0 of batch 1 (search) and 2 more")
