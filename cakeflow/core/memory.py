@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import sys
+import threading
+import time
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -200,8 +202,8 @@ def _per_token(cost: TokenCost, batch: TextBatch) -> Iterator[float]:
 class PeakMemory:
     """Peak memory of some devices beyond the memory in use at the start.
 
-    Counts the memory of PyTorch's allocator on GPUs, and the resident memory of the process on the CPU under Linux;
-    elsewhere the peak is nan.
+    Counts the memory of PyTorch's allocator on GPUs, and the resident memory of the process on the CPU: by the kernel's
+    own mark under Linux, elsewhere, and where that mark cannot be reset, by looking twenty times a second.
 
     Args:
         devices: Devices to measure.
@@ -209,31 +211,55 @@ class PeakMemory:
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self.gpus = [device for device in devices if device.type == "cuda"]
-        self.base = self._now()
+        self.looking = None if self.gpus or _reset_mark() else _Looking(self)
+        self.base = float(sum(map(torch.cuda.memory_allocated, self.gpus)) if self.gpus else _resident())
 
     def restart(self) -> None:
         """Reset the peak."""
         for gpu in self.gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
-        with suppress(OSError):  # without the right to reset it, the peak is that of the whole process
-            if not self.gpus:
-                RESET.write_text("5")
+        if self.looking is not None:
+            self.looking.peak = _resident()
+        elif not self.gpus:
+            _reset_mark()
 
     def bytes(self) -> float:
         """Return the peak since ``restart``, beyond the memory at the start."""
         if self.gpus:
-            return sum(torch.cuda.max_memory_allocated(gpu) for gpu in self.gpus) - self.base
-        return _status("VmHWM") - self.base
-
-    def _now(self) -> float:
-        if self.gpus:
-            return float(sum(torch.cuda.memory_allocated(gpu) for gpu in self.gpus))
-        return _status("VmRSS")
+            return sum(map(torch.cuda.max_memory_allocated, self.gpus)) - self.base
+        return (_mark() if self.looking is None else max(self.looking.peak, _resident())) - self.base
 
 
-def _status(name: str) -> float:
-    """Read a field of the process status of Linux, in bytes."""
-    if sys.platform != "linux":
-        return float("nan")
+class _Looking(threading.Thread):
+    """Keeps the largest resident memory since ``peak`` was set, as long as its owner lives."""
+
+    def __init__(self, owner: PeakMemory) -> None:
+        super().__init__(name="cakeflow memory", daemon=True)
+        self.owner, self.peak = weakref.ref(owner), _resident()
+        self.start()
+
+    def run(self) -> None:
+        while self.owner() is not None:
+            if (now := _resident()) > self.peak:
+                self.peak = now
+            time.sleep(0.05)
+
+
+def _resident() -> int:
+    """Return the resident memory of the process in bytes."""
+    return int(psutil.Process().memory_info().rss)
+
+
+def _reset_mark() -> bool:
+    """Reset the kernel's mark of the largest resident memory; False where there is none, or no right to."""
+    try:
+        RESET.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _mark() -> int:
+    """Return the kernel's mark of the largest resident memory in bytes."""
     lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
-    return float(lines[name].split()[0]) * 1024
+    return int(lines["VmHWM"].split()[0]) * 1024
