@@ -203,7 +203,7 @@ class PeakMemory:
     """Peak memory of some devices beyond the memory in use at the start.
 
     Counts the memory of PyTorch's allocator on GPUs, and the resident memory of the process on the CPU: by the kernel's
-    own mark under Linux, elsewhere, and where that mark cannot be reset, by looking twenty times a second.
+    own mark under Linux, elsewhere, and where that mark cannot be reset, by twenty samples a second.
 
     Args:
         devices: Devices to measure.
@@ -211,15 +211,15 @@ class PeakMemory:
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self.gpus = [device for device in devices if device.type == "cuda"]
-        self.looking = None if self.gpus or _reset_mark() else _Looking(self)
+        self.sampler = None if self.gpus or _reset_mark() else _Sampler(self)
         self.base = float(sum(map(torch.cuda.memory_allocated, self.gpus)) if self.gpus else _resident())
 
     def restart(self) -> None:
         """Reset the peak."""
         for gpu in self.gpus:
             torch.cuda.reset_peak_memory_stats(gpu)
-        if self.looking is not None:
-            self.looking.peak = _resident()
+        if self.sampler is not None:
+            self.sampler.peak = _resident()
         elif not self.gpus:
             _reset_mark()
 
@@ -227,10 +227,10 @@ class PeakMemory:
         """Return the peak since ``restart``, beyond the memory at the start."""
         if self.gpus:
             return sum(map(torch.cuda.max_memory_allocated, self.gpus)) - self.base
-        return (_mark() if self.looking is None else max(self.looking.peak, _resident())) - self.base
+        return (_mark() if self.sampler is None else max(self.sampler.peak, _resident())) - self.base
 
 
-class _Looking(threading.Thread):
+class _Sampler(threading.Thread):
     """Keeps the largest resident memory since ``peak`` was set, as long as its owner lives."""
 
     def __init__(self, owner: PeakMemory) -> None:

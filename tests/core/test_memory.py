@@ -147,7 +147,7 @@ print(memory.bytes() / GIB)
 """
 
 
-@pytest.mark.parametrize("way", ["mark", "looking"])
+@pytest.mark.parametrize("way", ["mark", "samples"])
 def test_the_peak_is_what_was_in_use(way):
     """In a process of its own: what earlier tests left behind may be given back at any moment."""
     if way == "mark" and sys.platform != "linux":
