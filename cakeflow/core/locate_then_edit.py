@@ -17,7 +17,7 @@ from cakeflow.core.contracts import (
     warn_blocked,
 )
 from cakeflow.core.identity import described, inputs_of
-from cakeflow.core.memory import Footprint
+from cakeflow.core.memory import PASS_TOKENS, Footprint
 from cakeflow.core.module import EditModule
 from cakeflow.core.statistics import Statistics
 from cakeflow.core.walk import Walk
@@ -28,7 +28,7 @@ from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
 from cakeflow.forward.generation import generate_contexts
 from cakeflow.forward.loss import WeightLoss
-from cakeflow.forward.packing import GIB
+from cakeflow.forward.packing import GIB, pass_bytes
 from cakeflow.forward.residual_path import ResidualPaths
 from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.journal.changes import WeightChange
@@ -210,7 +210,8 @@ class LocateThenEdit(EditModule[TextBatch]):
                 self._choose_layers(proposal.layers, proposal.scores)
                 self.check_model()
             self.weighter = self.weighter.prepare(self.lm, self.layers)
-        facts = choose_tokens(self.lm, TextBatch.join(batches), self.fact_token, self.layers[0])
+        tokens = PASS_TOKENS if self.max_bytes is None else min(PASS_TOKENS, int(self.max_bytes / pass_bytes(self.lm)))
+        facts = choose_tokens(self.lm, TextBatch.join(batches), self.fact_token, self.layers[0], max(1, tokens))
         warn_blocked(facts)
         earlier, place = self.journal.edits, 0
         for batch in batches:
@@ -266,9 +267,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         walk = Walk(self, self.facts[batch.first], step)
         walk.over(range(len(walk.batch)))
         for _ in range(self.rounds):
-            if not (facts := walk.not_taken()):
+            if not (facts := walk.not_taken()) or not walk.again(facts):
                 break
-            walk.over(facts)
         walk.close()
 
     def problem(

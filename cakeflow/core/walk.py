@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from cakeflow.core.contracts import (
     solved,
     warn_not_taken,
 )
+from cakeflow.errors import EditError, NotTakenWarning
 from cakeflow.evaluation.scoring import score_reads
 from cakeflow.forward.fact_tokens import FactBatch
 from cakeflow.forward.jacobian import ModelJacobian
@@ -44,7 +46,7 @@ if TYPE_CHECKING:
 
 
 LIKELY = 0.6
-"""Probability of a target from which on its search has succeeded: of zsRE facts below it 19 of 19 did not take."""
+"""Probability of a target below which its search is the reason that a fact did not take."""
 
 
 class Walk:
@@ -61,12 +63,12 @@ class Walk:
 
     def __init__(self, module: LocateThenEdit, facts: FactBatch, step: EditStep) -> None:
         self.module, self.facts, self.batch, self.step = module, facts, facts.texts, step
-        batch, step.owners = facts.texts, facts.owners if len(facts.owners) > len(facts) else []
+        step.owners = facts.owners
         self.footprint = module.footprints[facts.first]
         self.targets: dict[Site, Targets] = {}
-        self.walks, self.arrived = [0] * len(batch), [0.0] * len(batch)
-        weights = module.weighter.weigh(module.lm, batch, module.layers)
-        self.weights = checked_weights(module.weighter, weights, len(batch), module.layers)
+        self.walks, self.arrived = [0] * len(self.batch), [0.0] * len(self.batch)
+        weights = module.weighter.weigh(module.lm, self.batch, module.layers)
+        self.weights = checked_weights(module.weighter, weights, len(self.batch), module.layers)
         self.log("n_eff", effective_layers(self.weights).mean())
 
     def over(self, facts: Sequence[int]) -> None:
@@ -91,6 +93,20 @@ class Walk:
         if self.is_first:
             self.log("target/left", remaining.norm(dim=1).mean())
             self.module.notify("on_batch_edited", remaining)
+        self.probability, self.taken = self.ask()
+
+    def again(self, facts: Sequence[int]) -> bool:
+        """Walk once more over some facts; False if that failed: it is taken back, and the batch stays as it was."""
+        count, before = len(self.step.changes), (list(self.walks), list(self.arrived), dict(self.targets))
+        try:
+            self.over(facts)
+        except EditError as error:
+            self.module.journal.drop(self.step, count)
+            self.walks, self.arrived, self.targets = before
+            self.record_targets()
+            warnings.warn(f"a further walk was taken back, the batch stays: {error}", NotTakenWarning, stacklevel=2)
+            return False
+        return True
 
     def edit_layer(self, context: LayerContext, reader: FactReader, facts: Sequence[int]) -> None:
         """Change one weight by the layer's part of what remains of some facts."""
@@ -147,12 +163,16 @@ class Walk:
         self.note_targets(value_site, facts, targets)
 
     def note_targets(self, value_site: Site, facts: Sequence[int], targets: Targets) -> None:
-        """Log how a search ended, and store it in the place of an earlier one."""
+        """Log how a search ended, and keep it in the place of an earlier one."""
         if self.is_first:
             for name in ("loss", "probability", "steps"):
                 self.log(f"target/{name}", getattr(targets, name).double().mean())
         earlier = self.targets.get(value_site)
         self.targets[value_site] = targets if earlier is None else earlier.updated(facts, targets)
+        self.record_targets()
+
+    def record_targets(self) -> None:
+        """Store the target values, and how their search ended, with the batch."""
         self.step.values = {site.layer: each.values.cpu() for site, each in self.targets.items()}
         self.step.targets = [
             TargetBody(layer=site.layer, loss=loss, probability=probability, steps=steps)
@@ -210,27 +230,25 @@ class Walk:
 
     def not_taken(self) -> list[int]:
         """The facts whose requests did not take, each with all those of the same key, which have one target value."""
-        _, taken = self.ask()
         groups = self.batch.key_groups()
-        failed = {groups[i] for i, owner in enumerate(self.facts.owners) if not taken[owner]}
+        failed = {groups[i] for i, owner in enumerate(self.facts.owners) if not self.taken[owner]}
         return [i for i, group in enumerate(groups) if group in failed]
 
     def close(self) -> None:
         """Record what became of every request, name those that did not take, and check what arrived."""
-        probability, taken = self.ask()
-        for i in range(len(self.facts)):
+        for i, taken in enumerate(self.taken.tolist()):
             own = [place for place, owner in enumerate(self.facts.owners) if owner == i]
             arrived = min(self.arrived[place] for place in own)
             outcome = FactBody(
-                taken=bool(taken[i]),
-                probability=float(probability[i]),
+                taken=taken,
+                probability=float(self.probability[i]),
                 arrived=arrived,
                 walks=max(self.walks[place] for place in own),
-                reason="" if taken[i] else self.reason(i, own, arrived),
+                reason="" if taken else self.reason(i, own, arrived),
             )
             self.step.facts.append(outcome)
         self.log("target/arrived", sum(self.arrived) / len(self.arrived))
-        self.log("target/taken", taken.double().mean())
+        self.log("target/taken", self.taken.double().mean())
         warn_not_taken(self.facts, self.step.facts)
         check_arrival(self.arrived, self.batch, self.module.min_arrival, self.module.on_low_arrival)
 

@@ -124,7 +124,7 @@ class TextBatch(EditBatch):
         return cls(*([each for part in parts for each in getattr(part, name)] for name in names))
 
     @property
-    def owners(self) -> list[int]:
+    def row_entries(self) -> list[int]:
         """For each row of all entries, in order, the place of its entry."""
         return [i for i, rows in enumerate(self.rows) for _ in rows]
 

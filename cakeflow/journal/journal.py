@@ -134,12 +134,7 @@ class Journal(Sequence[EditStep]):
             self.places.forget_all_but(known)
 
     def apply(self, step: EditStep, change: Change, numbers: dict[str, float]) -> None:
-        """Make a change as a part of a batch.
-
-        Args:
-            step: The open batch.
-            change: The change.
-            numbers: What is logged of it.
+        """Make a change as a part of the open batch; ``numbers`` is what is logged of it.
 
         Raises:
             ConfigError: If another place that was edited lies inside this one, or around it.
@@ -153,6 +148,12 @@ class Journal(Sequence[EditStep]):
         sys.audit("cakeflow.journal", f"change {change.place}")
         change.apply(self.model)
         sys.audit("cakeflow.journal", f"changed {change.place}")
+
+    def drop(self, step: EditStep, count: int) -> None:
+        """Take back the changes of the open batch but the first ``count``."""
+        places = {part.place for part in step.changes[count:]}
+        del step.changes[count:]
+        self.places.restore(places, [*self.steps, step])
 
     def replace(self, step: EditStep, index: int, change: Change, numbers: dict[str, float]) -> None:
         """Put another change in the place of one that the open batch has made."""
@@ -385,8 +386,7 @@ class Journal(Sequence[EditStep]):
 
     def _remember(self, step: EditStep) -> None:
         """Add a step's keys to the histories: of several changes at a place, the last one's."""
-        keys = {part.place: part.change.preserved_keys() for part in step.changes}
-        for place, rows in keys.items():
+        for place, rows in {part.place: part.change.preserved_keys() for part in step.changes}.items():
             if rows is not None:
                 self.history(place).append(rows.to(self.model.device), step.key_hashes)
 

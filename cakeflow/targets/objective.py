@@ -46,7 +46,7 @@ class SearchProblem:
             ArchitectureError: If the model's attention cannot start in the middle of a text.
         """
         _require_agreement(lm, batch.essence, sites)
-        rows, owners = [row for variants in batch.rows for row in variants], batch.owners
+        rows, owners = [row for variants in batch.rows for row in variants], batch.row_entries
         prompts, outputs = cut(lm, rows, owners, sites, max_tokens)
         first = [i for i, owner in enumerate(owners) if i == 0 or owner != owners[i - 1]]
         initial = outputs[first]  # h_0 is read on the bare prompt, the first of each fact's rows

@@ -1,7 +1,7 @@
 """The walk of one batch: which layers, and again over the facts that did not take."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -10,13 +10,15 @@ from tiny_runs import LAYERS, editor_of, module_of, name_of
 
 from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares, Uniform
 from cakeflow.core.walk import Walk
-from cakeflow.errors import BlockedWarning, ConfigError, NotTakenWarning
+from cakeflow.errors import BlockedWarning, ConfigError, NotTakenWarning, NumericalError
 from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.tokens import encode_batch
+from cakeflow.journal.journal import Journal
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Site
 from cakeflow.report import RunFolder
 from cakeflow.solvers import Descent
+from cakeflow.targets import TargetSearch
 
 CONTEXTS = Contexts((("{}",), ("I am. {}", "The sky is. {}")))
 SHORT = EditRequest("{} plays", "A", "tennis")
@@ -156,3 +158,42 @@ def test_facts_that_are_edited_again_take(sharp, learnable, tmp_path):
     editor.fit(second, evaluate=False, run_dir=tmp_path / "second")
     assert [fact.taken for fact in editor.module.journal[1].facts] == [True] * 4
     assert [arg_max(sharp, request) for request in second] == [True] * 4
+
+
+@dataclass(frozen=True)
+class FailsLater(TargetSearch):
+    """A search that fails when it is asked for some facts of the batch only."""
+
+    inner: TargetSearch = SEARCH
+    size: int = 0
+
+    def search(self, lm, batch, layer, **options):
+        if len(batch) < self.size:
+            raise NumericalError("the search failed")
+        return self.inner.search(lm, batch, layer, **options)
+
+    def measure(self, lm, batch, layer, *, max_tokens=None):
+        return self.inner.measure(lm, batch, layer, max_tokens=max_tokens)
+
+
+@pytest.mark.parametrize("failing", ["search", "limit"])
+def test_a_further_walk_that_fails_is_taken_back_alone(sharp, learnable, tmp_path, monkeypatch, failing):
+    other = copy.deepcopy(sharp)
+    once = strong(sharp, learnable, tmp_path / "once").module.journal[0]
+    assert not all(fact.taken for fact in once.facts)
+    search = FailsLater(size=len(learnable))
+    if failing == "limit":
+        search, apply, count = SEARCH, Journal.apply, []
+
+        def apply_some(*arguments):
+            count.append(apply(*arguments))
+            if len(count) == len(LAYERS) + 1:  # the first change of the further walk has been made
+                raise NumericalError("the update is too large")
+
+        monkeypatch.setattr(Journal, "apply", apply_some)
+    with pytest.warns(NotTakenWarning, match="a further walk was taken back, the batch stays: "):
+        again = strong(other, learnable, tmp_path / "again", rounds=2, targets=search).module.journal[0]
+    assert same(other, bits(sharp))
+    assert [vars(fact) for fact in again.facts] == [vars(fact) for fact in once.facts]
+    assert [vars(each) for each in again.targets] == [vars(each) for each in once.targets]
+    assert len(again.changes) == len(once.changes)

@@ -128,3 +128,26 @@ def test_entries_are_searched_as_facts_of_their_own(massive, requests):
         alone = search.search(massive, batch.part([i]), 4)
         torch.testing.assert_close(together.values[i], alone.values[0], rtol=0, atol=1e-8)
     assert float((together.values[1] - together.values[2]).abs().max()) > 0.1
+
+
+@pytest.mark.real
+def test_the_gap_of_the_real_model(smollm2):
+    """The embedded model has no token for the beginning of a text: its first tokens are massive, and a few others."""
+    free = [
+        EditRequest("{} plays the sport of", "LeBron James", "x"),
+        EditRequest("The capital of {} is", "France", "x"),
+    ]
+    blocked = [
+        EditRequest("{} was founded by", "Google", "x"),
+        EditRequest("{} follows the religion of", "Malcolm X", "x"),
+        EditRequest("{} was a native speaker of", "Max Jacob", "x"),
+    ]
+    contexts = Contexts.of(["{}", "I was told that. {}"])
+    texts = encode_batch(smollm2, free + blocked, contexts)
+    norms = torch.cat([norm for entry in relative_norms(smollm2, texts, 5) for norm in entry])
+    assert not bool(((norms > 2) & (norms < 3)).any())
+    batch = choose_tokens(smollm2, texts, "auto", 5)
+    assert [[row.offset for row in rows] for rows in batch.texts.rows[:2]] == [[0, 0], [0, 0]]
+    for i in (2, 3, 4):
+        assert batch.texts.rows[batch.owners.index(i)][0].offset > 0
+    assert batch.massive == (None,) * 5
