@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,7 @@ from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.allocators.base import Allocator
+from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.contracts import Outcome
@@ -50,6 +52,8 @@ TRAINER_DEFAULTS: dict[str, Any] = {
     "enable_model_summary": False,
 }
 """What editing needs of a Trainer; everything else is the user's choice."""
+CHECKS: tuple[Callable[[], Callback], ...] = (OutcomeCheck, partial(NeutralText, every=None))
+"""Makers of the callbacks that measure every run's outcome and side effects."""
 OVERRIDES = set(signature(LocateThenEdit).parameters) - {"base", "architecture"}
 """Arguments of a method that ``from_pretrained`` takes."""
 
@@ -206,7 +210,7 @@ class Editor:
             ResumeError: If the folder holds another run, naming the differences, or a finished one.
         """
         data = EditDataModule(requests, batch_size)
-        return run_fit(self.trainer(run_dir), self.module, data, evaluate=evaluate)
+        return run_fit(self.trainer(run_dir, checks=evaluate), self.module, data, evaluate=evaluate)
 
     def evaluate(self, requests: Any, batch_size: int = 16) -> EvaluationResult:
         """Evaluate the model as it is now.
@@ -250,11 +254,12 @@ class Editor:
         """
         return export(self.journal, folder, format, overwrite=overwrite)
 
-    def trainer(self, run_dir: str | Path | None = None) -> L.Trainer:
+    def trainer(self, run_dir: str | Path | None = None, *, checks: bool = False) -> L.Trainer:
         """The Trainer that was given to this editor, or one with the arguments that were.
 
         Args:
             run_dir: The run folder.
+            checks: Whether a Trainer made here measures outcome and side effects of a run (``with_checks``).
 
         Raises:
             ConfigError: If the Trainer has a logger with a folder of its own.
@@ -268,7 +273,8 @@ class Editor:
             return with_safe_checkpoints(self._trainer)
         if arguments.get("logger") in (None, True):
             arguments["logger"] = default_logger(run_dir)
-        arguments["callbacks"] = with_progress_bar(arguments.get("callbacks"), arguments.get("enable_progress_bar"))
+        callbacks = with_checks(arguments.get("callbacks")) if checks else arguments.get("callbacks")
+        arguments["callbacks"] = with_progress_bar(callbacks, arguments.get("enable_progress_bar"))
         return with_safe_checkpoints(L.Trainer(**arguments))
 
 
@@ -277,6 +283,12 @@ def default_logger(run_dir: str | Path | None = None) -> CSVLogger:
     if run_dir is None:
         return RunLogger("runs", name="cakeflow")
     return RunLogger(Path(run_dir).parent, name="", version=Path(run_dir).name)
+
+
+def with_checks(callbacks: Any) -> list[Callback]:
+    """The user's callbacks, and those that measure outcome and side effects of a run unless there are some."""
+    chosen, checks = _as_list(callbacks), [make() for make in CHECKS]
+    return [*chosen, *(check for check in checks if not any(isinstance(each, type(check)) for each in chosen))]
 
 
 def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:

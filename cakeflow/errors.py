@@ -177,6 +177,10 @@ class ArrivalWarning(UserWarning):
     """Too little of a fact's searched change arrived at its value site, so the edit may not have taken."""
 
 
+class SideEffectWarning(UserWarning):
+    """A run changed more than its budget allows of what the model says beside the edited facts."""
+
+
 class SharedKeyWarning(UserWarning):
     """Facts of one batch have the same key, so that one value has to serve all of them."""
 

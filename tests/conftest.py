@@ -208,3 +208,10 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(autouse=True)
+def checks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs ask no free questions, which take longer than the edit of a tiny model, but in tests marked ``checks``."""
+    if "checks" not in request.keywords:
+        monkeypatch.setattr("cakeflow.editor.CHECKS", ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.resources import files
 from typing import Any
 
 import lightning as L
@@ -23,10 +24,11 @@ class NeutralText(PeriodicCallback):
     distribution from the unedited model's, KL(unedited | edited).
 
     Args:
-        source: Source of held-out text, as for ``Statistics``, but never the same text.
+        source: Source of held-out text, as for ``Statistics``, but never the same text; by default some 900 tokens
+            about everyday matters, written for this project.
         tokens: Number of tokens to read.
         window: Length of a window in tokens.
-        every: Number of batches between measurements.
+        every: Number of batches between measurements; None measures at both ends of a run only.
 
     Raises:
         ConfigError: If a number is out of range.
@@ -34,7 +36,9 @@ class NeutralText(PeriodicCallback):
 
     name = "neutral"
 
-    def __init__(self, source: Source, tokens: int = 4096, window: int = 128, every: int = 1) -> None:
+    def __init__(
+        self, source: Source | None = None, tokens: int = 4096, window: int = 128, every: int | None = 1
+    ) -> None:
         super().__init__(every)
         if not 2 <= window <= tokens:
             raise ConfigError(f"window must be between 2 and tokens ({tokens}), got {window}")
@@ -43,11 +47,12 @@ class NeutralText(PeriodicCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the text before the expensive work, so that a bad source stops the run at once."""
         module: Any = pl_module
-        stream = token_stream(module.lm, read_documents(self.source), self.tokens)
-        if len(stream) < self.window:
-            raise ConfigError(f"neutral text {self.source!r} has {len(stream)} tokens; a window needs {self.window}")
-        whole = len(stream) // self.window * self.window
-        self._windows = torch.tensor(stream[:whole], device=module.lm.device).reshape(-1, self.window)
+        source = [_builtin_text()] if self.source is None else read_documents(self.source)
+        stream, window = token_stream(module.lm, source, self.tokens), min(self.window, module.lm.longest)
+        if len(stream) < window:
+            raise ConfigError(f"neutral text {self.source!r} has {len(stream)} tokens; a window needs {window}")
+        whole = len(stream) // window * window
+        self._windows = torch.tensor(stream[:whole], device=module.lm.device).reshape(-1, window)
 
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:
@@ -65,11 +70,16 @@ class NeutralText(PeriodicCallback):
         """Return the number of windows in a pass: 4, or as many as fit beside the predictions before and now."""
         if module.max_bytes is None:
             return 4
-        window = self.window * (pass_bytes(module.lm) + 2 * logits_bytes(module.lm))
-        require_bytes(module.max_bytes, window, f"a window of {self.window} tokens of neutral text")
+        length = self._windows.shape[1]
+        window = length * (pass_bytes(module.lm) + 2 * logits_bytes(module.lm))
+        require_bytes(module.max_bytes, window, f"a window of {length} tokens of neutral text")
         return min(4, int(module.max_bytes / window))
 
     def _predictions(self, module: Any, ids: torch.Tensor) -> torch.Tensor:
         """Return the log-probabilities of the next token at all places but the last."""
         logits: torch.Tensor = module.lm(input_ids=ids, use_cache=False).logits[:, :-1]
         return logits.float().log_softmax(-1).cpu()
+
+
+def _builtin_text() -> str:
+    return files("cakeflow.data").joinpath("neutral.txt").read_text(encoding="utf-8")

@@ -20,7 +20,7 @@ class PeriodicCallback(L.Callback):
         rows: The logged rows, of all runs so far.
 
     Args:
-        every: Number of batches between measurements.
+        every: Number of batches between measurements; None measures at both ends of a run only.
 
     Raises:
         ConfigError: If ``every`` is less than 1.
@@ -28,8 +28,8 @@ class PeriodicCallback(L.Callback):
 
     name = "milestone"
 
-    def __init__(self, every: int = 1) -> None:
-        if every < 1:
+    def __init__(self, every: int | None = 1) -> None:
+        if every is not None and every < 1:
             raise ConfigError(f"every must be at least 1 batch, got {every}")
         self.every = every
         self.rows: list[dict[str, float]] = []
@@ -51,7 +51,7 @@ class PeriodicCallback(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         """Measure after every few batches."""
-        if (batch_idx + 1) % self.every == 0:
+        if self.every is not None and (batch_idx + 1) % self.every == 0:
             self._measure(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

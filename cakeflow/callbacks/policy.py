@@ -27,7 +27,6 @@ class PolicyGuard(L.Callback):
 
     def __init__(self, policy: Policy | str) -> None:
         self.policy = policy if isinstance(policy, Policy) else Policy.read(policy)
-        self._first = 0
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Refuse a run before its model is measured."""
@@ -38,11 +37,6 @@ class PolicyGuard(L.Callback):
         """Refuse a run that was not measured first."""
         self._begin(pl_module, trainer.train_dataloader)
 
-    def on_train_batch_start(self, trainer: L.Trainer, pl_module: Any, batch: object, batch_idx: int) -> None:
-        """Remember the number of batches before the run."""
-        if batch_idx == 0:
-            self._first = len(pl_module.journal)
-
     def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Judge the outcome, and roll the run back if it broke a rule."""
         after = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -51,7 +45,7 @@ class PolicyGuard(L.Callback):
         faults = list(self.policy.violations(pl_module.metrics_at.get("before", {}), after))
         pl_module.journal.policies.record(self.policy, BROKEN if faults else HELD, faults)
         if faults:  # after the record: a crash in between leaves a run that is known to be broken
-            pl_module.journal.rollback(len(with_completions(pl_module.journal[self._first :])))
+            pl_module.journal.rollback(len(with_completions(pl_module.journal[pl_module.first_step :])))
             raise PolicyError(with_faults("the policy is broken; the edits of this run were taken back:", faults))
 
     def _begin(self, module: Any, loader: Any) -> None:

@@ -17,7 +17,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
-from cakeflow.cli.console import PlainFormatter, say
+from cakeflow.cli.console import PlainFormatter
+from cakeflow.cli.result import show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipped
@@ -27,14 +28,11 @@ from cakeflow.core.folder import run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.trainer import check_settings
-from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_progress_bar
+from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_checks, with_progress_bar
 from cakeflow.errors import ConfigError, EditError
-from cakeflow.forward.generation import continuations
 from cakeflow.plugins import load_plugins
-from cakeflow.report import metrics_table, phases_table, texts_table, verdict
+from cakeflow.report import metrics_table
 
-EXAMPLES = 5
-"""Number of generated texts to show before and after an edit."""
 CONFIG_KINDS = ("method", "model", "data")
 """Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
 TRUST_OPTIONS = ("trust_remote_code", "trust_task_code")
@@ -101,9 +99,14 @@ class EditCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_dir`` and the default class of the edit module."""
+        """Add ``--run_dir``, ``--strict`` and the default class of the edit module."""
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Run folder. An interrupted run in it is resumed."
+        )
+        parser.add_argument(
+            "--strict",
+            action="store_true",
+            help="Exit status 1 unless every fact was learned and side effects are within the budget.",
         )
         parser.set_defaults(MODULE_DEFAULTS)
 
@@ -136,24 +139,15 @@ class EditCLI(LightningCLI):
             config["logger"] = default_logger(self._get(self.config_init, "run_dir"))
         elif self._get(self.config_init, "run_dir") is not None:
             raise ConfigError("--run_dir and trainer.logger both name a folder; leave out one of them")
-        config["callbacks"] = with_progress_bar(config.get("callbacks"), config.get("enable_progress_bar"))
+        config["callbacks"] = with_progress_bar(with_checks(config.get("callbacks")), config.get("enable_progress_bar"))
         return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
-        """Edit the facts, and print metrics, times and generated texts."""
-        console = Console()
-        model.setup()
-        prompts = [request.text for request in datamodule.requests[:EXAMPLES]]
-        before = continuations(model.lm, prompts)
+        """Edit the facts, and print metrics, times, answers and the verdict."""
         self.result = result = run_fit(self.trainer, model, datamodule)
-        after = continuations(model.lm, prompts)
-        console.print(metrics_table({"before": result.before, "after": result.after}, result.protocol))
-        console.print(phases_table(result.timings, result.peaks, len(datamodule.requests)))
-        targets = [request.target_new for request in datamodule.requests[:EXAMPLES]]
-        console.print(texts_table(prompts, targets, before, after))
-        if line := verdict(result.journal):
-            say(line)
-        say(f"run folder: {result.folder}")
+        show_fit(result, len(datamodule.requests))
+        if self._get(self.config_init, "strict") and not (result.outcome and result.outcome.is_clean):
+            sys.exit(1)
 
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Evaluate the model as it is, and print the metrics."""

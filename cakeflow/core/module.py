@@ -30,6 +30,7 @@ from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import EditError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation
+from cakeflow.evaluation.outcome import Outcome
 from cakeflow.evaluation.scoring import check_records
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import EditBatch
@@ -69,6 +70,9 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         inputs: Name -> SHA-256 of what ``prepare`` measured or read for the batches; the ledger has it with each batch,
             and a run does not go on with anything else.
         complete: Whether all batches of the last run were edited.
+        first_step: Number of batches in the journal before the last run.
+        further: Metrics that callbacks add to the evaluation that is running.
+        outcome: What became of the last run, where the model was asked freely (``callbacks.OutcomeCheck``).
 
     Args:
         base: An embedded name, hub id, folder or GGUF file, or a ``LanguageModel``. Names load on first use.
@@ -108,6 +112,9 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self.inputs: dict[str, str] = {}
+        self.first_step = 0
+        self.further: dict[str, float] = {}
+        self.outcome: Outcome | None = None
         self._memory: PeakMemory | None = None
         self._finished = self.complete = False
         if isinstance(base, EditableModel):
@@ -190,6 +197,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         require_plain_mode("fit")
         self.journal.memory.check_all()
         self._finished = self.complete = False
+        self.first_step = len(self.journal)
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         with self.journal.reverted():
             self.prepare(list(self.trainer.train_dataloader or ()))
@@ -227,7 +235,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def on_validation_epoch_start(self) -> None:
         """Start an evaluation."""
         self.metrics.reset()
-        self.answers = []
+        self.answers, self.further = [], {}
 
     @final
     def validation_step(self, batch: EditBatch, _: int) -> None:
@@ -244,7 +252,9 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             return
         self.log("edits", float(self.journal.edits))
         self.evaluated = len(self.journal)
-        self.metrics_at[self.stage] = values = {name: float(each) for name, each in self.metrics.compute().items()}
+        values = {name: float(each) for name, each in self.metrics.compute().items()} | self.further
+        values = {name: value for name, value in values.items() if value == value}  # else there was nothing to judge
+        self.metrics_at[self.stage] = values
         self.log_dict({f"{self.stage}/{name}": value for name, value in values.items()})
         if self.journal.store and self.stage in ("before", "after"):
             edits, protocol = self.journal.edits, self.evaluation.id

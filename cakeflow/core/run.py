@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,15 +17,17 @@ from cakeflow.core.module import EditModule
 from cakeflow.core.trainer import check_trainer
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts, warn_of_known
+from cakeflow.evaluation.outcome import Outcome
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
 from cakeflow.storage.atomic import pass_on_rights, write_text
 from cakeflow.storage.hashing import file_hash
+from cakeflow.storage.typed import Schema
 
 log = logging.getLogger(__name__)
-FILES = ("before.jsonl", "after.jsonl", "run.json", "metrics.csv", "config.yaml", "hparams.yaml")
+FILES = ("before.jsonl", "after.jsonl", "answers.jsonl", "run.json", "metrics.csv", "config.yaml", "hparams.yaml")
 """Files of a run folder beside the journal."""
 EXPECTED_WARNINGS = (
     "configure_optimizers",
@@ -68,6 +70,8 @@ class FitResult:
         protocol: Names how the metrics were measured; numbers with different ones are not comparable.
         journal: Every edit batch of this model so far.
         folder: The run folder, if the Trainer's logger has one.
+        outcome: What became of every fact, and of what was not edited, in free answers; None where the Trainer has no
+            ``OutcomeCheck``, or nothing was evaluated.
     """
 
     before: dict[str, float]
@@ -78,6 +82,7 @@ class FitResult:
     protocol: str
     journal: Journal
     folder: Path | None
+    outcome: Outcome | None = None
 
 
 def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> FitResult:
@@ -98,6 +103,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     _check_start(trainer)
     for record in (module.timings, module.peaks, module.metrics_at):
         record.clear()
+    module.outcome = None
     data.evaluate = evaluate
     module.setup()
     module.journal.memory.check_all(record=False)
@@ -130,7 +136,15 @@ def _fit(
     if folder is not None:
         _write_run(folder, module, edits, {"before": before, "after": after})
     return FitResult(
-        before, after, dict(module.timings), dict(module.peaks), logged, module.evaluation.id, module.journal, folder
+        before=before,
+        after=after,
+        timings=dict(module.timings),
+        peaks=dict(module.peaks),
+        logged=logged,
+        protocol=module.evaluation.id,
+        journal=module.journal,
+        folder=folder,
+        outcome=module.outcome,
     )
 
 
@@ -162,8 +176,11 @@ def _warn_of_rest(edits: int, requests: int, folder: Path | None) -> None:
 
 def _write_run(folder: Path, module: EditModule, edits: int, metrics: dict[str, dict[str, float]]) -> None:
     """Write ``run.json``, and mark the run as complete if it is."""
+    outcome = module.outcome
     if metrics["after"]:
         _write_lines(folder / "after.jsonl", module.answers)
+    if outcome is not None:
+        _write_lines(folder / "answers.jsonl", outcome.answers)
     info = RunInfo(
         model=ModelInfo(
             source=module.name,
@@ -178,6 +195,8 @@ def _write_run(folder: Path, module: EditModule, edits: int, metrics: dict[str, 
         edits=edits,
         timings=dict(module.timings),
         peaks=dict(module.peaks),
+        verdict=outcome.verdict if outcome else "",
+        side_effects=list(outcome.side_effects) if outcome else [],
     )
     write_text(folder / "run.json", info.model_dump_json(indent=1))
     pass_on_rights(folder, [folder / name for name in FILES if (folder / name).exists()])  # some are Lightning's
@@ -192,9 +211,9 @@ def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:
         _write_lines(folder / f"{stage}.jsonl", module.answers)
 
 
-def _write_lines(path: Path, answers: list[EvaluatedRequest]) -> None:
-    """Write the answers, one request a line."""
-    write_text(path, "".join(f"{request.model_dump_json()}\n" for request in answers))
+def _write_lines(path: Path, answers: Sequence[Schema]) -> None:
+    """Write answers, one a line."""
+    write_text(path, "".join(f"{each.model_dump_json()}\n" for each in answers))
 
 
 @contextmanager

@@ -1,10 +1,13 @@
-"""Rules of written text: the space between a prompt and its target, whole words, and the end of an answer.
+"""Rules of written text: the space between a prompt and its target, whole words, the end of an answer, comparing.
 
 Scripts without spaces between words (Chinese, Japanese, Thai ...) are told by Unicode's script property, together with
 the full-width punctuation that they share.
 """
 
 from __future__ import annotations
+
+import string
+import unicodedata
 
 import regex
 
@@ -165,3 +168,32 @@ def _is_inside(text: str, stop: regex.Match[str]) -> bool:
     if _SHORT_BEFORE_NUMBERS.search(before):
         return bool(regex.match(r"\s+\p{N}", after))
     return bool(_SHORT.search(before))
+
+
+# ---- comparing answers ----
+
+_PUNCTUATION = _pattern(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
+
+
+def plain(text: str) -> str:
+    """Return a text without case, punctuation and articles, as SQuAD's exact match compares answers.
+
+    Full-width letters count as what they show, and a text of punctuation alone stays.
+
+    Example:
+        >>> plain(" The Hague, "), plain("「東京」")
+        ('hague', '東京')
+    """
+    text = unicodedata.normalize("NFKC", text).lower()
+    words = _PUNCTUATION.sub("", text).split() or text.split()
+    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
+
+
+def states(answer: str, name: str) -> bool:
+    """Return True if an answer contains a name as whole words, up to case, punctuation and articles.
+
+    Example:
+        >>> states(" the city of New York.", "New York"), states(" Romeo", "Rome"), states(" The Hague", "the Hague")
+        (True, False, True)
+    """
+    return bool(occurrences(plain(answer), plain(name)))

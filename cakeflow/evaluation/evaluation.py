@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-import string
-import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import regex
 import torch
 from torchmetrics import Metric, MetricCollection
 
 from cakeflow.data.request import EditRequest
-from cakeflow.data.text import until_stop
+from cakeflow.data.text import plain, until_stop
 from cakeflow.errors import ConfigError, listed, require_choice
 from cakeflow.evaluation.protocols import Protocol
 from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
@@ -34,7 +31,6 @@ COLUMNS = {
 """Field of ``PromptAnswer`` -> field of ``PromptScores``; None where it is nan."""
 VERSIONS = {"clean": "v2", "official": "v1"}
 """Protocol -> its version; in version 1 of ``clean`` a space stood before every continuation."""
-_PUNCTUATION = regex.compile(rf"[\p{{P}}{regex.escape(string.punctuation)}]")
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,20 +211,6 @@ def _answered(lm: LanguageModel, prompts: Sequence[ScoredPrompt], tokens: int, m
     texts = continuations(lm, [question.prompt for question in prompts], tokens, max_bytes=max_bytes)
     pairs = zip(texts, prompts, strict=True)
     return torch.tensor([float(plain(until_stop(text)) == plain(question.expected)) for text, question in pairs])
-
-
-def plain(text: str) -> str:
-    """Return a text without case, punctuation and articles, as SQuAD's exact match compares answers.
-
-    Full-width letters count as what they show, and a text of punctuation alone stays.
-
-    Example:
-        >>> plain(" The Hague, "), plain("「東京」")
-        ('hague', '東京')
-    """
-    text = unicodedata.normalize("NFKC", text).lower()
-    words = _PUNCTUATION.sub("", text).split() or text.split()
-    return " ".join(word for word in words if word not in ("a", "an", "the")) or " ".join(words)
 
 
 def _rates(form: Any) -> tuple[Metric, ...]:

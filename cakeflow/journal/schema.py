@@ -316,6 +316,30 @@ class EvaluatedRequest(RequestTexts):
         return [prompt for prompt in self.prompts if prompt.kind == kind]
 
 
+class FreeAnswer(Schema):
+    """A question to a model, and its free answers before and after a run: a line of ``answers.jsonl``.
+
+    Attributes:
+        topic: An edited ``fact``, a ``neighbor`` of one, or a ``familiar`` fact that the unedited model states.
+        form: The prompt to be continued (``completion``), or as the user's turn (``chat``).
+        prompt: The prompt.
+        expected: Name that the answer should contain: the new target of a fact; of the others the unedited model's.
+        request: Place of the fact in the run, also of a neighbor's.
+        edited: Whether a neighbor is edited itself, so that its answer should change; it does not count.
+        before: Answer before the run; a completion up to its first stop.
+        after: Answer after the run; None until it was asked.
+    """
+
+    topic: Literal["fact", "neighbor", "familiar"]
+    form: Literal["completion", "chat"]
+    prompt: str
+    expected: str
+    request: Count | None = None
+    edited: bool = False
+    before: str = ""
+    after: str | None = None
+
+
 class ModelInfo(Schema):
     """The model of a run: its name, hash and type before the edits, and module paths."""
 
@@ -337,6 +361,8 @@ class RunInfo(Schema):
         edits: Number of facts edited in the run.
         timings: Seconds per phase.
         peaks: Peak memory per phase beyond the model, in bytes.
+        verdict: What became of the run, in a sentence; empty where the model was not asked freely.
+        side_effects: Rules of the budget for side effects that the run broke.
     """
 
     model: ModelInfo
@@ -347,3 +373,5 @@ class RunInfo(Schema):
     edits: Count | None = None
     timings: dict[str, Number] = Field(default_factory=dict)
     peaks: dict[str, Number] = Field(default_factory=dict)
+    verdict: str = ""
+    side_effects: list[str] = Field(default_factory=list)

@@ -2,9 +2,9 @@
 
 from cakeflow.metrics.preference import KINDS, Efficacy, Generalization, Specificity, record_means, success
 from cakeflow.metrics.score import EditScore
-from cakeflow.metrics.text import Consistency, Fluency, fluency
+from cakeflow.metrics.text import AnswerRate, Consistency, Fluency, fluency
 
 __all__ = [
-    "KINDS", "Consistency", "EditScore", "Efficacy", "Fluency", "Generalization", "Specificity", "fluency",
-    "record_means", "success",
+    "KINDS", "AnswerRate", "Consistency", "EditScore", "Efficacy", "Fluency", "Generalization", "Specificity",
+    "fluency", "record_means", "success",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Fluency and consistency of generated texts (ROME, section 3.4 and appendix D)."""
+"""Metrics of generated texts: fluency and consistency (ROME, section 3.4 and appendix D), and free answers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torchmetrics import Metric
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import read_text
+from cakeflow.data.text import states
 from cakeflow.errors import ConfigError
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
@@ -148,6 +149,25 @@ class Consistency(_TextMean):
         """Compute the cosine of two texts; 0 if one has no word of the vocabulary."""
         first, second = self.vectorizer.transform([text, reference])  # rows of norm 1 or 0
         return float(first.multiply(second).sum())
+
+
+class AnswerRate(_TextMean):
+    """Share of free answers that contain an expected name as whole words.
+
+    Teacher forcing flatters an editor ("The Mirage of Model Editing", 2025); this judges what a reader would see.
+
+    Example:
+        >>> metric = AnswerRate()
+        >>> metric.update([" Lyon, a city in France", " the city of Paris"], ["Lyon", "Rome"])
+        >>> metric.compute()
+        tensor(0.5000)
+    """
+
+    plot_upper_bound = 1.0
+
+    def update(self, answers: Sequence[str], expected: Sequence[str]) -> None:
+        """Add answers, and the name that each should contain."""
+        self._add(float(states(answer, name)) for answer, name in zip(answers, expected, strict=True))
 
 
 def _with_frequencies(idf: Path, vocabulary: Path) -> TfidfVectorizer:

@@ -11,12 +11,13 @@ from itertools import takewhile
 from typing import cast
 
 import torch
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from cakeflow.errors import ArchitectureError
+from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.models.architecture import Architecture, Role, Site, find_architecture
 from cakeflow.models.base import EditableModel
 from cakeflow.models.wrappers import unwrapped
@@ -156,6 +157,25 @@ class LanguageModel(EditableModel):
         row = self.tokenizer("a", return_special_tokens_mask=True)
         tokens = zip(row["input_ids"], row["special_tokens_mask"], strict=True)
         return tuple(token for token, _ in takewhile(lambda pair: pair[1], tokens))
+
+    @property
+    def chats(self) -> bool:
+        """True if the tokenizer has a chat template."""
+        return bool(self.tokenizer.chat_template)
+
+    def user_turn(self, text: str) -> str:
+        """Return a text as the user's turn of a chat, up to where the answer begins.
+
+        Raises:
+            ConfigError: If the tokenizer has no chat template, or its template cannot take the text.
+        """
+        try:
+            turns = [{"role": "user", "content": text}]
+            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        except (TemplateError, ValueError) as error:
+            raise ConfigError(
+                f"the tokenizer cannot write {text[:60]!r} as a chat: {error}; ask in the form of a completion"
+            ) from error
 
     @cached_property
     def places_tokens(self) -> bool:

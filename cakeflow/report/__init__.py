@@ -13,18 +13,18 @@ from cakeflow.report.figures import (
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.page import render_page
 from cakeflow.report.tables import (
+    answers_table,
     ledger_table,
     metrics_table,
     phases_table,
     plugins_table,
     runs_table,
-    texts_table,
     trace_table,
     verdict,
 )  # fmt: skip
 
 __all__ = [
-    "RunFolder", "compare_runs", "curves_of", "ledger_table", "metrics_table", "phases_table", "plot_curves",
-    "plot_layers", "plot_losses", "plot_trace", "plot_weights", "plugins_table", "render_page", "runs_table",
-    "save_plot", "texts_table", "to_csv", "to_markdown", "trace_table", "verdict",
+    "RunFolder", "answers_table", "compare_runs", "curves_of", "ledger_table", "metrics_table", "phases_table",
+    "plot_curves", "plot_layers", "plot_losses", "plot_trace", "plot_weights", "plugins_table", "render_page",
+    "runs_table", "save_plot", "to_csv", "to_markdown", "trace_table", "verdict",
 ]  # fmt: skip

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cakeflow.errors import listed, visible
+from cakeflow.evaluation.outcome import is_good
 from cakeflow.forward.packing import GIB
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import (
@@ -17,6 +18,7 @@ from cakeflow.journal.schema import (
     Circumstances,
     EndBody,
     EvaluationBody,
+    FreeAnswer,
     ModelBody,
     PolicyBody,
     RollbackBody,
@@ -36,10 +38,10 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = ""
     table.add_column("metric")
     for name in columns:
         table.add_column(_cell(name), justify="right")
-    for metric in next(iter(columns.values()), {}):
-        values = [column[metric] for column in columns.values()]
+    for metric in dict.fromkeys(metric for column in columns.values() for metric in column):
+        values = [column.get(metric, nan) for column in columns.values()]
         if any(value == value for value in values):
-            table.add_row(_cell(metric), *(f"{100 * value:.1f}" for value in values))
+            table.add_row(_cell(metric), *(f"{100 * value:.1f}" if value == value else "" for value in values))
     return table
 
 
@@ -57,13 +59,28 @@ def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits
     return table
 
 
-def texts_table(prompts: Sequence[str], expected: Sequence[str], before: Sequence[str], after: Sequence[str]) -> Table:
-    """Return prompts with their continuations before and after."""
-    table = Table(title="Generations", title_justify="left", show_lines=True)
-    for name in ("prompt", "new target", "before", "after"):
+def answers_table(answers: Sequence[FreeAnswer], title: str, most: int = 50) -> Table:
+    """Return questions with their answers before and after, a row per prompt; of many, those that failed come first.
+
+    Args:
+        answers: Questions as completions, in a chat, or both.
+        title: Title of the table.
+        most: Most rows.
+    """
+    rows: dict[str, dict[str, FreeAnswer]] = {}
+    for answer in sorted(answers, key=is_good) if len(answers) > most else answers:
+        rows.setdefault(answer.prompt, {})[answer.form] = answer
+    forms = [form for form in ("completion", "chat") if any(form in row for row in rows.values())]
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for name in ("prompt", "expected", *(f"{stage}, {form}" for form in forms for stage in ("before", "after"))):
         table.add_column(name)
-    for row in zip(prompts, expected, before, after, strict=True):
-        table.add_row(*(_cell(" ".join(text.split())) for text in row))
+    for prompt, row in list(rows.items())[:most]:
+        pairs = [row.get(form) for form in forms]
+        texts = [text for each in pairs for text in ((each.before, each.after or "") if each else ("", ""))]
+        cells = (prompt, next(iter(row.values())).expected, *texts)
+        table.add_row(*(_cell(" ".join(text.split())) for text in cells))
+    if len(rows) > most:
+        table.caption = f"{len(rows) - most} more are in answers.jsonl"
     return table
 
 

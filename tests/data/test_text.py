@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakeflow.data import builtin_facts
-from cakeflow.data.text import join, occurrences, separator, until_stop
+from cakeflow.data.text import join, occurrences, plain, separator, states, until_stop
 
 GERMAN_OPEN, GERMAN_CLOSE, OPEN, CLOSE, APOSTROPHE = "\u201e", "\u201c", "\u201c", "\u201d", "\u2019"
 
@@ -232,3 +232,26 @@ def test_any_texts_are_joined_by_one_space_or_none(prompt, target):
 def test_long_texts_take_no_time(text):
     """Every rule looks at an end of the text, or goes through it once."""
     assert json.dumps([separator(text, "a"), separator("a", text), until_stop(text)[:1], occurrences(text, "b")])
+
+
+def test_plain_keeps_what_is_an_article_only():
+    assert plain("The") == "the" != plain("A")
+    assert plain("a U.S. state") == "us state"
+    assert plain("!") == "!" != plain("?")
+    assert plain("２０２４年") == plain("“2024年”") == "2024年"
+    assert plain("Ça") == plain("C\u0327a")
+
+
+@pytest.mark.parametrize(
+    ("answer", "name", "expected"),
+    [
+        (" Steve Jobs and Steve Wozniak", "steve jobs", True),
+        (" St. Petersburg, Russia", "St. Petersburg", True),
+        (" Romeo and Juliet", "Rome", False),
+        ("巴黎是法国的首都", "巴黎", True),
+        (" the Netherlands", "Netherlands", True),
+        ("", "Rome", False),
+    ],
+)
+def test_an_answer_states_a_name_as_whole_words(answer, name, expected):
+    assert states(answer, name) is expected

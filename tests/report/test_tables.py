@@ -8,7 +8,7 @@ from rich.console import Console
 
 from cakeflow import EditRequest, report
 from cakeflow.journal.ledger import Entry
-from cakeflow.journal.schema import FactBody, PolicyBody
+from cakeflow.journal.schema import FactBody, FreeAnswer, PolicyBody
 from cakeflow.journal.steps import EditStep
 from cakeflow.plugins import Plugin
 from cakeflow.tracing import PLACES, Trace
@@ -33,7 +33,8 @@ def test_metrics_that_nothing_could_judge_are_left_out():
     assert "official-v1" in text
     assert "efficacy" not in text
     row = next(line for line in text.splitlines() if "fluency" in line)
-    assert row.index("nan") < row.index("614.5")
+    assert "nan" not in row
+    assert "614.5" in row
 
 
 def test_times_are_given_in_all_and_per_edit():
@@ -43,10 +44,27 @@ def test_times_are_given_in_all_and_per_edit():
     assert not {"trace", "nan"} & words
 
 
+def asked(prompt, form="completion", before="", after="", expected="Rome"):
+    return FreeAnswer(topic="fact", form=form, prompt=prompt, expected=expected, before=before, after=after)
+
+
 def test_markup_in_a_text_is_shown_as_it_is():
-    text = shown(report.texts_table(["[bold]x[/] is"], ["[red]"], ["a [/b]"], ["c"]))
+    text = shown(report.answers_table([asked("[bold]x[/] is", before="[red]", after="a [/b]")], "Answers"))
     assert "[bold]x[/] is" in text
     assert "a [/b]" in text
+
+
+def test_answers_stand_in_a_row_per_prompt_and_of_many_the_bad_ones_come_first():
+    answers = [asked("Ann lives in", form, "Oslo", after) for form, after in (("completion", "Rome"), ("chat", "Pisa"))]
+    text = shown(report.answers_table(answers, "Answers"))
+    (row,) = [line for line in text.splitlines() if "Ann" in line]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["Ann lives in", "Rome", "Oslo", "Rome", "Oslo", "Pisa"]
+    many = [asked(f"fact {n}", after="Oslo" if n == 7 else "Rome") for n in range(9)]
+    text = shown(report.answers_table(many, "Answers", most=2))
+    assert "fact 7" in text
+    assert "fact 8" not in text
+    assert "7 more are in answers.jsonl" in text
+    assert "chat" not in text
 
 
 def trace(places):
@@ -66,7 +84,7 @@ def test_a_trace_is_a_row_per_layer():
 def test_no_cell_moves_the_cursor(make_run):
     bad = "Ann\x1b[2K\u202e\x07"
     tables = [
-        report.texts_table([bad], [bad], [bad], [bad]),
+        report.answers_table([asked(bad, before=bad, after=bad, expected=bad)], "Answers"),
         report.metrics_table({bad: {bad: 1.0}}, bad),
         report.phases_table({bad: 1.0}, {}, 1),
         report.runs_table([{"run": bad, bad: bad, "model": bad}]),

@@ -1,0 +1,128 @@
+"""The outcome of a run in a reader's sense: free answers before and after, and a budget for side effects."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Container
+from dataclasses import replace
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.trainer.states import TrainerFn
+
+from cakeflow.data.request import EditRequest
+from cakeflow.errors import ConfigError, SideEffectWarning, listed
+from cakeflow.evaluation.outcome import (
+    Outcome,
+    ask,
+    fact_questions,
+    familiar_facts,
+    neighbor_questions,
+    rates,
+    with_own_answers,
+)
+from cakeflow.journal.policy import Policy
+from cakeflow.journal.schema import FreeAnswer
+
+MOST_DROP, MOST_DIVERGENCE = 0.25, 0.5
+"""Default budget: the part of familiar facts that may be lost, and nats of divergence on neutral text."""
+
+
+class OutcomeCheck(L.Callback):
+    """Asks the model freely in both evaluations of a run: edited facts, their neighbors, and facts that it states.
+
+    Every fact is asked as a completion and, where the tokenizer has a chat template, as the user's turn. Answers of
+    neighbors are compared with the unedited model's. Logs the shares of good answers with the other metrics
+    (``learned``, ``learned_chat``, ``familiar``, ``familiar_chat``, ``neighbors``), so that a ``Policy`` can bound
+    them. ``Editor.fit`` and ``cakeflow fit`` have one by default.
+
+    Args:
+        familiar: Number of built-in facts that the unedited model states, in each form.
+        neighbors: Number of neighbors.
+        chat: Whether to ask in a chat too.
+        budget: Rules whose breach is a ``SideEffectWarning``, or a YAML file of them; ``PolicyGuard`` takes a run back
+            instead. By default familiar facts may fall by 0.25 and ``neutral/kl`` be 0.5, where they were measured.
+
+    Raises:
+        ConfigError: If a number is negative, or the file cannot be read as a policy.
+    """
+
+    def __init__(
+        self, familiar: int = 16, neighbors: int = 40, chat: bool = True, budget: Policy | str | None = None
+    ) -> None:
+        for name, value in (("familiar", familiar), ("neighbors", neighbors)):
+            if value < 0:
+                raise ConfigError(f"{name} must be at least 0 questions, got {value}")
+        self.familiar, self.neighbors, self.chat = familiar, neighbors, chat
+        self.budget = Policy.read(budget) if isinstance(budget, str) else budget
+        self._requests: list[EditRequest] = []
+        self._answers: list[FreeAnswer] = []
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Ask all questions, in the evaluations before and after the edits."""
+        if trainer.sanity_checking or pl_module.stage not in ("before", "after"):
+            return
+        with pl_module.phase("evaluation"):
+            requests = [request for batch in trainer.val_dataloaders for request in batch.requests]  # type: ignore[union-attr]
+            if pl_module.stage == "before" or requests != self._requests:
+                self._begin(pl_module, requests)
+            if pl_module.stage == "after":
+                texts = ask(pl_module.lm, self._answers, pl_module.max_bytes)
+                pairs = zip(self._answers, texts, strict=True)
+                self._answers = [each.model_copy(update={"after": text}) for each, text in pairs]
+        pl_module.further |= rates(self._answers, pl_module.stage)
+        if pl_module.stage == "after":
+            pl_module.outcome = Outcome(self._answers, _reasons(pl_module))
+            if trainer.state.fn != TrainerFn.FITTING:  # an evaluation after a run whose last one came too early
+                self._judge(trainer, pl_module)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: Any) -> None:
+        """Compare everything that was logged with the budget, and warn of what goes beyond it."""
+        self._judge(trainer, pl_module)
+
+    def _begin(self, module: Any, requests: list[EditRequest]) -> None:
+        """Ask the unedited model and, where there are earlier edits, the model as it is."""
+        lm, limit = module.lm, module.max_bytes
+        forms = ("completion", "chat") if self.chat and lm.chats else ("completion",)
+        questions = fact_questions(requests, forms) + neighbor_questions(requests, self.neighbors)
+        with module.journal.reverted():
+            if self.familiar:
+                subjects = [request.subject for request in requests]
+                fingerprint = module.journal.base.fingerprint
+                questions += familiar_facts(lm, fingerprint, forms, self.familiar, subjects, limit)
+            self._answers = list(with_own_answers(questions, ask(lm, questions, limit)))
+        if module.journal.edits:
+            pairs = zip(self._answers, ask(lm, self._answers, limit), strict=True)
+            self._answers = [each.model_copy(update={"before": text}) for each, text in pairs]
+        self._requests = requests
+
+    def _judge(self, trainer: L.Trainer, module: Any) -> None:
+        """Note the rules of the budget that a finished run broke."""
+        if module.outcome is None or not module.complete:
+            return
+        after = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        before, after = module.metrics_at.get("before", {}), after | module.metrics_at.get("after", {}) | module.further
+        faults = list((self.budget or _default_budget({*before} & {*after}, after)).violations(before, after))
+        module.outcome = replace(module.outcome, side_effects=faults)
+        if faults:
+            warnings.warn(
+                f"side effects beyond the budget: {listed(faults)}; take the batches back, edit fewer facts at once, "
+                "or use another recipe; a PolicyGuard with these rules takes such a run back by itself",
+                SideEffectWarning,
+                stacklevel=2,
+            )
+
+
+def _default_budget(both: set[str], after: Container[str]) -> Policy:
+    """Return the default rules for the metrics that were measured on both sides, or after the run."""
+    return Policy(
+        max_drop={name: MOST_DROP for name in ("familiar", "familiar_chat") if name in both},
+        maximum={"neutral/kl": MOST_DIVERGENCE} if "neutral/kl" in after else {},
+    )
+
+
+def _reasons(module: Any) -> dict[int, str]:
+    """Return why facts of the run did not take, by their place, as far as their batches noted it."""
+    steps = [step for step in module.journal[module.first_step :] if step.hashes]
+    facts = [fact for step in steps for fact in step.facts or [None] * len(step.hashes)]
+    return {place: fact.reason for place, fact in enumerate(facts) if fact is not None and not fact.taken}

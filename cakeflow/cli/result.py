@@ -1,0 +1,28 @@
+"""A run's result in the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from cakeflow.cli.console import say
+from cakeflow.core.run import FitResult
+from cakeflow.report.tables import answers_table, metrics_table, phases_table, verdict
+
+
+def show_fit(result: FitResult, edits: int) -> None:
+    """Print metrics, times, every fact's answers, what else changed, and the verdict last.
+
+    Args:
+        result: The result.
+        edits: Number of facts of the run.
+    """
+    console, outcome = Console(), result.outcome
+    console.print(metrics_table({"before": result.before, "after": result.after}, result.protocol))
+    console.print(phases_table(result.timings, result.peaks, edits))
+    if outcome is not None:
+        console.print(answers_table(outcome.of("fact"), "Answers about the edited facts"))
+        if outcome.changed:
+            console.print(answers_table(outcome.changed, "Other answers that changed"))
+    if line := outcome.verdict if outcome else verdict(result.journal):
+        say(line)
+    say(f"run folder: {result.folder}")

@@ -1,0 +1,235 @@
+"""The outcome of a run as a reader sees it: free answers about edited facts, their neighbors and familiar facts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import Any
+
+from cakeflow.data.builtin import builtin_facts
+from cakeflow.data.request import EditRequest
+from cakeflow.data.text import plain, states, until_stop
+from cakeflow.errors import ConfigError, listed
+from cakeflow.forward.generation import continuations
+from cakeflow.forward.tokens import encode_texts
+from cakeflow.journal.schema import FreeAnswer
+from cakeflow.metrics.text import AnswerRate
+from cakeflow.models.language import LanguageModel
+from cakeflow.storage.atomic import write_text
+from cakeflow.storage.cache import cache_folder, content_key
+from cakeflow.storage.typed import parse_as
+from cakeflow.tracing.facts import first_name
+
+TOKENS = 12
+"""Most tokens of a completion; an answer in a chat, which often repeats the question, has twice as many."""
+POOL, CHUNK, SPARE = 160, 32, 24
+"""Built-in facts to try for familiar ones, how many at a time, and how many of each form are enough."""
+METRICS = {
+    ("fact", "completion"): "learned",
+    ("fact", "chat"): "learned_chat",
+    ("familiar", "completion"): "familiar",
+    ("familiar", "chat"): "familiar_chat",
+    ("neighbor", "completion"): "neighbors",
+}
+"""Topic and form -> name of the metric: share of the answers that contain what is expected."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The outcome of a run.
+
+    Attributes:
+        answers: Every question with its answers before and after.
+        reasons: Place of a fact that did not take -> reason, as its batch noted it.
+        side_effects: Rules of the budget that the run broke.
+    """
+
+    answers: Sequence[FreeAnswer]
+    reasons: Mapping[int, str] = field(default_factory=dict)
+    side_effects: Sequence[str] = ()
+
+    def of(self, topic: str, form: str | None = None) -> list[FreeAnswer]:
+        """Return the answers about a topic that count, in one form or in all."""
+        return [each for each in self.answers if each.topic == topic and form in (None, each.form) and not each.edited]
+
+    @property
+    def failed(self) -> list[FreeAnswer]:
+        """The facts whose completion does not state the new target."""
+        return [each for each in self.of("fact", "completion") if not is_good(each)]
+
+    @property
+    def changed(self) -> list[FreeAnswer]:
+        """The other answers that the model gave before, as it should, and does not give any more."""
+        others = [*self.of("neighbor"), *self.of("familiar")]
+        return [each for each in others if states(each.before, each.expected) and not is_good(each)]
+
+    @property
+    def is_clean(self) -> bool:
+        """True if every fact was learned and no rule of the budget was broken."""
+        return not (self.failed or self.side_effects)
+
+    @property
+    def verdict(self) -> str:
+        """What became of the run, in one line."""
+        facts, chats = self.of("fact", "completion"), self.of("fact", "chat")
+        others = len(self.of("neighbor")) + len(self.of("familiar"))
+        chat = f" ({sum(map(is_good, chats))} of {len(chats)} as a chat question)" if chats else ""
+        parts = [f"{len(facts) - len(self.failed)} of {len(facts)} facts learned{chat}"]
+        if self.failed:
+            parts.append(f"not learned: {listed([self._why(each) for each in self.failed], 5)}")
+        if others:
+            names = [f"{each.prompt!r} ({_short(each.before)} -> {_short(each.after or '')})" for each in self.changed]
+            parts.append(f"{len(names)} of {others} other answers changed" + (f": {listed(names, 3)}" if names else ""))
+        return "; ".join([*parts, *self.side_effects])
+
+    def _why(self, answer: FreeAnswer) -> str:
+        reason = self.reasons.get(answer.request or 0)
+        return f"{answer.prompt!r} ({f'{reason}, ' if reason else ''}answers {_short(answer.after or '')!r})"
+
+
+def _short(text: str) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= 40 else f"{words[:37]}..."
+
+
+def is_good(answer: FreeAnswer) -> bool:
+    """True if the answer after the run contains what is expected."""
+    return answer.after is not None and states(answer.after, answer.expected)
+
+
+def fact_questions(requests: Sequence[EditRequest], forms: Iterable[Any]) -> list[FreeAnswer]:
+    """Return a question for every fact in every form."""
+    return [
+        FreeAnswer(topic="fact", form=form, prompt=request.text, expected=request.target_new, request=place)
+        for form in forms
+        for place, request in enumerate(requests)
+    ]
+
+
+def neighbor_questions(requests: Sequence[EditRequest], limit: int) -> list[FreeAnswer]:
+    """Return questions about neighbors, the first of every fact, then the second, up to ``limit`` that count."""
+    edited = {request.text for request in requests}
+    columns = ([(i, probe) for probe in each.probes if probe.kind == "neighborhood"] for i, each in enumerate(requests))
+    pairs = {pair[1].prompt: pair for row in zip_longest(*columns) for pair in row if pair is not None}
+    questions: list[FreeAnswer] = []
+    for prompt, (place, probe) in pairs.items():
+        if sum(not each.edited for each in questions) == limit:
+            break
+        name = probe.expected or requests[place].target_true or ""
+        question = FreeAnswer(topic="neighbor", form="completion", prompt=prompt, expected=name, request=place)
+        questions.append(question.model_copy(update={"edited": prompt in edited}))
+    return questions
+
+
+def ask(lm: LanguageModel, questions: Sequence[FreeAnswer], max_bytes: float | None = None) -> list[str]:
+    """Return the model's free greedy answer to every question.
+
+    Args:
+        lm: The model.
+        questions: The questions.
+        max_bytes: Most bytes beyond the model.
+
+    Raises:
+        ConfigError: If a question is a chat, and the tokenizer has no chat template.
+    """
+    names = encode_texts(lm.tokenizer, [question.expected for question in questions])
+    lengths = [_length(question, name) for question, name in zip(questions, names, strict=True)]
+    answers: dict[int, str] = {}
+    kinds = [(question.form, length) for question, length in zip(questions, lengths, strict=True)]
+    for form, length in dict.fromkeys(kinds):
+        part = [place for place, kind in enumerate(kinds) if kind == (form, length)]
+        prompts = [lm.user_turn(questions[i].prompt) if form == "chat" else questions[i].prompt for i in part]
+        texts = continuations(lm, prompts, length, max_bytes=max_bytes)
+        answers |= zip(part, texts if form == "chat" else map(until_stop, texts), strict=True)
+    return [answers[place] for place in range(len(questions))]
+
+
+def _length(question: FreeAnswer, name: Sequence[int]) -> int:
+    """Return how many tokens an answer may have; it depends on nothing but the question."""
+    return (2 if question.form == "chat" else 1) * max(TOKENS, min(len(name) + 2, 4 * TOKENS))
+
+
+def with_own_answers(questions: Sequence[FreeAnswer], answers: Sequence[str]) -> Iterator[FreeAnswer]:
+    """Yield questions with the unedited model's answers; what is not a fact expects the answer that this model gives.
+
+    That is the true one where the model states it, else the first name or words of its answer; a question without an
+    answer is left out.
+    """
+    for question, answer in zip(questions, answers, strict=True):
+        name = question.expected
+        if question.topic == "neighbor" and not (name and states(answer, name)):
+            name = first_name(answer) or " ".join(plain(answer).split()[:3])
+        if name:
+            yield question.model_copy(update={"expected": name, "before": answer})
+
+
+def rates(answers: Sequence[FreeAnswer], stage: str) -> dict[str, float]:
+    """Return the metrics of a stage, ``before`` or ``after``, by name; none without answers."""
+    values = {}
+    for (topic, form), name in METRICS.items():
+        chosen = [each for each in answers if (each.topic, each.form, each.edited) == (topic, form, False)]
+        if chosen:
+            metric = AnswerRate()
+            metric.update([getattr(each, stage) or "" for each in chosen], [each.expected for each in chosen])
+            values[name] = float(metric.compute())
+    return values
+
+
+def familiar_facts(
+    lm: LanguageModel,
+    fingerprint: str,
+    forms: Sequence[Any],
+    limit: int,
+    leave_out: Iterable[str] = (),
+    max_bytes: float | None = None,
+) -> list[FreeAnswer]:
+    """Return built-in facts that the unedited model states, in each form; found once per model, and cached.
+
+    Args:
+        lm: The unedited model.
+        fingerprint: Its hash.
+        forms: Forms of the questions.
+        limit: Most facts in each form.
+        leave_out: Subjects that are edited.
+        max_bytes: Most bytes beyond the model.
+    """
+    path = cache_folder() / "familiar" / f"{content_key('familiar', 1, fingerprint, list(forms))[:16]}.jsonl"
+    pool = _cached(path)
+    if pool is None:
+        pool = list(_stated(lm, forms, max_bytes))
+        write_text(path, "".join(f"{each.model_dump_json()}\n" for each in pool))
+    names = [plain(name) for name in leave_out]
+    free = [each for each in pool if not any(states(each.prompt, name) for name in names)]
+    return [each for form in forms for each in [each for each in free if each.form == form][:limit]]
+
+
+def _cached(path: Any) -> list[FreeAnswer] | None:
+    """Return the answers in a file of the cache; None if there is none, or it is damaged: it costs seconds only."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [parse_as(FreeAnswer, line, str(path), ConfigError, "") for line in lines]
+    except (OSError, UnicodeDecodeError, ConfigError):
+        return None
+
+
+def _stated(lm: LanguageModel, forms: Sequence[Any], max_bytes: float | None) -> Iterator[FreeAnswer]:
+    """Yield facts that the model states, until there are ``SPARE`` of each form or a whole chunk has none."""
+    facts = builtin_facts()
+    pool = random.Random(0).sample(facts, POOL)
+    count = dict.fromkeys(forms, 0)
+    for start in range(0, POOL, CHUNK):
+        short = [form for form in forms if count[form] < SPARE]
+        questions = [
+            FreeAnswer(topic="familiar", form=form, prompt=fact.text, expected=fact.target_true or "")
+            for form in short
+            for fact in pool[start : start + CHUNK]
+        ]
+        answers = zip(questions, ask(lm, questions, max_bytes), strict=True)
+        good = [each.model_copy(update={"before": text}) for each, text in answers if states(text, each.expected)]
+        yield from good
+        for each in good:
+            count[each.form] += 1
+        if not good:
+            return
