@@ -92,7 +92,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     for label, value in row.items():
         name = label.replace(DELTA, "delta_")
         if isinstance(value, Interval):
-            cells |= {name: value.mean, f"{name}_low": value.mean - value.half, f"{name}_high": value.mean + value.half}
+            cells |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
         else:
             cells[name.replace(" ", "_")] = value
     return {_safe(name): "" if value != value else _safe(value) for name, value in cells.items()}

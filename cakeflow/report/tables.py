@@ -90,7 +90,7 @@ def trace_table(trace: Trace, weights: Mapping[int, float]) -> Table:
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return runs side by side, from ``compare_runs``, one column per run."""
-    table = Table(title="Runs, metrics after editing (%) ± half of the 95 % interval", title_justify="left")
+    table = Table(title="Runs, metrics after editing (%) [95 % interval]", title_justify="left")
     table.add_column("")
     for name, texts in as_texts(rows).items():
         if name == "run":

@@ -12,10 +12,12 @@ import numpy as np
 
 from cakeflow.journal.schema import EvaluatedRequest, PromptAnswer
 from cakeflow.report.folder import EditedRequest, RunFolder
-from cakeflow.report.intervals import KINDS, Interval, paired, record_values
+from cakeflow.report.intervals import FORMS, KINDS, Interval, paired, record_values
 
 EDITING = ("targets", "keys", "allocate", "solve")
 """Phases of every edit batch; the others come once per run or per evaluation."""
+PLAIN = {"": FORMS[""]}
+"""The form of the metrics that the table of relations has."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,18 @@ class Change:
 
 
 def metric_changes(
-    before: Sequence[EvaluatedRequest], after: Sequence[EvaluatedRequest], logged: Mapping[str, Mapping[str, float]]
+    before: Sequence[EvaluatedRequest],
+    after: Sequence[EvaluatedRequest],
+    logged: Mapping[str, Mapping[str, float]],
+    forms: Mapping[str, str] = FORMS,
 ) -> dict[str, Change]:
     """Return the change of every metric that was measured at either stage.
 
     Intervals come from the records, where they determine the metric; otherwise the logged value is used, without
     interval. The difference is paired by record if both stages have the same ones.
     """
-    values, differences = {"before": record_values(before), "after": record_values(after)}, paired(before, after)
+    values = {"before": record_values(before, forms), "after": record_values(after, forms)}
+    differences = paired(before, after, forms)
     names = dict.fromkeys([*values["after"], *logged.get("before", {}), *logged.get("after", {})])
     changes = {}
     for name in names:
@@ -44,7 +50,7 @@ def metric_changes(
             if math.isnan(side.mean):
                 sides[stage] = Interval(logged.get(stage, {}).get(name, math.nan))
         difference = differences.get(name)
-        if difference is None or math.isnan(difference.half):
+        if difference is None or math.isnan(difference.mean):
             difference = Interval(sides["after"].mean - sides["before"].mean)
         if not all(math.isnan(side.mean) for side in sides.values()):
             changes[name] = Change(**sides, difference=difference)
@@ -81,7 +87,7 @@ def relations(run: RunFolder) -> list[Relation]:
     rows = []
     for key in before | after:
         group = after.get(key) or before[key]
-        changes = metric_changes(before.get(key, ()), after.get(key, ()), {})
+        changes = metric_changes(before.get(key, ()), after.get(key, ()), {}, PLAIN)
         rows.append(Relation(key, group[0].prompt, len(group), changes))
     return sorted(rows, key=lambda relation: (-relation.count, relation.name))
 
