@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cakeflow.errors import listed, visible
+from cakeflow.export.manifest import batch_names
 from cakeflow.forward.packing import GIB
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import (
@@ -132,7 +133,7 @@ def _details(body: Schema) -> str:
             facts += ["..."] if len(body.requests) > 3 else []
             return f"batch {body.batch}, {len(body.hashes)} edits" + (f": {', '.join(facts)}" if facts else "")
         case RollbackBody():
-            return f"batches {', '.join(map(str, body.batches))} taken back"
+            return f"{batch_names(body.batches)} taken back"
         case PolicyBody():
             return "; ".join([body.outcome, *([listed(body.faults, 3)] if body.faults else [])])
     return f"{len(body.files)} files" if isinstance(body, EndBody) else ""
