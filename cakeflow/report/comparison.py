@@ -113,10 +113,8 @@ def plot_runs(runs: Sequence[RunFolder]) -> Axes:
     curves = _curves(dict(zip(labels, runs, strict=True)))
     with plt.rc_context(FILE_STYLE):  # type: ignore[arg-type]
         height = 1.5 + 0.12 * (1 + len(runs)) * len(dict.fromkeys(chain.from_iterable(metrics.values())))
-        figure, axes = plt.subplots(
-            1 + len(curves), figsize=(7, height + 3 * len(curves)), height_ratios=[height] + [3] * len(curves),
-            layout="constrained", squeeze=False,
-        )  # fmt: skip
+        figure = plt.figure(figsize=(7, height + 3 * len(curves)), layout="constrained")
+        axes = figure.subplots(1 + len(curves), height_ratios=[height] + [3] * len(curves), squeeze=False)
         first, *others = axes[:, 0]
         plot_intervals(metrics, first)
         for ax, (title, lines) in zip(others, curves.items(), strict=True):

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import FigureCanvasBase
@@ -168,11 +169,9 @@ def plot_intervals(runs: Mapping[str, Mapping[str, Interval]], ax: Axes | None =
     names = list(dict.fromkeys(name for metrics in runs.values() for name in metrics))
     for place, (label, metrics) in enumerate(runs.items()):
         rows = [names.index(name) + 0.8 * ((place + 0.5) / len(runs) - 0.5) for name in metrics]
-        means, lows, highs = (
-            [100 * getattr(each, part) for each in metrics.values()] for part in ("mean", "low", "high")
-        )
-        widths = [[m - l for m, l in zip(means, lows, strict=True)], [h - m for m, h in zip(means, highs, strict=True)]]
-        ax.errorbar(means, rows, xerr=widths, fmt="o", markersize=4, capsize=3, label=label)
+        bounds = 100 * np.array([(each.mean, each.low, each.high) for each in metrics.values()]).reshape(-1, 3)
+        means, lows, highs = bounds.T
+        ax.errorbar(means, rows, xerr=[means - lows, highs - means], fmt="o", markersize=4, capsize=3, label=label)
     ax.set(xlabel="%, with 95 % intervals", yticks=range(len(names)), yticklabels=names)
     ax.invert_yaxis()
     ax.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2)

@@ -16,7 +16,7 @@ Values = NDArray[np.float64]
 Z = 1.959963984540054
 """Half the width of a 95 % interval, in standard errors."""
 FEWEST = 20
-"""Records that a bootstrap needs: with 12 its 95 % interval may cover no more than 83 %, from 20 on about 90 to 99 %."""
+"""Records that a bootstrap needs: with 12 its 95 % interval may cover no more than 83 %, from 20 on 90 to 99 %."""
 RESAMPLES = 1999
 """Samples that a bootstrap draws."""
 KINDS = {"efficacy": "rewrite", "generalization": "paraphrase", "specificity": "neighborhood"}
@@ -41,8 +41,8 @@ class Interval:
         """Return the mean over the records that are not nan, with its interval.
 
         A share of records has Wilson's interval. Means of several prompts and differences have a bootstrap over records
-        (BCa). Where there are too few records for that, or all of them agree, shares have Wilson's interval as well, and
-        differences that of Bonett and Price: records agree by chance too, so that no interval has the width 0.
+        (BCa). Where there are too few records for that, or all of them agree, shares have Wilson's interval as well,
+        and differences that of Bonett and Price: records agree by chance too, so that no interval has the width 0.
 
         Args:
             values: One per record.
