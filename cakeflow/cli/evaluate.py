@@ -37,13 +37,13 @@ class EditedModel:
             folder: Where the evaluation is written.
 
         Raises:
-            ConfigError: If that is the run's folder.
+            ConfigError: If that is in the run's folder.
             ResumeError: If the model is another one, or a batch leads to other weights.
             LedgerError: If the ledger or a file is not as it was written.
         """
-        if folder is not None and folder.resolve() == self.run.resolve():
+        if folder is not None and folder.resolve().is_relative_to(self.run.resolve()):
             raise ConfigError(
-                f"--run_dir {folder} is the run that is evaluated, which stays as it is; name another one"
+                f"--run_dir {folder} is in the run that is evaluated, which stays as it is; name another one"
             )
         module.adopt(base_of(self.run, None if self.own_model else module.name))
         module.journal.load(self.run / "journal")
@@ -69,7 +69,7 @@ class EditedModel:
 
 
 def take_run(words: Sequence[str]) -> tuple[list[str], EditedModel | None]:
-    """Return the words of ``evaluate`` without ``--run RUN``, and the run; other commands as they are, and None.
+    """Return the words of ``evaluate`` as they are without ``--run RUN``, and the run; of other commands None.
 
     Raises:
         ConfigError: If ``--run`` names no folder.
@@ -83,6 +83,8 @@ def take_run(words: Sequence[str]) -> tuple[list[str], EditedModel | None]:
     if not value or value.startswith("--"):
         raise ConfigError("--run needs a run folder: cakeflow evaluate --run RUN")
     rest = [*words[:place], *words[place + (1 if joined else 2) :]]
+    if {"--config", "--model.layers"}.isdisjoint(options):
+        rest += ["--model.layers", "auto"]  # none are edited, but a module cannot do without
     own_model, own_data = (
         {"--config", f"--{kind}", f"--{kind}.{name}"}.isdisjoint(options)
         for kind, name in (("model", "base"), ("data", "source"))
