@@ -38,7 +38,7 @@ def test_log_verify_replay_and_rollback(finished, run, capsys, monkeypatch):
     main(["replay", str(run), "--model", model])
     assert "3 batches, 6 edits" in capsys.readouterr().out
     main(["rollback", str(run), "-n", "1", "--model", model])
-    assert "1 batches taken back, 2 remain" in capsys.readouterr().out
+    assert "batch 2 taken back, 2 remain" in capsys.readouterr().out
     assert verify(run).faults == []
     main(["rollback", str(run), "--batch", "0", "--model", model])
     assert main(["log", str(run)])[-1].body.batches == [0]
