@@ -46,6 +46,8 @@ def test_log_verify_replay_and_rollback(finished, run, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["rollback", str(run), "--batch", "7", "--model", model])
     assert "no single batch 7" in capsys.readouterr().err
+    assert "Batch 0 taken back by" in main(["report", str(run)]).read_text()
+    assert "batch 2 taken back by" in main(["compare", str(run)])[0]["taken back"]
     (run / "run.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(["verify", str(run)])

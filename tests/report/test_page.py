@@ -157,7 +157,7 @@ def test_a_rollback_stands_at_the_top_and_at_its_edits(run_folder):
     page = Page(render_page(RunFolder.read(run_folder)))
     head, edits = words(page.header), words(page.texts["edits"])
     assert f"Batch 1 taken back by Bob@lab on {utc(entry.time)}." in head
-    assert "were measured before that, with these batches in the model" in head
+    assert "were measured before the last rollback" in head
     assert edits.count("Batch 1, taken back by Bob@lab on") == 4
     assert edits.count("Batch 0. Target") == edits.count("Batch 2. Target") == 4
     ledger.append(body("evaluation"))
