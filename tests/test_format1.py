@@ -56,7 +56,7 @@ def test_its_edits_lead_to_the_weights_of_then():
 
 def test_it_goes_on_in_format_2(run, capsys):
     run_command(["rollback", str(run), "--model", str(FIXTURE / "model")])
-    assert "1 batches taken back, 0 remain" in capsys.readouterr().out
+    assert "batch 1 taken back, 0 remain" in capsys.readouterr().out
     assert verify(run).faults == []
     last = list(read_entries(run / "journal" / "ledger.jsonl"))[-1].body
     assert isinstance(last, RollbackBody)
@@ -77,7 +77,8 @@ def test_it_is_reported():
     folder = RunFolder.read(FIXTURE / "run")
     assert len(folder.before) == len(folder.after) == 4
     assert folder.before[0].prompts[0].expected == "Rome"
-    assert [edit.subject for edit in folder.edits] == ["Cleo", "Dan"]
+    assert [(edit.subject, edit.batch) for edit in folder.edits] == [("Ann", 0), ("Bob", 0), ("Cleo", 1), ("Dan", 1)]
+    assert [edit.rollback is not None for edit in folder.edits] == [True, True, False, False]
     page = render_page(folder)
     assert "Cleo" in page
     assert page == render_page(folder)

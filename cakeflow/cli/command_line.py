@@ -18,6 +18,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from cakeflow.cli.console import PlainFormatter
+from cakeflow.cli.evaluate import EditedModel, take_run
 from cakeflow.cli.result import show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
@@ -43,6 +44,10 @@ NAMES_HELP = (
     "a hub data set. Options of the method: cakeflow fit --model.help. A config is data: --import NAME imports a "
     "module of yours whose classes it names, --trust_remote_code runs the Python of the model's folder, and "
     "--trust_task_code that of lm-eval's task files."
+)
+RUN_HELP = (
+    "--run RUN evaluates the edited model of a run, on the run's own facts unless --data names others; nothing is "
+    "written into the run's folder, and --model names the unedited model only if it has moved."
 )
 EPILOG = f"{NAMES_HELP} Further commands, each with --help: {', '.join(COMMANDS)}."
 
@@ -80,14 +85,17 @@ class EditCLI(LightningCLI):
 
     Args:
         trusted: Those of ``TRUST_OPTIONS`` that the command has.
+        edited: The run whose edited model is evaluated, in place of the model that is named.
         *args: Arguments of ``LightningCLI``.
         **kwargs: Further ones.
     """
 
     result: FitResult | EvaluationResult
 
-    def __init__(self, *args: Any, trusted: Collection[str] = (), **kwargs: Any) -> None:
-        self.trusted = trusted
+    def __init__(
+        self, *args: Any, trusted: Collection[str] = (), edited: EditedModel | None = None, **kwargs: Any
+    ) -> None:
+        self.trusted, self.edited = trusted, edited
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -150,7 +158,10 @@ class EditCLI(LightningCLI):
             sys.exit(1)
 
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
-        """Evaluate the model as it is, and print the metrics."""
+        """Evaluate the model as it is, or as a run edited it, and print the metrics."""
+        if self.edited is not None:
+            self.edited.load_into(model, run_folder(self.trainer))
+            datamodule = self.edited.data(vars(self._get(self.config, "data"))) if self.edited.own_data else datamodule
         self.result = result = run_evaluate(self.trainer, model, datamodule, "now")
         Console().print(metrics_table({"now": result.metrics}, result.protocol))
 
@@ -273,6 +284,7 @@ def run_command(args: Sequence[str] | None = None) -> Any:
             with only_known_classes():
                 return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
         words, trusted = take_options(words)
+        words, edited = take_run(words)
         cli = EditCLI(
             EditModule,
             EditDataModule,
@@ -288,10 +300,11 @@ def run_command(args: Sequence[str] | None = None) -> Any:
                 "description": "Edit facts in transformer language models.",
                 "epilog": EPILOG,
                 "fit": {"epilog": NAMES_HELP},
-                "evaluate": {"epilog": NAMES_HELP},
+                "evaluate": {"epilog": f"{RUN_HELP} {NAMES_HELP}"},
             },
             args=expand_names(words),
             trusted=trusted,
+            edited=edited,
         )
     except EditError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)

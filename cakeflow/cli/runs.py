@@ -12,11 +12,13 @@ from cakeflow.cli.console import say
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
+from cakeflow.export.manifest import batch_names
 from cakeflow.journal.audit import Audit, ledger_of, replay, verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry
 from cakeflow.plugins import Plugin, find_plugins, load_plugins
-from cakeflow.report.comparison import compare_runs, to_csv, to_markdown
+from cakeflow.report.comparison import compare_runs, plot_runs, to_csv, to_markdown
+from cakeflow.report.figures import require_image, save_plot
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.page import render_page
 from cakeflow.report.tables import ledger_table, plugins_table, runs_table
@@ -50,8 +52,10 @@ def run_report(run: Path, out: Path | None = None) -> Path:
     return out
 
 
-def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None = None) -> list[dict[str, Any]]:
-    """Compare runs: metrics after editing with 95 % intervals over records, time and memory.
+def run_compare(
+    runs: list[Path], csv: Path | None = None, markdown: Path | None = None, plot: Path | None = None
+) -> list[dict[str, Any]]:
+    """Compare runs: metrics after editing with 95 % intervals over records, time, memory and settings that differ.
 
     Runs with the records and the protocol of the first run are also compared with it record by record.
 
@@ -59,11 +63,16 @@ def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None
         runs: Run folders.
         csv: CSV file with one line per run, bounds of the intervals included.
         markdown: Markdown file of the table.
+        plot: Image (.png, .svg or .pdf) of the metrics, and of what was measured along the edits.
 
     Raises:
         RunFolderError: If a folder is not a run folder, or has a damaged file.
+        ConfigError: If ``plot`` names no image.
     """
-    rows = compare_runs([RunFolder.read(run) for run in runs])
+    if plot is not None:
+        require_image(plot)
+    folders = [RunFolder.read(run) for run in runs]
+    rows = compare_runs(folders)
     Console().print(runs_table(rows))
     if len({row["protocol"] for row in rows}) > 1:
         say("these runs were measured under different protocols: their metrics cannot be compared")
@@ -71,6 +80,9 @@ def run_compare(runs: list[Path], csv: Path | None = None, markdown: Path | None
         if path is not None:
             write_text(path, write(rows))
             say(f"written to {path}")
+    if plot is not None:
+        save_plot(plot_runs(folders), plot)
+        say(f"written to {plot}")
     return rows
 
 
@@ -148,9 +160,11 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
         raise ConfigError(f"n must be at least 1 batch, got {n}")
     with locked(ledger_of(run)):
         journal = replay(run, model, judged=False)  # what its policy has not judged may be taken back
-        before = len(journal)
+        before = {step.number for step in journal}
         journal.rollback(n, batch=batch)
-    say(f"{run}: {before - len(journal)} batches taken back, {len(journal)} remain")
+    removed = before - {step.number for step in journal}
+    names = batch_names(removed) if removed else "no batch"
+    say(f"{run}: {names} taken back, {len(journal)} remain")
     return journal
 
 

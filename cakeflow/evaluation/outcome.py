@@ -66,6 +66,11 @@ class Outcome:
         return [each for each in others if states(each.before, each.expected) and not is_good(each)]
 
     @property
+    def has_chats(self) -> bool:
+        """True if questions were asked in a chat too."""
+        return any(each.form == "chat" for each in self.answers)
+
+    @property
     def is_clean(self) -> bool:
         """True if every fact was learned and no rule of the budget was broken."""
         return not (self.failed or self.side_effects)
@@ -97,6 +102,14 @@ def _short(text: str) -> str:
 def is_good(answer: FreeAnswer) -> bool:
     """True if the answer after the run contains what is expected."""
     return answer.after is not None and states(answer.after, answer.expected)
+
+
+def by_prompt(answers: Sequence[FreeAnswer]) -> dict[str, dict[str, FreeAnswer]]:
+    """Return the answers to each prompt, by their form."""
+    prompts: dict[str, dict[str, FreeAnswer]] = {}
+    for answer in answers:
+        prompts.setdefault(answer.prompt, {})[answer.form] = answer
+    return prompts
 
 
 def fact_questions(requests: Sequence[EditRequest], forms: Iterable[Any]) -> list[FreeAnswer]:

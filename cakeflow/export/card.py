@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cakeflow.errors import visible
-from cakeflow.export.manifest import MANIFEST, Manifest
+from cakeflow.export.manifest import MANIFEST, Manifest, utc
 from cakeflow.journal.ledger import Entry, bodies
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import BatchBody, EndBody, EvaluationBody, RollbackBody, RunBody
@@ -32,7 +32,7 @@ def model_card(manifest: Manifest, entries: Sequence[Entry]) -> str:
         Markdown after a YAML header, as the Hugging Face hub reads it.
     """
     runs = bodies(entries, RunBody)
-    parts = [_header(manifest), _identity(manifest, runs), *_warning(entries)]
+    parts = [_header(manifest), _identity(manifest, entries), *_warning(entries), *_rollbacks(manifest)]
     parts += (
         _history(entries, runs[-1]) if runs else ["There is no ledger here: method, metrics and edits are unknown.\n"]
     )
@@ -50,7 +50,8 @@ def _header(manifest: Manifest) -> str:
     return f"---\n{yaml.safe_dump(header)}---\n"
 
 
-def _identity(manifest: Manifest, runs: Sequence[RunBody]) -> str:
+def _identity(manifest: Manifest, entries: Sequence[Entry]) -> str:
+    runs = bodies(entries, RunBody)
     versions: dict[str, str] = runs[-1].versions if runs else circumstances().versions
     rows = {
         "base model": manifest.model,
@@ -59,10 +60,29 @@ def _identity(manifest: Manifest, runs: Sequence[RunBody]) -> str:
         "facts edited": manifest.edits,
         "weights changed": ", ".join(manifest.weights) or "none",
         "last hash of the ledger": manifest.ledger or "no ledger",
+        **_occasion(entries),
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     }
     head = f"# {escape(manifest.model)}, edited\n\nFacts in this model were changed by knowledge editing.\n"
     return f"{head}\n{_table([['', ''], *([name, escape(value)] for name, value in rows.items())])}"
+
+
+def _occasion(entries: Sequence[Entry]) -> dict[str, str]:
+    """Return who edited and when, as far as a ledger says it."""
+    rows: dict[str, str] = {}
+    for entry in entries:
+        if isinstance(entry.body, RunBody):
+            rows = {"edited by": entry.body.who, "started": utc(entry.time), "ended": "not ended"}
+        elif isinstance(entry.body, EndBody):
+            rows["ended"] = utc(entry.time)
+    return rows
+
+
+def _rollbacks(manifest: Manifest) -> Iterator[str]:
+    """Yield which batches of the run are not in the model, because they were taken back."""
+    if manifest.rollbacks:
+        lines = [f"- {escape(each)}\n" for each in manifest.rollbacks]
+        yield f"**A part of the run was taken back and is not in this model:**\n\n{''.join(lines)}"
 
 
 def _warning(entries: Sequence[Entry]) -> Iterator[str]:
@@ -96,7 +116,8 @@ def _metrics(entries: Sequence[Entry]) -> str:
     text = f"{_table(rows)}\nMeasured under the protocol {escape(protocols)}; others are not comparable.\n"
     changed = max((each.number for each in entries if isinstance(each.body, (BatchBody, RollbackBody))), default=-1)
     measured = max((each.number for each in entries if each.body is stages.get("after")), default=-1)
-    return text + ("\nThe weights were changed after the last measurement.\n" if measured < changed else "")
+    note = "The weights were changed after the last measurement: the metrics are those of the model before that."
+    return text + (f"\n{note}\n" if measured < changed else "")
 
 
 def _edits(entries: Sequence[Entry]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,11 +13,11 @@ from pydantic import Field
 from cakeflow.errors import ExportError
 from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import bodies
-from cakeflow.journal.schema import RunBody
+from cakeflow.journal.ledger import Entry, bodies
+from cakeflow.journal.schema import RollbackBody, RunBody
 from cakeflow.storage.folders import check_free
 from cakeflow.storage.hashing import tensor_hash
-from cakeflow.storage.typed import SHA256, Schema, parse_as
+from cakeflow.storage.typed import SHA256, Count, Schema, parse_as
 
 MANIFEST = "manifest.json"
 Format = Literal["model", "delta", "lora", "memory"]
@@ -40,6 +41,58 @@ class ChangeInfo(Schema):
     kind: str
 
 
+class RollbackInfo(Schema):
+    """Batches that were taken back: their numbers, by whom, and when (UTC, ISO 8601)."""
+
+    batches: list[Count]
+    who: str
+    time: str
+
+    @property
+    def words(self) -> str:
+        """Who took them back, and when, as the end of a sentence about them."""
+        return f"taken back by {self.who} on {utc(self.time)}"
+
+    def __str__(self) -> str:
+        return f"{batch_names(self.batches)} {self.words}"
+
+
+def rollbacks_of(entries: Iterable[Entry]) -> list[RollbackInfo]:
+    """Return the rollbacks in a ledger, oldest first."""
+    return [
+        RollbackInfo(batches=entry.body.batches, who=entry.body.who, time=entry.time)
+        for entry in entries
+        if isinstance(entry.body, RollbackBody)
+    ]
+
+
+def batch_names(numbers: Iterable[int]) -> str:
+    """Return the batches of these numbers in words, neighbors as a range.
+
+    Example:
+        >>> batch_names([2]), batch_names([4, 5, 6, 0])
+        ('batch 2', 'batches 0, 4 to 6')
+    """
+    ranges: list[list[int]] = []
+    for number in sorted(numbers):
+        if ranges and number == ranges[-1][-1] + 1:
+            ranges[-1].append(number)
+        else:
+            ranges.append([number])
+    parts = [str(each[0]) if len(each) == 1 else f"{each[0]} to {each[-1]}" for each in ranges]
+    return f"batch{'es' * (sum(map(len, ranges)) > 1)} {', '.join(parts)}"
+
+
+def utc(time: str) -> str:
+    """Return a time of a ledger as people write it.
+
+    Example:
+        >>> utc("2026-03-01T12:30:59.250+00:00")
+        '2026-03-01 12:30 UTC'
+    """
+    return f"{time[:16].replace('T', ' ')} UTC"
+
+
 class Manifest(Schema):
     """Content of ``manifest.json`` in an export; the file has one form only, and its own hash.
 
@@ -53,6 +106,7 @@ class Manifest(Schema):
         weights: Name of each weight that differs from the base -> its hashes.
         files: Name of each file of tensors -> its SHA-256.
         changes: The modules that were put in place, in order (``memory``); their tensors are named by their numbers.
+        rollbacks: Batches of the run that were taken back, and so are not in the model.
         tolerance: Largest difference of logits from the edited model's, relative to the largest of them (``lora``); 0
             where they are the same, bit for bit.
         version: Version of this form.
@@ -68,6 +122,7 @@ class Manifest(Schema):
     weights: dict[str, WeightHashes]
     files: dict[FileName, SHA256] = Field(default_factory=dict)
     changes: list[ChangeInfo] = Field(default_factory=list)
+    rollbacks: list[RollbackInfo] = Field(default_factory=list)
     tolerance: Annotated[float, Field(ge=0)] = 0.0
     version: Literal[2] = 2
     hash: SHA256 | Literal[""] = ""
@@ -92,6 +147,7 @@ class Manifest(Schema):
             weights=weights,
             tolerance=TOLERANCES[journal.base.dtype] if format == "lora" else 0.0,
             changes=[ChangeInfo(place=change.place, kind=type(change).__name__) for change in modules],
+            rollbacks=rollbacks_of(entries),
         )
 
     @classmethod

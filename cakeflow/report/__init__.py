@@ -1,9 +1,10 @@
 """Reports for people: tables for the terminal, plots, the page of a run, and runs side by side."""
 
-from cakeflow.report.comparison import compare_runs, to_csv, to_markdown
+from cakeflow.report.comparison import compare_runs, plot_runs, to_csv, to_markdown
 from cakeflow.report.figures import (
     curves_of,
     plot_curves,
+    plot_intervals,
     plot_layers,
     plot_losses,
     plot_trace,
@@ -25,6 +26,6 @@ from cakeflow.report.tables import (
 
 __all__ = [
     "RunFolder", "answers_table", "compare_runs", "curves_of", "ledger_table", "metrics_table", "phases_table",
-    "plot_curves", "plot_layers", "plot_losses", "plot_trace", "plot_weights", "plugins_table", "render_page",
-    "runs_table", "save_plot", "to_csv", "to_markdown", "trace_table", "verdict",
+    "plot_curves", "plot_intervals", "plot_layers", "plot_losses", "plot_runs", "plot_trace", "plot_weights",
+    "plugins_table", "render_page", "runs_table", "save_plot", "to_csv", "to_markdown", "trace_table", "verdict",
 ]  # fmt: skip

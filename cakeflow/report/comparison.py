@@ -1,38 +1,49 @@
-"""Runs side by side."""
+"""Runs side by side: a table of them, what they differ in, and plots."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
+import json
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
+
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
 
 from cakeflow.errors import visible
 from cakeflow.export.card import escape
 from cakeflow.forward.packing import GIB
+from cakeflow.report.figures import FILE_STYLE, Curves, curves_of, plot_curves, plot_intervals
 from cakeflow.report.folder import RunFolder
-from cakeflow.report.intervals import Interval, estimate, number, paired
+from cakeflow.report.intervals import SHARES, UNKNOWN, Interval, estimate, number, paired
 from cakeflow.report.views import method, peak_memory, run_changes, seconds_per_edit
 
 DELTA = "\N{GREEK CAPITAL LETTER DELTA} "
 """Prefix of a metric's name for its difference from the first run."""
 FORMULA_SIGNS = tuple("=+-@")
 """Signs, also of full width, with which a cell begins that a spreadsheet calculates."""
+LONGEST = 120
+"""Longest text of a setting in a table; of a longer one stand the beginning and a hash."""
 
 
 def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
-    """Return one row per run: model, method, edits, metrics after editing, time and memory.
+    """Return one row per run: model, method, edits, metrics after editing, time and memory, and what differs.
 
     Returns:
         Text and numbers, nan where a run has none. Every metric of any run is an ``Interval``; under ``DELTA`` and its
-        name stands the difference from the first run, paired by record, if both have the same records.
+        name stands the difference from the first run, paired by record, if both have the same records. If batches of
+        any run were taken back, ``taken back`` says which. Last come settings, ``differing``.
     """
     after = [
         {name: change.after for name, change in run_changes(run).items()} | differences(runs[0], run) for run in runs
     ]
     names = dict.fromkeys(name for metrics in after for name in metrics)
+    rollbacks = [_rollbacks(run) for run in runs]
     return [
         {
             "run": str(run.path),
@@ -40,12 +51,84 @@ def compare_runs(runs: Sequence[RunFolder]) -> list[dict[str, Any]]:
             "method": method(run),
             "edits": run.size,
             "protocol": run.info.protocol,
+            **({"taken back": taken_back} if any(rollbacks) else {}),
             **{name: metrics.get(name, Interval(math.nan)) for name in names},
             "seconds per edit": seconds_per_edit(run),
             "peak GiB": peak_memory(run) / GIB,
+            **settings,
         }
-        for run, metrics in zip(runs, after, strict=True)
+        for run, metrics, taken_back, settings in zip(runs, after, rollbacks, differing(runs), strict=True)
     ]
+
+
+def _rollbacks(run: RunFolder) -> str:
+    before = " (the metrics were measured before that)" if run.outdated else ""
+    return "; ".join(map(str, run.rollbacks)) + before
+
+
+def differing(runs: Sequence[RunFolder]) -> list[dict[str, str]]:
+    """Return for each run, as text, what the runs differ in: model, settings, data, batch size and versions."""
+    columns = [{name: _short(value) for name, value in _settings(run).items()} for run in runs]
+    names = dict.fromkeys(chain.from_iterable(columns))
+    different = [name for name in names if len({column.get(name) for column in columns}) > 1]
+    versions = [run.info.versions for run in runs]
+    packages = [
+        package
+        for package in dict.fromkeys(chain.from_iterable(versions))
+        if len({each.get(package) for each in versions}) > 1
+    ]
+    rows = [{name: column.get(name, UNKNOWN) for name in different} for column in columns]
+    for row, each in zip(rows, versions, strict=True):
+        if packages:
+            row["versions"] = ", ".join(f"{package} {each.get(package, UNKNOWN)}" for package in packages)
+    return rows
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """Return everything that was chosen for a run, by names that say where it stands."""
+    model = {f"model.{name}": value for name, value in run.info.model.to_dict().items() if name != "source"}
+    start = {"data (SHA-256)": run.start.data, "batch size": run.start.batch_size} if run.start else {}
+    return {**model, **{f"settings.{name}": value for name, value in run.info.settings.items()}, **start}
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[: LONGEST // 2]} ... ({hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]})"
+
+
+def plot_runs(runs: Sequence[RunFolder]) -> Axes:
+    """Draw runs side by side: metrics after editing with their intervals, and below them what was logged along edits.
+
+    Returns:
+        The axes of the metrics; the other plots are in the same figure.
+    """
+    names = [run.path.name for run in runs]
+    labels = names if len(set(names)) == len(runs) else [str(run.path) for run in runs]
+    metrics = {
+        label: {name: change.after for name, change in run_changes(run).items() if name in SHARES}
+        for label, run in zip(labels, runs, strict=True)
+    }
+    curves = _curves(dict(zip(labels, runs, strict=True)))
+    with plt.rc_context(FILE_STYLE):  # type: ignore[arg-type]
+        height = 1.5 + 0.12 * (1 + len(runs)) * len(dict.fromkeys(chain.from_iterable(metrics.values())))
+        figure = plt.figure(figsize=(7, height + 3 * len(curves)), layout="constrained")
+        axes = figure.subplots(1 + len(curves), height_ratios=[height] + [3] * len(curves), squeeze=False)
+        first, *others = axes[:, 0]
+        plot_intervals(metrics, first)
+        for ax, (title, lines) in zip(others, curves.items(), strict=True):
+            plot_curves(lines, ax).set_ylabel(title)
+    return first  # type: ignore[no-any-return]
+
+
+def _curves(runs: Mapping[str, RunFolder]) -> dict[str, Curves]:
+    """Return per plot of ``curves_of`` the lines of all runs, named by run and task."""
+    plots: dict[str, Curves] = {}
+    for label, run in runs.items():
+        for title, lines in curves_of(run.log).items():
+            plots.setdefault(title, {}).update({f"{label}: {task}": points for task, points in lines.items()})
+    return plots
 
 
 def differences(first: RunFolder, run: RunFolder) -> dict[str, Interval]:
@@ -92,7 +175,7 @@ def _flat(row: Mapping[str, Any]) -> dict[str, Any]:
     for label, value in row.items():
         name = label.replace(DELTA, "delta_")
         if isinstance(value, Interval):
-            cells |= {name: value.mean, f"{name}_low": value.mean - value.half, f"{name}_high": value.mean + value.half}
+            cells |= {name: value.mean, f"{name}_low": value.low, f"{name}_high": value.high}
         else:
             cells[name.replace(" ", "_")] = value
     return {_safe(name): "" if value != value else _safe(value) for name, value in cells.items()}

@@ -11,11 +11,14 @@ from statistics import median
 from typing import Any
 
 import matplotlib.pyplot as plt
+import numpy as np
 from cycler import cycler
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import MaxNLocator
 
 from cakeflow.errors import ConfigError
+from cakeflow.report.intervals import Interval
 from cakeflow.tracing import PLACES, Trace
 
 
@@ -155,6 +158,36 @@ def plot_curves(curves: Mapping[str, Sequence[tuple[float, float, float]]], ax: 
     return ax
 
 
+def plot_intervals(runs: Mapping[str, Mapping[str, Interval]], ax: Axes | None = None) -> Axes:
+    """Draw metrics of runs in percent, with their 95 % intervals: a row per metric, a color per run.
+
+    Args:
+        runs: Label -> metric -> interval; without bounds it is drawn as a point.
+        ax: Axes to draw into.
+    """
+    ax = ax or plt.figure(figsize=(7, 4), layout="tight").gca()
+    names = list(dict.fromkeys(name for metrics in runs.values() for name in metrics))
+    for place, (label, metrics) in enumerate(runs.items()):
+        rows = [names.index(name) + 0.8 * ((place + 0.5) / len(runs) - 0.5) for name in metrics]
+        bounds = 100 * np.array([(each.mean, each.low, each.high) for each in metrics.values()]).reshape(-1, 3)
+        means, lows, highs = bounds.T
+        ax.errorbar(means, rows, xerr=[means - lows, highs - means], fmt="o", markersize=4, capsize=3, label=label)
+    ax.set(xlabel="%, with 95 % intervals", yticks=range(len(names)), yticklabels=names)
+    ax.invert_yaxis()
+    ax.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+def require_image(path: Path) -> None:
+    """Check that a plot can be written to a file of this name.
+
+    Raises:
+        ConfigError: If its suffix names no format of images.
+    """
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise ConfigError(f"{str(path)!r} names no image; end it in .png, .svg or .pdf")
+
+
 def save_plot(ax: Axes, path: Path) -> None:
     """Write the figure of a plot to a file, and close it."""
     figure = ax.get_figure(root=True)
@@ -164,19 +197,22 @@ def save_plot(ax: Axes, path: Path) -> None:
     plt.close(figure)
 
 
-INK, SERIES = "#0a0b0c", tuple(f"#0{number}0b0c" for number in range(1, 7))
-"""Placeholder colors: ``svg`` replaces them with the CSS variables of the page."""
-STYLE: dict[str, Any] = {
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.prop_cycle": cycler(color=SERIES),
+FILE_STYLE: dict[str, Any] = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "legend.frameon": False,
+    "text.parse_math": False,
+}
+"""Settings of matplotlib for plots whose texts are others'."""
+INK, SERIES = "#0a0b0c", tuple(f"#0{number}0b0c" for number in range(1, 7))
+"""Placeholder colors: ``svg`` replaces them with the CSS variables of the page."""
+STYLE: dict[str, Any] = FILE_STYLE | {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.prop_cycle": cycler(color=SERIES),
     "svg.fonttype": "none",
     "svg.hashsalt": "cakeflow",
     "text.color": INK,
-    "text.parse_math": False,
     "xtick.color": INK,
     "ytick.color": INK,
 }

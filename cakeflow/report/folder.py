@@ -6,7 +6,7 @@ import csv
 import math
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import cycle
@@ -15,10 +15,15 @@ from pathlib import Path
 from pydantic import ConfigDict
 
 from cakeflow.errors import RunFolderError
-from cakeflow.journal.ledger import bodies, read_entries
+from cakeflow.evaluation.outcome import Outcome
+from cakeflow.export.manifest import RollbackInfo, rollbacks_of, utc
+from cakeflow.journal.ledger import Entry, bodies, read_entries
 from cakeflow.journal.schema import (
     BatchBody,
+    EndBody,
     EvaluatedRequest,
+    EvaluationBody,
+    FreeAnswer,
     RequestTexts,
     RollbackBody,
     RunBody,
@@ -26,16 +31,23 @@ from cakeflow.journal.schema import (
     TargetBody,
 )
 from cakeflow.storage.folders import require_inside
-from cakeflow.storage.typed import LARGEST, Count, parse_as, read_as
+from cakeflow.storage.typed import LARGEST, Count, S, parse_as, read_as
 
 
 class EditedRequest(RequestTexts):
-    """A request in the ledger, the number of its batch from 1, and one target per value site."""
+    """A request in the ledger.
+
+    Attributes:
+        batch: Number of its batch, as ``cakeflow rollback --batch`` takes it.
+        targets: One target per value site.
+        rollback: Who took its batch back, and when; None if it is in force.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
     batch: Count
     targets: list[TargetBody]
+    rollback: RollbackInfo | None = None
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,9 @@ class RunFolder:
         info: Content of ``run.json``; older runs have no metrics, timings, peaks, protocol and edits in it.
         before: Answers of the unedited model, per request; None if they were not written.
         after: Answers of the edited model, per request; None if they were not written.
-        edits: Every request that the run edited, in order.
+        answers: Free answers before and after the run; empty if the model was not asked freely.
+        ledger: Entries of the ledger from the start of the run on; empty if there is none.
+        edits: Every request that the run edited, in order, those taken back included.
         log: Rows of ``metrics.csv``, without empty cells.
         config: The YAML that the run was started with; empty if there is none.
         written: Time at which ``run.json`` was written.
@@ -57,6 +71,8 @@ class RunFolder:
     info: RunInfo
     before: list[EvaluatedRequest] | None
     after: list[EvaluatedRequest] | None
+    answers: list[FreeAnswer]
+    ledger: list[Entry]
     edits: list[EditedRequest]
     log: list[dict[str, float]]
     config: str
@@ -71,12 +87,15 @@ class RunFolder:
         """
         path = Path(path)
         info, texts = _info(path), [_text(path / name) for name in ("config.yaml", "hparams.yaml")]
+        ledger = _ledger(path / "journal" / "ledger.jsonl")
         return cls(
             path=path,
             info=info,
-            before=_answers(path / "before.jsonl"),
-            after=_answers(path / "after.jsonl"),
-            edits=list(_edits(path / "journal" / "ledger.jsonl")),
+            before=_lines(EvaluatedRequest, path / "before.jsonl"),
+            after=_lines(EvaluatedRequest, path / "after.jsonl"),
+            answers=_lines(FreeAnswer, path / "answers.jsonl") or [],
+            ledger=ledger,
+            edits=list(_edits(path / "journal" / "ledger.jsonl", ledger)),
             log=_log(path / "metrics.csv"),
             config=next((text for text in texts if text.strip() not in ("", "{}")), ""),
             written=_written(path / "run.json"),
@@ -88,6 +107,35 @@ class RunFolder:
             return self.info.metrics[stage]
         cells = (cell for row in self.log for cell in row.items())
         return {name.removeprefix(f"{stage}/"): value for name, value in cells if name.startswith(f"{stage}/")}
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What became of the run; None if the model was not asked freely."""
+        return Outcome(self.answers, side_effects=self.info.side_effects) if self.answers else None
+
+    @property
+    def start(self) -> RunBody | None:
+        """Who started the run, and with what; None without a ledger."""
+        return next(iter(bodies(self.ledger, RunBody)), None)
+
+    @property
+    def times(self) -> dict[str, str]:
+        """When the run started and ended (UTC), as far as it is known."""
+        if self.start is None:
+            return {"Written": utc(self.written.isoformat())}
+        ends = [utc(entry.time) for entry in self.ledger if isinstance(entry.body, EndBody)]
+        return {"Started": utc(self.ledger[0].time), "Ended": ends[-1] if ends else "not ended"}
+
+    @property
+    def rollbacks(self) -> list[RollbackInfo]:
+        """Batches that were taken back, oldest first."""
+        return rollbacks_of(self.ledger)
+
+    @property
+    def outdated(self) -> bool:
+        """True if batches were taken back after the last measurement of the edited model."""
+        kinds = [type(entry.body) for entry in self.ledger if _is_rollback_or_measurement(entry)]
+        return kinds[-1:] == [RollbackBody]
 
     @property
     def size(self) -> int:
@@ -107,30 +155,37 @@ def _info(folder: Path) -> RunInfo:
     return parse_as(RunInfo, _text(path), str(path), RunFolderError, REMEDY)
 
 
-def _answers(path: Path) -> list[EvaluatedRequest] | None:
+def _lines(kind: type[S], path: Path) -> list[S] | None:
     if not path.is_file():
         return None
     return [
-        parse_as(EvaluatedRequest, line, f"{path}, line {number}", RunFolderError, REMEDY)
+        parse_as(kind, line, f"{path}, line {number}", RunFolderError, REMEDY)
         for number, line in enumerate(_text(path).split("\n"), 1)
         if line.strip()
     ]
 
 
-def _edits(path: Path) -> Iterator[EditedRequest]:
-    """Yield the requests of the run's own batches, without those rolled back; none if their texts were not stored."""
+def _is_rollback_or_measurement(entry: Entry) -> bool:
+    body = entry.body
+    return isinstance(body, RollbackBody) or (isinstance(body, EvaluationBody) and body.stage == "after")
+
+
+def _ledger(path: Path) -> list[Entry]:
+    """Return the entries of the run itself: an earlier run's batches come before its start."""
     entries = list(read_entries(path)) if path.is_file() else []
-    own = max((entry.number for entry in entries if isinstance(entry.body, RunBody)), default=0)
-    undone = {number for body in bodies(entries, RollbackBody) for number in body.batches}
-    batches = [body for body in bodies(entries[own:], BatchBody) if body.batch not in undone]
-    for number, body in enumerate(batches, 1):
+    return entries[max((entry.number for entry in entries if isinstance(entry.body, RunBody)), default=0) :]
+
+
+def _edits(path: Path, ledger: Sequence[Entry]) -> Iterator[EditedRequest]:
+    """Yield the requests of the run's batches; none if their texts were not stored."""
+    undone = {number: rollback for rollback in rollbacks_of(ledger) for number in rollback.batches}
+    for body in bodies(ledger, BatchBody):
         owners = body.owners or range(len(body.requests))  # all of them at one value site, then all at the next
         for place, request in enumerate(body.requests):
             targets = [target for target, owner in zip(body.targets, cycle(owners), strict=False) if owner == place]
             where = f"{path}, batch {body.batch}, requests.{place}"
-            yield read_as(
-                EditedRequest, {**request, "batch": number, "targets": targets}, where, RunFolderError, REMEDY
-            )
+            content = {**request, "batch": body.batch, "targets": targets, "rollback": undone.get(body.batch)}
+            yield read_as(EditedRequest, content, where, RunFolderError, REMEDY)
 
 
 def _log(path: Path) -> list[dict[str, float]]:

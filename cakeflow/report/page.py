@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from cakeflow.evaluation.outcome import by_prompt, is_good
 from cakeflow.forward.packing import GIB
 from cakeflow.report import views
 from cakeflow.report.figures import by_layer, curves_of, plot_curves, plot_layers, plot_losses, svg
@@ -67,7 +68,8 @@ def render_page(run: RunFolder) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": number, "estimate": estimate}
+    environment.filters |= {"number": number, "estimate": estimate, "by_prompt": by_prompt}
+    environment.tests["good"] = is_good
     css, script = (Markup(_asset(environment, name)) for name in ("page.css", "page.js"))  # ours, and no HTML
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     text = environment.get_template("page.html").render(

@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from cakeflow.errors import listed, visible
-from cakeflow.evaluation.outcome import is_good
+from cakeflow.evaluation.outcome import by_prompt, is_good
+from cakeflow.export.manifest import batch_names
 from cakeflow.forward.packing import GIB
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import (
@@ -67,9 +68,7 @@ def answers_table(answers: Sequence[FreeAnswer], title: str, most: int = 50) -> 
         title: Title of the table.
         most: Most rows.
     """
-    rows: dict[str, dict[str, FreeAnswer]] = {}
-    for answer in sorted(answers, key=is_good) if len(answers) > most else answers:
-        rows.setdefault(answer.prompt, {})[answer.form] = answer
+    rows = by_prompt(sorted(answers, key=is_good) if len(answers) > most else answers)
     forms = [form for form in ("completion", "chat") if any(form in row for row in rows.values())]
     table = Table(title=title, title_justify="left", show_lines=True)
     for name in ("prompt", "expected", *(f"{stage}, {form}" for form in forms for stage in ("before", "after"))):
@@ -107,7 +106,7 @@ def trace_table(trace: Trace, weights: Mapping[int, float]) -> Table:
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """Return runs side by side, from ``compare_runs``, one column per run."""
-    table = Table(title="Runs, metrics after editing (%) ± half of the 95 % interval", title_justify="left")
+    table = Table(title="Runs, metrics after editing (%) [95 % interval]", title_justify="left")
     table.add_column("")
     for name, texts in as_texts(rows).items():
         if name == "run":
@@ -149,7 +148,7 @@ def _details(body: Schema) -> str:
             facts += ["..."] if len(body.requests) > 3 else []
             return f"batch {body.batch}, {len(body.hashes)} edits" + (f": {', '.join(facts)}" if facts else "")
         case RollbackBody():
-            return f"batches {', '.join(map(str, body.batches))} taken back"
+            return f"{batch_names(body.batches)} taken back"
         case PolicyBody():
             return "; ".join([body.outcome, *([listed(body.faults, 3)] if body.faults else [])])
     return f"{len(body.files)} files" if isinstance(body, EndBody) else ""

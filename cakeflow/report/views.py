@@ -10,12 +10,16 @@ from itertools import groupby
 
 import numpy as np
 
-from cakeflow.journal.schema import EvaluatedRequest, PromptAnswer
+from cakeflow.data.text import states
+from cakeflow.evaluation.outcome import METRICS
+from cakeflow.journal.schema import EvaluatedRequest, FreeAnswer, PromptAnswer
 from cakeflow.report.folder import EditedRequest, RunFolder
-from cakeflow.report.intervals import KINDS, Interval, paired, record_values
+from cakeflow.report.intervals import FORMS, KINDS, Interval, paired, record_values
 
 EDITING = ("targets", "keys", "allocate", "solve")
 """Phases of every edit batch; the others come once per run or per evaluation."""
+PLAIN = {"": FORMS[""]}
+"""The form of the metrics that the table of relations has."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,18 @@ class Change:
 
 
 def metric_changes(
-    before: Sequence[EvaluatedRequest], after: Sequence[EvaluatedRequest], logged: Mapping[str, Mapping[str, float]]
+    before: Sequence[EvaluatedRequest],
+    after: Sequence[EvaluatedRequest],
+    logged: Mapping[str, Mapping[str, float]],
+    forms: Mapping[str, str] = FORMS,
 ) -> dict[str, Change]:
     """Return the change of every metric that was measured at either stage.
 
     Intervals come from the records, where they determine the metric; otherwise the logged value is used, without
     interval. The difference is paired by record if both stages have the same ones.
     """
-    values, differences = {"before": record_values(before), "after": record_values(after)}, paired(before, after)
+    values = {"before": record_values(before, forms), "after": record_values(after, forms)}
+    differences = paired(before, after, forms)
     names = dict.fromkeys([*values["after"], *logged.get("before", {}), *logged.get("after", {})])
     changes = {}
     for name in names:
@@ -44,7 +52,7 @@ def metric_changes(
             if math.isnan(side.mean):
                 sides[stage] = Interval(logged.get(stage, {}).get(name, math.nan))
         difference = differences.get(name)
-        if difference is None or math.isnan(difference.half):
+        if difference is None or math.isnan(difference.mean):
             difference = Interval(sides["after"].mean - sides["before"].mean)
         if not all(math.isnan(side.mean) for side in sides.values()):
             changes[name] = Change(**sides, difference=difference)
@@ -53,9 +61,23 @@ def metric_changes(
 
 def run_changes(run: RunFolder) -> dict[str, Change]:
     """Return the change of every metric of a run."""
-    return metric_changes(
-        run.before or (), run.after or (), {stage: run.metrics(stage) for stage in ("before", "after")}
-    )
+    logged = {stage: run.metrics(stage) for stage in ("before", "after")}
+    return metric_changes(run.before or (), run.after or (), logged) | answer_changes(run.answers)
+
+
+def answer_changes(answers: Sequence[FreeAnswer]) -> dict[str, Change]:
+    """Return the change of the shares of free answers that are as expected."""
+    changes = {}
+    for (topic, form), name in METRICS.items():
+        chosen = [each for each in answers if (each.topic, each.form, each.edited) == (topic, form, False)]
+        if chosen:
+            before, after = (
+                np.array([float(states(getattr(each, stage) or "", each.expected)) for each in chosen])
+                for stage in ("before", "after")
+            )
+            difference = Interval.of(after - before, least=-1.0)
+            changes[name] = Change(Interval.of(before), Interval.of(after), difference)
+    return changes
 
 
 @dataclass(frozen=True)
@@ -81,7 +103,7 @@ def relations(run: RunFolder) -> list[Relation]:
     rows = []
     for key in before | after:
         group = after.get(key) or before[key]
-        changes = metric_changes(before.get(key, ()), after.get(key, ()), {})
+        changes = metric_changes(before.get(key, ()), after.get(key, ()), {}, PLAIN)
         rows.append(Relation(key, group[0].prompt, len(group), changes))
     return sorted(rows, key=lambda relation: (-relation.count, relation.name))
 

@@ -38,7 +38,7 @@ def test_log_verify_replay_and_rollback(finished, run, capsys, monkeypatch):
     main(["replay", str(run), "--model", model])
     assert "3 batches, 6 edits" in capsys.readouterr().out
     main(["rollback", str(run), "-n", "1", "--model", model])
-    assert "1 batches taken back, 2 remain" in capsys.readouterr().out
+    assert "batch 2 taken back, 2 remain" in capsys.readouterr().out
     assert verify(run).faults == []
     main(["rollback", str(run), "--batch", "0", "--model", model])
     assert main(["log", str(run)])[-1].body.batches == [0]
@@ -46,6 +46,8 @@ def test_log_verify_replay_and_rollback(finished, run, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         main(["rollback", str(run), "--batch", "7", "--model", model])
     assert "no single batch 7" in capsys.readouterr().err
+    assert "Batch 0 taken back by" in main(["report", str(run)]).read_text()
+    assert "batch 2 taken back by" in main(["compare", str(run)])[0]["taken back"]
     (run / "run.json").write_text("{}")
     with pytest.raises(SystemExit):
         main(["verify", str(run)])

@@ -15,7 +15,9 @@ from tiny_runs import editor_of
 from cakeflow import EditRequest
 from cakeflow.export import Manifest
 from cakeflow.export.card import escape, model_card
+from cakeflow.export.manifest import utc
 from cakeflow.journal.ledger import Entry
+from cakeflow.journal.provenance import who
 from cakeflow.storage.typed import LARGEST
 
 HOSTILE = "---\n# x <script>alert(1)</script> | `````\n```\n[a](javascript:b) \u202e\x1b[31m {{ x }}"
@@ -85,6 +87,36 @@ def test_the_card_of_a_run_that_was_stopped_says_so(lm, requests, tmp_path):
     whole.fit(requests[:5], 2, evaluate=False, run_dir=tmp_path / "run")
     whole.save_pretrained(tmp_path / "whole")
     assert "stopped before" not in (tmp_path / "whole/README.md").read_text()
+
+
+def test_the_card_says_who_edited_and_when(lm, requests, tmp_path):
+    editor = editor_of(lm)
+    editor.fit(requests[:2], run_dir=tmp_path / "run", evaluate=False)
+    editor.save_pretrained(tmp_path / "out")
+    text = (tmp_path / "out/README.md").read_text()
+    entries = editor.journal.store.ledger.entries
+    (start,), (end,) = ([entry for entry in entries if entry.kind == kind] for kind in ("run", "end"))
+    for name, value in (("edited by", who()), ("started", utc(start.time)), ("ended", utc(end.time))):
+        assert f"| {name} | {escape(value)} |" in text
+    assert f"torch {escape(start.body.versions['torch'])}" in text
+    assert "taken back" not in text
+    assert "| ended | not ended |" in model_card(MANIFEST, entries[:-1])
+
+
+def test_an_export_says_what_was_taken_back(lm, requests, tmp_path):
+    editor = editor_of(lm)
+    editor.fit(requests[:6], 2, run_dir=tmp_path / "run")
+    editor.rollback(batch=1)
+    editor.save_pretrained(tmp_path / "out")
+    editor.export(tmp_path / "delta", "delta")
+    for name in ("out", "delta"):
+        (rollback,) = Manifest.read(tmp_path / name).rollbacks
+        assert (rollback.batches, rollback.who) == ([1], who())
+    text = (tmp_path / "out/README.md").read_text()
+    assert f"- {escape(rollback)}\n" in text
+    assert str(rollback).startswith(f"batch 1 taken back by {who()} on 20")
+    assert "| facts edited | 4 |" in text
+    assert "the metrics are those of the model before that" in text
 
 
 TEXT = st.text(max_size=8) | st.just(HOSTILE)

@@ -70,7 +70,7 @@ def test_what_was_taken_back_is_not_exported(one, requests, tmp_path):
     assert fresh.fingerprint() == now
     assert {min(t.shape) for t in load_file(tmp_path / "lora/adapter_model.safetensors").values()} == {2}
     card = (tmp_path / "model/README.md").read_text()
-    assert "The weights were changed after the last measurement." in card
+    assert "The weights were changed after the last measurement: the metrics" in card
     assert json.dumps(requests[3].subject, ensure_ascii=False) in card
     assert json.dumps(requests[0].subject, ensure_ascii=False) not in card
     editor.rollback()

@@ -26,6 +26,7 @@ WHOLE = {
     "weights": {"block.3.weight": {"before": HASH, "after": HASH[::-1]}},
     "files": {"delta.safetensors": HASH},
     "changes": [],
+    "rollbacks": [{"batches": [2], "who": "ann@host", "time": "2026-03-01T12:30:59.250+00:00"}],
     "tolerance": 0.0,
     "version": 2,
 }
@@ -43,6 +44,7 @@ def test_what_is_written_is_read_back_byte_for_byte(path):
     assert manifest.text == sealed_text(WHOLE) == path.read_text()
     assert manifest.text.startswith('{\n "changes": [],\n "dtype": "torch.float32",\n')
     assert manifest.weights == {"block.3.weight": WeightHashes(before=HASH, after=HASH[::-1])}
+    assert str(manifest.rollbacks[0]) == "batch 2 taken back by ann@host on 2026-03-01 12:30 UTC"
     assert Manifest.model_validate(WHOLE).text == manifest.text
     later = manifest.model_copy(update={"files": {}})
     assert later.text == sealed_text(WHOLE | {"files": {}})

@@ -6,21 +6,23 @@ import math
 import re
 import statistics
 
+import matplotlib.pyplot as plt
 import pytest
+from bodies import body
 
 from cakeflow.cli.command_line import run_command as main
-from cakeflow.report import RunFolder, compare_runs, to_csv, to_markdown
+from cakeflow.export.card import escape
+from cakeflow.journal.ledger import Ledger
+from cakeflow.report import RunFolder, compare_runs, plot_runs, to_csv, to_markdown
+from cakeflow.report.views import run_changes
 
 
 def expected(folder, kind):
-    """Mean and bounds of a metric, from the lines of after.jsonl alone."""
-    rates = []
-    for line in (folder / "after.jsonl").read_text().splitlines():
-        asked = [prompt for prompt in json.loads(line)["prompts"] if prompt["kind"] == kind]
-        judged = [prompt["expected_logprob"] > prompt["rival_logprob"] for prompt in asked if prompt["rival_logprob"]]
-        rates += [sum(judged) / len(judged)] if judged else []
-    mean, half = statistics.fmean(rates), 1.959964 * statistics.stdev(rates) / math.sqrt(len(rates))
-    return mean, mean - half, mean + half
+    """Mean and bounds of a metric of fewer than 20 records, from the lines of after.jsonl alone."""
+    rates = [rate for rate in successes(folder, kind) if rate is not None]
+    mean, size, z = statistics.fmean(rates), len(rates), statistics.NormalDist().inv_cdf(0.975)
+    center, spread = mean + z**2 / 2 / size, z * math.sqrt(mean * (1 - mean) / size + (z / 2 / size) ** 2)
+    return mean, (center - spread) / (1 + z**2 / size), (center + spread) / (1 + z**2 / size)
 
 
 @pytest.fixture
@@ -48,10 +50,10 @@ def test_the_command_shows_and_writes_the_runs(folders, tmp_path, capsys):
         assert float(row["seconds_per_edit"]) == pytest.approx(24.5 / size)
         assert float(row["peak_GiB"]) == 0.5
         assert (float(row["margin"]), row["margin_low"]) == (1.5, "")
-        mean, low, _ = expected(folder, "paraphrase")
-        shown = f"{100 * mean:.1f} ± {100 * (mean - low):.1f}"
+        mean, low, high = expected(folder, "paraphrase")
+        shown = f"{100 * mean:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
         assert shown in printed
-        assert shown in (tmp_path / "runs.md").read_text()
+        assert escape(shown) in (tmp_path / "runs.md").read_text()
     assert "different protocols" not in printed
 
 
@@ -75,14 +77,14 @@ def test_runs_of_the_same_records_are_compared_record_by_record(make_run, tmp_pa
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
     pairs = zip(*(successes(folder, "paraphrase") for folder in folders[:2]), strict=True)
     found = [second - first for first, second in pairs if first is not None]
-    half = 1.959964 * statistics.stdev(found) / math.sqrt(len(found))
-    mean = statistics.fmean(found)
+    mean, more = statistics.fmean(found), [*found, 1, -1]
+    center, half = statistics.fmean(more), 1.959964 * statistics.pstdev(more) / math.sqrt(len(more))
     names = ("delta_generalization", "delta_generalization_low", "delta_generalization_high")
     assert mean < 0
-    assert [float(rows[1][name]) for name in names] == pytest.approx([mean, mean - half, mean + half], abs=1e-6)
+    assert [float(rows[1][name]) for name in names] == pytest.approx([mean, center - half, center + half], abs=1e-6)
     assert float(rows[1]["delta_specificity"]) == 0
     assert [rows[0][names[0]], rows[2][names[0]]] == ["", ""]
-    assert f"\N{MINUS SIGN}{-100 * mean:.1f} ± {100 * half:.1f}" in printed
+    assert f"\N{MINUS SIGN}{-100 * mean:.1f} [\N{MINUS SIGN}{100 * (half - center):.1f}, " in printed
     assert "paired by record" in printed
 
 
@@ -94,6 +96,100 @@ def test_runs_of_different_protocols_are_not_passed_off_as_comparable(folders, m
     printed = capsys.readouterr().out
     assert "different protocols" in printed
     assert "\N{GREEK CAPITAL LETTER DELTA}" not in printed
+
+
+def with_info(folder, **changes):
+    info = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(info | changes))
+    return info
+
+
+def test_settings_that_differ_are_listed_and_no_others(make_run):
+    one, two = make_run("one"), make_run("two", size=7)
+    info = with_info(two, versions={"cakeflow": "0.2.0", "torch": "2.13.0"})
+    texts = ["x" * 500, "x" * 499 + "y"]
+    for folder, text, scores in ((one, texts[0], "0.1"), (two, texts[1], "0.2")):
+        weighter = f"Scores(scores={{5: {scores}}}, tau=0.1)"
+        with_info(folder, settings=info["settings"] | {"weighter": weighter, "contexts": text})
+    with_info(two, model=info["model"] | {"fingerprint_before": "cd34"})
+    first, second = compare_runs([RunFolder.read(one), RunFolder.read(two)])
+    names = [name for name in first if name.startswith(("settings.", "model.", "data", "batch", "versions"))]
+    assert names == ["model.fingerprint_before", "settings.weighter", "settings.contexts", "versions"]
+    assert (first["settings.weighter"], second["settings.weighter"]) == tuple(
+        f"Scores(scores={{5: {scores}}}, tau=0.1)" for scores in ("0.1", "0.2")
+    )
+    assert (first["versions"], second["versions"]) == ("cakeflow 0.1.0", "cakeflow 0.2.0")
+    assert first["settings.contexts"] != second["settings.contexts"]
+    assert all(len(row["settings.contexts"]) < 100 for row in (first, second))
+    assert not {"settings.weighter", "versions"} & set(compare_runs([RunFolder.read(one), RunFolder.read(one)])[0])
+
+
+def test_data_and_batch_size_are_compared_where_a_ledger_has_them(make_run):
+    folders = [make_run("one"), make_run("two")]
+    path = folders[1] / "journal" / "ledger.jsonl"
+    path.unlink()
+    Ledger(path).append(body("run", data="1" * 64, batch_size=5))
+    rows = compare_runs([RunFolder.read(folder) for folder in folders])
+    assert [row["data (SHA-256)"] for row in rows] == ["0" * 64, "1" * 64]
+    assert [row["batch size"] for row in rows] == ["2", "5"]
+    path.unlink()
+    rows = compare_runs([RunFolder.read(folder) for folder in folders])
+    assert rows[1]["batch size"] == "\N{EN DASH}"
+
+
+def test_a_rollback_has_a_row(folders, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "300")
+    main(["compare", *map(str, folders)])
+    assert "taken back" not in capsys.readouterr().out
+    ledger = Ledger(folders[1] / "journal" / "ledger.jsonl")
+    ledger.append(body("evaluation"))
+    ledger.append(body("rollback", batches=[0, 1]))
+    rows = main(["compare", *map(str, folders)])
+    assert rows[0]["taken back"] == ""
+    assert rows[1]["taken back"].startswith("batches 0 to 1 taken back by ann@host on 20")
+    assert rows[1]["taken back"].endswith("(the metrics were measured before that)")
+    assert "batches 0 to 1 taken back by ann@host" in capsys.readouterr().out
+
+
+def test_runs_are_drawn_with_intervals_and_their_curves(folders):
+    runs = [RunFolder.read(folder) for folder in folders]
+    first, *others = plot_runs(runs).figure.axes
+    assert [text.get_text() for text in first.get_legend().get_texts()] == ["first", "second"]
+    names = [text.get_text() for text in first.get_yticklabels()]
+    for container, run in zip(first.containers, runs, strict=True):
+        after = run_changes(run)["generalization"].after
+        place = names.index("generalization")
+        assert container.lines[0].get_xdata()[place] == pytest.approx(100 * after.mean)
+        segment = container.lines[2][0].get_segments()[place]
+        assert segment[:, 0] == pytest.approx([100 * after.low, 100 * after.high])
+    assert [ax.get_ylabel() for ax in others] == ["ability acc", "neutral perplexity"]
+    lines = [text.get_text() for text in others[0].get_legend().get_texts()]
+    assert lines == ["first: cloze", "second: cloze"]
+    plt.close("all")
+
+
+@pytest.mark.parametrize("name", ["a.png", "deep/a.svg"])
+def test_the_plot_is_written(name, folders, tmp_path, capsys):
+    main(["compare", *map(str, folders), "--plot", str(tmp_path / name)])
+    assert (tmp_path / name).read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+    assert not plt.get_fignums()
+
+
+def test_a_plot_without_a_format_is_refused_first(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["compare", str(tmp_path), "--plot", "a.txt"])
+    assert "'a.txt' names no image; end it in .png, .svg or .pdf" in " ".join(capsys.readouterr().err.split())
+
+
+def test_runs_that_were_not_evaluated_are_drawn(make_run):
+    folder = make_run("$bad$")
+    for name in ("before.jsonl", "after.jsonl", "metrics.csv"):
+        (folder / name).unlink()
+    with_info(folder, metrics={})
+    ax = plot_runs([RunFolder.read(folder), RunFolder.read(make_run("other"))])
+    ax.figure.canvas.draw()
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["$bad$", "other"]
+    plt.close("all")
 
 
 def test_a_run_that_tells_less_has_gaps(folders):

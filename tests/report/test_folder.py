@@ -9,6 +9,7 @@ from bodies import body
 
 import cakeflow.report.folder as folder
 from cakeflow.errors import RunFolderError
+from cakeflow.export.manifest import utc
 from cakeflow.journal.ledger import Ledger
 from cakeflow.report import RunFolder
 
@@ -18,7 +19,7 @@ from .conftest import write_ledger
 def test_everything_is_read(run_folder):
     run = RunFolder.read(run_folder)
     assert (len(run.before), len(run.after), len(run.edits), run.size) == (12, 12, 12, 12)
-    assert [edit.batch for edit in run.edits] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [edit.batch for edit in run.edits] == [0] * 4 + [1] * 4 + [2] * 4
     assert [edit.targets[0].loss for edit in run.edits] == [0.5 / n for n in range(1, 13)]
     assert run.after[5].target_true is None
     assert run.after[5].prompts[0].success is None
@@ -40,14 +41,41 @@ def test_targets_at_several_layers_go_to_their_requests(run_folder):
     assert found == [[(3, 1), (7, 3)], [(3, 2), (7, 4)]]
 
 
-def test_a_ledger_that_goes_on_from_an_earlier_run_gives_the_own_edits_without_those_taken_back(run_folder):
+def test_a_ledger_that_goes_on_from_an_earlier_run_gives_the_own_edits_and_marks_those_taken_back(run_folder):
     ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
     fact = {"prompt": "{} is", "subject": "Ann", "target_new": "here"}
     ledger.append(body("run"))
     for number, name in enumerate(("Ann", "Bob", "Cid"), 3):
         ledger.append(body("batch", batch=number, requests=[fact | {"subject": name}]))
     ledger.append(body("rollback", batches=[4]))
-    assert [edit.subject for edit in RunFolder.read(run_folder).edits] == ["Ann", "Cid"]
+    run = RunFolder.read(run_folder)
+    marks = [(edit.subject, edit.batch, edit.rollback and edit.rollback.who) for edit in run.edits]
+    assert marks == [("Ann", 3, None), ("Bob", 4, "ann@host"), ("Cid", 5, None)]
+    assert [rollback.batches for rollback in run.rollbacks] == [[4]]
+
+
+def test_a_rollback_outdates_the_measurements_before_it_only(run_folder):
+    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
+    for kind, stage, outdated in (
+        ("evaluation", "after", False),
+        ("rollback", None, True),
+        ("evaluation", "before", True),
+        ("evaluation", "after", False),
+    ):
+        ledger.append(body(kind, **({"stage": stage} if stage else {})))
+        assert RunFolder.read(run_folder).outdated == outdated
+
+
+def test_who_and_when(run_folder):
+    run, ledger = RunFolder.read(run_folder), Ledger(run_folder / "journal" / "ledger.jsonl")
+    assert run.start.who == "ann@host"
+    assert run.times == {"Started": utc(ledger.entries[0].time), "Ended": "not ended"}
+    end = ledger.append(body("end"))
+    assert RunFolder.read(run_folder).times["Ended"] == utc(end.time)
+    (run_folder / "journal" / "ledger.jsonl").unlink()
+    run = RunFolder.read(run_folder)
+    assert run.start is None
+    assert run.times == {"Written": run.written.strftime("%Y-%m-%d %H:%M UTC")}
 
 
 def test_without_texts_there_are_no_edits_to_show(run_folder):
@@ -210,7 +238,9 @@ def broken(record):
 def test_a_run_folder_of_format_1_is_read():
     run = RunFolder.read(Path(__file__).parents[1] / "fixtures/format1/run")
     assert (len(run.before), len(run.after), run.size, run.info.protocol) == (4, 4, 4, "clean-v1")
-    assert [edit.subject for edit in run.edits] == [record.subject for record in run.after][2:]  # batch 0 was undone
-    assert [(target.layer, target.steps) for target in run.edits[0].targets] == [(1, 3.0)]
+    assert [edit.subject for edit in run.edits] == [record.subject for record in run.after]
+    assert [edit.rollback is not None for edit in run.edits] == [True, True, False, False]  # batch 0 was undone
+    assert run.outdated
+    assert [(target.layer, target.steps) for target in run.edits[2].targets] == [(1, 3.0)]
     assert run.after[0].prompts[0].expected == "Rome"
     assert run.after[0].prompts[0].expected_logprob > run.before[0].prompts[0].expected_logprob

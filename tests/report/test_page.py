@@ -4,17 +4,24 @@ import json
 import re
 import shutil
 import sys
+import time
 from html.parser import HTMLParser
 
 import pytest
+from bodies import body
 
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import shipped
+from cakeflow.export.manifest import utc
+from cakeflow.journal.ledger import Ledger
 from cakeflow.report import RunFolder, render_page
 from cakeflow.report.intervals import Interval, estimate, number, record_values
+from cakeflow.report.views import run_changes
+
+from .conftest import write_lines
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
-SECTIONS = ("metrics", "relations", "edits", "layers", "targets", "ability", "cost", "config", "versions")
+SECTIONS = ("metrics", "answers", "relations", "edits", "layers", "targets", "ability", "cost", "config", "versions")
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> & \"q\" 'a' $x_1$ {{ 7*7 }} \ud800"
 
 
@@ -24,6 +31,7 @@ class Page(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.open, self.ids, self.attributes, self.texts, self.tags = [], [], [], {}, []
+        self.header = ""
         self.feed(html)
         self.close()
         assert self.open == []
@@ -47,6 +55,8 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         for tag, name in self.open:
+            if tag == "header":
+                self.header += data
             if tag == "section":
                 self.texts[name] = self.texts.get(name, "") + data
 
@@ -88,12 +98,38 @@ def test_it_loads_nothing(run_folder):
     assert set(re.findall(r"url\((.)", html)) <= {"#"}
 
 
+def test_free_answers_and_the_verdict_stand_on_top(run_folder):
+    bare = Page(render_page(RunFolder.read(run_folder)))
+    assert "Not asked:" in bare.texts["answers"]
+    shared = {"topic": "fact", "prompt": "<i>Ann</i> lives in", "expected": "Rome", "request": 0}
+    lines = [
+        {**shared, "form": "completion", "before": "Oslo", "after": "Rome & more"},
+        {**shared, "form": "chat", "before": "Oslo", "after": "Pisa"},
+        {**shared, "topic": "neighbor", "form": "completion", "expected": "Lyon", "before": "Lyon", "after": "Kiel"},
+    ]
+    write_lines(run_folder / "answers.jsonl", lines)
+    info = json.loads((run_folder / "run.json").read_text())
+    (run_folder / "run.json").write_text(json.dumps({**info, "verdict": "1 of 1 facts <b>learned</b>"}))
+    run = RunFolder.read(run_folder)
+    page = Page(render_page(run))
+    assert "1 of 1 facts <b>learned</b>." in page.header
+    text = words(page.texts["answers"])
+    assert "<i>Ann</i> lives in Rome Oslo ✓ Rome & more Oslo ✗ Pisa" in text
+    assert "Other answers that changed" in text
+    assert "✗ Kiel" in text
+    assert "learned_chat" in page.texts["metrics"]
+    assert run_changes(run)["learned"].difference.mean == 1.0
+    assert run_changes(run)["learned"].after.low < 0.5  # of one record nobody knows much
+
+
 def test_metrics_have_intervals_before_after_and_between(run_folder, page):
     run, text = RunFolder.read(run_folder), words(page.texts["metrics"])
     before, after = record_values(run.before), record_values(run.after)
     for name in ("efficacy", "generalization", "specificity", "editscore", "efficacy_exact"):
         sides = [Interval.of(before[name]), Interval.of(after[name])]
-        row = [estimate(name, side) for side in sides] + [estimate(name, Interval.of(after[name] - before[name]), "+")]
+        row = [estimate(name, side) for side in sides] + [
+            estimate(name, Interval.of(after[name] - before[name], -1.0), "+")
+        ]
         assert "".join([name, *row]) in text
     assert f"margin{number(-2.5)}1.5+4" in text
 
@@ -119,7 +155,7 @@ def test_relations_edits_layers_targets_and_costs(run_folder, page):
     for name, value in run.log[-1].items():  # the last batch
         if name.startswith("layer"):
             assert number(value) in texts["layers"], name
-    assert "ability acccloze80.48 ± 0.039" in texts["ability"]
+    assert "ability acccloze80.48 [0.4408, 0.5192]" in texts["ability"]
     assert "neutral perplexityperplexity822" in texts["ability"]
     for shown in ("targets", "20.00", "37 %", "1.667", "0.500"):
         assert shown in texts["cost"]
@@ -129,6 +165,37 @@ def test_relations_edits_layers_targets_and_costs(run_folder, page):
     alts = [value for _, name, value in page.attributes if name == "aria-label"]
     assert any("median 0.07738, from 0.04167 to 0.5" in alt for alt in alts)
     assert any(alt.startswith("share by layer: layer 5 ") for alt in alts)
+
+
+def test_the_page_says_who_ran_it_when_and_on_what(run_folder):
+    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
+    end = ledger.append(body("end"))
+    head = words(Page(render_page(RunFolder.read(run_folder))).header)
+    assert "Run byann@host" in head
+    assert f"Started{utc(ledger.entries[0].time)} Ended{utc(end.time)}" in head
+    assert "Versionscakeflow 0.1.0, torch 2.13.0" in head
+    assert "taken back" not in head
+
+
+def test_a_rollback_stands_at_the_top_and_at_its_edits(run_folder):
+    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
+    ledger.append(body("evaluation"))
+    entry = ledger.append(body("rollback", batches=[1], who="Bob@lab"))
+    page = Page(render_page(RunFolder.read(run_folder)))
+    head, edits = words(page.header), words(page.texts["edits"])
+    assert f"Batch 1 taken back by Bob@lab on {utc(entry.time)}." in head
+    assert "were measured before the last rollback" in head
+    assert edits.count("Batch 1, taken back by Bob@lab on") == 4
+    assert edits.count("Batch 0. Target") == edits.count("Batch 2. Target") == 4
+    ledger.append(body("evaluation"))
+    assert "were measured after that" in words(Page(render_page(RunFolder.read(run_folder))).header)
+
+
+def test_a_thousand_records_are_rendered_in_seconds(make_run):
+    run = RunFolder.read(make_run(size=1000, batch=100))
+    start = time.process_time()
+    render_page(run)
+    assert time.process_time() - start < 20  # about 3 on an idle core
 
 
 def hostile(value):

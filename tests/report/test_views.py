@@ -4,11 +4,13 @@ import json
 import math
 import statistics
 
+import numpy as np
 import pytest
 
 from cakeflow.journal.ledger import read_entries
 from cakeflow.report import RunFolder
 from cakeflow.report.figures import curves_of
+from cakeflow.report.intervals import Interval
 from cakeflow.report.views import (
     edit_views,
     losses,
@@ -30,9 +32,9 @@ def run(run_folder):
 def test_records_tell_metrics_with_intervals_and_the_log_tells_the_others(run):
     changes = run_changes(run)
     assert changes["efficacy"].after.mean != 0.875
-    assert changes["efficacy"].before.half > 0.1
+    assert changes["efficacy"].before.high - changes["efficacy"].before.low > 0.2
     assert (changes["margin"].before.mean, changes["margin"].difference.mean) == (-2.5, 4.0)
-    assert math.isnan(changes["margin"].after.half)
+    assert math.isnan(changes["margin"].after.low)
 
 
 def test_the_difference_is_taken_record_by_record(run):
@@ -40,14 +42,15 @@ def test_the_difference_is_taken_record_by_record(run):
     steps = [int(new.success) - int(old.success) for old, new in pairs if old.success is not None]
     found = run_changes(run)["efficacy"].difference
     assert found.mean == pytest.approx(statistics.fmean(steps))
-    assert found.half == pytest.approx(1.959964 * statistics.stdev(steps) / math.sqrt(len(steps)), rel=1e-6)
+    assert found == Interval.of(np.array(steps, dtype=float), least=-1.0)
+    assert found.low < found.mean < found.high
 
 
 def test_other_records_after_have_a_difference_without_interval(run):
     run.after.pop()
     found = run_changes(run)["efficacy"]
     assert found.difference.mean == pytest.approx(found.after.mean - found.before.mean)
-    assert math.isnan(found.difference.half)
+    assert math.isnan(found.difference.low)
 
 
 def test_relations_cover_every_record_once(run):

@@ -1,0 +1,92 @@
+"""``cakeflow evaluate --run RUN``: the edited model of a run, measured without a trace in the run's folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.module import EditModule
+from cakeflow.errors import ConfigError
+from cakeflow.journal.audit import base_of, ledger_of
+from cakeflow.journal.ledger import bodies, read_entries
+from cakeflow.journal.schema import BatchBody, RollbackBody
+
+
+@dataclass(frozen=True)
+class EditedModel:
+    """The run whose edited model is to be evaluated.
+
+    Attributes:
+        run: The run folder.
+        own_model: Whether the unedited model has the name that the run was started with; else the command names it.
+        own_data: Whether the run's own facts are asked; else the command names others.
+    """
+
+    run: Path
+    own_model: bool
+    own_data: bool
+
+    def load_into(self, module: EditModule, folder: Path | None) -> None:
+        """Have a module edit the unedited model as the run did, batches that were taken back left out.
+
+        Args:
+            module: The module, whose model is not loaded yet.
+            folder: Where the evaluation is written.
+
+        Raises:
+            ConfigError: If that is in the run's folder.
+            ResumeError: If the model is another one, or a batch leads to other weights.
+            LedgerError: If the ledger or a file is not as it was written.
+        """
+        if folder is not None and folder.resolve().is_relative_to(self.run.resolve()):
+            raise ConfigError(
+                f"--run_dir {folder} is in the run that is evaluated, which stays as it is; name another one"
+            )
+        module.adopt(base_of(self.run, None if self.own_model else module.name))
+        module.journal.load(self.run / "journal")
+
+    def data(self, settings: Mapping[str, Any]) -> EditDataModule:
+        """Return the run's own facts, those taken back left out.
+
+        Args:
+            settings: Further arguments of ``EditDataModule``.
+
+        Raises:
+            ConfigError: If their texts were not stored.
+        """
+        entries = list(read_entries(ledger_of(self.run)))
+        undone = {number for body in bodies(entries, RollbackBody) for number in body.batches}
+        batches = [body for body in bodies(entries, BatchBody) if body.batch not in undone]
+        requests = [request for body in batches for request in body.requests]
+        if not requests:
+            raise ConfigError(
+                f"{self.run}: no facts to ask about, or their texts were not stored; name some: --data FILE"
+            )
+        return EditDataModule(**{**settings, "source": requests})
+
+
+def take_run(words: Sequence[str]) -> tuple[list[str], EditedModel | None]:
+    """Return the words of ``evaluate`` as they are without ``--run RUN``, and the run; of other commands None.
+
+    Raises:
+        ConfigError: If ``--run`` names no folder.
+    """
+    options = [word.partition("=")[0] for word in words]
+    if words[:1] != ["evaluate"] or "--run" not in options:
+        return list(words), None
+    place = options.index("--run")
+    joined = "=" in words[place]
+    value = words[place].partition("=")[2] if joined else "".join(words[place + 1 : place + 2])
+    if not value or value.startswith("--"):
+        raise ConfigError("--run needs a run folder: cakeflow evaluate --run RUN")
+    rest = [*words[:place], *words[place + (1 if joined else 2) :]]
+    if {"--config", "--model.layers"}.isdisjoint(options):
+        rest += ["--model.layers", "auto"]  # none are edited, but a module cannot do without
+    own_model, own_data = (
+        {"--config", f"--{kind}", f"--{kind}.{name}"}.isdisjoint(options)
+        for kind, name in (("model", "base"), ("data", "source"))
+    )
+    return rest, EditedModel(Path(value), own_model, own_data)
