@@ -114,7 +114,7 @@ def test_free_answers_and_the_verdict_stand_on_top(run_folder):
     page = Page(render_page(run))
     assert "1 of 1 facts <b>learned</b>." in page.header
     text = words(page.texts["answers"])
-    assert "<i>Ann</i> lives in Rome Oslo ✓ Rome & more Oslo ✗ Pisa" in text
+    assert "<i>Ann</i> lives inRomeOslo✓ Rome & moreOslo✗ Pisa" in text
     assert "Other answers that changed" in text
     assert "✗ Kiel" in text
     assert "learned_chat" in page.texts["metrics"]
