@@ -21,6 +21,8 @@ LETTERS = 5
 _QUESTION = regex.compile(r"[?\uff1f\u061f\u037e][\p{Pe}\p{Pf}\"'\s]*\Z")
 _DOTS = regex.compile(r"(?<=\p{L})[.'\u2019](?=\p{L}|\s|\Z)")
 """Full stops of initials and apostrophes: U.S. is US."""
+_GAP = regex.compile(r"(?<!\d) | (?!\d)")
+"""A space that is not between two numbers."""
 _WORD = regex.compile(r"[\w\p{S}#&@%*]+")
 _ARTICLES = ("a", "an", "the")
 _POSSESSIVE = regex.compile(r"\{\}['\u2019]s?(?!\w)|of \{\}(?!\w)")
@@ -35,7 +37,11 @@ def warn_of_doubts(requests: Sequence[EditRequest], may_ask: Collection[EditRequ
         requests: The requests of a run, in the order of the edits.
         may_ask: Requests of data whose prompts are questions.
     """
-    doubts = _questions(requests, may_ask), *(each(requests) for each in (_repeated, _long, _respelled, _contradictory))
+    twins = _twins([request.subject for request in requests])
+    doubts = (
+        _repeated(requests), _questions(requests, may_ask), _long(requests), _respelled(requests, twins),
+        _contradictory(requests, twins),
+    )  # fmt: skip
     for message in chain(*doubts):
         warnings.warn(message, RequestWarning, stacklevel=3)
 
@@ -79,10 +85,10 @@ def _ends_sentence(text: str) -> bool:
     return len(until_stop(further)) < len(further)
 
 
-def _respelled(requests: Sequence[EditRequest]) -> Iterator[str]:
+def _respelled(requests: Sequence[EditRequest], twins: Sequence[int]) -> Iterator[str]:
     """Subjects that differ from an earlier one as two spellings of a name do."""
     subjects = [request.subject for request in requests]
-    pairs = {i: twin for i, twin in enumerate(_twins(subjects)) if subjects[twin] != subjects[i]}
+    pairs = {i: twin for i, twin in enumerate(twins) if subjects[twin] != subjects[i]}
     yield from _line(
         {i: f"{_quoted(subjects[i])}, as {twin}: {_quoted(subjects[twin])}" for i, twin in pairs.items()},
         f"of {len(requests)} subjects look like an earlier one in another spelling",
@@ -110,7 +116,7 @@ def _spellings(subject: str) -> Iterator[tuple[str, ...]]:
     words that differ by a letter, or by two in each other's place, are then the same.
     """
     words = [word for word in _words(subject) if word not in _ARTICLES] or [subject]
-    yield ("letters", "".join(words))
+    yield ("letters", _GAP.sub("", " ".join(words)))
     yield ("words", *sorted(words))
     for i, word in enumerate(words if len(words) > 1 else ()):
         if len(word) >= LETTERS and word.isalpha():
@@ -119,17 +125,18 @@ def _spellings(subject: str) -> Iterator[tuple[str, ...]]:
 
 
 def _words(text: str) -> list[str]:
-    return _WORD.findall(_DOTS.sub("", normal_forms(text)[1]))
+    words: list[str] = _WORD.findall(_DOTS.sub("", normal_forms(text)[1]))
+    return words
 
 
-def _contradictory(requests: Sequence[EditRequest]) -> Iterator[str]:
+def _contradictory(requests: Sequence[EditRequest], twins: Sequence[int]) -> Iterator[str]:
     """Requests whose target differs from an earlier one's of the same subject, to a prompt that says the same."""
     first: dict[tuple[int, str], int] = {}
     pairs: dict[int, int] = {}
-    for i, (request, subject) in enumerate(zip(requests, _twins([each.subject for each in requests]), strict=True)):
+    for i, request in enumerate(requests):
         for wording in _wordings(request):
-            other = first.setdefault((subject, wording), i)
-            if _words(requests[other].target_new) != _words(request.target_new):
+            other = first.setdefault((twins[i], wording), i)
+            if other != i and _words(requests[other].target_new) != _words(request.target_new):
                 pairs.setdefault(i, other)
     yield from _line(
         {i: f"{_fact(requests[i])}, as {other}: {_fact(requests[other])}" for i, other in pairs.items()},
