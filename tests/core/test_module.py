@@ -1,13 +1,10 @@
 """What a run measures of its model, and tells those who watch."""
 
-import warnings
-
 import pytest
 from tiny_runs import editor_of
 
-from cakeflow import GradientSearch, LeastSquares
 from cakeflow.core.callback import EditCallback
-from cakeflow.errors import NumericalError, RequestWarning
+from cakeflow.errors import NumericalError
 
 
 def test_stages_outcomes_and_phases(lm, requests, tmp_path):
@@ -48,16 +45,3 @@ def test_what_is_logged_while_a_batch_is_made_is_in_its_account(lm, requests, tm
     assert (numbers["seen/1"], numbers["seen/3"]) == (1.5, 1.5)
     assert {"n_eff", "target/loss", "target/left", "layer1/share", "layer3/update"} <= set(numbers)
     assert "memory/peak" not in numbers
-
-
-def test_facts_that_the_model_states_are_those_that_it_states_now(lm, requests, quiet):
-    """An earlier edit counts, and one that was taken back does not."""
-    editor = editor_of(lm, quiet, targets=GradientSearch(steps=40, lr=0.5), solver=LeastSquares(0.01))
-    editor.fit(requests[:1], evaluate=False)
-    assert editor.journal[0].facts[0].taken
-    with pytest.warns(RequestWarning, match=r"gives already, before any edit: 1 \(numbered .*, 1 of 2; there is"):
-        editor.fit([requests[1], requests[0]], evaluate=False)
-    editor.rollback()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", RequestWarning)
-        editor.fit(requests[:1], evaluate=False)
