@@ -26,8 +26,8 @@ from cakeflow.core.identity import arithmetic
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer
-from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
+from cakeflow.data.review import check_fields
 from cakeflow.errors import EditError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation, warn_of_known
 from cakeflow.evaluation.scoring import check_records

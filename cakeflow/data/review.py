@@ -1,9 +1,10 @@
-"""Review of the requests of a run: what can be edited but is probably not meant as it stands."""
+"""Review of the requests of a run before the work: fields that metrics need, and what is probably not meant."""
 
 from __future__ import annotations
 
+import logging
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import chain
 
 import regex
@@ -11,8 +12,18 @@ import regex
 from cakeflow.data.normal_forms import normal_forms
 from cakeflow.data.request import EditRequest
 from cakeflow.data.text import until_stop
-from cakeflow.errors import RequestWarning, listed
+from cakeflow.errors import ConfigError, RequestWarning, listed
 
+FIELDS: Mapping[str, Callable[[EditRequest], bool]] = {
+    "target_true": lambda record: record.target_true is not None,
+    "reference": lambda record: record.reference is not None,
+    "paraphrase": lambda record: any(probe.kind == "paraphrase" for probe in record.probes),
+    "generation": lambda record: any(probe.kind == "generation" for probe in record.probes),
+    "neighborhood": lambda record: any(
+        probe.kind == "neighborhood" and (probe.expected or record.target_true) for probe in record.probes
+    ),
+}
+"""Field -> test for it in a record: one probe of a kind is enough, and a neighborhood probe needs an answer."""
 WORDS = 12
 """Most words of a target that is no paragraph."""
 LETTERS = 5
@@ -28,6 +39,67 @@ _ARTICLES = ("a", "an", "the")
 _POSSESSIVE = regex.compile(r"\{\}['\u2019]s?(?!\w)|of \{\}(?!\w)")
 """Two ways to write a genitive."""
 _FILLERS = (*_ARTICLES, "is", "are")
+
+log = logging.getLogger(__name__)
+
+
+# ---- fields that metrics need ----
+
+
+def missing_fields(requests: Sequence[EditRequest], needs: Collection[str] = tuple(FIELDS)) -> dict[str, set[int]]:
+    """Return the records that lack a field.
+
+    Args:
+        requests: Records to check.
+        needs: Fields to look for, names of ``FIELDS``.
+
+    Returns:
+        Field -> indices of the records that lack it; fields that all records have are left out.
+
+    Example:
+        >>> facts = [EditRequest("{} is", "Ann", "tall", "small"), EditRequest("{} is", "Bob", "tall")]
+        >>> missing_fields(facts, ["target_true", "paraphrase"])
+        {'target_true': {1}, 'paraphrase': {0, 1}}
+
+    Raises:
+        ConfigError: If a field is unknown.
+    """
+    if unknown := sorted(set(needs) - set(FIELDS)):
+        raise ConfigError(f"no field {unknown[0]!r} that a metric could need; there are {', '.join(FIELDS)}")
+    lacking = {field: {i for i, request in enumerate(requests) if not FIELDS[field](request)} for field in needs}
+    return {field: records for field, records in lacking.items() if records}
+
+
+def check_fields(
+    requests: Sequence[EditRequest], needs: Mapping[str, Collection[str]], explicit: Collection[str] = ()
+) -> None:
+    """Check which metrics can judge which records.
+
+    Args:
+        requests: The records that will be scored.
+        needs: Metric -> the fields that a record must have, all of them, for this metric to judge it.
+        explicit: Metrics that the user named. One of these that can judge no record is an error; any other such metric
+            is ignored. A metric that can judge only some records is logged as a warning.
+
+    Raises:
+        ConfigError: Naming each metric that can judge no record, and the fields that are missing.
+    """
+    useless: list[str] = []
+    short: list[str] = []
+    for metric, fields in needs.items():
+        lacking = missing_fields(requests, fields)
+        if lacking:
+            counts = ", ".join(f"{field} is missing in {len(records)}" for field, records in lacking.items())
+            nothing = len(set.union(*lacking.values())) == len(requests)
+            if metric in explicit or not nothing:
+                (useless if nothing else short).append(f"{metric}: {counts} of {len(requests)} records")
+    if useless:
+        raise ConfigError(f"no record can feed {'; '.join(useless)}; add the fields, or leave the metric out")
+    if short:
+        log.warning("some metrics cannot judge every record: %s", "; ".join(short))
+
+
+# ---- what can be edited but is probably not meant as it stands ----
 
 
 def warn_of_doubts(requests: Sequence[EditRequest], may_ask: Collection[EditRequest] = ()) -> None:
