@@ -165,6 +165,10 @@ class AllocationWarning(UserWarning):
     """The exact allocation of a fact was not solved to its tolerance; the best iterate was used."""
 
 
+class RequestWarning(UserWarning):
+    """Requests that can be edited but are probably not meant as they stand."""
+
+
 class NotTakenWarning(UserWarning):
     """A fact did not take: after its edit the model does not answer its own prompt with the target."""
 

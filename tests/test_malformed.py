@@ -241,6 +241,7 @@ def test_what_the_tables_start_from_is_good():
     assert len({case.name for case in REQUESTS}) == len(REQUESTS)
 
 
+@pytest.mark.filterwarnings("ignore:.*targets end a sentence:cakeflow.errors.RequestWarning")
 @pytest.mark.parametrize("case", REQUESTS, ids=lambda case: case.name)
 def test_malformed_requests(case, untouched):
     problems = refused(untouched, case.source)
@@ -309,18 +310,19 @@ def said(editor, prompt):
     )
 
 
-def test_what_the_model_says_already_and_what_is_said_twice_are_warned_of_once(editor):
+@pytest.mark.parametrize("evaluate", [True, False])
+def test_what_the_model_says_already_and_what_is_said_twice_are_warned_of_once(editor, evaluate):
     name, token = next((name, token) for name in map(str, range(999)) if (token := said(editor, name))[0] == " ")
     known = {"prompt": "{}", "subject": name, "target_new": token}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        editor.fit([GOOD, known, GOOD, known])
+        editor.fit([GOOD, known, GOOD, known], evaluate=evaluate)
     editor.rollback()
     texts = [str(each.message) for each in caught]
     (repeated,) = [text for text in texts if "repeat an earlier one" in text]
     (already,) = [text for text in texts if "gives already" in text]
     assert ": 2 (as 0), 3 (as 1) (numbered" in repeated
-    assert ": 1, 3 (numbered" in already
+    assert ": 1, 3 (numbered from 0, in the order of the edits), 2 of 4;" in already
 
 
 # ---- fuzzing ----

@@ -82,7 +82,8 @@ def test_poisoned_models_are_named(name, file, lm, tmp_path):
     lm.model.save_pretrained(tmp_path)
     lm.tokenizer.save_pretrained(tmp_path)
     (tmp_path / file).write_bytes(POISONED[name])
-    with pytest.raises(ConfigError, match=rf"model '{tmp_path}' is neither .* that loads here: "):
+    fault = "has no tokenizer that loads" if file == "tokenizer.json" else "is neither .* that loads here"
+    with pytest.raises(ConfigError, match=rf"model '{tmp_path}' {fault}: "):
         load_model(tmp_path)
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -11,16 +9,19 @@ from torch.utils.data import DataLoader
 
 from cakeflow.core.module import EditModule
 from cakeflow.data.request import EditRequest
-from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
+from cakeflow.data.review import warn_of_doubts
+from cakeflow.data.schemas import Occurrence, ZsreTarget, asks, parse_requests
 from cakeflow.data.selection import Conflicts, Order, select
 from cakeflow.data.snippets import with_references
 from cakeflow.data.sources import Source, read_entries
-from cakeflow.errors import ConfigError, listed
+from cakeflow.errors import ConfigError
 from cakeflow.forward.tokens import EditBatch
 
 
 class EditDataModule(L.LightningDataModule):
     """Reads requests, chooses some (see ``selection.select``), checks them once, and yields edit batches.
+
+    What can be edited but is probably not meant as it stands is named by a ``RequestWarning`` (``review``).
 
     The sequence of the steps: read and check every entry; order or shuffle; drop conflicts; limit. When a Trainer takes
     it: load the model, tokenize all requests, split them into batches.
@@ -68,11 +69,11 @@ class EditDataModule(L.LightningDataModule):
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name} must be at least 1, got {value}")
         entries = read_entries(source, split)
-        requests = parse_requests(
-            with_references(entries, snippets) if snippets else entries, occurrence=occurrence, zsre_target=zsre_target
-        )
+        entries = list(with_references(entries, snippets)) if snippets else entries
+        requests = parse_requests(entries, occurrence=occurrence, zsre_target=zsre_target)
         self.requests = select(requests, order, shuffle_seed, conflicts, limit)
-        _warn_of_repetitions(self.requests)
+        may_ask = {request for entry, request in zip(entries, requests, strict=True) if asks(entry)}
+        warn_of_doubts(self.requests, may_ask)
         self.batch_size = batch_size or len(self.requests)
         self.eval_batch_size = eval_batch_size
         self.evaluate = True
@@ -121,16 +122,3 @@ class EditDataModule(L.LightningDataModule):
         if not self.evaluate:
             return []
         return DataLoader(self.requests, batch_size=self.eval_batch_size, collate_fn=EditBatch)  # type: ignore[arg-type]
-
-
-def _warn_of_repetitions(requests: Sequence[EditRequest]) -> None:
-    """Warn of requests that occur twice: published files have such, and their tables count them twice."""
-    first: dict[tuple[str, str, str], int] = {}
-    edits = [(request.prompt, request.subject, request.target_new) for request in requests]
-    repeated = [f"{i} (as {first[edit]})" for i, edit in enumerate(edits) if first.setdefault(edit, i) != i]
-    if repeated:
-        warnings.warn(
-            f"records that repeat an earlier one, prompt, subject and target_new: {listed(repeated)} (numbered from 0, "
-            "in the order of the edits); each counts once more in edit and metrics, leave it out if that is not meant",
-            stacklevel=3,
-        )

@@ -26,10 +26,10 @@ from cakeflow.core.identity import arithmetic
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer
-from cakeflow.data.fields import check_fields
 from cakeflow.data.request import EditRequest
+from cakeflow.data.review import check_fields
 from cakeflow.errors import EditError, PolicyError
-from cakeflow.evaluation.evaluation import Evaluation
+from cakeflow.evaluation.evaluation import Evaluation, warn_of_known
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.evaluation.scoring import check_records
 from cakeflow.forward.packing import GIB
@@ -193,14 +193,17 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
     @final
     def on_train_start(self) -> None:
-        """Measure the unedited model."""
+        """Name the facts that the model states already, and measure the unedited model."""
         require_plain_mode("fit")
         self.journal.memory.check_all()
         self._finished = self.complete = False
         self.first_step = len(self.journal)
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
+        batches = list(self.trainer.train_dataloader or ())
+        with _float32_by_default(), self.phase("ask"):
+            warn_of_known(self.lm, [request for batch in batches for request in batch.requests], self.max_bytes)
         with self.journal.reverted():
-            self.prepare(list(self.trainer.train_dataloader or ()))
+            self.prepare(batches)
         self.journal.inputs = dict(self.inputs)
 
     @final

@@ -16,7 +16,7 @@ from cakeflow.core.folder import run_folder, writing
 from cakeflow.core.module import EditModule
 from cakeflow.core.trainer import check_trainer
 from cakeflow.errors import ConfigError, PolicyError
-from cakeflow.evaluation.evaluation import check_texts, warn_of_known
+from cakeflow.evaluation.evaluation import check_texts
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.model_state import require_plain_mode
@@ -122,7 +122,6 @@ def _fit(
     if evaluate:
         before = run_evaluate(trainer, module, data, "before").metrics
         check_texts(module.answers)
-        warn_of_known(module.answers)
     module.stage, earlier = "after", module.journal.edits
     with _expected_warnings(), _advice_on_resuming(trainer, module):
         trainer.fit(module, datamodule=data)

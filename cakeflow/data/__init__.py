@@ -2,9 +2,9 @@
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.contexts import Contexts
-from cakeflow.data.fields import check_fields, missing_fields
 from cakeflow.data.files import read_text
 from cakeflow.data.request import EditRequest, Probe, contradictions
+from cakeflow.data.review import check_fields, missing_fields
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.selection import select
 from cakeflow.data.snippets import with_references

@@ -60,7 +60,7 @@ def parse_requests(
             continue
         faults += request_faults(request, index)
         requests.append(request)
-        questions += isinstance(entry, Mapping) and entry.get("src") is not None
+        questions += asks(entry)
     if not requests and not faults:
         faults.append(Fault(first, "requests", [], "give at least one request"))
     if faults:
@@ -69,6 +69,11 @@ def parse_requests(
         label = "the first of answers" if zsre_target == "answers" else zsre_target
         log.info("%d records of zsRE: their target_new is %s (zsre_target)", questions, label)
     return requests
+
+
+def asks(entry: object) -> bool:
+    """Return whether an entry is of a schema whose prompts are questions: zsRE's."""
+    return isinstance(entry, Mapping) and entry.get("src") is not None
 
 
 class _BadEntryError(Exception):

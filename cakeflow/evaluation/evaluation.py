@@ -13,7 +13,7 @@ from torchmetrics import Metric, MetricCollection
 
 from cakeflow.data.request import EditRequest
 from cakeflow.data.text import plain, until_stop
-from cakeflow.errors import ConfigError, listed, require_choice
+from cakeflow.errors import ConfigError, RequestWarning, listed, require_choice
 from cakeflow.evaluation.protocols import Protocol
 from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
 from cakeflow.forward.generation import continuations
@@ -186,17 +186,25 @@ def check_texts(rows: Sequence[EvaluatedRequest]) -> None:
         )
 
 
-def warn_of_known(rows: Sequence[EvaluatedRequest]) -> None:
-    """Warn of records whose new target the unedited model gives already: there is nothing to edit in them.
+def warn_of_known(lm: LanguageModel, requests: Sequence[EditRequest], max_bytes: float | None = None) -> None:
+    """Warn of requests whose target the model gives already: there is nothing to edit in them.
 
     Args:
-        rows: Answers of the unedited model.
+        lm: The model, before their edit.
+        requests: The requests of a run, in the order of the edits.
+        max_bytes: Most bytes beyond the model.
+
+    Raises:
+        RequestError: If the model cannot read one of them.
     """
-    indices = [row.index for row in rows if any(prompt.correct for prompt in row.of_kind("rewrite"))]
-    if indices:
+    bare = [replace(request, probes=(), target_true=None) for request in requests]
+    correct = score_records(lm, bare, max_bytes=max_bytes).correct.tolist() if bare else []
+    if indices := [i for i, each in enumerate(correct) if each]:
         warnings.warn(
             f"records whose target_new the model gives already, before any edit: {listed(indices)} (numbered from 0, "
-            "in the order of the edits); there is nothing to edit in them, leave them out or count them apart",
+            f"in the order of the edits), {len(indices)} of {len(bare)}; there is nothing to edit in them, leave them "
+            "out or count them apart",
+            RequestWarning,
             stacklevel=3,
         )
 

@@ -4,7 +4,7 @@ from cakeflow.forward.corpus import sampled_corpus, token_stream
 from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
 from cakeflow.forward.generation import continuations, generate_contexts
 from cakeflow.forward.jacobian import LinearMap, ModelJacobian
-from cakeflow.forward.keys import FactReader, PromptStream
+from cakeflow.forward.keys import FactReader, PromptStream, read_keys
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pad, plan
 from cakeflow.forward.prefix_tree import predict
@@ -14,5 +14,6 @@ from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode
 __all__ = [
     "GIB", "FactBatch", "FactReader", "LinearMap", "ModelJacobian", "PromptStream", "Recording", "Row", "Suffixes",
     "TextBatch", "WeightLoss", "check_tokens", "choose_tokens", "continuations", "cut", "encode", "encode_batch",
-    "encode_prompts", "encode_texts", "generate_contexts", "pad", "plan", "predict", "sampled_corpus", "token_stream",
+    "encode_prompts", "encode_texts", "generate_contexts", "pad", "plan", "predict", "read_keys", "sampled_corpus",
+    "token_stream",
 ]  # fmt: skip

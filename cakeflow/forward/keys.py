@@ -192,15 +192,50 @@ class FactReader:
             is among them, and the present output of the value site there.
         """
         keys, values = self.prompts.read(site, value_site)
-        keys = keys.double()
+        assert values is not None
+        return self._mean(site, keys.double()), keys.double(), values.double()
+
+    def keys(self, site: Site) -> Float[Tensor, "n d_in"]:
+        """Return the mean keys alone; call in ascending order of sites."""
+        return self._mean(site, self.prompts.read(site)[0].double())
+
+    def _mean(self, site: Site, keys: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
+        """Return the mean keys over the contexts; ``keys`` are those in the first one."""
         mean = keys * self.weights[:, None]
         if self.others is not None:
             mean = mean + self.others.mix(site, self._owners, self._other_weights, len(keys))
-        assert values is not None
-        return mean, keys, values.double()
+        return mean
 
     def values(self, site: Site, value_site: Site) -> Float[Tensor, "n d_out"]:
         """Return present values at the value site in the first contexts, in float64; ``site`` is the last one read."""
         _, values = self.prompts.read(site, value_site)
         assert values is not None
         return values.double()
+
+
+def read_keys(
+    lm: LanguageModel, batch: TextBatch, sites: Sequence[Site], max_tokens: int = 8192
+) -> dict[Site, Float[Tensor, "n d_in"]]:
+    """Read the keys of facts at some projections, in one climb through the model as it is now.
+
+    These are the keys that a solve would get there, before the batch changes anything below.
+
+    Args:
+        lm: The model.
+        batch: n facts.
+        sites: Projections whose inputs are the keys.
+        max_tokens: Most tokens in one forward pass.
+
+    Returns:
+        Site -> key of each fact, the mean over its contexts, in float64; in ascending order of layers.
+
+    Example:
+        >>> from cakeflow.models import Site
+        >>> from cakeflow.testing import tiny_batch, tiny_model
+        >>> lm = tiny_model()
+        >>> keys = read_keys(lm, tiny_batch(lm), [Site(0, "mlp_out"), Site(2, "mlp_out")])
+        >>> {site.layer: tuple(each.shape) for site, each in keys.items()}
+        {0: (3, 64), 2: (3, 64)}
+    """
+    reader = FactReader(lm, batch, max_tokens)
+    return {site: reader.keys(site) for site in sorted(sites, key=lambda site: site.layer)}

@@ -83,7 +83,7 @@ class Rates(Metric):
 
     @property
     def needs(self) -> tuple[str, ...]:
-        """Fields that a record must have to be judged (``cakeflow.data.fields``)."""
+        """Fields that a record must have to be judged (``cakeflow.data.review``)."""
         return (*(name for name in self.kinds if name != "rewrite"), *["target_true"][: self.form == "probability"])
 
     def update(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from cakeflow.errors import ConfigError, listed
@@ -40,7 +40,8 @@ def load_model(
         The model, ready to edit.
 
     Raises:
-        ConfigError: If there is no such model, or it cannot be loaded.
+        ConfigError: If there is no such model, it has no tokenizer (before its weights are loaded), or it cannot be
+            loaded.
         ArchitectureError: If its attention takes no masks.
     """
     require_masks(kwargs.get("attn_implementation"))
@@ -51,12 +52,12 @@ def load_model(
             source = _converted(source)
             copied = f"; its converted copy in the cache is {str(source)!r}: delete it, and it is made again"
         name = str(source if source.exists() else base)
+        tokenizer = _tokenizer(name, trust, copied)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
         model, info = loaded
         if absent := sorted(info["missing_keys"]):  # transformers only warns of them
             raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-    except ConfigError:  # a cache that cannot be written is no fault of the model
+    except ConfigError:  # it says more, or is no fault of the model: a cache that cannot be written
         raise
     except Exception as error:  # the libraries raise errors of many types for damaged or foreign files
         names = ", ".join(EMBEDDED)
@@ -65,6 +66,27 @@ def load_model(
             f"that loads here: {error}{copied}"
         ) from error
     return LanguageModel.wrap(model, tokenizer, architecture)
+
+
+def _tokenizer(name: str, trust: bool, copied: str) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a model, or of its converted copy (``copied`` says which).
+
+    Raises:
+        ConfigError: If there is a model but no tokenizer.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up where there are no files
+            raise ValueError("there are no files of a vocabulary")
+    except Exception as error:
+        AutoConfig.from_pretrained(name, trust_remote_code=trust)  # fails where there is no model either
+        remedy = copied or (
+            "; put the files of its base model's tokenizer there, "
+            f"AutoTokenizer.from_pretrained(BASE).save_pretrained({name!r}), or give a model object and its tokenizer "
+            "to Editor.from_pretrained"
+        )
+        raise ConfigError(f"model {name!r} has no tokenizer that loads: {error}{remedy}") from error
+    return tokenizer
 
 
 def _embedded_file(name: str) -> Path:

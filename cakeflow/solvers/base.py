@@ -17,6 +17,10 @@ class Solver(ABC):
     float64 in and out, no reference to a model. Subclasses are frozen dataclasses that override ``solve`` only; to
     change another solver, wrap it in one whose field is called ``inner``.
 
+    The keys of earlier edits are ``problem.history``, a ``KeyHistory``: its rows (``keys``, with ``facts`` and
+    ``batches``), their sum of outer products (``outer``), and, cached from batch to batch, the rows under a linear map
+    (``derive``) and a Gram factor (``factor``).
+
     Attributes:
         matrices: Number of float64 matrices of the weight's size that ``solve`` or ``finish`` needs at once, those of
             the inner solver aside; part of the memory estimate.

@@ -17,6 +17,9 @@ Map = Callable[[Float[Tensor, "n d_in"]], Float[Tensor, "n d_in"]]
 
 T = TypeVar("T")
 
+RECENT = 2
+"""Derived histories, and Gram factors, that a history keeps."""
+
 
 class _Rows:
     """A matrix that rows are added to; its memory doubles when full, so that adding copies the new rows only.
@@ -70,6 +73,17 @@ class _Last(Generic[T]):
 
     def forget(self) -> None:
         self._result = None
+
+
+class _Recent(dict[Hashable, T]):
+    """The ``RECENT`` entries that were used last, by name."""
+
+    def use(self, name: Hashable, make: Callable[[], T]) -> T:
+        """Return an entry, made anew if it is not there; one too many is the one that was not used for longest."""
+        self[name] = self.pop(name) if name in self else make()
+        while len(self) > RECENT:
+            del self[next(iter(self))]
+        return self[name]
 
 
 class GramFactor:
@@ -128,9 +142,13 @@ class GramFactor:
 class KeyHistory:
     """The keys that earlier edits used at one weight, kept as rows (m x d_in), not as their d_in x d_in sum.
 
-    Rows are what resuming, rolling back and exporting need, and they let a solve cost m instead of d_in. Derived
-    quantities are cached by name and extended when rows are added. Each row belongs to one fact, and the rows of one
-    edit batch stand together, so that a solver can weigh or drop them (``weighted``, ``without``).
+    Rows are what resuming, rolling back and exporting need, and they let a solve cost m instead of d_in. Each row
+    belongs to one fact, and the rows of one edit batch stand together, so that a solver can weigh or drop them
+    (``weighted``, ``without``).
+
+    What solvers derive from the rows (``derive``, ``factor``) is cached by name and extended when rows are added. The
+    two that were used last are kept of each kind, every one as large as the rows. A solver whose map changes from batch
+    to batch, such as one with a growing ridge, has a new name each time and pays for all m rows, batch by batch.
 
     Args:
         keys: The first rows, if any.
@@ -140,8 +158,8 @@ class KeyHistory:
     def __init__(self, keys: Float[Tensor, "m d_in"] | None = None, facts: Sequence[str] = ()) -> None:
         self.facts: list[str] = []
         self._rows = _Rows()
-        self._derived: dict[Hashable, tuple[KeyHistory, _Last[Tensor]]] = {}
-        self._factors: dict[Hashable, GramFactor] = {}
+        self._derived: _Recent[tuple[KeyHistory, _Last[Tensor]]] = _Recent()
+        self._factors: _Recent[GramFactor] = _Recent()
         self._outer: tuple[int, Tensor | float] = 0, 0.0
         self._scaled: tuple[KeyHistory, Tensor] | None = None
         if keys is not None:
@@ -219,7 +237,7 @@ class KeyHistory:
         """The history of transformed keys, and ``keys`` transformed; only what is new since the last call is computed.
 
         Args:
-            name: The result is cached under it; one name stands for one map.
+            name: The result is cached under it; one name stands for one map, with all numbers that decide it.
             transform: The map.
             keys: Keys of the present batch, which are not in the history yet.
         """
@@ -227,14 +245,22 @@ class KeyHistory:
             source, weights = self._scaled
             child, mapped = source.derive(name, transform, keys)
             return child.weighted(weights), mapped
-        child, last = self._derived.setdefault(name, (KeyHistory(), _Last(transform)))
+        child, last = self._derived.use(name, lambda: (KeyHistory(), _Last(transform)))
         for fresh in self._rows.since(len(child)):
             child.append(last(fresh))
         return child, last(keys)
 
     def factor(self, name: Hashable, transform: Map) -> GramFactor:
-        """The Gram factor under the symmetric map ``transform``, grown to all rows."""
-        factor = self._factors.setdefault(name, GramFactor(transform))
+        """The Gram factor under the symmetric map ``transform``, grown to all rows.
+
+        Args:
+            name: The factor is cached under it; one name stands for one map, with all numbers that decide it.
+            transform: The map.
+
+        Raises:
+            NumericalError: If the Gram matrix is not positive definite.
+        """
+        factor = self._factors.use(name, lambda: GramFactor(transform))
         for fresh in self._rows.since(len(factor)):
             factor.grow(fresh)
         return factor

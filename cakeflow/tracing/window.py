@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.tokens import Row
 from cakeflow.models.language import LanguageModel
 from cakeflow.tracing.attribution import Attribution
@@ -86,7 +86,7 @@ def locate(lm: LanguageModel, width: int = 5, facts: Sequence[Fact] = (), limit:
         limit: Most facts to trace.
 
     Raises:
-        RequestError: If the model knows none of the facts.
+        ConfigError: If the model knows none of the facts.
     """
     rows = _rows(lm, facts, limit)
     proposal = propose_layers(CausalTrace(role="mlp_out", window=width).run(lm, rows), lm.depth)
@@ -107,13 +107,21 @@ def known_scores(
         limit: Most facts to score.
 
     Raises:
-        RequestError: If the model knows none of the facts.
+        ConfigError: If the model knows none of the facts.
     """
     scores = attribution.attribute(lm, _rows(lm, facts, limit), layers).mean(0)
     return dict(zip(layers, scores.tolist(), strict=True))
 
 
 def _rows(lm: LanguageModel, facts: Sequence[Fact], limit: int) -> list[Row]:
-    rows, tried = known_rows(lm, facts or read_facts("builtin"), limit)
+    facts = facts or read_facts("builtin")
+    try:
+        rows, tried = known_rows(lm, facts, limit)
+    except RequestError as error:
+        raise ConfigError(
+            f"layers and scores cannot be measured: the model knows none of the facts of the trace ({len(facts)}, the "
+            f"first is {facts[0].text!r}); name layers=[...] and scores={{layer: score, ...}}, or take scores from a "
+            "trace of facts that it states ('cakeflow facts', then 'cakeflow trace --data')"
+        ) from error
     log.info("the model knows %d of %d facts", len(rows), tried)
     return rows

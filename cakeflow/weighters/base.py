@@ -16,6 +16,23 @@ class Weighter(ABC):
     """Importance of each candidate layer, for all facts at once or per fact.
 
     Contract: weights are finite and not negative, at least one is positive, and the model is left bit-identical.
+
+    What may be measured of the model is public in ``cakeflow.forward``: ``read_keys`` gives a batch's keys.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> import torch
+        >>> from cakeflow.forward import read_keys
+        >>> from cakeflow.models import Site
+        >>> from cakeflow.testing import tiny_batch, tiny_model
+        >>> @dataclass(frozen=True)
+        ... class KeyNorms(Weighter):
+        ...     def weigh(self, lm, batch, layers):
+        ...         keys = read_keys(lm, batch, [Site(layer, "mlp_out") for layer in layers])
+        ...         return torch.stack([each.norm(dim=1) for each in keys.values()], dim=1)
+        >>> lm = tiny_model()
+        >>> KeyNorms().weigh(lm, tiny_batch(lm), [0, 1, 2]).shape
+        torch.Size([3, 3])
     """
 
     def check(self, layers: Sequence[int]) -> None:  # noqa: B027 - most weighters fit any layers

@@ -1,6 +1,7 @@
 """The walk of one batch: which layers, and again over the facts that did not take."""
 
 import copy
+import warnings
 from dataclasses import dataclass, replace
 
 import pytest
@@ -10,7 +11,7 @@ from tiny_runs import LAYERS, editor_of, module_of, name_of
 
 from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares, Uniform
 from cakeflow.core.walk import Walk
-from cakeflow.errors import BlockedWarning, ConfigError, NotTakenWarning, NumericalError
+from cakeflow.errors import BlockedWarning, ConfigError, NotTakenWarning, NumericalError, RequestWarning
 from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.journal.journal import Journal
@@ -197,3 +198,15 @@ def test_a_further_walk_that_fails_is_taken_back_alone(sharp, learnable, tmp_pat
     assert [vars(fact) for fact in again.facts] == [vars(fact) for fact in once.facts]
     assert [vars(each) for each in again.targets] == [vars(each) for each in once.targets]
     assert len(again.changes) == len(once.changes)
+
+
+def test_facts_that_the_model_states_are_those_that_it_states_now(sharp, learnable, tmp_path):
+    """An earlier edit counts, and one that was taken back does not."""
+    editor = strong(sharp, learnable[:1], tmp_path / "first", rounds=2)
+    assert arg_max(sharp, learnable[0])
+    with pytest.warns(RequestWarning, match=r"gives already, before any edit: 1 \(numbered .*, 1 of 2; there is"):
+        editor.fit([learnable[1], learnable[0]], evaluate=False, run_dir=tmp_path / "second")
+    editor.rollback()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RequestWarning)
+        editor.fit(learnable[:1], evaluate=False, run_dir=tmp_path / "third")

@@ -23,6 +23,7 @@ from cakeflow.storage.typed import LARGEST
 HOSTILE = "---\n# x <script>alert(1)</script> | `````\n```\n[a](javascript:b) \u202e\x1b[31m {{ x }}"
 
 
+@pytest.mark.filterwarnings("ignore:.*targets end a sentence:cakeflow.errors.RequestWarning")
 def test_the_card_tells_all_and_takes_no_text_for_markup(lm, requests, tmp_path):
     lm.model.name_or_path = HOSTILE
     first = EditRequest("{} plays", "Ann", HOSTILE, target_true="tennis")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cakeflow import Contexts
-from cakeflow.forward.keys import FactReader, PromptStream
+from cakeflow.forward.keys import FactReader, PromptStream, read_keys
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
@@ -44,6 +44,16 @@ def test_equals_full_passes_layer_by_layer(tiny, batch, layers, max_tokens):
         torch.testing.assert_close(keys, wanted_keys, rtol=0, atol=1e-12)
         torch.testing.assert_close(bare, wanted_bare, rtol=0, atol=1e-12)
         torch.testing.assert_close(values, wanted_values, rtol=0, atol=1e-12)
+
+
+def test_keys_alone_at_several_projections(tiny, batch):
+    sites = [Site(4, "mlp_out"), Site(1, "attn_out"), Site(1, "mlp_out")]
+    keys = read_keys(tiny, batch, sites, max_tokens=30)
+    assert [site.layer for site in keys] == [1, 1, 4]
+    for layer in (1, 4):
+        wanted, *_ = plain(tiny, batch, layer, Site(4))
+        torch.testing.assert_close(keys[Site(layer, "mlp_out")], wanted, rtol=0, atol=1e-12)
+    assert not torch.allclose(keys[sites[1]], keys[sites[2]][:, : keys[sites[1]].shape[1]])
 
 
 def test_sees_weights_that_were_changed_on_the_way(tiny, batch):

@@ -34,6 +34,19 @@ def test_folder_loads_with_its_own_type(tiny, tmp_path):
     assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
 
 
+@pytest.mark.parametrize("damage", ["nothing", "a broken file"])
+def test_a_folder_without_a_tokenizer_is_refused_before_weights_are_loaded(tiny, tmp_path, monkeypatch, damage):
+    """Transformers makes up a tokenizer without a vocabulary for some families."""
+    tiny.model.save_pretrained(tmp_path)
+    if damage == "a broken file":
+        (tmp_path / "tokenizer.json").write_text("{")
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ConfigError) as caught:
+        load_model(tmp_path)
+    assert f"model {str(tmp_path)!r} has no tokenizer that loads" in str(caught.value)
+    assert f"AutoTokenizer.from_pretrained(BASE).save_pretrained({str(tmp_path)!r})" in str(caught.value)
+
+
 @pytest.mark.real
 def test_embedded_model_loads_and_loads_again_from_the_cache(smollm2):
     first = load_model("smollm2-135m")

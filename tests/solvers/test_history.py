@@ -6,7 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cakeflow.errors import NumericalError, ShapeError
-from cakeflow.solvers.history import GramFactor, KeyHistory
+from cakeflow.solvers.covariance import Covariance
+from cakeflow.solvers.history import RECENT, GramFactor, KeyHistory
+from cakeflow.solvers.least_squares import LeastSquares
+from cakeflow.solvers.null_space import NullSpace
+from cakeflow.solvers.problem import LayerProblem
 
 
 def rows(count, width=6, seed=0):
@@ -139,6 +143,44 @@ def test_a_derived_history_has_factors_that_grow_too():
         wanted = torch.linalg.solve(gram(everything, torch.eye(6, dtype=torch.float64)), everything)[-1:]
         torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
         history.append(rows(2, seed=seed))
+
+
+def stream(solver_of, count=8, width=6):
+    """The history after some batches, each by a solver of its own, whose two forms agree."""
+    history, covariance = KeyHistory(), Covariance(spd(width, 3))
+    weight = torch.zeros(2, width, dtype=torch.float64)
+    for batch in range(count):
+        keys, residual = rows(2, width, batch), rows(2, 2, batch)
+        problem = LayerProblem(keys, residual, weight, weight, covariance, history)
+        updates = [solver_of(batch, form).solve(problem).dense for form in ("dual", "primal")]
+        torch.testing.assert_close(*updates, rtol=0, atol=1e-10)
+        history.append(keys)
+    return history
+
+
+def test_a_ridge_that_grows_does_not_leave_a_factor_per_batch():
+    assert len(stream(lambda batch, form: LeastSquares(1.0 + batch, form))._factors) <= RECENT == 2
+    assert len(stream(lambda batch, form: LeastSquares(1.0, form))._factors) == 1
+
+
+def test_a_threshold_that_grows_does_not_leave_a_history_per_batch():
+    history = stream(lambda batch, form: NullSpace(LeastSquares(1.0, form), 0.5 + batch / 20))
+    assert len(history._derived) == RECENT
+
+
+def test_solvers_that_take_turns_keep_their_factors():
+    """What is used in every batch is grown, not made anew."""
+    history, transformed = KeyHistory(), []
+
+    def double(keys):
+        transformed.append(len(keys))
+        return 2 * keys
+
+    for batch in range(4):
+        for name in ("a", "b")[:: 1 if batch % 2 else -1]:
+            history.factor(name, double).last_rows(rows(1, seed=batch))
+        history.append(rows(1, seed=batch))
+    assert transformed == [1] * 8
 
 
 def history_of(sizes, width=5, seed=0):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit, Scores
-from cakeflow.errors import ConfigError, RequestError
+from cakeflow.errors import ConfigError
 from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, known_scores, locate, propose_layers
@@ -102,8 +102,9 @@ def test_scores_are_measured_on_the_unedited_model_before_the_first_edit(lm, req
 def test_no_known_fact_stops_before_anything_is_edited(lm, requests, quiet, monkeypatch, weighter):
     monkeypatch.setattr("cakeflow.tracing.window.read_facts", lambda _source: [Fact("{} is a", "Ann", "qqqq")])
     before = lm.fingerprint()
-    with pytest.raises(RequestError, match="knows none"):
-        fit(lm, requests, quiet, [1, 3], weighter)
+    for layers in ([1, 3], "auto"):
+        with pytest.raises(ConfigError, match=r"knows none of .*\(1, the first is 'Ann is a'\); name layers=.*scores="):
+            fit(lm, requests, quiet, layers, weighter)
     assert lm.fingerprint() == before
 
 

@@ -1,17 +1,23 @@
 """Weights from scores against the paper's table, static weights, and what is refused."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import editor_of
 
 from cakeflow import Endpoints, OneHot, Scores, Uniform
+from cakeflow.core import EditCallback
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError
+from cakeflow.forward import read_keys
 from cakeflow.forward.tokens import encode_batch
+from cakeflow.models import Site
+from cakeflow.testing import WeighterContract
 from cakeflow.tracing import CausalTrace
+from cakeflow.weighters import Weighter
 from cakeflow.weighters.base import effective_layers
 from cakeflow.weighters.scores import score_weights
 
@@ -26,6 +32,32 @@ def paper(dtype=torch.float64):
 @pytest.fixture
 def batch(lm, requests):
     return encode_batch(lm, requests[:2], Contexts())
+
+
+@dataclass(frozen=True)
+class KeyNorms(Weighter):
+    """Layers by the norms of their keys, as a plugin would: public names only."""
+
+    def weigh(self, lm, batch, layers):
+        keys = read_keys(lm, batch, [Site(layer, "mlp_out") for layer in layers])
+        return torch.stack([each.norm(dim=1) for each in keys.values()], dim=1)
+
+
+class TestKeyNorms(WeighterContract):
+    weighter = KeyNorms()
+
+
+def test_a_weighter_sees_the_keys_of_the_first_solve(lm, requests):
+    """Those of the lowest layer, below which a batch changes nothing."""
+    seen = {}
+
+    class Look(EditCallback):
+        def on_layer_solved(self, module, edit):
+            seen[edit.context.site.layer] = edit.problem.keys, edit.context.weights
+
+    editor_of(lm, {"callbacks": [Look()], "logger": False}, weighter=KeyNorms()).fit(requests[:2], evaluate=False)
+    keys, weights = seen[1]
+    torch.testing.assert_close(keys.norm(dim=1), weights[:, 0], rtol=0, atol=1e-12)
 
 
 def test_the_papers_table():
