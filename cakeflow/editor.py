@@ -32,6 +32,7 @@ from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import FactToken
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import Evaluation
+from cakeflow.evaluation.outcome import free_answers
 from cakeflow.export.formats import export
 from cakeflow.export.manifest import Format
 from cakeflow.journal.journal import Journal
@@ -224,6 +225,24 @@ class Editor:
         """
         data = EditDataModule(requests, eval_batch_size=batch_size)
         return run_evaluate(self.trainer(), self.module, data, "now")
+
+    def ask(self, prompts: str | Sequence[str], *, chat: bool = False, tokens: int = 24) -> Any:
+        """Return the free answer of the model as it is now.
+
+        Args:
+            prompts: The beginning of a sentence, or a question in a chat; or several.
+            chat: Whether to ask as the user's turn of a chat.
+            tokens: Most tokens of an answer; a completion ends earlier where a reader would end it.
+
+        Returns:
+            A text, or a list of them for several prompts.
+
+        Raises:
+            ConfigError: If it is to be a chat, and the tokenizer has no chat template.
+        """
+        texts = [prompts] if isinstance(prompts, str) else list(prompts)
+        answers = [text.strip() for text in free_answers(self.module.lm, texts, tokens, chat, self.module.max_bytes)]
+        return answers[0] if isinstance(prompts, str) else answers
 
     def load(self, run_dir: str | Path) -> None:
         """Edit the unedited model as a run did, finished or not: the same bits, in seconds.

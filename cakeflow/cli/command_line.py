@@ -107,9 +107,12 @@ class EditCLI(LightningCLI):
         }
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``--run_dir``, ``--strict`` and the default class of the edit module."""
+        """Add the options of a run and the default class of the edit module."""
         parser.add_argument(
             "--run_dir", type=str | None, default=None, help="Run folder. An interrupted run in it is resumed."
+        )
+        parser.add_argument(
+            "--from_run", "--from", type=Path | None, default=None, help="Finished run to go on from; its edits stay."
         )
         parser.add_argument(
             "--strict",
@@ -152,6 +155,8 @@ class EditCLI(LightningCLI):
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit the facts, and print metrics, times, answers and the verdict."""
+        if (start := self._get(self.config_init, "from_run")) is not None:
+            go_on_from(start, model, run_folder(self.trainer))
         self.result = result = run_fit(self.trainer, model, datamodule)
         show_fit(result, len(datamodule.requests))
         if self._get(self.config_init, "strict") and not (result.outcome and result.outcome.is_clean):
@@ -167,7 +172,7 @@ class EditCLI(LightningCLI):
 
 
 class _CommandParser(ConfigParser):
-    """Parser of the plain commands: ``runs`` is a list of words (``compare RUN RUN``), and ``--n`` is also ``-n``."""
+    """Parser of the plain commands: ``runs`` and ``texts`` are lists of words, and some options have a second name."""
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         """Add the arguments of a command."""
@@ -176,8 +181,9 @@ class _CommandParser(ConfigParser):
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if args == ("runs",):
             kwargs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": kwargs["help"]}
-        if args == ("--n",):
-            args = ("-n", "--n")
+        if args == ("texts",):
+            kwargs = {"nargs": "*", "type": str, "metavar": "SENTENCE ANSWER", "help": kwargs["help"]}
+        args = {("--n",): ("-n", "--n"), ("--from_run",): ("--from_run", "--from")}.get(args, args)
         return super().add_argument(*args, **kwargs)
 
 

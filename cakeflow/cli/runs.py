@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cakeflow.cli.console import say
+from cakeflow.cli.edit import run_edit
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
@@ -169,6 +170,7 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
 
 
 COMMANDS: dict[str, Callable[..., Any]] = {
+    "edit": run_edit,
     "trace": run_trace,
     "facts": run_facts,
     "plugins": run_plugins,

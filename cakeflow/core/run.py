@@ -22,6 +22,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
+from cakeflow.journal.store import LEDGER
 from cakeflow.storage.atomic import pass_on_rights, write_text
 from cakeflow.storage.hashing import file_hash
 from cakeflow.storage.typed import Schema
@@ -111,6 +112,24 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     module.obey(trainer.callbacks)  # type: ignore[attr-defined]
     with writing(trainer) as folder:
         return _fit(trainer, module, data, folder, evaluate=evaluate)
+
+
+def go_on_from(run: Path, module: EditModule, folder: Path | None) -> None:
+    """Edit the unedited model as a finished run did, so that a new run goes on from there with all its batches.
+
+    Args:
+        run: The folder of the finished run, which stays as it is.
+        module: The module of the new run.
+        folder: The folder of the new run; where it has a ledger already, that has the earlier batches.
+
+    Raises:
+        ResumeError: If it is a run of another model, or the module has edits already.
+        LedgerError: If the run's files are not as they were written.
+        PolicyError: If the run was stopped before its policy judged it.
+    """
+    module.setup()
+    if folder is None or not (folder / "journal" / LEDGER).exists():
+        module.journal.load(run / "journal")
 
 
 def _fit(

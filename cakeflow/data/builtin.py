@@ -23,9 +23,16 @@ def builtin_facts() -> list[EditRequest]:
         >>> len(facts) >= 240, len({fact.relation for fact in facts[:40]}) >= 12
         (True, True)
     """
-    relations = yaml.safe_load(files("cakeflow.data").joinpath("facts.yaml").read_text(encoding="utf-8"))
-    groups = zip_longest(*(list(_records(relation)) for relation in relations))
+    groups = zip_longest(*(list(_records(relation)) for relation in builtin_relations()))
     return [record for group in groups for record in group if record is not None]
+
+
+def builtin_relations() -> list[dict[str, Any]]:
+    """Return the relations of the built-in facts as the file has them: wordings, and subjects by their target."""
+    relations: list[dict[str, Any]] = yaml.safe_load(
+        files("cakeflow.data").joinpath("facts.yaml").read_text(encoding="utf-8")
+    )
+    return relations
 
 
 def _records(relation: dict[str, Any]) -> Iterator[EditRequest]:

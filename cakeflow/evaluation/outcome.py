@@ -65,6 +65,10 @@ class Outcome:
         others = [*self.of("neighbor"), *self.of("familiar")]
         return [each for each in others if states(each.before, each.expected) and not is_good(each)]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Return a row per question, with whether the last answer is as expected: ``pandas.DataFrame(outcome.rows())``."""
+        return [{**answer.model_dump(), "good": is_good(answer)} for answer in self.answers]
+
     @property
     def has_chats(self) -> bool:
         """True if questions were asked in a chat too."""
@@ -149,14 +153,33 @@ def ask(lm: LanguageModel, questions: Sequence[FreeAnswer], max_bytes: float | N
     """
     names = encode_texts(lm.tokenizer, [question.expected for question in questions])
     lengths = [_length(question, name) for question, name in zip(questions, names, strict=True)]
-    answers: dict[int, str] = {}
     kinds = [(question.form, length) for question, length in zip(questions, lengths, strict=True)]
+    answers: dict[int, str] = {}
     for form, length in dict.fromkeys(kinds):
         part = [place for place, kind in enumerate(kinds) if kind == (form, length)]
-        prompts = [lm.user_turn(questions[i].prompt) if form == "chat" else questions[i].prompt for i in part]
-        texts = continuations(lm, prompts, length, max_bytes=max_bytes)
-        answers |= zip(part, texts if form == "chat" else map(until_stop, texts), strict=True)
+        texts = free_answers(lm, [questions[place].prompt for place in part], length, form == "chat", max_bytes)
+        answers |= zip(part, texts, strict=True)
     return [answers[place] for place in range(len(questions))]
+
+
+def free_answers(
+    lm: LanguageModel, prompts: Sequence[str], tokens: int, chat: bool = False, max_bytes: float | None = None
+) -> list[str]:
+    """Return the model's greedy answer to every prompt.
+
+    Args:
+        lm: The model.
+        prompts: Texts to be continued, or what the user says in a chat.
+        tokens: Most tokens of an answer.
+        chat: Whether to ask in a chat; else an answer ends where a reader would end it (``until_stop``).
+        max_bytes: Most bytes beyond the model.
+
+    Raises:
+        ConfigError: If it is to be a chat, and the tokenizer has no chat template.
+    """
+    texts = [lm.user_turn(prompt) for prompt in prompts] if chat else list(prompts)
+    answers = continuations(lm, texts, tokens, max_bytes=max_bytes)
+    return answers if chat else list(map(until_stop, answers))
 
 
 def _length(question: FreeAnswer, name: Sequence[int]) -> int:

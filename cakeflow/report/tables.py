@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from cakeflow.data.request import EditRequest
 from cakeflow.errors import listed, visible
 from cakeflow.evaluation.outcome import by_prompt, is_good
 from cakeflow.export.manifest import batch_names
@@ -31,6 +32,9 @@ from cakeflow.report.comparison import DELTA, as_texts
 from cakeflow.report.intervals import KINDS
 from cakeflow.storage.typed import Schema
 from cakeflow.tracing import Trace
+
+PROPOSED = ("paraphrase", "neighborhood")
+"""Kinds of checks that a fact can have."""
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = "") -> Table:
@@ -57,6 +61,17 @@ def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits
             table.add_row(
                 _cell(phase), f"{seconds:.1f}", f"{seconds / edits:.2f}", f"{peak:.2f}" if peak == peak else ""
             )
+    return table
+
+
+def requests_table(requests: Sequence[EditRequest]) -> Table:
+    """Return facts as they were understood: subject, new answer, and the checks that are proposed for them."""
+    table = Table(title="Facts to edit", title_justify="left", show_lines=True)
+    for name in ("sentence", "subject", "new answer", "wordings to check", "neighbors to check"):
+        table.add_column(name)
+    for request in requests:
+        checks = ["\n".join(each.prompt for each in request.probes if each.kind == kind) for kind in PROPOSED]
+        table.add_row(*map(_cell, (request.text, request.subject, request.target_new)), *map(_lines, checks))
     return table
 
 
@@ -152,6 +167,11 @@ def _details(body: Schema) -> str:
         case PolicyBody():
             return "; ".join([body.outcome, *([listed(body.faults, 3)] if body.faults else [])])
     return f"{len(body.files)} files" if isinstance(body, EndBody) else ""
+
+
+def _lines(text: str) -> Text:
+    """Return several lines as ``_cell`` returns one."""
+    return Text(visible(text, lines=True))
 
 
 def _cell(text: str) -> Text:

@@ -1,0 +1,104 @@
+"""``cakeflow edit``: facts as sentences, one command from the sentence to the verdict."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from cakeflow.callbacks import PolicyGuard
+from cakeflow.cli.console import say
+from cakeflow.cli.result import show_fit
+from cakeflow.core.run import FitResult, go_on_from
+from cakeflow.data.proposals import propose
+from cakeflow.data.request import EditRequest
+from cakeflow.data.schemas import parse_requests
+from cakeflow.data.sources import read_entries
+from cakeflow.data.subject import guess_subject
+from cakeflow.editor import Editor
+from cakeflow.errors import ConfigError
+from cakeflow.report.tables import requests_table
+
+
+def run_edit(
+    texts: list[str],
+    file: Path | None = None,
+    subject: list[str] | None = None,
+    model: str = "smollm2-135m",
+    method: str = "cake",
+    run_dir: Path | None = None,
+    from_run: Path | None = None,
+    dry_run: bool = False,
+    strict: bool = False,
+    budget: Path | None = None,
+) -> FitResult:
+    """Edit facts given as sentences: cakeflow edit "LeBron James plays the sport of" "tennis".
+
+    Subjects are guessed and shown; wordings and neighbors to check are proposed, and marked as such.
+
+    Args:
+        texts: A sentence up to where the answer begins, and the new answer; several pairs are edited together.
+        file: Facts in a file instead, as for cakeflow fit --data; a subject may be missing there.
+        subject: Subject of each sentence, in order, where the guess is wrong.
+        model: An embedded name, a hub id, a folder or a GGUF file.
+        method: A shipped recipe or a YAML file.
+        run_dir: Run folder; by default a new one under runs/.
+        from_run: Finished run to go on from; its edits stay in force.
+        dry_run: Edit, report, and take everything back; nothing is stored.
+        strict: Exit status 1 unless every fact was learned and side effects are within the budget.
+        budget: YAML file of a policy; a run that breaks it is taken back.
+
+    Raises:
+        ConfigError: If a sentence has no answer, or no subject can be guessed.
+        RequestError: Listing every bad request; the model is not touched.
+        PolicyError: If the budget was broken.
+    """
+    requests = [propose(request) for request in _requests(texts, file, subject)]
+    Console().print(requests_table(requests))
+    trainer: dict[str, Any] = {"callbacks": [PolicyGuard(str(budget))] if budget else []}
+    if dry_run:
+        if run_dir is not None:
+            raise ConfigError(f"--dry_run stores nothing; leave out --run_dir {run_dir}")
+        trainer["logger"] = False
+    editor = Editor.from_pretrained(model, method, trainer=trainer)
+    if from_run is not None:
+        go_on_from(from_run, editor.module, run_dir)
+    result = editor.fit(requests, run_dir=run_dir)
+    show_fit(result, len(requests))
+    if dry_run:
+        editor.rollback()
+        say("dry run: the edit was taken back, and nothing was stored")
+    if strict and not (result.outcome and result.outcome.is_clean):
+        sys.exit(1)
+    return result
+
+
+def _requests(texts: Sequence[str], file: Path | None, subjects: Sequence[str] | None) -> list[EditRequest]:
+    """Return the facts, with guessed subjects where none is named."""
+    if bool(texts) == bool(file):
+        raise ConfigError("give sentences and their new answers, or --file FILE: one of them")
+    if len(texts) % 2:
+        raise ConfigError(f"{len(texts)} texts are no pairs of a sentence and its new answer; {texts[-1]!r} is alone")
+    pairs = zip(texts[::2], texts[1::2], strict=True)
+    entries = read_entries(str(file)) if file else [{"prompt": text, "target_new": target} for text, target in pairs]
+    if subjects and len(subjects) != len(entries):
+        raise ConfigError(
+            f"{len(subjects)} subjects for {len(entries)} facts; give --subject '[...]' with one for each"
+        )
+    return parse_requests(list(_with_subjects(entries, subjects)), occurrence="first")
+
+
+def _with_subjects(entries: Sequence[Any], subjects: Sequence[str] | None) -> Iterator[Any]:
+    for place, entry in enumerate(entries):
+        if not isinstance(entry, Mapping) or (entry.get("subject") and not subjects) or "prompt" not in entry:
+            yield entry
+            continue
+        name = subjects[place] if subjects else guess_subject(str(entry["prompt"]))
+        if name is None:
+            raise ConfigError(
+                f"entry {place}, prompt = {entry['prompt']!r}: no subject can be guessed; name it: --subject NAME"
+            )
+        yield {**entry, "subject": name}
