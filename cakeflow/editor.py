@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from lightning.pytorch.callbacks import Callback, ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -25,9 +25,10 @@ from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import RunLogger
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.module import EditModule
+from cakeflow.core.progress import as_list, with_progress_bar
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
-from cakeflow.core.trainer import check_settings, check_trainer
+from cakeflow.core.trainer import check_settings, check_trainer, quiet
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import FactToken
 from cakeflow.errors import ConfigError
@@ -294,7 +295,8 @@ class Editor:
             arguments["logger"] = default_logger(run_dir)
         callbacks = with_checks(arguments.get("callbacks")) if checks else arguments.get("callbacks")
         arguments["callbacks"] = with_progress_bar(callbacks, arguments.get("enable_progress_bar"))
-        return with_safe_checkpoints(L.Trainer(**arguments))
+        with quiet():
+            return with_safe_checkpoints(L.Trainer(**arguments))
 
 
 def default_logger(run_dir: str | Path | None = None) -> CSVLogger:
@@ -306,21 +308,9 @@ def default_logger(run_dir: str | Path | None = None) -> CSVLogger:
 
 def with_checks(callbacks: Any) -> list[Callback]:
     """The user's callbacks, and those that measure outcome and side effects of a run unless there are some."""
-    chosen, checks = _as_list(callbacks), [make() for make in CHECKS]
+    chosen, checks = as_list(callbacks), [make() for make in CHECKS]
     return [*chosen, *(check for check in checks if not any(isinstance(each, type(check)) for each in chosen))]
 
 
-def with_progress_bar(callbacks: Any, enabled: bool | None) -> list[Callback]:
-    """The user's callbacks, and the progress bar that shares the terminal with ours unless there is one."""
-    chosen = _as_list(callbacks)
-    if enabled is not False and not any(isinstance(callback, ProgressBar) for callback in chosen):
-        chosen.append(TQDMProgressBar())
-    return chosen
-
-
 def _callbacks(trainer: L.Trainer | Mapping[str, Any]) -> list[Callback]:
-    return _as_list(trainer.callbacks if isinstance(trainer, L.Trainer) else trainer.get("callbacks"))  # type: ignore[attr-defined]
-
-
-def _as_list(callbacks: Any) -> list[Callback]:
-    return [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
+    return as_list(trainer.callbacks if isinstance(trainer, L.Trainer) else trainer.get("callbacks"))  # type: ignore[attr-defined]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher, get_close_matches
 from typing import Any, get_args
 
 MOST = 10
@@ -48,6 +49,19 @@ def visible(text: str, *, lines: bool = False) -> str:
     if lines:
         return "\n".join(map(visible, text.split("\n")))
     return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
+
+
+def did_you_mean(value: object, names: Iterable[str]) -> str:
+    """Return the end of a message that proposes the names nearest to a value; empty if none is near, or it is one.
+
+    Example:
+        >>> "no method 'caek'" + did_you_mean("caek", ["cake", "memit"])
+        "no method 'caek'; did you mean 'cake'?"
+    """
+    near = [] if value in (names := sorted(set(names))) else get_close_matches(str(value), names, n=3)
+    ratios = [SequenceMatcher(None, name, str(value)).ratio() for name in near]
+    near = [name for name, ratio in zip(near, ratios, strict=True) if ratio > ratios[0] - 0.1]
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
 
 
 def with_faults(head: str, faults: Sequence[object]) -> str:
@@ -201,7 +215,8 @@ def require_choice(name: str, value: object, literal: Any) -> None:
         ConfigError: If the value is none of them.
     """
     if value not in get_args(literal):
-        raise ConfigError(f"{name} must be one of {', '.join(get_args(literal))}, got {value!r}")
+        choices = get_args(literal)
+        raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
 
 
 def require_positive(owner: str, settings: object, *names: str) -> None:

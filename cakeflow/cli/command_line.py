@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import logging
+import shlex
 import sys
 import warnings
+from argparse import SUPPRESS
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,12 @@ import lightning as L
 from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 
-from cakeflow.cli.console import PlainFormatter
+import cakeflow
+from cakeflow.cli.console import LogHandler, plain_warnings, say
 from cakeflow.cli.evaluate import EditedModel, take_run
+from cakeflow.cli.help import page_for
 from cakeflow.cli.result import show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
@@ -27,13 +30,16 @@ from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
 from cakeflow.core.module import EditModule
-from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
-from cakeflow.core.trainer import check_settings
-from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_checks, with_progress_bar
-from cakeflow.errors import ConfigError, EditError
+from cakeflow.core.progress import with_progress_bar
+from cakeflow.core.run import EvaluationResult, FitResult, go_on_from, run_evaluate, run_fit
+from cakeflow.core.trainer import check_settings, quiet
+from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_checks
+from cakeflow.errors import ConfigError, EditError, did_you_mean
 from cakeflow.plugins import load_plugins
 from cakeflow.report import metrics_table
 
+INTERRUPTED = 130
+"""Exit status after Ctrl+C, as a shell has it."""
 CONFIG_KINDS = ("method", "model", "data")
 """Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
 TRUST_OPTIONS = ("trust_remote_code", "trust_task_code")
@@ -86,6 +92,7 @@ class EditCLI(LightningCLI):
     Args:
         trusted: Those of ``TRUST_OPTIONS`` that the command has.
         edited: The run whose edited model is evaluated, in place of the model that is named.
+        words: The command as it was typed, after the program's name.
         *args: Arguments of ``LightningCLI``.
         **kwargs: Further ones.
     """
@@ -93,9 +100,14 @@ class EditCLI(LightningCLI):
     result: FitResult | EvaluationResult
 
     def __init__(
-        self, *args: Any, trusted: Collection[str] = (), edited: EditedModel | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        trusted: Collection[str] = (),
+        edited: EditedModel | None = None,
+        words: Sequence[str] = (),
+        **kwargs: Any,
     ) -> None:
-        self.trusted, self.edited = trusted, edited
+        self.trusted, self.edited, self.words = trusted, edited, words
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -151,13 +163,20 @@ class EditCLI(LightningCLI):
         elif self._get(self.config_init, "run_dir") is not None:
             raise ConfigError("--run_dir and trainer.logger both name a folder; leave out one of them")
         config["callbacks"] = with_progress_bar(with_checks(config.get("callbacks")), config.get("enable_progress_bar"))
-        return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
+        with quiet():
+            return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
+
+    def resuming(self, folder: Path) -> str:
+        """Return the command that goes on with an interrupted run: the one that was typed, with its folder."""
+        own = self._get(self._plain_config, "trainer").get("logger") not in (None, True)  # it names the folder
+        stated = own or any(word.partition("=")[0] == "--run_dir" for word in self.words)
+        return shlex.join(["cakeflow", *self.words, *(() if stated else ("--run_dir", str(folder)))])
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit the facts, and print metrics, times, answers and the verdict."""
         if (start := self._get(self.config_init, "from_run")) is not None:
             go_on_from(start, model, run_folder(self.trainer))
-        self.result = result = run_fit(self.trainer, model, datamodule)
+        self.result = result = run_fit(self.trainer, model, datamodule, goes_on=self.resuming)
         show_fit(result, len(datamodule.requests))
         if self._get(self.config_init, "strict") and not (result.outcome and result.outcome.is_clean):
             sys.exit(1)
@@ -184,7 +203,10 @@ class _CommandParser(ConfigParser):
         if args == ("texts",):
             kwargs = {"nargs": "*", "type": str, "metavar": "SENTENCE ANSWER", "help": kwargs["help"]}
         args = {("--n",): ("-n", "--n"), ("--from_run",): ("--from_run", "--from")}.get(args, args)
-        return super().add_argument(*args, **kwargs)
+        action = super().add_argument(*args, **kwargs)
+        if args[0] in ("--config", "--print_config"):  # they work, but the page is about the command
+            action.help = SUPPRESS
+        return action
 
 
 def with_trust(config: Any, trusted: Collection[str]) -> Any:
@@ -277,42 +299,56 @@ def run_command(args: Sequence[str] | None = None) -> Any:
     Returns:
         The command's result.
     """
-    handler = RichHandler(show_path=False)
-    handler.setFormatter(PlainFormatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     logging.getLogger("cakeflow").setLevel(logging.INFO)
     words = sys.argv[1:] if args is None else list(args)
     try:
-        if words[:1] != ["plugins"]:  # which shows those that cannot be used
-            load_plugins()  # a run folder may hold changes of a plugin's kind
-        if words[:1] and words[0] in COMMANDS:
-            command = COMMANDS[words[0]]
-            with only_known_classes():
-                return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
-        words, trusted = take_options(words)
-        words, edited = take_run(words)
-        cli = EditCLI(
-            EditModule,
-            EditDataModule,
-            subclass_mode_model=True,
-            parser_class=_FitParser,
-            trainer_class=_Trainer,
-            trainer_defaults=TRAINER_DEFAULTS,
-            auto_configure_optimizers=False,
-            seed_everything_default=False,
-            save_config_callback=_SaveConfig,
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={
-                "description": "Edit facts in transformer language models.",
-                "epilog": EPILOG,
-                "fit": {"epilog": NAMES_HELP},
-                "evaluate": {"epilog": f"{RUN_HELP} {NAMES_HELP}"},
-            },
-            args=expand_names(words),
-            trusted=trusted,
-            edited=edited,
-        )
+        with plain_warnings():
+            return _run(words)
     except EditError as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    return cli.result
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(INTERRUPTED)
+
+
+def _run(words: list[str]) -> Any:
+    texts = {"fit": _Trainer.fit, "evaluate": _Trainer.evaluate, **COMMANDS}
+    if words == ["--version"]:
+        return say(f"cakeflow {cakeflow.__version__}")
+    if page := page_for(words, {name: command.__doc__ or "" for name, command in texts.items()}):
+        return Console().print(page, markup=False, highlight=False, soft_wrap=True)
+    if words[0] not in texts and not words[0].startswith("-"):
+        raise ConfigError(f"there is no command {words[0]!r}{did_you_mean(words[0], texts)}\nsee cakeflow --help")
+    if words[0] != "plugins":  # which shows those that cannot be used
+        load_plugins()  # a run folder may hold changes of a plugin's kind
+    if words[0] in COMMANDS:
+        command = COMMANDS[words[0]]
+        with only_known_classes():
+            return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
+    rest, trusted = take_options(["--help" if word == "--help_all" else word for word in words])
+    rest, edited = take_run(rest)
+    return EditCLI(
+        EditModule,
+        EditDataModule,
+        subclass_mode_model=True,
+        parser_class=_FitParser,
+        trainer_class=_Trainer,
+        trainer_defaults=TRAINER_DEFAULTS,
+        auto_configure_optimizers=False,
+        seed_everything_default=False,
+        save_config_callback=_SaveConfig,
+        save_config_kwargs={"overwrite": True},
+        parser_kwargs={
+            "prog": "cakeflow",
+            "description": "Edit facts in transformer language models.",
+            "epilog": EPILOG,
+            "fit": {"epilog": NAMES_HELP},
+            "evaluate": {"epilog": f"{RUN_HELP} {NAMES_HELP}"},
+        },
+        args=expand_names(rest),
+        trusted=trusted,
+        edited=edited,
+        words=words,
+    ).result

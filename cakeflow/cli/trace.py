@@ -80,7 +80,7 @@ def run_facts(
     out: Path = Path("runs/known_facts.json"),
     limit: int | None = None,
 ) -> list[KnownFact]:
-    """Write the facts that a model states by itself to a file that ``cakeflow trace --data`` reads.
+    """Write the facts that a model states by itself to a file, which ``cakeflow trace --data`` reads.
 
     The file has the schema of ROME's ``known_1000``.
 

@@ -9,9 +9,12 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from cakeflow.core.config_parser import ConfigParser, only_known_classes, refuse_trust
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from cakeflow.core.config_errors import plain_message
+from cakeflow.core.config_parser import ConfigParser, class_names, only_known_classes, refuse_trust
 from cakeflow.core.module import EditModule
-from cakeflow.errors import ConfigError, EditError
+from cakeflow.errors import ConfigError, EditError, did_you_mean
 from cakeflow.plugins import load_plugins
 
 MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.LocateThenEdit"}}
@@ -35,7 +38,10 @@ def find_config(kind: str, name: str | Path) -> Path:
         return configs[str(name)]
     if Path(name).is_file():
         return Path(name)
-    raise ConfigError(f"no {kind} config {str(name)!r}; shipped: {', '.join(configs)}; or give the path of a YAML file")
+    raise ConfigError(
+        f"no {kind} config {str(name)!r}{did_you_mean(name, configs)}\nshipped: {', '.join(configs)}; or give the path "
+        "of a YAML file"
+    )
 
 
 def build_module(configs: list[Path], **values: Any) -> EditModule:
@@ -65,12 +71,16 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     except EditError:
         raise
     except Exception as error:
-        raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {error}") from error
+        reason = plain_message(str(error), (), class_names())
+        raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {reason}") from error
 
     def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
         if unknown := sorted(set(objects) - set(signature(kind).parameters)):
-            names = ", ".join(signature(kind).parameters)
-            raise ConfigError(f"{kind.__name__} has no argument {unknown[0]!r}; it has {names}")
+            names = signature(kind).parameters
+            raise ConfigError(
+                f"{kind.__name__} has no argument {unknown[0]!r}{did_you_mean(unknown[0], names)}\nit has "
+                f"{', '.join(names)}"
+            )
         return kind(*args, **{**kwargs, **objects})
 
     with own_errors(), only_known_classes():
@@ -79,10 +89,10 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
 
 @contextmanager
 def own_errors() -> Iterator[None]:
-    """Turn the ``ValueError`` that jsonargparse raises for a part into the ``EditError`` behind it, or a new one."""
+    """Turn what jsonargparse and Lightning raise for a part into the ``EditError`` behind it, or a new one."""
     try:
         yield
-    except ValueError as error:
+    except (ValueError, MisconfigurationException) as error:
         cause: BaseException | None = error
         while cause and not isinstance(cause, EditError):
             cause = cause.__cause__

@@ -25,6 +25,7 @@ from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.strategies import Strategy
 from pydantic import BaseModel
 
+from cakeflow.core.config_errors import plain_message
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError
 from cakeflow.models.base import EditableModel
@@ -148,12 +149,27 @@ class PlainArguments(_SettableArguments):
         raise ValueError(f"{function.__name__} is a function; only a class can be named here")
 
     def error(self, message: str, ex: Exception | None = None) -> None:
-        """End with a message, whose remedy is ours."""
-        super().error(message.replace(DENIED, REMEDY), ex)  # type: ignore[misc]
+        """Raise a ``ConfigError`` with a plain message; the inner parsers, of a class, raise what the library reads."""
+        if not self.exit_on_error:  # type: ignore[attr-defined]
+            super().error(message.replace(DENIED, REMEDY), ex)  # type: ignore[misc]
+        parser: Any = getattr(ex, "subcommand_parser", self)
+        reason = plain_message(message.replace(DENIED, REMEDY), _options(parser), class_names())
+        raise ConfigError(f"{reason}\nsee {parser.prog.replace(' [options]', '')} --help") from ex
 
 
 class ConfigParser(PlainArguments, ArgumentParser):  # type: ignore[misc]
     """A jsonargparse parser whose configs are data."""
+
+
+def class_names() -> dict[str, type]:
+    """Return the imported classes that a config may name: short name -> class."""
+    return {kind.__name__: kind for base in (*SLOT_BASES, *LIGHTNING) for kind in subclasses(base)}
+
+
+def _options(parser: Any) -> set[str]:
+    """Return the options of a parser and of its commands."""
+    choices = getattr(parser._subcommands_action, "choices", None) or {}
+    return {*parser._option_string_actions}.union(*map(_options, choices.values()))
 
 
 @contextmanager

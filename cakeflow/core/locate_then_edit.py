@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from cakeflow.allocators.base import Allocator, ShareAllocator
 from cakeflow.allocators.sequential import Sequential
+from cakeflow.core.config import shipped
 from cakeflow.core.contracts import (
     Outcome,
     checked_facts,
@@ -23,7 +24,7 @@ from cakeflow.core.statistics import Statistics
 from cakeflow.core.walk import Walk
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest, FactToken
-from cakeflow.errors import ConfigError, require_choice, require_positive
+from cakeflow.errors import ConfigError, did_you_mean, require_choice, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
 from cakeflow.forward.generation import generate_contexts
@@ -254,7 +255,12 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     def _choose_layers(self, layers: Sequence[int], scores: dict[int, float] | None) -> None:
         """Set the candidate layers, and the scores of a weighter that was given none."""
-        if not layers or list(layers) != sorted(set(layers)) or layers[0] < 0:
+        if not layers:
+            raise ConfigError(
+                f"no layers are named for model {self.name!r}{did_you_mean(self.name, shipped('model'))}\nset "
+                "model.layers to block indices in ascending order, e.g. [9, 10], or to auto; shipped models have theirs"
+            )
+        if list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ConfigError(f"layers must be block indices in ascending order, e.g. [9, 10], or auto; got {layers!r}")
         self.weighter = self.weighter.with_scores(scores)
         self.weighter.check(layers)

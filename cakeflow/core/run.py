@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import lightning as L
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder, writing
 from cakeflow.core.module import EditModule
-from cakeflow.core.trainer import check_trainer
+from cakeflow.core.trainer import check_trainer, quiet
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts
 from cakeflow.evaluation.outcome import Outcome
@@ -30,17 +31,6 @@ from cakeflow.storage.typed import Schema
 log = logging.getLogger(__name__)
 FILES = ("before.jsonl", "after.jsonl", "answers.jsonl", "run.json", "metrics.csv", "config.yaml", "hparams.yaml")
 """Files of a run folder beside the journal."""
-EXPECTED_WARNINGS = (
-    "configure_optimizers",
-    "does not have many workers",
-    "in eval mode",
-    "have no `val_dataloader`",
-    "Total length of `list` across ranks is zero",  # a run without evaluation
-    "training_step. returned",
-    ".isinstance.treespec, LeafSpec",
-    "Experiment logs directory",  # the journal is there already; of a resumed run every row is logged again
-)
-"""Parts of the warnings by which Lightning rightly points out that this is no training."""
 
 
 @dataclass(frozen=True)
@@ -86,13 +76,32 @@ class FitResult:
     outcome: Outcome | None = None
 
 
-def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, evaluate: bool = True) -> FitResult:
+def python_call(folder: Path) -> str:
+    """Return the call that goes on with an interrupted run."""
+    return f"editor.fit(..., run_dir={str(folder)!r})"
+
+
+def run_fit(
+    trainer: L.Trainer,
+    module: EditModule,
+    data: EditDataModule,
+    *,
+    evaluate: bool = True,
+    goes_on: Callable[[Path], str] = python_call,
+) -> FitResult:
     """Evaluate, edit and evaluate again: what ``Editor.fit`` and ``cakeflow fit`` both do.
 
     Every batch is on disk when its step ends. Where the folder holds an interrupted run, its batches are repeated from
     there, which takes no search and no solve.
 
     A run that was stopped, by a callback or ``max_time``, is not marked as complete: the same command goes on with it.
+
+    Args:
+        trainer: The Trainer.
+        module: The edit method with its model.
+        data: The requests.
+        evaluate: Whether to evaluate before and after.
+        goes_on: What returns the words by which the user goes on with an interrupted run in a folder.
 
     Raises:
         ConfigError: If the Trainer does not fit (``check_trainer``), or has finished its epoch and would edit nothing;
@@ -111,7 +120,7 @@ def run_fit(trainer: L.Trainer, module: EditModule, data: EditDataModule, *, eva
     data.attach(module, edit=True, evaluate=evaluate)
     module.obey(trainer.callbacks)  # type: ignore[attr-defined]
     with writing(trainer) as folder:
-        return _fit(trainer, module, data, folder, evaluate=evaluate)
+        return _fit(trainer, module, data, folder, goes_on, evaluate=evaluate)
 
 
 def go_on_from(run: Path, module: EditModule, folder: Path | None) -> None:
@@ -133,7 +142,13 @@ def go_on_from(run: Path, module: EditModule, folder: Path | None) -> None:
 
 
 def _fit(
-    trainer: L.Trainer, module: EditModule, data: EditDataModule, folder: Path | None, *, evaluate: bool
+    trainer: L.Trainer,
+    module: EditModule,
+    data: EditDataModule,
+    folder: Path | None,
+    goes_on: Callable[[Path], str],
+    *,
+    evaluate: bool,
 ) -> FitResult:
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
         module.open_journal(folder, data, trainer)
@@ -142,7 +157,7 @@ def _fit(
         before = run_evaluate(trainer, module, data, "before").metrics
         check_texts(module.answers)
     module.stage, earlier = "after", module.journal.edits
-    with _expected_warnings(), _advice_on_resuming(trainer, module):
+    with _advice_on_resuming(module, folder, goes_on), quiet(), _interruptible():
         trainer.fit(module, datamodule=data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if evaluate and module.evaluated != len(module.journal):  # the last validation came before the last batch
@@ -150,7 +165,7 @@ def _fit(
     after = dict(module.metrics_at.get("after", {}))
     edits = module.journal.edits - earlier
     if not module.complete:
-        _warn_of_rest(edits, len(data.requests), folder)
+        _warn_of_rest(edits, len(data.requests), goes_on(folder) if folder else "")
     if folder is not None:
         _write_run(folder, module, edits, {"before": before, "after": after})
     return FitResult(
@@ -179,16 +194,16 @@ def _check_start(trainer: L.Trainer) -> None:
 def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> EvaluationResult:
     """Score the requests through the Trainer and log the metrics as ``stage/...``."""
     module.stage = stage
-    with _expected_warnings():
+    with quiet(), _interruptible():
         trainer.validate(module, datamodule=data, verbose=False)
     _write_answers(trainer, module, stage)
     return EvaluationResult(dict(module.metrics_at[stage]), list(module.answers), module.evaluation.id)
 
 
-def _warn_of_rest(edits: int, requests: int, folder: Path | None) -> None:
-    goes_on = f"; the same command with run_dir={folder} goes on" if folder else ""
+def _warn_of_rest(edits: int, requests: int, words: str) -> None:
+    advice = f"; go on with: {words}" if words else ""
     warnings.warn(
-        f"the run was stopped after {edits} of {requests} facts and is not marked as complete{goes_on}", stacklevel=3
+        f"the run was stopped after {edits} of {requests} facts and is not marked as complete{advice}", stacklevel=3
     )
 
 
@@ -235,23 +250,25 @@ def _write_lines(path: Path, answers: Sequence[Schema]) -> None:
 
 
 @contextmanager
-def _advice_on_resuming(trainer: L.Trainer, module: EditModule) -> Iterator[None]:
+def _advice_on_resuming(module: EditModule, folder: Path | None, goes_on: Callable[[Path], str]) -> Iterator[None]:
     """When a run stops early, say what is safe and how it goes on."""
     try:
         yield
     except BaseException as error:
-        folder = run_folder(trainer)
         if folder is not None and not isinstance(error, PolicyError):
-            count = len(module.journal)
-            log.warning(
-                "stopped: %d batches are done and stored; the same command with run_dir=%s goes on", count, folder
-            )
+            count, words = len(module.journal), goes_on(folder)
+            log.warning("stopped: %d batches are done and stored; go on with: %s", count, words)
         raise
 
 
 @contextmanager
-def _expected_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        for message in EXPECTED_WARNINGS:
-            warnings.filterwarnings("ignore", message=f".*{message}")
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl+C raise ``KeyboardInterrupt``: Lightning ends the process instead, and ignores Ctrl+C from then on."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
         yield
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, signal.default_int_handler if handler is None else handler)
+        raise error.__context__ from None

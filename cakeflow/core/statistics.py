@@ -14,11 +14,11 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import StatisticsError, require_positive
 from cakeflow.forward.corpus import sampled_corpus, token_stream
+from cakeflow.forward.progress import progress_bar
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
@@ -177,7 +177,7 @@ def _collect(
     partial = home / "partial.safetensors"
     done, sums, halves = _resume(partial, lm, sites, len(windows))
     saved = time.monotonic()
-    with tqdm(total=windows.numel(), desc="second moments", unit="token", initial=done * windows.shape[1]) as bar:
+    with progress_bar(windows.numel(), "second moments", "token", initial=done * windows.shape[1]) as bar:
         rows = min(rows, -(-len(windows) // 2))
         for batch in (windows[start : start + rows] for start in range(done, len(windows), rows)):
             for site, outer in _outer_products(lm, sites, batch.to(lm.device)):
@@ -189,9 +189,11 @@ def _collect(
             if time.monotonic() - saved > SAVE_EVERY:
                 _save_partial(partial, done, sums, halves)
                 saved = time.monotonic()
-    for site in tqdm(sites, desc="eigenbases", unit="layer", delay=2):
-        path = home / f"{_label(site)}.safetensors"
-        _finish(path, sums[site] / windows.numel(), halves[site])
+    with progress_bar(len(sites), "eigenbases", "layer") as bar:
+        for site in sites:
+            path = home / f"{_label(site)}.safetensors"
+            _finish(path, sums[site] / windows.numel(), halves[site])
+            bar.update()
     partial.unlink(missing_ok=True)
 
 

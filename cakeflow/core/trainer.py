@@ -1,8 +1,11 @@
-"""Checks of a Trainer: every setting that would change the model or the run unasked is refused before anything else."""
+"""Checks of a Trainer, whose settings must not change model or run unasked, and what it says."""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from inspect import signature
 from typing import Any
@@ -28,6 +31,40 @@ SETTINGS = {
 
 PLACE = ("devices", "num_nodes", "strategy", "precision", "plugins")
 """Further settings that ``check_trainer`` may refuse."""
+EXPECTED_WARNINGS = (
+    "configure_optimizers",
+    "does not have many workers",
+    "in eval mode",
+    "have no `val_dataloader`",
+    "Total length of `list` across ranks is zero",  # a run without evaluation
+    "training_step. returned",
+    ".isinstance.treespec, LeafSpec",
+    "Experiment logs directory",  # the journal is there already; of a resumed run every row is logged again
+    "[A-Z]+ available but not used",  # the user chose another device
+)
+"""Parts of the warnings by which Lightning rightly points out that this is no training."""
+TRAINING_WORDS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")
+"""Loggers of what Lightning tells whoever trains: tips, devices, ends of loops."""
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let Lightning say nothing in the body but unexpected warnings."""
+
+    def is_warning(record: logging.LogRecord) -> bool:  # one of each call, so that calls can be nested
+        return record.levelno >= logging.WARNING
+
+    loggers = [logging.getLogger(name) for name in TRAINING_WORDS]
+    with warnings.catch_warnings():
+        for message in EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message=f".*{message}")
+        for logger in loggers:
+            logger.addFilter(is_warning)
+        try:
+            yield
+        finally:
+            for logger in loggers:
+                logger.removeFilter(is_warning)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -44,9 +81,11 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     }
     if chosen.keys() - {"devices"} or chosen.get("devices", 1) != 1:
         accelerator = settings.get("accelerator", "auto")
-        quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
+        bare = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
         copied = deepcopy(chosen)  # a strategy serves one Trainer
-        check_trainer(L.Trainer(accelerator=accelerator, **copied, **quiet), edits=False)  # type: ignore[arg-type]
+        with quiet():
+            trainer = L.Trainer(accelerator=accelerator, **copied, **bare)  # type: ignore[arg-type]
+        check_trainer(trainer, edits=False)
 
 
 def _is_node(value: object) -> bool:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cakeflow.allocators.base import LayerContext, ShareAllocator
 from cakeflow.core.callback import LayerEdit
@@ -31,6 +29,7 @@ from cakeflow.evaluation.scoring import score_reads
 from cakeflow.forward.fact_tokens import FactBatch
 from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.keys import FactReader
+from cakeflow.forward.progress import counting_steps, progress_bar
 from cakeflow.forward.residual_path import NormPath, ResidualPath
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.journal.changes import WeightChange
@@ -146,15 +145,19 @@ class Walk:
     def search(self, value_site: Site, facts: Sequence[int]) -> None:
         """Search the target values of some facts, in parts that fit into memory."""
         module, layer, batch = self.module, value_site.layer, self.batch.part(facts)
-        bar = tqdm(total=len(batch), desc=f"target values, layer {layer}", unit="edit", delay=2, leave=False)
+        bar = progress_bar(len(batch), f"target values, layer {layer}", "fact")
         with module.phase("targets"), bar:
             stream = FactReader(module.lm, batch, self.footprint.pass_tokens).prompts
             path = module.paths.ahead(stream, Site(layer, module.site)) if module.writes_blocks else ResidualPath()
             part_of = module.targets.at(module.site) if isinstance(path, NormPath) else module.targets
-            search = partial(part_of.search, progress=bar.update) if module.solver.needs_targets else part_of.measure
-            parts = checked_parts(batch, self.footprint.facts)
+            most = self.footprint.suffix_tokens
             targets = Targets.join(
-                [search(module.lm, each, layer, max_tokens=self.footprint.suffix_tokens) for each in parts]
+                [
+                    part_of.search(module.lm, each, layer, max_tokens=most, progress=counting_steps(bar))
+                    if module.solver.needs_targets
+                    else part_of.measure(module.lm, each, layer, max_tokens=most)
+                    for each in checked_parts(batch, self.footprint.facts)
+                ]
             )
             if isinstance(path, NormPath):
                 reached = path.output + path.reached(targets.values - targets.initial)

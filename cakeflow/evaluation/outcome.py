@@ -66,7 +66,7 @@ class Outcome:
         return [each for each in others if states(each.before, each.expected) and not is_good(each)]
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return a row per question, with whether the last answer is as expected: ``pandas.DataFrame(outcome.rows())``."""
+        """Return a row per question, with whether the answer is as expected: ``pandas.DataFrame(outcome.rows())``."""
         return [{**answer.model_dump(), "good": is_good(answer)} for answer in self.answers]
 
     @property

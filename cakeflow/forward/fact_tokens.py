@@ -13,6 +13,7 @@ from typing_extensions import Self
 from cakeflow.data.request import EditRequest, FactToken
 from cakeflow.errors import Fault, RequestError
 from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import EditBatch, Row, TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
@@ -164,13 +165,14 @@ def relative_norms(
     """
     site, rows = Site(max(layer - 1, 0)), [row.ids[: row.target] for rows in texts.rows for row in rows]
     norms: dict[int, Tensor] = {}
-    for group in plan([len(ids) for ids in rows], max_tokens, slack=8):
-        ids = pad([rows[i] for i in group], lm.device)
-        with capture(lm, [site], stop=True) as outputs:
-            lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        norms |= {
-            i: each[: len(rows[i])] for i, each in zip(group, outputs[site].float().norm(dim=2).cpu(), strict=True)
-        }
+    with progress_bar(len(rows), "choosing tokens", "text") as bar:
+        for group in plan([len(ids) for ids in rows], max_tokens, slack=8):
+            ids = pad([rows[i] for i in group], lm.device)
+            with capture(lm, [site], stop=True) as outputs:
+                lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+            lengths = outputs[site].float().norm(dim=2).cpu()
+            norms |= {i: each[: len(rows[i])] for i, each in zip(group, lengths, strict=True)}
+            bar.update(len(group))
     behind = torch.cat([each[1:] for each in norms.values()])  # a first token is massive in most models
     middle = behind.median() if len(behind) else torch.ones(())
     flat = iter(norms[i] / middle for i in range(len(rows)))

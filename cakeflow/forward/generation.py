@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 from transformers import LogitsProcessor, StoppingCriteria
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.forward.packing import GIB, logits_bytes, pass_bytes, plan, require_bytes
+from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import encode_texts, require_readable
 from cakeflow.models.language import LanguageModel
 
@@ -135,7 +135,7 @@ def continuations(
     budget = max_tokens or max(1, GIB // _cached(lm))
     budget = budget if max_bytes is None else min(budget, _most_tokens(lm, sums, max_bytes))
     texts: dict[tuple[tuple[int, ...], int], str] = {}
-    with tqdm(total=sum(limits), desc=title, unit="token", delay=2, leave=False) as bar:
+    with progress_bar(sum(limits), title, "token") as bar:
         for group in plan(sums, budget, slack=budget):
             for part in _within(group, lengths, limits, lm.longest):
                 chosen, steps = [unique[i] for i in part], [limits[i] for i in part]

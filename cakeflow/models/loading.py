@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
-from cakeflow.errors import ConfigError, listed
+from cakeflow.errors import ConfigError, did_you_mean, listed
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel, require_masks
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
@@ -63,7 +63,7 @@ def load_model(
         names = ", ".join(EMBEDDED)
         raise ConfigError(
             f"model {str(base)!r} is neither an embedded name ({names}), a folder, a .gguf file nor a hub id "
-            f"that loads here: {error}{copied}"
+            f"that loads here{did_you_mean(base, EMBEDDED)}\n{error}{copied}"
         ) from error
     return LanguageModel.wrap(model, tokenizer, architecture)
 

@@ -12,10 +12,10 @@ import torch
 from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from cakeflow.errors import ConfigError, Fault, RequestError, require_positive
 from cakeflow.forward.packing import plan
+from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import ROLES, Role, Site
 from cakeflow.models.language import LanguageModel
@@ -93,7 +93,7 @@ class CausalTrace(Attribution):
         log.info("tracing %d facts in %d layers, noise %.4g", len(rows), len(layers), noise)
         cache = TraceCache.of(lm, {**settings, "max_tokens": None}, folder)
         missing = [row for row in dict.fromkeys(rows) if row not in cache]
-        with tqdm(total=len(missing), desc="causal trace", unit="fact", delay=2) as bar:
+        with progress_bar(len(missing), "causal trace", "fact") as bar:
             lengths = [(row.target - self._first(row)) * self.draws * len(layers) for row in missing]
             for group in plan(lengths, self.max_tokens):
                 chosen = [missing[i] for i in group]

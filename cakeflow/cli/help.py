@@ -1,0 +1,131 @@
+"""Help pages of one screen: all commands, and the options of ``fit`` and ``evaluate`` that matter."""
+
+from __future__ import annotations
+
+import re
+import textwrap
+from collections.abc import Mapping, Sequence
+
+from cakeflow.core.config import shipped
+
+WIDTH = 80
+HELP = ("-h", "--help")
+GROUPS = {
+    "edit and measure": ("fit", "evaluate"),
+    "look at runs": ("report", "compare", "log", "verify", "replay", "rollback"),
+    "take the edited model along": ("export", "apply"),
+    "find layers and facts": ("trace", "facts"),
+}
+"""Groups of commands on the main page; others stand below them."""
+MORE = {
+    "method": "or a YAML file",
+    "model": "or a folder, a GGUF file, a hub id, with --model.layers",
+    "data": "or a JSON, JSONL, CSV or Parquet file, a URL, a hub data set",
+}
+"""Kind of a shipped config -> what else its option takes."""
+MAIN = """\
+cakeflow edits facts in transformer language models: afterwards the model states
+the new fact, and what it says otherwise stays as it was.
+
+usage: cakeflow COMMAND [options]
+
+{commands}
+
+examples:
+  cakeflow fit --method cake --model smollm2-135m --data builtin
+  cakeflow report runs/cakeflow/version_0
+
+cakeflow COMMAND --help shows the options of a command, cakeflow --version the
+version."""
+SHIPPED = """\
+  --method NAME   {method}
+  --model NAME    {model}
+  --data NAME     {data}"""
+FIT = """\
+usage: cakeflow fit --method NAME --model NAME --data NAME [options]
+
+Edit facts in a model: search the value that each fact should have, change the
+weights of a few layers, measure before and after, and keep all in a run folder.
+
+{shipped}
+
+  --config FILE                   YAML with any of these options
+  --run_dir FOLDER                run folder; an interrupted run in it goes on
+  --data.limit N                  edit the first N facts only
+  --data.batch_size N             facts that are edited together (default: all)
+  --model.layers [5,6]            layers to edit, or auto
+  --model.rounds N                walk again over facts that did not take
+  --model.dtype TYPE              type of the weights, such as bfloat16
+  --model.statistics.source FILE  texts for second moments, or a hub data set
+  --model.statistics.tokens N     number of their tokens
+  --trainer.accelerator NAME      cpu, gpu, mps or auto
+  --trainer.logger NAME           such as TensorBoardLogger (default: CSV)
+  --import MODULE                 import your own classes, for configs
+  --trust_remote_code             run the Python code of the model's folder
+
+examples:
+  cakeflow fit --method cake --model smollm2-135m --data builtin
+  cakeflow fit --method memit --model org/name --model.layers [5,6] --data my.json
+
+All options: cakeflow fit --help_all; those of the method: --model.help."""
+EVALUATE = """\
+usage: cakeflow evaluate --model NAME --data NAME [options]
+
+Measure how a model answers requests, without editing it: how often it states
+the new facts, also in other words, and what it says of neighbouring ones.
+
+{shipped}
+
+  --config FILE                   YAML with any of these options
+  --run_dir FOLDER                folder for answers and metrics
+  --data.limit N                  measure the first N facts only
+  --data.eval_batch_size N        facts that are asked together
+  --model.layers [5,6]            layers, for models without a shipped config
+  --model.dtype TYPE              type of the weights, such as bfloat16
+  --model.evaluation.protocol X   clean, or official to compare with papers
+  --trainer.accelerator NAME      cpu, gpu, mps or auto
+  --trainer.logger NAME           such as TensorBoardLogger (default: CSV)
+  --import MODULE                 import your own classes, for configs
+  --trust_remote_code             run the Python code of the model's folder
+
+examples:
+  cakeflow evaluate --model smollm2-135m --data builtin
+  cakeflow evaluate --model org/name --model.layers [5,6] --data my.json
+
+All options: cakeflow evaluate --help_all; those of the method: --model.help."""
+PAGES = {"fit": FIT, "evaluate": EVALUATE}
+
+
+def page_for(words: Sequence[str], commands: Mapping[str, str]) -> str | None:
+    """Return the page that words ask for, or None if they ask for none of these pages.
+
+    Args:
+        words: Those after the program's name.
+        commands: Every command with its docstring.
+    """
+    if not words or (len(words) == 1 and words[0] in HELP):
+        return MAIN.format(commands=_grouped(commands))
+    if words[0] in PAGES and set(HELP) & set(words[1:]):
+        return PAGES[words[0]].format(shipped=SHIPPED.format(**{kind: _names(kind) for kind in MORE}))
+    return None
+
+
+def _grouped(commands: Mapping[str, str]) -> str:
+    others = tuple(name for name in commands if name not in sum(GROUPS.values(), ()))
+    parts = []
+    for title, names in {**GROUPS, "more": others}.items():
+        lines = [f"  {name:<10}{_summary(commands[name])}" for name in names if name in commands]
+        parts += [f"{title}:", *lines] if lines else []
+    return "\n".join(parts)
+
+
+def _summary(docstring: str) -> str:
+    """Return the first statement of a docstring, in a line of the page."""
+    first = re.split(r"[:;,]|\.$", docstring.strip().split("\n")[0])[0]
+    return textwrap.shorten(first, WIDTH - 12, placeholder=" ...")
+
+
+def _names(kind: str) -> str:
+    text = f"{', '.join(shipped(kind))}; {MORE[kind]}"
+    lines = textwrap.wrap(text, WIDTH - 18, break_on_hyphens=False)
+    return ("\n" + 18 * " ").join(lines)
