@@ -70,7 +70,7 @@ def test_python_says_it_in_the_same_words(tmp_path):
     (tmp_path / "bad.yaml").write_text(json.dumps({"model": {"init_args": {"ruonds": 1}}}))
     with pytest.raises(ConfigError, match=r"bad.yaml: model \(LocateThenEdit\) has no setting 'ruonds'; did you mean"):
         build_module([tmp_path / "bad.yaml"])
-    with pytest.raises(ConfigError, match="no method config 'caek'; did you mean 'cake'?"):
+    with pytest.raises(ConfigError, match="no method config 'caek'; did you mean 'cake'"):
         find_config("method", "caek")
 
 
