@@ -1,5 +1,7 @@
 """The family of errors."""
 
+from typing import Literal
+
 import pytest
 
 from cakeflow import errors
@@ -12,6 +14,8 @@ from cakeflow.errors import (
     PluginError,
     PolicyError,
     RequestError,
+    did_you_mean,
+    require_choice,
 )
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
@@ -58,3 +62,25 @@ def test_no_message_moves_the_cursor(kind):
     )
     assert all(line.isprintable() for line in str(error).split("\n"))
     assert len(str(error).split("\n")) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "names", "end"),
+    [
+        ("caek", ["cake", "memit"], "; did you mean 'cake'?"),
+        ("steps", ["steps", "stop"], ""),
+        ("entirely else", ["cake", "memit"], ""),
+        ("lat", ["last", "late", "first"], "; did you mean 'late' or 'last'?"),
+        (3, ["30"], "; did you mean '30'?"),
+        ("x", [], ""),
+    ],
+)
+def test_near_names_are_proposed(value, names, end):
+    assert did_you_mean(value, names) == end
+
+
+def test_a_choice_proposes_the_nearest():
+    with pytest.raises(
+        errors.ConfigError, match="form must be one of exact, answer, got 'anser'; did you mean 'answer'"
+    ):
+        require_choice("form", "anser", Literal["exact", "answer"])

@@ -65,7 +65,7 @@ weights of a few layers, measure before and after, and keep all in a run folder.
 
 examples:
   cakeflow fit --method cake --model smollm2-135m --data builtin
-  cakeflow fit --method memit --model org/name --model.layers [5,6] --data my.json
+  cakeflow fit --method memit --model gpt2 --model.layers [3,4,5] --data my.json
 
 All options: cakeflow fit --help_all; those of the method: --model.help."""
 EVALUATE = """\
@@ -90,7 +90,7 @@ the new facts, also in other words, and what it says of neighbouring ones.
 
 examples:
   cakeflow evaluate --model smollm2-135m --data builtin
-  cakeflow evaluate --model org/name --model.layers [5,6] --data my.json
+  cakeflow evaluate --model gpt2 --model.layers [3] --data my.json
 
 All options: cakeflow evaluate --help_all; those of the method: --model.help."""
 PAGES = {"fit": FIT, "evaluate": EVALUATE}

@@ -69,6 +69,10 @@ def _wrong_type(match: re.Match[str], where: str, *_: object) -> str:
     return f"{where} must be {_kind(match[1])}, got {match[2]!r}"
 
 
+def _other_reason(match: re.Match[str], _: str, message: str, *__: object) -> str:
+    return f"{'.'.join(_KEY.findall(message[: match.end()]))}: {match[1]}"
+
+
 def _wrong_union(_: re.Match[str], __: str, message: str, *___: object) -> str:
     """Name the innermost setting, whose kinds stand last."""
     start = message.rindex("Subtypes: [")
@@ -96,6 +100,10 @@ _RULES: tuple[tuple[str, _Explain], ...] = (
     (r"Expected a dot import path string: (.+)", _unknown_class),
     (r"Expected a typing.Literal\[(.*?)\]\. Got value: (.*)", _no_choice),
     (r"Expected a (<class '.+?'>)\. Got value: (.*)", _wrong_type),
+    (
+        r"(?:Problem with given class_path '.+?'|Parser key \".+?\"):\n\s+(?!Does not|Parser key|Problem|-)(\S.*)",
+        _other_reason,
+    ),
     (r"Subtypes: \[", _wrong_union),
 )
 """What jsonargparse says -> what we say; the first one that fits counts."""

@@ -14,7 +14,7 @@ from typing import Any
 
 from typing_extensions import Buffer
 
-from cakeflow.errors import ConfigError, Fault, RequestError, listed
+from cakeflow.errors import ConfigError, Fault, RequestError, did_you_mean, listed
 
 SOURCES = (
     "give 'builtin', a .json or .jsonl file (also .gz; of texts, .txt too), an .arrow file, a folder with a data set, "
@@ -110,7 +110,7 @@ class Parts:
 
 def _require_file(path: Path) -> None:
     if not exists(path) or not path.is_file():
-        raise ConfigError(f"no file or folder {str(path)[:300]!r}; {SOURCES}")
+        raise ConfigError(f"no file or folder {str(path)[:300]!r}{did_you_mean(path, ['builtin'])}; {SOURCES}")
 
 
 @contextmanager

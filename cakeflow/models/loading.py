@@ -63,7 +63,7 @@ def load_model(
         names = ", ".join(EMBEDDED)
         raise ConfigError(
             f"model {str(base)!r} is neither an embedded name ({names}), a folder, a .gguf file nor a hub id "
-            f"that loads here{did_you_mean(base, EMBEDDED)}\n{error}{copied}"
+            f"that loads here{did_you_mean(base, EMBEDDED)}: {error}{copied}"
         ) from error
     return LanguageModel.wrap(model, tokenizer, architecture)
 

@@ -1,6 +1,7 @@
 """The command line, run in this process on a tiny model in a folder."""
 
 import json
+import shlex
 import sys
 
 import pytest
@@ -9,6 +10,7 @@ from cakeflow.cli.command_line import main as script
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.checkpoint import SafeCheckpointIO
 from cakeflow.core.config import shipped
+from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.report import verdict
 
 
@@ -51,14 +53,6 @@ def arguments(folder, command, *more):
     ]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     return [command, f"--config={shipped('method')['alphaedit']}", *base, *quiet, *more]
-
-
-@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["evaluate", "--help"]])
-def test_help_exits_cleanly(words, capsys):
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 0
-    assert "usage" in capsys.readouterr().out
 
 
 def test_print_config_shows_the_composition_and_loads_nothing(capsys):
@@ -136,6 +130,69 @@ def test_fit_edits_prints_tables_and_leaves_a_run_folder(folder, capsys):
     (checkpoint,) = done.folder.rglob("*.ckpt")
     assert SafeCheckpointIO().load_checkpoint(checkpoint)["global_step"] == 1
     assert "Contexts" in json.loads((done.folder / "run.json").read_text())["settings"]["contexts"]
+
+
+def interrupted(words):
+    """The exit status of a command that is interrupted before its first edit."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocateThenEdit, "prepare", interrupt)
+        with pytest.raises(SystemExit) as stop:
+            main(words)
+    return stop.value.code
+
+
+@pytest.mark.parametrize("words", [[], ["--run_dir", "my runs/one"], ["--run_dir=my runs/one"]])
+def test_an_interrupt_prints_the_command_that_goes_on(words, folder, caplog, capsys):
+    quick = ["--model.statistics.source", str(folder / "corpus.txt"), "--model.statistics.tokens", "2048",
+             "--model.statistics.window", "64", "--model.targets.steps", "2", "--data.batch_size", "2"]  # fmt: skip
+    typed = arguments(folder, "fit", *quick, *words)
+    assert interrupted(typed) == 130
+    (message,) = [line for line in caplog.messages if "go on with: " in line]
+    program, *command = shlex.split(message.split("go on with: ")[1])
+    assert program == "cakeflow"
+    assert command == (typed if words else [*typed, "--run_dir", "runs/cakeflow/version_0"])
+    assert "interrupted" in capsys.readouterr().err
+    result = main(command)
+    assert str(result.folder) == ("my runs/one" if words else "runs/cakeflow/version_0")
+    assert len(result.journal) == 2
+
+
+def test_a_run_with_a_logger_of_its_own_goes_on_as_it_was_typed(folder, caplog):
+    words = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.logger.version", "mine"]
+    typed = arguments(folder, "fit", *words)
+    assert interrupted(typed) == 130
+    (message,) = [line for line in caplog.messages if "go on with: " in line]
+    assert shlex.split(message.split("go on with: ")[1])[1:] == typed
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ft"], "there is no command 'ft'; did you mean 'fit'?\nsee cakeflow --help"),
+        (["--data.limit", "3", "fit"], "the command comes first"),
+        (["fit", "--method", "caek"], "no method config 'caek'; did you mean 'cake'?"),
+        (["fit", "--method", "cake", "--model", "smolm2-135m"], "'smolm2-135m'; did you mean 'smollm2-135m'?"),
+        (["fit", "--model", "smolm2-135m", "--model.layers", "[3]"], "that loads here; did you mean 'smollm2-135m'?"),
+        (["fit", "--model", "smollm2-135m", "--data", "builtn.json"], "'builtn.json'"),
+        (["fit", "--model", "smollm2-135m", "--trainer.max_time", "soon"], "`Timer(duration='soon')` is not a valid"),
+        (["report", "--oot", "x", "y"], "unknown option --oot; did you mean '--out'?\nsee cakeflow report --help"),
+        (["report"], "required: run\nsee cakeflow report --help"),
+        (["report", "nowhere"], "nowhere is no run folder"),
+    ],
+)
+def test_a_bad_command_ends_with_status_2_and_a_message(words, message, workplace, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main([*words, "--data", "builtin"] if words[0] == "fit" and "--data" not in words else words)
+    printed = capsys.readouterr()
+    assert stop.value.code == 2
+    assert message in printed.err
+    assert printed.err.startswith("error: ")
+    assert "usage" not in printed.err
+    assert "Traceback" not in printed.err
 
 
 def test_the_console_script_ends_with_status_0(folder, monkeypatch):

@@ -1,6 +1,8 @@
 """Settings of a Trainer are honoured, or refused before anything is read; a run that was stopped is not complete."""
 
 import copy
+import logging
+import signal
 import warnings
 
 import lightning as L
@@ -8,11 +10,12 @@ import pytest
 import torch
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
-from tiny_runs import content, editor_of, module_of, state
+from tiny_runs import StopAfter, content, editor_of, module_of, state
 
 from cakeflow import EditDataModule, Editor
 from cakeflow.cli.command_line import run_command
-from cakeflow.core.trainer import check_settings
+from cakeflow.core.trainer import TRAINING_WORDS, check_settings
+from cakeflow.core.trainer import quiet as silence  # a fixture is called quiet as well
 from cakeflow.errors import ConfigError, NotTakenWarning
 from cakeflow.journal.ledger import read_entries
 
@@ -151,3 +154,61 @@ def test_the_default_type_of_the_process_decides_nothing(lm, requests, quiet):
     finally:
         torch.set_default_dtype(torch.float32)
     assert state(lm, plain.module) == state(other, narrow.module)
+
+
+def lightnings(caplog):
+    return [record.message for record in caplog.records if record.name.startswith("lightning")]
+
+
+def test_lightning_says_nothing_of_training(lm, requests, caplog, tmp_path):
+    caplog.set_level(logging.INFO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.simplefilter("ignore", NotTakenWarning)
+        editor = editor_of(lm)
+        editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
+        editor.evaluate(requests[:2])
+    assert lightnings(caplog) == []
+    L.Trainer(accelerator="cpu", logger=False)  # the process is as it was
+    assert any("GPU available" in line for line in lightnings(caplog))
+
+
+def test_silence_can_be_nested_and_keeps_warnings(caplog):
+    caplog.set_level(logging.INFO)
+    log = logging.getLogger(TRAINING_WORDS[0])
+    with silence():
+        with silence():
+            log.info("tip")
+        log.info("tip")
+        log.warning("trouble")
+    log.info("later")
+    assert lightnings(caplog) == ["trouble", "later"]
+
+
+@pytest.mark.parametrize("batches", [0, 1])
+def test_an_interrupt_is_one_and_says_how_to_go_on(batches, lm, requests, tmp_path, caplog):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        editor_of(lm, {"callbacks": [StopAfter(batches)]}).fit(requests[:4], 2, run_dir=tmp_path / "run")
+    assert signal.getsignal(signal.SIGINT) is handler
+    words = f"stopped: {batches} batches are done and stored; go on with: editor.fit(..., run_dir='{tmp_path / 'run'}')"
+    assert words in caplog.messages
+
+
+class StopAsking(L.Callback):
+    """Ends an evaluation as an interrupt would."""
+
+    def on_validation_batch_start(self, *_):
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_evaluation_is_an_interrupt(lm, requests):
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        editor_of(lm, {"callbacks": [StopAsking()], "logger": False}).evaluate(requests[:2])
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_an_exit_that_is_no_interrupt_stays_one(lm, requests, tmp_path):
+    with pytest.raises(SystemExit, match="3"):
+        editor_of(lm, {"callbacks": [StopAfter(0, SystemExit(3))]}).fit(requests[:2], run_dir=tmp_path / "run")

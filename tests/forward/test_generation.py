@@ -82,16 +82,16 @@ def recorded(monkeypatch):
     bars = []
 
     class Bar(tqdm):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs, disable=True)
-            self.total, self.title, self.updates = kwargs["total"], kwargs["desc"], []
+        def __init__(self, total, title, unit):
+            super().__init__(total=total, desc=title, unit=unit, disable=True)
+            self.total, self.title, self.updates = total, title, []
             bars.append(self)
 
         def update(self, n=1):
             self.n += n
             self.updates.append(n)
 
-    monkeypatch.setattr("cakeflow.forward.generation.tqdm", Bar)
+    monkeypatch.setattr("cakeflow.forward.generation.progress_bar", Bar)
     return bars
 
 

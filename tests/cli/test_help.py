@@ -1,0 +1,63 @@
+"""The help pages: one screen each, and every option on them is one."""
+
+import re
+from contextlib import suppress
+
+import pytest
+
+from cakeflow.cli.command_line import run_command as main
+from cakeflow.cli.help import PAGES
+from cakeflow.cli.runs import COMMANDS
+from cakeflow.core.config import shipped
+
+SCREEN = (40, 80)
+"""Lines and columns."""
+VALUES = {
+    "run_dir": "runs/x", "data.limit": "3", "data.batch_size": "2", "data.eval_batch_size": "2", "model.layers": "[1]",
+    "model.rounds": "1", "model.dtype": "bfloat16", "model.statistics.source": "corpus.txt",
+    "model.statistics.tokens": "4096", "model.evaluation.protocol": "official", "trainer.accelerator": "cpu",
+    "trainer.logger": "CSVLogger", "import": "json", "method": "cake", "model": "smollm2-135m", "data": "builtin",
+    "config": str(shipped("method")["cake"]),
+}  # fmt: skip
+
+
+def page(words, capsys):
+    with suppress(SystemExit):  # the pages of the parsers
+        main(words)
+    printed = capsys.readouterr()
+    assert printed.err == ""
+    return printed.out
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], *([name, "--help"] for name in (*PAGES, *COMMANDS)), ["fit", "-h"]])
+def test_a_page_fits_a_screen(words, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(SCREEN[1]))
+    lines = page(words, capsys).splitlines()
+    assert "usage: cakeflow" in "\n".join(lines)
+    assert len(lines) <= SCREEN[0]
+    assert max(map(len, lines)) <= SCREEN[1]
+
+
+def test_the_main_page_has_every_command_once(capsys):
+    text = page([], capsys)
+    assert text == page(["--help"], capsys)
+    for name in (*PAGES, *COMMANDS):
+        assert len(re.findall(rf"^  {name} +[A-Z]", text, re.MULTILINE)) == 1
+
+
+@pytest.mark.parametrize("command", PAGES)
+def test_every_option_on_a_page_is_one(command, capsys):
+    text = page([command, "--help"], capsys)
+    options = {*re.findall(r"--([a-z_.]*[a-z])", text)} - {"help_all", "model.help", "trust_remote_code"}
+    words = [word for name in sorted(options) for word in (f"--{name}", VALUES[name])]
+    printed = page([command, *words, "--trust_remote_code", "--print_config"], capsys)
+    assert "layers:" in printed
+    for kind in ("method", "model", "data"):
+        assert all(name in text for name in shipped(kind))
+
+
+def test_the_full_list_is_longer_and_names_every_option(capsys):
+    text = page(["fit", "--help_all"], capsys)
+    assert len(text.splitlines()) > 200
+    assert "--trainer.profiler" in text
+    assert "--model.help" in text
