@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import socket
@@ -12,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import lightning as L
 import numpy as np
 import pytest
@@ -50,11 +53,19 @@ WARNINGS = (
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # in models this small, threads only wait for each other; the variables are for processes that tests start
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    torch.set_num_threads(1)
+    huggingface_hub.constants.HF_HUB_OFFLINE = True
     # how long a test takes is the machine's affair; the same examples every time, so that a failure can be repeated
     settings.register_profile("cakeflow", deadline=None, derandomize=True)
     settings.load_profile("cakeflow")
     for line in WARNINGS:
         config.addinivalue_line("filterwarnings", line)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # the libraries and the tests themselves; looking for garbage in them takes a seventh of the time
 
 
 def unpack(arch: str, folder: Path) -> None:

@@ -60,14 +60,14 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     load_plugins()  # the parser resolves short names among the imported classes
     parser = ConfigParser(exit_on_error=False)
     parser.add_subclass_arguments(EditModule, "model", required=False)
-    parser.set_defaults(MODULE_DEFAULTS)
     parser.add_argument("--config", action="config")
     try:
-        with only_known_classes():
-            config = parser.parse_args([f"--config={path}" for path in configs])
+        with only_known_classes():  # without the defaults of the classes, which they have themselves
+            config = parser.parse_object(MODULE_DEFAULTS, defaults=False)
+            config = parser.parse_args([f"--config={path}" for path in configs], config, defaults=False)
             refuse_trust(config)
             parser.parser_mode = "text"
-            config = parser.parse_object({"model": {"init_args": plain}}, config)
+            config = parser.parse_object({"model": {"init_args": plain}}, config, defaults=False)
     except EditError:
         raise
     except Exception as error:

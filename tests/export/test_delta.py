@@ -1,5 +1,7 @@
 """A delta on the real model; its refusals and forgeries are in ``test_export``."""
 
+import copy
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -9,7 +11,6 @@ from cakeflow.data.schemas import parse_requests
 from cakeflow.export import apply_delta
 from cakeflow.journal import WeightChange
 from cakeflow.models import Site
-from cakeflow.models.loading import load_model
 
 
 def logits(model, ids):
@@ -19,6 +20,7 @@ def logits(model, ids):
 @pytest.mark.real
 def test_the_embedded_model_can_be_saved_and_patched(smollm2, tmp_path):
     """It comes from a quantized file, which transformers would refuse to save."""
+    fresh = copy.deepcopy(smollm2)
     editor = Editor(LocateThenEdit(smollm2, [9]))
     ids = torch.tensor([smollm2.tokenizer("The river Elbe flows into")["input_ids"]])
     before = logits(editor.model, ids)
@@ -33,7 +35,6 @@ def test_the_embedded_model_can_be_saved_and_patched(smollm2, tmp_path):
         edited = logits(editor.model, ids)
         assert not torch.equal(edited, before)
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "whole"), ids), edited)
-        fresh = load_model("smollm2-135m")
         apply_delta(fresh, tmp_path / "delta")
         assert torch.equal(logits(fresh.model, ids), edited)
     finally:
