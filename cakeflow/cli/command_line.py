@@ -8,7 +8,8 @@ import shlex
 import sys
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,26 @@ class _CommandParser(ConfigParser):
         return action
 
 
+def with_flags(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
+    """Return the words of a command with a value for every switch that stands alone, and no hyphens in options.
+
+    Example:
+        >>> def command(out: str, dry_run: bool = False) -> None: ...
+        >>> with_flags(["x", "--dry-run", "--out", "a-b"], command)
+        ['x', '--dry_run=true', '--out', 'a-b']
+    """
+    switches = {
+        f"--{name}" for name, each in signature(command).parameters.items() if each.annotation in (bool, "bool")
+    }
+    result: list[str] = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, joined, value = word.partition("=")
+        option = option[:2] + option[2:].replace("-", "_") if word.startswith("--") else option
+        alone = option in switches and not joined and following.lower() not in ("true", "false")
+        result.append(f"{option}=true" if alone else option + joined + value)
+    return result
+
+
 def with_trust(config: Any, trusted: Collection[str]) -> Any:
     """Return a config in which these of ``TRUST_OPTIONS`` are switched on wherever they have a place."""
     if isinstance(config, list):
@@ -326,7 +347,9 @@ def _run(words: list[str]) -> Any:
     if words[0] in COMMANDS:
         command = COMMANDS[words[0]]
         with only_known_classes():
-            return auto_cli(command, args=words[1:], prog=f"cakeflow {words[0]}", parser_class=_CommandParser)
+            return auto_cli(
+                command, args=with_flags(words[1:], command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser
+            )
     rest, trusted = take_options(["--help" if word == "--help_all" else word for word in words])
     rest, edited = take_run(rest)
     return EditCLI(

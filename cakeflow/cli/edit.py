@@ -26,9 +26,11 @@ from cakeflow.report.tables import requests_table
 def run_edit(
     texts: list[str],
     file: Path | None = None,
-    subject: list[str] | None = None,
+    subject: str | list[str] | None = None,
     model: str = "smollm2-135m",
     method: str = "cake",
+    model_config: str | None = None,
+    layers: list[int] | None = None,
     run_dir: Path | None = None,
     from_run: Path | None = None,
     dry_run: bool = False,
@@ -37,18 +39,20 @@ def run_edit(
 ) -> FitResult:
     """Edit facts given as sentences: cakeflow edit "LeBron James plays the sport of" "tennis".
 
-    Subjects are guessed and shown; wordings and neighbors to check are proposed, and marked as such.
+    Subjects are guessed and shown; wordings and neighbors to check are proposed.
 
     Args:
-        texts: A sentence up to where the answer begins, and the new answer; several pairs are edited together.
-        file: Facts in a file instead, as for cakeflow fit --data; a subject may be missing there.
-        subject: Subject of each sentence, in order, where the guess is wrong.
+        texts: Sentences up to where the answer begins, each followed by its new answer.
+        file: Facts in a file instead; a subject may be missing there.
+        subject: Subject, where the guess is wrong; of several sentences a list.
         model: An embedded name, a hub id, a folder or a GGUF file.
         method: A shipped recipe or a YAML file.
+        model_config: Tuned numbers for the model, by name or as a YAML file.
+        layers: Layers to edit, for a model without them.
         run_dir: Run folder; by default a new one under runs/.
-        from_run: Finished run to go on from; its edits stay in force.
-        dry_run: Edit, report, and take everything back; nothing is stored.
-        strict: Exit status 1 unless every fact was learned and side effects are within the budget.
+        from_run: Finished run to go on from; its edits stay.
+        dry_run: Edit, report and take everything back.
+        strict: Exit status 1 unless every fact was learned, within the budget.
         budget: YAML file of a policy; a run that breaks it is taken back.
 
     Raises:
@@ -56,14 +60,16 @@ def run_edit(
         RequestError: Listing every bad request; the model is not touched.
         PolicyError: If the budget was broken.
     """
-    requests = [propose(request) for request in _requests(texts, file, subject)]
+    requests = [
+        propose(request) for request in _requests(texts, file, [subject] if isinstance(subject, str) else subject)
+    ]
     Console().print(requests_table(requests))
     trainer: dict[str, Any] = {"callbacks": [PolicyGuard(str(budget))] if budget else []}
     if dry_run:
         if run_dir is not None:
             raise ConfigError(f"--dry_run stores nothing; leave out --run_dir {run_dir}")
         trainer["logger"] = False
-    editor = Editor.from_pretrained(model, method, trainer=trainer)
+    editor = Editor.from_pretrained(model, method, config=model_config, layers=layers, trainer=trainer)
     if from_run is not None:
         go_on_from(from_run, editor.module, run_dir)
     result = editor.fit(requests, run_dir=run_dir)

@@ -11,7 +11,7 @@ from cakeflow.core.config import shipped
 WIDTH = 80
 HELP = ("-h", "--help")
 GROUPS = {
-    "edit and measure": ("fit", "evaluate"),
+    "edit and measure": ("edit", "fit", "evaluate"),
     "look at runs": ("report", "compare", "log", "verify", "replay", "rollback"),
     "take the edited model along": ("export", "apply"),
     "find layers and facts": ("trace", "facts"),
@@ -32,6 +32,7 @@ usage: cakeflow COMMAND [options]
 {commands}
 
 examples:
+  cakeflow edit "LeBron James plays the sport of" "tennis"
   cakeflow fit --method cake --model smollm2-135m --data builtin
   cakeflow report runs/cakeflow/version_0
 
@@ -51,6 +52,8 @@ weights of a few layers, measure before and after, and keep all in a run folder.
 
   --config FILE                   YAML with any of these options
   --run_dir FOLDER                run folder; an interrupted run in it goes on
+  --from RUN                      finished run to go on from; its edits stay
+  --strict                        exit status 1 unless every fact was learned
   --data.limit N                  edit the first N facts only
   --data.batch_size N             facts that are edited together (default: all)
   --model.layers [5,6]            layers to edit, or auto
@@ -68,6 +71,27 @@ examples:
   cakeflow fit --method memit --model gpt2 --model.layers [3,4,5] --data my.json
 
 All options: cakeflow fit --help_all; those of the method: --model.help."""
+EDIT = """\
+usage: cakeflow edit SENTENCE ANSWER [SENTENCE ANSWER ...] [options]
+
+Edit facts given as sentences, each up to where its answer begins. Subjects are
+guessed and shown; wordings and neighbors to check are proposed.
+
+  --subject NAME       subject, where the guess is wrong; of several a list
+  --file FILE          facts in a file instead; a subject may be missing there
+  --model NAME         embedded name, hub id, folder or GGUF file
+  --method NAME        recipe, or a YAML file
+  --model_config NAME  tuned numbers for the model, or a YAML file of them
+  --layers [5,6]       layers to edit, for a model without tuned numbers
+  --run_dir FOLDER     run folder (default: a new one under runs/)
+  --from RUN           finished run to go on from; its edits stay
+  --dry_run            edit, report and take everything back
+  --strict             exit status 1 unless every fact was learned
+  --budget FILE        policy for side effects; a run that breaks it is undone
+
+examples:
+  cakeflow edit "LeBron James plays the sport of" "tennis" --dry_run
+  cakeflow edit "The capital of France is" "Lyon" --from runs/cakeflow/version_0"""
 EVALUATE = """\
 usage: cakeflow evaluate --model NAME --data NAME [options]
 
@@ -93,7 +117,7 @@ examples:
   cakeflow evaluate --model gpt2 --model.layers [3] --data my.json
 
 All options: cakeflow evaluate --help_all; those of the method: --model.help."""
-PAGES = {"fit": FIT, "evaluate": EVALUATE}
+PAGES = {"edit": EDIT, "fit": FIT, "evaluate": EVALUATE}
 
 
 def page_for(words: Sequence[str], commands: Mapping[str, str]) -> str | None:

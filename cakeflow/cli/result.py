@@ -25,4 +25,5 @@ def show_fit(result: FitResult, edits: int) -> None:
             console.print(answers_table(outcome.changed, "Other answers that changed"))
     if line := outcome.verdict if outcome else verdict(result.journal):
         say(line)
-    say(f"run folder: {result.folder}")
+    if result.folder is not None:
+        say(f"run folder: {result.folder}")

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import suppress
+from inspect import signature
 
 import pytest
 
@@ -17,7 +18,7 @@ VALUES = {
     "model.rounds": "1", "model.dtype": "bfloat16", "model.statistics.source": "corpus.txt",
     "model.statistics.tokens": "4096", "model.evaluation.protocol": "official", "trainer.accelerator": "cpu",
     "trainer.logger": "CSVLogger", "import": "json", "method": "cake", "model": "smollm2-135m", "data": "builtin",
-    "config": str(shipped("method")["cake"]),
+    "config": str(shipped("method")["cake"]), "from": "runs/y",
 }  # fmt: skip
 
 
@@ -45,15 +46,20 @@ def test_the_main_page_has_every_command_once(capsys):
         assert len(re.findall(rf"^  {name} +[A-Z]", text, re.MULTILINE)) == 1
 
 
-@pytest.mark.parametrize("command", PAGES)
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
 def test_every_option_on_a_page_is_one(command, capsys):
     text = page([command, "--help"], capsys)
-    options = {*re.findall(r"--([a-z_.]*[a-z])", text)} - {"help_all", "model.help", "trust_remote_code"}
+    options = {*re.findall(r"--([a-z_.]*[a-z])", text)} - {"help_all", "model.help", "trust_remote_code", "strict"}
     words = [word for name in sorted(options) for word in (f"--{name}", VALUES[name])]
     printed = page([command, *words, "--trust_remote_code", "--print_config"], capsys)
     assert "layers:" in printed
     for kind in ("method", "model", "data"):
         assert all(name in text for name in shipped(kind))
+
+
+def test_the_page_of_edit_has_the_arguments_of_its_function(capsys):
+    options = {*re.findall(r"^  --([a-z_]+)", page(["edit", "--help"], capsys), re.MULTILINE)}
+    assert options - {"from"} == {*signature(COMMANDS["edit"]).parameters} - {"texts", "from_run"}
 
 
 def test_the_full_list_is_longer_and_names_every_option(capsys):
