@@ -14,7 +14,7 @@ from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import MOST_ENTRIES, SOURCES, Parts, exists, lines, parse_json, read_text
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
-from cakeflow.errors import ConfigError, Fault, RequestError, did_you_mean
+from cakeflow.errors import ConfigError, Fault, RequestError
 
 Source = str | Path | Mapping[str, object] | Iterable[object]
 """Type of a source: a name, or entries in memory; see ``read_requests``."""
@@ -195,8 +195,7 @@ def _load_hub(name: str, split: str | None) -> Iterable[Any]:
         loaded = datasets.load_dataset(name, split=split)
     except Exception as error:
         raise ConfigError(
-            f"no file or folder {name!r} here, and no data set of this name on the hub that loads"
-            f"{did_you_mean(name, ['builtin'])}\n{error}; {SOURCES}. "
+            f"no file or folder {name!r} here, and no data set of this name on the hub that loads: {error}; {SOURCES}. "
             "Without a network, HF_HUB_OFFLINE=1 reads what datasets has in its cache"
         ) from error
     return _one_split(loaded, None, name)
