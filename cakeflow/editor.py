@@ -29,6 +29,7 @@ from cakeflow.core.progress import as_list, with_progress_bar
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
 from cakeflow.core.trainer import check_settings, check_trainer, quiet
+from cakeflow.core.undo import facts_about, undo_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import FactToken
 from cakeflow.errors import ConfigError
@@ -258,6 +259,31 @@ class Editor:
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` edit batches (default: all), or one by its number; bit for bit."""
         self.journal.rollback(steps, batch=batch)
+
+    def undo(self, name: str) -> list[dict[str, str]]:
+        """Take back single facts, also from inside a batch; later batches and the batch's other facts stay.
+
+        The facts are walked back to the values that they would have without their batch, by the method's own solver;
+        the journal has that as a batch of its own.
+
+        Args:
+            name: A subject, or a prompt with its subject.
+
+        Returns:
+            For each fact its ``prompt``, the ``target`` that it had, and the model's answers ``before`` and ``after``.
+
+        Raises:
+            ConfigError: If no fact in force is that, or the method takes back whole batches only.
+        """
+        edited = {**TRAINER_DEFAULTS, **({} if isinstance(self._trainer, L.Trainer) else self._trainer)}
+        arguments = {**edited, "logger": False, "callbacks": []}
+        facts = facts_about(self.journal, name)
+        prompts = [step.requests[i].text for step, i in facts]
+        before = self.ask(prompts)
+        undo_facts(lambda: L.Trainer(**arguments), self.module, facts)
+        targets, after = [step.requests[i].target_new for step, i in facts], self.ask(prompts)
+        names = ("prompt", "target", "before", "after")
+        return [dict(zip(names, row, strict=True)) for row in zip(prompts, targets, before, after, strict=True)]
 
     def reverted(self) -> AbstractContextManager[None]:
         """The unedited model for a while: ``with editor.reverted(): ...``."""

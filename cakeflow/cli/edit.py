@@ -20,7 +20,9 @@ from cakeflow.data.sources import read_entries
 from cakeflow.data.subject import guess_subject
 from cakeflow.editor import Editor
 from cakeflow.errors import ConfigError
-from cakeflow.report.tables import requests_table
+from cakeflow.journal.audit import ledger_of, name_of_base
+from cakeflow.report.tables import requests_table, rows_table
+from cakeflow.storage.locks import locked
 
 
 def run_edit(
@@ -80,6 +82,41 @@ def run_edit(
     if strict and not (result.outcome and result.outcome.is_clean):
         sys.exit(1)
     return result
+
+
+def run_undo(
+    run: Path,
+    name: str,
+    model: str | None = None,
+    method: str = "cake",
+    model_config: str | None = None,
+    layers: list[int] | None = None,
+) -> list[dict[str, str]]:
+    """Take back single facts of a run, also from inside a batch: cakeflow undo RUN "LeBron James".
+
+    The fact is walked back to the value that it would have without its batch; the ledger notes it as a batch.
+
+    Args:
+        run: A run folder.
+        name: A subject, or a sentence with its subject.
+        model: The unedited model, if it cannot be loaded by the name that the run was started with.
+        method: A recipe or a YAML file, whose solver is used.
+        model_config: Tuned numbers for the model, by name or as a YAML file.
+        layers: Layers to change, for a model without them.
+
+    Raises:
+        ConfigError: If no fact in force is that, or a solver's last step allows whole batches only.
+        ResumeError: If the model is another one, or a batch leads to other weights.
+        LockedError: If another process is writing the run.
+    """
+    with locked(ledger_of(run)):
+        source = model or name_of_base(run)
+        editor = Editor.from_pretrained(source, method, config=model_config, layers=layers)
+        editor.load(run)
+        rows = editor.undo(name)
+    Console().print(rows_table(rows, "Taken back"))
+    say(f"{run}: {len(rows)} fact{'s' * (len(rows) > 1)} taken back, {editor.journal.edits} remain")
+    return rows
 
 
 def _requests(texts: Sequence[str], file: Path | None, subjects: Sequence[str] | None) -> list[EditRequest]:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cakeflow.cli.console import say
-from cakeflow.cli.edit import run_edit
+from cakeflow.cli.edit import run_edit, run_undo
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
@@ -180,6 +180,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "verify": run_verify,
     "replay": run_replay,
     "rollback": run_rollback,
+    "undo": run_undo,
     "export": run_export,
     "apply": run_apply,
 }

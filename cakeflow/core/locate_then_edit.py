@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, final
 
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import PASS_TOKENS, Footprint
 from cakeflow.core.module import EditModule
 from cakeflow.core.statistics import Statistics
+from cakeflow.core.undo import UndoWalk
 from cakeflow.core.walk import Walk
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest, FactToken
@@ -277,6 +278,10 @@ class LocateThenEdit(EditModule[TextBatch]):
                 break
         walk.close()
 
+    def undo(self, batch: TextBatch, step: EditStep) -> None:
+        """Walk some facts of an earlier batch back to where they would be without it."""
+        UndoWalk(self, self.facts[batch.first], step).take_back(batch.undo)
+
     def problem(
         self,
         site: Site,
@@ -284,8 +289,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         keys: Float[Tensor, "n d_in"],
         residual: Float[Tensor, "n d_out"],
         prompt_keys: Float[Tensor, "n d_in"],
+        leave_out: Collection[str] = (),
     ) -> LayerProblem:
-        """The solver's problem at a site, under the weights and the history as they are now."""
+        """The solver's problem at a site, under the weights as they are now, and the history but for some facts."""
         for each in (keys, prompt_keys):
             checked_facts("keys are", each, batch, site.layer)
         name = self.lm.weight_name(site)
@@ -295,7 +301,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             weight=self.lm.oriented(name).to(keys.device),
             original_weight=self.original_weight(name).to(keys.device),
             covariance=self.covariances[site.layer].to(keys.device),
-            history=self.journal.history(name) if self.use_history else KeyHistory(),
+            history=self.journal.history(name).without(leave_out) if self.use_history else KeyHistory(),
             prompt_keys=prompt_keys,
             loss=WeightLoss(self.lm, batch, site),
         )

@@ -28,7 +28,7 @@ from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import check_fields
-from cakeflow.errors import EditError, PolicyError
+from cakeflow.errors import ConfigError, EditError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation, warn_of_known
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.evaluation.scoring import check_records
@@ -146,6 +146,14 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def edit(self, batch: B, step: EditStep) -> None:
         """Edit one batch through ``journal.apply(step, ...)``; what is logged meanwhile is stored with the batch."""
 
+    def undo(self, batch: B, step: EditStep) -> None:
+        """Take back the facts ``batch.undo`` of an earlier batch, which has these requests, through ``journal.apply``.
+
+        Raises:
+            ConfigError: If the method can take back whole batches only.
+        """
+        raise ConfigError(f"{type(self).__name__} takes back whole batches only: rollback(batch=NUMBER)")
+
     def finish(self) -> None:
         """Complete a run, after its last batch."""
 
@@ -201,7 +209,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         batches = list(self.trainer.train_dataloader or ())
         with _float32_by_default(), self.phase("ask"):
-            warn_of_known(self.lm, [request for batch in batches for request in batch.requests], self.max_bytes)
+            edited = [request for batch in batches if not batch.undo for request in batch.requests]
+            warn_of_known(self.lm, edited, self.max_bytes)
         with self.journal.reverted():
             self.prepare(batches)
         self.journal.inputs = dict(self.inputs)
@@ -209,7 +218,11 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     @final
     def training_step(self, batch: B, _: int) -> None:
         """Edit one batch: all of it, or, if anything fails, nothing; one that an interrupted run did is repeated."""
-        if step := self.journal.replay_next(batch.requests):
+        if batch.undo:
+            hashes = [request_hash(batch.requests[place]) for place in batch.undo]
+            with _float32_by_default(), self.journal.batch((), undone=hashes) as undoing:
+                self.undo(batch, undoing)
+        elif step := self.journal.replay_next(batch.requests):
             self.log_dict(step.numbers, batch_size=len(step.hashes))
         else:
             with _float32_by_default(), self.journal.batch(batch.requests) as step:

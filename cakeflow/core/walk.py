@@ -53,6 +53,7 @@ class Walk:
 
     Attributes:
         batch: n entries of the facts, each with one key at every layer: what this class calls facts.
+        leave_out: Hashes of requests whose earlier keys are not to be preserved.
 
     Args:
         module: The edit method.
@@ -64,6 +65,7 @@ class Walk:
         self.module, self.facts, self.batch, self.step = module, facts, facts.texts, step
         step.owners = facts.owners
         self.footprint = module.footprints[facts.first]
+        self.leave_out: Sequence[str] = ()
         self.targets: dict[Site, Targets] = {}
         self.walks, self.arrived = [0] * len(self.batch), [0.0] * len(self.batch)
         weights = module.weighter.weigh(module.lm, self.batch, module.layers)
@@ -116,7 +118,8 @@ class Walk:
         residual, share = (self.targets[context.value_site].values - values)[facts], torch.zeros_like(values)
         share[facts] = self.allocate(residual, context, self.batch.part(facts))
         with module.phase("solve"):
-            problem = module.problem(context.site, self.batch, keys, path.required(share), prompt_keys)
+            required = path.required(share)
+            problem = module.problem(context.site, self.batch, keys, required, prompt_keys, self.leave_out)
             update = solved(module.solver, problem, context.site.layer, self.batch, module.max_relative_update)
         if self.is_first:
             module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, share, problem, update))
@@ -204,12 +207,16 @@ class Walk:
         numbers = {"residual": residual, "update": norm, "relative_update": norm / weight} | context.numbers
         if isinstance(module.allocator, ShareAllocator):
             numbers["share"] = float(module.allocator.shares(context.weights)[..., context.index].mean())
-        change = WeightChange(module.lm.weight_name(context.site), update.to("cpu"), problem.keys.cpu())
+        change = WeightChange(module.lm.weight_name(context.site), update.to("cpu"), self.keys_to_preserve(problem))
         with module.phase("solve"), naming(layer, self.batch):
             module.journal.apply(self.step, change, numbers)
         if self.is_first:
             for name, value in numbers.items():
                 self.log(f"layer{layer}/{name}", value)
+
+    def keys_to_preserve(self, problem: LayerProblem) -> Float[Tensor, "n d_in"]:
+        """Keys that later batches should preserve at the layer: those of the batch."""
+        return problem.keys.cpu()
 
     def apply_deferred(self) -> bool:
         """Put each deferred update in the place of the one that it was deferred for; True if there was any."""

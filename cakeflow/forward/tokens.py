@@ -58,6 +58,7 @@ class EditBatch:
 
     def __init__(self, requests: Sequence[EditRequest], numbers: Sequence[int] = ()) -> None:
         self.requests, self.numbers = tuple(requests), tuple(numbers or range(len(requests)))
+        self.undo: tuple[int, ...] = ()  # places of the facts that are to be taken back, in a batch for that
 
     def __len__(self) -> int:
         return len(self.requests)

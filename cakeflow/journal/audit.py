@@ -8,7 +8,7 @@ from pathlib import Path
 
 from cakeflow.errors import EditError, LedgerError, RunFolderError
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import Entry, whole_lines
+from cakeflow.journal.ledger import Entry, bodies, whole_lines
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
@@ -124,13 +124,22 @@ def base_of(run: Path, name: str | None = None) -> LanguageModel:
         RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
     """
-    bodies = [entry.body for entry in JournalStore(ledger_of(run).parent).ledger.entries]
-    names = [body.model for body in bodies if isinstance(body, RunBody)]
-    dtypes = [body.dtype for body in bodies if isinstance(body, ModelBody)]
-    name = name or (names[-1] if names else None)
-    if name is None:
+    entries = JournalStore(ledger_of(run).parent).ledger.entries
+    dtypes = [body.dtype for body in bodies(entries, ModelBody)]
+    return load_model(name or name_of_base(run), dtype=dtypes[-1].removeprefix("torch.") if dtypes else "auto")
+
+
+def name_of_base(run: Path) -> str:
+    """The name of the unedited model that a run was started with.
+
+    Raises:
+        RunFolderError: If there is no ledger.
+        LedgerError: If it names no model.
+    """
+    names = [body.model for body in bodies(JournalStore(ledger_of(run).parent).ledger.entries, RunBody)]
+    if not names:
         raise LedgerError(f"{run}: the ledger names no model; name the unedited model: --model NAME")
-    return load_model(name, dtype=dtypes[-1].removeprefix("torch.") if dtypes else "auto")
+    return names[-1]
 
 
 def replay(run: Path, model: str | None = None, policies: Iterable[Policy] = (), *, judged: bool = True) -> Journal:

@@ -19,7 +19,7 @@ from cakeflow.journal.model_state import ModelState
 from cakeflow.journal.places import EditedPlaces
 from cakeflow.journal.policy import Policies
 from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, ModelBody, RollbackBody, RunBody
-from cakeflow.journal.steps import AppliedChange, EditStep, request_hash, without_batch, without_last
+from cakeflow.journal.steps import AppliedChange, EditStep, facts_in_force, request_hash, without_batch, without_last
 from cakeflow.journal.store import JournalStore
 from cakeflow.models.architecture import Site
 from cakeflow.models.base import EditableModel
@@ -72,8 +72,8 @@ class Journal(Sequence[EditStep]):
 
     @property
     def edits(self) -> int:
-        """Number of facts edited so far."""
-        return sum(len(step.hashes) for step in self.steps)
+        """Number of facts that are edited now."""
+        return len(facts_in_force(self.steps))
 
     @property
     def changes(self) -> list[Change]:
@@ -99,7 +99,7 @@ class Journal(Sequence[EditStep]):
     # ---- making a batch ----
 
     @contextmanager
-    def batch(self, requests: Sequence[EditRequest]) -> Iterator[EditStep]:
+    def batch(self, requests: Sequence[EditRequest], undone: Sequence[str] = ()) -> Iterator[EditStep]:
         """Make a batch: it is committed as a whole when the body ends, and undone as a whole if the body raises.
 
         When this returns, the batch is on disk if the journal has a folder. ``memory.require_ready`` comes first.
@@ -109,7 +109,7 @@ class Journal(Sequence[EditStep]):
         if self.policies.rules:
             self.policies.require(requests)
         known, number = set(self.places.originals), self._count
-        step = EditStep(tuple(requests), inputs=self.inputs | self.policies.inputs)
+        step = EditStep(tuple(requests), inputs=self.inputs | self.policies.inputs, undone=tuple(undone))
         self.pending = step
         try:
             yield step
@@ -214,11 +214,11 @@ class Journal(Sequence[EditStep]):
             raise
 
     @contextmanager
-    def reverted(self) -> Iterator[None]:
-        """Give the model its original places; on exit the edited ones return, bit for bit."""
+    def reverted(self, steps: Sequence[EditStep] = ()) -> Iterator[None]:
+        """Give the model its original places, with these steps only; on exit the edited ones return, bit for bit."""
         edited = self.places.read()
         try:
-            self.places.put(self.places.originals)
+            self.places.restore(set(self.places.originals), steps)
             with self.memory.reverting():
                 yield
         finally:

@@ -172,6 +172,7 @@ class BatchBody(Schema):
             has one.
         numbers: Logged numbers of the batch.
         changes: The changes, in order.
+        undone: SHA-256 of each request of an earlier batch that this one takes back.
         inputs: Name -> SHA-256 of everything that the batch was solved with beside requests and settings: second
             moments, corpus, contexts, policy.
     """
@@ -185,6 +186,7 @@ class BatchBody(Schema):
     owners: list[Count] = Field(default_factory=list)
     numbers: dict[str, Number]
     changes: list[ChangeBody]
+    undone: list[str] = Field(default_factory=list)
     inputs: dict[str, SHA256] = Field(default_factory=dict)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
@@ -51,6 +51,7 @@ class EditStep:
         inputs: Name -> SHA-256 of what the batch was solved with beside requests and settings.
         owners: For each row of keys, target values and their search the place of its request; empty where each request
             has one.
+        undone: SHA-256 of each request of an earlier batch that this one takes back; it has no requests of its own.
         number: Number of the batch in its journal; rolled-back batches keep theirs. -1 until it is committed.
     """
 
@@ -65,10 +66,16 @@ class EditStep:
     after: dict[str, str] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
     owners: list[int] = field(default_factory=list)
+    undone: tuple[str, ...] = ()
     number: int = -1
 
     def __post_init__(self) -> None:
         self.hashes = self.hashes or tuple(map(request_hash, self.requests))
+
+    @property
+    def completes(self) -> bool:
+        """True if it belongs to no facts: it completed the run that the batch before it ended."""
+        return not (self.hashes or self.undone)
 
     @property
     def key_hashes(self) -> list[str]:
@@ -85,10 +92,10 @@ def with_completions(steps: Sequence[EditStep]) -> list[list[EditStep]]:
     """Batches, each together with the steps without facts behind it, which completed the run that it ended."""
     groups: list[list[EditStep]] = []
     for step in steps:
-        if step.hashes or not groups or not groups[-1][0].hashes:
-            groups.append([step])
-        else:
+        if groups and step.completes and not groups[-1][0].completes:
             groups[-1].append(step)
+        else:
+            groups.append([step])
     return groups
 
 
@@ -105,7 +112,7 @@ def without_last(steps: Sequence[EditStep], count: int | None) -> list[EditStep]
 
 
 def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
-    """The steps without one batch, and without what completed a run behind it, which counted on it.
+    """The steps without one batch, and without what counted on it: completions behind it, facts of it taken back.
 
     Raises:
         ConfigError: If there is no such batch.
@@ -116,7 +123,20 @@ def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
             f"no single batch {number!r} to take back; there are {', '.join(map(str, numbers)) or 'none'}"
         )
     place = numbers.index(int(number))
-    return [*steps[:place], *(step for step in steps[place + 1 :] if step.hashes)]
+    hashes = {*steps[place].hashes}
+    rest = (step for step in steps[place + 1 :] if not step.completes and hashes.isdisjoint(step.undone))
+    return [*steps[:place], *rest]
+
+
+def facts_in_force(steps: Iterable[EditStep]) -> list[tuple[EditStep, int]]:
+    """Return the facts that were not taken back: each with its batch and its place there."""
+    facts: dict[str, list[tuple[EditStep, int]]] = {}
+    for step in steps:
+        for place, each in enumerate(step.hashes):
+            facts.setdefault(each, []).append((step, place))
+        for each in step.undone:
+            facts.pop(each, None)
+    return sorted((fact for group in facts.values() for fact in group), key=lambda fact: (fact[0].number, fact[1]))
 
 
 def request_hash(request: EditRequest) -> str:

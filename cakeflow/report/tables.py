@@ -75,6 +75,16 @@ def requests_table(requests: Sequence[EditRequest]) -> Table:
     return table
 
 
+def rows_table(rows: Sequence[Mapping[str, str]], title: str) -> Table:
+    """Return rows of texts as a table, whose columns are the names of the first row."""
+    table = Table(title=title, title_justify="left", show_lines=True)
+    for name in rows[0]:
+        table.add_column(_cell(name))
+    for row in rows:
+        table.add_row(*map(_cell, row.values()))
+    return table
+
+
 def answers_table(answers: Sequence[FreeAnswer], title: str, most: int = 50) -> Table:
     """Return questions with their answers before and after, a row per prompt; of many, those that failed come first.
 
@@ -161,7 +171,8 @@ def _details(body: Schema) -> str:
         case BatchBody():
             facts = [f"{request.get('subject')} -> {request.get('target_new')}" for request in body.requests[:3]]
             facts += ["..."] if len(body.requests) > 3 else []
-            return f"batch {body.batch}, {len(body.hashes)} edits" + (f": {', '.join(facts)}" if facts else "")
+            count = f"{len(body.undone)} facts taken back" if body.undone else f"{len(body.hashes)} edits"
+            return f"batch {body.batch}, {count}" + (f": {', '.join(facts)}" if facts else "")
         case RollbackBody():
             return f"{batch_names(body.batches)} taken back"
         case PolicyBody():

@@ -1,0 +1,117 @@
+"""Taking back single facts of a batch: they are walked back to the values that they would have without it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import lightning as L
+from jaxtyping import Float
+from torch import Tensor
+
+from cakeflow.core.contracts import check_arrival
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.module import EditModule
+from cakeflow.core.trainer import quiet
+from cakeflow.core.walk import Walk
+from cakeflow.data.text import plain
+from cakeflow.errors import ConfigError, RequestWarning, listed
+from cakeflow.journal.journal import Journal
+from cakeflow.journal.steps import EditStep, facts_in_force, request_hash, without_batch
+from cakeflow.models.architecture import Site
+from cakeflow.solvers.problem import LayerProblem
+
+WALKS, ENOUGH = 3, 0.95
+"""Most walks, and the part of the way back after which no further one is made."""
+
+
+class UndoWalk(Walk):
+    """The walk that takes back some facts of a batch, and holds the others of it where they are."""
+
+    def take_back(self, facts: Sequence[int]) -> None:
+        """Walk until these requests of the batch are where they would be without it.
+
+        Args:
+            facts: Places of the requests in the batch.
+
+        Raises:
+            ConfigError: If less than ``min_arrival`` of the way was made, and the module is to fail then.
+        """
+        self.step.owners = []  # a row of keys belongs to no request of this step
+        self.leave_out = [request_hash(request) for request in self.facts.requests]  # all are in the solve
+        entries = [entry for entry, owner in enumerate(self.facts.owners) if owner in facts]
+        for _ in range(WALKS):
+            self.over(range(len(self.batch)))
+            if min(self.arrived[entry] for entry in entries) >= ENOUGH:
+                break
+        arrived = [self.arrived[entry] for entry in entries]
+        self.log("undo/arrived", sum(arrived) / len(arrived))
+        module = self.module
+        check_arrival(arrived, self.batch.part(entries), module.min_arrival, module.on_low_arrival)
+
+    def search(self, value_site: Site, facts: Sequence[int]) -> None:
+        """Take the values that facts would have without their batch, of the others those that they have; once."""
+        if value_site not in self.targets:
+            module, journal = self.module, self.module.journal
+            (number,) = {step.number for step, i in facts_in_force(journal.steps) if step.hashes[i] in self.step.undone}
+            measure = partial(module.targets.measure, module.lm, max_tokens=self.footprint.suffix_tokens)
+            undone = [i for i, owner in enumerate(self.facts.owners) if self.leave_out[owner] in self.step.undone]
+            with module.phase("targets"):
+                present = measure(self.batch, value_site.layer)
+                with journal.reverted(without_batch(journal.steps, number)):
+                    without = measure(self.batch.part(undone), value_site.layer)
+            self.targets[value_site] = present.updated(undone, without)
+
+    def keys_to_preserve(self, problem: LayerProblem) -> Float[Tensor, "0 d_in"]:
+        """None: the history has those of the batch."""
+        return problem.keys[:0].cpu()
+
+
+def facts_about(journal: Journal, name: str) -> list[tuple[EditStep, int]]:
+    """Return every fact in force of a subject, or with a text, as its batch and its place there.
+
+    Args:
+        journal: The journal.
+        name: A subject, or a prompt with its subject; case and punctuation make no difference.
+
+    Raises:
+        ConfigError: If there is none, or texts were not stored.
+    """
+    facts = [(step, i) for step, i in facts_in_force(journal.steps) if step.requests]
+    chosen = [(s, i) for s, i in facts if plain(name) in (plain(s.requests[i].subject), plain(s.requests[i].text))]
+    if not chosen:
+        names = listed([*dict.fromkeys(step.requests[i].subject for step, i in facts)])
+        raise ConfigError(f"no fact in force is about {name!r}; there are facts about {names or 'nothing with a text'}")
+    return chosen
+
+
+def undo_facts(trainers: Callable[[], L.Trainer], module: EditModule, facts: Sequence[tuple[EditStep, int]]) -> None:
+    """Take back facts: a step of the journal for each batch that has some of them.
+
+    Args:
+        trainers: Makes a Trainer without a logger for each batch.
+        module: The edit method, whose model has the edits.
+        facts: The facts, from ``facts_about``.
+
+    Raises:
+        ConfigError: If the method, or what completed a run, allows whole batches only.
+    """
+    if any(step.completes for step in module.journal.steps):
+        raise ConfigError("the solver changed all weights when the run ended; take back whole batches: rollback")
+    for step in dict.fromkeys(step for step, _ in facts):
+        data = _batch_again(module, step, tuple(i for each, i in facts if each is step))
+        with quiet():
+            trainers().fit(module, datamodule=data)
+
+
+def _batch_again(module: EditModule, step: EditStep, places: tuple[int, ...]) -> EditDataModule:
+    """Return the requests of a batch as data, with those marked that are to be taken back."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RequestWarning)  # they were reviewed before their edit
+        data = EditDataModule(list(step.requests))
+    data.evaluate = False
+    data.attach(module, edit=True, evaluate=False)
+    (batch,) = data.train_dataloader()
+    batch.undo = places
+    return data

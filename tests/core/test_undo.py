@@ -1,0 +1,143 @@
+"""Single facts are taken back: they answer as before, and everything else as after."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_runs import content, editor_of, finished_run, state
+
+from cakeflow import Editor, GradientSearch, LeastSquares
+from cakeflow.cli.command_line import run_command as main
+from cakeflow.data import builtin_facts
+from cakeflow.errors import ConfigError
+from cakeflow.evaluation.scoring import score_records
+from cakeflow.journal import Journal, verify
+from cakeflow.models import Site
+from cakeflow.models.language import LanguageModel
+
+
+def bare(requests):
+    return [replace(request, probes=()) for request in requests]
+
+
+def strong_editor(lm):
+    """An editor whose edits arrive whole: second moments hold hardly anything back."""
+    moment = 1e-9 * torch.eye(lm.key_width(Site(0, "mlp_out")), dtype=torch.float64)
+    targets = GradientSearch(steps=12, lr=0.5)
+    return editor_of(lm, moments=dict.fromkeys([1, 3], moment), targets=targets, solver=LeastSquares(1e-9))
+
+
+def values(editor, facts):
+    """The facts' values at the last value site."""
+    module = editor.module
+    return module.targets.measure(module.lm, module.encode(facts), 3).initial
+
+
+def test_a_fact_is_where_it_would_be_without_its_batch_and_the_others_stay(tiny):
+    """Two batches; the second fact of the first one is taken back."""
+    facts = bare(builtin_facts()[:6])
+    editor = strong_editor(tiny)
+    before = values(editor, facts)
+    editor.fit(facts, 3, evaluate=False)
+    edited = values(editor, facts)
+    with editor.journal.reverted(editor.journal.steps[1:]):
+        without = values(editor, facts)
+    (row,) = editor.undo(facts[1].subject)
+    after = values(editor, facts)
+    assert (after[1] - without[1]).norm() < 0.05 * (edited[1] - without[1]).norm()
+    moved = (after - edited).norm(dim=1) / (edited - before).norm(dim=1)
+    assert moved[[0, 2]].max() < 1e-3  # its batch is held
+    assert moved[3:].max() < 0.25  # as by any other edit: these random models have keys that are much alike
+    assert row["prompt"] == facts[1].text
+    assert row["after"] == editor.ask(facts[1].text)
+    assert editor.journal.edits == 5
+    assert len(editor.journal) == 3
+
+
+def test_what_was_taken_back_comes_back(lm):
+    editor = strong_editor(lm)
+    editor.fit(bare(builtin_facts()[:3]), evaluate=False)
+    before = state(lm, editor.module)
+    editor.undo(builtin_facts()[0].subject)
+    assert state(lm, editor.module) != before
+    editor.rollback(1)
+    assert state(lm, editor.module) == before
+    assert editor.journal.edits == 3
+    editor.undo(builtin_facts()[0].subject)
+    editor.rollback(batch=0)  # what was taken back from it goes with it
+    assert len(editor.journal) == 0
+
+
+def test_it_is_on_record_and_repeated_bit_for_bit(lm, requests, tmp_path):
+    editor = finished_run(lm, tmp_path, requests)
+    editor.undo(requests[2].subject.upper())
+    after = state(lm, editor.module)
+    assert verify(tmp_path / "run").faults == []
+    editor.rollback()
+    journal = Journal(LanguageModel.wrap(lm.model, lm.tokenizer))
+    journal.load(tmp_path / "run" / "journal")
+    assert journal.edits == 0  # the rollback is on record too
+    lines = (tmp_path / "run" / "journal" / "ledger.jsonl").read_text().splitlines()
+    (tmp_path / "copy").mkdir()
+    for path in (tmp_path / "run" / "journal").iterdir():
+        (tmp_path / "copy" / path.name).write_bytes(path.read_bytes())
+    kept = [line for line in lines if json.loads(line)["kind"] != "rollback"]
+    (tmp_path / "copy" / "ledger.jsonl").write_text("".join(f"{line}\n" for line in kept))
+    again = editor_of(lm)
+    again.journal.load(tmp_path / "copy")
+    assert state(lm, again.module) == after
+    assert again.journal.edits == 5
+
+
+@pytest.mark.parametrize("name", ["Nobody", ""])
+def test_a_name_that_is_not_there(lm, name):
+    editor = editor_of(lm)
+    editor.fit(bare(builtin_facts()[:2]), evaluate=False)
+    before = lm.fingerprint()
+    with pytest.raises(ConfigError, match=r"no fact in force is about .*; there are facts about LeBron James, Lyon"):
+        editor.undo(name)
+    editor.undo("LeBron James")
+    with pytest.raises(ConfigError, match="there are facts about Lyon"):
+        editor.undo("LeBron James")
+    editor.rollback(1)
+    assert lm.fingerprint() == before
+
+
+def test_the_command(lm, requests, tmp_path, capsys):
+    finished_run(lm, tmp_path, requests)
+    (tmp_path / "method.yaml").write_text(
+        "model:\n  statistics: {tokens: 1024, window: 32, batch_tokens: 1024}\n  contexts: {groups: [['{}']]}\n"
+    )
+    before = content(tmp_path / "run")
+    words = ["--model", str(tmp_path / "model"), "--method", str(tmp_path / "method.yaml"), "--layers", "[1, 3]"]
+    main(["undo", str(tmp_path / "run"), requests[1].subject, *words])
+    printed = capsys.readouterr().out
+    assert requests[1].subject in printed
+    assert "1 fact taken back, 5 remain" in printed
+    after = content(tmp_path / "run")
+    assert {name for name in before if before[name] != after[name]} == {"journal/ledger.jsonl"}
+    assert verify(tmp_path / "run").faults == []
+    main(["log", str(tmp_path / "run")])
+    assert "batch 3, 1" in " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+
+@pytest.mark.real
+@pytest.mark.slow
+def test_one_of_twelve_facts_of_the_real_model(tmp_path):
+    """The others still take, and the old answer is back."""
+    facts = bare(builtin_facts()[:12])
+    editor = Editor.from_pretrained("smollm2-135m", "memit", statistics={"tokens": 4096}, contexts={"groups": [["{}"]]},
+                                    trainer={"enable_progress_bar": False, "logger": False})  # fmt: skip
+    prompts = [fact.text for fact in facts]
+    before = editor.ask(prompts)
+    editor.fit(facts, evaluate=False)
+    correct = score_records(editor.module.lm, facts).correct
+    assert correct.sum() >= 11
+    chosen = next(i for i in range(12) if correct[i])
+    (row,) = editor.undo(prompts[chosen])
+    assert row["after"].split()[0] == before[chosen].split()[0]
+    now = score_records(editor.module.lm, facts).correct
+    assert not now[chosen]
+    others = torch.arange(12) != chosen
+    assert torch.equal(now[others], correct[others])
