@@ -11,10 +11,14 @@ import pytest
 
 TEMPLATE = Path(__file__).parents[2] / "plugins" / "template"
 USE = """
+import sys
 from pathlib import Path
+from cakeflow.cli import main
 from cakeflow.core.config import build_module
 module = build_module([Path("method.yaml")])
 print(module.allocator, module.allocator.shares(__import__("torch").ones(3)).tolist())
+sys.argv = ["cakeflow", "plugins"]
+main()
 """
 
 
@@ -42,17 +46,13 @@ def environment(tmp_path_factory):
     return python
 
 
-def test_it_is_listed(environment, tmp_path):
-    listed = run(str(environment), "-c", "from cakeflow.cli import main; main()", "plugins", where=tmp_path)
-    assert "Halving" in listed
-    assert "allocator" in listed
-
-
-def test_a_config_names_it(environment, tmp_path):
+def test_a_config_names_it_and_it_is_listed(environment, tmp_path):
     text = "model: {layers: [1, 2, 3], allocator: {class_path: Halving, init_args: {share: 0.25}}}"
     (tmp_path / "method.yaml").write_text(text)
-    printed = run(str(environment), "-c", USE, where=tmp_path)
-    assert "Halving(share=0.25, residual_at='last') [0.25, 0.25, 1.0]" in printed
+    built, listed = run(str(environment), "-c", USE, where=tmp_path).split("\n", 1)
+    assert "Halving(share=0.25, residual_at='last') [0.25, 0.25, 1.0]" in built
+    assert "Halving" in listed
+    assert "allocator" in listed
 
 
 def test_its_own_test_passes(environment):
