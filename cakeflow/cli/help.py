@@ -12,7 +12,7 @@ WIDTH = 80
 HELP = ("-h", "--help")
 GROUPS = {
     "edit and measure": ("edit", "fit", "evaluate"),
-    "look at runs": ("report", "compare", "log", "verify", "replay", "rollback", "undo"),
+    "look at runs": ("report", "compare", "diff", "log", "verify", "replay", "rollback", "undo"),
     "take the edited model along": ("export", "apply"),
     "find layers and facts": ("trace", "facts"),
 }

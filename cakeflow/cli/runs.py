@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cakeflow.cli.console import say
+from cakeflow.cli.diff import run_diff
 from cakeflow.cli.edit import run_edit, run_undo
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
@@ -176,6 +177,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "plugins": run_plugins,
     "report": run_report,
     "compare": run_compare,
+    "diff": run_diff,
     "log": run_log,
     "verify": run_verify,
     "replay": run_replay,
