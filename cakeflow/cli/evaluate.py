@@ -11,8 +11,7 @@ from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError
 from cakeflow.journal.audit import base_of, ledger_of
-from cakeflow.journal.ledger import bodies, read_entries
-from cakeflow.journal.schema import BatchBody, RollbackBody
+from cakeflow.journal.ledger import read_entries, requests_in_force
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,7 @@ class EditedModel:
         Raises:
             ConfigError: If their texts were not stored.
         """
-        entries = list(read_entries(ledger_of(self.run)))
-        undone = {number for body in bodies(entries, RollbackBody) for number in body.batches}
-        batches = [body for body in bodies(entries, BatchBody) if body.batch not in undone]
-        requests = [request for body in batches for request in body.requests]
+        requests = requests_in_force(list(read_entries(ledger_of(self.run))))
         if not requests:
             raise ConfigError(
                 f"{self.run}: no facts to ask about, or their texts were not stored; name some: --data FILE"

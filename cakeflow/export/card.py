@@ -12,7 +12,7 @@ import yaml
 
 from cakeflow.errors import visible
 from cakeflow.export.manifest import MANIFEST, Manifest, utc
-from cakeflow.journal.ledger import Entry, bodies
+from cakeflow.journal.ledger import Entry, bodies, requests_in_force
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import BatchBody, EndBody, EvaluationBody, RollbackBody, RunBody
 from cakeflow.journal.store import LEDGER
@@ -121,7 +121,7 @@ def _metrics(entries: Sequence[Entry]) -> str:
 
 
 def _edits(entries: Sequence[Entry]) -> str:
-    requests = [request for body in bodies(entries, BatchBody) for request in body.requests]
+    requests = requests_in_force(entries)
     if not requests:
         return "The ledger has hashes of the requests, not their texts.\n"
     lines = [json.dumps(request, ensure_ascii=False) for request in requests[:MOST_EDITS]]

@@ -14,7 +14,7 @@ from cakeflow.errors import ExportError
 from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, bodies
-from cakeflow.journal.schema import RollbackBody, RunBody
+from cakeflow.journal.schema import BatchBody, RollbackBody, RunBody
 from cakeflow.storage.folders import check_free
 from cakeflow.storage.hashing import tensor_hash
 from cakeflow.storage.typed import SHA256, Count, Schema, parse_as
@@ -58,12 +58,15 @@ class RollbackInfo(Schema):
 
 
 def rollbacks_of(entries: Iterable[Entry]) -> list[RollbackInfo]:
-    """Return the rollbacks in a ledger, oldest first."""
-    return [
-        RollbackInfo(batches=entry.body.batches, who=entry.body.who, time=entry.time)
-        for entry in entries
-        if isinstance(entry.body, RollbackBody)
-    ]
+    """Return the rollbacks of whole batches in a ledger, oldest first."""
+    return [rollback_of(entry) for entry in entries if isinstance(entry.body, RollbackBody)]
+
+
+def rollback_of(entry: Entry) -> RollbackInfo:
+    """Return what an entry says of batches, or of single facts, that were taken back."""
+    body = entry.body
+    assert isinstance(body, (RollbackBody, BatchBody))
+    return RollbackInfo(batches=body.batches if isinstance(body, RollbackBody) else [], who=body.who, time=entry.time)
 
 
 def batch_names(numbers: Iterable[int]) -> str:

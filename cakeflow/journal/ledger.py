@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import LedgerError
-from cakeflow.journal.schema import BODIES, FORMAT, Line, upgraded
+from cakeflow.journal.schema import BODIES, FORMAT, BatchBody, Line, RollbackBody, upgraded
 from cakeflow.storage.atomic import append_line, truncate, unfinished
 from cakeflow.storage.locks import locked
-from cakeflow.storage.typed import S, Schema, parse_as, read_as
+from cakeflow.storage.typed import Json, S, Schema, parse_as, read_as
 
 Place = Callable[[int], str]
 """Layer -> name of its edited weight, which format 1 did not write."""
@@ -208,3 +208,27 @@ def _body(line: Line, place: Place, where: str) -> Schema:
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise LedgerError(f"{where}: not a {line.kind} of format 1 ({error!r}); {REMEDY}") from error
     return read_as(BODIES[line.kind], body, where, LedgerError, REMEDY)
+
+
+def taken_back(entries: Iterable[Entry]) -> tuple[dict[int, Entry], dict[str, Entry]]:
+    """Return what was taken back, batches by number and single facts by hash, each with the entry that did it."""
+    batches: dict[int, Entry] = {}
+    facts: dict[str, Entry] = {}
+    for entry in entries:
+        if isinstance(entry.body, RollbackBody):
+            batches |= dict.fromkeys(entry.body.batches, entry)
+        elif isinstance(entry.body, BatchBody):
+            facts |= dict.fromkeys(entry.body.undone, entry)
+    return batches, {each: entry for each, entry in facts.items() if _number(entry) not in batches}
+
+
+def requests_in_force(entries: Sequence[Entry]) -> list[dict[str, Json]]:
+    """Return the requests on record that were not taken back, as far as their texts were stored."""
+    batches, facts = taken_back(entries)
+    own = [body for body in bodies(entries, BatchBody) if body.batch not in batches and body.requests]
+    pairs = (pair for body in own for pair in zip(body.hashes, body.requests, strict=True))
+    return [request for each, request in pairs if each not in facts]
+
+
+def _number(entry: Entry) -> int:
+    return entry.body.batch if isinstance(entry.body, BatchBody) else -1

@@ -283,6 +283,7 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
         facts=step.facts,
         owners=step.owners,
         undone=list(step.undone),
+        who=circumstances().who if step.undone else "",
         numbers=step.numbers,
         changes=changes,
         inputs=step.inputs,

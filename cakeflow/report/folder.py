@@ -16,8 +16,8 @@ from pydantic import ConfigDict
 
 from cakeflow.errors import RunFolderError
 from cakeflow.evaluation.outcome import Outcome
-from cakeflow.export.manifest import RollbackInfo, rollbacks_of, utc
-from cakeflow.journal.ledger import Entry, bodies, read_entries
+from cakeflow.export.manifest import RollbackInfo, rollback_of, rollbacks_of, utc
+from cakeflow.journal.ledger import Entry, bodies, read_entries, taken_back
 from cakeflow.journal.schema import (
     BatchBody,
     EndBody,
@@ -178,13 +178,14 @@ def _ledger(path: Path) -> list[Entry]:
 
 def _edits(path: Path, ledger: Sequence[Entry]) -> Iterator[EditedRequest]:
     """Yield the requests of the run's batches; none if their texts were not stored."""
-    undone = {number: rollback for rollback in rollbacks_of(ledger) for number in rollback.batches}
+    batches, facts = ({each: rollback_of(entry) for each, entry in part.items()} for part in taken_back(ledger))
     for body in bodies(ledger, BatchBody):
         owners = body.owners or range(len(body.requests))  # all of them at one value site, then all at the next
         for place, request in enumerate(body.requests):
             targets = [target for target, owner in zip(body.targets, cycle(owners), strict=False) if owner == place]
             where = f"{path}, batch {body.batch}, requests.{place}"
-            content = {**request, "batch": body.batch, "targets": targets, "rollback": undone.get(body.batch)}
+            rollback = batches.get(body.batch) or facts.get(body.hashes[place])
+            content = {**request, "batch": body.batch, "targets": targets, "rollback": rollback}
             yield read_as(EditedRequest, content, where, RunFolderError, REMEDY)
 
 

@@ -13,8 +13,10 @@ from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.scoring import score_records
 from cakeflow.journal import Journal, verify
+from cakeflow.journal.ledger import read_entries, requests_in_force
 from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
+from cakeflow.report import RunFolder
 
 
 def bare(requests):
@@ -118,6 +120,11 @@ def test_the_command(lm, requests, tmp_path, capsys):
     after = content(tmp_path / "run")
     assert {name for name in before if before[name] != after[name]} == {"journal/ledger.jsonl"}
     assert verify(tmp_path / "run").faults == []
+    edits = RunFolder.read(tmp_path / "run").edits
+    assert [each.subject for each in edits if each.rollback] == [requests[1].subject]
+    ledger = list(read_entries(tmp_path / "run/journal/ledger.jsonl"))
+    assert [each["subject"] for each in requests_in_force(ledger)] == [r.subject for r in [requests[0], *requests[2:6]]]
+    capsys.readouterr()
     main(["log", str(tmp_path / "run")])
     assert "batch 3, 1" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
