@@ -16,6 +16,9 @@ Occurrence = Literal["first", "last"]
 ZsreTarget = Literal["answers", "alt"]
 """Field of zsRE's records that has the new target: the gold answers, of which the first is taken, or another one."""
 
+NEEDS = "missing; every request needs prompt, subject and target_new"
+FORGET = f"{NEEDS}; to have a fact forgotten, name what the model should say instead, such as 'unknown'"
+
 log = logging.getLogger(__name__)
 
 
@@ -98,7 +101,7 @@ def _from_mapping(entry: object, occurrence: Occurrence | None, zsre_target: Zsr
 def _from_own(entry: Mapping[str, Any], occurrence: Occurrence | None) -> EditRequest:
     names, required = {field.name for field in fields(EditRequest)}, ("prompt", "subject", "target_new")
     if not set(required) & set(entry):
-        remedy = "missing; every request needs prompt, subject and target_new, or CounterFact's or zsRE's (MEND) fields"
+        remedy = f"{NEEDS}, or CounterFact's or zsRE's (MEND) fields"
         raise _BadEntryError("prompt", None, f"{remedy}; found {sorted(map(str, entry))}")
     if unknown := sorted(set(entry) - names, key=str):
         raise _BadEntryError(str(unknown[0]), entry[unknown[0]], f"unknown field; known: {', '.join(sorted(names))}")
@@ -108,7 +111,7 @@ def _from_own(entry: Mapping[str, Any], occurrence: Occurrence | None) -> EditRe
         values["prompt"] = _template(prompt, subject, occurrence)
     for name in required:
         if name not in values:
-            raise _BadEntryError(name, None, "missing; every request needs prompt, subject and target_new")
+            raise _BadEntryError(name, None, FORGET if name == "target_new" else NEEDS)
     probes = values.pop("probes", None) or ()
     if isinstance(probes, (str, Mapping)) or not isinstance(probes, Iterable):
         raise _BadEntryError("probes", probes, "give a list of {kind, prompt, expected}")

@@ -24,8 +24,8 @@ from cakeflow.tracing.facts import first_name
 
 TOKENS = 12
 """Most tokens of a completion; an answer in a chat, which often repeats the question, has twice as many."""
-POOL, CHUNK, SPARE = 160, 32, 24
-"""Built-in facts to try for familiar ones, how many at a time, and how many of each form are enough."""
+POOL, CHUNK, SPARE = 160, 32, 8
+"""Built-in facts to try for familiar ones, how many at a time, and how many to find beyond those that are needed."""
 METRICS = {
     ("fact", "completion"): "learned",
     ("fact", "chat"): "learned_chat",
@@ -231,10 +231,10 @@ def familiar_facts(
         leave_out: Subjects that are edited.
         max_bytes: Most bytes beyond the model.
     """
-    path = cache_folder() / "familiar" / f"{content_key('familiar', 1, fingerprint, list(forms))[:16]}.jsonl"
+    path = cache_folder() / "familiar" / f"{content_key('familiar', 1, fingerprint, list(forms), limit)[:16]}.jsonl"
     pool = _cached(path)
     if pool is None:
-        pool = list(_stated(lm, forms, max_bytes))
+        pool = list(_stated(lm, forms, limit + SPARE, max_bytes))
         write_text(path, "".join(f"{each.model_dump_json()}\n" for each in pool))
     names = [plain(name) for name in leave_out]
     free = [each for each in pool if not any(states(each.prompt, name) for name in names)]
@@ -250,13 +250,13 @@ def _cached(path: Any) -> list[FreeAnswer] | None:
         return None
 
 
-def _stated(lm: LanguageModel, forms: Sequence[Any], max_bytes: float | None) -> Iterator[FreeAnswer]:
-    """Yield facts that the model states, until there are ``SPARE`` of each form or a whole chunk has none."""
+def _stated(lm: LanguageModel, forms: Sequence[Any], enough: int, max_bytes: float | None) -> Iterator[FreeAnswer]:
+    """Yield facts that the model states, until there are enough of each form or a whole chunk has none."""
     facts = builtin_facts()
     pool = random.Random(0).sample(facts, POOL)
     count = dict.fromkeys(forms, 0)
     for start in range(0, POOL, CHUNK):
-        short = [form for form in forms if count[form] < SPARE]
+        short = [form for form in forms if count[form] < enough]
         questions = [
             FreeAnswer(topic="familiar", form=form, prompt=fact.text, expected=fact.target_true or "")
             for form in short
