@@ -25,8 +25,8 @@ from cakeflow.models.loading import load_model
 from cakeflow.solvers import LeastSquares
 
 LAYERS = [1, 2, 3]
-METRICS = {"efficacy", "generalization", "specificity", "editscore"}
-METRICS |= {f"{name}_{form}" for name in ("efficacy", "generalization", "specificity") for form in ("exact", "tokens")}
+METRICS = {f"{name}{form}" for name in ("efficacy", "generalization") for form in ("", "_exact", "_tokens")}
+"""No fact here has a neighbor, so nothing can judge specificity."""
 CONTEXTS = Contexts.of(["{}", "The sky is blue. {}"])
 FACTS = [
     EditRequest("The first letter of {}", subject, new, true, (Probe("paraphrase", f"What is said of {subject}"),))

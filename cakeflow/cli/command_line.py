@@ -222,7 +222,7 @@ def with_flags(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
         f"--{name}" for name, each in signature(command).parameters.items() if each.annotation in (bool, "bool")
     }
     result: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         option, joined, value = word.partition("=")
         option = option[:2] + option[2:].replace("-", "_") if word.startswith("--") else option
         alone = option in switches and not joined and following.lower() not in ("true", "false")

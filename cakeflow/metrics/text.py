@@ -6,13 +6,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from nltk.tokenize import NLTKWordTokenizer
-from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -20,6 +18,9 @@ from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import read_text
 from cakeflow.data.text import states
 from cakeflow.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
 WEIGHTS = {2: 2 / 3, 3: 4 / 3}
 """n -> weight of the entropy of n-grams in the official code, which takes their mean, not their sum."""
@@ -32,6 +33,8 @@ def ngram_entropy(text: str, n: int) -> float:
         >>> ngram_entropy("to be or not to be", 2)  # five bigrams, "to be" twice
         1.9219280948873623
     """
+    from nltk.tokenize import NLTKWordTokenizer  # takes long, and few runs have texts
+
     words = NLTKWordTokenizer().tokenize(text)
     counts = np.array(list(Counter(zip(*(words[i:] for i in range(n)), strict=False)).values()), dtype=np.float64)
     shares = counts / max(1.0, counts.sum())
@@ -133,9 +136,9 @@ class Consistency(_TextMean):
         if idf is not None and vocabulary is not None:
             self.vectorizer = _with_frequencies(Path(idf), Path(vocabulary))
         elif corpus is not None:
-            self.vectorizer = TfidfVectorizer().fit(read_text(Path(corpus)).splitlines())
+            self.vectorizer = _vectorizer().fit(read_text(Path(corpus)).splitlines())
         else:
-            self.vectorizer = TfidfVectorizer().fit([str(fact.reference) for fact in builtin_facts()])
+            self.vectorizer = _vectorizer().fit([str(fact.reference) for fact in builtin_facts()])
 
     def update(self, texts: Sequence[Sequence[str]], references: Sequence[str | None]) -> None:
         """Add the free texts of some records, and the text about each record's new target.
@@ -170,11 +173,17 @@ class AnswerRate(_TextMean):
         self._add(float(states(answer, name)) for answer, name in zip(answers, expected, strict=True))
 
 
+def _vectorizer(vocabulary: Any = None) -> TfidfVectorizer:
+    from sklearn.feature_extraction.text import TfidfVectorizer  # takes a second, and few runs have texts
+
+    return TfidfVectorizer(vocabulary=vocabulary)
+
+
 def _with_frequencies(idf: Path, vocabulary: Path) -> TfidfVectorizer:
     """Build a vectorizer from stored frequencies."""
     try:
         words, weights = json.loads(read_text(vocabulary)), np.load(idf, allow_pickle=False)
-        vectorizer = TfidfVectorizer(vocabulary=words)
+        vectorizer = _vectorizer(words)
         vectorizer.idf_ = weights.ravel()
     except ValueError as error:
         raise ConfigError(f"Consistency: {idf} and {vocabulary} are no idf vector with its words: {error}") from error

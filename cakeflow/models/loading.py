@@ -115,8 +115,10 @@ def _convert(gguf: Path, folder: Path) -> None:
     with without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
         del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
-        fresh = AutoModelForCausalLM.from_config(model.config)
-        fresh.load_state_dict(model.state_dict())
+        with torch.device("meta"):  # its weights come next, so none are drawn
+            fresh = AutoModelForCausalLM.from_config(model.config)
+        fresh.load_state_dict(model.state_dict(), assign=True)
+        fresh.tie_weights()
         fresh.generation_config = model.generation_config
         fresh.save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

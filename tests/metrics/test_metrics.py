@@ -39,7 +39,8 @@ def test_two_processes_agree_with_one():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["cakeflow.testing"])  # one import for both
     queue = context.SimpleQueue()
     processes = [context.Process(target=work, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
