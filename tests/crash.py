@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import random
 import select
@@ -112,6 +113,12 @@ def look(lm: LanguageModel, folder: Path, wanted: list[dict[str, str]], told: in
     return len(journal)
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether a run came to its end on disk, even if its process was killed behind it."""
+    ledger = folder / "journal" / "ledger.jsonl"
+    return ledger.exists() and any(json.loads(line)["kind"] == "end" for line in whole_lines(ledger))
+
+
 def reference(lm: LanguageModel) -> list[dict[str, str]]:
     """Hashes of the weights after every number of batches, from a run that nobody disturbs."""
     lm = copy.deepcopy(lm)
@@ -136,13 +143,13 @@ def storm(lm: LanguageModel, kills: int, seed: int) -> dict[str, int]:
         wait = draw.uniform(0.1, 1) * whole if at_random else None
         told, ended = killed(lm, folder, wait, -1 if at_random else place)
         now = look(lm, folder, wanted, max(told, found))
-        found = 0 if ended else now
-        if ended:
-            assert now == len(FACTS)
-            finished += 1
+        over = ended or is_finished(folder)
+        found = 0 if over else now
         done += not ended
         place = place + 1 if not at_random and not ended else 0 if ended and not at_random else place
-        if ended:
+        if over:
+            assert now == len(FACTS)
+            finished += 1
             shutil.rmtree(folder.parent)
             folder = Path(tempfile.mkdtemp()) / "run"
     return {"kills": done, "finished": finished, "batches": len(FACTS)}
