@@ -248,7 +248,7 @@ def test_any_callback_and_logger_works(lm, quiet, requests):
         logger.numbers
     )
     assert {"n_eff", "target/loss", "target/probability", "target/steps"} <= set(logger.numbers)
-    assert {f"{stage}/{name}" for stage in ("before", "after") for name in METRICS} <= set(logger.numbers)
+    assert {f"{stage}/efficacy" for stage in ("before", "after")} <= set(logger.numbers)
     assert logger.numbers["layer3/share"] == watcher.metrics["layer3/share"] == 1.0
     assert logger.numbers["n_eff"] == pytest.approx(3)
 

@@ -8,6 +8,7 @@ import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,8 @@ def requests_in_force(entries: Sequence[Entry]) -> list[dict[str, Json]]:
     """Return the requests on record that were not taken back, as far as their texts were stored."""
     batches, facts = taken_back(entries)
     own = [body for body in bodies(entries, BatchBody) if body.batch not in batches and body.requests]
-    pairs = (pair for body in own for pair in zip(body.hashes, body.requests, strict=True))
-    return [request for each, request in pairs if each not in facts]
+    pairs = (pair for body in own for pair in zip_longest(body.hashes, body.requests))
+    return [request for each, request in pairs if request is not None and each not in facts]
 
 
 def _number(entry: Entry) -> int:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cakeflow.journal.ledger import read_entries
-from cakeflow.report import RunFolder
+from cakeflow.report import RunFolder, render_page
 from cakeflow.report.figures import curves_of
 from cakeflow.report.intervals import Interval
 from cakeflow.report.views import (
@@ -21,7 +21,8 @@ from cakeflow.report.views import (
     seconds_per_edit,
 )
 
-from .conftest import write_ledger
+from .conftest import write_ledger, write_lines
+from .test_page import Page, words
 
 
 @pytest.fixture
@@ -124,3 +125,27 @@ def test_metrics_that_are_null_are_left_out(run_folder):
     assert "fluency" not in changes
     assert "efficacy_answer" not in changes
     assert changes["generalization_tokens"].after.mean == 0.5
+
+
+def test_free_answers_and_the_verdict_stand_on_top(run_folder):
+    bare = Page(render_page(RunFolder.read(run_folder)))
+    assert "Not asked:" in bare.texts["answers"]
+    shared = {"topic": "fact", "prompt": "<i>Ann</i> lives in", "expected": "Rome", "request": 0}
+    lines = [
+        {**shared, "form": "completion", "before": "Oslo", "after": "Rome & more"},
+        {**shared, "form": "chat", "before": "Oslo", "after": "Pisa"},
+        {**shared, "topic": "neighbor", "form": "completion", "expected": "Lyon", "before": "Lyon", "after": "Kiel"},
+    ]
+    write_lines(run_folder / "answers.jsonl", lines)
+    info = json.loads((run_folder / "run.json").read_text())
+    (run_folder / "run.json").write_text(json.dumps({**info, "verdict": "1 of 1 facts <b>learned</b>"}))
+    run = RunFolder.read(run_folder)
+    page = Page(render_page(run))
+    assert "1 of 1 facts <b>learned</b>." in page.header
+    text = words(page.texts["answers"])
+    assert "<i>Ann</i> lives inRomeOslo✓ Rome & moreOslo✗ Pisa" in text
+    assert "Other answers that changed" in text
+    assert "✗ Kiel" in text
+    assert "learned_chat" in page.texts["metrics"]
+    assert run_changes(run)["learned"].difference.mean == 1.0
+    assert run_changes(run)["learned"].after.low < 0.5  # of one record nobody knows much
