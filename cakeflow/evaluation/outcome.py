@@ -194,10 +194,11 @@ def with_own_answers(questions: Sequence[FreeAnswer], answers: Sequence[str]) ->
     answer is left out.
     """
     for question, answer in zip(questions, answers, strict=True):
-        name = question.expected
-        if question.topic == "neighbor" and not (name and states(answer, name)):
-            name = first_name(answer) or " ".join(plain(answer).split()[:3])
-        if name:
+        names = [question.expected]
+        if question.topic == "neighbor":
+            names += [first_name(answer), " ".join(plain(answer).split()[:3])]
+            names = [name for name in names if name and states(answer, name)]
+        for name in names[:1]:
             yield question.model_copy(update={"expected": name, "before": answer})
 
 
