@@ -86,11 +86,11 @@ class OutcomeCheck(L.Callback):
         forms = ("completion", "chat") if self.chat and lm.chats else ("completion",)
         questions = fact_questions(requests, forms) + neighbor_questions(requests, self.neighbors)
         with module.journal.reverted():
+            self._answers = list(with_own_answers(questions, ask(lm, questions, limit)))
             if self.familiar:
                 subjects = [request.subject for request in requests]
                 fingerprint = module.journal.base.fingerprint
-                questions += familiar_facts(lm, fingerprint, forms, self.familiar, subjects, limit)
-            self._answers = list(with_own_answers(questions, ask(lm, questions, limit)))
+                self._answers += familiar_facts(lm, fingerprint, forms, self.familiar, subjects, limit)
         if module.journal.edits:
             pairs = zip(self._answers, ask(lm, self._answers, limit), strict=True)
             self._answers = [each.model_copy(update={"before": text}) for each, text in pairs]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -20,10 +20,12 @@ from cakeflow.errors import (
     NumericalError,
     ShapeError,
     SharedKeyWarning,
+    listed,
 )
 from cakeflow.forward.fact_tokens import FactBatch
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import EditBatch, TextBatch
+from cakeflow.journal.journal import Journal
 from cakeflow.journal.schema import FactBody, Reason
 from cakeflow.models.architecture import Role, Site
 from cakeflow.solvers.base import Solver
@@ -136,6 +138,28 @@ def checked_parts(batch: TextBatch, size: int) -> list[TextBatch]:
             stacklevel=2,
         )
     return list(batch.split(size))
+
+
+def warn_replaced(batch: TextBatch, facts: Sequence[int], journal: Journal, names: Collection[str]) -> None:
+    """Warn of facts of earlier batches, with other prompts, whose value a new one replaces, because they have one key.
+
+    Args:
+        batch: The facts that are edited.
+        facts: Places of those that have an earlier fact's key.
+        journal: The earlier batches.
+        names: Hashes of the earlier facts.
+    """
+    texts = {name: each.text for step in journal for name, each in zip(step.hashes, step.requests, strict=False)}
+    edited = {request.text for request in batch.requests}  # to edit a fact anew is no surprise
+    earlier = [repr(text) for text in (texts.get(name, name[:16]) for name in names) if text not in edited]
+    if not earlier:
+        return
+    warnings.warn(
+        f"{batch.name(facts)}: their keys are those of earlier facts, whose values they replace: {listed(earlier, 3)}; "
+        "where an earlier fact is to stay, edit it again together with the new one",
+        SharedKeyWarning,
+        stacklevel=2,
+    )
 
 
 def checked_weights(weighter: Weighter, weights: Tensor, facts: int, layers: Sequence[int]) -> Float[Tensor, "*n l"]:

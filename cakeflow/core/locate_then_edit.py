@@ -295,13 +295,14 @@ class LocateThenEdit(EditModule[TextBatch]):
         for each in (keys, prompt_keys):
             checked_facts("keys are", each, batch, site.layer)
         name = self.lm.weight_name(site)
+        history = self.journal.history(name) if self.use_history else KeyHistory()
         return LayerProblem(
             keys,
             residual,
             weight=self.lm.oriented(name).to(keys.device),
             original_weight=self.original_weight(name).to(keys.device),
             covariance=self.covariances[site.layer].to(keys.device),
-            history=self.journal.history(name).without(leave_out) if self.use_history else KeyHistory(),
+            history=history.without(leave_out) if leave_out else history,
             prompt_keys=prompt_keys,
             loss=WeightLoss(self.lm, batch, site),
         )

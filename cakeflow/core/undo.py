@@ -29,6 +29,11 @@ WALKS, ENOUGH = 3, 0.95
 class UndoWalk(Walk):
     """The walk that takes back some facts of a batch, and holds the others of it where they are."""
 
+    @property
+    def hashes(self) -> list[str]:
+        """The hash of each request of the batch."""
+        return [request_hash(request) for request in self.facts.requests]
+
     def take_back(self, facts: Sequence[int]) -> None:
         """Walk until these requests of the batch are where they would be without it.
 
@@ -39,7 +44,7 @@ class UndoWalk(Walk):
             ConfigError: If less than ``min_arrival`` of the way was made, and the module is to fail then.
         """
         self.step.owners = []  # a row of keys belongs to no request of this step
-        self.leave_out = [request_hash(request) for request in self.facts.requests]  # all are in the solve
+        self.leave_out = self.hashes  # all of the batch are in the solve
         entries = [entry for entry, owner in enumerate(self.facts.owners) if owner in facts]
         for _ in range(WALKS):
             self.over(range(len(self.batch)))
@@ -56,7 +61,7 @@ class UndoWalk(Walk):
             module, journal = self.module, self.module.journal
             (number,) = {step.number for step, i in facts_in_force(journal.steps) if step.hashes[i] in self.step.undone}
             measure = partial(module.targets.measure, module.lm, max_tokens=self.footprint.suffix_tokens)
-            undone = [i for i, owner in enumerate(self.facts.owners) if self.leave_out[owner] in self.step.undone]
+            undone = [i for i, owner in enumerate(self.facts.owners) if self.hashes[owner] in self.step.undone]
             with module.phase("targets"):
                 present = measure(self.batch, value_site.layer)
                 with journal.reverted(without_batch(journal.steps, number)):

@@ -23,6 +23,7 @@ from cakeflow.core.contracts import (
     naming,
     solved,
     warn_not_taken,
+    warn_replaced,
 )
 from cakeflow.errors import EditError, NotTakenWarning
 from cakeflow.evaluation.scoring import score_reads
@@ -36,6 +37,7 @@ from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.schema import FactBody, Reason, TargetBody
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Site
+from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem, Update
 from cakeflow.targets.base import Targets
 from cakeflow.weighters.base import effective_layers
@@ -44,6 +46,8 @@ if TYPE_CHECKING:
     from cakeflow.core.locate_then_edit import LocateThenEdit
 
 
+SAME_KEY = 1e-4
+"""Distance of two keys, in norms, below which only rounding parts them."""
 LIKELY = 0.6
 """Probability of a target below which its search is the reason that a fact did not take."""
 
@@ -53,7 +57,7 @@ class Walk:
 
     Attributes:
         batch: n entries of the facts, each with one key at every layer: what this class calls facts.
-        leave_out: Hashes of requests whose earlier keys are not to be preserved.
+        leave_out: Hashes of requests whose earlier keys are not to be preserved; None before the first layer.
 
     Args:
         module: The edit method.
@@ -65,7 +69,7 @@ class Walk:
         self.module, self.facts, self.batch, self.step = module, facts, facts.texts, step
         step.owners = facts.owners
         self.footprint = module.footprints[facts.first]
-        self.leave_out: Sequence[str] = ()
+        self.leave_out: Sequence[str] | None = None
         self.targets: dict[Site, Targets] = {}
         self.walks, self.arrived = [0] * len(self.batch), [0.0] * len(self.batch)
         weights = module.weighter.weigh(module.lm, self.batch, module.layers)
@@ -115,6 +119,8 @@ class Walk:
         with module.phase("keys"):
             keys, prompt_keys, values = reader.read(context.site, context.value_site)
             path = module.paths.at(reader.prompts, context.site) if module.writes_blocks else ResidualPath()
+        if self.leave_out is None:
+            self.leave_out = self.replaced(module.journal.history(module.lm.weight_name(context.site)), keys)
         residual, share = (self.targets[context.value_site].values - values)[facts], torch.zeros_like(values)
         share[facts] = self.allocate(residual, context, self.batch.part(facts))
         with module.phase("solve"):
@@ -124,6 +130,20 @@ class Walk:
         if self.is_first:
             module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, share, problem, update))
         self.apply(context, problem, update)
+
+    def replaced(self, history: KeyHistory, keys: Float[Tensor, "n d_in"]) -> list[str]:
+        """Return the facts of earlier batches that have a key of this batch, whose new value takes the old one's place.
+
+        A key cannot keep one value and take another, so the solve is not to preserve theirs; a warning names them.
+        """
+        if history.keys is None or not self.module.use_history:
+            return []
+        distance = torch.cdist(keys, history.keys) / keys.norm(dim=1, keepdim=True)
+        same = (distance < SAME_KEY).cpu()
+        names = [*dict.fromkeys(history.facts[j] for j in same.any(0).nonzero()[:, 0].tolist())]
+        if names := [name for name in names if name]:
+            warn_replaced(self.batch, same.any(1).nonzero()[:, 0].tolist(), self.module.journal, names)
+        return names
 
     def reader(self) -> FactReader:
         """A reader of the batch's keys and values that begins at the bottom."""

@@ -11,7 +11,14 @@ from tiny_runs import LAYERS, editor_of, module_of, name_of
 
 from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares, Uniform
 from cakeflow.core.walk import Walk
-from cakeflow.errors import BlockedWarning, ConfigError, NotTakenWarning, NumericalError, RequestWarning
+from cakeflow.errors import (
+    BlockedWarning,
+    ConfigError,
+    NotTakenWarning,
+    NumericalError,
+    RequestWarning,
+    SharedKeyWarning,
+)
 from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.journal.journal import Journal
@@ -151,14 +158,28 @@ def test_a_fact_without_a_free_token_is_named_before_the_search(massive, tmp_pat
 
 
 def test_facts_that_are_edited_again_take(sharp, learnable, tmp_path):
-    """Their keys are in the history with the value of before, which holds half of the change back in each walk."""
+    """Their keys are in the history with the value of before, which is not preserved against the new one."""
     editor = strong(sharp, learnable[:4], tmp_path / "first", rounds=2)
     second = [
         replace(fact, target_new=word) for fact, word in zip(learnable[:4], ("in", "the", "Paris", "Rome"), strict=True)
     ]
     editor.fit(second, evaluate=False, run_dir=tmp_path / "second")
-    assert [fact.taken for fact in editor.module.journal[1].facts] == [True] * 4
+    outcomes = editor.module.journal[1].facts
+    assert [fact.taken for fact in outcomes] == [True] * 4
+    assert {fact.walks for fact in outcomes} == {1}  # all of the change arrives in the first walk
+    assert min(fact.arrived for fact in outcomes) > 0.8
     assert [arg_max(sharp, request) for request in second] == [True] * 4
+
+
+def test_another_fact_of_an_earlier_key_takes_its_place_and_that_is_said(sharp, learnable, tmp_path):
+    """The prompts are the same up to the end of the subject, so there is one key for both facts."""
+    first = replace(learnable[0], prompt="{} is located in", fact_token="subject_last")
+    other = replace(first, prompt="{} is known as the", target_new="Rome")
+    editor = strong(sharp, [first], tmp_path / "first")
+    with pytest.warns(SharedKeyWarning, match=r"their keys are those of earlier facts, whose values they replace: '"):
+        editor.fit([other], evaluate=False, run_dir=tmp_path / "second")
+    (fact,) = editor.module.journal[1].facts
+    assert fact.arrived > 0.8
 
 
 @dataclass(frozen=True)
