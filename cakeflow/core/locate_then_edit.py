@@ -280,7 +280,8 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     def undo(self, batch: TextBatch, step: EditStep) -> None:
         """Walk some facts of an earlier batch back to where they would be without it."""
-        UndoWalk(self, self.facts[batch.first], step).take_back(batch.undo)
+        if batch.undo is not None:
+            UndoWalk(self, self.facts[batch.first], step).take_back(batch.undo.places)
 
     def problem(
         self,

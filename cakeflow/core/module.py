@@ -219,8 +219,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def training_step(self, batch: B, _: int) -> None:
         """Edit one batch: all of it, or, if anything fails, nothing; one that an interrupted run did is repeated."""
         if batch.undo:
-            hashes = [request_hash(batch.requests[place]) for place in batch.undo]
-            with _float32_by_default(), self.journal.batch((), undone=hashes) as undoing:
+            hashes = [request_hash(batch.requests[place]) for place in batch.undo.places]
+            with _float32_by_default(), self.journal.batch((), hashes, batch.undo.batch) as undoing:
                 self.undo(batch, undoing)
         elif step := self.journal.replay_next(batch.requests):
             self.log_dict(step.numbers, batch_size=len(step.hashes))

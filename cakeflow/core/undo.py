@@ -17,6 +17,7 @@ from cakeflow.core.trainer import quiet
 from cakeflow.core.walk import Walk
 from cakeflow.data.text import plain
 from cakeflow.errors import ConfigError, RequestWarning, listed
+from cakeflow.forward.tokens import Undo
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.steps import EditStep, facts_in_force, request_hash, without_batch
 from cakeflow.models.architecture import Site
@@ -59,12 +60,11 @@ class UndoWalk(Walk):
         """Take the values that facts would have without their batch, of the others those that they have; once."""
         if value_site not in self.targets:
             module, journal = self.module, self.module.journal
-            (number,) = {step.number for step, i in facts_in_force(journal.steps) if step.hashes[i] in self.step.undone}
             measure = partial(module.targets.measure, module.lm, max_tokens=self.footprint.suffix_tokens)
             undone = [i for i, owner in enumerate(self.facts.owners) if self.hashes[owner] in self.step.undone]
             with module.phase("targets"):
                 present = measure(self.batch, value_site.layer)
-                with journal.reverted(without_batch(journal.steps, number)):
+                with journal.reverted(without_batch(journal.steps, self.step.undoes)):
                     without = measure(self.batch.part(undone), value_site.layer)
             self.targets[value_site] = present.updated(undone, without)
 
@@ -104,7 +104,7 @@ def undo_facts(trainers: Callable[[], L.Trainer], module: EditModule, facts: Seq
     """
     if any(step.completes for step in module.journal.steps):
         raise ConfigError("the solver changed all weights when the run ended; take back whole batches: rollback")
-    for step in dict.fromkeys(step for step, _ in facts):
+    for step in reversed(dict.fromkeys(step for step, _ in facts)):
         data = _batch_again(module, step, tuple(i for each, i in facts if each is step))
         with quiet():
             trainers().fit(module, datamodule=data)
@@ -118,5 +118,5 @@ def _batch_again(module: EditModule, step: EditStep, places: tuple[int, ...]) ->
     data.evaluate = False
     data.attach(module, edit=True, evaluate=False)
     (batch,) = data.train_dataloader()
-    batch.undo = places
+    batch.undo = Undo(step.number, places)
     return data

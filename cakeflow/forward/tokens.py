@@ -48,8 +48,18 @@ class Row:
         return self.subject + self.offset
 
 
+class Undo(NamedTuple):
+    """Facts that are to be taken back: the number of their batch in the journal, and their places there."""
+
+    batch: int
+    places: tuple[int, ...]
+
+
 class EditBatch:
     """The requests of one edit batch. A plain class: a Trainer takes dataclasses, tuples and dicts apart.
+
+    Attributes:
+        undo: The facts that are to be taken back, if the batch is one of the journal already; else None.
 
     Args:
         requests: n requests.
@@ -58,7 +68,7 @@ class EditBatch:
 
     def __init__(self, requests: Sequence[EditRequest], numbers: Sequence[int] = ()) -> None:
         self.requests, self.numbers = tuple(requests), tuple(numbers or range(len(requests)))
-        self.undo: tuple[int, ...] = ()  # places of the facts that are to be taken back, in a batch for that
+        self.undo: Undo | None = None
 
     def __len__(self) -> int:
         return len(self.requests)

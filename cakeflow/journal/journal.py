@@ -99,17 +99,17 @@ class Journal(Sequence[EditStep]):
     # ---- making a batch ----
 
     @contextmanager
-    def batch(self, requests: Sequence[EditRequest], undone: Sequence[str] = ()) -> Iterator[EditStep]:
+    def batch(self, requests: Sequence[EditRequest], undone: Sequence[str] = (), of: int = -1) -> Iterator[EditStep]:
         """Make a batch: it is committed as a whole when the body ends, and undone as a whole if the body raises.
 
-        When this returns, the batch is on disk if the journal has a folder. ``memory.require_ready`` comes first.
-        ``PolicyError``: a policy forbids it.
+        When this returns, the batch is on disk if the journal has a folder. ``memory.require_ready`` comes first. Without
+        requests it takes back facts (``undone``, hashes) of the batch ``of``. ``PolicyError``: a policy forbids it.
         """
         self.memory.require_ready("a batch", busy=self.pending is not None)
         if self.policies.rules:
             self.policies.require(requests)
         known, number = set(self.places.originals), self._count
-        step = EditStep(tuple(requests), inputs=self.inputs | self.policies.inputs, undone=tuple(undone))
+        step = EditStep(tuple(requests), inputs=self.inputs | self.policies.inputs, undone=(*undone,), undoes=of)
         self.pending = step
         try:
             yield step

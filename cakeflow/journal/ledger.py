@@ -211,24 +211,24 @@ def _body(line: Line, place: Place, where: str) -> Schema:
     return read_as(BODIES[line.kind], body, where, LedgerError, REMEDY)
 
 
-def taken_back(entries: Iterable[Entry]) -> tuple[dict[int, Entry], dict[str, Entry]]:
-    """Return what was taken back, batches by number and single facts by hash, each with the entry that did it."""
+def taken_back(entries: Iterable[Entry]) -> tuple[dict[int, Entry], dict[tuple[int, str], Entry]]:
+    """Return what was taken back: batches by number, and facts by batch and hash, each with the entry that did it."""
     batches: dict[int, Entry] = {}
-    facts: dict[str, Entry] = {}
+    facts: dict[tuple[int, str], Entry] = {}
     for entry in entries:
         if isinstance(entry.body, RollbackBody):
             batches |= dict.fromkeys(entry.body.batches, entry)
-        elif isinstance(entry.body, BatchBody):
-            facts |= dict.fromkeys(entry.body.undone, entry)
+        elif isinstance(entry.body, BatchBody) and entry.body.undoes is not None:
+            facts |= {(entry.body.undoes, each): entry for each in entry.body.undone}
     return batches, {each: entry for each, entry in facts.items() if _number(entry) not in batches}
 
 
 def requests_in_force(entries: Sequence[Entry]) -> list[dict[str, Json]]:
     """Return the requests on record that were not taken back, as far as their texts were stored."""
     batches, facts = taken_back(entries)
-    own = [body for body in bodies(entries, BatchBody) if body.batch not in batches and body.requests]
-    pairs = (pair for body in own for pair in zip_longest(body.hashes, body.requests))
-    return [request for each, request in pairs if request is not None and each not in facts]
+    own = [body for body in bodies(entries, BatchBody) if body.batch not in batches]
+    rows = ((body.batch, *pair) for body in own for pair in zip_longest(body.hashes, body.requests))
+    return [request for number, each, request in rows if request is not None and (number, each) not in facts]
 
 
 def _number(entry: Entry) -> int:

@@ -173,6 +173,7 @@ class BatchBody(Schema):
         numbers: Logged numbers of the batch.
         changes: The changes, in order.
         undone: SHA-256 of each request of an earlier batch that this one takes back.
+        undoes: Number of that batch; None if there is none.
         who: The user who took them back; empty otherwise, as the run says who edits.
         inputs: Name -> SHA-256 of everything that the batch was solved with beside requests and settings: second
             moments, corpus, contexts, policy.
@@ -188,6 +189,7 @@ class BatchBody(Schema):
     numbers: dict[str, Number]
     changes: list[ChangeBody]
     undone: list[str] = Field(default_factory=list)
+    undoes: Count | None = None
     who: str = ""
     inputs: dict[str, SHA256] = Field(default_factory=dict)
 

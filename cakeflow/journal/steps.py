@@ -52,6 +52,7 @@ class EditStep:
         owners: For each row of keys, target values and their search the place of its request; empty where each request
             has one.
         undone: SHA-256 of each request of an earlier batch that this one takes back; it has no requests of its own.
+        undoes: Number of that batch; -1 if there is none.
         number: Number of the batch in its journal; rolled-back batches keep theirs. -1 until it is committed.
     """
 
@@ -67,6 +68,7 @@ class EditStep:
     inputs: dict[str, str] = field(default_factory=dict)
     owners: list[int] = field(default_factory=list)
     undone: tuple[str, ...] = ()
+    undoes: int = -1
     number: int = -1
 
     def __post_init__(self) -> None:
@@ -123,20 +125,15 @@ def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
             f"no single batch {number!r} to take back; there are {', '.join(map(str, numbers)) or 'none'}"
         )
     place = numbers.index(int(number))
-    hashes = {*steps[place].hashes}
-    rest = (step for step in steps[place + 1 :] if not step.completes and hashes.isdisjoint(step.undone))
+    rest = (step for step in steps[place + 1 :] if not step.completes and step.undoes != number)
     return [*steps[:place], *rest]
 
 
 def facts_in_force(steps: Iterable[EditStep]) -> list[tuple[EditStep, int]]:
     """Return the facts that were not taken back: each with its batch and its place there."""
-    facts: dict[str, list[tuple[EditStep, int]]] = {}
-    for step in steps:
-        for place, each in enumerate(step.hashes):
-            facts.setdefault(each, []).append((step, place))
-        for each in step.undone:
-            facts.pop(each, None)
-    return sorted((fact for group in facts.values() for fact in group), key=lambda fact: (fact[0].number, fact[1]))
+    steps = list(steps)
+    undone = {(step.undoes, each) for step in steps for each in step.undone}
+    return [(s, i) for s in steps for i, each in enumerate(s.hashes) if (s.number, each) not in undone]
 
 
 def request_hash(request: EditRequest) -> str:

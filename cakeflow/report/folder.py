@@ -184,7 +184,7 @@ def _edits(path: Path, ledger: Sequence[Entry]) -> Iterator[EditedRequest]:
         for place, request in enumerate(body.requests):
             targets = [target for target, owner in zip(body.targets, cycle(owners), strict=False) if owner == place]
             where = f"{path}, batch {body.batch}, requests.{place}"
-            rollback = batches.get(body.batch) or facts.get("".join(body.hashes[place : place + 1]))
+            rollback = batches.get(body.batch) or facts.get((body.batch, "".join(body.hashes[place : place + 1])))
             content = {**request, "batch": body.batch, "targets": targets, "rollback": rollback}
             yield read_as(EditedRequest, content, where, RunFolderError, REMEDY)
 

@@ -71,6 +71,21 @@ def test_what_was_taken_back_comes_back(lm):
     assert len(editor.journal) == 0
 
 
+def test_of_a_fact_that_was_edited_twice_the_last_edit_goes_first(lm):
+    facts = bare(builtin_facts()[:2])
+    editor = strong_editor(lm)
+    before = values(editor, facts)
+    editor.fit(facts, evaluate=False)
+    once = values(editor, facts)
+    editor.fit(facts[:1], evaluate=False)
+    editor.undo(facts[0].text)  # both of its edits, the last one first
+    assert [step.undone for step in editor.journal[2:]] == [editor.journal[1].hashes] * 2
+    after = values(editor, facts)
+    assert (after[0] - before[0]).norm() < 0.1 * (once[0] - before[0]).norm()
+    assert (after[1] - once[1]).norm() < 0.1 * (once[1] - before[1]).norm()
+    assert editor.journal.edits == 1
+
+
 def test_it_is_on_record_and_repeated_bit_for_bit(lm, requests, tmp_path):
     editor = finished_run(lm, tmp_path, requests)
     editor.undo(requests[2].subject.upper())
