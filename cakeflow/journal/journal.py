@@ -102,8 +102,8 @@ class Journal(Sequence[EditStep]):
     def batch(self, requests: Sequence[EditRequest], undone: Sequence[str] = (), of: int = -1) -> Iterator[EditStep]:
         """Make a batch: it is committed as a whole when the body ends, and undone as a whole if the body raises.
 
-        When this returns, the batch is on disk if the journal has a folder. ``memory.require_ready`` comes first. Without
-        requests it takes back facts (``undone``, hashes) of the batch ``of``. ``PolicyError``: a policy forbids it.
+        When this returns, the batch is on disk if the journal has a folder. ``memory.require_ready`` comes first.
+        With ``undone``, hashes of facts of the batch ``of``, it takes these back. ``PolicyError``: a policy forbids it.
         """
         self.memory.require_ready("a batch", busy=self.pending is not None)
         if self.policies.rules:
