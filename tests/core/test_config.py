@@ -122,7 +122,7 @@ def test_cake_has_a_score_for_every_layer_of_a_model_or_measures_all(model):
 
 
 def test_setup_is_what_loads():
-    with pytest.raises(ConfigError, match=r"'some/folder' .* that loads here"):
+    with pytest.raises(ConfigError, match=r"'some/folder' .* that loads here: a model was loaded"):
         build(base="some/folder").setup()
 
 

@@ -107,3 +107,12 @@ def test_a_file_is_converted_once_by_whoever_comes_first(tmp_path, monkeypatch):
     assert second[1] == folder
     assert [each.name for each in folder.iterdir()] == ["tokenizer.json"]
     assert len(calls) == 2
+
+
+def test_arguments_that_say_which_files_are_meant_hold_for_the_tokenizer_too(lm, tmp_path):
+    lm.model.save_pretrained(tmp_path / "repository" / "part")
+    lm.tokenizer.save_pretrained(tmp_path / "repository" / "part")
+    loaded = load_model(tmp_path / "repository", subfolder="part")
+    assert loaded.tokenizer.get_vocab() == lm.tokenizer.get_vocab()
+    with pytest.raises(ConfigError, match="that loads here"):
+        load_model(tmp_path / "repository")
