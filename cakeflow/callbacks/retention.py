@@ -10,6 +10,7 @@ import torch
 from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.errors import ConfigError, require_choice
 from cakeflow.evaluation.scoring import score_records
+from cakeflow.journal.steps import facts_in_force
 from cakeflow.metrics import retention
 from cakeflow.metrics.preference import Form, success
 
@@ -37,7 +38,9 @@ class Retention(PeriodicCallback):
 
     def measure(self, module: Any) -> dict[str, float]:
         """Return the mean success over edits, and that of the first batch."""
-        edits = [(number, request) for number, step in enumerate(module.journal) for request in step.requests]
+        batches = {step.number: place for place, step in enumerate(module.journal)}
+        facts = [(step, i) for step, i in facts_in_force(module.journal) if step.requests]
+        edits = [(batches[step.number], step.requests[i]) for step, i in facts]
         if not edits:
             self.curves = []
             return {}
