@@ -200,7 +200,7 @@ def states(answer: str, name: str) -> bool:
     Punctuation joins words or parts them: "U.S." is "US", and "Vienna's" names Vienna.
 
     Example:
-        >>> states(" the city of New York.", "New York"), states(" Romeo", "Rome"), states(" Vienna's borders", "Vienna")
+        >>> states(" the city of New York.", "New York"), states(" Romeo", "Rome"), states(" Vienna's hills", "Vienna")
         (True, False, True)
     """
     return any(occurrences(_words(answer, gap), _words(name, gap)) for gap in ("", " "))
