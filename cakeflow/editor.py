@@ -276,7 +276,7 @@ class Editor:
             ConfigError: If no fact in force is that, or the method takes back whole batches only.
         """
         edited = {**TRAINER_DEFAULTS, **({} if isinstance(self._trainer, L.Trainer) else self._trainer)}
-        arguments = {**edited, "logger": False, "callbacks": []}
+        arguments = {**edited, "logger": False, "callbacks": [], "enable_progress_bar": False}
         facts = facts_about(self.journal, name)
         prompts = [step.requests[i].text for step, i in facts]
         before = self.ask(prompts)

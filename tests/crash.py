@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import os
 import random
 import select
@@ -30,6 +29,7 @@ from stops import STOPS
 from tiny_runs import editor_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cakeflow.core.folder import is_finished
 from cakeflow.journal.audit import verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import whole_lines
@@ -111,12 +111,6 @@ def look(lm: LanguageModel, folder: Path, wanted: list[dict[str, str]], told: in
     assert len(journal) >= told, f"{told} batches were acknowledged, {len(journal)} are there"
     assert hashes(journal.model) == wanted[len(journal)], "the weights are not those of so many batches"
     return len(journal)
-
-
-def is_finished(folder: Path) -> bool:
-    """Whether a run came to its end on disk, even if its process was killed behind it."""
-    ledger = folder / "journal" / "ledger.jsonl"
-    return ledger.exists() and any(json.loads(line)["kind"] == "end" for line in whole_lines(ledger))
 
 
 def reference(lm: LanguageModel) -> list[dict[str, str]]:

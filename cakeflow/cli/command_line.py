@@ -23,7 +23,7 @@ import cakeflow
 from cakeflow.cli.console import LogHandler, plain_warnings, say
 from cakeflow.cli.evaluate import EditedModel, take_run
 from cakeflow.cli.help import page_for
-from cakeflow.cli.result import show_fit
+from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipped
@@ -145,7 +145,10 @@ class EditCLI(LightningCLI):
                 super().parse_arguments(parser, args)
         except (UnicodeDecodeError, RecursionError) as error:
             raise ConfigError(f"a config file cannot be read: {error}; check the files given as --config") from error
-        refuse_trust(self.config.get(self.config.subcommand))
+        options = self.config.get(self.config.subcommand)
+        refuse_trust(options)
+        if self.config.subcommand == "evaluate" and (options.get("from_run") or options.get("strict")):
+            raise ConfigError("--from and --strict belong to fit; to measure the edited model of a run: --run RUN")
 
     def instantiate_classes(self) -> None:
         """Create the module, the data and the Trainer, whose settings are checked before the others are read."""
@@ -179,8 +182,8 @@ class EditCLI(LightningCLI):
             go_on_from(start, model, run_folder(self.trainer))
         self.result = result = run_fit(self.trainer, model, datamodule, goes_on=self.resuming)
         show_fit(result, len(datamodule.requests))
-        if self._get(self.config_init, "strict") and not (result.outcome and result.outcome.is_clean):
-            sys.exit(1)
+        if self._get(self.config_init, "strict"):
+            require_clean(result)
 
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Evaluate the model as it is, or as a run edited it, and print the metrics."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from cakeflow.callbacks import PolicyGuard
 from cakeflow.cli.console import say
-from cakeflow.cli.result import show_fit
+from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.core.run import FitResult, go_on_from
 from cakeflow.data.proposals import propose
 from cakeflow.data.request import EditRequest
@@ -77,10 +76,10 @@ def run_edit(
     result = editor.fit(requests, run_dir=run_dir)
     show_fit(result, len(requests))
     if dry_run:
-        editor.rollback()
+        editor.rollback(1)
         say("dry run: the edit was taken back, and nothing was stored")
-    if strict and not (result.outcome and result.outcome.is_clean):
-        sys.exit(1)
+    if strict:
+        require_clean(result)
     return result
 
 

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 
 from cakeflow.cli.console import say
 from cakeflow.core.run import FitResult
 from cakeflow.report.tables import answers_table, metrics_table, phases_table, verdict
+
+
+def require_clean(result: FitResult) -> None:
+    """End the command with status 1 unless every fact was learned and no rule of the budget was broken."""
+    if not (result.outcome and result.outcome.is_clean):
+        sys.exit(1)
 
 
 def show_fit(result: FitResult, edits: int) -> None:

@@ -139,6 +139,7 @@ def go_on_from(run: Path, module: EditModule, folder: Path | None) -> None:
     module.setup()
     if folder is None or not (folder / "journal" / LEDGER).exists():
         module.journal.load(run / "journal")
+        module.journal.store = None  # the new run is stored elsewhere or, without a folder, nowhere
 
 
 def _fit(

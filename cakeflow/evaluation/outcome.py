@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import Any
@@ -205,13 +206,20 @@ def with_own_answers(questions: Sequence[FreeAnswer], answers: Sequence[str]) ->
 def rates(answers: Sequence[FreeAnswer], stage: str) -> dict[str, float]:
     """Return the metrics of a stage, ``before`` or ``after``, by name; none without answers."""
     values = {}
-    for (topic, form), name in METRICS.items():
-        chosen = [each for each in answers if (each.topic, each.form, each.edited) == (topic, form, False)]
-        if chosen:
-            metric = AnswerRate()
-            metric.update([getattr(each, stage) or "" for each in chosen], [each.expected for each in chosen])
-            values[name] = float(metric.compute())
+    for name, chosen in by_metric(answers).items():
+        metric = AnswerRate()
+        metric.update([getattr(each, stage) or "" for each in chosen], [each.expected for each in chosen])
+        values[name] = float(metric.compute())
     return values
+
+
+def by_metric(answers: Sequence[FreeAnswer]) -> dict[str, list[FreeAnswer]]:
+    """Return the answers that count for each metric; metrics without any are left out."""
+    groups: dict[str, list[FreeAnswer]] = {}
+    for answer in answers:
+        if not answer.edited and (name := METRICS.get((answer.topic, answer.form))):
+            groups.setdefault(name, []).append(answer)
+    return groups
 
 
 def familiar_facts(
@@ -236,7 +244,8 @@ def familiar_facts(
     pool = _cached(path)
     if pool is None:
         pool = list(_stated(lm, forms, limit + SPARE, max_bytes))
-        write_text(path, "".join(f"{each.model_dump_json()}\n" for each in pool))
+        with suppress(OSError):  # a cache that cannot be written costs these seconds again
+            write_text(path, "".join(f"{each.model_dump_json()}\n" for each in pool))
     names = [plain(name) for name in leave_out]
     free = [each for each in pool if not any(states(each.prompt, name) for name in names)]
     return [each for form in forms for each in [each for each in free if each.form == form][:limit]]

@@ -11,7 +11,7 @@ from itertools import groupby
 import numpy as np
 
 from cakeflow.data.text import states
-from cakeflow.evaluation.outcome import METRICS
+from cakeflow.evaluation.outcome import by_metric
 from cakeflow.journal.schema import EvaluatedRequest, FreeAnswer, PromptAnswer
 from cakeflow.report.folder import EditedRequest, RunFolder
 from cakeflow.report.intervals import FORMS, KINDS, Interval, paired, record_values
@@ -68,15 +68,12 @@ def run_changes(run: RunFolder) -> dict[str, Change]:
 def answer_changes(answers: Sequence[FreeAnswer]) -> dict[str, Change]:
     """Return the change of the shares of free answers that are as expected."""
     changes = {}
-    for (topic, form), name in METRICS.items():
-        chosen = [each for each in answers if (each.topic, each.form, each.edited) == (topic, form, False)]
-        if chosen:
-            before, after = (
-                np.array([float(states(getattr(each, stage) or "", each.expected)) for each in chosen])
-                for stage in ("before", "after")
-            )
-            difference = Interval.of(after - before, least=-1.0)
-            changes[name] = Change(Interval.of(before), Interval.of(after), difference)
+    for name, chosen in by_metric(answers).items():
+        before, after = (
+            np.array([float(states(getattr(each, stage) or "", each.expected)) for each in chosen])
+            for stage in ("before", "after")
+        )
+        changes[name] = Change(Interval.of(before), Interval.of(after), Interval.of(after - before, least=-1.0))
     return changes
 
 

@@ -64,6 +64,22 @@ def test_a_second_edit_goes_on_from_the_first(method, workplace):
     assert third.edits == 2
 
 
+def test_a_dry_run_on_top_of_a_run_leaves_that_as_it_is(method, workplace):
+    main(["edit", *PAIRS[:2], *method, "--run_dir", "runs/one"])
+    before = content(workplace / "runs/one")
+    done = main(["edit", *PAIRS[2:], *method, "--from", "runs/one", "--dry_run"])
+    assert content(workplace / "runs/one") == before
+    assert [step.requests[0].subject for step in done.journal] == ["LeBron James"]
+
+
+def test_options_of_fit_are_refused_where_nothing_is_edited(method, workplace, capsys):
+    for words in (["--from", "runs/one"], ["--strict"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["evaluate", "--model", "model", "--model.layers", "[1]", "--data", "builtin", *words])
+        assert stop.value.code == 2
+        assert "--from and --strict belong to fit" in capsys.readouterr().err
+
+
 def test_fit_goes_on_from_a_run_too(method, workplace):
     facts = [{"prompt": "{} is in", "subject": name, "target_new": "Peru"} for name in ("Lund", "Oslo")]
     for name, fact in zip(("a", "b"), facts, strict=True):
@@ -105,11 +121,12 @@ def test_bad_words_are_named(arguments, words):
         run_edit(**arguments)
 
 
-def test_subjects_by_name_and_facts_in_a_file(workplace):
+def test_subjects_by_name_and_facts_in_a_file(method, workplace):
     facts = [
         {"prompt": "Ann Lee is from", "target_new": "Peru"},
         {"prompt": "{} is", "subject": "Bo", "target_new": "tall"},
     ]
     (workplace / "facts.json").write_text(json.dumps(facts))
-    with pytest.raises(ConfigError, match="no shipped model config"):  # the facts are read before
-        run_edit([], file=workplace / "facts.json", model="model")
+    done = main(["edit", "--file", "facts.json", *method, "--run_dir", "runs/one"])
+    requests = done.journal[0].requests
+    assert [(request.prompt, request.subject) for request in requests] == [("{} is from", "Ann Lee"), ("{} is", "Bo")]
