@@ -56,7 +56,7 @@ def dotted(node):
 
 ROOMS = (
     "errors", "storage", "data", "solvers", "models", "forward", "allocators", "metrics", "journal", "targets",
-    "tracing", "evaluation", "export", "weighters", "plugins", "core", "callbacks", "report", "editor", "cli",
+    "tracing", "evaluation", "export", "weighters", "plugins", "core", "callbacks", "report", "editor", "tuning", "cli",
     "testing", "__init__", "__main__",
 )  # fmt: skip
 """From the ground up: a room imports from lower ones only."""

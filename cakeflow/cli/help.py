@@ -14,7 +14,7 @@ GROUPS = {
     "edit and measure": ("edit", "fit", "evaluate"),
     "look at runs": ("report", "compare", "diff", "log", "verify", "replay", "rollback", "undo"),
     "take the edited model along": ("export", "apply"),
-    "find layers and facts": ("trace", "facts"),
+    "prepare a model": ("tune", "trace", "facts"),
 }
 """Groups of commands on the main page; others stand below them."""
 MORE = {

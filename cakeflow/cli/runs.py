@@ -13,6 +13,7 @@ from cakeflow.cli.diff import run_diff
 from cakeflow.cli.edit import run_edit, run_undo
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.trace import run_facts, run_trace
+from cakeflow.cli.tune import run_tune
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
 from cakeflow.export.manifest import batch_names
 from cakeflow.journal.audit import Audit, ledger_of, replay, verify
@@ -174,6 +175,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "edit": run_edit,
     "trace": run_trace,
     "facts": run_facts,
+    "tune": run_tune,
     "plugins": run_plugins,
     "report": run_report,
     "compare": run_compare,

@@ -45,7 +45,7 @@ class Statistics:
             samples a corpus from the model itself.
         tokens: Number of tokens to read. Two to ten times the width of the keys is enough; the papers take 100,000
             documents.
-        window: Length of a row of tokens.
+        window: Length of a row of tokens; no longer than the model's positions.
         cov_weight: lambda, the number of keys that C counts for in a least-squares solve.
         null_threshold: Limit below which eigenvalues of C count as null; it depends on the model far more than on the
             tokens.
@@ -106,7 +106,7 @@ class Statistics:
             log.info("second moments: %s, %d of %d layers to collect", home, len(absent), len(sites))
             at_once = max(1, int(max_bytes / 8 / width**2) - 3) if max_bytes else len(sites)
             for start in range(0, len(absent), at_once):
-                _collect(lm, absent[start : start + at_once], windows, home, max(1, self.batch_tokens // self.window))
+                _collect(lm, absent[start : start + at_once], windows, home, self.batch_tokens)
         loaded |= {site: self._load(paths[site], lm.key_width(site)) for site in absent}
         return {site: loaded[site] for site in sites}
 
@@ -124,7 +124,7 @@ class Statistics:
         texts = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
         stream = token_stream(lm, texts, self.tokens)
         front = list(lm.front)
-        body = self.window - len(front)
+        body = min(self.window, lm.longest) - len(front)
         if len(stream) < max(body, width):
             corpus = "sampled from the model" if self.source is None else repr(self.source)
             raise StatisticsError(
@@ -171,14 +171,14 @@ def _damaged(path: Path, reason: object) -> StatisticsError:
 
 
 def _collect(
-    lm: LanguageModel, sites: Sequence[Site], windows: Int[Tensor, "windows window"], home: Path, rows: int
+    lm: LanguageModel, sites: Sequence[Site], windows: Int[Tensor, "windows window"], home: Path, batch_tokens: int
 ) -> None:
     """Collect second moments in one pass over the windows; save partial sums every ``SAVE_EVERY`` seconds."""
     partial = home / "partial.safetensors"
     done, sums, halves = _resume(partial, lm, sites, len(windows))
     saved = time.monotonic()
     with progress_bar(windows.numel(), "second moments", "token", initial=done * windows.shape[1]) as bar:
-        rows = min(rows, -(-len(windows) // 2))
+        rows = min(max(1, batch_tokens // windows.shape[1]), -(-len(windows) // 2))
         for batch in (windows[start : start + rows] for start in range(done, len(windows), rows)):
             for site, outer in _outer_products(lm, sites, batch.to(lm.device)):
                 sums[site] = sums[site].add_(outer) if site in sums else outer.double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ def load_model(
         name = str(source if source.exists() else base)
         where = {key: kwargs[key] for key in HUB if key in kwargs}
         tokenizer = _tokenizer(name, copied, trust_remote_code=trust, **where)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
+        with without_progress_bars() if source.exists() else nullcontext():  # but a download shows where it is
+            loaded: Any = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True, **kwargs)
         model, info = loaded
         if absent := sorted(info["missing_keys"]):  # transformers only warns of them
             raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")

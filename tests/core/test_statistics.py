@@ -214,8 +214,12 @@ def test_convergence_is_the_change_over_the_second_half(lm, settings, cache):
 def test_too_few_tokens_are_refused(lm, corpus):
     with pytest.raises(StatisticsError, match=r"has 100 tokens; at least 192 are needed for keys 192 wide"):
         Statistics(corpus, tokens=100, window=20).collect(lm, at(1))
-    with pytest.raises(StatisticsError, match="at least 100000"):
-        Statistics(corpus, tokens=500, window=100_000).collect(lm, at(1))
+    with pytest.raises(StatisticsError, match="at least 250"):
+        Statistics(corpus, tokens=200, window=250).collect(lm, at(1))
+
+
+def test_a_row_is_no_longer_than_the_models_positions(lm, corpus):
+    assert Statistics(corpus, tokens=600, window=100_000).windows(lm, 1).shape == (2, lm.longest)
 
 
 def test_values_that_are_not_finite_are_refused_and_not_cached(lm, settings, cache):

@@ -34,6 +34,14 @@ def test_folder_loads_with_its_own_type(tiny, tmp_path):
     assert load_model(str(tmp_path), dtype="float32").dtype == torch.float32
 
 
+def test_a_folder_loads_without_a_word(lm, tmp_path, capfd):
+    lm.model.save_pretrained(tmp_path / "model")
+    lm.tokenizer.save_pretrained(tmp_path / "model")
+    capfd.readouterr()
+    load_model(tmp_path / "model")
+    assert capfd.readouterr() == ("", "")
+
+
 @pytest.mark.parametrize("damage", ["nothing", "a broken file"])
 def test_a_folder_without_a_tokenizer_is_refused_before_weights_are_loaded(tiny, tmp_path, monkeypatch, damage):
     """Transformers makes up a tokenizer without a vocabulary for some families."""
