@@ -118,6 +118,7 @@ class Editor:
         on_low_arrival: Outcome | None = None,
         dequantize: bool | None = None,
         fact_token: FactToken | None = None,
+        chat: bool | None = None,
         rounds: int | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
@@ -155,6 +156,7 @@ class Editor:
             on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
             dequantize: Whether quantized projections of these layers are replaced by plain ones.
             fact_token: Token at which a fact is written.
+            chat: Whether every fact is written as a question in a chat too.
             rounds: Most further walks over the facts of a batch that did not take.
 
         Raises:

@@ -113,31 +113,50 @@ def _largest(update: Update, batch: TextBatch) -> str:
 
 
 def checked_parts(batch: TextBatch, size: int) -> list[TextBatch]:
-    """Return the parts of a batch in which target values are searched; facts whose keys coincide stay together.
+    """Return the parts of a batch in which target values are searched; what has one target value stays together.
 
     Args:
         batch: n facts.
         size: Most facts in one part.
 
     Raises:
-        ConfigError: If facts whose keys coincide fall into different parts.
+        ConfigError: If what has one target value does not fit into one part.
     """
-    groups: dict[int, list[int]] = {}
-    for i, first in enumerate(batch.key_groups()):
-        groups.setdefault(first, []).append(i)
-    for group in (each for each in groups.values() if len(each) > 1):
-        if group[0] // size != group[-1] // size:
-            raise ConfigError(
-                f"{batch.name(group)}: their keys coincide, so they need one target value, but memory_budget allows "
-                f"{size} facts in one search; put them next to each other, or raise memory_budget"
+    parts = list(_whole_parts(batch, size))
+    for group in _groups(batch.key_groups()):
+        if len({batch.numbers[i] for i in group}) > 1:
+            warnings.warn(
+                f"{batch.name(group)}: their keys coincide, because the prompts are the same up to the end of the "
+                "subject; one target value is searched that serves all of them",
+                SharedKeyWarning,
+                stacklevel=2,
             )
-        warnings.warn(
-            f"{batch.name(group)}: their keys coincide, because the prompts are the same up to the end of the subject; "
-            "one target value is searched that serves all of them",
-            SharedKeyWarning,
-            stacklevel=2,
-        )
-    return list(batch.split(size))
+    return parts
+
+
+def _whole_parts(batch: TextBatch, size: int) -> Iterator[TextBatch]:
+    """Yield parts of at most ``size`` entries, in order, that end where no target value is shared across."""
+    spans, start = [range(group[0], group[-1]) for group in _groups(batch.value_groups())], 0
+    while start < len(batch):
+        ends = range(min(start + size, len(batch)), start, -1)
+        end = next((end for end in ends if not any(end - 1 in span for span in spans)), None)
+        if end is None:
+            first, last = next((span.start, span.stop) for span in spans if start in span)
+            raise ConfigError(
+                f"{batch.name([first, last])}: their keys coincide, or are those of one fact in and outside a chat, so "
+                f"they need one target value, but memory_budget allows {size} facts in one search; put them next to "
+                "each other, or raise memory_budget"
+            )
+        yield batch.part(range(start, end))
+        start = end
+
+
+def _groups(first: Sequence[int]) -> list[list[int]]:
+    """Return the places of each group, where ``first`` has the first place of its group for each place."""
+    groups: dict[int, list[int]] = {}
+    for i, place in enumerate(first):
+        groups.setdefault(place, []).append(i)
+    return list(groups.values())
 
 
 def warn_replaced(batch: TextBatch, facts: Sequence[int], journal: Journal, names: Collection[str]) -> None:

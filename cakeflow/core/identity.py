@@ -37,7 +37,7 @@ def inputs_of(
 ) -> dict[str, str]:
     """Name -> SHA-256 of the contexts, the layers with what was measured of them, and their second moments."""
     return {
-        "contexts": content_key(() if contexts is None else contexts.groups),
+        "contexts": content_key(*(((),) if contexts is None else (contexts.groups, *contexts.chats))),
         "weighter": content_key(list(layers), described(weighter)),
         **{f"moment/{layer}": tensor_hash(covariances[layer].moment) for layer in layers},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, final
 
 from jaxtyping import Float
@@ -28,7 +29,7 @@ from cakeflow.data.request import EditRequest, FactToken
 from cakeflow.errors import ConfigError, did_you_mean, require_choice, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
-from cakeflow.forward.generation import generate_contexts
+from cakeflow.forward.generation import chat_templates, generate_contexts
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pass_bytes
 from cakeflow.forward.residual_path import ResidualPaths
@@ -53,7 +54,7 @@ from cakeflow.weighters.static import Uniform
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
     "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
-    "fact_token", "rounds",
+    "fact_token", "chat", "rounds",
 )  # fmt: skip
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
@@ -97,6 +98,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
         fact_token: Token at which a fact is written, for requests that do not say it: the subject's last one, its first
             one, the one after it, the prompt's last one, or ``auto`` (``choose_tokens``).
+        chat: Whether every fact is written as a question in a chat too, where the tokenizer has a chat template: with a
+            key of its own there, and the same target value. The papers do without.
         rounds: Most further walks over the facts of a batch that did not take; 0 is what the papers do.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
 
@@ -131,6 +134,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         min_arrival: float = 0.5,
         on_low_arrival: Outcome = "warn",
         fact_token: FactToken = "auto",
+        chat: bool = False,
         rounds: int = 0,
         dequantize: bool = False,
     ) -> None:
@@ -161,7 +165,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
         self.dequantize = dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
-        self.fact_token, self.rounds = fact_token, rounds
+        self.fact_token, self.chat, self.rounds = fact_token, chat, rounds
         self.facts: dict[int, FactBatch] = {}
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -199,6 +203,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         if self.contexts is None:
             with self.journal.reverted():
                 self.contexts = generate_contexts(self.lm, self.seed)
+        if self.chat and self.lm.chats and not self.contexts.chats:
+            self.contexts = replace(self.contexts, chats=chat_templates(self.lm))
         texts = encode_batch(self.lm, requests, self.contexts)
         check_tokens(texts, self.fact_token)
         return texts
@@ -213,7 +219,8 @@ class LocateThenEdit(EditModule[TextBatch]):
                 self.check_model()
             self.weighter = self.weighter.prepare(self.lm, self.layers)
         tokens = PASS_TOKENS if self.max_bytes is None else min(PASS_TOKENS, int(self.max_bytes / pass_bytes(self.lm)))
-        facts = choose_tokens(self.lm, TextBatch.join(batches), self.fact_token, self.layers[0], max(1, tokens))
+        texts, keys = TextBatch.join(batches), self.contexts.keys if self.contexts else None
+        facts = choose_tokens(self.lm, texts, self.fact_token, self.layers[0], max(1, tokens), keys)
         warn_blocked(facts)
         earlier, place = self.journal.edits, 0
         for batch in batches:

@@ -259,8 +259,8 @@ class Walk:
         return logprobs.exp(), hits == 1
 
     def not_taken(self) -> list[int]:
-        """The facts whose requests did not take, each with all those of the same key, which have one target value."""
-        groups = self.batch.key_groups()
+        """The facts whose requests did not take, each with all those that have the same target value."""
+        groups = self.batch.value_groups()
         failed = {groups[i] for i, owner in enumerate(self.facts.owners) if not self.taken[owner]}
         return [i for i, group in enumerate(groups) if group in failed]
 

@@ -13,10 +13,11 @@ class Contexts:
     """Groups of templates, each with one ``{}`` for the prompt; the first template is the bare ``{}``.
 
     A mean over contexts is the mean of the groups' means, as in MEMIT's code: with the bare prompt alone in the first
-    group, it has half of the weight.
+    group, it has half of the weight. In a chat a fact has a key of its own, but the same target value.
 
     Attributes:
         groups: Templates by group.
+        chats: Templates of a chat, up to where the answer begins.
 
     Raises:
         ConfigError: If a template lacks its ``{}`` or the first one is not bare.
@@ -27,6 +28,7 @@ class Contexts:
     """
 
     groups: tuple[tuple[str, ...], ...] = (("{}",),)
+    chats: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.groups or not all(self.groups) or self.groups[0][0] != "{}":
@@ -42,10 +44,16 @@ class Contexts:
 
     @property
     def templates(self) -> tuple[str, ...]:
-        """All templates in order."""
-        return tuple(template for group in self.groups for template in group)
+        """All templates in order, those of a chat last."""
+        return (*(template for group in self.groups for template in group), *self.chats)
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weight of each template in a mean over contexts."""
-        return tuple(1 / len(self.groups) / len(group) for group in self.groups for _ in group)
+        """Weight of each template in the mean of its key."""
+        plain = [1 / len(self.groups) / len(group) for group in self.groups for _ in group]
+        return (*plain, *(1 / len(self.chats) for _ in self.chats))
+
+    @property
+    def keys(self) -> tuple[int, ...]:
+        """For each template the key that it belongs to: 0, or 1 in a chat."""
+        return (*(0 for group in self.groups for _ in group), *(1 for _ in self.chats))

@@ -4,35 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Iterable
-from itertools import product
+from importlib.resources import files
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.forward.generation import continuations
-from cakeflow.forward.tokens import unreadable_token
+from cakeflow.forward.tokens import encode_texts, unreadable_token
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 
-OPENINGS = (
-    "The history of {}",
-    "{} is usually described as",
-    "Why do people care about {}?",
-    "A short story about {}:",
-)
-
-
-TOPICS = (
-    "the sea", "mathematics", "a small village", "music", "medicine", "the railways", "farming", "the weather",
-    "law", "football", "the human body", "a famous painter", "economics", "the stars", "cooking", "an old city",
-    "computers", "war and peace", "education", "rivers", "chemistry", "the theatre", "birds", "money",
-    "the mountains", "language", "a long journey", "elections", "gardens", "engineering", "friendship", "philosophy",
-)  # fmt: skip
-"""Openings and topics of the sampled corpus: broad, and none of them a prompt of the built-in facts."""
-FORMAT = 2
-"""Format of the file of a sampled corpus; part of its name. 2: with the hash of its content."""
+OPENINGS = ("{} is", "The history of {}", "I was told that {}", "What do people know about {}?")
+QUESTIONS = ("What is {}?", "Tell me about {}.", "{} is known for", "Where does {} come from?")
+"""How texts and chats of the sampled corpus begin, each with one of the names in ``names.txt``."""
+CHATS = 4
+"""One name in as many also begins a chat, where the model has a chat template."""
+SHORTEST = 8
+"""Fewest tokens that are sampled after a beginning."""
+FORMAT = 3
+"""Format of the file of a sampled corpus; part of its name. 2: with its hash. 3: of names, with chats."""
 
 
 MARGIN = 64
@@ -81,35 +75,51 @@ def _ids(lm: LanguageModel, pieces: list[str]) -> list[int]:
     return ids
 
 
+def names() -> list[str]:
+    """Return the names that the sampled corpus is about: 512 of many kinds, none a subject of the built-in facts."""
+    return files("cakeflow.data").joinpath("names.txt").read_text(encoding="utf-8").splitlines()
+
+
 def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> list[str]:
     """Return a corpus of the model's own samples, which are made once per model and then lie in the cache.
 
-    Needs no network and no licence, and follows the distribution whose keys an edit should preserve. The samples
-    (temperature 1, top 50) depend on model and seed only.
+    Needs no network and no licence, and follows the distribution whose keys an edit should preserve. Each sample is
+    about another name, because edits write at names: many short texts protect more than few long ones
+    (``benchmarks/README.md``). The samples (temperature 1, top 50) depend on model and seed only.
 
     Args:
         lm: The model, not edited.
-        tokens: Number of tokens to sample, rounded up to the same number for every opening.
+        tokens: Number of tokens, the beginnings included; at least ``SHORTEST`` are sampled for each.
         seed: Seed of the sampling noise.
 
     Returns:
-        The samples.
+        The samples, in random order.
 
     Raises:
         StatisticsError: If the file in the cache is not as it was written.
     """
-    openings = [opening.format(topic) for opening, topic in product(OPENINGS, TOPICS)]
-    key = content_key(lm.fingerprint(), tokens, seed, openings, FORMAT)
+    texts = [opening.format(name) for name, opening in zip(names(), cycle(OPENINGS), strict=False)]
+    asked = names()[::CHATS] if lm.chats else []
+    chats = [lm.user_turn(question.format(name)) for name, question in zip(asked, cycle(QUESTIONS), strict=False)]
+    key = content_key(lm.fingerprint(), tokens, seed, texts, chats, FORMAT)
     path = cache_folder() / "corpora" / f"sampled-{key[:16]}.jsonl"
     if not path.exists():
         require_writable(path.parent)
-        length = -(-tokens // len(openings))
-        together = 64 * (length + 16)  # 64 openings: smaller batches are much slower on a CPU
-        settings: dict[str, Any] = {"endless": True, "with_prompt": True, "title": "sampling a corpus"}
-        samples = continuations(lm, openings, length, together, top_k=50, seed=seed, **settings)
+        samples = _samples(lm, texts, chats, tokens, seed)
+        random.Random(seed).shuffle(samples)
         text = "".join(json.dumps({"text": sample}) + "\n" for sample in samples)
         write_text(path, _first_line(text.encode()) + text)
     return _read(path)
+
+
+def _samples(lm: LanguageModel, texts: list[str], chats: list[str], tokens: int, seed: int) -> list[str]:
+    """Return texts and chats, gone on with by the model, of as many tokens in all."""
+    lengths = [len(row) for row in encode_texts(lm.tokenizer, [*texts, *chats])]
+    length = max(SHORTEST, -(-(tokens - sum(lengths)) // len(lengths)))
+    together = 64 * (length + max(lengths))  # 64 rows: smaller batches are much slower on a CPU
+    settings: dict[str, Any] = {"endless": True, "title": "sampling a corpus"}
+    new = continuations(lm, [*texts, *chats], length, together, top_k=50, seed=seed, **settings)
+    return [before + after for before, after in zip([*texts, *chats], new, strict=True)]
 
 
 def _read(path: Path) -> list[str]:

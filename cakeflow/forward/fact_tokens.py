@@ -77,7 +77,12 @@ def check_tokens(texts: TextBatch, fact_token: FactToken) -> None:
 
 
 def choose_tokens(
-    lm: LanguageModel, texts: TextBatch, fact_token: FactToken, layer: int, max_tokens: int = 8192
+    lm: LanguageModel,
+    texts: TextBatch,
+    fact_token: FactToken,
+    layer: int,
+    max_tokens: int = 8192,
+    keys: Sequence[int] | None = None,
 ) -> FactBatch:
     """Choose in every row the token at which its fact is written, and make an entry of the rows that agree.
 
@@ -92,6 +97,7 @@ def choose_tokens(
         fact_token: The token, for requests that do not say it themselves.
         layer: First edited layer.
         max_tokens: Most tokens in one forward pass.
+        keys: For each row of an entry the key that it belongs to (``Contexts.keys``); one key by default.
     """
     tokens = _tokens(texts, fact_token)
     automatic = [i for i, token in enumerate(tokens) if token == "auto"]
@@ -107,9 +113,13 @@ def choose_tokens(
             highest = max(float(norm[row.subject + o]) for row, norm, o in zip(rows, norms[i], offsets, strict=True))
         else:
             offsets, highest = [_offset(row, token) for row in rows], 0.0
-        groups = dict.fromkeys(offsets) if token == "auto" else [None]
+        names = [
+            (offset if token == "auto" else None, key)
+            for offset, key in zip(offsets, keys or [0] * len(rows), strict=True)
+        ]
         parts += [
-            _entry(texts, i, offsets, [k for k, o in enumerate(offsets) if group in (o, None)]) for group in groups
+            _entry(texts, i, offsets, [k for k, name in enumerate(names) if name == group])
+            for group in dict.fromkeys(names)
         ]
         massive.append(highest if highest > MASSIVE else None)
     bare = [rows[0] for rows in texts.rows]

@@ -41,6 +41,15 @@ def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Con
     return Contexts((("{}",), tuple(f"{text}. {{}}" for text in clean)))
 
 
+GREETING = ({"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How can I help you?"})
+"""An earlier exchange of a chat."""
+
+
+def chat_templates(lm: LanguageModel) -> tuple[str, ...]:
+    """Return templates of a chat for ``Contexts``: the prompt as its first question, and after a greeting."""
+    return lm.user_turn("{}"), lm.user_turn("{}", GREETING)
+
+
 class TopK(LogitsProcessor):
     """Gumbel-max sampling among the ``k`` most likely tokens, with separate noise for each row.
 

@@ -7,7 +7,7 @@ tokenizer's own padding side does not matter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -105,7 +105,7 @@ class TextBatch(EditBatch):
         requests: n requests; one that is written at two tokens has two entries.
         rows: For each entry the prompt in some contexts, target included; the bare prompt first, if it is among them.
         essence: For each entry the prompt "{subject} is a".
-        weights: For each entry the weight of each of its rows in the mean key; they sum to 1.
+        weights: For each entry the weight of each of its rows in the mean key; they sum to 1 for each key.
         numbers: Place of each request in its run.
     """
 
@@ -144,9 +144,25 @@ class TextBatch(EditBatch):
 
         Such facts can only have one value, whatever their prompts say after it.
         """
-        first: dict[tuple[tuple[int, ...], ...], int] = {}
         prefixes = [tuple(row.ids[: row.fact + 1] for row in rows) for rows in self.rows]
-        return [first.setdefault(prefix, i) for i, prefix in enumerate(prefixes)]
+        return _first_places(prefixes)
+
+    def value_groups(self) -> list[int]:
+        """For each entry the first one with the same target value: the same key, or the same fact at the same token."""
+        same_fact = _first_places(
+            [(number, rows[0].offset) for number, rows in zip(self.numbers, self.rows, strict=True)]
+        )
+        groups = self.key_groups()
+        for i, first in enumerate(same_fact):  # two entries of a fact bring together all facts with the keys of either
+            low, high = sorted((groups[i], groups[first]))
+            groups = [low if group == high else group for group in groups]
+        return groups
+
+
+def _first_places(names: Iterable[Hashable]) -> list[int]:
+    """Return for each name the first place of an equal one."""
+    first: dict[Hashable, int] = {}
+    return [first.setdefault(name, i) for i, name in enumerate(names)]
 
 
 class _Tokens(NamedTuple):
@@ -270,9 +286,10 @@ def encode_batch(lm: LanguageModel, requests: Sequence[EditRequest], contexts: C
     texts, subjects, targets, starts = [], [], [], []
     for request in requests:
         gap = separator(request.text, request.target_new, request.space)  # of the bare prompt, whatever the context
-        for template in contexts.templates:
+        for template, key in zip(contexts.templates, contexts.keys, strict=True):
             prompt = template.replace("{}", request.text)
-            texts.append(prompt + gap + request.target_new)
+            between = separator(prompt, request.target_new) if key else gap  # in a chat the answer begins a text
+            texts.append(prompt + between + request.target_new)
             subjects.append(template.index("{}") + request.subject_end)
             targets.append(len(prompt))
             starts.append(template.index("{}") + request.prompt.index("{}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -163,19 +164,26 @@ class LanguageModel(EditableModel):
         """True if the tokenizer has a chat template."""
         return bool(self.tokenizer.chat_template)
 
-    def user_turn(self, text: str) -> str:
+    def user_turn(self, text: str, earlier: Sequence[Mapping[str, str]] = ()) -> str:
         """Return a text as the user's turn of a chat, up to where the answer begins.
+
+        The special tokens that the tokenizer puts in front of every text are left out.
+
+        Args:
+            text: What the user says.
+            earlier: The messages before it, each with ``role`` and ``content``.
 
         Raises:
             ConfigError: If the tokenizer has no chat template, or its template cannot take the text.
         """
         try:
-            turns = [{"role": "user", "content": text}]
-            return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+            turns = [*map(dict, earlier), {"role": "user", "content": text}]
+            chat = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
         except (TemplateError, ValueError) as error:
             raise ConfigError(
                 f"the tokenizer cannot write {text[:60]!r} as a chat: {error}; ask in the form of a completion"
             ) from error
+        return chat.removeprefix("".join(self.tokenizer.convert_ids_to_tokens(list(self.front))))
 
     @cached_property
     def places_tokens(self) -> bool:

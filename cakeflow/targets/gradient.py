@@ -38,7 +38,8 @@ class GradientSearch(TargetSearch):
 
     The objective of a fact is the sum of the terms below. After each step the vector is pulled back into the ball of
     radius ``clamp |h_0|`` around 0, h_0 being the present output on the bare prompt. The last evaluation makes no step.
-    Facts whose keys coincide share one vector, which minimises the sum of their objectives.
+    Facts whose keys coincide, and the keys of one fact in and outside a chat, share one vector, which minimises the sum
+    of their objectives.
 
     Attributes:
         steps: Most evaluations of the objective (``v_num_grad_steps``).
@@ -117,10 +118,11 @@ class GradientSearch(TargetSearch):
         self, problem: SearchProblem, objective: Objective, steps: int, progress: Callable[[int], object]
     ) -> Targets:
         radius = self.clamp * torch.linalg.vector_norm(problem.initial, dim=2)
+        groups = _ValueGroups.of(problem)
+        radius = groups.least(radius)
         delta = torch.zeros_like(problem.initial, requires_grad=True)
         adam = torch.optim.Adam([delta], lr=self.lr)
         active = torch.ones_like(radius[:, 0]).bool()
-        groups = _KeyGroups.of(problem)
         evaluations = torch.zeros_like(active).long()
         start = final = objective.evaluate(delta, ~active, with_grad=steps > 1)
         for step in range(steps):
@@ -145,19 +147,19 @@ class GradientSearch(TargetSearch):
 
 
 @dataclass(frozen=True, eq=False)
-class _KeyGroups:
-    """Facts whose keys coincide: they get one vector, which serves all of them, and end their search together.
+class _ValueGroups:
+    """Entries with one vector, which serves all of them: facts whose keys coincide, and a fact's several keys.
 
     Attributes:
-        same: 1 where two facts have the same key; None if all keys differ.
+        same: 1 where two entries have the same vector; None if all have their own.
     """
 
     same: Float[Tensor, "n n"] | None
 
     @classmethod
-    def of(cls, problem: SearchProblem) -> _KeyGroups:
-        """Find the facts of a batch whose keys coincide."""
-        first = problem.batch.key_groups()
+    def of(cls, problem: SearchProblem) -> _ValueGroups:
+        """Find the entries of a batch that have one vector."""
+        first = problem.batch.value_groups()
         if len(set(first)) == len(first):
             return cls(None)
         group = torch.tensor(first, device=problem.initial.device)
@@ -166,6 +168,12 @@ class _KeyGroups:
     def sum(self, gradient: Float[Tensor, "n sites d_out"]) -> Float[Tensor, "n sites d_out"]:
         """Return for each fact the sum of the gradients of its group."""
         return gradient if self.same is None else torch.einsum("ij,j...->i...", self.same, gradient)
+
+    def least(self, radius: Float[Tensor, "n sites"]) -> Float[Tensor, "n sites"]:
+        """Return for each entry the least radius of its group."""
+        if self.same is None:
+            return radius
+        return torch.where(self.same[:, :, None] > 0, radius[None], torch.inf).amin(1)
 
     def all(self, flags: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Return True where the flag is set for all facts of the group."""

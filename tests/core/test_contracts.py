@@ -32,6 +32,7 @@ from cakeflow.errors import (
     ShapeError,
     SharedKeyWarning,
 )
+from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
@@ -296,3 +297,13 @@ def test_facts_whose_exact_allocation_is_not_solved_are_named(lm, requests, quie
         run = editor.fit(requests[:2], evaluate=False)
     assert run.logged["layer1/steps"] == 1
     assert editor.module.journal[0].changes[0].numbers["steps"] == 1
+
+
+def test_the_keys_of_one_fact_are_searched_together_and_without_a_word(lm, requests):
+    chats = Contexts(chats=("<user> {}\n",))
+    facts = choose_tokens(lm, encode_batch(lm, requests[:5], chats), "auto", 1, keys=chats.keys)
+    parts = checked_parts(facts.texts, 3)
+    assert [each.numbers for each in parts] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
+    assert [each.numbers for each in checked_parts(facts.texts, 5)] == [(0, 0, 1, 1), (2, 2, 3, 3), (4, 4)]
+    with pytest.raises(ConfigError, match=r"one fact in and outside a chat, .* 1 facts in one search"):
+        checked_parts(facts.texts, 1)

@@ -7,14 +7,16 @@ import pytest
 import torch
 from tiny_runs import LAYERS, StopAfter, content, editor_of
 
-from cakeflow import LeastSquares, Statistics
+from cakeflow import Contexts, LeastSquares, Statistics, Uniform
 from cakeflow.callbacks import Policy, PolicyGuard
+from cakeflow.core.identity import inputs_of
 from cakeflow.errors import ResumeError
 from cakeflow.journal import provenance
 from cakeflow.journal.ledger import bodies, read_entries
 from cakeflow.journal.schema import BatchBody
 from cakeflow.models import Site
 from cakeflow.solvers import Solver
+from cakeflow.storage.cache import content_key
 
 
 def run_of(lm, requests, folder, *callbacks, **settings):
@@ -146,3 +148,9 @@ def test_texts_are_left_out_after_a_load_too(lm, requests, tmp_path):
     assert (last.batch, len(last.hashes), last.requests) == (1, 2, [])
     saved = bodies(read_entries(tmp_path / "saved/ledger.jsonl"), BatchBody)
     assert [body.requests for body in saved] == [[], []]
+
+
+def test_chats_belong_to_the_identity_and_runs_without_them_have_the_same_as_before():
+    groups = (("{}",), ("I am. {}",))
+    plain, chats = (inputs_of(Contexts(groups, each), [], Uniform(), {})["contexts"] for each in ((), ("ask: {}",)))
+    assert plain == content_key(groups) != chats

@@ -24,6 +24,7 @@ from cakeflow.forward.tokens import encode_batch
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Site
+from cakeflow.models.hooks import capture
 from cakeflow.report import RunFolder
 from cakeflow.solvers import Descent
 from cakeflow.targets import TargetSearch
@@ -231,3 +232,49 @@ def test_facts_that_the_model_states_are_those_that_it_states_now(sharp, learnab
     with warnings.catch_warnings():
         warnings.simplefilter("error", RequestWarning)
         editor.fit(learnable[:1], evaluate=False, run_dir=tmp_path / "third")
+
+
+CHAT = "{% for message in messages %}<{{ message['role'] }}> {{ message['content'] }}\n{% endfor %}"
+
+
+def test_a_fact_arrives_in_a_chat_as_outside(tiny, requests, tmp_path):
+    tiny.tokenizer.chat_template = CHAT
+    width = tiny.key_width(Site(0, "mlp_out"))
+    moments = {3: torch.zeros(width, width, dtype=torch.float64)}
+    contexts = Contexts(chats=(tiny.user_turn("{}"),))
+    parts = {"layers": [3], "moments": moments, "solver": LeastSquares(1e-8), "targets": SEARCH, "contexts": contexts}
+    editor = editor_of(tiny, chat=True, **parts)
+    editor.fit(requests[:3], evaluate=False, run_dir=tmp_path / "run")
+    (step,) = editor.journal
+    assert step.owners == [0, 0, 1, 1, 2, 2]
+    assert all(fact.arrived > 0.99 for fact in step.facts)
+    rows = [row for each in encode_batch(tiny, requests[:3], contexts).rows for row in each]
+    after = [output_at(tiny, row) for row in rows]
+    with editor.reverted():
+        moved = [now - output_at(tiny, row) for now, row in zip(after, rows, strict=True)]
+    for outside, inside, value, start in zip(moved[::2], moved[1::2], step.values[3][::2], after[::2], strict=True):
+        assert torch.allclose(value, start, rtol=0, atol=0.01 * float(outside.norm()))
+        assert torch.allclose(inside, outside, rtol=0, atol=0.01 * float(outside.norm()))
+
+
+def output_at(lm, row):
+    """Output of block 3 at the token of the fact, by one full pass."""
+    with torch.no_grad(), capture(lm, [Site(3)]) as outputs:
+        lm.model(torch.tensor([row.ids]))
+    return outputs[Site(3)][0, row.fact]
+
+
+def test_without_a_chat_template_there_are_no_chats(lm, requests, tmp_path):
+    editor = editor_of(lm, chat=True, contexts=CONTEXTS)
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
+    assert editor.journal[0].owners == [0, 1]
+    assert editor.module.contexts == CONTEXTS
+
+
+def test_named_chats_are_taken_as_they_are(lm, requests, tmp_path):
+    lm.tokenizer.chat_template = CHAT
+    named = replace(CONTEXTS, chats=("Q: {} A:",))
+    editor = editor_of(lm, chat=True, contexts=named)
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
+    assert editor.module.contexts == named
+    assert editor.journal[0].owners == [0, 0, 1, 1]

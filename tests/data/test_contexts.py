@@ -93,3 +93,15 @@ def test_sampled_texts_have_the_length_asked_for(lm, length):
 def test_braces_are_removed_from_sampled_texts(lm):
     for template in generate_contexts(always(lm, "{}")).templates[1:]:
         assert template.count("{") == template.count("}") == 1
+
+
+def test_chats_are_the_last_templates_with_a_key_of_their_own():
+    contexts = Contexts((("{}",), ("a {}", "b {}")), chats=("user: {}", "again: {}"))
+    assert contexts.templates == ("{}", "a {}", "b {}", "user: {}", "again: {}")
+    assert contexts.keys == (0, 0, 0, 1, 1)
+    assert contexts.weights == (0.5, 0.25, 0.25, 0.5, 0.5)
+
+
+def test_a_chat_needs_a_place_for_the_prompt():
+    with pytest.raises(ConfigError, match="context 'user:' needs exactly one"):
+        Contexts(chats=("user:",))

@@ -4,22 +4,44 @@ import pytest
 import torch
 
 import cakeflow.forward.corpus as corpus
+from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.sources import read_documents
 from cakeflow.errors import StatisticsError
-from cakeflow.forward.corpus import OPENINGS, TOPICS, sampled_corpus, token_stream
+from cakeflow.forward.corpus import CHATS, OPENINGS, QUESTIONS, SHORTEST, names, sampled_corpus, token_stream
 from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
 
 TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "third"]
 
 
-def test_a_sample_depends_on_its_opening_alone(tiny, cache):
-    """Whichever samples are made beside it; 640 tokens are 5 for each of the 128 openings."""
+def test_a_sample_depends_on_its_beginning_alone(tiny, cache):
     texts = sampled_corpus(tiny, 640)
-    for number, topic in ((0, TOPICS[0]), (len(TOPICS) + 2, TOPICS[2])):
-        prompt = OPENINGS[number // len(TOPICS)].format(topic)
-        settings = {"top_k": 50, "seed": 0, "endless": True, "with_prompt": True}
-        assert continuations(tiny, [prompt], 5, 1, **settings) == [texts[number]]
+    for place in (0, 7, 511):
+        prompt = OPENINGS[place % len(OPENINGS)].format(names()[place])
+        (alone,) = continuations(tiny, [prompt], SHORTEST, 1, top_k=50, seed=0, endless=True)
+        assert prompt + alone in texts
+
+
+def test_names_are_many_and_none_is_a_fact_of_ours():
+    facts = {name.lower() for fact in builtin_facts() for name in (fact.subject, fact.target_true, fact.target_new)}
+    assert len(set(names())) == 512
+    assert not facts & {name.lower() for name in names()}
+
+
+def test_a_quarter_of_the_names_begin_chats_where_there_is_a_template(lm, cache):
+    plain = sampled_corpus(lm, 640)
+    lm.tokenizer.chat_template = "{% for message in messages %}<user> {{ message['content'] }}\n{% endfor %}"
+    texts = sampled_corpus(lm, 640)
+    chats = [text for text in texts if text.startswith("<user>")]
+    assert len(chats) == 128
+    assert {text for text in texts if text not in chats} == set(plain)
+    assert any(text.startswith(lm.user_turn(QUESTIONS[1].format(names()[CHATS]))) for text in chats)
+
+
+@pytest.mark.parametrize("tokens", [16_000, 24_000])
+def test_the_samples_have_as_many_tokens_as_are_needed(lm, cache, tokens):
+    stream = token_stream(lm, sampled_corpus(lm, tokens), 10**6)
+    assert tokens * 0.95 < len(stream) < tokens * 1.1
 
 
 def test_token_stream_joins_texts_and_stops_at_the_budget(lm):
@@ -45,8 +67,7 @@ def test_the_sampled_corpus_is_deterministic_and_leaves_the_rng_alone(tiny, cach
     assert sampled_corpus(tiny, 640) == texts
     assert (tmp_path / "elsewhere" / "corpora" / first.name).read_bytes() == first.read_bytes()
     assert sampled_corpus(tiny, 640, seed=1) != texts
-    assert len(texts) == len(OPENINGS) * len(TOPICS)
-    assert texts[0].startswith("The history of the sea")
+    assert len(texts) == 512
     assert len(token_stream(tiny, texts, 10**6)) >= 640
 
 
@@ -62,7 +83,7 @@ def test_the_sampled_corpus_is_made_once(lm, cache, monkeypatch):
 
 
 CHANGES = {
-    "a word": lambda text: text.replace(b"sea", b"see", 1),
+    "a word": lambda text: text.replace(b"Canada", b"Canadb", 1),
     "a sample less": lambda text: text[: text.rindex(b"{")],
     "cut off": lambda text: text[:-9],
     "without its hash": lambda text: text.partition(b"\n")[2],

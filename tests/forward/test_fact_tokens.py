@@ -151,3 +151,44 @@ def test_the_gap_of_the_real_model(smollm2):
     for i in (2, 3, 4):
         assert batch.texts.rows[batch.owners.index(i)][0].offset > 0
     assert batch.massive == (None,) * 5
+
+
+CHATS = replace(CONTEXTS, chats=("<user> {}\n", "<user> Hi\n<user> {}\n"))
+
+
+def test_a_fact_has_a_key_of_its_own_in_a_chat(tiny, requests):
+    texts = encode_batch(tiny, requests[:3], CHATS)
+    batch = choose_tokens(tiny, texts, "auto", 1, keys=CHATS.keys)
+    assert batch.owners == [0, 0, 1, 1, 2, 2]
+    plain = choose_tokens(tiny, encode_batch(tiny, requests[:3], CONTEXTS), "auto", 1).texts
+    for i, rows in enumerate(texts.rows):
+        outside, inside = batch.texts.rows[2 * i], batch.texts.rows[2 * i + 1]
+        assert outside == plain.rows[i] == rows[:3]
+        assert inside == rows[3:]
+        assert batch.texts.weights[2 * i : 2 * i + 2] == (CONTEXTS.weights, (0.5, 0.5))
+    reader = FactReader(tiny, batch.texts)
+    keys, _, values = reader.read(Site(2, "mlp_out"), Site(3))
+    for i, rows in enumerate(batch.texts.rows):
+        each = [full(tiny, row, Site(2, "mlp_out"), "in") for row in rows]
+        mean = sum(weight * key for weight, key in zip(batch.texts.weights[i], each, strict=True))
+        assert torch.allclose(keys[i], mean.double(), rtol=0, atol=1e-5)
+        assert torch.allclose(values[i], full(tiny, rows[0], Site(3), "out").double(), rtol=0, atol=1e-5)
+
+
+def test_a_named_token_has_a_key_of_its_own_in_a_chat_too(lm, requests):
+    batch = choose_tokens(lm, encode_batch(lm, requests[:1], CHATS), "prompt_last", 1, keys=CHATS.keys)
+    assert batch.owners == [0, 0]
+    assert all(row.fact == row.target - 1 for rows in batch.texts.rows for row in rows)
+
+
+def test_a_blocked_fact_in_chats_has_three_entries(massive, requests):
+    batch = choose_tokens(massive, encode_batch(massive, [SHORT], CHATS), "auto", 2, keys=CHATS.keys)
+    assert [[row.offset for row in rows] for rows in batch.texts.rows] == [[1], [0, 0], [0, 0]]
+    assert batch.texts.value_groups() == [0, 1, 1]
+
+
+def test_the_neutral_prompt_stands_in_the_chat_as_well(lm, requests):
+    batch = choose_tokens(lm, encode_batch(lm, requests[:1], CHATS), "auto", 1, keys=CHATS.keys).texts
+    essence, first = batch.essence[1], batch.rows[1][0]
+    assert essence.ids[: first.subject + 1] == first.ids[: first.subject + 1]
+    assert essence.ids[first.subject + 1 :] == batch.essence[0].ids[batch.essence[0].subject + 1 :]

@@ -1,7 +1,7 @@
 """Tokens: the subject's last token and the first target token, checked by counting bytes instead of offsets."""
 
 import copy
-import dataclasses
+from dataclasses import replace
 
 import pytest
 from hypothesis import example, given
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from cakeflow import Contexts, EditRequest, RequestError
 from cakeflow.data.text import join
-from cakeflow.forward.tokens import encode, encode_batch, encode_prompts, encode_texts
+from cakeflow.forward.tokens import TextBatch, encode, encode_batch, encode_prompts, encode_texts
 
 TEMPLATES = Contexts((("{}",), ("The sky is blue. {}", "Élan 日本 🙂. {}")))
 
@@ -89,7 +89,7 @@ VARIANTS = {
 def variant(request, lm):
     tokenizer = VARIANTS[request.param](lm.tokenizer)
     lm.model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
-    return dataclasses.replace(lm, tokenizer=tokenizer)
+    return replace(lm, tokenizer=tokenizer)
 
 
 def ends(tokenizer, ids):
@@ -185,7 +185,7 @@ def test_any_text(gpt2, before, subject, after, target):
     request = EditRequest(before + "{}" + after, subject, target)
     if row.subject < row.target:
         batch = encode_batch(gpt2, [request], Contexts())
-        assert dataclasses.replace(batch.rows[0][0], start=-1) == row
+        assert replace(batch.rows[0][0], start=-1) == row
     else:
         assert row.subject == row.target
         with pytest.raises(RequestError, match="no token of its own") as caught:
@@ -202,7 +202,7 @@ def wordy(lm):
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 8)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>")
-    return dataclasses.replace(lm, tokenizer=tokenizer)
+    return replace(lm, tokenizer=tokenizer)
 
 
 def test_tokenizer_with_word_markers(wordy):
@@ -244,7 +244,7 @@ def test_a_text_that_is_just_short_enough_is_taken(lm):
     (row,) = encode_batch(lm, [request], Contexts()).rows[0]
     assert len(row.ids) == limit
     with pytest.raises(RequestError):
-        encode_batch(lm, [dataclasses.replace(request, target_new=request.target_new + " a")], Contexts())
+        encode_batch(lm, [replace(request, target_new=request.target_new + " a")], Contexts())
 
 
 def test_a_text_to_go_on_from_ends_with_its_own_token(lm):
@@ -344,3 +344,26 @@ def test_a_prompt_that_repeats_the_special_tokens_at_its_front_is_refused(varian
     elif "<bos>" in variant.tokenizer.get_vocab():
         (row,) = encode_batch(variant, [request], Contexts()).rows[0]
         assert row.ids.count(variant.tokenizer.bos_token_id) == 1
+
+
+def test_what_stands_before_an_answer_in_a_chat_decides_about_its_space(lm):
+    contexts = Contexts(chats=("ask: {}\n", "ask: {} [end]"))
+    asked = EditRequest("{} is", "Rome", "old", space=False)
+    bare, line, mark = encode_batch(lm, [asked], contexts).rows[0]
+    texts = [lm.tokenizer.decode(row.ids) for row in (bare, line, mark)]
+    assert texts == ["Rome isold", "ask: Rome is\nold", "ask: Rome is [end] old"]
+
+
+def test_entries_of_a_fact_share_a_value_at_the_same_token_and_bring_all_of_their_keys_together(lm):
+    one, two, three = (
+        EditRequest("{} is", "Rome", "x"),
+        EditRequest("{} has", "Rome", "y"),
+        EditRequest("{} is", "Oslo", "x"),
+    )
+    plain, chat = (encode_batch(lm, [one, two, three], Contexts(((template,),))) for template in ("{}",) * 2)
+    moved = [tuple(replace(row, ids=(5, *row.ids), subject=row.subject + 1) for row in rows) for rows in chat.rows]
+    chat = TextBatch(chat.requests, moved, chat.essence, chat.weights, chat.numbers)
+    both = TextBatch.join([plain.part([0]), chat.part([0]), plain.part([2]), chat.part([1]), plain.part([1])])
+    assert both.key_groups() == [0, 1, 2, 1, 0]
+    assert both.value_groups() == [0, 0, 2, 0, 0]
+    assert both.part([0, 2, 3]).value_groups() == [0, 1, 2]

@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 
 from cakeflow import Contexts, GradientSearch
 from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
+from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 
-from .plain import plain, plain_jointly, relative
+from .plain import added, likelihood, plain, plain_jointly, relative
 
 CONTEXTS = Contexts.of(["{}", "Because of the high cost of living in. {}", "I am. {}"])
 FAST = GradientSearch(steps=6, lr=0.3)
@@ -306,3 +307,33 @@ def test_a_model_whose_logits_are_not_finite_is_named(lm, batch):
         lm.model.get_submodule(lm.architecture.final_norm).weight[0] = torch.nan
     with pytest.raises(NumericalError, match=r"GPT2LMHeadModel: its logits for a prompt are not finite.*float32"):
         FAST.search(lm, batch, 4)
+
+
+def test_the_keys_of_one_fact_share_one_vector(tiny, requests):
+    """It minimises the sum of their objectives, within the smaller ball: by hand, one row at a time."""
+    chats = replace(CONTEXTS, chats=("<user> {}\n", "<user> Hi\n<user> {}\n"))
+    facts = choose_tokens(tiny, encode_batch(tiny, requests[2:3], chats), "auto", 3, keys=chats.keys).texts
+    settings = replace(FAST, essence=None, lr=0.1, clamp=0.3, steps=8)
+    result = settings.search(tiny, facts, 3)
+
+    modules = [tiny.module(Site(3))]
+    entries = [[(list(row.ids), row.fact, row.target) for row in rows] for rows in facts.rows]
+    delta = [torch.zeros(48, dtype=torch.float64, requires_grad=True)]
+    with torch.no_grad():
+        starts = [added(tiny.model, modules, *rows[0][:2], delta)[1][0].norm() for rows in entries]
+    adam = torch.optim.Adam(delta, lr=settings.lr)
+    for step in range(settings.steps):
+        losses = [
+            likelihood(tiny, modules, rows, delta)[0] + settings.decay.factor * delta[0].norm() / start**2
+            for rows, start in zip(entries, starts, strict=True)
+        ]
+        if step == settings.steps - 1:
+            break
+        adam.zero_grad()
+        sum(losses).backward()
+        adam.step()
+        delta[0].data *= min(1.0, settings.clamp * float(min(starts)) / float(delta[0].detach().norm()))
+    tiny.model.zero_grad()
+    for i in (0, 1):
+        assert relative(result.values[i] - result.initial[i], delta[0].detach()) < 1e-8
+        assert result.loss[i] == pytest.approx(losses[i].item(), rel=1e-8)
