@@ -38,10 +38,18 @@ def test_a_quarter_of_the_names_begin_chats_where_there_is_a_template(lm, cache)
     assert any(text.startswith(lm.user_turn(QUESTIONS[1].format(names()[CHATS]))) for text in chats)
 
 
-@pytest.mark.parametrize("tokens", [16_000, 24_000])
-def test_the_samples_have_as_many_tokens_as_are_needed(lm, cache, tokens):
-    stream = token_stream(lm, sampled_corpus(lm, tokens), 10**6)
-    assert tokens * 0.95 < len(stream) < tokens * 1.1
+def test_beginnings_and_samples_together_are_as_many_tokens(lm, cache, monkeypatch):
+    lengths = []
+
+    def counted(lm, prompts, tokens, *words, **settings):
+        lengths.append(tokens)
+        return continuations(lm, prompts, 1, *words, **settings)
+
+    monkeypatch.setattr(corpus, "continuations", counted)
+    beginnings = [opening.format(name) for opening, name in zip(OPENINGS * 128, names(), strict=True)]
+    sizes = [len(lm.tokenizer(text)["input_ids"]) for text in beginnings]
+    sampled_corpus(lm, 20_000)
+    assert 20_000 <= sum(sizes) + 512 * lengths[0] < 20_512
 
 
 def test_token_stream_joins_texts_and_stops_at_the_budget(lm):
