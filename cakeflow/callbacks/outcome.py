@@ -24,7 +24,7 @@ from cakeflow.evaluation.outcome import (
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import FreeAnswer
 
-MOST_DROP, MOST_DIVERGENCE = 0.25, 0.5
+MOST_DROP, MOST_DIVERGENCE = 0.25, 0.1
 """Default budget: the part of familiar facts that may be lost, and nats of divergence on neutral text."""
 
 
@@ -41,7 +41,7 @@ class OutcomeCheck(L.Callback):
         neighbors: Number of neighbors.
         chat: Whether to ask in a chat too.
         budget: Rules whose breach is a ``SideEffectWarning``, or a YAML file of them; ``PolicyGuard`` takes a run back
-            instead. By default familiar facts may fall by 0.25 and ``neutral/kl`` be 0.5, where they were measured.
+            instead. By default familiar facts may fall by 0.25 and ``neutral/kl`` be 0.1, where they were measured.
 
     Raises:
         ConfigError: If a number is negative, or the file cannot be read as a policy.

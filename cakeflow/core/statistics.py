@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import StatisticsError, require_positive
-from cakeflow.forward.corpus import sampled_corpus, token_stream
+from cakeflow.forward.corpus import default_corpus, token_stream
 from cakeflow.forward.progress import progress_bar
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
@@ -42,7 +42,7 @@ class Statistics:
 
     Attributes:
         source: Corpus: a path, a list of paths, a hub name or a ``datasets.Dataset`` (see ``read_documents``); None
-            samples a corpus from the model itself.
+            takes texts about names, and as far as they do not suffice samples of the model (``default_corpus``).
         tokens: Number of tokens to read. Two to ten times the width of the keys is enough; the papers take 100,000
             documents.
         window: Length of a row of tokens; no longer than the model's positions.
@@ -50,7 +50,7 @@ class Statistics:
         null_threshold: Limit below which eigenvalues of C count as null; it depends on the model far more than on the
             tokens.
         batch_tokens: Most tokens in one forward pass.
-        seed: Seed of the sampled corpus.
+        seed: Seed of the corpus where none is named.
     """
 
     source: Source | None = None
@@ -121,12 +121,12 @@ class Statistics:
             ConfigError: If the corpus cannot be read.
             StatisticsError: If it has too few tokens, or is a sampled one that was changed in the cache.
         """
-        texts = sampled_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
+        texts = default_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
         stream = token_stream(lm, texts, self.tokens)
         front = list(lm.front)
         body = min(self.window, lm.longest) - len(front)
         if len(stream) < max(body, width):
-            corpus = "sampled from the model" if self.source is None else repr(self.source)
+            corpus = "of texts about names" if self.source is None else repr(self.source)
             raise StatisticsError(
                 f"corpus {corpus} has {len(stream)} tokens; at least {max(body, width)} are needed for keys {width} "
                 "wide (10 times as many are better)"

@@ -1,4 +1,4 @@
-"""Text for second moments where the user has none: a corpus of the model's own samples."""
+"""Text for second moments where the user has none: sentences about names, and the model's own samples."""
 
 from __future__ import annotations
 
@@ -18,15 +18,22 @@ from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 
-OPENINGS = ("{} is", "The history of {}", "I was told that {}", "What do people know about {}?")
+SENTENCES = (
+    "{} is a",
+    "The history of {} began when",
+    "I was told that {} is known for its",
+    "What do people know about {}? It is",
+    "Most people who like {} also like",
+    "In the year when {} was",
+)
 QUESTIONS = ("What is {}?", "Tell me about {}.", "{} is known for", "Where does {} come from?")
-"""How texts and chats of the sampled corpus begin, each with one of the names in ``names.txt``."""
-CHATS = 4
-"""One name in as many also begins a chat, where the model has a chat template."""
+"""Beginnings of sentences and chats about a name."""
+TIMES = 3
+"""Sentences about each name."""
 SHORTEST = 8
 """Fewest tokens that are sampled after a beginning."""
 FORMAT = 3
-"""Format of the file of a sampled corpus; part of its name. 2: with its hash. 3: of names, with chats."""
+"""Format of the file of a sampled corpus; part of its name. 2: with its hash. 3: about names."""
 
 
 MARGIN = 64
@@ -76,16 +83,46 @@ def _ids(lm: LanguageModel, pieces: list[str]) -> list[int]:
 
 
 def names() -> list[str]:
-    """Return the names that the sampled corpus is about: 512 of many kinds, none a subject of the built-in facts."""
+    """Return the names of ``names.txt``: 512 of many kinds, none a subject of the built-in facts."""
     return files("cakeflow.data").joinpath("names.txt").read_text(encoding="utf-8").splitlines()
+
+
+def default_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> list[str]:
+    """Return a corpus for second moments where the user has none: texts about names, which a model need not write.
+
+    Edits write at names, so keys at names are what they have to leave alone: on SmolLM2 these texts protect more than
+    two or three times as many tokens of WikiText-2 or of the model's own samples (``benchmarks/README.md``). Three
+    beginnings of sentences stand for each name, and where there is a chat template a question; where they are too few
+    tokens, the model's samples follow.
+
+    Args:
+        lm: The model, not edited.
+        tokens: Number of tokens that are needed.
+        seed: Seed of the order and of the sampling noise.
+
+    Raises:
+        StatisticsError: If samples in the cache are not as they were written.
+    """
+    texts = [
+        SENTENCES[(place + turn) % len(SENTENCES)].format(name)
+        for turn in range(TIMES)
+        for place, name in enumerate(names())
+    ]
+    if lm.chats:
+        texts += [
+            lm.user_turn(question.format(name)) for name, question in zip(names(), cycle(QUESTIONS), strict=False)
+        ]
+    random.Random(seed).shuffle(texts)
+    texts = [f"{text}\n\n" for text in texts]
+    rest = tokens - len(token_stream(lm, texts, tokens))
+    return texts + (sampled_corpus(lm, rest, seed) if rest > 0 else [])
 
 
 def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> list[str]:
     """Return a corpus of the model's own samples, which are made once per model and then lie in the cache.
 
-    Needs no network and no licence, and follows the distribution whose keys an edit should preserve. Each sample is
-    about another name, because edits write at names: many short texts protect more than few long ones
-    (``benchmarks/README.md``). The samples (temperature 1, top 50) depend on model and seed only.
+    Needs no network and no licence, and follows the distribution whose keys an edit should preserve. Each sample goes
+    on from a sentence about another name. The samples (temperature 1, top 50) depend on model and seed only.
 
     Args:
         lm: The model, not edited.
@@ -93,33 +130,24 @@ def sampled_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> list[str]:
         seed: Seed of the sampling noise.
 
     Returns:
-        The samples, in random order.
+        The samples.
 
     Raises:
         StatisticsError: If the file in the cache is not as it was written.
     """
-    texts = [opening.format(name) for name, opening in zip(names(), cycle(OPENINGS), strict=False)]
-    asked = names()[::CHATS] if lm.chats else []
-    chats = [lm.user_turn(question.format(name)) for name, question in zip(asked, cycle(QUESTIONS), strict=False)]
-    key = content_key(lm.fingerprint(), tokens, seed, texts, chats, FORMAT)
+    openings = [sentence.format(name) for name, sentence in zip(names(), cycle(SENTENCES), strict=False)]
+    key = content_key(lm.fingerprint(), tokens, seed, openings, FORMAT)
     path = cache_folder() / "corpora" / f"sampled-{key[:16]}.jsonl"
     if not path.exists():
         require_writable(path.parent)
-        samples = _samples(lm, texts, chats, tokens, seed)
-        random.Random(seed).shuffle(samples)
+        lengths = [len(row) for row in encode_texts(lm.tokenizer, openings)]
+        length = max(SHORTEST, -(-(tokens - sum(lengths)) // len(lengths)))
+        together = 64 * (length + max(lengths))  # 64 rows: smaller batches are much slower on a CPU
+        settings: dict[str, Any] = {"endless": True, "with_prompt": True, "title": "sampling a corpus"}
+        samples = continuations(lm, openings, length, together, top_k=50, seed=seed, **settings)
         text = "".join(json.dumps({"text": sample}) + "\n" for sample in samples)
         write_text(path, _first_line(text.encode()) + text)
     return _read(path)
-
-
-def _samples(lm: LanguageModel, texts: list[str], chats: list[str], tokens: int, seed: int) -> list[str]:
-    """Return texts and chats, gone on with by the model, of as many tokens in all."""
-    lengths = [len(row) for row in encode_texts(lm.tokenizer, [*texts, *chats])]
-    length = max(SHORTEST, -(-(tokens - sum(lengths)) // len(lengths)))
-    together = 64 * (length + max(lengths))  # 64 rows: smaller batches are much slower on a CPU
-    settings: dict[str, Any] = {"endless": True, "title": "sampling a corpus"}
-    new = continuations(lm, [*texts, *chats], length, together, top_k=50, seed=seed, **settings)
-    return [before + after for before, after in zip([*texts, *chats], new, strict=True)]
 
 
 def _read(path: Path) -> list[str]:

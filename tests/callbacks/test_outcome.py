@@ -85,7 +85,7 @@ def test_a_second_run_is_compared_with_the_model_before_it_and_with_the_unedited
 
 def test_a_ruined_model_is_flagged(lm, tmp_path):
     with pytest.warns(
-        SideEffectWarning, match=r"side effects beyond the budget: neutral/kl is .*, must be at most 0.5"
+        SideEffectWarning, match=r"side effects beyond the budget: neutral/kl is .*, must be at most 0.1"
     ):
         run = ruinous_editor(lm).fit(FACTS, run_dir=tmp_path / "run")
     assert not run.outcome.is_clean
@@ -134,3 +134,24 @@ def test_the_real_model_learns_and_says_so(real_editor):
     assert run.outcome.verdict.startswith("3 of 3 facts learned (")
     assert len(run.outcome.of("familiar", "completion")) == len(run.outcome.of("familiar", "chat")) == 4
     assert run.before["familiar"] == 1
+
+
+@pytest.mark.real
+@pytest.mark.filterwarnings("ignore::cakeflow.errors.SideEffectWarning")
+def test_a_ruined_real_model_is_flagged_and_taken_back(real_editor, smollm2):
+    """Far targets, and nothing that holds the change back."""
+    width = smollm2.key_width(Site(5, "mlp_out"))
+    moments = dict.fromkeys(range(5, 10), 1e-9 * torch.eye(width, dtype=torch.float64))
+    settings = {"targets": {"steps": 3, "lr": 100.0, "clamp": 1000.0}, "moments": moments, "max_relative_update": 1e9}
+    check = OutcomeCheck(familiar=4, neighbors=6)
+    before = smollm2.fingerprint()
+    editor = real_editor("memit", {"callbacks": [check]}, **settings)
+    with pytest.warns(SideEffectWarning, match=r"side effects beyond the budget: .*familiar"):
+        run = editor.fit(builtin_facts()[:3])
+    assert not run.outcome.is_clean
+    assert run.after["familiar"] <= 0.5
+    editor.rollback()
+    guarded = real_editor("memit", {"callbacks": [check, PolicyGuard(Policy(max_drop={"familiar": 0.25}))]}, **settings)
+    with pytest.raises(PolicyError, match="familiar"):
+        guarded.fit(builtin_facts()[:3])
+    assert smollm2.fingerprint() == before

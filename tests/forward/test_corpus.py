@@ -7,7 +7,15 @@ import cakeflow.forward.corpus as corpus
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.sources import read_documents
 from cakeflow.errors import StatisticsError
-from cakeflow.forward.corpus import CHATS, OPENINGS, QUESTIONS, SHORTEST, names, sampled_corpus, token_stream
+from cakeflow.forward.corpus import (
+    QUESTIONS,
+    SENTENCES,
+    SHORTEST,
+    default_corpus,
+    names,
+    sampled_corpus,
+    token_stream,
+)
 from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
 
@@ -17,9 +25,9 @@ TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "t
 def test_a_sample_depends_on_its_beginning_alone(tiny, cache):
     texts = sampled_corpus(tiny, 640)
     for place in (0, 7, 511):
-        prompt = OPENINGS[place % len(OPENINGS)].format(names()[place])
-        (alone,) = continuations(tiny, [prompt], SHORTEST, 1, top_k=50, seed=0, endless=True)
-        assert prompt + alone in texts
+        prompt = SENTENCES[place % len(SENTENCES)].format(names()[place])
+        settings = {"top_k": 50, "seed": 0, "endless": True, "with_prompt": True}
+        assert continuations(tiny, [prompt], SHORTEST, 1, **settings) == [texts[place]]
 
 
 def test_names_are_many_and_none_is_a_fact_of_ours():
@@ -28,14 +36,33 @@ def test_names_are_many_and_none_is_a_fact_of_ours():
     assert not facts & {name.lower() for name in names()}
 
 
-def test_a_quarter_of_the_names_begin_chats_where_there_is_a_template(lm, cache):
-    plain = sampled_corpus(lm, 640)
+def test_the_default_corpus_has_three_sentences_about_each_name(lm, cache):
+    texts = default_corpus(lm, 1000)
+    assert len(set(texts)) == len(texts) == 3 * 512
+    for name in ("Canada", "zebra"):
+        about = [text for text in texts if any(text == f"{each.format(name)}\n\n" for each in SENTENCES)]
+        assert len(about) == 3
+    assert not (cache / "corpora").exists()
+    assert default_corpus(lm, 1000) == texts != default_corpus(lm, 1000, seed=1)
+
+
+def test_and_a_question_in_a_chat_where_there_is_a_template(lm):
+    plain = default_corpus(lm, 1000)
     lm.tokenizer.chat_template = "{% for message in messages %}<user> {{ message['content'] }}\n{% endfor %}"
-    texts = sampled_corpus(lm, 640)
-    chats = [text for text in texts if text.startswith("<user>")]
-    assert len(chats) == 128
-    assert {text for text in texts if text not in chats} == set(plain)
-    assert any(text.startswith(lm.user_turn(QUESTIONS[1].format(names()[CHATS]))) for text in chats)
+    texts = default_corpus(lm, 1000)
+    chats = {text for text in texts if text.startswith("<user>")}
+    assert len(chats) == 512
+    assert {*texts} == {*plain} | chats
+    assert f"{lm.user_turn(QUESTIONS[1].format(names()[1]))}\n\n" in chats
+
+
+def test_samples_follow_where_the_texts_are_too_few(lm, cache):
+    texts = default_corpus(lm, 10)
+    size = len(token_stream(lm, texts, 10**6))
+    assert default_corpus(lm, size) == texts
+    more = default_corpus(lm, size + 50)
+    assert more == texts + sampled_corpus(lm, 50)
+    assert len(token_stream(lm, more, 10**6)) >= size + 50
 
 
 def test_beginnings_and_samples_together_are_as_many_tokens(lm, cache, monkeypatch):
@@ -46,7 +73,7 @@ def test_beginnings_and_samples_together_are_as_many_tokens(lm, cache, monkeypat
         return continuations(lm, prompts, 1, *words, **settings)
 
     monkeypatch.setattr(corpus, "continuations", counted)
-    beginnings = [opening.format(name) for opening, name in zip(OPENINGS * 128, names(), strict=True)]
+    beginnings = [SENTENCES[place % len(SENTENCES)].format(name) for place, name in enumerate(names())]
     sizes = [len(lm.tokenizer(text)["input_ids"]) for text in beginnings]
     sampled_corpus(lm, 20_000)
     assert 20_000 <= sum(sizes) + 512 * lengths[0] < 20_512

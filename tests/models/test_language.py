@@ -10,6 +10,7 @@ from transformers import ByT5Tokenizer, GPT2Config, GPT2LMHeadModel
 
 from cakeflow import Architecture, LocateThenEdit
 from cakeflow.errors import ArchitectureError
+from cakeflow.forward.tokens import encode_texts
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.cache import cache_folder
@@ -159,3 +160,20 @@ def test_a_tokenizer_with_two_equal_tokens_in_front_is_named(lm):
     lm.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 1)])
     with pytest.warns(UserWarning, match="in front of every text, one of them twice"):
         LanguageModel.wrap(lm.model, lm.tokenizer)
+
+
+def test_a_chat_does_not_repeat_what_the_tokenizer_puts_in_front(lm):
+    """Llama's and Gemma's templates write the beginning-of-text token, and so do their tokenizers."""
+    tokenizer = lm.tokenizer
+    plain = tokenizer("a")["input_ids"]
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.chat_template = "{{ bos_token }}{% for message in messages %}[{{ message['content'] }}]{% endfor %}"
+    assert lm.user_turn("Hi") == "<s>[Hi]"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
+    )
+    assert tokenizer("a")["input_ids"] == [tokenizer.bos_token_id, *plain]
+    assert lm.user_turn("Hi") == "[Hi]"
+    assert lm.user_turn("Hi", [{"role": "user", "content": "Ho"}]) == "[Ho][Hi]"
+    ids = encode_texts(tokenizer, [lm.user_turn("Hi")])[0]
+    assert ids.count(tokenizer.bos_token_id) == 1

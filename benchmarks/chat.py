@@ -1,0 +1,91 @@
+"""What a batch of edits does to chats: facts learned, and familiar answers that stay, at several seeds and options.
+
+    python benchmarks/chat.py --data facts.json --seeds 0 1 2 --options '{}' '{"chat": false}' --out chat.jsonl
+
+An arm is a seed with the options of an editor; its row is written when it ends, and a second call goes on with the
+arms that are missing. The seed is that of the sampled corpus. ``asked`` are the facts after a system
+prompt, after an earlier exchange and after 50 and 200 tokens of other text.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cakeflow import Editor
+from cakeflow.callbacks import NeutralText, OutcomeCheck
+from cakeflow.data import builtin_facts, read_requests, states
+from cakeflow.evaluation import free_answers
+
+FAMILIAR = 64
+SYSTEM = {"role": "system", "content": "You answer in one short sentence."}
+EARLIER = ({"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am an assistant."})
+
+
+def main() -> None:
+    """Run the arms that the file lacks, and print all."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--data", required=True, help="facts, or builtin")
+    parser.add_argument("--first", type=int, help="number of facts")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--options", type=json.loads, nargs="+", default=[{}], help="of Editor.from_pretrained, as JSON"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args()
+    rows = [json.loads(line) for line in arguments.out.read_text().splitlines()] if arguments.out.exists() else []
+    for options in arguments.options:
+        for seed in arguments.seeds:
+            name = {"data": arguments.data, "first": arguments.first, "seed": seed, "options": options}
+            if not any(row["arm"] == name for row in rows):
+                requests = read_requests(arguments.data)[: arguments.first]
+                row = {"arm": name, **arm(arguments.model, requests, seed, options)}
+                rows.append(row)
+                with arguments.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    for row in rows:
+        print(json.dumps(row))
+
+
+def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> dict[str, Any]:
+    """Edit the facts and return what became of them and of the familiar answers, as counts, with the metrics."""
+    start = time.perf_counter()
+    options = {**options, "statistics": {"seed": seed, **options.get("statistics", {})}}
+    callbacks = [OutcomeCheck(familiar=FAMILIAR), NeutralText(every=None)]
+    editor = Editor.from_pretrained(model, trainer={"callbacks": callbacks, "logger": False}, **options)
+    result = editor.fit(requests)
+    assert result.outcome is not None
+    counts = {}
+    for topic, form in (("fact", "completion"), ("fact", "chat"), ("familiar", "completion"), ("familiar", "chat")):
+        good = [row["good"] for row in result.outcome.rows() if (row["topic"], row["form"]) == (topic, form)]
+        counts[f"{topic}, {form}"] = [sum(good), len(good)]
+    metrics = {name: round(value, 4) for name, value in result.after.items()}
+    asked = {name: sum(answers) for name, answers in asked_elsewhere(editor, requests)}
+    return {**counts, "asked": asked, "metrics": metrics, "seconds": round(time.perf_counter() - start)}
+
+
+def asked_elsewhere(editor: Editor, requests: list[Any]) -> Iterator[tuple[str, list[bool]]]:
+    """Yield for each surrounding which facts the edited model states there."""
+    lm = editor.module.lm
+    words = " ".join(random.Random(0).choice(builtin_facts()).reference or "" for _ in range(8))
+    ids = lm.tokenizer(words, add_special_tokens=False)["input_ids"]
+    texts = {count: lm.tokenizer.decode(ids[:count]).strip() for count in (50, 200)}
+    places = {
+        "after a system prompt": lambda text: lm.user_turn(text, [SYSTEM]),
+        "after earlier turns": lambda text: lm.user_turn(text, EARLIER),
+        **{f"in a chat, after {n} tokens": lambda text, n=n: lm.user_turn(f"{texts[n]} {text}") for n in texts},
+        **{f"after {n} tokens": lambda text, n=n: f"{texts[n]} {text}" for n in texts},
+    }
+    for name, write in places.items():
+        answers = free_answers(lm, [write(request.text) for request in requests], 24)
+        yield name, [states(answer, each.target_new) for answer, each in zip(answers, requests, strict=True)]
+
+
+if __name__ == "__main__":
+    main()
