@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
 from cakeflow.data.contexts import Contexts
+from cakeflow.errors import ConfigError
 from cakeflow.forward.packing import GIB, logits_bytes, pass_bytes, plan, require_bytes
 from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import encode_texts, require_readable
@@ -46,8 +47,21 @@ GREETING = ({"role": "user", "content": "Hello!"}, {"role": "assistant", "conten
 
 
 def chat_templates(lm: LanguageModel) -> tuple[str, ...]:
-    """Return templates of a chat for ``Contexts``: the prompt as its first question, and after a greeting."""
-    return lm.user_turn("{}"), lm.user_turn("{}", GREETING)
+    """Return templates of a chat for ``Contexts``: the prompt as its first question, and after a greeting.
+
+    Raises:
+        ConfigError: If the tokenizer's template cannot write them.
+    """
+    try:
+        templates = lm.user_turn("{}"), lm.user_turn("{}", GREETING)
+    except ConfigError as error:
+        raise ConfigError(f"facts cannot be written in a chat: {error}; or set chat to false") from error
+    if bad := [template for template in templates if template.count("{}") != 1]:
+        raise ConfigError(
+            f"facts cannot be written in a chat: the tokenizer's template makes {bad[0]!r} of the prompt '{{}}'; set "
+            "chat to false, or name contexts.chats"
+        )
+    return templates
 
 
 class TopK(LogitsProcessor):

@@ -6,7 +6,15 @@ from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 
 from cakeflow.errors import ConfigError, RequestError
-from cakeflow.forward.generation import SEEDS, TopK, _cached, continuations, generate_contexts, gumbel
+from cakeflow.forward.generation import (
+    SEEDS,
+    TopK,
+    _cached,
+    chat_templates,
+    continuations,
+    generate_contexts,
+    gumbel,
+)
 from cakeflow.models import Site
 
 PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
@@ -193,3 +201,19 @@ def test_prompts_with_tokens_beyond_the_embedding_are_refused(lm):
     lm.tokenizer.add_tokens(["<ent>"])
     with pytest.raises(RequestError, match=r"entry 1, prompt = 'An <ent> is': has the token '<ent>'"):
         continuations(lm, ["Ann is", "An <ent> is"], 3)
+
+
+def test_chats_are_the_first_question_and_one_after_a_greeting(lm):
+    lm.tokenizer.chat_template = (
+        "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    )
+    first, second = chat_templates(lm)
+    assert first == "<user>{}"
+    assert second == "<user>Hello!<assistant>Hello! How can I help you?<user>{}"
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "no content", "{{ messages[0]['content'] * 2 }}"])
+def test_a_template_that_cannot_write_a_fact_is_refused_with_the_remedy(lm, template):
+    lm.tokenizer.chat_template = template
+    with pytest.raises(ConfigError, match=r"facts cannot be written in a chat: .* set chat to false"):
+        chat_templates(lm)
