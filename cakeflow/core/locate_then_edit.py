@@ -29,7 +29,7 @@ from cakeflow.data.request import EditRequest, FactToken
 from cakeflow.errors import ConfigError, did_you_mean, require_choice, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
-from cakeflow.forward.generation import chat_templates, generate_contexts
+from cakeflow.forward.generation import chat_template, generate_contexts
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pass_bytes
 from cakeflow.forward.residual_path import ResidualPaths
@@ -204,7 +204,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             with self.journal.reverted():
                 self.contexts = generate_contexts(self.lm, self.seed)
         if self.chat and self.lm.chats and not self.contexts.chats:
-            self.contexts = replace(self.contexts, chats=chat_templates(self.lm))
+            self.contexts = replace(self.contexts, chats=(chat_template(self.lm),))
         texts = encode_batch(self.lm, requests, self.contexts)
         check_tokens(texts, self.fact_token)
         return texts

@@ -98,7 +98,7 @@ class Walk:
         if self.is_first:
             self.log("target/left", remaining.norm(dim=1).mean())
             self.module.notify("on_batch_edited", remaining)
-        self.probability, self.taken = self.ask()
+        self.probability, self.taken, self.entries_taken = self.ask()
 
     def again(self, facts: Sequence[int]) -> bool:
         """Walk once more over some facts; False if that failed: it is taken back, and the batch stays as it was."""
@@ -251,17 +251,21 @@ class Walk:
 
     # ---- asking ----
 
-    def ask(self) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"]]:
-        """Ask each request: probability of its target on the bare prompt, and whether its tokens are the arg-max."""
+    def ask(self) -> tuple[Float[Tensor, " n"], Bool[Tensor, " n"], Bool[Tensor, " m"]]:
+        """Ask each request: probability of its target on the bare prompt, and whether its tokens are the arg-max.
+
+        Last, whether they are in the first context of each entry, such as a chat.
+        """
+        rows, count = [*self.facts.bare, *(rows[0] for rows in self.batch.rows)], len(self.facts.bare)
         with self.module.phase("ask"):
-            reads = [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in self.facts.bare]
+            reads = [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
             logprobs, hits = score_reads(self.module.lm, reads, max_bytes=self.module.max_bytes)
-        return logprobs.exp(), hits == 1
+        return logprobs[:count].exp(), hits[:count] == 1, hits[count:] == 1
 
     def not_taken(self) -> list[int]:
-        """The facts whose requests did not take, each with all those that have the same target value."""
-        groups = self.batch.value_groups()
-        failed = {groups[i] for i, owner in enumerate(self.facts.owners) if not self.taken[owner]}
+        """The facts that did not take, bare or in their own context, each with all those of the same target value."""
+        groups, taken = self.batch.value_groups(), self.taken[self.facts.owners] & self.entries_taken
+        failed = {groups[i] for i, each in enumerate(taken.tolist()) if not each}
         return [i for i, group in enumerate(groups) if group in failed]
 
     def close(self) -> None:

@@ -42,26 +42,22 @@ def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Con
     return Contexts((("{}",), tuple(f"{text}. {{}}" for text in clean)))
 
 
-GREETING = ({"role": "user", "content": "Hello!"}, {"role": "assistant", "content": "Hello! How can I help you?"})
-"""An earlier exchange of a chat."""
-
-
-def chat_templates(lm: LanguageModel) -> tuple[str, ...]:
-    """Return templates of a chat for ``Contexts``: the prompt as its first question, and after a greeting.
+def chat_template(lm: LanguageModel) -> str:
+    """Return the template of a chat for ``Contexts``: the prompt as its first question.
 
     Raises:
-        ConfigError: If the tokenizer's template cannot write them.
+        ConfigError: If the tokenizer's template cannot write it.
     """
     try:
-        templates = lm.user_turn("{}"), lm.user_turn("{}", GREETING)
+        template = lm.user_turn("{}")
     except ConfigError as error:
         raise ConfigError(f"facts cannot be written in a chat: {error}; or set chat to false") from error
-    if bad := [template for template in templates if template.count("{}") != 1]:
+    if template.count("{}") != 1:
         raise ConfigError(
-            f"facts cannot be written in a chat: the tokenizer's template makes {bad[0]!r} of the prompt '{{}}'; set "
+            f"facts cannot be written in a chat: the tokenizer's template makes {template!r} of the prompt '{{}}'; set "
             "chat to false, or name contexts.chats"
         )
-    return templates
+    return template
 
 
 class TopK(LogitsProcessor):

@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
@@ -278,3 +279,27 @@ def test_named_chats_are_taken_as_they_are(lm, requests, tmp_path):
     editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
     assert editor.module.contexts == named
     assert editor.journal[0].owners == [0, 0, 1, 1]
+
+
+def test_a_fact_that_did_not_take_in_a_chat_is_walked_again_with_both_keys(lm, requests):
+    """What takes is asked of the model itself: here, on the prompts as they are, and in a chat."""
+    lm.tokenizer.chat_template = CHAT
+    module = module_of(lm, layers=[1, 2], chat=True, contexts=CONTEXTS)
+    texts = module.encode(requests[:3])
+    facts = choose_tokens(lm, texts, "auto", 1, keys=module.contexts.keys)
+    module.footprints[0] = module.estimate(facts.texts)
+    module.log = lambda *_, **__: None
+    walk = Walk(module, facts, EditStep(()))
+    module.phase = lambda _: nullcontext()
+    walk.probability, walk.taken, walk.entries_taken = walk.ask()
+    for i, rows in enumerate(facts.texts.rows):
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([rows[0].ids])).logits[0]
+        expected = logits[rows[0].target - 1 : -1].argmax(-1).tolist() == list(rows[0].ids[rows[0].target :])
+        assert bool(walk.entries_taken[i]) == expected
+    walk.taken[:], walk.entries_taken[:] = True, True
+    assert walk.not_taken() == []
+    walk.entries_taken[3] = False
+    assert walk.not_taken() == [2, 3]
+    walk.taken[0] = False
+    assert walk.not_taken() == [0, 1, 2, 3]

@@ -10,7 +10,7 @@ from cakeflow.forward.generation import (
     SEEDS,
     TopK,
     _cached,
-    chat_templates,
+    chat_template,
     continuations,
     generate_contexts,
     gumbel,
@@ -203,17 +203,15 @@ def test_prompts_with_tokens_beyond_the_embedding_are_refused(lm):
         continuations(lm, ["Ann is", "An <ent> is"], 3)
 
 
-def test_chats_are_the_first_question_and_one_after_a_greeting(lm):
+def test_a_chat_begins_with_the_prompt(lm):
     lm.tokenizer.chat_template = (
         "{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
     )
-    first, second = chat_templates(lm)
-    assert first == "<user>{}"
-    assert second == "<user>Hello!<assistant>Hello! How can I help you?<user>{}"
+    assert chat_template(lm) == "<user>{}"
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "no content", "{{ messages[0]['content'] * 2 }}"])
 def test_a_template_that_cannot_write_a_fact_is_refused_with_the_remedy(lm, template):
     lm.tokenizer.chat_template = template
     with pytest.raises(ConfigError, match=r"facts cannot be written in a chat: .* set chat to false"):
-        chat_templates(lm)
+        chat_template(lm)
