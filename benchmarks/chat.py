@@ -20,7 +20,7 @@ from typing import Any
 from cakeflow import Editor
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.data import builtin_facts, read_requests, states
-from cakeflow.evaluation import free_answers
+from cakeflow.forward import continuations
 
 FAMILIAR = 64
 SYSTEM = {"role": "system", "content": "You answer in one short sentence."}
@@ -67,14 +67,15 @@ def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> 
         counts[f"{topic}, {form}"] = [sum(good), len(good)]
     metrics = {name: round(value, 4) for name, value in result.after.items()}
     asked = {name: sum(answers) for name, answers in asked_elsewhere(editor, requests)}
-    return {**counts, "asked": asked, "metrics": metrics, "seconds": round(time.perf_counter() - start)}
+    seconds, divergence = round(time.perf_counter() - start), round(result.logged["neutral/kl"], 4)
+    return {**counts, "asked": asked, "metrics": metrics, "neutral/kl": divergence, "seconds": seconds}
 
 
 def asked_elsewhere(editor: Editor, requests: list[Any]) -> Iterator[tuple[str, list[bool]]]:
     """Yield for each surrounding which facts the edited model states there."""
     lm = editor.module.lm
-    words = " ".join(random.Random(0).choice(builtin_facts()).reference or "" for _ in range(8))
-    ids = lm.tokenizer(words, add_special_tokens=False)["input_ids"]
+    references = sorted({fact.reference for fact in builtin_facts() if fact.reference})
+    ids = lm.tokenizer(" ".join(random.Random(0).sample(references, 8)), add_special_tokens=False)["input_ids"]
     texts = {count: lm.tokenizer.decode(ids[:count]).strip() for count in (50, 200)}
     places = {
         "after a system prompt": lambda text: lm.user_turn(text, [SYSTEM]),
@@ -83,7 +84,7 @@ def asked_elsewhere(editor: Editor, requests: list[Any]) -> Iterator[tuple[str, 
         **{f"after {n} tokens": lambda text, n=n: f"{texts[n]} {text}" for n in texts},
     }
     for name, write in places.items():
-        answers = free_answers(lm, [write(request.text) for request in requests], 24)
+        answers = continuations(lm, [write(request.text) for request in requests], 24)
         yield name, [states(answer, each.target_new) for answer, each in zip(answers, requests, strict=True)]
 
 

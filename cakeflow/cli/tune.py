@@ -32,7 +32,7 @@ def run_tune(
         data: Facts with true targets; those are taken that the model states.
         edits: Most edits of all trials.
         facts: Facts of one trial.
-        source: Texts for second moments; sampled from the model by default.
+        source: Texts for second moments; by default sentences about names.
         tokens: Number of their tokens; ten times the width of the keys by default.
         overwrite: Replace a config that is there.
 

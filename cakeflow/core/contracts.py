@@ -145,7 +145,7 @@ def _whole_parts(batch: TextBatch, size: int) -> Iterator[TextBatch]:
             raise ConfigError(
                 f"{batch.name([first, last])}: their keys coincide, or are those of one fact in and outside a chat, so "
                 f"they need one target value, but memory_budget allows {size} facts in one search; put them next to "
-                "each other, or raise memory_budget"
+                "each other, raise memory_budget, or set chat to false"
             )
         yield batch.part(range(start, end))
         start = end

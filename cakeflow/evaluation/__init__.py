@@ -1,7 +1,6 @@
 """Evaluation of a model before and after an edit: prompts, scores and free texts."""
 
 from cakeflow.evaluation.evaluation import Answers, Evaluation, free_prompts
-from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import Protocol, official_token_reads
 from cakeflow.evaluation.scoring import (
     PromptScores,
@@ -14,6 +13,6 @@ from cakeflow.evaluation.scoring import (
 )  # fmt: skip
 
 __all__ = [
-    "Answers", "Evaluation", "PromptScores", "Protocol", "ScoredPrompt", "check_records", "free_answers",
-    "free_prompts", "official_token_reads", "score_reads", "score_records", "score_targets", "scored_prompts",
+    "Answers", "Evaluation", "PromptScores", "Protocol", "ScoredPrompt", "check_records", "free_prompts",
+    "official_token_reads", "score_reads", "score_records", "score_targets", "scored_prompts",
 ]  # fmt: skip

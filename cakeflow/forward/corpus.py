@@ -90,10 +90,9 @@ def names() -> list[str]:
 def default_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> list[str]:
     """Return a corpus for second moments where the user has none: texts about names, which a model need not write.
 
-    Edits write at names, so keys at names are what they have to leave alone: on SmolLM2 these texts protect more than
-    two or three times as many tokens of WikiText-2 or of the model's own samples (``benchmarks/README.md``). Three
-    beginnings of sentences stand for each name, and where there is a chat template a question; where they are too few
-    tokens, the model's samples follow.
+    Edits write at names, so keys at names are what they have to leave alone: on SmolLM2 these texts protect as much as
+    three times as many tokens of WikiText-2 (``benchmarks/README.md``). Three beginnings of sentences stand for each
+    name, and where there is a chat template a question; where they are too few tokens, the model's samples follow.
 
     Args:
         lm: The model, not edited.

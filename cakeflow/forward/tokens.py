@@ -149,20 +149,25 @@ class TextBatch(EditBatch):
 
     def value_groups(self) -> list[int]:
         """For each entry the first one with the same target value: the same key, or the same fact at the same token."""
-        same_fact = _first_places(
-            [(number, rows[0].offset) for number, rows in zip(self.numbers, self.rows, strict=True)]
-        )
-        groups = self.key_groups()
-        for i, first in enumerate(same_fact):  # two entries of a fact bring together all facts with the keys of either
-            low, high = sorted((groups[i], groups[first]))
-            groups = [low if group == high else group for group in groups]
-        return groups
+        names = [(number, rows[0].offset) for number, rows in zip(self.numbers, self.rows, strict=True)]
+        first = self.key_groups()
+        for i, place in enumerate(_first_places(names)):  # a fact's entries bring together all facts with their keys
+            low, high = sorted((_root(first, i), _root(first, place)))
+            first[high] = low
+        return [_root(first, i) for i in range(len(first))]
 
 
 def _first_places(names: Iterable[Hashable]) -> list[int]:
     """Return for each name the first place of an equal one."""
     first: dict[Hashable, int] = {}
     return [first.setdefault(name, i) for i, name in enumerate(names)]
+
+
+def _root(first: Sequence[int], place: int) -> int:
+    """Return where the way from a place to an earlier one, and on from there, ends."""
+    while first[place] != place:
+        place = first[place]
+    return place
 
 
 class _Tokens(NamedTuple):

@@ -114,7 +114,7 @@ def tune(
         data: Facts with true targets, of which those are taken that the model states.
         edits: Most edits in all, those on other facts included.
         facts: Facts of a trial; fewer where the model states less than twice as many.
-        source: Corpus of the second moments; None samples it from the model.
+        source: Corpus of the second moments; None takes texts about names (``default_corpus``).
         tokens: Its tokens; by default ten times the width of the keys.
         notify: Called with every trial.
 

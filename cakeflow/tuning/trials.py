@@ -14,6 +14,7 @@ from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
 from cakeflow.editor import Editor
 from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.journal.steps import request_hash
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import content_key
@@ -111,8 +112,8 @@ class Trials:
 
     def key(self, numbers: Numbers, facts: Sequence[EditRequest], recipe: str) -> str:
         """Return the hash of everything that decides a trial."""
-        texts = [(fact.text, fact.target_new) for fact in facts]
-        return content_key(self.lm.fingerprint(), asdict(numbers), self.contexts.groups, self.corpus, texts, recipe)
+        hashes = [request_hash(fact) for fact in facts]
+        return content_key(self.lm.fingerprint(), asdict(numbers), self.contexts.groups, self.corpus, hashes, recipe)
 
     def make(self, name: str, numbers: Numbers, facts: Sequence[EditRequest], recipe: str) -> Trial:
         """Edit facts with some numbers, measure, and take the batch back; what the file has is not made again."""
