@@ -1,5 +1,5 @@
 """The command line."""
 
-from cakeflow.cli.command_line import main, run_command
+import lazy_loader
 
-__all__ = ["main", "run_command"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -19,8 +19,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from rich.console import Console
 from rich.markup import escape
 
-import cakeflow
-from cakeflow.cli.console import LogHandler, plain_warnings, say
+from cakeflow.cli.console import LogHandler, plain_warnings
 from cakeflow.cli.evaluate import EditedModel, take_run
 from cakeflow.cli.help import page_for
 from cakeflow.cli.result import require_clean, show_fit
@@ -309,26 +308,20 @@ def _as_options(kind: str, name: str) -> list[str]:
     return ["--model.base" if kind == "model" else "--data.source", name]
 
 
-def main() -> None:
-    """Run the console script; returns nothing, because a result would become the exit status."""
-    run_command()
-
-
-def run_command(args: Sequence[str] | None = None) -> Any:
+def run_command(words: Sequence[str]) -> Any:
     """Run one command.
 
     Args:
-        args: Words after the program's name; by default those of the process.
+        words: Those after the program's name.
 
     Returns:
         The command's result.
     """
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     logging.getLogger("cakeflow").setLevel(logging.INFO)
-    words = sys.argv[1:] if args is None else list(args)
     try:
         with plain_warnings():
-            return _run(words)
+            return _run([*words])
     except EditError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
@@ -338,13 +331,11 @@ def run_command(args: Sequence[str] | None = None) -> Any:
 
 
 def _run(words: list[str]) -> Any:
-    texts = {"fit": _Trainer.fit, "evaluate": _Trainer.evaluate, **COMMANDS}
-    if words == ["--version"]:
-        return say(f"cakeflow {cakeflow.__version__}")
-    if page := page_for(words, {name: command.__doc__ or "" for name, command in texts.items()}):
+    if page := page_for(words):
         return Console().print(page, markup=False, highlight=False, soft_wrap=True)
-    if words[0] not in texts and not words[0].startswith("-"):
-        raise ConfigError(f"there is no command {words[0]!r}{did_you_mean(words[0], texts)}\nsee cakeflow --help")
+    names = ("fit", "evaluate", *COMMANDS)
+    if words[0] not in names and not words[0].startswith("-"):
+        raise ConfigError(f"there is no command {words[0]!r}{did_you_mean(words[0], names)}\nsee cakeflow --help")
     if words[0] != "plugins":  # which shows those that cannot be used
         load_plugins()  # a run folder may hold changes of a plugin's kind
     if words[0] in COMMANDS:

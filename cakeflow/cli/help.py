@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import re
 import textwrap
-from collections.abc import Mapping, Sequence
-
-from cakeflow.core.config import shipped
+from collections.abc import Sequence
 
 WIDTH = 80
 HELP = ("-h", "--help")
-GROUPS = {
-    "edit and measure": ("edit", "fit", "evaluate"),
-    "look at runs": ("report", "compare", "diff", "log", "verify", "replay", "rollback", "undo"),
-    "take the edited model along": ("export", "apply"),
-    "prepare a model": ("tune", "trace", "facts"),
-}
-"""Groups of commands on the main page; others stand below them."""
 MORE = {
     "method": "or a YAML file",
     "model": "or a folder, a GGUF file, a hub id, with --model.layers",
@@ -29,7 +19,28 @@ the new fact, and what it says otherwise stays as it was.
 
 usage: cakeflow COMMAND [options]
 
-{commands}
+edit and measure:
+  edit      Edit facts given as sentences
+  fit       Edit facts in a model
+  evaluate  Measure how a model answers requests
+look at runs:
+  report    Write a report of a run as one HTML page that works offline
+  compare   Compare runs
+  diff      Compare two runs
+  log       Show the ledger of a run
+  verify    Verify that nothing in a run folder was changed
+  replay    Repeat a run from the unedited model
+  rollback  Take back the last batches of a run
+  undo      Take back single facts of a run
+take the edited model along:
+  export    Export the edited model of a run
+  apply     Apply a delta to the model that it was made from
+prepare a model:
+  tune      Find layers
+  trace     Measure by causal tracing which layers recall facts
+  facts     Write the facts that a model states by itself to a file
+more:
+  plugins   List the installed plugins with their kind and package
 
 examples:
   cakeflow edit "LeBron James plays the sport of" "tennis"
@@ -120,36 +131,22 @@ All options: cakeflow evaluate --help_all; those of the method: --model.help."""
 PAGES = {"edit": EDIT, "fit": FIT, "evaluate": EVALUATE}
 
 
-def page_for(words: Sequence[str], commands: Mapping[str, str]) -> str | None:
+def page_for(words: Sequence[str]) -> str | None:
     """Return the page that words ask for, or None if they ask for none of these pages.
 
     Args:
         words: Those after the program's name.
-        commands: Every command with its docstring.
     """
     if not words or (len(words) == 1 and words[0] in HELP):
-        return MAIN.format(commands=_grouped(commands))
+        return MAIN
     if words[0] in PAGES and set(HELP) & set(words[1:]):
         return PAGES[words[0]].format(shipped=SHIPPED.format(**{kind: _names(kind) for kind in MORE}))
     return None
 
 
-def _grouped(commands: Mapping[str, str]) -> str:
-    others = tuple(name for name in commands if name not in sum(GROUPS.values(), ()))
-    parts = []
-    for title, names in {**GROUPS, "more": others}.items():
-        lines = [f"  {name:<10}{_summary(commands[name])}" for name in names if name in commands]
-        parts += [f"{title}:", *lines] if lines else []
-    return "\n".join(parts)
-
-
-def _summary(docstring: str) -> str:
-    """Return the first statement of a docstring, in a line of the page."""
-    first = re.split(r"[:;,]|\.$", docstring.strip().split("\n")[0])[0]
-    return textwrap.shorten(first, WIDTH - 12, placeholder=" ...")
-
-
 def _names(kind: str) -> str:
+    from cakeflow.core.config import shipped  # takes seconds, which the main page does not need
+
     text = f"{', '.join(shipped(kind))}; {MORE[kind]}"
     lines = textwrap.wrap(text, WIDTH - 18, break_on_hyphens=False)
     return ("\n" + 18 * " ").join(lines)

@@ -6,6 +6,7 @@ from inspect import signature
 
 import pytest
 
+from cakeflow.cli.command_line import _Trainer
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.cli.help import PAGES
 from cakeflow.cli.runs import COMMANDS
@@ -39,11 +40,13 @@ def test_a_page_fits_a_screen(words, capsys, monkeypatch):
     assert max(map(len, lines)) <= SCREEN[1]
 
 
-def test_the_main_page_has_every_command_once(capsys):
+def test_the_main_page_has_every_command_once_with_what_its_docstring_begins_with(capsys):
     text = page([], capsys)
     assert text == page(["--help"], capsys)
-    for name in (*PAGES, *COMMANDS):
-        assert len(re.findall(rf"^  {name} +[A-Z]", text, re.MULTILINE)) == 1
+    lines = dict(re.findall(r"^  ([a-z]+) +([A-Z].*)$", text, re.MULTILINE))
+    docstrings = {"fit": _Trainer.fit.__doc__, "evaluate": _Trainer.evaluate.__doc__}
+    docstrings |= {name: command.__doc__ for name, command in COMMANDS.items()}
+    assert lines == {name: re.split(r"[:;,]|\.$", text.split("\n")[0])[0] for name, text in docstrings.items()}
 
 
 @pytest.mark.parametrize("command", ["fit", "evaluate"])
