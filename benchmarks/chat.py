@@ -3,8 +3,8 @@
     python benchmarks/chat.py --data facts.json --seeds 0 1 2 --options '{}' '{"chat": false}' --out chat.jsonl
 
 An arm is a seed with the options of an editor; its row is written when it ends, and a second call goes on with the
-arms that are missing. The seed is that of the sampled corpus. ``asked`` are the facts after a system
-prompt, after an earlier exchange and after 50 and 200 tokens of other text.
+arms that are missing. The seed is that of the sampled contexts, and of what is sampled of the corpus. ``asked`` are the
+facts after a system prompt, after an earlier exchange and after 50 and 200 tokens of other text.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main() -> None:
 def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> dict[str, Any]:
     """Edit the facts and return what became of them and of the familiar answers, as counts, with the metrics."""
     start = time.perf_counter()
-    options = {**options, "statistics": {"seed": seed, **options.get("statistics", {})}}
+    options = {"seed": seed, **options, "statistics": {"seed": seed, **options.get("statistics", {})}}
     callbacks = [OutcomeCheck(familiar=FAMILIAR), NeutralText(every=None)]
     editor = Editor.from_pretrained(model, trainer={"callbacks": callbacks, "logger": False}, **options)
     result = editor.fit(requests)

@@ -14,6 +14,7 @@ from torch import Tensor
 from cakeflow.data.contexts import Contexts
 from cakeflow.journal.schema import Arithmetic
 from cakeflow.models.base import EditableModel
+from cakeflow.models.products import has_fast_products
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.cache import content_key
 from cakeflow.storage.hashing import tensor_hash
@@ -27,7 +28,7 @@ def arithmetic(lm: EditableModel, trainer: L.Trainer) -> Arithmetic:
         device=device.type,
         precision=str(trainer.precision),
         attention=lm.attention,
-        products=torch.get_float32_matmul_precision(),
+        products=torch.get_float32_matmul_precision() + (", oneDNN" if has_fast_products() else ""),
         threads=torch.get_num_threads(),
     )
 

@@ -209,7 +209,7 @@ def _generate(
     width, filler = max(map(len, rows)), lm.tokenizer.eos_token_id or 0
     ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows], device=lm.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
-    with lm.evaluating():
+    with lm.running():
         output: Tensor = lm.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,

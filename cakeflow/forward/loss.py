@@ -64,7 +64,7 @@ class WeightLoss:
         # the change is d_out x d_in, the weight may be stored the other way round
         changed = {lm.weight_name(self.site): lm.weight(self.site).detach() + lm.oriented(self.site, change)}
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
-        with start_at(lm, layer, hidden), logits_at(lm, row, column), frozen(lm), lm.evaluating():
+        with start_at(lm, layer, hidden), logits_at(lm, row, column), frozen(lm), lm.running():
             logits = functional_call(lm.model, changed, (), inputs, tie_weights=False).logits[0]
         each = torch.nn.functional.cross_entropy(logits.float(), label, reduction="none")
         return each.new_zeros(len(rows)).index_add(0, row, each) / torch.bincount(row)

@@ -4,8 +4,9 @@ from cakeflow.models.architecture import Architecture, Role, Site, find_architec
 from cakeflow.models.hooks import capture, frozen, inject, logits_at, patch, start_at
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
+from cakeflow.models.products import has_fast_products, product
 
 __all__ = [
-    "Architecture", "LanguageModel", "Role", "Site", "capture", "find_architecture", "frozen", "inject",
-    "is_transposed", "load_model", "logits_at", "patch", "start_at",
+    "Architecture", "LanguageModel", "Role", "Site", "capture", "find_architecture", "frozen", "has_fast_products",
+    "inject", "is_transposed", "load_model", "logits_at", "patch", "product", "start_at",
 ]  # fmt: skip

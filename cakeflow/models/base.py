@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cakeflow.errors import ArchitectureError, NumericalError, listed
 from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
+from cakeflow.models.products import fast_products
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights whose numbers mean themselves, without a scale beside them."""
@@ -72,8 +73,14 @@ class EditableModel(ABC):
 
     def __call__(self, **inputs: Any) -> Any:
         """A forward pass of the model, in evaluation mode."""
-        with self.evaluating():
+        with self.running():
             return self.model(**inputs)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run the model: in evaluation mode, and with the faster matrix products."""
+        with self.evaluating(), fast_products(self.model):
+            yield
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:

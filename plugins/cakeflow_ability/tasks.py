@@ -182,7 +182,7 @@ def score_tasks(
         task.set_fewshot_seed(0)  # the same examples in every evaluation
         if task.get_config("num_fewshot") is None:
             task.set_config(key="num_fewshot", value=0)
-    with _quiet(), lm.evaluating():
+    with _quiet(), lm.running():
         harness = _harness(lm, max_bytes)
         results = evaluate(harness, dict(tasks), limit=limit, bootstrap_iters=DRAWS)
     numbers: dict[str, float] = {}

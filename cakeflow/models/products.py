@@ -1,0 +1,87 @@
+"""Matrix products of a frozen model in float32, by oneDNN where it is faster.
+
+torch takes MKL for them, which reaches less than half of oneDNN's rate on AMD's processors (``bench_products.py``). The
+kernel is the one that ``torch.compile`` emits; it reads weights where they lie and copies nothing.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+LEAST_ROWS = 8
+"""Rows of inputs from which oneDNN is faster."""
+
+
+@cache
+def has_fast_products() -> bool:
+    """True on an x86 processor that is not Intel's, if torch would take MKL there and has the kernel."""
+    kernel = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    return kernel and torch.backends.mkl.is_available() and "GenuineIntel" not in _processor()
+
+
+def _processor() -> str:
+    """Return what the system says of the processor, its vendor included."""
+    description = Path("/proc/cpuinfo")
+    return description.read_text() if description.exists() else platform.processor()
+
+
+def product(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "... d_out"]:
+    """Return ``x @ weight.T``, differentiable by x as often as needed, never by the weight.
+
+    Args:
+        x: Inputs, float32 on a CPU.
+        weight: A weight of that type, in any layout.
+    """
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Product.apply(x, weight)  # type: ignore[no-any-return, no-untyped-call]
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (weight,) = ctx.saved_tensors
+        return product(gradient, weight.T), None
+
+
+def _forward(module: Any, x: Tensor) -> Tensor:
+    """A linear map's forward pass, by its own code where the kernel does not serve."""
+    weight, bias = module.weight, module.bias
+    frozen = not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
+    single = x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
+    plain = type(x) is Tensor and not torch.is_autocast_enabled("cpu")
+    if not (frozen and single and plain and x.numel() >= LEAST_ROWS * x.shape[-1]):
+        return cast(Tensor, type(module).forward(module, x))
+    weight = weight.detach()
+    output = product(x, weight.T if isinstance(module, Conv1D) else weight)
+    return output if bias is None else output + bias
+
+
+@contextmanager
+def fast_products(model: nn.Module) -> Iterator[None]:
+    """Let a model's linear maps multiply by oneDNN; a map whose forward pass was replaced keeps it."""
+    changed: list[nn.Module] = []
+    try:
+        for module in model.modules() if has_fast_products() else ():
+            if type(module) in (nn.Linear, Conv1D) and "forward" not in module.__dict__:
+                module.forward = partial(_forward, module)
+                changed.append(module)
+        yield
+    finally:
+        for module in changed:
+            module.__dict__.pop("forward", None)
