@@ -17,7 +17,7 @@ from cakeflow.models.base import EditableModel
 from cakeflow.models.products import has_fast_products
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.cache import content_key
-from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.hashing import tensor_hash, tensor_hashes
 from cakeflow.weighters.base import Weighter
 
 
@@ -40,7 +40,7 @@ def inputs_of(
     return {
         "contexts": content_key(*(((),) if contexts is None else (contexts.groups, *contexts.chats))),
         "weighter": content_key(list(layers), described(weighter)),
-        **{f"moment/{layer}": tensor_hash(covariances[layer].moment) for layer in layers},
+        **tensor_hashes({f"moment/{layer}": covariances[layer].moment for layer in layers}),
     }
 
 

@@ -25,9 +25,9 @@ from cakeflow.models.language import LanguageModel
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
-from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.hashing import tensor_hash, tensor_hashes
 from cakeflow.storage.locks import locked
-from cakeflow.storage.tensors import TensorFile, fault_in, hashes_of, read_tensors
+from cakeflow.storage.tensors import TensorFile, fault_in, read_tensors
 
 log = logging.getLogger(__name__)
 FORMAT = 3
@@ -251,7 +251,7 @@ def _resume(
 def _save_partial(partial: Path, done: int, sums: dict[Site, Tensor], halves: dict[Site, Tensor]) -> None:
     tensors = {f"sum/{_label(site)}": total for site, total in sums.items()}
     tensors |= {f"half/{_label(site)}": half for site, half in halves.items()} | {"done": torch.tensor(done)}
-    write_tensors(partial, tensors, hashes_of(tensors))
+    write_tensors(partial, tensors, tensor_hashes(tensors))
 
 
 def _label(site: Site) -> str:
@@ -267,4 +267,4 @@ def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], half: Float[Tensor, 
     change = float(torch.linalg.matrix_norm(moment - half) / torch.linalg.matrix_norm(moment))
     log.info("second moments: %s changed by %.2f %% over the second half of the tokens", path.stem, 100 * change)
     tensors = {"moment": moment, "eigenvalues": values, "eigenvectors": vectors.T}
-    write_tensors(path, tensors, {"change": repr(change), **hashes_of(tensors)})
+    write_tensors(path, tensors, {"change": repr(change), **tensor_hashes(tensors)})

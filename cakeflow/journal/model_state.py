@@ -12,7 +12,7 @@ from torch import Tensor
 from cakeflow.errors import ConfigError, ModelChangedError, listed
 from cakeflow.journal.changes import Change
 from cakeflow.models.base import EditableModel
-from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.hashing import tensor_hashes
 
 
 def require_plain_mode(action: str) -> None:
@@ -73,7 +73,7 @@ class ModelState:
         tied = {each.data_ptr() for change in self._edited.values() for each in change.state(self._model).values()}
         inside = {name for name, tensor in tensors.items() if tensor.is_meta or tensor.data_ptr() in tied}
         inside |= {name for name in self._others for place in self._edited if f"{name}.".startswith(f"{place}.")}
-        others = {name: tensor_hash(tensor) for name, tensor in tensors.items() if name not in inside}
+        others = tensor_hashes({name: tensor for name, tensor in tensors.items() if name not in inside})
         if self._others:
             names = [name for name in {**self._others, **others} if name not in inside]
             _require_none([name for name in names if others.get(name) != self._others.get(name)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -23,3 +25,9 @@ def tensor_hash(tensor: Tensor) -> str:
     sha = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     sha.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
     return sha.hexdigest()
+
+
+def tensor_hashes(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Name -> ``tensor_hash`` of each tensor, as many at once as torch has threads."""
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        return dict(zip(tensors, pool.map(tensor_hash, tensors.values()), strict=True))

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from cakeflow.errors import EditError
-from cakeflow.storage.hashing import tensor_hash
+from cakeflow.storage.hashing import tensor_hashes
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,13 +61,8 @@ def read_tensors(
     return TensorFile(tensors, dict(header.get("__metadata__") or {}))
 
 
-def hashes_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Name -> SHA-256 of each tensor: what a file of tensors has as its metadata, to be compared by ``fault_in``."""
-    return {name: tensor_hash(tensor) for name, tensor in tensors.items()}
-
-
 def fault_in(file: TensorFile, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return what is wrong with a file that was written with ``hashes_of`` its tensors; empty if nothing is.
+    """Return what is wrong with a file that was written with ``tensor_hashes`` of its tensors; empty if nothing is.
 
     Args:
         file: The file.
@@ -76,8 +71,9 @@ def fault_in(file: TensorFile, shapes: Mapping[str, tuple[int, ...]]) -> str:
     for name, shape in shapes.items():
         if name not in file.tensors or file.tensors[name].shape != shape:
             return f"no {name} of shape {shape}"
+    hashes = tensor_hashes(file.tensors)
     for name, tensor in file.tensors.items():
-        if tensor_hash(tensor) != file.metadata.get(name):
+        if hashes[name] != file.metadata.get(name):
             return f"{name} does not have the hash that was written with it"
         if not torch.isfinite(tensor).all():
             return f"{name} is not finite"

@@ -15,7 +15,7 @@ from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.storage.atomic import write_tensors
-from cakeflow.storage.tensors import hashes_of
+from cakeflow.storage.hashing import tensor_hashes
 
 SENTENCE = "the sea was calm and every small boat came home before night while the old town slept under rain"
 WORDS = SENTENCE.split()
@@ -298,7 +298,7 @@ def rewritten(path, **changes):
     """Other tensors in a file, with the hashes that fit them."""
     tensors = {**load_file(path), **changes}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    write_tensors(path, tensors, hashes_of(tensors))
+    write_tensors(path, tensors, tensor_hashes(tensors))
 
 
 NAN = torch.full((192, 192), float("nan"), dtype=torch.float64)

@@ -5,7 +5,7 @@ import hashlib
 import pytest
 import torch
 
-from cakeflow.storage import file_hash, tensor_hash
+from cakeflow.storage.hashing import file_hash, tensor_hash, tensor_hashes
 
 
 @pytest.mark.parametrize("size", [0, 1, 2**20, 2**20 + 5])
@@ -27,3 +27,10 @@ def test_tensor_hash_does_not_depend_on_layout_or_gradients():
     values = torch.arange(6.0).reshape(2, 3)
     assert tensor_hash(values.T.contiguous().T.requires_grad_()) == tensor_hash(values)
     assert tensor_hash(torch.cat([values, values])[2:]) == tensor_hash(values)
+
+
+def test_many_tensors_have_the_hashes_of_each():
+    tensors = {str(n): torch.arange(float(n)) for n in range(50)}
+    hashes = tensor_hashes(tensors)
+    assert list(hashes) == list(tensors)
+    assert hashes == {name: tensor_hash(tensor) for name, tensor in tensors.items()}

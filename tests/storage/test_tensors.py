@@ -8,14 +8,15 @@ import torch
 
 from cakeflow.errors import StatisticsError
 from cakeflow.storage import read_tensors, write_tensors
-from cakeflow.storage.tensors import fault_in, hashes_of
+from cakeflow.storage.hashing import tensor_hashes
+from cakeflow.storage.tensors import fault_in
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor(4), "empty": torch.zeros(0, 3)}
 
 
 @pytest.fixture
 def path(tmp_path):
-    write_tensors(tmp_path / "file.safetensors", TENSORS, {"note": "x", **hashes_of(TENSORS)})
+    write_tensors(tmp_path / "file.safetensors", TENSORS, {"note": "x", **tensor_hashes(TENSORS)})
     return tmp_path / "file.safetensors"
 
 
@@ -87,5 +88,5 @@ def test_faults_are_named(path):
     file.tensors["a"][0, 0] += 1
     assert fault_in(file, {}) == "a does not have the hash that was written with it"
     endless = {"a": torch.tensor([torch.inf])}
-    write_tensors(path, endless, hashes_of(endless))
+    write_tensors(path, endless, tensor_hashes(endless))
     assert fault_in(read(path), {}) == "a is not finite"
