@@ -26,8 +26,8 @@ from cakeflow.models.language import LanguageModel
 
 PASS_TOKENS = 8192
 """Most tokens in a forward pass without gradients."""
-DEFAULT_BYTES = 8 * GIB
-"""Limit for target searches and keys without a budget; more tokens at once would hardly be faster."""
+LEAST_BYTES, MOST_BYTES = 1.5 * GIB, 8 * GIB
+"""Ends of the limit for target searches and keys without a budget; more at once would hardly be faster."""
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -143,7 +143,8 @@ class Footprint:
             batch: n facts.
             sites: The edited projections.
             max_tokens: Most suffix tokens in a pass with gradients (``TargetSearch.max_tokens``).
-            max_bytes: Most bytes beyond the model; None aims at ``DEFAULT_BYTES``, and refuses nothing.
+            max_bytes: Most bytes beyond the model; None aims at the model's own size, between ``LEAST_BYTES`` and
+                ``MOST_BYTES``, and refuses nothing.
             earlier: Number of facts from earlier batches whose keys are preserved.
             matrices: Float64 matrices as large as a weight that the solver holds (``Solver.matrices``).
 
@@ -153,7 +154,7 @@ class Footprint:
         cost, n = TokenCost.above(lm, sites[-1]), len(batch)
         weights = [lm.module(site).get_parameter("weight") for site in sites]
         d_in, stored = lm.key_width(sites[0]), sum(map(_stored, weights))
-        free = (DEFAULT_BYTES if max_bytes is None else max_bytes) - stored
+        free = (_default_bytes(lm) if max_bytes is None else max_bytes) - stored
         prompts = sum(row.fact + 1 for rows in batch.rows for row in rows)
         hidden = prompts * cost.hidden
         pass_tokens = int(max(256, min(PASS_TOKENS, prompts, free / 4 / cost.through)))
@@ -187,6 +188,10 @@ def _stored(weight: Tensor) -> int:
     """Return the bytes of an original and a master; the originals of GPU weights are in host memory."""
     master = 4 * weight.numel() if weight.dtype in (torch.float16, torch.bfloat16) else 0
     return master + (weight.nbytes if weight.device.type == "cpu" else 0)
+
+
+def _default_bytes(lm: LanguageModel) -> float:
+    return min(MOST_BYTES, max(LEAST_BYTES, sum(parameter.nbytes for parameter in lm.model.parameters())))
 
 
 def _suffix(row: Row) -> int:
