@@ -112,17 +112,28 @@ def _largest(update: Update, batch: TextBatch) -> str:
     return f" (most of it by {batch.name([worst])}, a part of norm {float(parts[worst]):.3g})"
 
 
-def checked_parts(batch: TextBatch, size: int) -> list[TextBatch]:
-    """Return the parts of a batch in which target values are searched; what has one target value stays together.
+def checked_parts(batch: TextBatch, size: int, *, strict: bool) -> list[list[int]]:
+    """Return places of facts whose target values are searched together: those of one value are, wherever they stand.
 
     Args:
         batch: n facts.
         size: Most facts in one part.
+        strict: Whether facts of one target value that are more than that are an error, rather than a larger part.
 
     Raises:
-        ConfigError: If what has one target value does not fit into one part.
+        ConfigError: If facts of one target value do not fit into one part.
     """
-    parts = list(_whole_parts(batch, size))
+    parts: list[list[int]] = [[]]
+    for group in _groups(batch.value_groups()):
+        if strict and len(group) > size:
+            raise ConfigError(
+                f"{batch.name(group)}: their keys coincide, or are those of one fact in and outside a chat, so they "
+                f"need one target value, but memory_budget allows {size} facts in one search; raise memory_budget, or "
+                "set chat to false"
+            )
+        if parts[-1] and len(parts[-1]) + len(group) > size:
+            parts.append([])
+        parts[-1] += group
     for group in _groups(batch.key_groups()):
         if len({batch.numbers[i] for i in group}) > 1:
             warnings.warn(
@@ -132,23 +143,6 @@ def checked_parts(batch: TextBatch, size: int) -> list[TextBatch]:
                 stacklevel=2,
             )
     return parts
-
-
-def _whole_parts(batch: TextBatch, size: int) -> Iterator[TextBatch]:
-    """Yield parts of at most ``size`` entries, in order, that end where no target value is shared across."""
-    spans, start = [range(group[0], group[-1]) for group in _groups(batch.value_groups())], 0
-    while start < len(batch):
-        ends = range(min(start + size, len(batch)), start, -1)
-        end = next((end for end in ends if not any(end - 1 in span for span in spans)), None)
-        if end is None:
-            first, last = next((span.start, span.stop) for span in spans if start in span)
-            raise ConfigError(
-                f"{batch.name([first, last])}: their keys coincide, or are those of one fact in and outside a chat, so "
-                f"they need one target value, but memory_budget allows {size} facts in one search; put them next to "
-                "each other, raise memory_budget, or set chat to false"
-            )
-        yield batch.part(range(start, end))
-        start = end
 
 
 def _groups(first: Sequence[int]) -> list[list[int]]:

@@ -89,7 +89,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         metrics: Further metrics of every evaluation; see ``EditModule``.
         memory_budget: Most memory in GiB that edits may take beyond the model: target values are searched in parts that
             fit, second moments in several passes, and a batch that cannot fit is refused. None keeps, where
-            there is a choice, to the size of the model, 1.5 to 8 GiB, and refuses nothing.
+            there is a choice, to the size of the model, 1 to 8 GiB, and refuses nothing.
         record_texts: Whether the ledger has the texts of the requests; it always has their hashes.
         private: Whether only their owner can read the run folders that are made.
         max_relative_update: Largest update of a layer by one batch, in norms of its weight; a larger one has run away,

@@ -26,7 +26,7 @@ from cakeflow.models.language import LanguageModel
 
 PASS_TOKENS = 8192
 """Most tokens in a forward pass without gradients."""
-LEAST_BYTES, MOST_BYTES = 1.5 * GIB, 8 * GIB
+LEAST_BYTES, MOST_BYTES = 1 * GIB, 8 * GIB
 """Ends of the limit for target searches and keys without a budget; more at once would hardly be faster."""
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -157,7 +157,7 @@ class Footprint:
         free = (_default_bytes(lm) if max_bytes is None else max_bytes) - stored
         prompts = sum(row.fact + 1 for rows in batch.rows for row in rows)
         hidden = prompts * cost.hidden
-        pass_tokens = int(max(256, min(PASS_TOKENS, prompts, free / 4 / cost.through)))
+        pass_tokens = int(max(256, min(PASS_TOKENS, prompts, free / 8 / cost.through)))
         squares = 1 if n + earlier <= d_in else 5  # eigenvectors of C; C, the system and its factor in the primal form
         solve = hidden + 8 * d_in * (squares * d_in + 8 * n + 4 * earlier) + matrices * 8 * weights[0].numel()
         suffix = sum(map(_suffix, (row for rows in batch.rows for row in rows))) / n

@@ -174,13 +174,15 @@ class Walk:
             path = module.paths.ahead(stream, Site(layer, module.site)) if module.writes_blocks else ResidualPath()
             part_of = module.targets.at(module.site) if isinstance(path, NormPath) else module.targets
             most = self.footprint.suffix_tokens
+            parts = checked_parts(batch, self.footprint.facts, strict=module.max_bytes is not None)
             targets = Targets.join(
                 [
-                    part_of.search(module.lm, each, layer, max_tokens=most, progress=counting_steps(bar))
+                    part_of.search(module.lm, batch.part(part), layer, max_tokens=most, progress=counting_steps(bar))
                     if module.solver.needs_targets
-                    else part_of.measure(module.lm, each, layer, max_tokens=most)
-                    for each in checked_parts(batch, self.footprint.facts)
-                ]
+                    else part_of.measure(module.lm, batch.part(part), layer, max_tokens=most)
+                    for part in parts
+                ],
+                parts,
             )
             if isinstance(path, NormPath):
                 reached = path.output + path.reached(targets.values - targets.initial)

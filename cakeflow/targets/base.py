@@ -40,9 +40,18 @@ class Targets:
     converged: Bool[Tensor, " n"]
 
     @classmethod
-    def join(cls, parts: Sequence[Targets]) -> Targets:
-        """Concatenate the targets of several parts of a batch."""
-        return cls(*(torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)))
+    def join(cls, parts: Sequence[Targets], places: Sequence[Sequence[int]] | None = None) -> Targets:
+        """Concatenate the targets of several parts of a batch.
+
+        Args:
+            parts: The targets.
+            places: Where the facts of each part stand in the batch; by default part after part.
+        """
+        whole = [torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)]
+        if places is None:
+            return cls(*whole)
+        order = torch.tensor([place for part in places for place in part]).argsort()
+        return cls(*(each[order.to(each.device)] for each in whole))
 
     def updated(self, facts: Sequence[int], newer: Targets) -> Targets:
         """Take over newer targets for the facts at some places."""

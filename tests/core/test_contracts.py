@@ -1,5 +1,6 @@
 """Who breaks a contract in the walk is named, and the batch is taken back."""
 
+import copy
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -24,6 +25,7 @@ from cakeflow import (
 from cakeflow.allocators import Jacobian, LayerContext
 from cakeflow.core.callback import EditCallback
 from cakeflow.core.contracts import checked_parts, checked_residual
+from cakeflow.core.walk import Walk
 from cakeflow.errors import (
     AllocationWarning,
     ArrivalWarning,
@@ -38,6 +40,8 @@ from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
 
 LAYERS = [1, 2, 4]
+
+SEARCH = Walk.search
 
 
 class Narrow(Sequential):
@@ -284,11 +288,41 @@ def test_facts_whose_keys_coincide_are_announced(lm, requests, quiet):
         fit_tiny(lm, LAYERS, twins, quiet, 1e-6, targets=FAST)
 
 
-def test_facts_whose_keys_coincide_are_not_searched_apart(lm, requests):
+def test_facts_whose_keys_coincide_are_searched_together_wherever_they_stand(lm, requests):
+    twins = [replace(requests[2], prompt=prompt) for prompt in ("{} is", "{} lives in", "{} plays")]
+    batch = encode_batch(lm, [twins[0], *requests[3:6], twins[1]], Contexts())
+    with pytest.warns(SharedKeyWarning):
+        assert checked_parts(batch, 2, strict=True) == [[0, 4], [1, 2], [3]]
+    batch = encode_batch(lm, [*requests[3:5], *twins], Contexts())
+    with pytest.raises(
+        ConfigError, match=r"request 2 \(.*\), request 3 \(.*\).* 2 facts in one search; raise memory_b"
+    ):
+        checked_parts(batch, 2, strict=True)
+    with pytest.warns(SharedKeyWarning):
+        assert checked_parts(batch, 2, strict=False) == [[0, 1], [2, 3, 4]]
+
+
+def test_the_order_of_the_search_is_not_that_of_the_facts(lm, requests, quiet, monkeypatch):
+    """The same targets, whether all are searched at once or in parts that follow the shared keys."""
     twins = [replace(requests[2], prompt=prompt) for prompt in ("{} is", "{} lives in")]
-    batch = encode_batch(lm, [twins[0], *requests[3:5], twins[1]], Contexts())
-    with pytest.raises(ConfigError, match=r"request 0 \(.*\), request 3 \(.*\): .* 2 facts .* raise memory_budget"):
-        checked_parts(batch, 2)
+    values = []
+    for size in (6, 2):
+        monkeypatch.setattr(Walk, "search", _in_parts_of(size))
+        editor = editor_of(copy.deepcopy(lm), quiet)
+        with pytest.warns(SharedKeyWarning):
+            editor.fit([twins[0], *requests[3:6], twins[1]], evaluate=False)
+        values.append(editor.module.journal[0].values)
+    assert values[0].keys() == values[1].keys()
+    for layer, whole in values[0].items():
+        assert (whole - values[1][layer]).norm() < 1e-9 * whole.norm()
+
+
+def _in_parts_of(size):
+    def search(walk, value_site, facts):
+        walk.footprint = replace(walk.footprint, facts=size)
+        return SEARCH(walk, value_site, facts)
+
+    return search
 
 
 def test_facts_whose_exact_allocation_is_not_solved_are_named(lm, requests, quiet):
@@ -302,8 +336,7 @@ def test_facts_whose_exact_allocation_is_not_solved_are_named(lm, requests, quie
 def test_the_keys_of_one_fact_are_searched_together_and_without_a_word(lm, requests):
     chats = Contexts(chats=("<user> {}\n",))
     facts = choose_tokens(lm, encode_batch(lm, requests[:5], chats), "auto", 1, keys=chats.keys)
-    parts = checked_parts(facts.texts, 3)
-    assert [each.numbers for each in parts] == [(0, 0), (1, 1), (2, 2), (3, 3), (4, 4)]
-    assert [each.numbers for each in checked_parts(facts.texts, 5)] == [(0, 0, 1, 1), (2, 2, 3, 3), (4, 4)]
+    parts = [checked_parts(facts.texts, size, strict=True) for size in (3, 5)]
+    assert parts == [[[i, i + 1] for i in range(0, 10, 2)], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]
     with pytest.raises(ConfigError, match=r"one fact in and outside a chat, .* 1 facts in one search"):
-        checked_parts(facts.texts, 1)
+        checked_parts(facts.texts, 1, strict=True)
