@@ -59,13 +59,16 @@ class _Product(torch.autograd.Function):
         return product(gradient, weight.T), None
 
 
+def _serves(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.dtype == torch.float32 and tensor.is_cpu
+
+
 def _forward(module: Any, x: Tensor) -> Tensor:
     """A linear map's forward pass, by its own code where the kernel does not serve."""
     weight, bias = module.weight, module.bias
     frozen = not (torch.is_grad_enabled() and (weight.requires_grad or (bias is not None and bias.requires_grad)))
-    single = x.dtype == weight.dtype == torch.float32 and x.is_cpu and weight.is_cpu
-    plain = type(x) is Tensor and not torch.is_autocast_enabled("cpu")
-    if not (frozen and single and plain and x.numel() >= LEAST_ROWS * x.shape[-1]):
+    able = frozen and _serves(x) and _serves(weight) and not torch.is_autocast_enabled("cpu")
+    if not (able and x.numel() >= LEAST_ROWS * x.shape[-1]):
         return cast(Tensor, type(module).forward(module, x))
     weight = weight.detach()
     output = product(x, weight.T if isinstance(module, Conv1D) else weight)
@@ -78,7 +81,8 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     changed: list[nn.Module] = []
     try:
         for module in model.modules() if has_fast_products() else ():
-            if type(module) in (nn.Linear, Conv1D) and "forward" not in module.__dict__:
+            is_own = type(module) in (nn.Linear, Conv1D) and "forward" not in module.__dict__
+            if is_own and _serves(module.get_parameter("weight")):
                 module.forward = partial(_forward, module)
                 changed.append(module)
         yield
