@@ -63,7 +63,7 @@ class Arithmetic(Schema):
         device: Type of the device.
         precision: The Trainer's precision.
         attention: The model's implementation of attention.
-        products: PyTorch's precision of float32 matrix products.
+        products: PyTorch's precision of float32 matrix products, and the library if it is not PyTorch's choice.
         threads: Number of threads.
     """
 

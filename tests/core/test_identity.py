@@ -9,12 +9,13 @@ from tiny_runs import LAYERS, StopAfter, content, editor_of
 
 from cakeflow import Contexts, LeastSquares, Statistics, Uniform
 from cakeflow.callbacks import Policy, PolicyGuard
+from cakeflow.core import identity
 from cakeflow.core.identity import inputs_of
 from cakeflow.errors import ResumeError
 from cakeflow.journal import provenance
 from cakeflow.journal.ledger import bodies, read_entries
 from cakeflow.journal.schema import BatchBody
-from cakeflow.models import Site
+from cakeflow.models import Site, has_fast_products
 from cakeflow.solvers import Solver
 from cakeflow.storage.cache import content_key
 
@@ -37,12 +38,17 @@ def other_products(lm, monkeypatch):
     monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "medium")
 
 
+def other_library(lm, monkeypatch):
+    monkeypatch.setattr(identity, "has_fast_products", lambda: not has_fast_products())
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         (other_threads, r"arithmetic\.threads was \d+, is 99"),
         (other_attention, r"arithmetic\.attention was sdpa, is eager"),
-        (other_products, r"arithmetic\.products was highest, is medium"),
+        (other_products, r"arithmetic\.products was highest(, oneDNN)?, is medium"),
+        (other_library, r"arithmetic\.products was (highest, is highest, oneDNN|highest, oneDNN, is highest)"),
     ],
 )
 def test_another_arithmetic_is_refused(lm, requests, tmp_path, monkeypatch, change, words):
