@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cakeflow.cli.command_line import main as script
+from cakeflow.__main__ import main as script
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.checkpoint import SafeCheckpointIO
 from cakeflow.core.config import shipped
