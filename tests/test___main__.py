@@ -11,6 +11,7 @@ import cakeflow
 
 
 def test_the_package_runs_as_the_command(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "cakeflow.__main__", raising=False)  # which other tests import
     monkeypatch.setattr(sys, "argv", ["cakeflow", "--version"])
     runpy.run_module("cakeflow", run_name="__main__")
     assert capsys.readouterr().out == f"cakeflow {cakeflow.__version__}\n"
@@ -32,6 +33,7 @@ def test_what_the_package_exports_is_there():
 
 
 def test_a_bad_command_ends_it_with_status_2(monkeypatch, capsys):
+    monkeypatch.delitem(sys.modules, "cakeflow.__main__", raising=False)
     monkeypatch.setattr(sys, "argv", ["cakeflow", "ft"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_module("cakeflow", run_name="__main__")

@@ -79,10 +79,11 @@ def _forward(module: Any, x: Tensor) -> Tensor:
 def fast_products(model: nn.Module) -> Iterator[None]:
     """Let a model's linear maps multiply by oneDNN; a map whose forward pass was replaced keeps it."""
     changed: list[nn.Module] = []
+    module: Any
     try:
         for module in model.modules() if has_fast_products() else ():
             is_own = type(module) in (nn.Linear, Conv1D) and "forward" not in module.__dict__
-            if is_own and _serves(module.get_parameter("weight")):
+            if is_own and _serves(module.weight):
                 module.forward = partial(_forward, module)
                 changed.append(module)
         yield

@@ -13,7 +13,7 @@ TEMPLATE = Path(__file__).parents[2] / "plugins" / "template"
 USE = """
 import sys
 from pathlib import Path
-from cakeflow.cli import main
+from cakeflow.__main__ import main
 from cakeflow.core.config import build_module
 module = build_module([Path("method.yaml")])
 print(module.allocator, module.allocator.shares(__import__("torch").ones(3)).tolist())
