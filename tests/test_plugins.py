@@ -1,5 +1,6 @@
 """Plugins are found, checked and named; each way to be unusable has its message."""
 
+import gc
 import sys
 from importlib.metadata import EntryPoint
 
@@ -49,6 +50,7 @@ def install(tmp_path, monkeypatch):
 
     yield add
     sys.modules.pop("mylab", None)
+    gc.collect()  # a class lives until then, and its name would be ambiguous in the configs of later tests
 
 
 def test_ours_come_through_the_same_door():
