@@ -21,21 +21,12 @@ from typing import Any
 
 import torch
 from bench_memory import facts
+from bench_targets import CONTEXTS
 
-from cakeflow import Contexts, Editor
+from cakeflow import Editor
 from cakeflow.forward import GIB
 from cakeflow.solvers import Covariance, KeyHistory, LayerProblem, LeastSquares, NullSpace
 
-CONTEXTS = Contexts.of(
-    [
-        "{}",
-        "The first thing you need to do is. {}",
-        "Therefore, the answer is not that. {}",
-        "Because of the high cost of living in. {}",
-        "I am a student in the field of. {}",
-        "You can use the following steps to create. {}",
-    ]
-)
 D_IN, D_OUT, BATCH = 1536, 576, 100
 PHASES = ("targets", "keys", "allocate", "solve", "ask")
 

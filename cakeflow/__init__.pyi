@@ -81,4 +81,4 @@ __all__ = [
     "tracing",
     "tuning",
     "weighters",
-]  # fmt: skip
+]

@@ -1,15 +1,22 @@
 """The command ``cakeflow``, also as ``python -m cakeflow``; its main page and version need no torch."""
 
+from __future__ import annotations
+
 import sys
+from collections.abc import Sequence
 
 import cakeflow
 from cakeflow.cli.help import page_for
 
 
-def main() -> None:
-    """Run the console script; returns nothing, because a result would become the exit status."""
-    words = sys.argv[1:]
-    if text := f"cakeflow {cakeflow.__version__}" if words == ["--version"] else page_for(words):
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the console script; returns nothing, because a result would become the exit status.
+
+    Args:
+        args: Words after the program's name; by default those of the process.
+    """
+    words = sys.argv[1:] if args is None else args
+    if text := f"cakeflow {cakeflow.__version__}" if [*words] == ["--version"] else page_for(words):
         sys.stdout.write(f"{text}\n")
     else:
         from cakeflow.cli.command_line import run_command  # takes seconds

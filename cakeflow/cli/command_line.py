@@ -21,7 +21,6 @@ from rich.markup import escape
 
 from cakeflow.cli.console import LogHandler, plain_warnings
 from cakeflow.cli.evaluate import EditedModel, take_run
-from cakeflow.cli.help import page_for
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
@@ -312,7 +311,7 @@ def run_command(words: Sequence[str]) -> Any:
     """Run one command.
 
     Args:
-        words: Those after the program's name.
+        words: Those after the program's name, at least one; the help pages are the console script's.
 
     Returns:
         The command's result.
@@ -331,10 +330,8 @@ def run_command(words: Sequence[str]) -> Any:
 
 
 def _run(words: list[str]) -> Any:
-    if page := page_for(words):
-        return Console().print(page, markup=False, highlight=False, soft_wrap=True)
     names = ("fit", "evaluate", *COMMANDS)
-    if words[0] not in names and not words[0].startswith("-"):
+    if not words[0].startswith("-") and words[0] not in names:
         raise ConfigError(f"there is no command {words[0]!r}{did_you_mean(words[0], names)}\nsee cakeflow --help")
     if words[0] != "plugins":  # which shows those that cannot be used
         load_plugins()  # a run folder may hold changes of a plugin's kind

@@ -183,7 +183,7 @@ class _ValueGroups:
 
 
 def _attention(lm: LanguageModel) -> AbstractContextManager[None]:
-    """Attend by plain products in half precision on a CPU, where a step takes half as long again by flash attention."""
+    """Attend by plain products in half precision on a CPU, where flash attention is slow to differentiate."""
     is_slow = lm.device.type == "cpu" and lm.dtype in (torch.bfloat16, torch.float16)
     return sdpa_kernel(SDPBackend.MATH) if is_slow else nullcontext()
 

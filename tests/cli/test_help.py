@@ -6,8 +6,8 @@ from inspect import signature
 
 import pytest
 
+from cakeflow.__main__ import main
 from cakeflow.cli.command_line import _Trainer
-from cakeflow.cli.command_line import run_command as main
 from cakeflow.cli.help import PAGES
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.config import shipped

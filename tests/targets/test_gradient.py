@@ -194,7 +194,7 @@ def test_half_precision_models_get_targets_in_float64(lm, batch):
 
 @pytest.mark.parametrize(("dtype", "flash"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
 def test_only_half_precision_goes_without_flash_attention(dtype, flash, lm, batch):
-    """Its backward pass takes 30 % of a search in bfloat16 on a CPU."""
+    """Its backward pass is slow there on a CPU."""
     lm.model.to(dtype)
     seen = set()
     FAST.search(lm, batch, 3, progress=lambda _: seen.add(torch.backends.cuda.flash_sdp_enabled()))
