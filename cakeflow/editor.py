@@ -99,7 +99,7 @@ class Editor:
         weighter: Weighter | Part | None = None,
         allocator: Allocator | Part | None = None,
         solver: Solver | Part | None = None,
-        targets: TargetSearch | Part | None = None,
+        targets: TargetSearch | Part | str | None = None,
         statistics: Statistics | Part | None = None,
         contexts: Contexts | Part | None = None,
         scores: dict[int, float] | None = None,
@@ -137,7 +137,7 @@ class Editor:
             weighter: How much each layer matters.
             allocator: Which share of the remaining residual each layer takes.
             solver: The closed-form weight change.
-            targets: The search for target values.
+            targets: The search for target values; also a shipped one by name, ``short``.
             statistics: How second moments are collected.
             contexts: Texts around each prompt.
             scores: Causal score of each layer.
@@ -171,6 +171,8 @@ class Editor:
             names = ", ".join(shipped("model"))
             raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
                               f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip
+        if isinstance(targets, str):
+            configs.append(find_config("targets", values.pop("targets")))
         if not isinstance(model, str | Path):
             if tokenizer is None:
                 raise ConfigError("a model object needs its tokenizer: Editor.from_pretrained(model, tokenizer=...)")

@@ -39,7 +39,7 @@ from cakeflow.report import metrics_table
 
 INTERRUPTED = 130
 """Exit status after Ctrl+C, as a shell has it."""
-CONFIG_KINDS = ("method", "model", "data")
+CONFIG_KINDS = ("method", "model", "targets", "data")
 """Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
 TRUST_OPTIONS = ("trust_remote_code", "trust_task_code")
 """Options that let the Python of a model's folder, or of a task file, run; no config can have them."""
@@ -271,17 +271,17 @@ def take_options(words: Sequence[str]) -> tuple[list[str], set[str]]:
 
 
 def expand_names(words: Sequence[str]) -> list[str]:
-    """Replace ``--method``, ``--model`` and ``--data`` in a command by options of Lightning's CLI.
+    """Replace ``--method``, ``--model``, ``--targets`` and ``--data`` in a command by options of Lightning's CLI.
 
     A shipped name or a YAML file becomes a ``--config``; any other model or data source becomes ``--model.base`` or
-    ``--data.source``. The method's config comes first, then the model's, then the data's. All other options follow, so
-    they override the configs.
+    ``--data.source``. Later configs override earlier ones: the method's, the model's, the target search's, the data's.
+    All other options follow.
 
     Args:
         words: The command and its options.
 
     Raises:
-        ConfigError: If there is no such method.
+        ConfigError: If there is no such method or target search.
 
     Example:
         >>> expand_names(["fit", "--model", "org/name", "--model.layers", "[3, 4]"])
@@ -302,7 +302,7 @@ def expand_names(words: Sequence[str]) -> list[str]:
 
 def _as_options(kind: str, name: str) -> list[str]:
     configs = shipped(kind)
-    if kind == "method" or name in configs or name.endswith((".yaml", ".yml")):
+    if kind in ("method", "targets") or name in configs or name.endswith((".yaml", ".yml")):
         return ["--config", str(find_config(kind, name))]
     return ["--model.base" if kind == "model" else "--data.source", name]
 

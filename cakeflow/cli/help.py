@@ -10,6 +10,7 @@ HELP = ("-h", "--help")
 MORE = {
     "method": "or a YAML file",
     "model": "or a folder, a GGUF file, a hub id, with --model.layers",
+    "targets": "or a YAML file; by default the method's",
     "data": "or a JSON, JSONL, CSV or Parquet file, a URL, a hub data set",
 }
 """Kind of a shipped config -> what else its option takes."""
@@ -52,6 +53,7 @@ version."""
 SHIPPED = """\
   --method NAME   {method}
   --model NAME    {model}
+  --targets NAME  {targets}
   --data NAME     {data}"""
 FIT = """\
 usage: cakeflow fit --method NAME --model NAME --data NAME [options]

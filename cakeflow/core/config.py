@@ -22,7 +22,7 @@ MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.Locat
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """Return the shipped configs of a kind (``method``, ``model`` or ``data``): name -> file."""
+    """Return the shipped configs of a kind (``method``, ``model``, ``targets`` or ``data``): name -> file."""
     folder = Path(str(files("cakeflow_configs"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 

@@ -21,7 +21,7 @@ from cakeflow.core.contracts import (
 from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import PASS_TOKENS, Footprint
 from cakeflow.core.module import EditModule
-from cakeflow.core.statistics import Statistics
+from cakeflow.core.statistics import Statistics, points_of
 from cakeflow.core.undo import UndoWalk
 from cakeflow.core.walk import Walk
 from cakeflow.data.contexts import Contexts
@@ -234,6 +234,7 @@ class LocateThenEdit(EditModule[TextBatch]):
                 collected = self.statistics.collect(self.lm, missing, max_bytes=self.max_bytes, windows=windows)
                 self.covariances |= {site.layer: covariance for site, covariance in collected.items()}
                 self.inputs["corpus"] = tensor_hash(windows)
+                self.convergence = {str(site.layer): points_of(covariance) for site, covariance in collected.items()}
             self.inputs |= inputs_of(self.contexts, self.layers, self.weighter, self.covariances)
 
     @property

@@ -38,7 +38,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, RunBody
+from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, MomentPoint, RunBody
 from cakeflow.journal.steps import EditStep, request_hash
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
@@ -69,6 +69,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
         inputs: Name -> SHA-256 of what ``prepare`` measured or read for the batches; the ledger has it with each batch,
             and a run does not go on with anything else.
+        convergence: Layer -> how its second moment settled, where the method collected one.
         complete: Whether all batches of the last run were edited.
         first_step: Number of batches in the journal before the last run.
         further: Metrics that callbacks add to the evaluation that is running.
@@ -112,6 +113,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self.inputs: dict[str, str] = {}
+        self.convergence: dict[str, list[MomentPoint]] = {}
         self.first_step = 0
         self.further: dict[str, float] = {}
         self.outcome: Outcome | None = None

@@ -231,6 +231,7 @@ def _write_run(folder: Path, module: EditModule, edits: int, metrics: dict[str, 
         peaks=dict(module.peaks),
         verdict=outcome.verdict if outcome else "",
         side_effects=list(outcome.side_effects) if outcome else [],
+        convergence=module.convergence,
     )
     write_text(folder / "run.json", info.model_dump_json(indent=1))
     pass_on_rights(folder, [folder / name for name in FILES if (folder / name).exists()])  # some are Lightning's

@@ -6,23 +6,23 @@ import logging
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from einops import rearrange
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import StatisticsError, require_positive
 from cakeflow.forward.corpus import default_corpus, token_stream
 from cakeflow.forward.progress import progress_bar
+from cakeflow.journal.schema import MomentPoint
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
-from cakeflow.solvers.covariance import Covariance
+from cakeflow.solvers.covariance import Covariance, rank_below
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.hashing import tensor_hash, tensor_hashes
@@ -106,7 +106,7 @@ class Statistics:
             log.info("second moments: %s, %d of %d layers to collect", home, len(absent), len(sites))
             at_once = max(1, int(max_bytes / 8 / width**2) - 3) if max_bytes else len(sites)
             for start in range(0, len(absent), at_once):
-                _collect(lm, absent[start : start + at_once], windows, home, self.batch_tokens)
+                _collect(lm, absent[start : start + at_once], windows, home, self)
         loaded |= {site: self._load(paths[site], lm.key_width(site)) for site in absent}
         return {site: loaded[site] for site in sites}
 
@@ -136,27 +136,29 @@ class Statistics:
 
     def _load(self, path: Path, width: int) -> Covariance:
         file = _read(path)
-        shapes = {"moment": (width, width), "eigenvalues": (width,), "eigenvectors": (width, width)}
+        shapes: dict[str, tuple[int, ...]] = {"moment": (width, width), "eigenvalues": (width,)}
+        shapes["eigenvectors"] = (width, width)
+        if "curve" in file.tensors:  # files of 0.1 have none
+            shapes["curve"] = _curve_shape(file, "curve")
         if fault := fault_in(file, shapes):
             raise _damaged(path, fault)
-        return self.covariance(file.tensors["moment"], (file.tensors["eigenvalues"], file.tensors["eigenvectors"].T))
+        eigen = file.tensors["eigenvalues"], file.tensors["eigenvectors"].T
+        return self.covariance(file.tensors["moment"], eigen, file.tensors.get("curve"))
 
-    def covariance(self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None) -> Covariance:
+    def covariance(
+        self, moment: Tensor, eigen: tuple[Tensor, Tensor] | None = None, curve: Tensor | None = None
+    ) -> Covariance:
         """Return a second moment as a covariance with this weight and threshold."""
-        return Covariance(moment, self.cov_weight, eigen, self.null_threshold)
+        return Covariance(moment, self.cov_weight, eigen, self.null_threshold, curve)
 
 
-def convergence(path: Path) -> float:
-    """Read from a layer's file how much the second half of the tokens changed C: ``|C - C_half| / |C|``.
-
-    Raises:
-        StatisticsError: If the file is damaged.
-    """
-    try:
-        with safe_open(path, "pt") as handle:
-            return float(handle.metadata()["change"])
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, error) from error
+def points_of(covariance: Covariance) -> list[MomentPoint]:
+    """Return how a second moment settled, ready to be written; empty if that is not known."""
+    curve = [] if covariance.curve is None else covariance.curve.tolist()
+    return [
+        MomentPoint(tokens=int(tokens), change=change, threshold=threshold, null=int(null))
+        for tokens, change, threshold, null in curve
+    ]
 
 
 REMEDY = "delete it, and it is collected again"
@@ -170,29 +172,69 @@ def _damaged(path: Path, reason: object) -> StatisticsError:
     return StatisticsError(f"{path} is damaged ({reason}); {REMEDY}")
 
 
+@dataclass
+class _Pass:
+    """What a pass over the corpus has so far.
+
+    Attributes:
+        done: Number of windows read.
+        sums: Sum of k k^T over their tokens.
+        earlier: C at the last point of the curve, on the CPU.
+        curve: Points of ``Covariance.curve``.
+    """
+
+    done: int = 0
+    sums: dict[Site, Float[Tensor, "d_in d_in"]] = field(default_factory=dict)
+    earlier: dict[Site, Float[Tensor, "d_in d_in"]] = field(default_factory=dict)
+    curve: dict[Site, Float[Tensor, "points 4"]] = field(default_factory=dict)
+
+    def add(self, site: Site, outer: Float[Tensor, "d_in d_in"]) -> None:
+        """Add a batch's sum."""
+        self.sums[site] = self.sums[site].add_(outer) if site in self.sums else outer.double()
+
+    def note(self, tokens: int, threshold: float) -> None:
+        """Append a point to the curve of each site."""
+        for site, total in self.sums.items():
+            moment = (total / tokens).cpu()
+            if not bool(torch.isfinite(moment).all()):
+                raise StatisticsError(
+                    f"{_label(site)}: the second moment is not finite; load the model in bfloat16 or float32"
+                )
+            before = self.earlier.get(site, torch.zeros_like(moment))
+            norm = torch.linalg.matrix_norm(moment).clamp_min(torch.finfo(moment.dtype).tiny)
+            change = float(torch.linalg.matrix_norm(moment - before) / norm)
+            point = torch.tensor([[tokens, change, threshold, rank_below(moment, threshold)]], dtype=torch.float64)
+            self.curve[site] = torch.cat([self.curve.get(site, point[:0]), point])
+            self.earlier[site] = moment
+
+
 def _collect(
-    lm: LanguageModel, sites: Sequence[Site], windows: Int[Tensor, "windows window"], home: Path, batch_tokens: int
+    lm: LanguageModel, sites: Sequence[Site], windows: Int[Tensor, "windows window"], home: Path, settings: Statistics
 ) -> None:
     """Collect second moments in one pass over the windows; save partial sums every ``SAVE_EVERY`` seconds."""
-    partial = home / "partial.safetensors"
-    done, sums, halves = _resume(partial, lm, sites, len(windows))
+    partial, (count, length) = home / "partial.safetensors", windows.shape
+    course = _resume(partial, lm, sites, count)
+    rows = min(max(1, settings.batch_tokens // length), -(-count // 2))
+    least = max(map(lm.key_width, sites)) / length  # windows; fewer tokens leave C singular
+    points = {count, *(-(-count // 2**power) for power in range(64) if count >= least * 2**power)}
     saved = time.monotonic()
-    with progress_bar(windows.numel(), "second moments", "token", initial=done * windows.shape[1]) as bar:
-        rows = min(max(1, batch_tokens // windows.shape[1]), -(-len(windows) // 2))
-        for batch in (windows[start : start + rows] for start in range(done, len(windows), rows)):
+    with progress_bar(windows.numel(), "second moments", "token", initial=course.done * length) as bar:
+        while course.done < count:
+            batch = windows[course.done : course.done + rows]
             for site, outer in _outer_products(lm, sites, batch.to(lm.device)):
-                sums[site] = sums[site].add_(outer) if site in sums else outer.double()
-            done += len(batch)
+                course.add(site, outer)
+            passed = {course.done + 1 + row for row in range(len(batch))}
+            course.done += len(batch)
             bar.update(batch.numel())
-            if not halves and done + rows > len(windows) // 2:
-                halves = {site: (total / (done * windows.shape[1])).cpu() for site, total in sums.items()}
+            if points & passed:
+                course.note(course.done * length, settings.null_threshold)
             if time.monotonic() - saved > SAVE_EVERY:
-                _save_partial(partial, done, sums, halves)
+                _save_partial(partial, course)
                 saved = time.monotonic()
     with progress_bar(len(sites), "eigenbases", "layer") as bar:
         for site in sites:
-            path = home / f"{_label(site)}.safetensors"
-            _finish(path, sums[site] / windows.numel(), halves[site])
+            moment = (course.sums[site] / windows.numel()).cpu()
+            _finish(home / f"{_label(site)}.safetensors", moment, course.curve[site])
             bar.update()
     partial.unlink(missing_ok=True)
 
@@ -221,36 +263,44 @@ def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in 
     return gram
 
 
-def _resume(
-    partial: Path, lm: LanguageModel, sites: Sequence[Site], windows: int
-) -> tuple[int, dict[Site, Tensor], dict[Site, Tensor]]:
-    """Load the number of windows read so far, their sums and those of the first half; zero if a site is not there.
+def _resume(partial: Path, lm: LanguageModel, sites: Sequence[Site], windows: int) -> _Pass:
+    """Load what a pass had when it was interrupted; nothing if a site is not in it.
 
     Raises:
         StatisticsError: If the file is damaged, or the numbers in it cannot be those of this pass.
     """
     if not partial.exists():
-        return 0, {}, {}
+        return _Pass()
     file = _read(partial)
-    parts = ["sum", *{"half" for name in file.tensors if name.startswith("half/")}]
+    parts = ["sum", *{"earlier" for name in file.tensors if name.startswith("earlier/")}]
     widths = {_label(site): lm.key_width(site) for site in sites}
     complete = all(f"sum/{label}" in file.tensors for label in widths)
     shapes = {f"{part}/{label}": (width, width) for part in parts for label, width in widths.items() if complete}
-    if fault := fault_in(file, {"done": (), **shapes}):
+    curves = [f"curve/{label}" for label in widths if complete and "earlier" in parts]
+    if fault := fault_in(file, {"done": (), **shapes, **{name: _curve_shape(file, name) for name in curves}}):
         raise _damaged(partial, fault)
     if not complete:
-        return 0, {}, {}
+        return _Pass()
     done = int(file.tensors["done"])
-    if not 0 < done <= windows or (done == windows and "half" not in parts):
+    if not 0 < done <= windows or (done == windows and "earlier" not in parts):
         raise _damaged(partial, f"sums of {done} windows out of {windows}")
     log.info("second moments: resuming after %d windows", done)
-    sums = {site: file.tensors[f"sum/{_label(site)}"].to(lm.device) for site in sites}
-    return done, sums, {site: file.tensors[f"half/{_label(site)}"] for site in sites if "half" in parts}
+    sums, earlier, curve = (
+        {site: file.tensors[name] for site in sites if (name := f"{part}/{_label(site)}") in file.tensors}
+        for part in ("sum", "earlier", "curve")
+    )
+    return _Pass(done, {site: total.to(lm.device) for site, total in sums.items()}, earlier, curve)
 
 
-def _save_partial(partial: Path, done: int, sums: dict[Site, Tensor], halves: dict[Site, Tensor]) -> None:
-    tensors = {f"sum/{_label(site)}": total for site, total in sums.items()}
-    tensors |= {f"half/{_label(site)}": half for site, half in halves.items()} | {"done": torch.tensor(done)}
+def _curve_shape(file: TensorFile, name: str) -> tuple[int, int]:
+    """Return the shape of a curve with as many points as the file's."""
+    return len(file.tensors[name]) if name in file.tensors and file.tensors[name].dim() else 0, 4
+
+
+def _save_partial(partial: Path, course: _Pass) -> None:
+    parts = {"sum": course.sums, "earlier": course.earlier, "curve": course.curve}
+    tensors = {f"{part}/{_label(site)}": each for part, sites in parts.items() for site, each in sites.items()}
+    tensors["done"] = torch.tensor(course.done)
     write_tensors(partial, tensors, tensor_hashes(tensors))
 
 
@@ -258,13 +308,10 @@ def _label(site: Site) -> str:
     return f"layer-{site.layer}-{site.role}"
 
 
-def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], half: Float[Tensor, "d_in d_in"]) -> None:
-    """Write a second moment with its eigenbasis."""
-    moment, half = moment.cpu(), half.cpu()
-    if not bool(torch.isfinite(moment).all()):
-        raise StatisticsError(f"{path.stem}: the second moment is not finite; load the model in bfloat16 or float32")
+def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], curve: Float[Tensor, "points 4"]) -> None:
+    """Write a second moment with its eigenbasis and how it settled."""
     values, vectors = Covariance(moment).eigen
-    change = float(torch.linalg.matrix_norm(moment - half) / torch.linalg.matrix_norm(moment))
-    log.info("second moments: %s changed by %.2f %% over the second half of the tokens", path.stem, 100 * change)
-    tensors = {"moment": moment, "eigenvalues": values, "eigenvectors": vectors.T}
-    write_tensors(path, tensors, {"change": repr(change), **tensor_hashes(tensors)})
+    change = 100 * float(curve[-1, 1])
+    log.info("second moments: %s changed by %.2f %% since half of the tokens were read", path.stem, change)
+    tensors = {"moment": moment, "eigenvalues": values, "eigenvectors": vectors.T, "curve": curve}
+    write_tensors(path, tensors, tensor_hashes(tensors))

@@ -17,12 +17,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cakeflow.forward.packing import logits_bytes, pad, pass_bytes, plan, require_bytes
+from cakeflow.forward.packing import GIB, logits_bytes, pad, pass_bytes, plan, require_bytes
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 
 Context = tuple[int, ...]
 """Token ids before a prediction."""
+ENDS_BYTES = GIB / 2
+"""Most bytes of the logits of one pass where no limit is named."""
 SIZE = 256
 """Most tokens in a tree, unless one context is longer: large trees share more, but attention grows with their size."""
 
@@ -102,7 +104,7 @@ def predict(
         contexts: m contexts, none of them empty.
         labels: Token id after each context.
         max_tokens: Most tokens in one forward pass.
-        max_bytes: Most bytes beyond the model.
+        max_bytes: Most bytes beyond the model; by default half a GiB of logits, and ``max_tokens``.
 
     Returns:
         Log-probabilities (natural logarithm), and True where the label is the arg-max.
@@ -112,13 +114,13 @@ def predict(
     """
     longest = max(map(len, contexts), default=0)
     branching = lm.places_tokens and lm.sees_all(longest)
-    size, max_ends = SIZE if branching else 0, max(1, len(contexts))
+    size, max_ends = SIZE if branching else 0, max(1, int(ENDS_BYTES / logits_bytes(lm)))
     if max_bytes is not None:
         most_tokens, max_ends = _most(lm, max_bytes, longest, max(size, longest))
         max_tokens, size = min(max_tokens, most_tokens), min(size, most_tokens)
     trees, place = grow(contexts, size)
-    if max_bytes is not None:  # few passes should have more predictions than fit
-        max_tokens = min(max_tokens, max_ends * sum(len(tree.ids) for tree in trees) // max(1, len(place)))
+    # few passes should have more predictions than fit
+    max_tokens = min(max_tokens, max_ends * sum(len(tree.ids) for tree in trees) // max(1, len(place)))
     logprobs, hits = torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
     indices: list[list[int]] = [[] for _ in trees]  # of the contexts in each tree
     for index, context in enumerate(contexts):

@@ -355,6 +355,21 @@ class ModelInfo(Schema):
     architecture: dict[str, str] = Field(default_factory=dict)
 
 
+class MomentPoint(Schema):
+    """A layer's second moment C when some of its tokens had been read.
+
+    Attributes:
+        tokens: Their number.
+        change: Change of C since the point before over C, in Frobenius norms.
+        null: Number of eigenvalues of C below ``threshold``.
+    """
+
+    tokens: Count
+    change: Number
+    threshold: Number
+    null: Count
+
+
 class RunInfo(Schema):
     """``run.json``: the model, everything that decides the outcome, and what was measured.
 
@@ -369,6 +384,7 @@ class RunInfo(Schema):
         peaks: Peak memory per phase beyond the model, in bytes.
         verdict: What became of the run, in a sentence; empty where the model was not asked freely.
         side_effects: Rules of the budget for side effects that the run broke.
+        convergence: Layer -> how its second moment settled, where that is known.
     """
 
     model: ModelInfo
@@ -381,3 +397,4 @@ class RunInfo(Schema):
     peaks: dict[str, Number] = Field(default_factory=dict)
     verdict: str = ""
     side_effects: list[str] = Field(default_factory=list)
+    convergence: dict[str, list[MomentPoint]] = Field(default_factory=dict)

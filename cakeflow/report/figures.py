@@ -18,6 +18,7 @@ from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.ticker import MaxNLocator
 
 from cakeflow.errors import ConfigError
+from cakeflow.journal.schema import MomentPoint
 from cakeflow.report.intervals import Interval
 from cakeflow.tracing import PLACES, Trace
 
@@ -175,6 +176,25 @@ def plot_intervals(runs: Mapping[str, Mapping[str, Interval]], ax: Axes | None =
     ax.set(xlabel="%, with 95 % intervals", yticks=range(len(names)), yticklabels=names)
     ax.invert_yaxis()
     ax.legend(fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    return ax
+
+
+def plot_convergence(layers: Mapping[str, Sequence[MomentPoint]], name: str, ax: Axes | None = None) -> Axes:
+    """Draw how second moments settled as their tokens were read: a line per layer.
+
+    Args:
+        layers: Layer -> points of its second moment.
+        name: ``change``, of C since half as many tokens, or ``null``, the number of its eigenvalues below a threshold.
+        ax: Axes to draw into.
+    """
+    ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
+    for layer, points in layers.items():
+        ax.plot(
+            [each.tokens for each in points], [getattr(each, name) for each in points], "o-", label=f"layer {layer}"
+        )
+    ax.set(xlabel="tokens", ylabel=name, xscale="log")
+    ax.set_ylim(bottom=0)
+    ax.legend(fontsize="small")
     return ax
 
 

@@ -18,7 +18,7 @@ from matplotlib.axes import Axes
 from cakeflow.evaluation.outcome import by_prompt, is_good
 from cakeflow.forward.packing import GIB
 from cakeflow.report import views
-from cakeflow.report.figures import by_layer, curves_of, plot_curves, plot_layers, plot_losses, svg
+from cakeflow.report.figures import by_layer, curves_of, plot_convergence, plot_curves, plot_layers, plot_losses, svg
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.intervals import estimate, number
 
@@ -85,6 +85,7 @@ def render_page(run: RunFolder) -> str:
         relations=views.relations(run),
         edits=views.edit_views(run),
         phases=_phases(run),
+        moments=_moments(run),
         **_layers(run),
         **_figures(run),
     )
@@ -148,6 +149,29 @@ def _figures(run: RunFolder) -> dict[str, Any]:
         for place, (title, lines) in enumerate(curves.items())
     }
     return {"loss": loss, "along": along, "curves": curves}
+
+
+def _moments(run: RunFolder) -> dict[str, Figure]:
+    """Return plots of how the second moments settled; none where that is not known."""
+    layers = {layer: points for layer, points in run.info.convergence.items() if points}
+    thresholds = {number(points[-1].threshold) for points in layers.values()}
+    plots = {
+        "change": ("Change of C", "since half as many tokens, over C (Frobenius norms)"),
+        "null": ("Null directions", f"eigenvalues of C below {', '.join(sorted(thresholds))}"),
+    }
+    return {
+        title: _figure(
+            f"moments-{name}",
+            "; ".join(
+                f"layer {layer}: " + ", ".join(f"{number(getattr(at, name))} after {at.tokens} tokens" for at in points)
+                for layer, points in layers.items()
+            ),
+            caption,
+            lambda ax, name=name: plot_convergence(layers, name, ax),  # type: ignore[misc]
+        )
+        for name, (title, caption) in plots.items()
+        if layers
+    }
 
 
 def _curve_plot(lines: Mapping[str, Sequence[tuple[float, float, float]]]) -> Callable[[Axes], object]:

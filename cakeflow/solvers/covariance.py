@@ -32,6 +32,9 @@ class Covariance:
         weight: lambda: C counts as this many keys in a least-squares solve (``mom2_update_weight`` in MEMIT's code).
         eigen: Eigenvalues (ascending) and eigenvectors (columns); by default computed on first use.
         threshold: Eigenvalues below it count as null, unless a solver sets its own (``nullspace_threshold``).
+        curve: How C settled while it was collected, None if that is not known. Each point, at about twice as many
+            tokens as the one before, has the tokens, the change of C since the point before over C (Frobenius norms),
+            a threshold, and the number of eigenvalues of C below it.
     """
 
     def __init__(
@@ -40,8 +43,9 @@ class Covariance:
         weight: float = 1.0,
         eigen: tuple[Float[Tensor, " d_in"], Float[Tensor, "d_in d_in"]] | None = None,
         threshold: float = 0.02,
+        curve: Float[Tensor, "points 4"] | None = None,
     ) -> None:
-        self._spectrum = _Spectrum(moment.double())
+        self._spectrum, self.curve = _Spectrum(moment.double()), curve
         self.weight, self.threshold, self.device = weight, threshold, moment.device
         if eigen is not None:  # columns contiguous, as eigh leaves them: products with some of them are then fastest
             self._spectrum.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
@@ -95,3 +99,15 @@ class Covariance:
                 f"{float(values[-1]):.1e}); collect more tokens or set ridge above 0"
             )
         return ((keys @ vectors) / scale) @ vectors.T
+
+
+def rank_below(matrix: Float[Tensor, "d d"], threshold: float) -> int:
+    """Return the number of a symmetric matrix's eigenvalues below a threshold, without computing them.
+
+    By Sylvester's law of inertia that is the number of negative eigenvalues of D in ``matrix - threshold I = L D L^T``,
+    whose blocks of two have one each: a third of the operations of the tridiagonal form from which eigenvalues come.
+    """
+    shifted = matrix - threshold * torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    factor, pivots = torch.linalg.ldl_factor(shifted)
+    in_pairs = pivots < 0
+    return int(((factor.diagonal() < 0) & ~in_pairs).sum() + in_pairs.sum() // 2)

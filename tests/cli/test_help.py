@@ -19,7 +19,7 @@ VALUES = {
     "model.rounds": "1", "model.dtype": "bfloat16", "model.statistics.source": "corpus.txt",
     "model.statistics.tokens": "4096", "model.evaluation.protocol": "official", "trainer.accelerator": "cpu",
     "trainer.logger": "CSVLogger", "import": "json", "method": "cake", "model": "smollm2-135m", "data": "builtin",
-    "config": str(shipped("method")["cake"]), "from": "runs/y",
+    "config": str(shipped("method")["cake"]), "targets": "short", "from": "runs/y",
 }  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_every_option_on_a_page_is_one(command, capsys):
     words = [word for name in sorted(options) for word in (f"--{name}", VALUES[name])]
     printed = page([command, *words, "--trust_remote_code", "--print_config"], capsys)
     assert "layers:" in printed
-    for kind in ("method", "model", "data"):
+    for kind in ("method", "model", "targets", "data"):
         assert all(name in text for name in shipped(kind))
 
 

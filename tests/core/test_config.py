@@ -159,7 +159,17 @@ def test_find_config_by_name_or_path(tmp_path):
     assert find_config("method", mine) == find_config("method", str(mine)) == mine
 
 
-@pytest.mark.parametrize("kind", ["method", "model", "data"])
+@pytest.mark.parametrize("path", [*shipped("targets").values()], ids=lambda path: path.stem)
+def test_target_configs_change_the_search_alone(path):
+    settings = yaml.safe_load(path.read_text(encoding="utf-8"))["model"].pop("targets")
+    for method in ("cake", "cake_pmet"):
+        module = build_module([METHODS[method], MODELS["smollm2-135m"], path])
+        plain = build_module([METHODS[method], MODELS["smollm2-135m"]])
+        changed = {**settings, "betas": tuple(settings["betas"])}
+        assert module.targets == replace(plain.targets, **changed) != plain.targets
+
+
+@pytest.mark.parametrize("kind", ["method", "model", "targets", "data"])
 def test_unknown_name_lists_the_known(kind):
     with pytest.raises(ConfigError) as caught:
         find_config(kind, "memmit")

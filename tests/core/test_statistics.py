@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 import cakeflow.core.statistics as module
 from cakeflow import Statistics
-from cakeflow.core.statistics import convergence
+from cakeflow.core.statistics import points_of
 from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
@@ -179,8 +179,7 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny, settings, tmp_path, 
     for layer in (1, 3):
         assert torch.equal(found[MLP[layer]].moment, wanted[MLP[layer]].moment)
         assert torch.equal(found[MLP[layer]].eigen[0], wanted[MLP[layer]].eigen[0])
-        files = [next((tmp_path / name).rglob(f"layer-{layer}-mlp_out.safetensors")) for name in ("whole", "broken")]
-        assert convergence(files[0]) == convergence(files[1])
+        assert torch.equal(found[MLP[layer]].curve, wanted[MLP[layer]].curve)
     assert not list((tmp_path / "broken").rglob("partial*"))
 
 
@@ -203,12 +202,33 @@ def test_layers_share_a_folder_only_where_their_values_agree(lm, settings, early
         torch.testing.assert_close(found[MLP[layer]].moment, direct(lm, layer), rtol=0, atol=1e-12)
 
 
-def test_convergence_is_the_change_over_the_second_half(lm, settings, cache):
-    found = settings.collect(lm, at(1))[MLP[1]].moment
+def test_the_curve_shows_how_second_moments_settle(lm, settings, cache):
+    found = Statistics(settings.source, 500, 20, batch_tokens=20, null_threshold=0.01).collect(lm, at(1))[MLP[1]]
     path = next(cache.rglob("layer-1-mlp_out.safetensors"))
-    half = direct(lm, 1, tokens=240)  # 12 of 25 windows, a whole number of batches
-    assert convergence(path) == pytest.approx(float((found - half).norm() / found.norm()), rel=1e-9)
-    assert set(load_file(path)) == {"moment", "eigenvalues", "eigenvectors"}
+    before, half = torch.zeros_like(found.moment), direct(lm, 1, tokens=260)
+    points = []
+    for moment, tokens in ((half, 260), (found.moment, 500)):  # a quarter has fewer tokens than keys are wide
+        null = int((torch.linalg.eigvalsh(moment) < 0.01).sum())
+        points.append([tokens, float((moment - before).norm() / moment.norm()), 0.01, null])
+        before = moment
+    torch.testing.assert_close(found.curve, torch.tensor(points, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert torch.equal(settings.collect(lm, at(1))[MLP[1]].curve, found.curve)  # read from the cache
+    assert set(load_file(path)) == {"moment", "eigenvalues", "eigenvectors", "curve"}
+    assert [each.model_dump() for each in points_of(found)] == [
+        dict(zip(("tokens", "change", "threshold", "null"), point, strict=True)) for point in found.curve.tolist()
+    ]
+
+
+def test_files_without_a_curve_are_read(lm, settings, cache):
+    moment = settings.collect(lm, at(1))[MLP[1]].moment
+    path = next(cache.rglob("layer-1-mlp_out.safetensors"))
+    tensors = load_file(path)
+    del tensors["curve"]
+    write_tensors(path, tensors, tensor_hashes(tensors))
+    found = settings.collect(lm, at(1))[MLP[1]]
+    assert torch.equal(found.moment, moment)
+    assert found.curve is None
+    assert points_of(found) == []
 
 
 def test_too_few_tokens_are_refused(lm, corpus):
@@ -292,6 +312,7 @@ def test_a_pass_that_was_stopped_before_its_eigenbases_goes_on_from_its_sums(
     assert not partial.exists()
     for site in at(1, 3):
         assert torch.equal(resumed[site].moment, expected[site].moment)
+        assert torch.equal(resumed[site].curve, expected[site].curve)
 
 
 def rewritten(path, **changes):
@@ -305,12 +326,13 @@ NAN = torch.full((192, 192), float("nan"), dtype=torch.float64)
 PARTIAL_FAULTS = {
     "sum/layer-1-mlp_out is not finite": {"sum/layer-1-mlp_out": NAN},
     r"no sum/layer-1-mlp_out of shape \(192, 192\)": {"sum/layer-1-mlp_out": torch.ones(3, 3)},
-    r"no half/layer-3-mlp_out of shape \(192, 192\)": {"half/layer-3-mlp_out": None},
+    r"no earlier/layer-3-mlp_out of shape \(192, 192\)": {"earlier/layer-3-mlp_out": None},
     "sums of 1000000 windows out of 25": {"done": torch.tensor(10**6)},
     "sums of -3 windows out of 25": {"done": torch.tensor(-3)},
     "sums of 0 windows out of 25": {"done": torch.tensor(0)},
     r"no done of shape \(\)": {"done": torch.ones(2)},
-    "sums of 25 windows out of 25": {"half/layer-1-mlp_out": None, "half/layer-3-mlp_out": None},
+    r"no curve/layer-3-mlp_out of shape \(0, 4\)": {"curve/layer-3-mlp_out": None},
+    "sums of 25 windows out of 25": {"earlier/layer-1-mlp_out": None, "earlier/layer-3-mlp_out": None},
 }
 
 
@@ -335,7 +357,7 @@ def test_every_flipped_byte_of_the_cache_is_noticed(lm, settings, tmp_path, monk
             settings.collect(lm, at(1, 3), tmp_path)
 
 
-@pytest.mark.parametrize("name", ["moment", "eigenvalues", "eigenvectors"])
+@pytest.mark.parametrize("name", ["moment", "eigenvalues", "eigenvectors", "curve"])
 def test_statistics_that_are_not_finite_are_not_used(lm, settings, cache, name):
     settings.collect(lm, at(1))
     path = next(cache.rglob("layer-1-*"))

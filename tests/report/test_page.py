@@ -18,7 +18,19 @@ from cakeflow.report import RunFolder, render_page
 from cakeflow.report.intervals import Interval, estimate, number, record_values
 
 VOID = {"meta", "link", "input", "br", "hr", "img"}
-SECTIONS = ("metrics", "answers", "relations", "edits", "layers", "targets", "ability", "cost", "config", "versions")
+SECTIONS = (
+    "metrics",
+    "answers",
+    "relations",
+    "edits",
+    "layers",
+    "targets",
+    "moments",
+    "ability",
+    "cost",
+    "config",
+    "versions",
+)
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> & \"q\" 'a' $x_1$ {{ 7*7 }} \ud800"
 
 
@@ -221,6 +233,7 @@ def test_a_run_that_was_not_evaluated_says_so_and_shows_the_rest(run_folder):
     assert "No edits" in texts["edits"]
     assert "No numbers per layer" in texts["layers"]
     assert "No target losses" in texts["targets"]
+    assert "No curve" in texts["moments"]
     assert "Not measured" in texts["ability"]
 
 
@@ -265,12 +278,18 @@ def test_a_real_run_through_the_command_line(workplace, monkeypatch, capsys):
     done = main(["fit", *(f"--{name}={value}" for name, value in options.items())])
     written = main(["report", str(done.folder)])
     assert str(written) in capsys.readouterr().out.replace("\n", "")
-    texts = Page(written.read_text()).texts
+    page = Page(written.read_text())
+    texts = page.texts
     assert number(100 * done.after["efficacy"], ".1f") in texts["metrics"]
     for step in done.journal:
         for request, target in zip(step.requests, step.targets, strict=True):
             assert request.subject in texts["edits"]
             assert f"loss {number(target.loss)}, " in texts["edits"]
+    for layer in ("1", "2"):
+        points = RunFolder.read(done.folder).info.convergence[layer]
+        assert points[-1].tokens == 1024
+        assert f"layer {layer}" in texts["moments"]
+        assert f"after {points[-1].tokens} tokens" in str(page.attributes)
     for name in ("share", "drift", "residual"):
         assert number(done.logged[f"layer2/{name}"]) in texts["layers"]
     assert "No drift" not in texts["layers"]

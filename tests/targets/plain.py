@@ -50,7 +50,11 @@ def plain_jointly(lm, requests, contexts, settings, layer):
     with torch.no_grad():
         before = added(lm.model, modules, essence, last, deltas)[0][last]
         starts = added(lm.model, modules, *facts[0][0][:2], deltas)[1]
-    adam, factors = torch.optim.Adam(deltas, lr=settings.lr), [1.0 for _ in facts]
+    adam, factors = torch.optim.Adam(deltas, lr=settings.lr, betas=settings.betas), [1.0 for _ in facts]
+    if settings.stride is not None:
+        adam = ByFact(
+            deltas, [settings.stride * settings.clamp * float(start.norm()) for start in starts], settings.betas
+        )
     stop_kl, limit = getattr(settings.stop, "kl", 0.0), getattr(settings.stop, "inner", settings.stop).loss
     for step in range(settings.steps):
         now = added(lm.model, modules, essence, last, deltas)[0][last]
@@ -72,6 +76,27 @@ def plain_jointly(lm, requests, contexts, settings, layer):
             delta.data *= min(1.0, float(settings.clamp * start.norm() / delta.detach().norm()))
     lm.model.zero_grad()
     return (starts[0] + deltas[0]).detach(), [(a.detach(), b.detach()) for a, b in losses], step + 1, done
+
+
+class ByFact:
+    """Adam whose mean square is one number per vector, that of the gradient's length."""
+
+    def __init__(self, deltas, lengths, betas):
+        self.deltas, self.lengths, self.betas, self.past = deltas, lengths, betas, []
+
+    def zero_grad(self):
+        for delta in self.deltas:
+            delta.grad = None
+
+    def step(self):
+        self.past.append([delta.grad.clone() for delta in self.deltas])
+        last = len(self.past) - 1
+        weights = [[(1 - beta) * beta ** (last - i) for i in range(last + 1)] for beta in self.betas]
+        for number, (delta, length) in enumerate(zip(self.deltas, self.lengths, strict=True)):
+            gradients = [each[number] for each in self.past]
+            mean = sum(w * g for w, g in zip(weights[0], gradients, strict=True)) / sum(weights[0])
+            square = sum(w * g.norm() ** 2 for w, g in zip(weights[1], gradients, strict=True)) / sum(weights[1])
+            delta.data -= length * mean / square.sqrt()
 
 
 def likelihood(lm, modules, rows, deltas):

@@ -41,6 +41,9 @@ def batch(lm, requests):
         ("mlp_out", 3, replace(FAST, extra_site="attn_out", clamp=2.0)),
         ("mlp_out", 2, replace(FAR, extra_site="attn_out", steps=30, stop=SolvedAndNear(0.5))),
         ("block", 4, replace(FAR, essence=EssenceKL(3.0))),
+        ("block", 2, replace(FAST, betas=(0.5, 0.9))),
+        ("block", 4, replace(FAST, steps=12, stride=0.3, betas=(0.8, 0.9))),
+        ("mlp_out", 3, replace(FAST, extra_site="attn_out", clamp=2.0, stride=0.1)),
     ],
 )
 def test_equals_the_plain_reference(tiny, requests, site, layer, settings):
@@ -63,6 +66,13 @@ def test_equals_the_official_numbers(tiny, requests, golden, method, layer):
     wanted = load_file(golden / "tiny" / f"{arch}_golden.safetensors")[f"{method}/z/{layer}"]
     batch = encode_batch(tiny, requests, Contexts.of(setup["context_templates"]))
     assert relative(GradientSearch().search(tiny, batch, layer).values, wanted) < {"gpt2": 1e-10, "llama": 1e-5}[arch]
+
+
+def test_a_first_step_has_the_length_of_its_stride(tiny, requests):
+    settings = GradientSearch(steps=2, stride=0.3, stop=LossBelow(-1.0))
+    found = settings.search(tiny, encode_batch(tiny, requests[:4], CONTEXTS), 3)
+    length = (found.values - found.initial).norm(dim=1) / found.initial.norm(dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, 0.3 * settings.clamp))
 
 
 def test_padding_side_of_the_tokenizer_does_not_matter(tiny, requests):
@@ -206,6 +216,19 @@ def test_only_half_precision_goes_without_flash_attention(dtype, flash, lm, batc
 def test_bad_settings(name, value):
     with pytest.raises(ConfigError, match=rf"targets\.{name} must be above 0"):
         GradientSearch(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"betas": (0.9, 1.0)}, r"betas must be two numbers from 0 to below 1, got \(0.9, 1.0\)"),
+        ({"betas": (-0.1, 0.9)}, "betas must be two numbers"),
+        ({"stride": 0.0}, "stride must be above 0, got 0.0"),
+    ],
+)
+def test_bad_steps(settings, words):
+    with pytest.raises(ConfigError, match=f"targets.{words}"):
+        GradientSearch(**settings)
 
 
 def test_a_search_that_leads_away_from_its_fact_is_refused(lm, requests):
