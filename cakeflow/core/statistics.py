@@ -22,6 +22,7 @@ from cakeflow.journal.schema import MomentPoint
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.products import gram
 from cakeflow.solvers.covariance import Covariance, rank_below
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
@@ -192,20 +193,23 @@ class _Pass:
         """Add a batch's sum."""
         self.sums[site] = self.sums[site].add_(outer) if site in self.sums else outer.double()
 
-    def note(self, tokens: int, threshold: float) -> None:
-        """Append a point to the curve of each site."""
-        for site, total in self.sums.items():
-            moment = (total / tokens).cpu()
-            if not bool(torch.isfinite(moment).all()):
-                raise StatisticsError(
-                    f"{_label(site)}: the second moment is not finite; load the model in bfloat16 or float32"
-                )
-            before = self.earlier.get(site, torch.zeros_like(moment))
-            norm = torch.linalg.matrix_norm(moment).clamp_min(torch.finfo(moment.dtype).tiny)
-            change = float(torch.linalg.matrix_norm(moment - before) / norm)
-            point = torch.tensor([[tokens, change, threshold, rank_below(moment, threshold)]], dtype=torch.float64)
-            self.curve[site] = torch.cat([self.curve.get(site, point[:0]), point])
-            self.earlier[site] = moment
+    def moment(self, site: Site, tokens: int) -> Float[Tensor, "d_in d_in"]:
+        """Return C so far, on the CPU."""
+        moment = (self.sums[site] / tokens).cpu()
+        if not bool(torch.isfinite(moment).all()):
+            raise StatisticsError(
+                f"{_label(site)}: the second moment is not finite; load the model in bfloat16 or float32"
+            )
+        return moment
+
+    def note(self, site: Site, tokens: int, moment: Tensor, threshold: float, null: int) -> None:
+        """Append a point to the curve of a site: the change of C, and ``null`` eigenvalues below a threshold."""
+        before = self.earlier.get(site, torch.zeros_like(moment))
+        norm = torch.linalg.matrix_norm(moment).clamp_min(torch.finfo(moment.dtype).tiny)
+        change = float(torch.linalg.matrix_norm(moment - before) / norm)
+        point = torch.tensor([[tokens, change, threshold, null]], dtype=torch.float64)
+        self.curve[site] = torch.cat([self.curve.get(site, point[:0]), point])
+        self.earlier[site] = moment
 
 
 def _collect(
@@ -216,7 +220,7 @@ def _collect(
     course = _resume(partial, lm, sites, count)
     rows = min(max(1, settings.batch_tokens // length), -(-count // 2))
     least = max(map(lm.key_width, sites)) / length  # windows; fewer tokens leave C singular
-    points = {count, *(-(-count // 2**power) for power in range(64) if count >= least * 2**power)}
+    points = {-(-count // 2**power) for power in range(1, 64) if count >= least * 2**power}
     saved = time.monotonic()
     with progress_bar(windows.numel(), "second moments", "token", initial=course.done * length) as bar:
         while course.done < count:
@@ -226,15 +230,16 @@ def _collect(
             passed = {course.done + 1 + row for row in range(len(batch))}
             course.done += len(batch)
             bar.update(batch.numel())
-            if points & passed:
-                course.note(course.done * length, settings.null_threshold)
+            for site in sites if points & passed else ():
+                moment = course.moment(site, course.done * length)
+                null = rank_below(moment.float(), settings.null_threshold)  # the last point's comes with the eigenbasis
+                course.note(site, course.done * length, moment, settings.null_threshold, null)
             if time.monotonic() - saved > SAVE_EVERY:
                 _save_partial(partial, course)
                 saved = time.monotonic()
     with progress_bar(len(sites), "eigenbases", "layer") as bar:
         for site in sites:
-            moment = (course.sums[site] / windows.numel()).cpu()
-            _finish(home / f"{_label(site)}.safetensors", moment, course.curve[site])
+            _finish(home / f"{_label(site)}.safetensors", course, site, windows.numel(), settings.null_threshold)
             bar.update()
     partial.unlink(missing_ok=True)
 
@@ -250,17 +255,7 @@ def _outer_products(
     for site in ordered:
         keys = rearrange(inputs[site], "rows window width -> (rows window) width")
         keys = keys if keys.dtype == torch.float64 else keys.float()
-        yield site, _gram(keys)
-
-
-def _gram(keys: Float[Tensor, "n d_in"], parts: int = 6) -> Float[Tensor, "d_in d_in"]:
-    """Return K^T K; only blocks on and above the diagonal are computed, because the matrix is symmetric."""
-    ends = [len(keys.T) * (i + 1) // parts for i in range(parts)]
-    gram = keys.new_empty(ends[-1], ends[-1])
-    for start, end in zip([0, *ends], ends, strict=False):
-        torch.mm(keys[:, :end].T, keys[:, start:end], out=gram[:end, start:end])
-        gram[start:end, :start] = gram[:start, start:end].T
-    return gram
+        yield site, gram(keys)
 
 
 def _resume(partial: Path, lm: LanguageModel, sites: Sequence[Site], windows: int) -> _Pass:
@@ -282,7 +277,7 @@ def _resume(partial: Path, lm: LanguageModel, sites: Sequence[Site], windows: in
     if not complete:
         return _Pass()
     done = int(file.tensors["done"])
-    if not 0 < done <= windows or (done == windows and "earlier" not in parts):
+    if not 0 < done <= windows:
         raise _damaged(partial, f"sums of {done} windows out of {windows}")
     log.info("second moments: resuming after %d windows", done)
     sums, earlier, curve = (
@@ -308,10 +303,12 @@ def _label(site: Site) -> str:
     return f"layer-{site.layer}-{site.role}"
 
 
-def _finish(path: Path, moment: Float[Tensor, "d_in d_in"], curve: Float[Tensor, "points 4"]) -> None:
+def _finish(path: Path, course: _Pass, site: Site, tokens: int, threshold: float) -> None:
     """Write a second moment with its eigenbasis and how it settled."""
+    moment = course.moment(site, tokens)
     values, vectors = Covariance(moment).eigen
-    change = 100 * float(curve[-1, 1])
+    course.note(site, tokens, moment, threshold, int((values < threshold).sum()))
+    change = 100 * float(course.curve[site][-1, 1])
     log.info("second moments: %s changed by %.2f %% since half of the tokens were read", path.stem, change)
-    tensors = {"moment": moment, "eigenvalues": values, "eigenvectors": vectors.T, "curve": curve}
+    tensors = {"moment": moment, "eigenvalues": values, "eigenvectors": vectors.T, "curve": course.curve[site]}
     write_tensors(path, tensors, tensor_hashes(tensors))

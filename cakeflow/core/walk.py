@@ -25,6 +25,7 @@ from cakeflow.core.contracts import (
     warn_not_taken,
     warn_replaced,
 )
+from cakeflow.core.memory import give_back
 from cakeflow.errors import EditError, NotTakenWarning
 from cakeflow.evaluation.scoring import score_reads
 from cakeflow.forward.fact_tokens import FactBatch
@@ -187,6 +188,7 @@ class Walk:
             if isinstance(path, NormPath):
                 reached = path.output + path.reached(targets.values - targets.initial)
                 targets = replace(targets, values=reached, initial=path.output)
+        give_back()  # what the search took is more than what is needed from here on
         checked_facts("target values are", targets.values, batch, layer)
         self.note_targets(value_site, facts, targets)
 

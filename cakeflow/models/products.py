@@ -47,6 +47,19 @@ def product(x: Float[Tensor, "... d_in"], weight: Float[Tensor, "d_out d_in"]) -
     return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
 
 
+def gram(rows: Float[Tensor, "n d"], parts: int = 6) -> Float[Tensor, "d d"]:
+    """Return ``K^T K``; only blocks on and above the diagonal are computed, because the matrix is symmetric."""
+    fast = has_fast_products() and _serves(rows)
+    columns = rows.T.contiguous() if fast else rows.T
+    ends = [len(columns) * (i + 1) // parts for i in range(parts)]
+    result = rows.new_empty(ends[-1], ends[-1])
+    for start, end in zip([0, *ends], ends, strict=False):
+        above, right = columns[:end], columns[start:end]
+        result[:end, start:end] = product(above, right) if fast else above @ right.T
+        result[start:end, :start] = result[:start, start:end].T
+    return result
+
+
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -85,20 +85,32 @@ class Covariance:
             return (keys @ vectors[:, :rank]) @ vectors[:, :rank].T
         return torch.addmm(keys, keys @ vectors[:, rank:], vectors[:, rank:].T, alpha=-1)
 
-    def solve(self, keys: Float[Tensor, "n d_in"], ridge: float) -> Float[Tensor, "n d_in"]:
-        """Compute ``K (lambda C + ridge I)^-1``.
+    def whiten(self, keys: Float[Tensor, "n d_in"], ridge: float) -> Float[Tensor, "n d_in"]:
+        """Compute ``K B`` with ``B B^T = (lambda C + ridge I)^-1``: keys in C's eigenbasis, scaled.
 
         Raises:
             NumericalError: If that matrix is singular.
         """
-        values, vectors = self.eigen
+        return (keys @ self.eigen[1]) / self._scale(ridge)
+
+    def unwhiten(self, rows: Float[Tensor, "n d_in"], ridge: float) -> Float[Tensor, "n d_in"]:
+        """Compute ``U B^T``: after ``whiten`` that is ``K (lambda C + ridge I)^-1``.
+
+        Raises:
+            NumericalError: If that matrix is singular.
+        """
+        return (rows / self._scale(ridge)) @ self.eigen[1].T
+
+    def _scale(self, ridge: float) -> Float[Tensor, " d_in"]:
+        """Return the square roots of the eigenvalues of ``lambda C + ridge I``."""
+        values = self.eigen[0]
         scale = self.weight * values + ridge
         if scale[0] <= scale[-1] * 1e-15:
             raise NumericalError(
                 f"the second moment of the keys is singular (smallest eigenvalue {float(values[0]):.1e}, largest "
                 f"{float(values[-1]):.1e}); collect more tokens or set ridge above 0"
             )
-        return ((keys @ vectors) / scale) @ vectors.T
+        return scale.sqrt()
 
 
 def rank_below(matrix: Float[Tensor, "d d"], threshold: float) -> int:

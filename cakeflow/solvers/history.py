@@ -87,14 +87,14 @@ class _Recent(dict[Hashable, T]):
 
 
 class GramFactor:
-    """The inverse of ``I + K M K^T`` for a growing set of keys K and a fixed symmetric map M, as a whitened matrix.
+    """The inverse of ``I + U U^T`` for the transformed rows U of a growing set of keys, as a whitened matrix.
 
-    With ``L L^T = I + K M K^T`` (Cholesky) the rows of ``Y = L^-1 K M`` are all that is kept: what older keys take away
-    from new ones is ``K_new Y^T Y``. New rows of Y are a by-product of the solve in which their keys were new. Where
+    With ``L L^T = I + U U^T`` (Cholesky) the rows of ``Y = L^-1 U`` are all that is kept: what older keys take away
+    from new ones is ``U_new Y^T Y``. New rows of Y are a by-product of the solve in which their keys were new. Where
     the factorisation fails no jitter is added: it would be a ridge that nobody asked for, so an error ends the batch.
 
     Args:
-        transform: M, applied to keys as rows.
+        transform: Linear map of keys, as rows, to U.
     """
 
     def __init__(self, transform: Map) -> None:
@@ -107,16 +107,16 @@ class GramFactor:
 
     def _new_rows(self, keys: Float[Tensor, "n d_in"]) -> tuple[Float[Tensor, "n n"], Float[Tensor, "n d_in"]]:
         """Return what new keys would add: the diagonal block of L and the rows of Y (Schur complement)."""
-        mapped = self._transform(keys)
-        schur = torch.eye(len(keys), dtype=keys.dtype, device=keys.device) + keys @ mapped.T
+        rows = self._transform(keys)
+        schur = torch.eye(len(rows), dtype=rows.dtype, device=rows.device) + rows @ rows.T
         if len(self):
-            side = keys @ self._whitened.rows.T
+            side = rows @ self._whitened.rows.T
             schur -= side @ side.T
-            mapped = torch.addmm(mapped, side, self._whitened.rows, alpha=-1)
+            rows = torch.addmm(rows, side, self._whitened.rows, alpha=-1)
         corner, info = torch.linalg.cholesky_ex((schur + schur.T) / 2)
         if int(info) or not bool(torch.isfinite(corner).all()):
             raise NumericalError("the Gram matrix of the keys is not positive definite; set ridge higher")
-        whitened = torch.linalg.solve_triangular(corner.T, mapped.T, upper=True, left=False)  # spares a transposed copy
+        whitened = torch.linalg.solve_triangular(corner.T, rows.T, upper=True, left=False)  # spares a transposed copy
         return corner, whitened.T
 
     def grow(self, keys: Float[Tensor, "n d_in"]) -> None:
@@ -129,7 +129,7 @@ class GramFactor:
         self._border.forget()
 
     def last_rows(self, keys: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
-        """Rows of ``(I + K M K^T)^-1 K M`` that belong to new keys, the old ones counted in.
+        """Rows of ``(I + U U^T)^-1 U`` that belong to new keys, the old ones counted in.
 
         Raises:
             NumericalError: If the grown matrix is not positive definite.
@@ -251,14 +251,14 @@ class KeyHistory:
         return child, last(keys)
 
     def factor(self, name: Hashable, transform: Map) -> GramFactor:
-        """The Gram factor under the symmetric map ``transform``, grown to all rows.
+        """The factor of ``I + U U^T`` for the rows under a linear map, grown to all of them.
 
         Args:
             name: The factor is cached under it; one name stands for one map, with all numbers that decide it.
-            transform: The map.
+            transform: The map of keys to rows of U.
 
         Raises:
-            NumericalError: If the Gram matrix is not positive definite.
+            NumericalError: If that matrix is not positive definite.
         """
         factor = self._factors.use(name, lambda: GramFactor(transform))
         for fresh in self._rows.since(len(factor)):

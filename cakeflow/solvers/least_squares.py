@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
@@ -45,14 +47,12 @@ class LeastSquares(Solver):
 
 
 def _dual(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:
-    """Woodbury: rows of ``(I + K M K^T)^-1 K M`` with ``M = (lambda C + ridge I)^-1``."""
-    covariance = problem.covariance
-
-    def transform(keys: Tensor) -> Tensor:
-        return keys / ridge if covariance is None else covariance.solve(keys, ridge)
-
-    name = ("gram", ridge, covariance.weight if covariance else None)
-    return problem.history.factor(name, transform).last_rows(problem.keys)
+    """Woodbury: rows of ``(I + K M K^T)^-1 K M`` with ``M = (lambda C + ridge I)^-1 = B B^T``, solved for K B."""
+    if (covariance := problem.covariance) is None:
+        root = math.sqrt(ridge)
+        return problem.history.factor(("gram", ridge), lambda keys: keys / root).last_rows(problem.keys) / root
+    factor = problem.history.factor(("gram", ridge, covariance.weight), partial(covariance.whiten, ridge=ridge))
+    return covariance.unwhiten(factor.last_rows(problem.keys), ridge)
 
 
 def _primal(problem: LayerProblem, ridge: float) -> Float[Tensor, "n d_in"]:

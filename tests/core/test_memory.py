@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -174,3 +175,19 @@ def test_a_run_reports_its_peaks(tiny, requests, quiet):
     assert {"targets", "keys", "solve"} <= set(module.peaks)
     edits = [peak for phase, peak in module.peaks.items() if phase != "evaluation"]
     assert module.trainer.callback_metrics["memory/peak"] == pytest.approx(max(edits) / GIB, rel=1e-5)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps nothing, or cannot be asked")
+def test_freed_memory_is_given_back():
+    code = """
+import psutil, torch
+from cakeflow.core.memory import give_back
+tensors = [torch.ones(25_000) for _ in range(2000)]
+last = tensors.pop()  # above all that is freed
+tensors.clear()
+before = psutil.Process().memory_info().rss
+give_back()
+print(before - psutil.Process().memory_info().rss)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) > 150e6

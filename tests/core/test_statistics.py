@@ -332,7 +332,6 @@ PARTIAL_FAULTS = {
     "sums of 0 windows out of 25": {"done": torch.tensor(0)},
     r"no done of shape \(\)": {"done": torch.ones(2)},
     r"no curve/layer-3-mlp_out of shape \(0, 4\)": {"curve/layer-3-mlp_out": None},
-    "sums of 25 windows out of 25": {"earlier/layer-1-mlp_out": None, "earlier/layer-3-mlp_out": None},
 }
 
 

@@ -56,6 +56,17 @@ def test_outputs_and_both_derivatives_are_those_of_a_linear_map(kind, calls):
     assert calls[0] == (3, 5, 24)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gram_matrix_has_the_outer_products_of_its_rows(dtype, calls):
+    rows = torch.randn(7, 25, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    expected = rows.double().T @ rows.double()
+    for parts in (1, 6, 40):
+        ours = products.gram(rows, parts)
+        assert torch.equal(ours, ours.T)
+        assert (ours - expected).norm() <= 10 * torch.finfo(dtype).eps * expected.norm()
+    assert bool(calls) is (dtype == torch.float32)
+
+
 def test_what_the_kernel_does_not_serve_goes_its_own_way(calls):
     single, double = pair(nn.Linear)
     trained = nn.Linear(24, 40)

@@ -89,20 +89,23 @@ def test_both_ways_to_project_agree():
 
 
 @pytest.mark.parametrize(("weight", "ridge"), [(1.0, 0.0), (200.0, 0.0), (15_000.0, 10.0)])
-def test_solve_equals_the_inverse(weight, ridge):
+def test_whitening_twice_equals_the_inverse(weight, ridge):
     c, _ = moment([0.3, 1.0, 2.0, 5.0])
     keys = randn(3, 4)
     wanted = keys @ torch.linalg.inv(weight * c + ridge * torch.eye(4, dtype=torch.float64))
-    torch.testing.assert_close(Covariance(c, weight).solve(keys, ridge), wanted, rtol=1e-9, atol=1e-12)
+    covariance = Covariance(c, weight)
+    whitened = covariance.whiten(keys, ridge)
+    torch.testing.assert_close(covariance.unwhiten(whitened, ridge), wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(whitened @ whitened.T, wanted @ keys.T, rtol=1e-9, atol=1e-12)
 
 
 def test_a_singular_moment_says_what_to_do():
     singular = Covariance(moment([0.0, 1.0, 2.0])[0])
     with pytest.raises(NumericalError, match=r"singular.*more tokens or set ridge above 0"):
-        singular.solve(randn(1, 3), 0.0)
-    assert torch.isfinite(singular.solve(randn(1, 3), 0.1)).all()
+        singular.whiten(randn(1, 3), 0.0)
+    assert torch.isfinite(singular.whiten(randn(1, 3), 0.1)).all()
     with pytest.raises(NumericalError):
-        Covariance(torch.zeros(3, 3)).solve(randn(1, 3), 0.0)
+        Covariance(torch.zeros(3, 3)).whiten(randn(1, 3), 0.0)
 
 
 @pytest.mark.parametrize(
