@@ -48,7 +48,7 @@ class GradientSearch(TargetSearch):
         steps: Most evaluations of the objective (``v_num_grad_steps``).
         lr: Learning rate of Adam (``v_lr``).
         stride: Length of the first step in radii of the ball, in place of ``lr``: the gradient of a fact is scaled as a
-            whole then (``AdamByFact``), which keeps its direction, needs fewer steps, and suits any model.
+            whole then (``AdamByFact``), which keeps its direction and needs fewer steps.
         betas: Decay rates of Adam's means of the gradient and of its square.
         clamp: Radius of the ball in norms of h_0 (``clamp_norm_factor``).
         site: Module whose output gets the target: ``block``, ``mlp_out``, ``attn_out`` or a path inside the block.
