@@ -189,11 +189,15 @@ def plot_convergence(layers: Mapping[str, Sequence[MomentPoint]], name: str, ax:
     """
     ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
     for layer, points in layers.items():
-        ax.plot(
-            [each.tokens for each in points], [getattr(each, name) for each in points], "o-", label=f"layer {layer}"
-        )
-    ax.set(xlabel="tokens", ylabel=name, xscale="log")
-    ax.set_ylim(bottom=0)
+        values = [getattr(each, name) for each in points]
+        ax.plot([each.tokens for each in points], values, "o-", markersize=4, label=f"layer {layer}")
+    ax.set(xlabel="tokens", xscale="log", ylabel={"change": "change of C", "null": "null directions"}[name])
+    if name == "change":  # the first point's is 1
+        ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:g}")  # powers would be formulas, which texts of plots are not read as
+    ticks = sorted({each.tokens for points in layers.values() for each in points})
+    ax.set_xticks(ticks, [f"{tick:,}" for tick in ticks], fontsize="small")
+    ax.minorticks_off()
     ax.legend(fontsize="small")
     return ax
 

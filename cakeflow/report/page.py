@@ -153,7 +153,11 @@ def _figures(run: RunFolder) -> dict[str, Any]:
 
 def _moments(run: RunFolder) -> dict[str, Figure]:
     """Return plots of how the second moments settled; none where that is not known."""
-    layers = {layer: points for layer, points in run.info.convergence.items() if points}
+    positive = {
+        layer: [each for each in points if each.tokens > 0 and each.change > 0]  # others cannot have been measured
+        for layer, points in run.info.convergence.items()
+    }
+    layers = {layer: points for layer, points in positive.items() if points}
     thresholds = {number(points[-1].threshold) for points in layers.values()}
     plots = {
         "change": ("Change of C", "since half as many tokens, over C (Frobenius norms)"),

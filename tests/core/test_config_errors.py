@@ -30,7 +30,7 @@ def complaint(words, capsys):
         (["stray"], "unexpected word 'stray'"),
         (["--model.ruonds", "1"], "model (LocateThenEdit) has no setting 'ruonds'; did you mean 'rounds'?"),
         (["--model.targets.stps", "1"], "model.targets (GradientSearch) has no setting 'stps'; did you mean 'steps'"),
-        (["--model.targets.learning_rate", "1"], "has no setting 'learning_rate'; it has steps, lr, clamp"),
+        (["--model.targets.learning_rate", "1"], "no setting 'learning_rate'; it has steps, lr, stride, betas, clamp"),
         (["--model.solver", "NulSpace"], "model.solver: there is no class 'NulSpace'; did you mean 'NullSpace'?"),
         (["--trainer.logger", "CSVLoger"], "trainer.logger: there is no class 'CSVLoger'; did you mean 'CSVLogger'"),
         (["--data.limit", "many"], "data.limit must be an integer or null, got 'many'"),

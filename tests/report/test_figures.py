@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cakeflow.errors import ConfigError
+from cakeflow.journal.schema import MomentPoint
 from cakeflow.report import curves_of, plot_curves, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
-from cakeflow.report.figures import svg
+from cakeflow.report.figures import plot_convergence, svg
 from cakeflow.tracing import PLACES, Trace
 
 
@@ -86,6 +87,19 @@ def test_general_ability_is_a_line_per_task_with_its_interval():
     assert (low, high) == (pytest.approx(0.5 - 0.196), pytest.approx(0.5 + 0.196))
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["rte", "cola"]
     plt.close("all")
+
+
+@pytest.mark.parametrize(("name", "values"), [("change", [1.0, 0.1]), ("null", [1371.0, 1391.0])])
+def test_second_moments_are_a_line_per_layer_in_plain_numbers(name, values):
+    points = [
+        MomentPoint(tokens=tokens, change=change, threshold=0.02, null=null)
+        for tokens, change, null in ((4096, 1.0, 1371), (8192, 0.1, 1391))
+    ]
+    ax = plot_convergence({"5": points, "6": points[:1]}, name)
+    assert [list(line.get_ydata()) for line in ax.lines] == [values, values[:1]]
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["4,096", "8,192"]
+    plt.close("all")
+    assert "$" not in svg(lambda ax: plot_convergence({"5": points}, name, ax), "m")
 
 
 def test_an_svg_is_the_same_twice_and_takes_ids_and_colors_from_the_page():

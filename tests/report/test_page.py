@@ -237,6 +237,17 @@ def test_a_run_that_was_not_evaluated_says_so_and_shows_the_rest(run_folder):
     assert "Not measured" in texts["ability"]
 
 
+def test_points_of_second_moments_that_cannot_be_are_left_out(run_folder):
+    info = json.loads((run_folder / "run.json").read_text())
+    real = {"tokens": 4096, "change": 0.5, "threshold": 0.02, "null": 7}
+    forged = [{**real, "tokens": 0}, {**real, "change": None}, {**real, "change": -1.0}]
+    for points, words in ((forged, "No curve"), ([*forged, real], "Null directions")):
+        (run_folder / "run.json").write_text(json.dumps({**info, "convergence": {"5": points, "<marquee>": points}}))
+        page = Page(render_page(RunFolder.read(run_folder)))
+        assert words in page.texts["moments"]
+        assert "marquee" not in page.tags
+
+
 def test_shares_and_drift_that_were_not_logged_are_missed(run_folder):
     assert "No shares" not in Page(render_page(RunFolder.read(run_folder))).texts["layers"]
     table = (run_folder / "metrics.csv").read_text()
