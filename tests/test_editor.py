@@ -270,8 +270,7 @@ def test_without_arguments_the_trainer_logs_under_runs(lm, requests, tmp_path):
 
 
 def test_from_pretrained_takes_a_shipped_search_by_name():
-    search = Editor.from_pretrained("smollm2-135m", "cake", targets="short").module.targets
-    assert (search.steps, search.stride) == (11, 0.33)
+    assert Editor.from_pretrained("smollm2-135m", "cake", targets="short").module.targets.stride == 0.33
     with pytest.raises(ConfigError, match="no targets config 'shrot'; did you mean 'short'"):
         Editor.from_pretrained("smollm2-135m", "cake", targets="shrot")
 

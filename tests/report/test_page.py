@@ -5,7 +5,6 @@ import re
 import shutil
 import sys
 import time
-from html.parser import HTMLParser
 
 import pytest
 from bodies import body
@@ -17,57 +16,12 @@ from cakeflow.journal.ledger import Ledger
 from cakeflow.report import RunFolder, render_page
 from cakeflow.report.intervals import Interval, estimate, number, record_values
 
-VOID = {"meta", "link", "input", "br", "hr", "img"}
+from .reading import Page
+
 SECTIONS = (
-    "metrics",
-    "answers",
-    "relations",
-    "edits",
-    "layers",
-    "targets",
-    "moments",
-    "ability",
-    "cost",
-    "config",
-    "versions",
-)
+    "metrics", "answers", "relations", "edits", "layers", "targets", "moments", "ability", "cost", "config", "versions",
+)  # fmt: skip
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> & \"q\" 'a' $x_1$ {{ 7*7 }} \ud800"
-
-
-class Page(HTMLParser):
-    """Checks that tags nest, and keeps ids, attributes and the text of every section."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.open, self.ids, self.attributes, self.texts, self.tags = [], [], [], {}, []
-        self.header = ""
-        self.feed(html)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        assert len(found) == len(attrs), f"an attribute twice in {tag}"
-        self.tags.append(tag)
-        self.attributes += [(tag, name, value) for name, value in attrs]
-        self.ids += [found["id"]] if "id" in found else []
-        if tag not in VOID:
-            self.open.append((tag, found.get("id")))
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.open.pop()
-
-    def handle_endtag(self, tag):
-        opened, _ = self.open.pop()
-        assert opened == tag, f"</{tag}> closes <{opened}>, line {self.getpos()[0]}"
-
-    def handle_data(self, data):
-        for tag, name in self.open:
-            if tag == "header":
-                self.header += data
-            if tag == "section":
-                self.texts[name] = self.texts.get(name, "") + data
 
 
 @pytest.fixture
