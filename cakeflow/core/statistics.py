@@ -227,10 +227,9 @@ def _collect(
             batch = windows[course.done : course.done + rows]
             for site, outer in _outer_products(lm, sites, batch.to(lm.device)):
                 course.add(site, outer)
-            passed = {course.done + 1 + row for row in range(len(batch))}
-            course.done += len(batch)
+            start, course.done = course.done, course.done + len(batch)
             bar.update(batch.numel())
-            for site in sites if points & passed else ():
+            for site in sites if any(start < point <= course.done for point in points) else ():
                 moment = course.moment(site, course.done * length)
                 null = rank_below(moment.float(), settings.null_threshold)  # the last point's comes with the eigenbasis
                 course.note(site, course.done * length, moment, settings.null_threshold, null)

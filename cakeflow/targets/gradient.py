@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.optim import Optimizer
 
 from cakeflow.errors import ConfigError, NumericalError, require_positive
 from cakeflow.forward.tokens import TextBatch
@@ -126,7 +125,9 @@ class GradientSearch(TargetSearch):
         terms |= {f"further {index}": term for index, term in enumerate(self.further)}
         return Objective({name: term.prepare(problem) for name, term in terms.items() if term})
 
-    def _optimizer(self, delta: Float[Tensor, "n sites d_out"], radius: Float[Tensor, "n sites"]) -> Optimizer:
+    def _optimizer(
+        self, delta: Float[Tensor, "n sites d_out"], radius: Float[Tensor, "n sites"]
+    ) -> torch.optim.Adam | AdamByFact:
         if self.stride is None:
             return torch.optim.Adam([delta], lr=self.lr, betas=self.betas)
         return AdamByFact(delta, self.stride * radius, self.betas)
@@ -197,7 +198,7 @@ class _ValueGroups:
         return flags if self.same is None else self.same @ (~flags).to(self.same) == 0
 
 
-class AdamByFact(Optimizer):
+class AdamByFact:
     """Adam with one mean square of the gradient per vector, not one per coordinate (Adam-mini, Zhang et al. 2024).
 
     Args:
@@ -209,20 +210,19 @@ class AdamByFact(Optimizer):
     def __init__(
         self, delta: Float[Tensor, "n sites d_out"], lr: Float[Tensor, "n sites"], betas: tuple[float, float]
     ) -> None:
-        super().__init__([delta], {})
-        self.lengths, self.betas, self.steps = lr[..., None], betas, 0
+        self.delta, self.lengths, self.betas, self.steps = delta, lr[..., None], betas, 0
         self.mean, self.square = torch.zeros_like(delta.detach()), torch.zeros_like(self.lengths)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """Make one step against the gradient."""
-        (delta,) = self.param_groups[0]["params"]
-        first, second = self.betas
+        gradient, (first, second) = self.delta.grad, self.betas
+        assert gradient is not None
         self.steps += 1
-        self.mean.lerp_(delta.grad, 1 - first)
-        self.square.lerp_(delta.grad.square().sum(2, keepdim=True), 1 - second)
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.lerp_(gradient.square().sum(2, keepdim=True), 1 - second)
         mean, square = self.mean / (1 - first**self.steps), self.square / (1 - second**self.steps)
-        delta.sub_(self.lengths * mean / square.sqrt().clamp_min(torch.finfo(square.dtype).tiny))
+        self.delta.sub_(self.lengths * mean / square.sqrt().clamp_min(torch.finfo(square.dtype).tiny))
 
 
 def _attention(lm: LanguageModel) -> AbstractContextManager[None]:

@@ -8,8 +8,17 @@ import torch
 
 from cakeflow.errors import ConfigError
 from cakeflow.journal.schema import MomentPoint
-from cakeflow.report import curves_of, plot_curves, plot_layers, plot_losses, plot_trace, plot_weights, save_plot
-from cakeflow.report.figures import plot_convergence, svg
+from cakeflow.report import (
+    curves_of,
+    plot_convergence,
+    plot_curves,
+    plot_layers,
+    plot_losses,
+    plot_trace,
+    plot_weights,
+    save_plot,
+)
+from cakeflow.report.figures import svg
 from cakeflow.tracing import PLACES, Trace
 
 

@@ -15,9 +15,8 @@ def test_eigenvalues_below_a_threshold_are_counted(size, samples, power, seed):
     keys = torch.randn(samples, size, generator=generator, dtype=torch.float64) * scales
     moment, threshold = keys.T @ keys / samples, 10.0**power
     values = torch.linalg.eigvalsh(moment)
-    near = int(
-        ((values - threshold).abs() < 1e-12 * float(values.max())).sum()
-    )  # rounding may put these on either side
+    # rounding may put these on either side
+    near = int(((values - threshold).abs() < 1e-12 * float(values.max())).sum())
     assert abs(rank_below(moment, threshold) - int((values < threshold).sum())) <= near
 
 
