@@ -11,6 +11,7 @@ time is spent on a corpus; no search ends before its last step, as nothing is le
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import time
@@ -84,6 +85,7 @@ def edit(lm: LanguageModel, method: str, device: str, count: int, layers: list[i
     module.covariances = dict.fromkeys(layers, shared)
     module.weighter = module.weighter.with_scores(dict.fromkeys(layers, 0.5))
     module.targets = replace(module.targets, stop=replace(module.targets.stop, loss=0.0))
+    gc.collect()  # of an earlier method's editor
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()

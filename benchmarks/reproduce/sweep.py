@@ -167,6 +167,8 @@ class Sweep:
         of the records with free texts their fluency and consistency.
         """
         module.setup()
+        if torch.accelerator.is_available():  # a run leaves the model on the CPU
+            self.lm.model.to(torch.accelerator.current_accelerator())
         found = self.evaluation.ask(self.lm, self.requests)
         module.metrics.reset()
         module.metrics.update(**found.fields())

@@ -28,6 +28,8 @@ from cakeflow.models.language import LanguageModel
 
 PASS_TOKENS = 8192
 """Most tokens in a forward pass without gradients."""
+ON_ACCELERATOR = 16
+"""How many times as many suffix tokens a pass has on an accelerator, which small passes leave idle, as on a CPU."""
 LEAST_BYTES, MOST_BYTES = 1 * GIB, 8 * GIB
 """Ends of the limit for target searches and keys without a budget; more at once would hardly be faster."""
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
@@ -144,7 +146,7 @@ class Footprint:
             lm: The model; it may be on the meta device, because only shapes matter.
             batch: n facts.
             sites: The edited projections.
-            max_tokens: Most suffix tokens in a pass with gradients (``TargetSearch.max_tokens``).
+            max_tokens: Most suffix tokens in a pass with gradients on a CPU (``TargetSearch.max_tokens``).
             max_bytes: Most bytes beyond the model; None aims at the model's own size, between ``LEAST_BYTES`` and
                 ``MOST_BYTES``, and refuses nothing.
             earlier: Number of facts from earlier batches whose keys are preserved.
@@ -166,6 +168,7 @@ class Footprint:
         token = max(_per_token(cost, batch))
         fact = max(cost.of_search([*rows, end]) for rows, end in zip(batch.rows, batch.essence, strict=True))
         longest = max(_suffix(row) for rows in batch.rows for row in rows)
+        max_tokens *= 1 if lm.device.type == "cpu" else ON_ACCELERATOR
         tokens = max(int(min(max_tokens, free / 2 / token)), longest)
         facts = max(1, int(min(n, (free - hidden - tokens * token) / fact)))
         facts = ceil(n / ceil(n / facts))  # parts of equal size

@@ -18,7 +18,7 @@ from jaxtyping import Float
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
-from typing_extensions import TypeVar
+from typing_extensions import Self, TypeVar
 
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.core.folder import is_finished, require_run_folder, run_folder
@@ -118,9 +118,11 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.further: dict[str, float] = {}
         self.outcome: Outcome | None = None
         self._memory: PeakMemory | None = None
+        self._home: torch.device | None = None
         self._finished = self.complete = False
         if isinstance(base, EditableModel):
             self.adopt(base)
+            self._home = base.device
 
     # ---- what a method defines ----
 
@@ -290,6 +292,10 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
     def configure_optimizers(self) -> None:
         """None: the journal changes the weights."""
+
+    def cpu(self) -> Self:
+        """Move the model back to where it was given: a Trainer calls this at its end. One given by name stays."""
+        return self if self._home is None else self.to(self._home)
 
     # ---- for the parts of a run ----
 

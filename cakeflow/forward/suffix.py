@@ -268,7 +268,8 @@ def cut(
     recorded = [*dict.fromkeys([Site(max(first - 1, 0)), *sites])]
     groups: list[Suffixes] = []
     outputs: dict[int, Tensor] = {}
-    for group in plan(lengths, max_tokens, slack=8):
+    slack = 8 if lm.device.type == "cpu" else 512  # tokens that one more pass costs
+    for group in plan(lengths, max_tokens, slack):
         recording = Recording.of(lm, pad([rows[i].ids[: ends[i]] for i in group], lm.device), recorded)
         start = torch.tensor([rows[i].fact for i in group], device=lm.device)
         fact = torch.tensor([facts[i] for i in group], device=lm.device)

@@ -1,9 +1,11 @@
 """What a run measures of its model, and tells those who watch."""
 
 import pytest
+import torch
 from tiny_runs import editor_of
 
 from cakeflow.core.callback import EditCallback
+from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.errors import NumericalError
 
 
@@ -45,3 +47,10 @@ def test_what_is_logged_while_a_batch_is_made_is_in_its_account(lm, requests, tm
     assert (numbers["seen/1"], numbers["seen/3"]) == (1.5, 1.5)
     assert {"n_eff", "target/loss", "target/left", "layer1/share", "layer3/update"} <= set(numbers)
     assert "memory/peak" not in numbers
+
+
+def test_a_model_given_by_name_stays_where_a_run_left_it():
+    module = LocateThenEdit("smollm2-135m", layers=[1])
+    module.model = torch.nn.Linear(2, 2, device="meta")  # whose tensors cannot be moved
+    assert module.cpu() is module
+    assert module.model.weight.is_meta
