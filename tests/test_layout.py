@@ -349,8 +349,9 @@ def test_every_test_file_has_a_module():
         "format1",
         "path",
     }
-    further |= {"life", "sites", "cakeflow_ability_tasks"}
-    stems = {path.stem for path in CORE} | PARTS | further | plugins
+    further |= {"life", "sites"}
+    parts = {f"{path.parent.name}_{path.stem}" for path in (ROOT / "plugins").glob("*/*.py")}
+    stems = {path.stem for path in CORE} | PARTS | further | plugins | parts
     assert plugins <= {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "plugins").glob("test_*.py")}
     for path in (ROOT / "tests").rglob("test_*.py"):
         assert path.stem.removeprefix("test_") in stems, name(path)

@@ -122,11 +122,12 @@ class Walk:
             path = module.paths.at(reader.prompts, context.site) if module.writes_blocks else ResidualPath()
         if self.leave_out is None:
             self.leave_out = self.replaced(module.journal.history(module.lm.weight_name(context.site)), keys)
-        residual, share = (self.targets[context.value_site].values - values)[facts], torch.zeros_like(values)
-        share[facts] = self.allocate(residual, context, self.batch.part(facts))
+        residual = (self.targets[context.value_site].values - values)[facts]
+        gap, share = torch.zeros_like(values), torch.zeros_like(values)
+        gap[facts], share[facts] = residual, self.allocate(residual, context, self.batch.part(facts))
         with module.phase("solve"):
-            required = path.required(share)
-            problem = module.problem(context.site, self.batch, keys, required, prompt_keys, self.leave_out)
+            problem = module.problem(context.site, self.batch, keys, path.required(share), prompt_keys, self.leave_out)
+            problem = replace(problem, gap=gap, index=context.index)
             update = solved(module.solver, problem, context.site.layer, self.batch, module.max_relative_update)
         if self.is_first:
             module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, share, problem, update))

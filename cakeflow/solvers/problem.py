@@ -28,6 +28,8 @@ class LayerProblem:
         history: Keys of earlier edits, to preserve as well.
         prompt_keys: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
         loss: The model's loss at ``weight + change`` and its gradient, for solvers that descend it.
+        gap: n x d_out, what the facts miss at the value site, of which ``residual`` is this layer's part.
+        index: Position of the layer among the edited ones, from 0.
 
     Raises:
         ShapeError: If the shapes do not fit together.
@@ -41,6 +43,8 @@ class LayerProblem:
     history: KeyHistory = field(default_factory=KeyHistory)
     prompt_keys: Float[Tensor, "n d_in"] | None = None
     loss: Callable[[Float[Tensor, "d_out d_in"]], tuple[float, Float[Tensor, "d_out d_in"]]] | None = None
+    gap: Float[Tensor, "n d_out"] | None = None
+    index: int = 0
 
     def __post_init__(self) -> None:
         (n, d_in), (d_out, width) = self.keys.shape, self.weight.shape
