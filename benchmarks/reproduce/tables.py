@@ -72,14 +72,6 @@ def draw(args: argparse.Namespace, data: str, seed: int) -> list[EditRequest]:
     return module.requests
 
 
-def setting_of(arm: dict[str, Any], layers: list[int]) -> dict[str, Any]:
-    """An arm's setting on a model: ``layer: last`` stands for the last layer that is edited."""
-    weighter = arm.get("weighter", {})
-    if weighter.get("init_args", {}).get("layer") == "last":
-        arm = {**arm, "weighter": {**weighter, "init_args": {"layer": layers[-1]}}}
-    return arm
-
-
 def run_all(args: argparse.Namespace, table: dict[str, Any], lm: LanguageModel) -> dict[tuple[str, str], list[Row]]:
     """(data, arm) -> a row per seed."""
     rows: dict[tuple[str, str], list[Row]] = {}
@@ -89,11 +81,9 @@ def run_all(args: argparse.Namespace, table: dict[str, Any], lm: LanguageModel) 
             evaluation = Evaluation(protocol="official", texts_every=texts)
             requests, path = draw(args, data, seed), args.out / f"{args.table if table.get('timed') else 'tables'}.json"
             row = Sweep(requests, args.corpus, args.tokens, path, args.batch_size, lm, args.model, evaluation)
-            layers = row.editor("memit", {}).module.layers
             prefix = f"{args.model}, {data}, {len(requests)} in batches of {args.batch_size}, seed {seed}"
             arms = {"unedited": {}, **{name: table["arms"][name] for name in args.arms or table["arms"]}}
-            for name, arm in arms.items():
-                setting = setting_of(arm, layers)
+            for name, setting in arms.items():
                 found = row(f"{prefix}, {json.dumps(setting, sort_keys=True)}", **setting)
                 rows.setdefault((data, name), []).append(found)
                 line = "  ".join(f"{c} {Cell.of([found], *w)}" for c, w in COLUMNS[data].items())

@@ -13,7 +13,7 @@ from torch import Tensor
 from cakeflow.forward.jacobian import LinearMap
 from cakeflow.models.architecture import Site
 
-ResidualAt = Literal["last", "self"]
+ResidualAt = Literal["last", "self", "forward"]
 
 
 def _unnamed(facts: Iterable[int]) -> str:
@@ -46,8 +46,9 @@ class LayerContext:
 class Allocator(ABC):
     """Split of the remaining residual among the edited layers.
 
-    Contract: linear in the residual. ``residual_at`` is the site of the residuals: ``last``, the last edited layer, or
-    ``self``, each layer, which then gets target values of its own.
+    Contract: linear in the residual. ``residual_at`` is the site of the residuals: ``last``, the last edited layer;
+    ``self``, each layer, which then gets target values of its own; or ``forward``, each layer, with target values that
+    are searched at the first one and carried forward through the model as it is before the batch.
     """
 
     residual_at: ResidualAt

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.allocators.base import ResidualAt, ShareAllocator
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice
 
 
 def shares_from_fractions(fractions: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
@@ -34,11 +34,12 @@ class Sequential(ShareAllocator):
     """Shares ``(w_l / sum_{k >= l} w_k) ** power`` of the remaining residual (CAKE eq. 6 with power 1).
 
     Uniform weights with power 1 are MEMIT and AlphaEdit, with power 0.5 PMET's 1/sqrt(remaining); power 0 with
-    ``residual_at="self"`` is BLUE; a single weight is ROME.
+    ``residual_at="self"`` is BLUE, with ``forward`` it is FE's forward replay; a single weight is ROME.
 
     Attributes:
         power: 1 for the weighted split, 0.5 for its square root, 0 for the whole residual at every layer.
-        residual_at: Site of the residuals: the ``last`` edited layer, or each layer itself (``self``).
+        residual_at: Site of the residuals: the ``last`` edited layer, or each layer itself, whose target values are
+            searched there (``self``) or carried to it from the first layer (``forward``).
     """
 
     power: float = 1.0
@@ -47,8 +48,7 @@ class Sequential(ShareAllocator):
     def __post_init__(self) -> None:
         if not 0 <= self.power <= 1:
             raise ConfigError(f"power must lie in [0, 1], got {self.power}")
-        if self.residual_at not in ("last", "self"):
-            raise ConfigError(f"residual_at must be 'last' or 'self', got {self.residual_at!r}")
+        require_choice("residual_at", self.residual_at, ResidualAt)
 
     def shares(self, weights: Float[Tensor, "*n l"]) -> Float[Tensor, "*n l"]:
         """Return the power of each layer's share of the remaining weights."""

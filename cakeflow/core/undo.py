@@ -68,6 +68,10 @@ class UndoWalk(Walk):
                     without = measure(self.batch.part(undone), value_site.layer)
             self.targets[value_site] = present.updated(undone, without)
 
+    def carry(self, value_site: Site, above: Sequence[Site], facts: Sequence[int]) -> set[Site]:
+        """Carry nothing: the values at every layer are measured."""
+        return set()
+
     def keys_to_preserve(self, problem: LayerProblem) -> Float[Tensor, "0 d_in"]:
         """None: the history has those of the batch."""
         return problem.keys[:0].cpu()

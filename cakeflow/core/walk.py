@@ -85,11 +85,13 @@ class Walk:
         """
         for i in facts:
             self.walks[i] += 1
-        reader, searched = self.reader(), set[Site]()
-        for context in self.contexts(facts):
+        reader, searched, contexts = self.reader(), set[Site](), list(self.contexts(facts))
+        for context in contexts:
             if context.value_site not in searched:
                 self.search(context.value_site, facts)
                 searched.add(context.value_site)
+                if self.module.allocator.residual_at == "forward":
+                    searched |= self.carry(context.value_site, [each.value_site for each in contexts[1:]], facts)
             self.edit_layer(context, reader, facts)
         if self.apply_deferred() or len(searched) > 1:
             reader = self.reader()
@@ -192,6 +194,21 @@ class Walk:
         give_back()  # what the search took is more than what is needed from here on
         checked_facts("target values are", targets.values, batch, layer)
         self.note_targets(value_site, facts, targets)
+
+    def carry(self, value_site: Site, above: Sequence[Site], facts: Sequence[int]) -> set[Site]:
+        """Carry the target values of some facts to the value sites of higher layers, in the model as it is.
+
+        One forward pass of the bare prompts with the values in place gives what each higher layer should reach (FE).
+        """
+        searched, stream = self.targets[value_site], self.reader().prompts
+        with self.module.phase("targets"):
+            values = stream.carry(value_site, searched.values, above) if above else {}
+            present = stream.carry(value_site, None, above) if above else {}
+        for site, each in values.items():
+            checked_facts("target values are", each, self.batch, site.layer)
+            carried = replace(searched, values=each, initial=present[site], steps=torch.zeros_like(searched.steps))
+            self.note_targets(site, facts, carried.part(facts))
+        return set(above)
 
     def note_targets(self, value_site: Site, facts: Sequence[int], targets: Targets) -> None:
         """Log how a search ended, and keep it in the place of an earlier one."""

@@ -8,6 +8,7 @@ keys are already those of the edited model, because they depend only on the laye
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import calls, capture, inject, start_at
+from cakeflow.models.hooks import calls, capture, inject, patch, start_at
 from cakeflow.models.language import LanguageModel
 
 
@@ -111,6 +112,33 @@ class PromptStream:
             {each: torch.cat([part[each] for part in entering])[order] for each in inputs},
             {each: torch.cat([part[each] for part in leaving])[order] for each in outputs},
         )
+
+    @torch.no_grad()
+    def carry(
+        self, site: Site, value: Float[Tensor, "rows d_out"] | None, outputs: Sequence[Site]
+    ) -> dict[Site, Float[Tensor, "rows d_out"]]:
+        """Run the prompts once with a module's output replaced at every row's last token, and read outputs there.
+
+        Args:
+            site: Module whose output is replaced.
+            value: Its new output for each row; None leaves it as it is.
+            outputs: Modules whose outputs to read, in ascending order.
+
+        Returns:
+            Outputs at each row's last token, in float64.
+        """
+        order = torch.tensor([i for chunk in self.chunks for i in chunk.rows], device=self.lm.device).argsort()
+        parts = [
+            self._carry(chunk, site, None if value is None else value[chunk.rows], outputs) for chunk in self.chunks
+        ]
+        return {each: torch.cat([part[each] for part in parts])[order] for each in outputs}
+
+    def _carry(self, chunk: _Chunk, site: Site, value: Tensor | None, outputs: Sequence[Site]) -> dict[Site, Tensor]:
+        rows = torch.arange(len(chunk.rows), device=self.lm.device)
+        put = nullcontext() if value is None else patch(self.lm, site, value, rows, chunk.last)
+        with put, capture(self.lm, outputs, stop=True) as values:
+            self.lm(input_ids=chunk.ids, attention_mask=torch.ones_like(chunk.ids), use_cache=False)
+        return {each: value[rows, chunk.last].double() for each, value in values.items()}
 
     @torch.no_grad()
     def calls(self, layer: int) -> list[str]:

@@ -53,6 +53,11 @@ class Targets:
         order = torch.tensor([place for part in places for place in part]).argsort()
         return cls(*(each[order.to(each.device)] for each in whole))
 
+    def part(self, facts: Sequence[int]) -> Targets:
+        """Return the targets of the facts at some places."""
+        rows = torch.tensor(facts, device=self.values.device)
+        return Targets(*(getattr(self, each.name)[rows] for each in fields(self)))
+
     def updated(self, facts: Sequence[int], newer: Targets) -> Targets:
         """Take over newer targets for the facts at some places."""
         rows, parts = torch.tensor(facts, device=self.values.device), [each.name for each in fields(self)]

@@ -55,8 +55,9 @@ class Scores(Weighter):
     """Softmax of layer scores, given or measured.
 
     Attributes:
-        scores: Layer -> score; every candidate layer needs one. None measures them with ``attribution`` or, without
-            one, takes the causal scores of the ``LocateThenEdit``, which a model's config brings along.
+        scores: Layer -> score, or a list with one for each candidate layer in order; every candidate needs one. None
+            measures them with ``attribution`` or, without one, takes the causal scores of the ``LocateThenEdit``, which
+            a model's config brings along.
         tau: Temperature of the softmax.
         normalization: Normalization of the scores before the softmax.
         depth_power: alpha: scores are multiplied by (l / L)^alpha first, l counted from 1, L the model's depth (CAKE,
@@ -67,7 +68,7 @@ class Scores(Weighter):
             ``CausalTrace``. A trace with ``noise=None`` takes its scale from the subjects of the facts at hand.
     """
 
-    scores: dict[int, float] | None = None
+    scores: dict[int, float] | list[float] | None = None
     tau: float = 0.1
     normalization: Normalization = "none"
     depth_power: float = 0.0
@@ -86,7 +87,11 @@ class Scores(Weighter):
         """Refuse missing and infinite scores of the candidate layers."""
         if self.score_source == "per_request" or self.scores is None:
             return
-        scores = self.scores
+        if isinstance(self.scores, list) and len(self.scores) != len(layers):
+            raise ConfigError(
+                f"Scores: {len(self.scores)} scores for {len(layers)} layers; give one for each, in order"
+            )
+        scores = self._by_layer(layers)
         if missing := [layer for layer in layers if layer not in scores]:
             raise ConfigError(
                 f"Scores: no score for layers {missing}, only for {sorted(scores)}; give scores={{layer: score, ...}} "
@@ -117,7 +122,12 @@ class Scores(Weighter):
             return (self.attribution or CausalTrace()).attribute(lm, predicted_rows(lm, batch), layers)
         complete = self.prepare(lm, layers)
         complete.check(layers)
-        return torch.tensor([(complete.scores or {})[layer] for layer in layers], dtype=torch.float64)
+        scores = complete._by_layer(layers)
+        return torch.tensor([scores[layer] for layer in layers], dtype=torch.float64)
+
+    def _by_layer(self, layers: Sequence[int]) -> dict[int, float]:
+        """Return the given scores by layer."""
+        return dict(zip(layers, self.scores, strict=True)) if isinstance(self.scores, list) else self.scores or {}
 
     def weights(self, lm: LanguageModel, scores: Float[Tensor, "*n l"], layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Turn scores of the layers into weights: depth factor, normalization, softmax."""

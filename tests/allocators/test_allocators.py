@@ -92,7 +92,7 @@ def test_an_allocator_of_ones_own_needs_shares_only():
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"power": -0.1}, {"power": 1.1}, {"power": float("nan")}, {"residual_at": "first"}]
+    "arguments", [{"power": -0.1}, {"power": 1.1}, {"power": float("nan")}, {"residual_at": "middle"}]
 )
 def test_bad_settings(arguments):
     with pytest.raises(ConfigError, match=next(iter(arguments))):

@@ -30,6 +30,8 @@ from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
 from cakeflow.solvers import Descent, EqualityConstrained
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
+from cakeflow.weighters import effective_layers
+from cakeflow.weighters.scores import score_weights
 
 METHODS, MODELS = shipped("method"), shipped("model")
 PARTS = {
@@ -51,15 +53,24 @@ PARTS = {
     "prune": (Uniform(), Sequential(), Prune(), False),
     "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
     "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
+    "forward_targets": (Uniform(), Sequential(0.0, "forward"), LeastSquares(), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
 OVER = {
     "cake": "alphaedit", "cake_paper": "alphaedit",
     "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet",
 }  # fmt: skip
+OFFICIAL = {
+    "cake_official": (10.0, 0.5, 0.4),
+    "cake_official_gpt_j": (30.0, 0.75, 0.5),
+    "cake_official_gpt2_xl": (40.0, 0.75, 0.5),
+}
+"""Recipe -> ridge, clamp and decay of CAKE's released configs."""
 """CAKE over a method: its weights, everything else as there."""
 TARGETS = {
     "rome": {"site": "mlp_out", "clamp": 4.0},
+    "cake_official_gpt": {"clamp": 0.75, "decay": NormDecay(0.5)},
+    "cake_official": {"clamp": 0.5, "decay": NormDecay(0.4)},
     "pmet": {
         "site": "mlp_out", "extra_site": "attn_out", "likelihood": TargetLikelihood(solved_factor=0.1),
         "stop": SolvedAndNear(0.01, LossBelow(0.05)),
@@ -83,8 +94,12 @@ def build(method="alphaedit", model="smollm2-135m", **values):
 
 @pytest.mark.parametrize(("method", "model"), [*product(METHODS, MODELS)])
 def test_every_method_with_every_model(method, model):
-    module = build(method, model)
     numbers = yaml.safe_load(MODELS[model].read_text())["model"]
+    if method in OFFICIAL and len(numbers["layers"]) != (6 if method == "cake_official_gpt_j" else 5):
+        with pytest.raises(ConfigError, match=r"scores for \d layers; give one for each, in order"):
+            build(method, model)
+        return
+    module = build(method, model)
     assert isinstance(module, LocateThenEdit)
     assert not hasattr(module, "lm")
     assert module.layers == numbers["layers"]
@@ -110,7 +125,24 @@ def test_cake_over_every_solver(method, base):
 
 
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) == set(METHODS)
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "n_eff"),
+    [
+        ("cake_official", "llama-3-8b", 4.851),
+        ("cake_official", "smollm2-135m", 4.851),
+        ("cake_official_gpt_j", "gpt-j-6b", 5.934),
+        ("cake_official_gpt2_xl", "gpt2-xl", 4.996),
+    ],
+)
+def test_constants_of_the_released_code(method, model, n_eff):
+    module, (ridge, clamp, decay) = build(method, model), OFFICIAL[method]
+    assert (module.allocator, module.solver, module.use_history) == (Sequential(), NullSpace(LeastSquares(ridge)), True)
+    assert (module.targets.clamp, module.targets.decay) == (clamp, NormDecay(decay))
+    weights = score_weights(module.weighter.score(None, None, module.layers))
+    assert float(effective_layers(weights)) == pytest.approx(n_eff, abs=5e-4)
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -291,7 +323,7 @@ def test_later_files_win(tmp_path):
         {"weighter": {"class_path": "LeastSquares"}},
         {"weighter": {"class_path": "Scores", "init_args": {"scores": {1: 1.0}, "tau": 0}}},
         {"allocator": {"class_path": "Sequential", "init_args": {"power": 2.0}}},
-        {"allocator": {"class_path": "Sequential", "init_args": {"residual_at": "first"}}},
+        {"allocator": {"class_path": "Sequential", "init_args": {"residual_at": "middle"}}},
         {"solver": {"class_path": "LeastSquares", "init_args": {"ridge": -1.0}}},
         {"solver": {"class_path": "NullSpace", "init_args": {"threshold": 0.0}}},
     ],

@@ -10,7 +10,7 @@ import torch
 from journal.edits import bits, same
 from tiny_runs import LAYERS, editor_of, module_of, name_of
 
-from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares, Uniform
+from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares, Sequential, Uniform
 from cakeflow.core.walk import Walk
 from cakeflow.errors import (
     BlockedWarning,
@@ -21,13 +21,14 @@ from cakeflow.errors import (
     SharedKeyWarning,
 )
 from cakeflow.forward.fact_tokens import choose_tokens
+from cakeflow.forward.keys import PromptStream
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.report import RunFolder
-from cakeflow.solvers import Descent
+from cakeflow.solvers import Descent, EqualityConstrained
 from cakeflow.targets import TargetSearch
 
 CONTEXTS = Contexts((("{}",), ("I am. {}", "The sky is. {}")))
@@ -303,3 +304,18 @@ def test_a_fact_that_did_not_take_in_a_chat_is_walked_again_with_both_keys(lm, r
     assert walk.not_taken() == [2, 3]
     walk.taken[0] = False
     assert walk.not_taken() == [0, 1, 2, 3]
+
+
+def test_forward_targets_are_the_first_layers_carried_to_those_above(lm, requests, tmp_path):
+    allocator = Sequential(power=0, residual_at="forward")
+    unedited, facts = copy.deepcopy(lm), requests[:3]
+    editor = strong(lm, facts, tmp_path / "run", allocator=allocator, solver=EqualityConstrained(LeastSquares(1e-6)))
+    step = editor.journal[0]
+    search = SEARCH.search(unedited, encode_batch(unedited, facts, Contexts()), LAYERS[0])
+    torch.testing.assert_close(step.values[LAYERS[0]], search.values, rtol=1e-6, atol=1e-6)
+    rows = [rows[0].ids[: rows[0].fact + 1] for rows in encode_batch(unedited, facts, Contexts()).rows]
+    carried = PromptStream(unedited, rows).carry(Site(LAYERS[0]), search.values, [Site(LAYERS[1])])
+    torch.testing.assert_close(step.values[LAYERS[1]], carried[Site(LAYERS[1])], rtol=1e-6, atol=1e-6)
+    assert [each.steps for each in step.targets if each.layer == LAYERS[1]] == [0, 0, 0]
+    # every layer takes all that is missing there, so that one key per fact leaves nothing
+    assert min(each.arrived for each in step.facts) > 1 - 1e-6

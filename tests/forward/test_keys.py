@@ -118,3 +118,27 @@ def test_reading_leaves_the_model_alone(tiny, batch):
     assert not keys.requires_grad
     assert not values.requires_grad
     assert all(torch.equal(tensor, before[name]) for name, tensor in tiny.model.state_dict().items())
+
+
+@pytest.mark.parametrize("max_tokens", [1, 8192])
+def test_a_replaced_output_is_carried_as_by_a_plain_pass(tiny, batch, max_tokens):
+    rows, above = [variants[0] for variants in batch.rows], [Site(3), Site(5, "mlp_out")]
+    stream = PromptStream(tiny, [row.ids[: row.fact + 1] for row in rows], max_tokens)
+    new = torch.randn(len(rows), tiny.width, dtype=tiny.dtype)
+    block = tiny.module(Site(1))
+    for value in (new, None):
+        carried = stream.carry(Site(1), value, above)
+        for i, row in enumerate(rows):
+
+            def put(_module, _args, output, i=i, row=row, value=value):
+                hidden = (output[0] if isinstance(output, tuple) else output).clone()
+                if value is not None:
+                    hidden[0, row.fact] = value[i]
+                return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+            handle = block.register_forward_hook(put)
+            with torch.no_grad(), capture(tiny, above) as outputs:
+                tiny.model(input_ids=torch.tensor([row.ids]), use_cache=False)
+            handle.remove()
+            for site in above:
+                torch.testing.assert_close(carried[site][i], outputs[site][0, row.fact].double(), rtol=1e-9, atol=1e-12)

@@ -114,6 +114,8 @@ def test_weights_are_a_distribution_in_the_order_of_the_scores(scores, tau):
     [
         (Uniform(), [0.25] * 4),
         (OneHot(3), [0, 0, 1, 0]),
+        (OneHot("first"), [1, 0, 0, 0]),
+        (OneHot("last"), [0, 0, 0, 1]),
         (Endpoints(), [1, 0, 0, 1]),
         (Scores({4: 1.0, 1: 0.0, 3: 0.0, 2: 0.0, 9: 7.0}, tau=1e-3), [0, 0, 0, 1]),
     ],
