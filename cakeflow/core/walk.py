@@ -249,7 +249,9 @@ class Walk:
         numbers = {"residual": residual, "update": norm, "relative_update": norm / weight} | context.numbers
         if isinstance(module.allocator, ShareAllocator):
             numbers["share"] = float(module.allocator.shares(context.weights)[..., context.index].mean())
-        change = WeightChange(module.lm.weight_name(context.site), update.to("cpu"), self.keys_to_preserve(problem))
+        keys = self.keys_to_preserve(problem)
+        values = (problem.keys @ problem.weight.double().T + problem.residual).cpu() if len(keys) else None
+        change = WeightChange(module.lm.weight_name(context.site), update.to("cpu"), keys, values)
         with module.phase("solve"), naming(layer, self.batch):
             module.journal.apply(self.step, change, numbers)
         if self.is_first:

@@ -36,6 +36,10 @@ class Change(ABC):
         """Return one key per request, which later edits at this place should preserve; None by default."""
         return None
 
+    def preserved_values(self) -> Float[Tensor, "n d_out"] | None:
+        """Return the output of the place that each of these keys is to keep; None by default."""
+        return None
+
     @abstractmethod
     def apply(self, model: EditableModel) -> None:
         """Make the change, on top of what the place holds now.
@@ -106,11 +110,13 @@ class WeightChange(Change):
         place: Name of the weight.
         update: The update, as factors where it has low rank.
         keys: n x d_in, the keys that it was solved for; no rows if it was made when a run ended.
+        values: n x d_out, the output of the weight that each key was to get; None where they were not noted.
     """
 
     place: str
     update: Update
     keys: Float[Tensor, "n d_in"] = field(default_factory=lambda: torch.empty(0, 0))
+    values: Float[Tensor, "n d_out"] | None = None
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -144,6 +150,10 @@ class WeightChange(Change):
         """Return the keys, if there are any."""
         return self.keys if len(self.keys) else None
 
+    def preserved_values(self) -> Float[Tensor, "n d_out"] | None:
+        """Return the values of the keys."""
+        return self.values
+
     def read(self, model: EditableModel) -> tuple[Tensor, Tensor | None]:
         """The weight on the CPU, as the module has it, and its master."""
         return model.weight(self.place).detach().cpu().clone(), model.masters.get(self.place)
@@ -166,9 +176,10 @@ class WeightChange(Change):
         return {self.place: content[0]}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Keys and factors."""
-        left = {} if self.update.left is None else {"left": self.update.left}
-        return {"keys": self.keys, "right": self.update.right, **left}
+        """Keys with their values, and factors."""
+        further = {"left": self.update.left, "values": self.values}
+        known = {name: each for name, each in further.items() if each is not None}
+        return {"keys": self.keys, "right": self.update.right, **known}
 
     @classmethod
     def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> WeightChange:
@@ -178,14 +189,16 @@ class WeightChange(Change):
             ValueError: If they are not finite matrices that fit each other.
         """
         update, keys = Update(tensors["right"], tensors.get("left")), tensors["keys"]
-        parts = [each for each in (update.right, update.left, keys) if each is not None]
+        values = tensors.get("values")
+        parts = [each for each in (update.right, update.left, keys, values) if each is not None]
         if not all(each.dim() == 2 and each.is_floating_point() and torch.isfinite(each).all() for each in parts):
             raise ValueError(f"{place}: keys and factors are not finite matrices")
         fits = update.left is None or len(update.left) == len(update.right)
+        fits &= values is None or values.shape == (len(keys), update.shape[0])
         if not fits or (len(keys) and keys.shape[1] != update.right.shape[1]):
             shapes = ", ".join(str(tuple(each.shape)) for each in parts)
             raise ValueError(f"{place}: keys and factors of shapes {shapes} do not fit each other")
-        return cls(place, update, keys)
+        return cls(place, update, keys, values)
 
     def hash(self, model: EditableModel) -> str:
         """SHA-256 of the weight."""

@@ -245,8 +245,7 @@ class Journal(Sequence[EditStep]):
             ResumeError: If the folder has another run, or a finished one.
         """
         kinds = [entry.kind for entry in store.recorded]
-        if "end" in kinds or "rollback" in kinds:
-            state = "finished" if "end" in kinds else "rolled-back"
+        if state := "finished" if "end" in kinds else "rolled-back" if "rollback" in kinds else "":
             raise ResumeError(f"{store.folder} holds a {state} run; start this one in another folder")
         if kinds and self.steps:
             raise ResumeError(f"{store.folder} holds a run; to go on with it, start with the unedited model")
@@ -386,9 +385,10 @@ class Journal(Sequence[EditStep]):
 
     def _remember(self, step: EditStep) -> None:
         """Add a step's keys to the histories: of several changes at a place, the last one's."""
-        for place, rows in {part.place: part.change.preserved_keys() for part in step.changes}.items():
-            if rows is not None:
-                self.history(place).append(rows.to(self.model.device), step.key_hashes)
+        for place, change in {part.place: part.change for part in step.changes}.items():
+            self.history(place).forget_values(step.undone)
+            if (rows := change.preserved_keys()) is not None:
+                self.history(place).append(rows.to(self.model.device), step.key_hashes, change.preserved_values())
 
     def _become(self, steps: list[EditStep], places: set[str], *, rehash: bool = False) -> None:
         """Have the state after these steps; it differs from the present one in ``places``."""

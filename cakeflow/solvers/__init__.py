@@ -4,12 +4,13 @@ from cakeflow.solvers.base import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.descent import Descent
 from cakeflow.solvers.equality import EqualityConstrained
+from cakeflow.solvers.from_scratch import FromScratch
 from cakeflow.solvers.history import GramFactor, KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.null_space import NullSpace
 from cakeflow.solvers.problem import LayerProblem, Update
 
 __all__ = [
-    "Covariance", "Descent", "EqualityConstrained", "GramFactor", "KeyHistory", "LayerProblem", "LeastSquares",
-    "NullSpace", "Solver", "Update",
+    "Covariance", "Descent", "EqualityConstrained", "FromScratch", "GramFactor", "KeyHistory", "LayerProblem",
+    "LeastSquares", "NullSpace", "Solver", "Update",
 ]  # fmt: skip

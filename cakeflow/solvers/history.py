@@ -153,17 +153,23 @@ class KeyHistory:
     Args:
         keys: The first rows, if any.
         facts: The fact that each of these rows belongs to.
+        values: m x d_out, the outputs that these rows were to get.
     """
 
-    def __init__(self, keys: Float[Tensor, "m d_in"] | None = None, facts: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        keys: Float[Tensor, "m d_in"] | None = None,
+        facts: Sequence[str] = (),
+        values: Float[Tensor, "m d_out"] | None = None,
+    ) -> None:
         self.facts: list[str] = []
-        self._rows = _Rows()
+        self._rows, self._values = _Rows(), _Rows()
         self._derived: _Recent[tuple[KeyHistory, _Last[Tensor]]] = _Recent()
         self._factors: _Recent[GramFactor] = _Recent()
         self._outer: tuple[int, Tensor | float] = 0, 0.0
         self._scaled: tuple[KeyHistory, Tensor] | None = None
         if keys is not None:
-            self.append(keys, facts)
+            self.append(keys, facts, values)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -174,17 +180,28 @@ class KeyHistory:
         return self._rows.rows if len(self) else None
 
     @property
+    def values(self) -> Float[Tensor, "m d_out"] | None:
+        """The outputs that the keys were to get when they were new; None if they are not known of all."""
+        return self._values.rows if 0 < len(self) == len(self._values) else None
+
+    @property
     def batches(self) -> list[slice]:
         """The rows of each edit batch, oldest first."""
         ends = self._rows.ends
         return [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
 
-    def append(self, keys: Float[Tensor, "n d_in"], facts: Sequence[str] = ()) -> None:
+    def append(
+        self,
+        keys: Float[Tensor, "n d_in"],
+        facts: Sequence[str] = (),
+        values: Float[Tensor, "n d_out"] | None = None,
+    ) -> None:
         """Add the keys of a committed batch.
 
         Args:
             keys: One row per fact.
             facts: The facts, by the hashes of their requests; unnamed by default.
+            values: The outputs that the keys were to get.
 
         Raises:
             ShapeError: If there are names, but not one per row.
@@ -193,7 +210,15 @@ class KeyHistory:
             raise ShapeError(f"{len(keys)} keys of {len(facts)} facts; a history needs one fact per key")
         self._scaled = None  # the new keys have no weight of the view's
         self._rows.append(keys)
+        if values is not None:
+            self._values.append(values.to(keys))
         self.facts += facts or [""] * len(keys)
+
+    def forget_values(self, facts: Collection[str]) -> None:
+        """Forget the outputs that the keys of some facts were to get: they become nan."""
+        rows = [row for row, fact in enumerate(self.facts) if fact in facts]
+        if rows and self.values is not None:
+            self.values[rows] = torch.nan
 
     def weighted(self, weights: Float[Tensor, " m"]) -> KeyHistory:
         """The history in which each key counts ``weights`` times, in every solve: ``K^T diag(weights) K``.
@@ -212,23 +237,23 @@ class KeyHistory:
         if not bool((each.isfinite() & (each >= 0)).all()):
             raise NumericalError(f"weights of keys must be finite and 0 or more, got {each.tolist()}")
         scale = each.sqrt()[:, None]
-        result = self._choose(lambda rows: self._rows.rows[rows] * scale[rows].to(self._rows.rows))
+        result = self._choose(lambda each, rows: each[rows] * scale[rows].to(each))
         result._scaled = self, each
         return result
 
     def without(self, facts: Collection[str]) -> KeyHistory:
         """The history without the keys of some facts."""
         dropped = torch.tensor([fact in facts for fact in self.facts], dtype=torch.bool)
-        return self._choose(lambda rows: self._rows.rows[rows][~dropped[rows]], dropped)
+        return self._choose(lambda each, rows: each[rows][~dropped[rows]], dropped)
 
-    def _choose(self, rows_of: Callable[[slice], Tensor], dropped: Tensor | None = None) -> KeyHistory:
-        """A history with some rows of each batch."""
-        result = KeyHistory()
+    def _choose(self, rows_of: Callable[[Tensor, slice], Tensor], dropped: Tensor | None = None) -> KeyHistory:
+        """A history with some rows of each batch, of keys and of values."""
+        result, values = KeyHistory(), self.values
         for rows in self.batches:
-            keys = rows_of(rows)
+            keys = rows_of(self._rows.rows, rows)
             names = [name for at, name in enumerate(self.facts[rows], rows.start) if dropped is None or not dropped[at]]
             if len(keys):
-                result.append(keys, names)
+                result.append(keys, names, None if values is None else rows_of(values, rows))
         return result
 
     def derive(

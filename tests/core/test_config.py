@@ -28,7 +28,7 @@ from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
-from cakeflow.solvers import Descent, EqualityConstrained
+from cakeflow.solvers import Descent, EqualityConstrained, FromScratch
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
@@ -49,6 +49,7 @@ PARTS = {
     "pmet_seq": (Uniform(), Sequential(0.5), LeastSquares(), True),
     "pmet_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
     "rect": (Uniform(), Sequential(), Rect(), False),
+    "rect_seq": (Uniform(), Sequential(), Rect(FromScratch()), True),
     "rect_blue": (Endpoints(), Sequential(0.0, "self"), Rect(), False),
     "prune": (Uniform(), Sequential(), Prune(), False),
     "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),

@@ -28,7 +28,7 @@ from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.report import RunFolder
-from cakeflow.solvers import Descent, EqualityConstrained
+from cakeflow.solvers import Descent, EqualityConstrained, FromScratch, LayerProblem
 from cakeflow.targets import TargetSearch
 
 CONTEXTS = Contexts((("{}",), ("I am. {}", "The sky is. {}")))
@@ -319,3 +319,23 @@ def test_forward_targets_are_the_first_layers_carried_to_those_above(lm, request
     assert [each.steps for each in step.targets if each.layer == LAYERS[1]] == [0, 0, 0]
     # every layer takes all that is missing there, so that one key per fact leaves nothing
     assert min(each.arrived for each in step.facts) > 1 - 1e-6
+
+
+def test_values_are_noted_beside_keys_and_a_stream_from_scratch_is_one_batch(lm, requests, tmp_path):
+    """At the first layer, whose keys stay what they are."""
+    original, unedited = lm.oriented(Site(LAYERS[0], "mlp_out")).clone(), copy.deepcopy(lm)
+    editor = editor_of(lm, solver=FromScratch(LeastSquares(1.0)))
+    editor.fit(requests[:5], 2, evaluate=False, run_dir=tmp_path / "run")
+    module, name = editor.module, name_of(lm, LAYERS[0])
+    history = editor.journal.history(name)
+    assert history.values.shape == (5, lm.width)
+    problem = LayerProblem(
+        history.keys, history.values - history.keys @ original.T, original, original, module.covariances[LAYERS[0]]
+    )
+    once = original + LeastSquares(1.0).solve(problem).dense
+    torch.testing.assert_close(lm.oriented(Site(LAYERS[0], "mlp_out")), once, rtol=0, atol=1e-9)
+    again = editor_of(unedited, solver=FromScratch(LeastSquares(1.0)))
+    again.load(tmp_path / "run")
+    assert torch.equal(again.journal.history(name).values, history.values)
+    again.undo(requests[1].subject)
+    assert again.journal.history(name).values.isnan().any(1).tolist() == [False, True, False, False, False]
