@@ -1,0 +1,241 @@
+"""How a long stream of edits wears out: every arm measured after so many edits.
+
+    python benchmarks/reproduce/aging.py --data reconstructed_3000.jsonl.gz [--arms memit_seq cake ...]
+    python benchmarks/reproduce/aging.py --data mend_train_1000.json --points 100 300 600 1000 --arms memit_seq cake
+    python benchmarks/reproduce/aging.py --draw
+
+Records with distinct subjects, in file order, in batches of 100 (``--batch-size``). One arm after another starts from
+the unedited model; rows are kept in ``aging.json`` under ``--out`` as they are measured, and an arm that was
+interrupted goes on where it stopped. A row has the metrics of the first hundred facts and of all so far, free answers
+about the first hundred, neutral text, and each record's outcomes, so that two arms can be compared record by record.
+``unedited`` asks the same of the model as it is. ``--draw`` draws the rows and prints them as a table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import torch
+from sweep import Row, write_table
+
+from cakeflow import Editor, EditRequest, Evaluation, read_requests
+from cakeflow.callbacks import NeutralText, PeriodicCallback
+from cakeflow.evaluation import score_records
+from cakeflow.metrics import KINDS, record_means, success
+from cakeflow.models import LanguageModel, load_model
+from cakeflow.report import save_plot
+from cakeflow.storage import write_text
+
+PLAIN: dict[str, Any] = {"chat": False, "rounds": 0}
+"""What the papers do: no questions in chats, no further walks."""
+ONE_LAYER = {"weighter": {"class_path": "OneHot", "init_args": {"layer": "first"}}}
+NULL_SPACE = {
+    "class_path": "NullSpace",
+    "init_args": {"inner": {"class_path": "LeastSquares", "init_args": {"ridge": 1.0}}},
+}
+ARMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "memit_seq": ("memit_seq", PLAIN),
+    "alphaedit": ("alphaedit", PLAIN),
+    "cake": ("cake", PLAIN),
+    "cake_official": ("cake_official", PLAIN),
+    "its constants, equal weights": ("cake_official", {**PLAIN, "weighter": {"class_path": "Uniform"}}),
+    "alphaedit_blue": ("alphaedit_blue", PLAIN),
+    "forward_targets": ("forward_targets", PLAIN),
+    "forward_targets, null space": ("forward_targets", {**PLAIN, "solver": NULL_SPACE}),
+    "forward_targets, 35 steps": ("forward_targets", {**PLAIN, "targets": {"steps": 35}}),
+    "first layer alone": ("memit_seq", {**PLAIN, **ONE_LAYER}),
+    "memit_seq, closed loop": ("memit_seq", {**PLAIN, "rounds": 2}),
+    "cake, closed loop": ("cake", {**PLAIN, "rounds": 2}),
+    "memit_seq, repaired": ("memit_seq", {**PLAIN, "repair": True}),
+    "cake, closed loop, repaired": ("cake", {**PLAIN, "rounds": 2, "repair": True}),
+}
+"""Arm -> recipe, and arguments of ``LocateThenEdit`` over it; ``repair``: earlier facts that no longer take are edited
+again behind every batch."""
+SHOWN = {
+    "first/efficacy_exact": "first 100, word for word",
+    "first/efficacy": "first 100, by preference",
+    "first/free": "first 100, free answers",
+    "all/efficacy_exact": "all, word for word",
+    "all/generalization": "all, paraphrases",
+    "all/specificity": "all, specificity",
+    "all/generalization_tokens": "all, paraphrases, tokens",
+    "all/specificity_tokens": "all, specificity, tokens",
+    "all/editscore": "all, EditScore",
+    "neutral/kl": "neutral text, nats",
+}
+
+
+class Points(PeriodicCallback):
+    """Metrics of the edits so far, after some numbers of edits.
+
+    Args:
+        records: All records of the stream.
+        points: Numbers of edits to measure after.
+        rows: Number of edits, as text -> its row; those that are there are not measured again.
+        save: Called after each row.
+    """
+
+    name = "points"
+
+    def __init__(
+        self, records: Sequence[EditRequest], points: Sequence[int], rows: dict[str, Row], save: Callable[[], None]
+    ) -> None:
+        super().__init__(1)
+        self.records, self.points, self.kept, self.save = records, points, rows, save
+        self.neutral, self.start = NeutralText(), time.perf_counter()
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """Read the neutral text."""
+        self.neutral.on_fit_start(trainer, pl_module)
+
+    def measure(self, module: Any) -> dict[str, float]:
+        """Measure once at each of the points."""
+        self.at(module, module.journal.edits)
+        return {}
+
+    def at(self, module: Any, edits: int) -> None:
+        """Measure after so many edits, if that is one of the points."""
+        if edits in self.points and str(edits) not in self.kept:
+            facts = [each for step in module.journal for each in step.facts]
+            row = measured(module.lm, self.records[:edits])
+            row |= {f"neutral/{name}": value for name, value in self.neutral.measure(module).items()}
+            row |= {"taken": sum(each.taken for each in facts) / len(facts), "written": len(facts)}
+            for name in ("probability", "steps", "arrived"):
+                logged = [step.numbers[f"target/{name}"] for step in module.journal]
+                row[f"target/{name}"] = sum(logged) / len(logged)
+            row |= {"seconds": time.perf_counter() - self.start}
+            self.kept[str(edits)] = row
+            self.save()
+
+
+def measured(lm: LanguageModel, records: Sequence[EditRequest]) -> Row:
+    """Metrics of the first hundred records and of all, free answers about the first, and each record's outcomes."""
+    evaluation = Evaluation("official")
+    row: Row = {}
+    for name, some in {"first": records[:100], "all": records}.items():
+        scores, metrics = evaluation.ask(lm, some).fields(), evaluation.metrics()
+        metrics.update(**scores)
+        row |= {f"{name}/{metric}": float(value) for metric, value in metrics.compute().items()}
+    bare = [replace(record, probes=()) for record in records[:100]]
+    free = Evaluation("clean", answer_tokens=12).ask(lm, bare).scores.answered
+    row["first/free"] = float(free.float().mean())
+    hits = success("probability", *(scores[name] for name in ("expected", "rival", "correct")))
+    for index, kind in enumerate(KINDS):
+        means = record_means(hits[scores["kind"] == index], scores["record"][scores["kind"] == index])
+        if not bool(means.isnan().any()):
+            row[f"records/{kind}"] = [round(100 * value) for value in means.tolist()]
+    return {name: value for name, value in row.items() if value == value}  # zsRE has no rivals to prefer
+
+
+def distinct(records: Sequence[EditRequest], count: int) -> list[EditRequest]:
+    """The first records whose subjects differ from all before."""
+    first: dict[str, EditRequest] = {}
+    for record in records:
+        first.setdefault(record.subject, record)
+    return list(first.values())[:count]
+
+
+def run(args: argparse.Namespace, arm: str, records: Sequence[EditRequest], rows: dict[str, Row], save: Any) -> None:
+    """Measure one arm at its points."""
+    lm = load_model("smollm2-135m")
+    if torch.accelerator.is_available():
+        lm.model.to(torch.accelerator.current_accelerator())
+    if arm == "unedited":
+        for edits in args.points:
+            rows[str(edits)] = rows.get(str(edits)) or measured(lm, records[:edits])
+            save()
+        return
+    recipe, setting = ARMS[arm][0], dict(ARMS[arm][1])
+    repair, points = setting.pop("repair", False), Points(records, args.points, rows, save)
+    folder = args.out / "runs" / f"{args.data.name.split('.')[0]}-{args.batch_size}-{arm.replace(' ', '-')}"
+    editor = Editor.from_pretrained(
+        lm.model,
+        recipe,
+        tokenizer=lm.tokenizer,
+        config="smollm2-135m",
+        evaluation=Evaluation("official"),
+        trainer={"logger": False} if repair else {"callbacks": [points]},
+        **setting,
+    )
+    if repair:
+        edit_and_repair(editor, records, args.batch_size, points)
+    else:
+        editor.fit(records, args.batch_size, evaluate=False, run_dir=folder)
+        shutil.rmtree(folder)
+
+
+def edit_and_repair(editor: Editor, records: Sequence[EditRequest], size: int, points: Points) -> None:
+    """Edit batch by batch, and after each one the earlier facts that no longer take; such a stream starts anew."""
+    lm = editor.module.lm
+    for start in range(0, len(records), size):
+        batch, earlier = records[start : start + size], records[:start]
+        editor.fit(batch, evaluate=False)
+        if start == 0:
+            points.on_fit_start(None, editor.module)
+        bare = [replace(record, probes=()) for record in earlier]
+        taken = score_records(lm, bare).correct.tolist() if bare else []
+        if lost := [record for record, each in zip(earlier, taken, strict=True) if not each]:
+            editor.fit(lost, evaluate=False)
+        points.at(editor.module, start + len(batch))
+
+
+def main() -> None:
+    """Run the arms that are missing, or draw."""
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    options.add_argument("--data", type=Path)
+    options.add_argument("--points", type=int, nargs="+", default=[100, 300, 600, 1000, 2000])
+    options.add_argument("--batch-size", type=int, default=100)
+    options.add_argument("--arms", nargs="+", default=["unedited", *ARMS], choices=["unedited", *ARMS])
+    options.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
+    options.add_argument("--draw", action="store_true")
+    args = options.parse_args()
+    path = args.out / "aging.json"
+    streams: dict[str, dict[str, dict[str, Row]]] = json.loads(path.read_text()) if path.exists() else {}
+    if args.draw:
+        for stream, arms in streams.items():
+            draw(stream, arms, args.out)
+        return
+    records = distinct(read_requests(args.data), max(args.points))
+    stream = streams.setdefault(f"{args.data.name}, batches of {args.batch_size}", {})
+
+    def save() -> None:
+        write_text(path, json.dumps(streams).replace("}, ", "},\n") + "\n")
+
+    for arm in args.arms:
+        rows = stream.setdefault(arm, {})
+        if any(str(point) not in rows for point in args.points):
+            run(args, arm, records, rows, save)
+        for edits, row in rows.items():
+            numbers = "  ".join(f"{text} {row[name]:.3f}" for name, text in SHOWN.items() if name in row)
+            print(f"{arm}, {edits} edits: {numbers}", flush=True)
+
+
+def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path) -> None:
+    """Write a table of all rows, and a panel per metric over the number of edits, with a line per arm."""
+    name = "aging-" + stream.split(",")[0].split(".")[0] + "-" + stream.split()[-1]
+    rows = [
+        {"arm": arm, "edits": edits, **{text: f"{row[key]:.3f}" for key, text in SHOWN.items() if key in row}}
+        for arm, points in arms.items()
+        for edits, row in points.items()
+    ]
+    write_table(out / name, stream, rows)
+    _, axes = plt.subplots(2, 5, figsize=(16, 6), layout="tight")
+    for ax, (key, text) in zip(axes.flat, SHOWN.items(), strict=True):
+        for arm, points in arms.items():
+            curve = {int(edits): row[key] for edits, row in points.items() if key in row}
+            ax.plot(list(curve), list(curve.values()), "k--" if arm == "unedited" else ".-", label=arm)
+        ax.set(title=text, xlabel="edits")
+    axes[0][-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    save_plot(axes[0][0], out / f"{name}.png")
+
+
+if __name__ == "__main__":
+    main()
