@@ -82,5 +82,5 @@ def shares(gap: Float[Tensor, "n d_out"], radius: float) -> Float[Tensor, "steps
     """
     far = gap.norm(dim=1) > radius
     away = torch.arange(STEPS, -1, -1, device=gap.device, dtype=gap.dtype) / (2 * STEPS)
-    steps: Tensor = away if bool(far.any()) else away[STEPS:]
-    return 1 - steps[:, None] * far
+    result: Tensor = 1 - (away if bool(far.any()) else away[STEPS:])[:, None] * far
+    return result
