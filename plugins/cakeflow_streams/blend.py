@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cakeflow import LayerProblem, LeastSquares, Solver, Update
 from cakeflow.errors import ConfigError, NumericalError, ShapeError, require_positive
+from cakeflow_streams.rank import price
 
 STEPS = 10
 """T: candidate t leaves ``(T - t) / 2T`` of a far fact's residual away, half of it at t = 0 and nothing at t = T."""
@@ -58,7 +59,10 @@ class ResidualBlend(Solver):
         if len(parts) > 1:
             chosen = self._by_loss(problem, update, parts) if self.choose == "loss" else int(self.choose)
         numbers = update.numbers | {"residual_share": float(parts[chosen].min())}
-        return replace(update, left=update.left * parts[chosen][:, None], is_plain=False, numbers=numbers)
+        update = replace(update, left=update.left * parts[chosen][:, None], is_plain=False, numbers=numbers)
+        if "price" in numbers and problem.covariance is not None:  # the inner one is that of the whole residual
+            numbers["price"] = price(update, problem.covariance)
+        return update
 
     def _by_loss(self, problem: LayerProblem, update: Update, parts: Float[Tensor, "steps n"]) -> int:
         """Return the candidate of least loss, the last one of equals."""
