@@ -4,7 +4,8 @@
     python benchmarks/parity.py --evaluation FILE --counterfact FILE --zsre FILE [--model smollm2-135m]
 
 DIR holds ``requests.json`` and ``tiny/``: per architecture a model folder, ``<arch>_golden.json`` (hyperparameters,
-contexts, batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Runs in the
+contexts, batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Methods with more
+parts are in folders of their own, such as ``alphaedit_plus/``. Runs in the
 recorded type (float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or
 nothing was compared.
 
@@ -21,6 +22,7 @@ import math
 import sys
 import warnings
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +58,9 @@ RECORDINGS = {
 }
 """Recipe -> recordings it must reproduce. CAKE has no official code to record: with tau -> infinity its
 paper's form is AlphaEdit."""
+
+FURTHER = ("alphaedit_plus",)
+"""Folders of DIR with recordings of another form; ``parity_<name>.py`` compares each."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +188,9 @@ def compare_methods(args: argparse.Namespace) -> tuple[dict[str, dict[str, float
                 print(f"{golden.name:8s} {recipe:15s} as {recording:15s} {shown}{'  ABOVE THE BAR' if bad else ''}")
     if figures:
         print("worst " + ", ".join(f"{name} {max(f[name] for f in figures.values()):.1e}" for name in bars))
+    for further in [name for name in FURTHER if (args.golden / name).is_dir()]:
+        more, bad = import_module(f"parity_{further}").compare(args.golden / further, args.golden)
+        figures, failed = figures | more, failed | bad
     return figures, failed or not figures
 
 

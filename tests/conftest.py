@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -79,11 +79,22 @@ def unpack(arch: str, folder: Path) -> None:
     weights = {name.removeprefix("model/"): tensors.pop(name) for name in list(tensors) if name.startswith("model/")}
     save_file(weights, folder / arch / "model.safetensors", {"format": "pt"})
     ready = {name: _full(t) if name.startswith("covariance") else t for name, t in tensors.items()}
-    for name in [name for name in ready if name.endswith("/left")]:
-        stem = name.removesuffix("/left")
-        ready[stem] = ready.pop(name).double() @ ready.pop(f"{stem}/right").double()
-    save_file(ready, folder / f"{arch}_golden.safetensors")
+    save_file(_products(ready), folder / f"{arch}_golden.safetensors")
     (folder / f"{arch}_golden.json").write_text(json.dumps(info["golden"]))
+
+
+def unpack_further(method: str, arch: str, folder: Path) -> None:
+    """Write the recording of a method that has a folder of its own, as the script for it reads it."""
+    folder.mkdir(exist_ok=True)
+    shutil.copy(GOLDEN / method / f"{arch}.json", folder / f"{arch}_golden.json")
+    save_file(_products(load_file(GOLDEN / method / f"{arch}.safetensors")), folder / f"{arch}_golden.safetensors")
+
+
+def _products(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the product in the place of each pair of factors."""
+    stems = [name.removesuffix("/left") for name in tensors if name.endswith("/left")]
+    products = {stem: tensors[f"{stem}/left"].double() @ tensors[f"{stem}/right"].double() for stem in stems}
+    return {name: t for name, t in tensors.items() if name.rpartition("/")[0] not in products} | products
 
 
 def _from_planes(planes: np.ndarray) -> Tensor:
@@ -100,10 +111,11 @@ def _full(triangle: Tensor) -> Tensor:
 
 @pytest.fixture(scope="session")
 def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of golden numbers: ``requests.json`` and ``tiny/``."""
+    """The folder of golden numbers: ``requests.json``, ``tiny/``, and a folder of each further method."""
     folder = tmp_path_factory.mktemp("golden")
     for arch in ARCHITECTURES:
         unpack(arch, folder / "tiny")
+        unpack_further("alphaedit_plus", arch, folder / "alphaedit_plus")
     shutil.copytree(GOLDEN / "tokenizer", folder / "tiny" / "tokenizer")
     shutil.copy(GOLDEN / "requests.json", folder)
     return folder

@@ -113,6 +113,75 @@ def test_main_exits_1_where_nothing_was_compared(parity, golden, tmp_path, monke
     assert parity.main() == 1
 
 
+PLUS_FIGURES = {
+    "one_batch": {"rank_unequal", "tried_unequal", "objective", "candidates", "solved"},
+    "three_batches": {"rank_unequal", "tried_unequal", "objective", "candidates", "solved", "history_weights"},
+    "everything_accepted": {"rank_unequal"},
+    "nothing_accepted": {"rank_unequal"},
+}
+
+
+@pytest.fixture
+def parity_plus(parity):
+    yield importlib.import_module("parity_alphaedit_plus")
+    del sys.modules["parity_alphaedit_plus"]  # its names of ``parity`` end with that fixture
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", PLUS_FIGURES)
+def test_alphaedit_plus_gives_the_official_numbers(parity_plus, golden, arch, name):
+    (run,) = [
+        run for run in parity_plus.runs(golden / "alphaedit_plus", golden) if (run.arch, run.name) == (arch, name)
+    ]
+    z_bar, delta_bar = BARS[arch]
+    edited = parity_plus.edited(run)
+    assert edited["rank_unequal"] == 0
+    assert edited["z"] <= z_bar
+    assert edited["z_later"] <= (delta_bar if name == "three_batches" else z_bar)
+    assert edited["delta"] <= delta_bar
+    solved = parity_plus.solved(run)
+    assert set(solved) | {"rank_unequal"} == PLUS_FIGURES[name]
+    assert all(value == 0 if name.endswith("unequal") else value <= 1e-7 for name, value in solved.items())
+    assert max(solved.get("objective", 0), solved.get("history_weights", 0)) <= 1e-13
+
+
+def spoil_rank(info, _tensors):
+    info["one_batch"]["steps"][1]["rank"] += 1
+
+
+def spoil_objective(info, _tensors):
+    info["one_batch"]["steps"][2]["objective"][1] *= 1 + 1e-6
+
+
+def spoil_candidates(_info, tensors):
+    tensors["one_batch/candidates_times_probe/0/1"][3] *= 1 + 1e-5
+
+
+@pytest.mark.parametrize("spoil", [None, spoil_rank, spoil_objective, spoil_candidates])
+def test_main_exits_1_where_a_further_method_differs(parity, parity_plus, golden, tmp_path, monkeypatch, capsys, spoil):
+    folder = tmp_path / "golden"
+    for name in ("gpt2", "tokenizer"):
+        shutil.copytree(golden / "tiny" / name, folder / "tiny" / name)
+    shutil.copy(golden / "requests.json", folder)
+    (folder / "alphaedit_plus").mkdir()
+    info = json.loads((golden / "alphaedit_plus" / "gpt2_golden.json").read_text())
+    info = {name: info[name] for name in ("_setup", "one_batch")}
+    tensors = load_file(golden / "alphaedit_plus" / "gpt2_golden.safetensors")
+    if spoil:
+        spoil(info, tensors)
+    (folder / "alphaedit_plus" / "gpt2_golden.json").write_text(json.dumps(info))
+    save_file(tensors, folder / "alphaedit_plus" / "gpt2_golden.safetensors")
+    # no recordings of the first kind, but the second moments that are beside them
+    shutil.copy(golden / "tiny" / "gpt2_golden.safetensors", folder / "tiny")
+    (folder / "tiny" / "gpt2_golden.json").write_text(
+        json.dumps({"_setup": json.loads((golden / "tiny" / "gpt2_golden.json").read_text())["_setup"]})
+    )
+    monkeypatch.setattr(sys, "argv", ["parity.py", "--golden", str(folder), "--json", str(tmp_path / "figures.json")])
+    assert parity.main() == bool(spoil)
+    assert ("ABOVE THE BAR" in capsys.readouterr().out) is bool(spoil)
+    assert set(json.loads((tmp_path / "figures.json").read_text())) == {"gpt2/alphaedit_plus/one_batch"}
+
+
 def recorded_evaluation(lm, records, folder):
     """What the official code would have recorded of a tiny model, by plain passes; CounterFact, zsRE and a text."""
     scores = score_records(lm, records, "official")

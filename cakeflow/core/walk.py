@@ -129,7 +129,7 @@ class Walk:
         gap[facts], share[facts] = residual, self.allocate(residual, context, self.batch.part(facts))
         with module.phase("solve"):
             problem = module.problem(context.site, self.batch, keys, path.required(share), prompt_keys, self.leave_out)
-            problem = replace(problem, gap=gap, index=context.index)
+            problem = replace(problem, gap=None if self.step.undoes >= 0 else gap, index=context.index)
             update = solved(module.solver, problem, context.site.layer, self.batch, module.max_relative_update)
         if self.is_first:
             module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, share, problem, update))
@@ -139,6 +139,7 @@ class Walk:
         """Return the facts of earlier batches that have a key of this batch, whose new value takes the old one's place.
 
         A key cannot keep one value and take another, so the solve is not to preserve theirs; a warning names them.
+        A solver that weighs conflicts sees to that itself.
         """
         if history.keys is None or not self.module.use_history:
             return []
@@ -147,7 +148,7 @@ class Walk:
         names = [*dict.fromkeys(history.facts[j] for j in same.any(0).nonzero()[:, 0].tolist())]
         if names := [name for name in names if name]:
             warn_replaced(self.batch, same.any(1).nonzero()[:, 0].tolist(), self.module.journal, names)
-        return names
+        return [] if self.module.solver.weighs_conflicts else names
 
     def reader(self) -> FactReader:
         """A reader of the batch's keys and values that begins at the bottom."""
@@ -246,7 +247,9 @@ class Walk:
         module, layer, norm = self.module, context.site.layer, update.norm()
         weight = float(torch.linalg.vector_norm(problem.weight, dtype=torch.float64))
         residual = float(problem.residual.norm(dim=1).mean())
-        numbers = {"residual": residual, "update": norm, "relative_update": norm / weight} | context.numbers
+        numbers = (
+            {"residual": residual, "update": norm, "relative_update": norm / weight} | context.numbers | update.numbers
+        )
         if isinstance(module.allocator, ShareAllocator):
             numbers["share"] = float(module.allocator.shares(context.weights)[..., context.index].mean())
         keys = self.keys_to_preserve(problem)

@@ -38,6 +38,11 @@ class Solver(ABC):
         """True if keys and residuals are used; without them no target values are searched for."""
         return self._inner.needs_targets if self._inner else True
 
+    @property
+    def weighs_conflicts(self) -> bool:
+        """True if the solver weighs earlier keys that new facts have too; without that, they are left out."""
+        return self._inner.weighs_conflicts if self._inner else False
+
     def total_matrices(self) -> int:
         """Return the sum of ``matrices`` over this solver and those inside it."""
         return self.matrices + (self._inner.total_matrices() if self._inner else 0)

@@ -80,7 +80,11 @@ class Covariance:
 
     def project(self, keys: Float[Tensor, "n d_in"], threshold: float) -> Float[Tensor, "n d_in"]:
         """Project keys on the null space of C: ``K P``, P = U U^T, U the eigenvectors below the threshold."""
-        vectors, rank = self.eigen[1], self.rank(threshold)
+        return self.project_on(keys, self.rank(threshold))
+
+    def project_on(self, keys: Float[Tensor, "n d_in"], rank: int) -> Float[Tensor, "n d_in"]:
+        """Project keys on the ``rank`` eigenvectors of smallest eigenvalue."""
+        vectors = self.eigen[1]
         if rank <= len(vectors) // 2:  # multiply with the smaller part of the basis, since P = I - V V^T as well
             return (keys @ vectors[:, :rank]) @ vectors[:, :rank].T
         return torch.addmm(keys, keys @ vectors[:, rank:], vectors[:, rank:].T, alpha=-1)

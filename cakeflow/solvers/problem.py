@@ -28,7 +28,8 @@ class LayerProblem:
         history: Keys of earlier edits, to preserve as well.
         prompt_keys: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
         loss: The model's loss at ``weight + change`` and its gradient, for solvers that descend it.
-        gap: n x d_out, what the facts miss at the value site, of which ``residual`` is this layer's part.
+        gap: n x d_out, what the facts miss at the value site, of which ``residual`` is this layer's part; None where
+            facts are undone, which miss nothing.
         index: Position of the layer among the edited ones, from 0.
 
     Raises:
@@ -59,10 +60,15 @@ class LayerProblem:
 
     def in_null_space(self, threshold: float) -> LayerProblem:
         """Project all keys on the null space of the covariance and drop the covariance."""
-        covariance = self.covariance
-        if covariance is None:
+        if self.covariance is None:
             raise ShapeError("a null space needs a covariance; give the problem one")
-        name, project = ("null space", threshold), partial(covariance.project, threshold=threshold)
+        return self.in_span(self.covariance.rank(threshold))
+
+    def in_span(self, rank: int) -> LayerProblem:
+        """Project all keys on the ``rank`` eigenvectors of smallest eigenvalue and drop the covariance."""
+        if self.covariance is None:
+            raise ShapeError("a span of eigenvectors needs a covariance; give the problem one")
+        name, project = ("span", rank), partial(self.covariance.project_on, rank=rank)
         history, keys = self.history.derive(name, project, self.keys)
         return replace(self, keys=keys, covariance=None, history=history)
 
@@ -76,12 +82,14 @@ class Update:
         left: n x d_out, or None.
         deferred: Update that replaces this one once all layers of the batch are written, or None where it stays.
         is_plain: ``left`` is the problem's residual itself, so that D is linear in the residual; set by the solver.
+        numbers: Measurements of the solver, by name; logged with those of the layer.
     """
 
     right: Float[Tensor, "n d_in"]
     left: Float[Tensor, "n d_out"] | None = None
     deferred: Update | None = None
     is_plain: bool = False
+    numbers: dict[str, float] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int]:

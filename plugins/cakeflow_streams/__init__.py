@@ -1,3 +1,7 @@
 """Parts of methods for long streams of edits: solvers, terms of the target objective, and rules of the search."""
 
-__all__: list[str] = []
+from cakeflow_streams.blend import ResidualBlend
+from cakeflow_streams.conflict import ConflictHistory
+from cakeflow_streams.rank import RankSearch
+
+__all__ = ["ConflictHistory", "RankSearch", "ResidualBlend"]

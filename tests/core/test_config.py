@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from cakeflow_restrain import Prune, Rect
+from cakeflow_streams import ConflictHistory, RankSearch, ResidualBlend
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -40,6 +41,12 @@ PARTS = {
     "memit_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
     "alphaedit": (Uniform(), Sequential(), NullSpace(LeastSquares(1.0)), True),
     "alphaedit_blue": (Endpoints(), Sequential(0.0, "self"), NullSpace(LeastSquares(1.0)), True),
+    "alphaedit_plus": (
+        Uniform(),
+        Sequential(),
+        ResidualBlend(ConflictHistory(RankSearch(LeastSquares(10.0)))),
+        True,
+    ),
     "memit_seq_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), True),
     "rome": (OneHot(), Sequential(), EqualityConstrained(), False),
     "rome_official": (OneHot(), Sequential(), EqualityConstrained(at="prompt"), False),

@@ -146,9 +146,20 @@ def test_two_thresholds_do_not_share_a_projected_history():
     assert torch.linalg.matrix_rank(wide.history.keys) == 2
 
 
-def test_a_null_space_needs_a_covariance():
+@pytest.mark.parametrize("rank", range(6))
+def test_a_span_of_some_number_of_eigenvectors(rank):
+    c, vectors = moment([1e-6, 1e-2, 1.0, 2.0, 3.0])
+    full = problem(covariance=Covariance(c), history=KeyHistory(randn(4, 5, seed=1)))
+    p, part = vectors[:, :rank] @ vectors[:, :rank].T, full.in_span(rank)
+    torch.testing.assert_close(part.keys, full.keys @ p, rtol=0, atol=1e-9)
+    torch.testing.assert_close(part.history.keys, full.history.keys @ p, rtol=0, atol=1e-9)
+    assert part.covariance is None
+
+
+@pytest.mark.parametrize("project", [lambda each: each.in_null_space(0.02), lambda each: each.in_span(2)])
+def test_a_projection_needs_a_covariance(project):
     with pytest.raises(ShapeError, match="needs a covariance"):
-        problem().in_null_space(0.02)
+        project(problem())
 
 
 def test_histories_of_two_problems_are_their_own():
