@@ -7,9 +7,10 @@ from cakeflow.solvers.equality import EqualityConstrained
 from cakeflow.solvers.history import GramFactor, KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.null_space import NullSpace
+from cakeflow.solvers.planned import PlannedHistory
 from cakeflow.solvers.problem import LayerProblem, Update
 
 __all__ = [
     "Covariance", "Descent", "EqualityConstrained", "GramFactor", "KeyHistory", "LayerProblem", "LeastSquares",
-    "NullSpace", "Solver", "Update",
+    "NullSpace", "PlannedHistory", "Solver", "Update",
 ]  # fmt: skip
