@@ -4,9 +4,9 @@
     python benchmarks/parity.py --evaluation FILE --counterfact FILE --zsre FILE [--model smollm2-135m]
 
 DIR holds ``requests.json`` and ``tiny/``: per architecture a model folder, ``<arch>_golden.json`` (hyperparameters,
-contexts, batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Runs in the
-recorded type (float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or
-nothing was compared.
+contexts, batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes); perhaps ``hse/``
+as well (``parity_hse.py``). Runs in the recorded type (float64), through the public API. Exits 1 if a relative error
+(Frobenius norm) is above its bar, or nothing was compared.
 
 The evaluation FILE holds, by case, the likelihoods and correctness flags of every CounterFact prompt, the flag of every
 zsRE token, and the n-gram entropy of some texts (``recording.py``); the other two hold the records. Exits 1 if a mean
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from parity_hse import compare as compare_hse
 from recording import compare as compare_evaluation
 from safetensors.torch import load_file
 from torch import Tensor
@@ -154,6 +155,9 @@ def main() -> int:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     figures, failed = compare_evaluation(args) if args.evaluation else compare_methods(args)
+    if args.golden and (args.golden / "hse").is_dir():
+        hse, bad = compare_hse(args.golden, args.golden / "hse")
+        figures, failed = figures | hse, failed or bad
     if not figures:
         print("nothing to compare")
     if args.json:

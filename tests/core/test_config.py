@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from cakeflow_restrain import Prune, Rect
+from cakeflow_streams import FisherPenalty, Forgetting
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -28,7 +29,7 @@ from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
-from cakeflow.solvers import Descent, EqualityConstrained
+from cakeflow.solvers import Descent, EqualityConstrained, PlannedHistory
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 
 METHODS, MODELS = shipped("method"), shipped("model")
@@ -51,6 +52,8 @@ PARTS = {
     "prune": (Uniform(), Sequential(), Prune(), False),
     "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
     "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
+    "hse": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
+    "hse_official": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
 OVER = {
@@ -59,6 +62,11 @@ OVER = {
 }  # fmt: skip
 """CAKE over a method: its weights, everything else as there."""
 TARGETS = {
+    "hse_official": {
+        "likelihood": TargetLikelihood(0.8), "one_by_one": True,
+        "further": (Forgetting(0.2, space=False), FisherPenalty(0.1)),
+    },
+    "hse": {"likelihood": TargetLikelihood(0.8), "further": (Forgetting(0.2), FisherPenalty(0.1))},
     "rome": {"site": "mlp_out", "clamp": 4.0},
     "pmet": {
         "site": "mlp_out", "extra_site": "attn_out", "likelihood": TargetLikelihood(solved_factor=0.1),
