@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, GOLDEN
 from safetensors.torch import load_file, save_file
 
 from cakeflow import read_requests
@@ -180,6 +180,81 @@ def test_main_exits_1_where_a_further_method_differs(parity, parity_plus, golden
     assert parity.main() == bool(spoil)
     assert ("ABOVE THE BAR" in capsys.readouterr().out) is bool(spoil)
     assert set(json.loads((tmp_path / "figures.json").read_text())) == {"gpt2/alphaedit_plus/one_batch"}
+
+
+# ---- HSE ----
+
+
+@pytest.fixture
+def hse(parity):
+    yield importlib.import_module("parity_hse")
+    del sys.modules["parity_hse"]
+
+
+def test_hse_gives_the_official_numbers(hse, golden, capsys):
+    """Facts one after the other, three batches of them and six, on both architectures."""
+    figures, failed = hse.compare(GOLDEN / "hse", golden)
+    assert not failed
+    assert hse.BARS == {"gpt2": (1e-10, 1e-6, 1e-2), "llama": (1e-5, 1e-4, 1e-5)}
+    runs = [f"{arch}/hse_official/{run}" for arch in ARCHITECTURES for run in ("one_by_one_unspaced", "three_batches")]
+    assert sorted(figures) == sorted(runs)
+    for name, worst in figures.items():
+        z_bar, delta_bar = BARS[name.split("/")[0]]
+        assert worst["steps"] == worst["factor"] == 0
+        assert max(worst["z"], worst["fisher"]) <= z_bar
+        assert max(worst["delta"], worst.get("total", 0.0)) <= delta_bar
+        assert ("total" in worst) is name.endswith("unspaced")  # the other one has every batch's change
+    assert "ABOVE" not in capsys.readouterr().out
+
+
+def nothing(_info, _tensors):
+    pass
+
+
+def z(_info, tensors):
+    tensors["three_batches/z/0"][2, 3] += 1e-7
+
+
+def importance(_info, tensors):
+    tensors["three_batches/fisher/0/3"] *= 1 + 1e-8
+
+
+def delta(_info, tensors):
+    tensors["three_batches/delta/0/2"] *= 1 + 1e-5
+
+
+def no_delta(_info, tensors):
+    del tensors["three_batches/delta/0/2"]
+
+
+def factor(info, _tensors):
+    info["factors"][0] = 2.0
+
+
+def updates(info, _tensors):
+    info["updates"][0][1] -= 1
+
+
+def forgetting(info, _tensors):
+    info["hyperparameters"]["forget_factor"] = 0.21
+
+
+@pytest.mark.parametrize("spoil", [nothing, z, importance, delta, no_delta, factor, updates, forgetting])
+def test_main_exits_1_where_hse_differs(hse, parity, golden, tmp_path, monkeypatch, capsys, spoil):
+    """The first batch of one run, changed by little more than the bar."""
+    folder = tmp_path / "golden"
+    shutil.copytree(golden, folder)
+    (folder / "hse").mkdir()
+    info = json.loads((GOLDEN / "hse" / "gpt2_golden.json").read_text())
+    run = {name: each[:1] if isinstance(each, list) else each for name, each in info["three_batches"].items()}
+    tensors = load_file(GOLDEN / "hse" / "gpt2_golden.safetensors")
+    spoil(run, tensors)
+    (folder / "hse" / "gpt2_golden.json").write_text(json.dumps({"_setup": info["_setup"], "three_batches": run}))
+    save_file(tensors, folder / "hse" / "gpt2_golden.safetensors")
+    monkeypatch.setattr(parity, "compare_methods", lambda _args: ({}, False))
+    monkeypatch.setattr(sys, "argv", ["parity.py", "--golden", str(folder)])
+    assert parity.main() == int(spoil is not nothing)
+    assert ("ABOVE THE BAR" in capsys.readouterr().out) is (spoil is not nothing)
 
 
 def recorded_evaluation(lm, records, folder):

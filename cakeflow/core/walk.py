@@ -36,7 +36,7 @@ from cakeflow.forward.residual_path import NormPath, ResidualPath
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.schema import FactBody, Reason, TargetBody
-from cakeflow.journal.steps import EditStep
+from cakeflow.journal.steps import EditStep, importance_at
 from cakeflow.models.architecture import Site
 from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem, Update
@@ -179,10 +179,18 @@ class Walk:
             path = module.paths.ahead(stream, Site(layer, module.site)) if module.writes_blocks else ResidualPath()
             part_of = module.targets.at(module.site) if isinstance(path, NormPath) else module.targets
             most = self.footprint.suffix_tokens
-            parts = checked_parts(batch, self.footprint.facts, strict=module.max_bytes is not None)
+            size = len(batch) if module.targets.one_by_one else self.footprint.facts
+            parts = checked_parts(batch, size, strict=module.max_bytes is not None)
             targets = Targets.join(
                 [
-                    part_of.search(module.lm, batch.part(part), layer, max_tokens=most, progress=counting_steps(bar))
+                    part_of.search(
+                        module.lm,
+                        batch.part(part),
+                        layer,
+                        max_tokens=most,
+                        progress=counting_steps(bar),
+                        **self.importance(layer),
+                    )
                     if module.solver.needs_targets
                     else part_of.measure(module.lm, batch.part(part), layer, max_tokens=most)
                     for part in parts
@@ -207,9 +215,17 @@ class Walk:
             present = stream.carry(value_site, None, above) if above else {}
         for site, each in values.items():
             checked_facts("target values are", each, self.batch, site.layer)
-            carried = replace(searched, values=each, initial=present[site], steps=torch.zeros_like(searched.steps))
+            steps = torch.zeros_like(searched.steps)
+            carried = replace(searched, values=each, initial=present[site], steps=steps, importance=None)
             self.note_targets(site, facts, carried.part(facts))
         return set(above)
+
+    def importance(self, layer: int) -> dict[str, Tensor | None]:
+        """What earlier batches found important at a layer, as an argument of a search that takes it."""
+        if not self.module.targets.needs_importance:
+            return {}
+        total = importance_at(self.module.journal.steps, layer)
+        return {"importance": None if total is None else total.to(self.module.lm.device)}
 
     def note_targets(self, value_site: Site, facts: Sequence[int], targets: Targets) -> None:
         """Log how a search ended, and keep it in the place of an earlier one."""
@@ -223,6 +239,9 @@ class Walk:
     def record_targets(self) -> None:
         """Store the target values, and how their search ended, with the batch."""
         self.step.values = {site.layer: each.values.cpu() for site, each in self.targets.items()}
+        important = {site.layer: each.importance for site, each in self.targets.items()}
+        if self.module.targets.needs_importance:
+            self.step.importance = {layer: each.cpu() for layer, each in important.items() if each is not None}
         self.step.targets = [
             TargetBody(layer=site.layer, loss=loss, probability=probability, steps=steps)
             for site, each in self.targets.items()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
 
+import torch
 from torch import Tensor
 
 from cakeflow.data.request import EditRequest
@@ -44,6 +45,8 @@ class EditStep:
         targets: How the target search of each request ended, layer by layer.
         facts: What became of each request; empty where it was not measured.
         values: Layer -> target values at its value site, n x d_out.
+        importance: Layer -> what the search found of it there (``Targets.importance``), n x d_out; empty where no term
+            of the search needs it.
         numbers: What was logged of the batch.
         hashes: SHA-256 of each request.
         before: Place -> SHA-256 of its content before the batch.
@@ -61,6 +64,7 @@ class EditStep:
     targets: list[TargetBody] = field(default_factory=list)
     facts: list[FactBody] = field(default_factory=list)
     values: dict[int, Tensor] = field(default_factory=dict)
+    importance: dict[int, Tensor] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
     hashes: tuple[str, ...] = ()
     before: dict[str, str] = field(default_factory=dict)
@@ -134,6 +138,12 @@ def facts_in_force(steps: Iterable[EditStep]) -> list[tuple[EditStep, int]]:
     steps = list(steps)
     undone = {(step.undoes, each) for step in steps for each in step.undone}
     return [(s, i) for s in steps for i, each in enumerate(s.hashes) if (s.number, each) not in undone]
+
+
+def importance_at(steps: Iterable[EditStep], layer: int) -> Tensor | None:
+    """Return the sum of the importance that batches found at a layer, d_out; None if there is none."""
+    sums = [step.importance[layer].sum(0) for step in steps if layer in step.importance]
+    return torch.stack(sums).sum(0) if sums else None
 
 
 def request_hash(request: EditRequest) -> str:

@@ -251,8 +251,9 @@ def _short(value: object, start: int) -> str:
 
 
 def _tensors(step: EditStep) -> dict[str, Tensor]:
-    """The tensors of a batch: target values by layer, and each change's own by its number and place."""
+    """The tensors of a batch: target values and importance by layer, each change's own by its number and place."""
     tensors = {f"target/{layer}": values for layer, values in step.values.items()}
+    tensors |= {f"importance/{layer}": each for layer, each in step.importance.items()}
     for index, part in enumerate(step.changes):
         tensors |= {f"{_prefix(index, part.place)}/{name}": each for name, each in part.change.tensors().items()}
     return tensors
@@ -294,6 +295,7 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
 
 def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
     values = {_layer_of(name): value for name, value in tensors.items() if "target" in name.split("/")}
+    importance = {_layer_of(name): each for name, each in tensors.items() if name.startswith("importance/")}
     if max(body.owners, default=-1) >= len(body.hashes):
         raise LedgerError(f"batch {body.batch}: a key belongs to request {max(body.owners)} of {len(body.hashes)}")
     return EditStep(
@@ -305,6 +307,7 @@ def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
         undone=tuple(body.undone),
         undoes=-1 if body.undoes is None else body.undoes,
         values=values,
+        importance=importance,
         numbers=dict(body.numbers),
         hashes=tuple(body.hashes),
         before={part.place: part.before for part in reversed(body.changes)},
@@ -321,6 +324,6 @@ def _change(body: ChangeBody, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def _layer_of(name: str) -> int:
-    """Layer of target values: ``target/5``, or ``5/target`` in format 1."""
+    """Layer of target values or importance: ``target/5``, or ``5/target`` in format 1."""
     first, second = name.split("/")
-    return int(second if first == "target" else first)
+    return int(first if second == "target" else second)

@@ -8,9 +8,10 @@ from cakeflow.solvers.from_scratch import FromScratch
 from cakeflow.solvers.history import GramFactor, KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.null_space import NullSpace
+from cakeflow.solvers.planned import PlannedHistory
 from cakeflow.solvers.problem import LayerProblem, Update
 
 __all__ = [
     "Covariance", "Descent", "EqualityConstrained", "FromScratch", "GramFactor", "KeyHistory", "LayerProblem",
-    "LeastSquares", "NullSpace", "Solver", "Update",
+    "LeastSquares", "NullSpace", "PlannedHistory", "Solver", "Update",
 ]  # fmt: skip

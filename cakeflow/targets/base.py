@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -30,6 +31,8 @@ class Targets:
         probability: exp(-mean negative log-likelihood) of the new target at z.
         steps: Evaluations of the objective.
         converged: True where the stop rule is met at z.
+        importance: Mean over the steps made of the objective's squared gradient by the vector at the value site, 0 for
+            a fact without a step; of facts with one vector the first has it, the others 0. None if it was not measured.
     """
 
     values: Float[Tensor, "n d_out"]
@@ -38,6 +41,7 @@ class Targets:
     probability: Float[Tensor, " n"]
     steps: Int[Tensor, " n"]
     converged: Bool[Tensor, " n"]
+    importance: Float[Tensor, "n d_out"] | None = None
 
     @classmethod
     def join(cls, parts: Sequence[Targets], places: Sequence[Sequence[int]] | None = None) -> Targets:
@@ -47,21 +51,25 @@ class Targets:
             parts: The targets.
             places: Where the facts of each part stand in the batch; by default part after part.
         """
-        whole = [torch.cat([getattr(part, each.name) for part in parts]) for each in fields(cls)]
+        whole = [None if each[0] is None else torch.cat(each) for each in zip(*map(_parts, parts), strict=True)]
         if places is None:
-            return cls(*whole)
+            return cls(*whole)  # type: ignore[arg-type]
         order = torch.tensor([place for part in places for place in part]).argsort()
-        return cls(*(each[order.to(each.device)] for each in whole))
+        return cls(*(None if each is None else each[order.to(each.device)] for each in whole))  # type: ignore[arg-type]
 
     def part(self, facts: Sequence[int]) -> Targets:
         """Return the targets of the facts at some places."""
         rows = torch.tensor(facts, device=self.values.device)
-        return Targets(*(getattr(self, each.name)[rows] for each in fields(self)))
+        return Targets(*(None if each is None else each[rows] for each in _parts(self)))  # type: ignore[arg-type]
 
     def updated(self, facts: Sequence[int], newer: Targets) -> Targets:
         """Take over newer targets for the facts at some places."""
-        rows, parts = torch.tensor(facts, device=self.values.device), [each.name for each in fields(self)]
-        return Targets(*(getattr(self, name).index_copy(0, rows, getattr(newer, name)) for name in parts))
+        rows, pairs = torch.tensor(facts, device=self.values.device), zip(_parts(self), _parts(newer), strict=True)
+        return Targets(*(None if old is None else old.index_copy(0, rows, new) for old, new in pairs))  # type: ignore[arg-type]
+
+
+def _parts(targets: Targets) -> list[Any]:
+    return [getattr(targets, each.name) for each in fields(targets)]
 
 
 class TargetSearch(ABC):
@@ -69,9 +77,10 @@ class TargetSearch(ABC):
 
     Contract: pure (the same batch and weights give the same targets, and the model is left as it was), facts do not
     influence each other unless their keys coincide (``batch.key_groups``), ``max_tokens`` changes no result beyond
-    rounding. Subclasses are frozen dataclasses. One that searches itself defines fields ``site`` and ``max_tokens``
-    with defaults; one that changes another search wraps it in a field called ``inner``, whose site and limit it takes
-    over.
+    rounding. What it is to know of earlier searches it is given (``importance``); one with ``one_by_one`` hands that on
+    from fact to fact. Subclasses are frozen dataclasses. One that searches itself defines fields ``site`` and
+    ``max_tokens`` with defaults; one that changes another search wraps it in a field called ``inner``, whose site and
+    limit it takes over.
     """
 
     @property
@@ -90,6 +99,18 @@ class TargetSearch(ABC):
     def max_tokens(self) -> int:
         """Most suffix tokens in one pass with gradients."""
         return self._inner.max_tokens
+
+    @property
+    def needs_importance(self) -> bool:
+        """True if ``search`` takes ``importance``; the journal keeps what it finds of it then."""
+        inner = getattr(self, "inner", None)
+        return isinstance(inner, TargetSearch) and inner.needs_importance
+
+    @property
+    def one_by_one(self) -> bool:
+        """True if facts are searched one after the other: ``search`` gets whole batches, whatever fits into memory."""
+        inner = getattr(self, "inner", None)
+        return isinstance(inner, TargetSearch) and inner.one_by_one
 
     def value_site(self, layer: int) -> Site:
         """Return the site of the target values of a layer."""
@@ -110,6 +131,7 @@ class TargetSearch(ABC):
         *,
         max_tokens: int | None = None,
         progress: Callable[[int], object] = no_progress,
+        importance: Float[Tensor, " d_out"] | None = None,
     ) -> Targets:
         """Find the target values of a batch under the present weights.
 
@@ -119,6 +141,7 @@ class TargetSearch(ABC):
             layer: Block of the value site.
             max_tokens: Limit for this call in place of the search's own.
             progress: Callback that gets the number of facts that became done, after each step.
+            importance: Sum of ``Targets.importance`` over the earlier batches; None if there are none.
 
         Returns:
             Target values at ``value_site(layer)``.

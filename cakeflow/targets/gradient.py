@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -59,6 +60,8 @@ class GradientSearch(TargetSearch):
         further: Additional terms.
         stop: Rule that ends the search of a fact.
         max_tokens: Most suffix tokens in one pass with gradients; bounds memory.
+        one_by_one: Whether facts are searched one after the other, each with the importance of those before it, as
+            HSE's code does. Otherwise it is that of the earlier batches for all of a batch, which are searched at once.
     """
 
     steps: int = 25
@@ -74,6 +77,7 @@ class GradientSearch(TargetSearch):
     further: tuple[ObjectiveTerm, ...] = ()
     stop: StopRule = LossBelow()
     max_tokens: int = 1024
+    one_by_one: bool = False
 
     def __post_init__(self) -> None:
         require_positive("targets", self, "steps", "lr", "clamp", "max_tokens")
@@ -88,6 +92,18 @@ class GradientSearch(TargetSearch):
                 f"targets.site and extra_site must be two modules of a block, got {self.site!r} and {self.extra_site!r}"
             )
 
+    @property
+    def needs_importance(self) -> bool:
+        """True if a term does."""
+        return any(term.needs_importance for term in self._terms.values())
+
+    @property
+    def _terms(self) -> dict[str, ObjectiveTerm]:
+        # the order decides the bits: gradients are added term by term
+        terms = {"likelihood": self.likelihood, "essence": self.essence, "decay": self.decay}
+        terms |= {f"further {index}": term for index, term in enumerate(self.further)}
+        return {name: term for name, term in terms.items() if term}
+
     def search(
         self,
         lm: LanguageModel,
@@ -96,13 +112,24 @@ class GradientSearch(TargetSearch):
         *,
         max_tokens: int | None = None,
         progress: Callable[[int], object] = no_progress,
+        importance: Float[Tensor, " d_out"] | None = None,
     ) -> Targets:
         """Minimise the objective of every fact of the batch."""
-        return self._run(lm, batch, layer, max_tokens or self.max_tokens, self.steps, progress)
+        run = partial(self._run, lm, layer=layer, max_tokens=max_tokens or self.max_tokens, progress=progress)
+        if not self.one_by_one:
+            return run(batch, steps=self.steps, importance=importance)
+        first, parts = batch.value_groups(), list[Targets]()
+        groups = [[i for i, place in enumerate(first) if place == each] for each in dict.fromkeys(first)]
+        for group in groups:
+            parts.append(run(batch.part(group), steps=self.steps, importance=importance))
+            added = parts[-1].importance
+            assert added is not None
+            importance = added.sum(0) if importance is None else importance + added.sum(0)
+        return Targets.join(parts, groups)
 
     def measure(self, lm: LanguageModel, batch: TextBatch, layer: int, *, max_tokens: int | None = None) -> Targets:
         """Evaluate the objective once, without a step."""
-        return self._run(lm, batch, layer, max_tokens or self.max_tokens, 1, no_progress)
+        return self._run(lm, batch, layer, max_tokens or self.max_tokens, 1, no_progress, None)
 
     def _run(
         self,
@@ -112,18 +139,16 @@ class GradientSearch(TargetSearch):
         max_tokens: int,
         steps: int,
         progress: Callable[[int], object],
+        importance: Float[Tensor, " d_out"] | None,
     ) -> Targets:
         sites = [Site(layer, name) for name in (self.site, self.extra_site) if name]
-        problem = SearchProblem.prepare(lm, batch, sites, max_tokens)
+        problem = SearchProblem.prepare(lm, batch, sites, max_tokens, importance)
         with frozen(lm), _attention(lm), torch.enable_grad():
             return self._descend(problem, self._objective(problem), steps, progress)
 
     @torch.no_grad()
     def _objective(self, problem: SearchProblem) -> Objective:
-        # the order decides the bits: gradients are added term by term
-        terms = {"likelihood": self.likelihood, "essence": self.essence, "decay": self.decay}
-        terms |= {f"further {index}": term for index, term in enumerate(self.further)}
-        return Objective({name: term.prepare(problem) for name, term in terms.items() if term})
+        return Objective({name: term.prepare(problem) for name, term in self._terms.items()})
 
     def _optimizer(
         self, delta: Float[Tensor, "n sites d_out"], radius: Float[Tensor, "n sites"]
@@ -141,7 +166,7 @@ class GradientSearch(TargetSearch):
         delta = torch.zeros_like(problem.initial, requires_grad=True)
         adam = self._optimizer(delta, radius)
         active = torch.ones_like(radius[:, 0]).bool()
-        evaluations = torch.zeros_like(active).long()
+        evaluations, squares = torch.zeros_like(active).long(), torch.zeros_like(problem.initial[:, 0]).double()
         start = final = objective.evaluate(delta, ~active, with_grad=steps > 1)
         for step in range(steps):
             last = step == steps - 1
@@ -156,12 +181,14 @@ class GradientSearch(TargetSearch):
                 break
             objective = objective.only(active)
             delta.grad = groups.sum(value.grad)
+            squares += groups.once(active)[:, None] * delta.grad[:, 0].double().square()
             adam.step()
             _clamp(delta, radius)
         nll = final.terms["likelihood"]
         _require_fall(problem, start.terms["likelihood"], nll, evaluations, final.solved)
         initial, values = problem.initial[:, 0].double(), (problem.initial + final.delta)[:, 0].double()
-        return Targets(values, initial, final.loss, torch.exp(-nll), evaluations, self.stop.met(final))
+        importance = squares / (evaluations - 1).clamp_min(1)[:, None]
+        return Targets(values, initial, final.loss, torch.exp(-nll), evaluations, self.stop.met(final), importance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,6 +219,10 @@ class _ValueGroups:
         if self.same is None:
             return radius
         return torch.where(self.same[:, :, None] > 0, radius[None], torch.inf).amin(1)
+
+    def once(self, flags: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
+        """Return the flags of the first fact of each group, False for the others."""
+        return flags if self.same is None else flags & (self.same.tril(-1).sum(1) == 0)
 
     def all(self, flags: Bool[Tensor, " n"]) -> Bool[Tensor, " n"]:
         """Return True where the flag is set for all facts of the group."""

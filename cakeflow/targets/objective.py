@@ -29,6 +29,7 @@ class SearchProblem:
         initial: Present output of each site on the bare prompt, n x sites x d_out.
         prompts: Suffixes of each fact's prompt in every context, target included.
         max_tokens: Most suffix tokens in one pass with gradients.
+        importance: Sum of ``Targets.importance`` over earlier facts at the first site; None before the first one.
     """
 
     lm: LanguageModel
@@ -37,9 +38,17 @@ class SearchProblem:
     initial: Float[Tensor, "n sites d_out"]
     prompts: Sequence[Suffixes]
     max_tokens: int
+    importance: Float[Tensor, " d_out"] | None = None
 
     @classmethod
-    def prepare(cls, lm: LanguageModel, batch: TextBatch, sites: Sequence[Site], max_tokens: int) -> SearchProblem:
+    def prepare(
+        cls,
+        lm: LanguageModel,
+        batch: TextBatch,
+        sites: Sequence[Site],
+        max_tokens: int,
+        importance: Float[Tensor, " d_out"] | None = None,
+    ) -> SearchProblem:
         """Run the prompts once in full and cut their suffixes.
 
         Raises:
@@ -51,7 +60,7 @@ class SearchProblem:
         first = [i for i, owner in enumerate(owners) if i == 0 or owner != owners[i - 1]]
         initial = outputs[first]  # h_0 is read on the bare prompt, the first of each fact's rows
         initial = initial if initial.dtype == torch.float64 else initial.float()
-        return cls(lm, batch, sites, initial, prompts, max_tokens)
+        return cls(lm, batch, sites, initial, prompts, max_tokens, importance)
 
     def cut(self, rows: Sequence[Row], facts: Sequence[int], *, read_first: bool = False) -> list[Suffixes]:
         """Cut a term's own rows at the token of the fact, as ``cakeflow.forward.cut`` does.
@@ -114,8 +123,10 @@ class ObjectiveTerm(ABC):
 
     Attributes:
         factor: Weight of the term.
+        needs_importance: True for a term that uses ``SearchProblem.importance``.
     """
 
+    needs_importance = False  # no annotation: jsonargparse stumbles over ClassVar
     factor: float = 1.0
 
     def __post_init__(self) -> None:

@@ -2,6 +2,8 @@
 
 from cakeflow_streams.blend import ResidualBlend
 from cakeflow_streams.conflict import ConflictHistory
+from cakeflow_streams.forgetting import Forgetting
+from cakeflow_streams.importance import FisherPenalty
 from cakeflow_streams.rank import RankSearch
 
-__all__ = ["ConflictHistory", "RankSearch", "ResidualBlend"]
+__all__ = ["ConflictHistory", "FisherPenalty", "Forgetting", "RankSearch", "ResidualBlend"]

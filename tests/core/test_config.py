@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 from cakeflow_restrain import Prune, Rect
-from cakeflow_streams import ConflictHistory, RankSearch, ResidualBlend
+from cakeflow_streams import ConflictHistory, FisherPenalty, Forgetting, RankSearch, ResidualBlend
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -29,7 +29,7 @@ from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
-from cakeflow.solvers import Descent, EqualityConstrained, FromScratch
+from cakeflow.solvers import Descent, EqualityConstrained, FromScratch, PlannedHistory
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
@@ -62,6 +62,8 @@ PARTS = {
     "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
     "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
     "forward_targets": (Uniform(), Sequential(0.0, "forward"), LeastSquares(), True),
+    "hse": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
+    "hse_official": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
 OVER = {
@@ -76,6 +78,11 @@ OFFICIAL = {
 """Recipe -> ridge, clamp and decay of CAKE's released configs."""
 """CAKE over a method: its weights, everything else as there."""
 TARGETS = {
+    "hse_official": {
+        "likelihood": TargetLikelihood(0.8), "one_by_one": True,
+        "further": (Forgetting(0.2, space=False), FisherPenalty(0.1)),
+    },
+    "hse": {"likelihood": TargetLikelihood(0.8), "further": (Forgetting(0.2), FisherPenalty(0.1))},
     "rome": {"site": "mlp_out", "clamp": 4.0},
     "cake_official_gpt": {"clamp": 0.75, "decay": NormDecay(0.5)},
     "cake_official": {"clamp": 0.5, "decay": NormDecay(0.4)},
