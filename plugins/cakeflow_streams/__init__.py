@@ -1,3 +1,5 @@
 """Parts of methods for long streams of edits: solvers, terms of the target objective, and rules of the search."""
 
-__all__: list[str] = []
+from cakeflow_streams.spectrum import SpectralGuard
+
+__all__ = ["SpectralGuard"]
