@@ -1,5 +1,6 @@
 """Parts of methods for long streams of edits: solvers, terms of the target objective, and rules of the search."""
 
+from cakeflow_streams.search import NormFeedback, SolvedTimes
 from cakeflow_streams.spectrum import SpectralGuard
 
-__all__ = ["SpectralGuard"]
+__all__ = ["NormFeedback", "SolvedTimes", "SpectralGuard"]

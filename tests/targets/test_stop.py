@@ -15,7 +15,7 @@ def value(rows, *, essence=True):
     loss, kl = (torch.tensor([row[i] for row in rows], dtype=torch.float64) for i in (0, 1))
     solved = torch.tensor([row[2] for row in rows])
     nothing = torch.zeros(len(rows), 1, 4)
-    return ObjectiveValue(nothing, nothing, loss, solved, {"essence": kl} if essence else {})
+    return ObjectiveValue(nothing, nothing, loss, solved, {"essence": kl} if essence else {}, solved.long())
 
 
 @given(numbers, st.floats(0.01, 1))
