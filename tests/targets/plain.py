@@ -103,7 +103,7 @@ class ByFact:
 
 
 def likelihood(lm, modules, rows, deltas, first=0):
-    """Mean NLL of the target over the contexts, and True if all its tokens are the most likely ones from ``first`` on."""
+    """Mean NLL of the target over the contexts, and True if from ``first`` on all its tokens are most likely."""
     nll, top = 0, True
     for place, (ids, at, target) in enumerate(rows):
         log_probs = added(lm.model, modules, ids, at, deltas)[0][target - 1 : -1]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,30 +10,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from cakeflow import Contexts, EditRequest, GradientSearch
+from cakeflow import Contexts, GradientSearch
 from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
 from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.tokens import TextBatch, encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
-from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, StopRule, TargetLikelihood
+from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 
 from .plain import added, likelihood, plain, plain_jointly, relative
 
 CONTEXTS = Contexts.of(["{}", "Because of the high cost of living in. {}", "I am. {}"])
-
-
-@dataclass(frozen=True)
-class Hits(StopRule):
-    """Done at the last of some evaluations at which the fact was solved."""
-
-    times: int
-    inner: StopRule = LossBelow()
-
-    def met(self, value):
-        return self.inner.met(value) | (value.hits >= self.times)
-
-
 FAST = GradientSearch(steps=6, lr=0.3)
 FAR = GradientSearch(steps=25, lr=0.5, clamp=9.0, likelihood=TargetLikelihood(solved_factor=0.1))
 
@@ -70,23 +57,6 @@ def test_equals_the_plain_reference(tiny, requests, site, layer, settings):
         assert found.probability[i] == pytest.approx(float(probability), rel=1e-9)
         assert found.steps[i] == steps
         assert bool(found.converged[i]) is done
-
-
-def test_hits_count_the_evaluations_at_which_a_fact_is_solved(tiny):
-    """Against the plain search; the first fact's bare prompt is the last of its prompts to be solved."""
-    chosen = [EditRequest("I live in {}", "Lyon", "the"), EditRequest("I live in {}", "Newport News", "is")]
-    batch, steps = encode_batch(tiny, chosen, CONTEXTS), {}
-    for solved_in, times in (("all", 1), ("all", 3), ("sampled", 1)):
-        likelihood = TargetLikelihood(solved_in=solved_in)
-        settings = GradientSearch(steps=30, lr=0.05, clamp=9.0, likelihood=likelihood, stop=Hits(times))
-        targets = settings.search(tiny, batch, 4)
-        for i, request in enumerate(chosen):
-            z, _, _, count, done = plain(tiny, request, CONTEXTS, settings, 4)
-            assert relative(targets.values[i], z) < 1e-9
-            assert (int(targets.steps[i]), bool(targets.converged[i])) == (count, done) == (count, True)
-        steps[solved_in, times] = targets.steps
-    assert torch.equal(steps["all", 3], steps["all", 1] + 2)
-    assert steps["sampled", 1][0] < steps["all", 1][0]
 
 
 @pytest.mark.parametrize(("method", "layer"), [("memit", 4), ("alphaedit_blue", 1)])
