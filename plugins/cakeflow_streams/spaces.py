@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow import LayerProblem, LeastSquares, Solver, Update
-from cakeflow.errors import NumericalError, ShapeError, require_positive
+from cakeflow.errors import ConfigError, NumericalError, ShapeError, require_positive
 from cakeflow.solvers import Covariance, KeyHistory
 
 ROOM = 1e-9
@@ -22,7 +22,7 @@ class UnusedSpace(Solver):
     """``inner`` on the part of the keys that earlier keys do not span, with no history (EvoEdit).
 
     After each batch ``P <- P - Q Q^T``, Q the left singular vectors of P K (keys as columns) whose singular values
-    exceed rounding, ``max(n, d_in) eps`` times the largest one of K. Inside ``NullSpace``, over ``LeastSquares(ridge)``,
+    exceed rounding, ``max(n, d_in) eps`` times the largest one of K. In ``NullSpace`` and over ``LeastSquares(ridge)``
     this is ``D = R (K^T P K + ridge I)^-1 K^T P`` as in the code of EvoEdit (Euphoria040201/RLSEdit): an n x n system,
     and room for as many facts as P has dimensions. That code measures rounding by P K instead, and skips batches that
     would change next to nothing.
@@ -81,22 +81,26 @@ class RenewedNullSpace(Solver):
     ``A = P (K K^T + S + lambda C) + ridge I`` with ``LeastSquares(ridge)`` inside, keys as columns, S the sum over t
     earlier keys. P is the null space of C, and after ``every`` edits that of ``(S / t + lambda C) / (1 + lambda)``, and
     so on. What leaks through eigenvalues below the threshold has a price then, which is none in ``NullSpace``. Follows
-    lbq8942/BetaEdit: lambda 3000 (``statistics.cov_weight``), ridge 10, threshold 0.02. That code also ends the run
-    where an update's norm is above ``20 sqrt(n)``; here ``max_relative_update`` undoes a batch that ran away.
+    lbq8942/BetaEdit: lambda 3000, ridge 10, threshold 0.02. That code also ends the run where an update's norm is above
+    ``20 sqrt(n)``; here ``max_relative_update`` undoes a batch that ran away.
 
     Attributes:
         inner: The solver; its problem has projected keys, and C projected on both sides.
         every: Least number of edits between renewals; None keeps the null space of C.
         threshold: Eigenvalues below it count as null; None takes the covariance's own, which is the model's.
+        cost: lambda, 0 or more; None takes the covariance's own (``statistics.cov_weight``).
     """
 
     matrices = 20  # eigenvectors, moments and the projected C, each d_in x d_in: four times the weight of most MLPs
     inner: Solver = field(default_factory=lambda: LeastSquares(ridge=10.0))
     every: int | None = 1000
     threshold: float | None = None
+    cost: float | None = None
 
     def __post_init__(self) -> None:
         require_positive("RenewedNullSpace", self, "every", "threshold")
+        if self.cost is not None and not self.cost >= 0:
+            raise ConfigError(f"RenewedNullSpace: cost must be 0 or more, got {self.cost}")
 
     def solve(self, problem: LayerProblem) -> Update:
         """Solve the projected problem by ``inner``.
@@ -109,9 +113,9 @@ class RenewedNullSpace(Solver):
         if covariance is None:
             raise ShapeError("RenewedNullSpace needs the covariance of the keys to preserve; the problem has none")
         threshold = covariance.threshold if self.threshold is None else self.threshold
-        count = self._count(history)
-        name = ("renewed null space", count, threshold, covariance.weight)
-        space, cost = history.cached(name, lambda: _mixed(covariance, history, count, threshold))
+        count, weight = self._count(history), covariance.weight if self.cost is None else self.cost
+        name = ("renewed null space", count, threshold, weight)
+        space, cost = history.cached(name, lambda: _mixed(covariance, weight, history, count, threshold))
         if space.rank(threshold) == 0:
             raise NumericalError(
                 f"no direction of the keys is below threshold {threshold} after {count} edits (least second moment "
@@ -128,12 +132,14 @@ class RenewedNullSpace(Solver):
         return count
 
 
-def _mixed(covariance: Covariance, history: KeyHistory, count: int, threshold: float) -> tuple[Covariance, Covariance]:
+def _mixed(
+    covariance: Covariance, weight: float, history: KeyHistory, count: int, threshold: float
+) -> tuple[Covariance, Covariance]:
     """Return the moment of preserved and earlier keys, and C projected on the null space of it."""
     if count == 0 or history.keys is None:
-        return covariance, covariance  # C has no part across its own null space, so it need not be projected
-    rows, weight = history.keys[:count], covariance.weight
-    moment = (rows.T @ rows / count + weight * covariance.moment) / (1 + weight)
-    space = Covariance(moment, weight, threshold=threshold)
+        own = Covariance(covariance.moment, weight, covariance.eigen, threshold)
+        return own, own  # no part of C leads out of its own null space, so it need not be projected
+    rows = history.keys[:count]
+    space = Covariance((rows.T @ rows / count + weight * covariance.moment) / (1 + weight), weight, threshold=threshold)
     half = space.project(covariance.moment, threshold)
     return space, Covariance(space.project(half.T, threshold), weight, threshold=threshold)

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from cakeflow_restrain import Prune, Rect
+from cakeflow_streams import RenewedNullSpace, SolvedTimes, SpectralGuard, UnusedSpace
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -32,6 +33,7 @@ from cakeflow.solvers import Descent, EqualityConstrained
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 
 METHODS, MODELS = shipped("method"), shipped("model")
+SPHERE = SpectralGuard(NullSpace(LeastSquares(1.0)), 0.5, 0.5, sides="input", unit_rows=True, weight="present")
 PARTS = {
     "memit": (Uniform(), Sequential(), LeastSquares(), False),
     "memit_seq": (Uniform(), Sequential(), LeastSquares(), True),
@@ -51,6 +53,11 @@ PARTS = {
     "prune": (Uniform(), Sequential(), Prune(), False),
     "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
     "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
+    "revive": (Uniform(), Sequential(), SpectralGuard(), True),
+    "sphere": (Uniform(), Sequential(), SPHERE, True),
+    "evoedit": (Uniform(), Sequential(), NullSpace(UnusedSpace()), True),
+    "betaedit": (Uniform(), Sequential(), RenewedNullSpace(cost=3000.0), True),
+    "encore": (Uniform(), Sequential(), LeastSquares(20.0), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
 OVER = {
@@ -64,6 +71,7 @@ TARGETS = {
         "site": "mlp_out", "extra_site": "attn_out", "likelihood": TargetLikelihood(solved_factor=0.1),
         "stop": SolvedAndNear(0.01, LossBelow(0.05)),
     },
+    "encore": {"likelihood": TargetLikelihood(solved_in="sampled"), "stop": SolvedTimes(2)},
 }  # fmt: skip
 
 

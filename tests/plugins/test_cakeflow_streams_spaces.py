@@ -117,13 +117,21 @@ def test_facts_left_out_give_their_directions_back():
 # ---- a null space taken anew ----
 
 
+def test_the_cost_is_the_weight_of_the_covariance_by_default():
+    own, named = (
+        list(stream(RenewedNullSpace(every=2, cost=cost), [2, 2], 0, covariance(weight)))
+        for cost, weight in ((None, 7.0), (7.0, 3.0))
+    )
+    assert all(torch.equal(a.dense, b.dense) for (_, a), (_, b) in zip(own, named, strict=True))
+
+
 @given(SIZES, st.sampled_from([None, 1, 3, 4]), st.sampled_from([0.5, 3.0, 3000.0]), st.integers(0, 99))
 def test_a_stream_by_the_formula_of_betaedit(sizes, every, weight, seed):
     """``solve(P (K K^T + S + l1 C) + l2 I, P K R^T)``, P of ``(S / t + l1 C) / (1 + l1)`` from time to time."""
-    ridge, chosen = 10.0, covariance(weight, seed=seed)
+    ridge, chosen = 10.0, covariance(7.0, seed=seed)
     C, S = chosen.moment, torch.zeros(WIDTH, WIDTH, dtype=torch.float64)
     P, done, last = null_projector(C), 0, 0
-    for problem, update in stream(RenewedNullSpace(every=every), sizes, seed, chosen, scale=0.1):
+    for problem, update in stream(RenewedNullSpace(every=every, cost=weight), sizes, seed, chosen, scale=0.1):
         if every is not None and done - last >= every:
             P, last = null_projector((S / done + weight * C) / (1 + weight)), done
         K = problem.keys.T
@@ -144,8 +152,8 @@ def test_a_renewal_changes_the_space(form):
 
 
 def test_without_renewal_and_cost_it_is_the_null_space():
-    solvers = RenewedNullSpace(every=None), NullSpace(LeastSquares(10.0))
-    pairs = zip(*(stream(solver, [2, 3], 0, covariance(0.0)) for solver in solvers), strict=True)
+    solvers = RenewedNullSpace(every=None, cost=0.0), NullSpace(LeastSquares(10.0))
+    pairs = zip(*(stream(solver, [2, 3], 0) for solver in solvers), strict=True)
     for (_, update), (_, plain) in pairs:
         close(update.dense, plain.dense)
 
@@ -164,8 +172,8 @@ def test_missing_needs_and_bad_settings():
         RenewedNullSpace().solve(replace(problem, covariance=None))
     with pytest.raises(NumericalError, match=r"below threshold 1e-09 after 0 edits.*raise the threshold"):
         RenewedNullSpace(threshold=1e-9).solve(problem)
-    for bad in ({"every": 0}, {"threshold": -1.0}):
-        with pytest.raises(ConfigError, match=r"RenewedNullSpace.* must be above 0"):
+    for bad in ({"every": 0}, {"threshold": -1.0}, {"cost": -1.0}):
+        with pytest.raises(ConfigError, match=r"RenewedNullSpace.* must be (above 0|0 or more), got"):
             RenewedNullSpace(**bad)
 
 
