@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -114,14 +115,15 @@ class RenewedNullSpace(Solver):
             raise ShapeError("RenewedNullSpace needs the covariance of the keys to preserve; the problem has none")
         threshold = covariance.threshold if self.threshold is None else self.threshold
         count, weight = self._count(history), covariance.weight if self.cost is None else self.cost
-        name = ("renewed null space", count, threshold, weight)
-        space, cost = history.cached(name, lambda: _mixed(covariance, weight, history, count, threshold))
+        name = ("renewed null space", self.every, threshold, weight)
+        make = partial(_mixed, covariance, weight, history, count, threshold)
+        space, cost = history.cached(name, _Latest).use(count, make)
         if space.rank(threshold) == 0:
             raise NumericalError(
                 f"no direction of the keys is below threshold {threshold} after {count} edits (least second moment "
                 f"{float(space.eigen[0][0]):.1e}): nothing could change; raise the threshold"
             )
-        earlier, keys = history.derive(name, partial(space.project, threshold=threshold), problem.keys)
+        earlier, keys = history.derive((*name, count), partial(space.project, threshold=threshold), problem.keys)
         return self.inner.solve(replace(problem, keys=keys, history=earlier, covariance=cost))
 
     def _count(self, history: KeyHistory) -> int:
@@ -132,9 +134,25 @@ class RenewedNullSpace(Solver):
         return count
 
 
-def _mixed(
-    covariance: Covariance, weight: float, history: KeyHistory, count: int, threshold: float
-) -> tuple[Covariance, Covariance]:
+Spaces = tuple[Covariance, Covariance]
+"""A moment whose null space is edited in, and the cost there."""
+
+
+class _Latest:
+    """The spaces of the last renewal only: each is several times as large as the weight."""
+
+    def __init__(self) -> None:
+        self._count = -1
+        self._spaces: Spaces | None = None
+
+    def use(self, count: int, make: Callable[[], Spaces]) -> Spaces:
+        """Return the spaces after a number of keys, made anew if the last ones are others."""
+        if self._spaces is None or self._count != count:
+            self._count, self._spaces = count, make()
+        return self._spaces
+
+
+def _mixed(covariance: Covariance, weight: float, history: KeyHistory, count: int, threshold: float) -> Spaces:
     """Return the moment of preserved and earlier keys, and C projected on the null space of it."""
     if count == 0 or history.keys is None:
         own = Covariance(covariance.moment, weight, covariance.eigen, threshold)
