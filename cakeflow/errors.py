@@ -195,6 +195,10 @@ class ArrivalWarning(UserWarning):
     """Too little of a fact's searched change arrived at its value site, so the edit may not have taken."""
 
 
+class TargetNormWarning(UserWarning):
+    """Target values whose norm was far from the one that all have to have: facts left as they are, or much stronger."""
+
+
 class SideEffectWarning(UserWarning):
     """A run changed more than its budget allows of what the model says beside the edited facts."""
 

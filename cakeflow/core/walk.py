@@ -232,6 +232,8 @@ class Walk:
         if self.is_first:
             for name in ("loss", "probability", "steps"):
                 self.log(f"target/{name}", getattr(targets, name).double().mean())
+            self.log("target/norm", targets.values.norm(dim=1).mean())
+            self.log("target/unchanged", (targets.values == targets.initial).all(1).double().mean())
         earlier = self.targets.get(value_site)
         self.targets[value_site] = targets if earlier is None else earlier.updated(facts, targets)
         self.record_targets()

@@ -1,6 +1,6 @@
 """Running parts of a model: tokens, suffixes, prefix trees, keys, Jacobians and text generation."""
 
-from cakeflow.forward.corpus import default_corpus, sampled_corpus, token_stream
+from cakeflow.forward.corpus import default_corpus, names, sampled_corpus, token_stream
 from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
 from cakeflow.forward.generation import continuations, generate_contexts
 from cakeflow.forward.jacobian import LinearMap, ModelJacobian
@@ -14,6 +14,6 @@ from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode
 __all__ = [
     "GIB", "FactBatch", "FactReader", "LinearMap", "ModelJacobian", "PromptStream", "Recording", "Row", "Suffixes",
     "TextBatch", "WeightLoss", "check_tokens", "choose_tokens", "continuations", "cut", "default_corpus", "encode",
-    "encode_batch", "encode_prompts", "encode_texts", "generate_contexts", "pad", "plan", "predict", "read_keys",
-    "sampled_corpus", "token_stream",
+    "encode_batch", "encode_prompts", "encode_texts", "generate_contexts", "names", "pad", "plan", "predict",
+    "read_keys", "sampled_corpus", "token_stream",
 ]  # fmt: skip

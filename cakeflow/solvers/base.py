@@ -19,7 +19,7 @@ class Solver(ABC):
 
     The keys of earlier edits are ``problem.history``, a ``KeyHistory``: its rows (``keys``, with ``facts`` and
     ``batches``), their sum of outer products (``outer``), and, cached from batch to batch, the rows under a linear map
-    (``derive``) and a Gram factor (``factor``).
+    (``derive``), a Gram factor (``factor``) and whatever else grows with them (``grown``).
 
     Attributes:
         matrices: Number of float64 matrices of the weight's size that ``solve`` or ``finish`` needs at once, those of

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -86,6 +86,21 @@ class _Recent(dict[Hashable, T]):
         return self[name]
 
 
+class Growing(Protocol):
+    """What a solver derives from a history: it takes in the keys of one batch after another.
+
+    Its length is the number of keys that it has taken in.
+    """
+
+    def __len__(self) -> int: ...
+
+    def grow(self, keys: Float[Tensor, "n d_in"], /) -> None:
+        """Take in the keys of the next batch."""
+
+
+G = TypeVar("G", bound=Growing)
+
+
 class GramFactor:
     """The inverse of ``I + U U^T`` for the transformed rows U of a growing set of keys, as a whitened matrix.
 
@@ -146,9 +161,10 @@ class KeyHistory:
     belongs to one fact, and the rows of one edit batch stand together, so that a solver can weigh or drop them
     (``weighted``, ``without``).
 
-    What solvers derive from the rows (``derive``, ``factor``) is cached by name and extended when rows are added. The
-    two that were used last are kept of each kind, every one as large as the rows. A solver whose map changes from batch
-    to batch, such as one with a growing ridge, has a new name each time and pays for all m rows, batch by batch.
+    What solvers derive from the rows (``derive``, ``factor``, ``grown``) is cached by name and extended when rows are
+    added. The two that were used last are kept of each kind, every one as large as the rows. A solver whose map changes
+    from batch to batch, such as one with a growing ridge, has a new name each time and pays for all m rows, batch by
+    batch.
 
     Args:
         keys: The first rows, if any.
@@ -166,6 +182,7 @@ class KeyHistory:
         self._rows, self._values = _Rows(), _Rows()
         self._derived: _Recent[tuple[KeyHistory, _Last[Tensor]]] = _Recent()
         self._factors: _Recent[GramFactor] = _Recent()
+        self._cached: _Recent[object] = _Recent()
         self._outer: tuple[int, Tensor | float] = 0, 0.0
         self._scaled: tuple[KeyHistory, Tensor] | None = None
         if keys is not None:
@@ -285,10 +302,30 @@ class KeyHistory:
         Raises:
             NumericalError: If that matrix is not positive definite.
         """
-        factor = self._factors.use(name, lambda: GramFactor(transform))
-        for fresh in self._rows.since(len(factor)):
-            factor.grow(fresh)
-        return factor
+        return self._grow(self._factors.use(name, lambda: GramFactor(transform)))
+
+    def grown(self, name: Hashable, make: Callable[[], G]) -> G:
+        """What is derived from the rows batch by batch, grown to all of them.
+
+        Args:
+            name: It is cached under it; one name stands for one derivation, with all numbers that decide it.
+            make: Makes it for no keys.
+        """
+        return self._grow(self.cached(name, make))
+
+    def cached(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What belongs to the weight of these keys and does not change from batch to batch, made on first use.
+
+        Args:
+            name: It is cached under it, with all numbers that decide it.
+            make: Makes it.
+        """
+        return self._cached.use(name, make)  # type: ignore[return-value]
+
+    def _grow(self, part: G) -> G:
+        for fresh in self._rows.since(len(part)):
+            part.grow(fresh)
+        return part
 
     def outer(self) -> Float[Tensor, "d_in d_in"] | float:
         """Sum of the keys' outer products (0 if there are none), extended when rows are added."""

@@ -170,7 +170,7 @@ class GradientSearch(TargetSearch):
         start = final = objective.evaluate(delta, ~active, with_grad=steps > 1)
         for step in range(steps):
             last = step == steps - 1
-            value = objective.evaluate(delta, final.solved, with_grad=not last) if step else start
+            value = objective.evaluate(delta, final.solved, with_grad=not last).after(final) if step else start
             _require_finite(problem, value.loss, active, step)
             evaluations += active
             final = final.updated(active, value)

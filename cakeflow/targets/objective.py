@@ -5,13 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cakeflow.errors import ArchitectureError, ConfigError, NumericalError
+from cakeflow.errors import ArchitectureError, ConfigError, NumericalError, require_choice
 from cakeflow.forward.suffix import Suffixes, cut
 from cakeflow.forward.tokens import Row, TextBatch
 from cakeflow.models.architecture import Site
@@ -75,6 +75,9 @@ class SearchProblem:
     def logits(self, part: Suffixes, delta: Float[Tensor, "n sites d_out"]) -> Float[Tensor, "read vocabulary"]:
         """Compute the logits that a group of rows reads with each fact's vectors added, in delta's precision."""
         return part.logits(self.lm, self.sites, delta[part.fact]).to(delta.dtype)
+
+
+SolvedIn = Literal["all", "sampled"]
 
 
 class TermRows(NamedTuple):
@@ -150,12 +153,16 @@ class TargetLikelihood(ObjectiveTerm):
         factor: Weight of the term.
         solved_factor: Further factor while all tokens of the target are the most likely ones in all contexts (PMET's
             code: 0.1).
+        solved_in: Contexts that count for a fact to be solved: ``all``, or those ``sampled`` to stand in front of the
+            prompt, the bare prompt left out where there are any (ENCORE's code).
     """
 
     solved_factor: float = 1.0
+    solved_in: SolvedIn = "all"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        require_choice("TargetLikelihood.solved_in", self.solved_in, SolvedIn)
         if not 0 < self.solved_factor <= 1:
             raise ConfigError(f"TargetLikelihood: solved_factor must lie in (0, 1], got {self.solved_factor}")
 
@@ -181,7 +188,14 @@ class _PreparedLikelihood(PreparedTerm):
         count = torch.bincount(part.row, minlength=len(part.fact))
         contexts = torch.tensor([len(rows) for rows in self.problem.batch.rows]).to(nll)
         value = _by_row(part, nll / contexts[part.fact[part.row]]) / count
-        return TermRows(part.fact, value, _by_row(part, misses))
+        counted = self._counted(part) if self.term.solved_in == "sampled" else 1
+        return TermRows(part.fact, value, counted * _by_row(part, misses))
+
+    def _counted(self, part: Suffixes) -> Bool[Tensor, " rows"]:
+        """Return False for bare prompts of facts with further contexts, which put their token further behind."""
+        bare = [rows[0].fact if len(rows) > 1 else -1 for rows in self.problem.batch.rows]
+        at = part.positions.gather(1, part.changed_column[:, None])[:, 0]
+        return at != torch.tensor(bare, device=at.device)[part.fact]
 
     def factor(self, solved: Tensor) -> Tensor:
         # torch.where rounds plain numbers to float32: solved_factor is single precision on every model
@@ -305,6 +319,7 @@ class ObjectiveValue:
         loss: Sum of the terms' values, each times its factor.
         solved: True where all tokens of the target are the most likely ones; False if no term counts misses.
         terms: Value of each term by its name, without its factor.
+        hits: Number of evaluations so far at which the fact was solved, this one included.
     """
 
     delta: Float[Tensor, "n sites d_out"]
@@ -312,6 +327,11 @@ class ObjectiveValue:
     loss: Float[Tensor, " n"]
     solved: Bool[Tensor, " n"]
     terms: Mapping[str, Float[Tensor, " n"]]
+    hits: Int[Tensor, " n"]
+
+    def after(self, earlier: ObjectiveValue) -> ObjectiveValue:
+        """Count the hits of an earlier evaluation as well."""
+        return replace(self, hits=self.hits + earlier.hits)
 
     def updated(self, active: Bool[Tensor, " n"], newer: ObjectiveValue) -> ObjectiveValue:
         """Take over newer numbers for the facts marked in ``active``."""
@@ -322,6 +342,7 @@ class ObjectiveValue:
             torch.where(active, newer.loss, self.loss),
             torch.where(active, newer.solved, self.solved),
             {name: torch.where(active, newer.terms[name], value) for name, value in self.terms.items()},
+            torch.where(active, newer.hits, self.hits),
         )
 
 
@@ -357,7 +378,8 @@ class Objective:
                     if with_grad:
                         grad += _gradient(rows, factor, leaf)
                 values[name], loss = value, loss + factor * value
-        return ObjectiveValue(leaf.detach(), grad, loss, (misses == 0) & counted, values)
+        solved = (misses == 0) & counted
+        return ObjectiveValue(leaf.detach(), grad, loss, solved, values, solved.long())
 
     def only(self, active: Bool[Tensor, " n"]) -> Objective:
         """Drop the rows of facts that are done."""

@@ -4,6 +4,13 @@ from cakeflow_streams.blend import ResidualBlend
 from cakeflow_streams.conflict import ConflictHistory
 from cakeflow_streams.forgetting import Forgetting
 from cakeflow_streams.importance import FisherPenalty
+from cakeflow_streams.names import MinorSpace
 from cakeflow_streams.rank import RankSearch
+from cakeflow_streams.search import NormFeedback, SolvedTimes
+from cakeflow_streams.spaces import RenewedNullSpace, UnusedSpace
+from cakeflow_streams.spectrum import SpectralGuard
 
-__all__ = ["ConflictHistory", "FisherPenalty", "Forgetting", "RankSearch", "ResidualBlend"]
+__all__ = [
+    "ConflictHistory", "FisherPenalty", "Forgetting", "MinorSpace", "NormFeedback", "RankSearch", "RenewedNullSpace",
+    "ResidualBlend", "SolvedTimes", "SpectralGuard", "UnusedSpace",
+]  # fmt: skip

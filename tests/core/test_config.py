@@ -8,7 +8,17 @@ import pytest
 import torch
 import yaml
 from cakeflow_restrain import Prune, Rect
-from cakeflow_streams import ConflictHistory, FisherPenalty, Forgetting, RankSearch, ResidualBlend
+from cakeflow_streams import (
+    ConflictHistory,
+    FisherPenalty,
+    Forgetting,
+    RankSearch,
+    RenewedNullSpace,
+    ResidualBlend,
+    SolvedTimes,
+    SpectralGuard,
+    UnusedSpace,
+)
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -35,6 +45,7 @@ from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
 
 METHODS, MODELS = shipped("method"), shipped("model")
+SPHERE = SpectralGuard(NullSpace(LeastSquares(1.0)), 0.5, 0.5, sides="input", unit_rows=True, weight="present")
 PARTS = {
     "memit": (Uniform(), Sequential(), LeastSquares(), False),
     "memit_seq": (Uniform(), Sequential(), LeastSquares(), True),
@@ -64,6 +75,11 @@ PARTS = {
     "forward_targets": (Uniform(), Sequential(0.0, "forward"), LeastSquares(), True),
     "hse": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
     "hse_official": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
+    "revive": (Uniform(), Sequential(), SpectralGuard(), True),
+    "sphere": (Uniform(), Sequential(), SPHERE, True),
+    "evoedit": (Uniform(), Sequential(), NullSpace(UnusedSpace()), True),
+    "betaedit": (Uniform(), Sequential(), RenewedNullSpace(cost=3000.0), True),
+    "encore": (Uniform(), Sequential(), LeastSquares(20.0), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
 OVER = {
@@ -90,6 +106,7 @@ TARGETS = {
         "site": "mlp_out", "extra_site": "attn_out", "likelihood": TargetLikelihood(solved_factor=0.1),
         "stop": SolvedAndNear(0.01, LossBelow(0.05)),
     },
+    "encore": {"likelihood": TargetLikelihood(solved_in="sampled"), "stop": SolvedTimes(2)},
 }  # fmt: skip
 
 

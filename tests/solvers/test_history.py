@@ -261,3 +261,33 @@ def test_weights_that_cannot_be_meant_are_refused():
     with pytest.raises(ShapeError, match="2 keys of 1 facts"):
         KeyHistory(rows(2), ["one"])
     assert len(KeyHistory().weighted(torch.ones(0))) == len(KeyHistory().without({"a"})) == 0
+
+
+class Total:
+    """Counts what it takes in."""
+
+    def __init__(self):
+        self.batches = []
+
+    def __len__(self):
+        return sum(self.batches)
+
+    def grow(self, keys):
+        self.batches.append(len(keys))
+
+
+def test_what_is_grown_takes_in_every_batch_once():
+    history = KeyHistory()
+    for count in (2, 1, 3):
+        history.append(rows(count))
+        assert history.grown("total", Total).batches[-1] == count
+    assert history.grown("total", Total).batches == history.grown("another", Total).batches == [2, 1, 3]
+    assert history.grown("total", Total) is history.grown("total", Total)
+
+
+def test_what_is_cached_is_made_once():
+    history, made = KeyHistory(), []
+    for _ in range(2):
+        assert history.cached("one", lambda: made.append(1) or "thing") == "thing"
+        history.append(rows(1))
+    assert made == [1]

@@ -55,6 +55,8 @@ def plain_jointly(lm, requests, contexts, settings, layer):
         adam = ByFact(
             deltas, [settings.stride * settings.clamp * float(start.norm()) for start in starts], settings.betas
         )
+    hits, times = [0 for _ in facts], getattr(settings.stop, "times", settings.steps + 1)
+    first = 1 if settings.likelihood.solved_in == "sampled" else 0
     stop_kl, limit = getattr(settings.stop, "kl", 0.0), getattr(settings.stop, "inner", settings.stop).loss
     for step in range(settings.steps):
         now = added(lm.model, modules, essence, last, deltas)[0][last]
@@ -62,11 +64,12 @@ def plain_jointly(lm, requests, contexts, settings, layer):
         decay = sum(delta.norm() / start.norm() ** 2 for delta, start in zip(deltas, starts, strict=True))
         losses, done = [], True
         for number, rows in enumerate(facts):
-            nll, top = likelihood(lm, modules, rows, deltas)
+            nll, top = likelihood(lm, modules, rows, deltas, first)
             loss = factors[number] * nll + settings.essence.factor * divergence + settings.decay.factor * decay
             losses.append((loss, nll))
             factors[number] = settings.likelihood.solved_factor if top else 1.0
-            done &= bool(loss < limit or (top and divergence < stop_kl))
+            hits[number] += top
+            done &= bool(loss < limit or (top and divergence < stop_kl) or hits[number] >= times)
         if done or step == settings.steps - 1:
             break
         adam.zero_grad()
@@ -99,13 +102,13 @@ class ByFact:
             delta.data -= length * mean / square.sqrt()
 
 
-def likelihood(lm, modules, rows, deltas):
-    """Mean NLL of the target over the contexts, and True if all its tokens are the most likely ones in all of them."""
+def likelihood(lm, modules, rows, deltas, first=0):
+    """Mean NLL of the target over the contexts, and True if from ``first`` on all its tokens are most likely."""
     nll, top = 0, True
-    for ids, at, target in rows:
+    for place, (ids, at, target) in enumerate(rows):
         log_probs = added(lm.model, modules, ids, at, deltas)[0][target - 1 : -1]
         wanted = torch.tensor(ids[target:])
-        top &= bool((log_probs.argmax(-1) == wanted).all())
+        top &= bool((log_probs.argmax(-1) == wanted).all()) or place < first
         nll = nll + torch.nn.functional.nll_loss(log_probs, wanted) / len(rows)
     return nll, top
 
