@@ -27,7 +27,7 @@ import torch
 from sweep import Row, write_table
 
 from cakeflow import Editor, EditRequest, Evaluation, read_requests
-from cakeflow.callbacks import NeutralText, PeriodicCallback
+from cakeflow.callbacks import PeriodicCallback, StreamHealth
 from cakeflow.evaluation import score_records
 from cakeflow.metrics import KINDS, record_means, success
 from cakeflow.models import LanguageModel, load_model
@@ -52,6 +52,14 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "forward_targets, null space": ("forward_targets", {**PLAIN, "solver": NULL_SPACE}),
     "forward_targets, 35 steps": ("forward_targets", {**PLAIN, "targets": {"steps": 35}}),
     "first layer alone": ("memit_seq", {**PLAIN, **ONE_LAYER}),
+    "alphaedit_plus": ("alphaedit_plus", PLAIN),
+    "hse": ("hse", {**PLAIN, "solver": {"class_path": "PlannedHistory", "init_args": {"planned": 2000}}}),
+    "rect_seq": ("rect_seq", PLAIN),
+    "revive": ("revive", PLAIN),
+    "sphere": ("sphere", PLAIN),
+    "evoedit": ("evoedit", PLAIN),
+    "betaedit": ("betaedit", PLAIN),
+    "encore": ("encore", PLAIN),
     "memit_seq, closed loop": ("memit_seq", {**PLAIN, "rounds": 2}),
     "cake, closed loop": ("cake", {**PLAIN, "rounds": 2}),
     "memit_seq, repaired": ("memit_seq", {**PLAIN, "repair": True}),
@@ -69,7 +77,8 @@ SHOWN = {
     "all/generalization_tokens": "all, paraphrases, tokens",
     "all/specificity_tokens": "all, specificity, tokens",
     "all/editscore": "all, EditScore",
-    "neutral/kl": "neutral text, nats",
+    "health/kl": "neutral text, nats",
+    "health/state": "health (0 fine, 1 wearing, 2 broken)",
 }
 
 
@@ -90,11 +99,11 @@ class Points(PeriodicCallback):
     ) -> None:
         super().__init__(1)
         self.records, self.points, self.kept, self.save = records, points, rows, save
-        self.neutral, self.start = NeutralText(), time.perf_counter()
+        self.health, self.start = StreamHealth(), time.perf_counter()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
         """Read the neutral text."""
-        self.neutral.on_fit_start(trainer, pl_module)
+        self.health.on_fit_start(trainer, pl_module)
 
     def measure(self, module: Any) -> dict[str, float]:
         """Measure once at each of the points."""
@@ -104,10 +113,9 @@ class Points(PeriodicCallback):
     def at(self, module: Any, edits: int) -> None:
         """Measure after so many edits, if that is one of the points."""
         if edits in self.points and str(edits) not in self.kept:
-            facts = [each for step in module.journal for each in step.facts]
             row = measured(module.lm, self.records[:edits])
-            row |= {f"neutral/{name}": value for name, value in self.neutral.measure(module).items()}
-            row |= {"taken": sum(each.taken for each in facts) / len(facts), "written": len(facts)}
+            row |= {f"health/{name}": value for name, value in self.health.measure(module).items()}
+            row["written"] = sum(len(step.facts) for step in module.journal)
             for name in ("probability", "steps", "arrived"):
                 logged = [step.numbers[f"target/{name}"] for step in module.journal]
                 row[f"target/{name}"] = sum(logged) / len(logged)
@@ -227,8 +235,8 @@ def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path) -> None:
         for edits, row in points.items()
     ]
     write_table(out / name, stream, rows)
-    _, axes = plt.subplots(2, 5, figsize=(16, 6), layout="tight")
-    for ax, (key, text) in zip(axes.flat, SHOWN.items(), strict=True):
+    _, axes = plt.subplots(2, 6, figsize=(19, 6), layout="tight")
+    for ax, (key, text) in zip(axes.flat, SHOWN.items(), strict=False):
         for arm, points in arms.items():
             curve = {int(edits): row[key] for edits, row in points.items() if key in row}
             ax.plot(list(curve), list(curve.values()), "k--" if arm == "unedited" else ".-", label=arm)

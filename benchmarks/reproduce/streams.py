@@ -3,9 +3,11 @@
     python benchmarks/reproduce/streams.py figure3 --data COUNTERFACT --corpus valid.txt test.txt --ability DIR
     python benchmarks/reproduce/streams.py figure5 --data ZSRE --corpus valid.txt test.txt
     python benchmarks/reproduce/streams.py figure7 --data COUNTERFACT --corpus valid.txt test.txt
+    python benchmarks/reproduce/streams.py health --data COUNTERFACT
 
 ``figure3``: general ability (weighted F1) every so many edits. ``figure5``: drift of each layer, and accumulated, over
-100 single edits. ``figure7``: quality of all edits so far, edited one by one. Each method starts from the unedited
+100 single edits. ``figure7``: quality of all edits so far, edited one by one. ``health``, of no paper: the state of the
+model (``StreamHealth``) and what it comes from. Each method starts from the unedited
 model and gets the same records in the same order. At the embedded scale streams are shorter than in the paper (3,000
 edits in batches of 100; 100 edits; 100 to 5,000 edits): ``--scale full`` has its numbers; ``--edits``, ``--batch-size``
 and ``--every`` take any. Methods that are done are kept in ``FIGURE.json`` under ``--out``, beside the figure; one that
@@ -33,7 +35,7 @@ from cakeflow_theory import ResidualDrift
 from sweep import Sweep, write_table
 
 from cakeflow import EditDataModule, Evaluation
-from cakeflow.callbacks import PeriodicCallback
+from cakeflow.callbacks import PeriodicCallback, StreamHealth
 from cakeflow.core import find_config
 from cakeflow.models import load_model
 from cakeflow.report import curves_of, plot_curves, save_plot
@@ -131,6 +133,7 @@ SEQUENTIAL = {"MEMIT": "memit", "AlphaEdit": "alphaedit", "AlphaEdit_BLUE": "alp
 RATES = ("efficacy", "generalization", "specificity")
 QUALITY = [f"quality/{name}{form}/{name}{form}" for name in RATES for form in ("", "_tokens")]
 F1 = [f"ability/{task}/f1" for task in TASKS]
+HEALTH = [f"health/{name}/{name}" for name in ("state", "taken", "retention", "kl")]
 STREAMS = {
     "figure3": Stream(
         {**SEQUENTIAL, "PRUNE": "prune", "RECT": "rect", "CAKE, exact": "cake"},
@@ -150,6 +153,12 @@ STREAMS = {
         {"embedded": (100, 1, 25), "full": (5000, 1, 500)},
         lambda args, every: [Quality(every)],
         draw_curves(QUALITY),
+    ),
+    "health": Stream(
+        {"MEMIT_seq": "memit_seq", "MEMIT": "memit"},
+        {"embedded": (300, 10, 10), "full": (3000, 100, 100)},
+        lambda args, every: [StreamHealth(every=every)],
+        draw_curves(HEALTH),
     ),
 }  # fmt: skip
 

@@ -24,8 +24,10 @@ from cakeflow.evaluation.outcome import (
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import FreeAnswer
 
-MOST_DROP, MOST_DIVERGENCE = 0.25, 0.1
-"""Default budget: the part of familiar facts that may be lost, and nats of divergence on neutral text."""
+MOST_DROP = 0.25
+"""Default budget: the part of familiar facts that may be lost."""
+MOST = {"neutral/kl": 0.1, "health/state": 1.0}
+"""Default budget: nats of divergence on neutral text, and ``StreamHealth`` short of broken."""
 
 
 class OutcomeCheck(L.Callback):
@@ -41,7 +43,8 @@ class OutcomeCheck(L.Callback):
         neighbors: Number of neighbors.
         chat: Whether to ask in a chat too.
         budget: Rules whose breach is a ``SideEffectWarning``, or a YAML file of them; ``PolicyGuard`` takes a run back
-            instead. By default familiar facts may fall by 0.25 and ``neutral/kl`` be 0.1, where they were measured.
+            instead. By default familiar facts may fall by 0.25, ``neutral/kl`` be 0.1 and ``health/state`` 1, where
+            they were measured.
 
     Raises:
         ConfigError: If a number is negative, or the file cannot be read as a policy.
@@ -117,7 +120,7 @@ def _default_budget(both: set[str], after: Container[str]) -> Policy:
     """Return the default rules for the metrics that were measured on both sides, or after the run."""
     return Policy(
         max_drop={name: MOST_DROP for name in ("familiar", "familiar_chat") if name in both},
-        maximum={"neutral/kl": MOST_DIVERGENCE} if "neutral/kl" in after else {},
+        maximum={name: bound for name, bound in MOST.items() if name in after},
     )
 
 

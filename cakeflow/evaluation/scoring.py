@@ -83,7 +83,11 @@ class PromptScores:
 
 
 def score_targets(
-    lm: LanguageModel, prompts: Sequence[str], targets: Sequence[str], max_tokens: int = 4096
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    targets: Sequence[str],
+    max_tokens: int = 4096,
+    max_bytes: float | None = None,
 ) -> tuple[Float[Tensor, " p"], Float[Tensor, " p"]]:
     """Score one continuation of each prompt in the ``clean`` protocol.
 
@@ -92,17 +96,19 @@ def score_targets(
         prompts: p prompts.
         targets: p continuations.
         max_tokens: Most tokens in one forward pass.
+        max_bytes: Most bytes beyond the model.
 
     Returns:
         Mean log-probability per token (natural logarithm), and the share of tokens that are the arg-max.
 
     Raises:
         RequestError: If a target has no token, or a text is longer than the model can read.
+        ConfigError: If the longest text does not fit ``max_bytes``.
     """
     pairs = [ScoredContinuation(index, *pair) for index, pair in enumerate(zip(prompts, targets, strict=True))]
     reads = _joint(lm, pairs)
     _require_readable(lm, reads, pairs)
-    return score_reads(lm, reads, max_tokens)
+    return score_reads(lm, reads, max_tokens, max_bytes)
 
 
 def score_reads(

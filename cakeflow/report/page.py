@@ -81,6 +81,7 @@ def render_page(run: RunFolder) -> str:
         script=script,
         digest=digest,
         changes=views.run_changes(run),
+        health=views.health(run),
         metrics=METRICS,
         relations=views.relations(run),
         edits=views.edit_views(run),

@@ -10,6 +10,7 @@ from itertools import groupby
 
 import numpy as np
 
+from cakeflow.callbacks.health import STATES, worst
 from cakeflow.data.text import states
 from cakeflow.evaluation.outcome import by_metric
 from cakeflow.journal.schema import EvaluatedRequest, FreeAnswer, PromptAnswer
@@ -198,6 +199,24 @@ def layer_rows(run: RunFolder) -> list[dict[str, float]]:
     """Return the numbers that were logged per layer (``layer{l}/{name}``), batch by batch."""
     rows = ({name: value for name, value in row.items() if name.startswith("layer")} for row in run.log)
     return [row for row in rows if row]
+
+
+@dataclass(frozen=True)
+class Health:
+    """The last word of ``StreamHealth``: the state, the number of edits behind it, and the quantities by name."""
+
+    state: str
+    edits: float
+    numbers: dict[str, float]
+
+
+def health(run: RunFolder) -> Health | None:
+    """Return the health that was measured last; None if it was not measured."""
+    rows = [row for row in run.log if row.get("health/state") in range(len(STATES))]
+    if not rows:
+        return None
+    numbers = worst({name: value for name, value in rows[-1].items() if name.startswith("health/")})
+    return Health(STATES[int(numbers.pop("state"))], numbers.pop("edits", math.nan), numbers)
 
 
 def losses(run: RunFolder) -> dict[int, list[float]]:

@@ -262,12 +262,14 @@ def test_classes_that_were_imported_and_lightnings_own(config):
         "ModelCheckpoint": {"dirpath": "x"},
         "EarlyStopping": {"monitor": "loss"},
         "cakeflow.callbacks.NeutralText": {"source": ["a", "b"]},
+        "cakeflow.callbacks.StreamHealth": {"limits": {"kl": [0.2, 0.5]}, "every": 5},
     }
     named = [{"class_path": name, "init_args": values} for name, values in kinds.items()]
     with only_known_classes():
         made = parser.instantiate(parser.parse_args([f"--config={config({'callbacks': named})}"])).callbacks
-    assert [type(each).__name__ for each in made] == ["ModelCheckpoint", "EarlyStopping", "NeutralText"]
+    assert [type(each).__name__ for each in made] == ["ModelCheckpoint", "EarlyStopping", "NeutralText", "StreamHealth"]
     assert made[2].source == ["a", "b"]
+    assert made[3].limits["kl"] == (0.2, 0.5)
 
 
 def test_data_reaches_settings_as_it_stands(config):

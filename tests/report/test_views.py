@@ -3,6 +3,7 @@
 import json
 import math
 import statistics
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from cakeflow.report.figures import curves_of
 from cakeflow.report.intervals import Interval
 from cakeflow.report.views import (
     edit_views,
+    health,
     losses,
     method,
     peak_memory,
@@ -93,6 +95,16 @@ def test_the_same_fact_twice_takes_two_entries(run_folder):
     write_ledger(path, steps)
     views = edit_views(RunFolder.read(run_folder))
     assert [views[place].edit.targets[0].loss for place in (0, 3)] == [0.5, 0.125]
+
+
+def test_health_is_what_was_measured_last(run):
+    row = {"health/state": 0.0, "health/edits": 4.0, "health/kl": 0.1, "health/layer5/growth": 1.2}
+    last = {**row, "health/state": 1.0, "health/edits": 8.0, "health/layer7/growth": 1.6, "step": 3}
+    assert health(run) is None
+    got = health(replace(run, log=[row, last, {"step": 4.0}]))
+    assert (got.state, got.edits) == ("wearing", 8)
+    assert got.numbers == {"kl": 0.1, "growth": 1.6}
+    assert health(replace(run, log=[{**row, "health/state": value} for value in (0.5, 9.0, math.nan)])) is None
 
 
 def test_curves_losses_and_costs(run):
