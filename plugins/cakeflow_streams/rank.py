@@ -122,7 +122,7 @@ def objectives(problem: LayerProblem, ridge: float, rank: int, block: int) -> Fl
     drops = columns.square().sum(1)
     by_block = torch.nn.functional.pad(drops, (0, -len(drops) % block)).view(-1, block).sum(1)
     sums = torch.cat([drops.new_zeros(1), by_block.cumsum(0)])
-    result: Tensor = ridge * (residual.square().sum() - sums).clamp_min(0)
+    result: Tensor = ridge * (residual.square().sum() - sums)
     return result
 
 
@@ -137,5 +137,7 @@ def _factor(gram: Float[Tensor, "d d"], ridge: float) -> Float[Tensor, "d d"]:
 
 def price(update: Update, covariance: Covariance) -> float:
     """Return ``tr(D C D^T)``, the mean squared change of the output for the keys to preserve."""
-    gram = update.right @ covariance.moment @ update.right.T
+    values, vectors = covariance.eigen  # used already, where C itself might have to be moved first
+    coordinates = update.right @ vectors
+    gram = (coordinates * values) @ coordinates.T
     return float(gram.trace() if update.left is None else (gram * (update.left @ update.left.T)).sum())

@@ -175,6 +175,8 @@ def test_rank_price_and_share_are_logged(tiny, requests, quiet):
             assert change.numbers[name] == update.numbers[name]
         D, C = update.dense, problem.covariance.moment
         assert update.numbers["price"] == pytest.approx(float((D @ C @ D.T).trace()), rel=1e-9)
+        assert problem.index == LAYERS.index(layer)
+        torch.testing.assert_close(problem.gap / (3 - problem.index), problem.residual)
         assert problem.covariance.rank(0.1) <= update.numbers["rank"] <= len(C)
 
 
