@@ -164,6 +164,13 @@ def typical_norm(
 
     Raises:
         ConfigError: If ``trim`` leaves no fact, or the search is for another site than ``block`` or ``mlp_out``.
+
+    Example:
+        >>> from cakeflow.testing import tiny_batch, tiny_model
+        >>> lm = tiny_model()
+        >>> search = GradientSearch(steps=2)
+        >>> NormFeedback(typical_norm(search, lm, tiny_batch(lm), layer=1), search).norm > 0
+        True
     """
     if not 0 <= trim < 1:
         raise ConfigError(f"typical_norm: trim must lie in [0, 1), got {trim}")
