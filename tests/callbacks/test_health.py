@@ -189,7 +189,7 @@ class Efficacy(PeriodicCallback):
 @pytest.mark.filterwarnings("ignore::cakeflow.errors.RequestWarning")  # the model states a few of them already
 def test_a_broken_stream_of_the_real_model_is_called_so_in_time(real_editor, tmp_path):
     """No history, next to no second moments and far targets break it; ``memit_seq`` stays fine on the same facts."""
-    facts, watchers = builtin_facts()[:70], (StreamHealth(), Efficacy())
+    facts, watchers = builtin_facts()[:60], (StreamHealth(), Efficacy())
     statistics = {"source": str(tmp_path / "references.txt"), "tokens": 2048, "cov_weight": 1e-3}
     targets = {"steps": 6, "lr": 10.0, "clamp": 40.0}
     editor = real_editor("memit", {"callbacks": list(watchers)}, statistics=statistics, targets=targets)
