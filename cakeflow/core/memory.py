@@ -32,6 +32,8 @@ ON_ACCELERATOR = 16
 """How many times as many suffix tokens a pass has on an accelerator, which small passes leave idle, as on a CPU."""
 LEAST_BYTES, MOST_BYTES = 1 * GIB, 8 * GIB
 """Ends of the limit for target searches and keys without a budget; more at once would hardly be faster."""
+LEAST_ON_ACCELERATOR = 4 * GIB
+"""The lower end on an accelerator, where a small model's passes would be too small to pay for their launch."""
 STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -147,8 +149,8 @@ class Footprint:
             batch: n facts.
             sites: The edited projections.
             max_tokens: Most suffix tokens in a pass with gradients on a CPU (``TargetSearch.max_tokens``).
-            max_bytes: Most bytes beyond the model; None aims at the model's own size, between ``LEAST_BYTES`` and
-                ``MOST_BYTES``, and refuses nothing.
+            max_bytes: Most bytes beyond the model; None aims at the model's own size, between ``LEAST_BYTES``
+                (``LEAST_ON_ACCELERATOR``) and ``MOST_BYTES``, and refuses nothing.
             earlier: Number of facts from earlier batches whose keys are preserved.
             matrices: Float64 matrices as large as a weight that the solver holds (``Solver.matrices``).
 
@@ -196,7 +198,8 @@ def _stored(weight: Tensor) -> int:
 
 
 def _default_bytes(lm: LanguageModel) -> float:
-    return min(MOST_BYTES, max(LEAST_BYTES, sum(parameter.nbytes for parameter in lm.model.parameters())))
+    least = LEAST_BYTES if lm.device.type == "cpu" else LEAST_ON_ACCELERATOR
+    return min(MOST_BYTES, max(least, sum(parameter.nbytes for parameter in lm.model.parameters())))
 
 
 def _suffix(row: Row) -> int:
