@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -212,7 +213,8 @@ def main() -> None:
             draw(stream, arms, args.out)
         return
     records = distinct(read_requests(args.data), max(args.points))
-    stream = streams.setdefault(f"{args.data.name}, batches of {args.batch_size}", {})
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
+    stream = streams.setdefault(f"{args.data.name}, batches of {args.batch_size}, {device}", {})
 
     def save() -> None:
         write_text(path, json.dumps(streams).replace("}, ", "},\n") + "\n")
@@ -228,7 +230,7 @@ def main() -> None:
 
 def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path) -> None:
     """Write a table of all rows, and a panel per metric over the number of edits, with a line per arm."""
-    name = "aging-" + stream.split(",")[0].split(".")[0] + "-" + stream.split()[-1]
+    name = "aging-" + re.sub(r"\W+", "-", stream.replace("jsonl.gz", "").replace("batches of ", "").lower()).strip("-")
     rows = [
         {"arm": arm, "edits": edits, **{text: f"{row[key]:.3f}" for key, text in SHOWN.items() if key in row}}
         for arm, points in arms.items()
