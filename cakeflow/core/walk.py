@@ -202,6 +202,11 @@ class Walk:
                 targets = replace(targets, values=reached, initial=path.output)
         give_back()  # what the search took is more than what is needed from here on
         checked_facts("target values are", targets.values, batch, layer)
+        if self.is_first:
+            for name in ("loss", "probability", "steps"):
+                self.log(f"target/{name}", getattr(targets, name).double().mean())
+            self.log("target/norm", targets.values.norm(dim=1).mean())
+            self.log("target/unchanged", (targets.values == targets.initial).all(1).double().mean())
         self.note_targets(value_site, facts, targets)
 
     def carry(self, value_site: Site, above: Sequence[Site], facts: Sequence[int]) -> set[Site]:
@@ -228,12 +233,7 @@ class Walk:
         return {"importance": None if total is None else total.to(self.module.lm.device)}
 
     def note_targets(self, value_site: Site, facts: Sequence[int], targets: Targets) -> None:
-        """Log how a search ended, and keep it in the place of an earlier one."""
-        if self.is_first:
-            for name in ("loss", "probability", "steps"):
-                self.log(f"target/{name}", getattr(targets, name).double().mean())
-            self.log("target/norm", targets.values.norm(dim=1).mean())
-            self.log("target/unchanged", (targets.values == targets.initial).all(1).double().mean())
+        """Keep the targets of some facts in the place of earlier ones."""
         earlier = self.targets.get(value_site)
         self.targets[value_site] = targets if earlier is None else earlier.updated(facts, targets)
         self.record_targets()
