@@ -7,23 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from cakeflow_restrain import Prune, Rect
-from cakeflow_streams import (
-    ConflictHistory,
-    FisherPenalty,
-    Forgetting,
-    RankSearch,
-    RenewedNullSpace,
-    ResidualBlend,
-    SolvedTimes,
-    SpectralGuard,
-    UnusedSpace,
-)
 from torchmetrics import Metric
 
 from cakeflow import (
     Contexts,
-    Endpoints,
     GradientSearch,
     LeastSquares,
     LocateThenEdit,
@@ -39,75 +26,13 @@ from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
-from cakeflow.solvers import Descent, EqualityConstrained, FromScratch, PlannedHistory
+from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
+from core.recipes import OFFICIAL, OVER, PARTS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
-SPHERE = SpectralGuard(NullSpace(LeastSquares(1.0)), 0.5, 0.5, sides="input", unit_rows=True, weight="present")
-PARTS = {
-    "memit": (Uniform(), Sequential(), LeastSquares(), False),
-    "memit_seq": (Uniform(), Sequential(), LeastSquares(), True),
-    "memit_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
-    "alphaedit": (Uniform(), Sequential(), NullSpace(LeastSquares(1.0)), True),
-    "alphaedit_blue": (Endpoints(), Sequential(0.0, "self"), NullSpace(LeastSquares(1.0)), True),
-    "alphaedit_plus": (
-        Uniform(),
-        Sequential(),
-        ResidualBlend(ConflictHistory(RankSearch(LeastSquares(10.0)))),
-        True,
-    ),
-    "memit_seq_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), True),
-    "rome": (OneHot(), Sequential(), EqualityConstrained(), False),
-    "rome_official": (OneHot(), Sequential(), EqualityConstrained(at="prompt"), False),
-    "ft": (OneHot(), Sequential(), Descent(), False),
-    "emmet": (Uniform(), Sequential(), EqualityConstrained(), False),
-    "pmet": (Uniform(), Sequential(0.5), LeastSquares(), False),
-    "pmet_seq": (Uniform(), Sequential(0.5), LeastSquares(), True),
-    "pmet_blue": (Endpoints(), Sequential(0.0, "self"), LeastSquares(), False),
-    "rect": (Uniform(), Sequential(), Rect(), False),
-    "rect_seq": (Uniform(), Sequential(), Rect(FromScratch()), True),
-    "rect_blue": (Endpoints(), Sequential(0.0, "self"), Rect(), False),
-    "prune": (Uniform(), Sequential(), Prune(), False),
-    "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
-    "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
-    "forward_targets": (Uniform(), Sequential(0.0, "forward"), LeastSquares(), True),
-    "hse": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
-    "hse_official": (Uniform(), Sequential(), PlannedHistory(planned=1000), True),
-    "revive": (Uniform(), Sequential(), SpectralGuard(), True),
-    "sphere": (Uniform(), Sequential(), SPHERE, True),
-    "evoedit": (Uniform(), Sequential(), NullSpace(UnusedSpace()), True),
-    "betaedit": (Uniform(), Sequential(), RenewedNullSpace(cost=3000.0), True),
-    "encore": (Uniform(), Sequential(), LeastSquares(20.0), True),
-}
-"""Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
-OVER = {
-    "cake": "alphaedit", "cake_paper": "alphaedit",
-    "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet",
-}  # fmt: skip
-OFFICIAL = {
-    "cake_official": (10.0, 0.5, 0.4),
-    "cake_official_gpt_j": (30.0, 0.75, 0.5),
-    "cake_official_gpt2_xl": (40.0, 0.75, 0.5),
-}
-"""Recipe -> ridge, clamp and decay of CAKE's released configs."""
-"""CAKE over a method: its weights, everything else as there."""
-TARGETS = {
-    "hse_official": {
-        "likelihood": TargetLikelihood(0.8), "one_by_one": True,
-        "further": (Forgetting(0.2, space=False), FisherPenalty(0.1)),
-    },
-    "hse": {"likelihood": TargetLikelihood(0.8), "further": (Forgetting(0.2), FisherPenalty(0.1))},
-    "rome": {"site": "mlp_out", "clamp": 4.0},
-    "cake_official_gpt": {"clamp": 0.75, "decay": NormDecay(0.5)},
-    "cake_official": {"clamp": 0.5, "decay": NormDecay(0.4)},
-    "pmet": {
-        "site": "mlp_out", "extra_site": "attn_out", "likelihood": TargetLikelihood(solved_factor=0.1),
-        "stop": SolvedAndNear(0.01, LossBelow(0.05)),
-    },
-    "encore": {"likelihood": TargetLikelihood(solved_in="sampled"), "stop": SolvedTimes(2)},
-}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
