@@ -8,7 +8,8 @@ Records with distinct subjects, in file order, in batches of 100 (``--batch-size
 the unedited model; rows are kept in ``aging.json`` under ``--out`` as they are measured, and an arm that was
 interrupted goes on where it stopped. A row has the metrics of the first hundred facts and of all so far, free answers
 about the first hundred, neutral text, and each record's outcomes, so that two arms can be compared record by record.
-``unedited`` asks the same of the model as it is. ``--draw`` draws the rows and prints them as a table.
+``unedited`` asks the same of the model as it is. ``--draw`` draws the rows and prints them as a table, and the
+differences from ``--against`` in points, paired by record, with 95 % intervals (of the EditScore by bootstrap).
 """
 
 from __future__ import annotations
@@ -18,14 +19,15 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
-from sweep import Row, write_table
+from sweep import Row, interval, write_table
+from torch import Tensor
 
 from cakeflow import Editor, EditRequest, Evaluation, read_requests
 from cakeflow.callbacks import PeriodicCallback, StreamHealth
@@ -139,7 +141,7 @@ def measured(lm: LanguageModel, records: Sequence[EditRequest]) -> Row:
     hits = success("probability", *(scores[name] for name in ("expected", "rival", "correct")))
     for index, kind in enumerate(KINDS):
         means = record_means(hits[scores["kind"] == index], scores["record"][scores["kind"] == index])
-        if not bool(means.isnan().any()):
+        if len(means) and not bool(means.isnan().any()):
             row[f"records/{kind}"] = [round(100 * value) for value in means.tolist()]
     return {name: value for name, value in row.items() if value == value}  # zsRE has no rivals to prefer
 
@@ -205,12 +207,13 @@ def main() -> None:
     options.add_argument("--arms", nargs="+", default=["unedited", *ARMS], choices=["unedited", *ARMS])
     options.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
     options.add_argument("--draw", action="store_true")
+    options.add_argument("--against", default="memit_seq")
     args = options.parse_args()
     path = args.out / "aging.json"
     streams: dict[str, dict[str, dict[str, Row]]] = json.loads(path.read_text()) if path.exists() else {}
     if args.draw:
         for stream, arms in streams.items():
-            draw(stream, arms, args.out)
+            draw(stream, arms, args.out, args.against)
         return
     records = distinct(read_requests(args.data), max(args.points))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
@@ -228,7 +231,29 @@ def main() -> None:
             print(f"{arm}, {edits} edits: {numbers}", flush=True)
 
 
-def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path) -> None:
+def rates(row: Row) -> Tensor:
+    """Efficacy, generalization and specificity of every record, records x 3."""
+    return torch.tensor([row[f"records/{kind}"] for kind in KINDS], dtype=torch.float64).T / 100
+
+
+def differences(arms: dict[str, dict[str, Row]], against: str) -> Iterator[str]:
+    """Yield a line of a table for each arm and number of edits that the other arm has as well."""
+    for arm, points in arms.items():
+        for edits in points.keys() & arms.get(against, {}).keys():
+            if arm in (against, "unedited") or not all(points[edits].get(f"records/{kind}") for kind in KINDS):
+                continue
+            ours, theirs = rates(points[edits]), rates(arms[against][edits])
+            draws = torch.randint(len(ours), (4000, len(ours)), generator=torch.Generator().manual_seed(0))
+            scores = [3 / (1 / each[draws].mean(1)).sum(1) for each in (ours, theirs)]
+            whole = [3 / (1 / each.mean(0)).sum() for each in (ours, theirs)]
+            cells = [f"{100 * (whole[0] - whole[1]):+.1f} ± {196 * (scores[0] - scores[1]).std():.1f}"]
+            for values in (ours - theirs).T:
+                mean, half = interval(100 * values)
+                cells.append(f"{mean:+.1f} ± {half:.1f}")
+            yield f"| {arm} | {edits} | {' | '.join(cells)} |"
+
+
+def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path, against: str) -> None:
     """Write a table of all rows, and a panel per metric over the number of edits, with a line per arm."""
     name = "aging-" + re.sub(r"\W+", "-", stream.replace("jsonl.gz", "").replace("batches of ", "").lower()).strip("-")
     rows = [
@@ -236,7 +261,9 @@ def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path) -> None:
         for arm, points in arms.items()
         for edits, row in points.items()
     ]
-    write_table(out / name, stream, rows)
+    heads = [f"| against {against} | edits | EditScore | Eff | Gen | Spe |", "| --- " * 6 + "|"]
+    lines = sorted(differences(arms, against))
+    write_table(out / name, stream, rows, ["", *heads, *lines] if lines else [])
     _, axes = plt.subplots(2, 6, figsize=(19, 6), layout="tight")
     for ax, (key, text) in zip(axes.flat, SHOWN.items(), strict=False):
         for arm, points in arms.items():

@@ -9,7 +9,7 @@ WIDTH = 80
 HELP = ("-h", "--help")
 MORE = {
     "method": "or a YAML file",
-    "model": "or a folder, a GGUF file, a hub id, with --model.layers",
+    "model": "or a folder, a GGUF file or a hub id",
     "targets": "or a YAML file; by default the method's",
     "data": "or a JSON, JSONL, CSV or Parquet file, a URL, a hub data set",
 }
