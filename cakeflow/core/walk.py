@@ -274,7 +274,7 @@ class Walk:
         if isinstance(module.allocator, ShareAllocator):
             numbers["share"] = float(module.allocator.shares(context.weights)[..., context.index].mean())
         keys = self.keys_to_preserve(problem)
-        values = (problem.keys @ problem.weight.double().T + problem.residual).cpu() if len(keys) else None
+        values = problem.values.cpu() if len(keys) else None
         change = WeightChange(module.lm.weight_name(context.site), update.to("cpu"), keys, values)
         with module.phase("solve"), naming(layer, self.batch):
             module.journal.apply(self.step, change, numbers)

@@ -31,7 +31,7 @@ class FromScratch(Solver):
     def solve(self, problem: LayerProblem) -> Update:
         """Solve for all facts from the unedited weight, and take away what it was changed by already."""
         original, weight = problem.original_weight.double(), problem.weight.double()
-        keys, values = problem.keys, problem.keys @ weight.T + problem.residual
+        keys, values = problem.keys, problem.values
         history = problem.history
         if history.keys is not None and history.values is not None:
             rows = torch.isfinite(history.values).all(1)

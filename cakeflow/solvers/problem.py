@@ -58,6 +58,12 @@ class LayerProblem:
         if self.covariance is not None and len(self.covariance) != d_in:
             raise ShapeError(f"covariance is {len(self.covariance)} wide, the keys are {d_in} wide")
 
+    @property
+    def values(self) -> Float[Tensor, "n d_out"]:
+        """The output that each key is to get, ``W k`` and its residual; the weight is read some rows at a time."""
+        parts = [self.keys @ rows.to(self.keys).T for rows in self.weight.split(512)]
+        return torch.cat(parts, 1) + self.residual
+
     def in_null_space(self, threshold: float) -> LayerProblem:
         """Project all keys on the null space of the covariance and drop the covariance."""
         if self.covariance is None:

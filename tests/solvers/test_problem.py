@@ -173,3 +173,9 @@ def test_update_as_factors_and_as_a_whole():
     torch.testing.assert_close(update.dense, sum(torch.outer(left[i], right[i]) for i in range(2)))
     whole = randn(3, 5)
     assert Update(whole).dense is whole
+
+
+def test_values_are_what_each_key_is_to_get():
+    keys, residual, weight = (torch.randn(*shape, dtype=torch.float64) for shape in ((3, 4), (3, 700), (700, 4)))
+    problem = LayerProblem(keys, residual, weight.float(), weight.float())
+    torch.testing.assert_close(problem.values, keys @ weight.float().double().T + residual, rtol=0, atol=1e-12)
