@@ -107,9 +107,11 @@ def main() -> int:
     options.add_argument("--facts", type=int, default=100)
     options.add_argument("--recipes", nargs="*", default=RECIPES, help="compared on the small model")
     options.add_argument("--methods", nargs="*", default=["memit", "alphaedit", "cake"], help="timed on the large one")
+    options.add_argument("--without-cudnn", action="store_true", help="attend by other kernels than cuDNN's")
     options.add_argument("--profile", action="store_true", help="print the kernels of the last method's run")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
+    torch.backends.cuda.enable_cudnn_sdp(not args.without_cudnn)
     tokenizer = load_model("smollm2-135m").tokenizer
     rows: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     worst = 0.0

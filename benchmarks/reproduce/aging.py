@@ -30,7 +30,7 @@ from sweep import Row, interval, write_table
 from torch import Tensor
 
 from cakeflow import Editor, EditRequest, Evaluation, read_requests
-from cakeflow.callbacks import PeriodicCallback, StreamHealth
+from cakeflow.callbacks import KeyDrift, PeriodicCallback, StreamHealth
 from cakeflow.evaluation import score_records
 from cakeflow.metrics import KINDS, record_means, success
 from cakeflow.models import LanguageModel, load_model
@@ -118,6 +118,7 @@ class Points(PeriodicCallback):
         if edits in self.points and str(edits) not in self.kept:
             row = measured(module.lm, self.records[:edits])
             row |= {f"health/{name}": value for name, value in self.health.measure(module).items()}
+            row |= {f"keys/{name}": value for name, value in KeyDrift().measure(module).items()}
             row["written"] = sum(len(step.facts) for step in module.journal)
             for name in ("probability", "steps", "arrived"):
                 logged = [step.numbers[f"target/{name}"] for step in module.journal]
@@ -264,13 +265,17 @@ def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path, against: str) 
     heads = [f"| against {against} | edits | EditScore | Eff | Gen | Spe |", "| --- " * 6 + "|"]
     lines = sorted(differences(arms, against))
     write_table(out / name, stream, rows, ["", *heads, *lines] if lines else [])
+    colors = plt.get_cmap("tab20")
     _, axes = plt.subplots(2, 6, figsize=(19, 6), layout="tight")
     for ax, (key, text) in zip(axes.flat, SHOWN.items(), strict=False):
-        for arm, points in arms.items():
+        for number, (arm, points) in enumerate(arms.items()):
             curve = {int(edits): row[key] for edits, row in points.items() if key in row}
-            ax.plot(list(curve), list(curve.values()), "k--" if arm == "unedited" else ".-", label=arm)
+            ax.plot(
+                list(curve), list(curve.values()), "k--" if arm == "unedited" else ".-", label=arm, color=colors(number)
+            )
         ax.set(title=text, xlabel="edits")
-    axes[0][-1].legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
+    axes[-1][-1].legend(*axes[0][0].get_legend_handles_labels(), fontsize="x-small", loc="center")
+    axes[-1][-1].axis("off")
     save_plot(axes[0][0], out / f"{name}.png")
 
 

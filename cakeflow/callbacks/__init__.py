@@ -1,6 +1,7 @@
 """Callbacks for any Lightning Trainer: measurements along a stream of edits, and a policy."""
 
 from cakeflow.callbacks.health import StreamHealth
+from cakeflow.callbacks.key_drift import KeyDrift
 from cakeflow.callbacks.neutral_text import NeutralText
 from cakeflow.callbacks.outcome import OutcomeCheck
 from cakeflow.callbacks.periodic import PeriodicCallback
@@ -8,4 +9,6 @@ from cakeflow.callbacks.policy import PolicyGuard
 from cakeflow.callbacks.retention import Retention
 from cakeflow.journal.policy import Policy
 
-__all__ = ["NeutralText", "OutcomeCheck", "PeriodicCallback", "Policy", "PolicyGuard", "Retention", "StreamHealth"]
+__all__ = [
+    "KeyDrift", "NeutralText", "OutcomeCheck", "PeriodicCallback", "Policy", "PolicyGuard", "Retention", "StreamHealth",
+]  # fmt: skip

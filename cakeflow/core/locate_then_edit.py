@@ -218,9 +218,7 @@ class LocateThenEdit(EditModule[TextBatch]):
                 self._choose_layers(proposal.layers, proposal.scores)
                 self.check_model()
             self.weighter = self.weighter.prepare(self.lm, self.layers)
-        tokens = PASS_TOKENS if self.max_bytes is None else min(PASS_TOKENS, int(self.max_bytes / pass_bytes(self.lm)))
-        texts, keys = TextBatch.join(batches), self.contexts.keys if self.contexts else None
-        facts = choose_tokens(self.lm, texts, self.fact_token, self.layers[0], max(1, tokens), keys)
+        facts = self.with_tokens(TextBatch.join(batches))
         warn_blocked(facts)
         earlier, place = self.journal.edits, 0
         for batch in batches:
@@ -236,6 +234,12 @@ class LocateThenEdit(EditModule[TextBatch]):
                 self.inputs["corpus"] = tensor_hash(windows)
                 self.convergence = {str(site.layer): points_of(covariance) for site, covariance in collected.items()}
             self.inputs |= inputs_of(self.contexts, self.layers, self.weighter, self.covariances)
+
+    def with_tokens(self, texts: TextBatch) -> FactBatch:
+        """Facts with the token at which each is written; the unedited model decides where it is not named."""
+        tokens = PASS_TOKENS if self.max_bytes is None else min(PASS_TOKENS, int(self.max_bytes / pass_bytes(self.lm)))
+        keys = self.contexts.keys if self.contexts else None
+        return choose_tokens(self.lm, texts, self.fact_token, self.layers[0], max(1, tokens), keys)
 
     @property
     def writes_blocks(self) -> bool:
