@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-PIECE = 2**26
+PIECE = 2**24
 """Bytes that are copied at a time from a device to the host."""
 
 
