@@ -79,7 +79,7 @@ def shares(gap: Float[Tensor, "n d_out"], radius: float) -> Float[Tensor, "steps
 
     Example:
         >>> import torch
-        >>> shares(torch.tensor([[3.0, 4.0], [1.0, 0.0]]), radius=4.0)[[0, 6, 10]].tolist()
+        >>> shares(torch.tensor([[3.0, 4.0], [1.0, 0.0]]).double(), radius=4.0)[[0, 6, 10]].tolist()
         [[0.5, 1.0], [0.8, 1.0], [1.0, 1.0]]
         >>> shares(torch.tensor([[3.0, 4.0]]), radius=5.0).tolist()
         [[1.0]]
