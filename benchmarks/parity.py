@@ -138,9 +138,9 @@ def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) ->
     return {"z": max(z[:1], default=0.0), "z_later": max(z[1:], default=0.0), "delta": max(delta)}
 
 
-def error(got: Tensor, want: Tensor) -> float:
-    """Relative Frobenius error; infinite where shapes differ or a number is not finite."""
-    if got.shape != want.shape:
+def error(got: Tensor, want: Tensor | None) -> float:
+    """Relative Frobenius error; infinite where shapes differ, a number is not finite or nothing was recorded."""
+    if want is None or got.shape != want.shape:
         return float("inf")
     relative = float((got - want).norm() / want.norm())
     return relative if math.isfinite(relative) else float("inf")

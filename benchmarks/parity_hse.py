@@ -8,13 +8,13 @@ importance, weight changes). Model, tokenizer and second moments are those of th
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from parity import error
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -233,14 +233,6 @@ def figures_of(recording: Recording) -> dict[str, float]:
         after = {layer: lm.oriented(Site(layer, "mlp_out")) for layer in layers}
         errors["total"] = [error(after[i] - before[i], recording.tensor("delta", "total", i)) for i in layers]
     return {name: max(each) for name, each in errors.items()}
-
-
-def error(got: Tensor, want: Tensor | None) -> float:
-    """Relative Frobenius error; infinite where shapes differ, a number is not finite or nothing was recorded."""
-    if want is None or got.shape != want.shape:
-        return float("inf")
-    relative = float((got - want).norm() / want.norm())
-    return relative if math.isfinite(relative) else float("inf")
 
 
 def compare(folder: Path, golden: Path) -> tuple[dict[str, dict[str, float]], bool]:

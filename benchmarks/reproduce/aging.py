@@ -83,6 +83,8 @@ SHOWN = {
     "health/kl": "neutral text, nats",
     "health/state": "health (0 fine, 1 wearing, 2 broken)",
 }
+TABLE = {**SHOWN, "growth": "largest growth of a weight", "target/arrived": "arrived", "written": "facts written"}
+"""Columns of the table; the figure has those of ``SHOWN``."""
 
 
 class Points(PeriodicCallback):
@@ -237,6 +239,12 @@ def rates(row: Row) -> Tensor:
     return torch.tensor([row[f"records/{kind}"] for kind in KINDS], dtype=torch.float64).T / 100
 
 
+def growth(row: Row) -> Row:
+    """The growth of the weight that grew most, if it was measured."""
+    values = [value for name, value in row.items() if name.endswith("/growth")]
+    return {"growth": max(values)} if values else {}
+
+
 def differences(arms: dict[str, dict[str, Row]], against: str) -> Iterator[str]:
     """Yield a line of a table for each arm and number of edits that the other arm has as well."""
     for arm, points in arms.items():
@@ -258,9 +266,9 @@ def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path, against: str) 
     """Write a table of all rows, and a panel per metric over the number of edits, with a line per arm."""
     name = "aging-" + re.sub(r"\W+", "-", stream.replace("jsonl.gz", "").replace("batches of ", "").lower()).strip("-")
     rows = [
-        {"arm": arm, "edits": edits, **{text: f"{row[key]:.3f}" for key, text in SHOWN.items() if key in row}}
+        {"arm": arm, "edits": edits, **{text: f"{row[key]:.4g}" for key, text in TABLE.items() if key in row}}
         for arm, points in arms.items()
-        for edits, row in points.items()
+        for edits, row in ((edits, row | growth(row)) for edits, row in points.items())
     ]
     heads = [f"| against {against} | edits | EditScore | Eff | Gen | Spe |", "| --- " * 6 + "|"]
     lines = sorted(differences(arms, against))

@@ -36,9 +36,9 @@ LIMITS: Limits = {
     "change": (0.05, math.inf),
     "growth": (1.5, math.inf),
 }
-"""The default limits, from streams on SmolLM2-135M; see ``benchmarks/README.md``, "Health along a stream".
+"""The default limits, chosen on SmolLM2-135M; see ``benchmarks/README.md``, "Health along a stream".
 
-A large change of a weight alone is wear and no breakage: BLUE changes one layer by 0.2, and states all that was asked.
+A large change of a weight alone is wear and no breakage: BLUE changes one layer much, and states all that was asked.
 """
 
 

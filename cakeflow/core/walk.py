@@ -214,10 +214,12 @@ class Walk:
 
         One forward pass of the bare prompts with the values in place gives what each higher layer should reach (FE).
         """
+        if not above:
+            return set()
         searched, stream = self.targets[value_site], self.reader().prompts
         with self.module.phase("targets"):
-            values = stream.carry(value_site, searched.values, above) if above else {}
-            present = stream.carry(value_site, None, above) if above else {}
+            values = stream.carry(value_site, searched.values, above)
+            present = stream.carry(value_site, None, above)
         for site, each in values.items():
             checked_facts("target values are", each, self.batch, site.layer)
             steps = torch.zeros_like(searched.steps)

@@ -13,10 +13,10 @@ import torch
 
 from cakeflow.callbacks import PeriodicCallback
 from cakeflow.core import LocateThenEdit
-from cakeflow.data import read_entries
-from cakeflow.errors import ConfigError, Fault, RequestError, with_faults
+from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.evaluation import score_targets
 from cakeflow.models import LanguageModel
+from cakeflow_ability.files import read_items
 
 log = logging.getLogger(__name__)
 
@@ -139,17 +139,7 @@ def _error(share: float, items: int) -> float:
 
 
 def _read_items(path: Path) -> list[ChoiceItem]:
-    if not path.is_file():
-        raise ConfigError(f"task {path.stem!r} has no file {str(path)!r}; put it there, or leave the task out of tasks")
-    try:
-        entries = read_entries(path)
-        problems = [fault for i, entry in enumerate(entries) for fault in _faults(i, entry)]
-    except RequestError as error:
-        problems = list(error.faults)
-    if problems:
-        raise ConfigError(with_faults(f"{len(problems)} problem(s) in {path}:", problems))
-    if not entries:
-        raise ConfigError(f"{path} is empty; it needs a JSON object per line, with prompt, choices and answer")
+    entries = read_items(path, _faults, "prompt, choices and answer")
     return [ChoiceItem(entry["prompt"], tuple(entry["choices"]), entry["answer"]) for entry in entries]
 
 

@@ -20,10 +20,10 @@ import torch
 import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from cakeflow.data import read_entries
-from cakeflow.errors import ConfigError, Fault, RequestError, with_faults
+from cakeflow.errors import ConfigError, Fault
 from cakeflow.evaluation import score_reads
 from cakeflow.models import LanguageModel
+from cakeflow_ability.files import read_items
 
 TASKS = ("sst2", "mrpc", "cola", "rte", "nli", "mmlu")
 """Tasks that read ``FOLDER/NAME.jsonl``; prompts and fields stand in ``prompts/NAME.yaml``."""
@@ -137,17 +137,8 @@ def _read_items(
     """Read the items of a file: the fields, and the label's index among the choices. All lines are checked."""
     from datasets import Dataset
 
-    if not path.is_file():
-        raise ConfigError(f"task {path.stem!r} has no file {str(path)!r}; put it there, or leave the task out of tasks")
-    try:
-        entries = read_entries(path)
-        problems = [fault for i, entry in enumerate(entries) for fault in _faults(i, entry, fields, label, labels)]
-    except RequestError as error:
-        problems = list(error.faults)
-    if problems:
-        raise ConfigError(with_faults(f"{len(problems)} problem(s) in {path}:", problems))
-    if not entries:
-        raise ConfigError(f"{path} is empty; it needs a JSON object per line, with {', '.join(fields)} and {label}")
+    faults = partial(_faults, fields=fields, label=label, labels=labels)
+    entries = read_items(path, faults, f"{', '.join(fields)} and {label}")
     places = [str(each) for each in labels]
     items = [
         {**{field: entry[field] for field in fields}, "choice": places.index(str(entry[label]))} for entry in entries

@@ -27,9 +27,8 @@ class RankSearch(Solver):
     Attributes:
         inner: Least squares with a ridge, whose objective J is; its problem has projected keys and no covariance.
         threshold: Eigenvalues of C below it count as null; None takes the covariance's own, which is the model's.
-        gain: A block has to bring more than ``gain`` times the mean of all blocks. 0 takes whatever brings anything. On
-            SmolLM2 (two batches of eight built-in facts, layers 5-9, 14 to 20 blocks) 0.5 takes nearly all blocks, at
-            2 to 23 times the price of none; 0.75 takes 0 to 16 blocks; 1 hardly any.
+        gain: A block has to bring more than ``gain`` times the mean of all blocks. 0 takes whatever brings anything, 1
+            only what brings more than the mean.
         theta: The rule of the official code in place of ``gain``: a block has to bring more than ``block * theta`` of
             the present J (``nullspace_searchthreshold``). A constant means something else at each width, since the
             same drop is shared by more blocks: on SmolLM2 the official ones accept all blocks.
