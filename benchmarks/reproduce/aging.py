@@ -2,14 +2,17 @@
 
     python benchmarks/reproduce/aging.py --data reconstructed_3000.jsonl.gz [--arms memit_seq cake ...]
     python benchmarks/reproduce/aging.py --data mend_train_1000.json --points 100 300 600 1000 --arms memit_seq cake
+    python benchmarks/reproduce/aging.py --data reconstructed_3000.jsonl.gz --targets short --ability DIR
     python benchmarks/reproduce/aging.py --draw
 
 Records with distinct subjects, in file order, in batches of 100 (``--batch-size``). One arm after another starts from
 the unedited model; rows are kept in ``aging.json`` under ``--out`` as they are measured, and an arm that was
 interrupted goes on where it stopped. A row has the metrics of the first hundred facts and of all so far, free answers
 about the first hundred, neutral text, and each record's outcomes, so that two arms can be compared record by record.
-``unedited`` asks the same of the model as it is. ``--draw`` draws the rows and prints them as a table, and the
-differences from ``--against`` in points, paired by record, with 95 % intervals (of the EditScore by bootstrap).
+``unedited`` asks the same of the model as it is. ``--targets`` names a shipped search for all arms, and ``--ability``
+a folder of multiple-choice tasks (``benchmarks/ability.py write``). ``--draw`` draws the rows and prints them as a
+table, and the differences from ``--against`` in points, paired by record, with 95 % intervals (of the EditScore by
+bootstrap).
 """
 
 from __future__ import annotations
@@ -19,13 +22,14 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from cakeflow_ability import ChoiceItem, read_choices, score_choices
 from sweep import Row, interval, write_table
 from torch import Tensor
 
@@ -40,6 +44,7 @@ from cakeflow.storage import write_text
 PLAIN: dict[str, Any] = {"chat": False, "rounds": 0}
 """What the papers do: no questions in chats, no further walks."""
 ONE_LAYER = {"weighter": {"class_path": "OneHot", "init_args": {"layer": "first"}}}
+TEN_LAYERS: dict[str, Any] = {"layers": [*range(3, 13)], "weighter": {"class_path": "Uniform"}}
 NULL_SPACE = {
     "class_path": "NullSpace",
     "init_args": {"inner": {"class_path": "LeastSquares", "init_args": {"ridge": 1.0}}},
@@ -65,11 +70,16 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "encore": ("encore", PLAIN),
     "memit_seq, closed loop": ("memit_seq", {**PLAIN, "rounds": 2}),
     "cake, closed loop": ("cake", {**PLAIN, "rounds": 2}),
-    "memit_seq, repaired": ("memit_seq", {**PLAIN, "repair": True}),
-    "cake, closed loop, repaired": ("cake", {**PLAIN, "rounds": 2, "repair": True}),
+    "memit_seq, repaired": ("memit_seq", {**PLAIN, "repair": "earlier"}),
+    "cake, repaired": ("cake", {**PLAIN, "repair": "earlier"}),
+    "cake, closed loop, repaired": ("cake", {**PLAIN, "rounds": 2, "repair": "earlier"}),
+    "cake_official, repaired": ("cake_official", {**PLAIN, "repair": "earlier"}),
+    "cake_official, closed loop, repaired": ("cake_official", {**PLAIN, "rounds": 2, "repair": "earlier"}),
+    "cake, ten layers, repaired": ("cake", {**PLAIN, **TEN_LAYERS, "repair": "earlier"}),
+    "cake, ten layers, all repaired": ("cake", {**PLAIN, **TEN_LAYERS, "repair": "all"}),
 }
-"""Arm -> recipe, and arguments of ``LocateThenEdit`` over it; ``repair``: earlier facts that no longer take are edited
-again behind every batch."""
+"""Arm -> recipe, and arguments of ``LocateThenEdit`` over it; ``repair``: facts of the earlier batches, or of all,
+that do not take are edited again behind every batch."""
 SHOWN = {
     "first/efficacy_exact": "first 100, word for word",
     "first/efficacy": "first 100, by preference",
@@ -80,6 +90,7 @@ SHOWN = {
     "all/generalization_tokens": "all, paraphrases, tokens",
     "all/specificity_tokens": "all, specificity, tokens",
     "all/editscore": "all, EditScore",
+    "ability/mean": "general ability",
     "health/kl": "neutral text, nats",
     "health/state": "health (0 fine, 1 wearing, 2 broken)",
 }
@@ -95,15 +106,21 @@ class Points(PeriodicCallback):
         points: Numbers of edits to measure after.
         rows: Number of edits, as text -> its row; those that are there are not measured again.
         save: Called after each row.
+        tasks: Tasks of general ability, by name.
     """
 
     name = "points"
 
     def __init__(
-        self, records: Sequence[EditRequest], points: Sequence[int], rows: dict[str, Row], save: Callable[[], None]
+        self,
+        records: Sequence[EditRequest],
+        points: Sequence[int],
+        rows: dict[str, Row],
+        save: Callable[[], None],
+        tasks: Mapping[str, Sequence[ChoiceItem]],
     ) -> None:
         super().__init__(1)
-        self.records, self.points, self.kept, self.save = records, points, rows, save
+        self.records, self.points, self.kept, self.save, self.tasks = records, points, rows, save, tasks
         self.health, self.start = StreamHealth(), time.perf_counter()
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
@@ -118,7 +135,7 @@ class Points(PeriodicCallback):
     def at(self, module: Any, edits: int) -> None:
         """Measure after so many edits, if that is one of the points."""
         if edits in self.points and str(edits) not in self.kept:
-            row = measured(module.lm, self.records[:edits])
+            row = measured(module.lm, self.records[:edits], self.tasks)
             row |= {f"health/{name}": value for name, value in self.health.measure(module).items()}
             row |= {f"keys/{name}": value for name, value in KeyDrift().measure(module).items()}
             row["written"] = sum(len(step.facts) for step in module.journal)
@@ -130,10 +147,12 @@ class Points(PeriodicCallback):
             self.save()
 
 
-def measured(lm: LanguageModel, records: Sequence[EditRequest]) -> Row:
-    """Metrics of the first hundred records and of all, free answers about the first, and each record's outcomes."""
+def measured(lm: LanguageModel, records: Sequence[EditRequest], tasks: Mapping[str, Sequence[ChoiceItem]]) -> Row:
+    """Metrics of the first hundred records and of all, free answers about the first, tasks, and each record."""
     evaluation = Evaluation("official")
-    row: Row = {}
+    row: Row = {f"ability/{name}": score_choices(lm, items).accuracy for name, items in tasks.items()}
+    if row:
+        row["ability/mean"] = sum(row.values()) / len(row)
     for name, some in {"first": records[:100], "all": records}.items():
         scores, metrics = evaluation.ask(lm, some).fields(), evaluation.metrics()
         metrics.update(**scores)
@@ -160,16 +179,20 @@ def distinct(records: Sequence[EditRequest], count: int) -> list[EditRequest]:
 def run(args: argparse.Namespace, arm: str, records: Sequence[EditRequest], rows: dict[str, Row], save: Any) -> None:
     """Measure one arm at its points."""
     lm = load_model("smollm2-135m")
+    tasks = read_choices(args.ability, limit=args.items) if args.ability else {}
     if torch.accelerator.is_available():
         lm.model.to(torch.accelerator.current_accelerator())
     if arm == "unedited":
         for edits in args.points:
-            rows[str(edits)] = rows.get(str(edits)) or measured(lm, records[:edits])
+            rows[str(edits)] = rows.get(str(edits)) or measured(lm, records[:edits], tasks)
             save()
         return
     recipe, setting = ARMS[arm][0], dict(ARMS[arm][1])
-    repair, points = setting.pop("repair", False), Points(records, args.points, rows, save)
-    folder = args.out / "runs" / f"{args.data.name.split('.')[0]}-{args.batch_size}-{arm.replace(' ', '-')}"
+    if args.targets:
+        setting["targets"] = args.targets
+    repair, points = setting.pop("repair", ""), Points(records, args.points, rows, save, tasks)
+    name = f"{args.data.name.split('.')[0]}-{args.batch_size}-{args.targets}-{arm.replace(' ', '-')}"
+    folder = args.out / "runs" / name
     editor = Editor.from_pretrained(
         lm.model,
         recipe,
@@ -180,17 +203,18 @@ def run(args: argparse.Namespace, arm: str, records: Sequence[EditRequest], rows
         **setting,
     )
     if repair:
-        edit_and_repair(editor, records, args.batch_size, points)
+        edit_and_repair(editor, records, args.batch_size, points, repair)
     else:
         editor.fit(records, args.batch_size, evaluate=False, run_dir=folder)
         shutil.rmtree(folder)
 
 
-def edit_and_repair(editor: Editor, records: Sequence[EditRequest], size: int, points: Points) -> None:
-    """Edit batch by batch, and after each one the earlier facts that no longer take; such a stream starts anew."""
+def edit_and_repair(editor: Editor, records: Sequence[EditRequest], size: int, points: Points, which: str) -> None:
+    """Edit batch by batch, and after each one the facts that do not take; such a stream starts anew."""
     lm = editor.module.lm
     for start in range(0, len(records), size):
-        batch, earlier = records[start : start + size], records[:start]
+        batch = records[start : start + size]
+        earlier = records[: start + size] if which == "all" else records[:start]
         editor.fit(batch, evaluate=False)
         if start == 0:
             points.on_fit_start(None, editor.module)
@@ -209,6 +233,9 @@ def main() -> None:
     options.add_argument("--batch-size", type=int, default=100)
     options.add_argument("--arms", nargs="+", default=["unedited", *ARMS], choices=["unedited", *ARMS])
     options.add_argument("--out", type=Path, default=Path(__file__).with_name("results"))
+    options.add_argument("--targets", help="a shipped target search, such as short")
+    options.add_argument("--ability", type=Path, help="a folder of multiple-choice tasks")
+    options.add_argument("--items", type=int, default=100, help="items of each task")
     options.add_argument("--draw", action="store_true")
     options.add_argument("--against", default="memit_seq")
     args = options.parse_args()
@@ -220,7 +247,8 @@ def main() -> None:
         return
     records = distinct(read_requests(args.data), max(args.points))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
-    stream = streams.setdefault(f"{args.data.name}, batches of {args.batch_size}, {device}", {})
+    search = f", {args.targets} search" if args.targets else ""
+    stream = streams.setdefault(f"{args.data.name}, batches of {args.batch_size}{search}, {device}", {})
 
     def save() -> None:
         write_text(path, json.dumps(streams).replace("}, ", "},\n") + "\n")
