@@ -120,6 +120,7 @@ class Editor:
         fact_token: FactToken | None = None,
         chat: bool | None = None,
         rounds: int | None = None,
+        repairs: int | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
 
@@ -158,6 +159,7 @@ class Editor:
             fact_token: Token at which a fact is written.
             chat: Whether every fact is written as a question in a chat too.
             rounds: Most further walks over the facts of a batch that did not take.
+            repairs: Most further batches behind each one, of its facts and earlier ones that do not take.
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.

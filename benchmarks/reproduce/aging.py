@@ -35,7 +35,6 @@ from torch import Tensor
 
 from cakeflow import Editor, EditRequest, Evaluation, read_requests
 from cakeflow.callbacks import KeyDrift, PeriodicCallback, StreamHealth
-from cakeflow.evaluation import score_records
 from cakeflow.metrics import KINDS, record_means, success
 from cakeflow.models import LanguageModel, load_model
 from cakeflow.report import save_plot
@@ -70,16 +69,14 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "encore": ("encore", PLAIN),
     "memit_seq, closed loop": ("memit_seq", {**PLAIN, "rounds": 2}),
     "cake, closed loop": ("cake", {**PLAIN, "rounds": 2}),
-    "memit_seq, repaired": ("memit_seq", {**PLAIN, "repair": "earlier"}),
-    "cake, repaired": ("cake", {**PLAIN, "repair": "earlier"}),
-    "cake, closed loop, repaired": ("cake", {**PLAIN, "rounds": 2, "repair": "earlier"}),
-    "cake_official, repaired": ("cake_official", {**PLAIN, "repair": "earlier"}),
-    "cake_official, closed loop, repaired": ("cake_official", {**PLAIN, "rounds": 2, "repair": "earlier"}),
-    "cake, ten layers, repaired": ("cake", {**PLAIN, **TEN_LAYERS, "repair": "earlier"}),
-    "cake, ten layers, all repaired": ("cake", {**PLAIN, **TEN_LAYERS, "repair": "all"}),
+    "memit_seq, repaired": ("memit_seq", {**PLAIN, "repairs": 1}),
+    "cake, repaired": ("cake", {**PLAIN, "repairs": 1}),
+    "cake, closed loop, repaired": ("cake", {**PLAIN, "rounds": 2, "repairs": 1}),
+    "cake_official, repaired": ("cake_official", {**PLAIN, "repairs": 1}),
+    "cake_official, closed loop, repaired": ("cake_official", {**PLAIN, "rounds": 2, "repairs": 1}),
+    "cake, ten layers, repaired": ("cake", {**PLAIN, **TEN_LAYERS, "repairs": 1}),
 }
-"""Arm -> recipe, and arguments of ``LocateThenEdit`` over it; ``repair``: facts of the earlier batches, or of all,
-that do not take are edited again behind every batch."""
+"""Arm -> recipe, and arguments of ``LocateThenEdit`` over it."""
 SHOWN = {
     "first/efficacy_exact": "first 100, word for word",
     "first/efficacy": "first 100, by preference",
@@ -129,11 +126,7 @@ class Points(PeriodicCallback):
 
     def measure(self, module: Any) -> dict[str, float]:
         """Measure once at each of the points."""
-        self.at(module, module.journal.edits)
-        return {}
-
-    def at(self, module: Any, edits: int) -> None:
-        """Measure after so many edits, if that is one of the points."""
+        edits = module.journal.edits
         if edits in self.points and str(edits) not in self.kept:
             row = measured(module.lm, self.records[:edits], self.tasks)
             row |= {f"health/{name}": value for name, value in self.health.measure(module).items()}
@@ -145,6 +138,7 @@ class Points(PeriodicCallback):
             row |= {"seconds": time.perf_counter() - self.start}
             self.kept[str(edits)] = row
             self.save()
+        return {}
 
 
 def measured(lm: LanguageModel, records: Sequence[EditRequest], tasks: Mapping[str, Sequence[ChoiceItem]]) -> Row:
@@ -187,42 +181,19 @@ def run(args: argparse.Namespace, arm: str, records: Sequence[EditRequest], rows
             rows[str(edits)] = rows.get(str(edits)) or measured(lm, records[:edits], tasks)
             save()
         return
-    recipe, setting = ARMS[arm][0], dict(ARMS[arm][1])
-    if args.targets:
-        setting["targets"] = args.targets
-    repair, points = setting.pop("repair", ""), Points(records, args.points, rows, save, tasks)
+    recipe, setting = ARMS[arm][0], {**ARMS[arm][1], **({"targets": args.targets} if args.targets else {})}
     name = f"{args.data.name.split('.')[0]}-{args.batch_size}-{args.targets}-{arm.replace(' ', '-')}"
-    folder = args.out / "runs" / name
     editor = Editor.from_pretrained(
         lm.model,
         recipe,
         tokenizer=lm.tokenizer,
         config="smollm2-135m",
         evaluation=Evaluation("official"),
-        trainer={"logger": False} if repair else {"callbacks": [points]},
+        trainer={"callbacks": [Points(records, args.points, rows, save, tasks)]},
         **setting,
     )
-    if repair:
-        edit_and_repair(editor, records, args.batch_size, points, repair)
-    else:
-        editor.fit(records, args.batch_size, evaluate=False, run_dir=folder)
-        shutil.rmtree(folder)
-
-
-def edit_and_repair(editor: Editor, records: Sequence[EditRequest], size: int, points: Points, which: str) -> None:
-    """Edit batch by batch, and after each one the facts that do not take; such a stream starts anew."""
-    lm = editor.module.lm
-    for start in range(0, len(records), size):
-        batch = records[start : start + size]
-        earlier = records[: start + size] if which == "all" else records[:start]
-        editor.fit(batch, evaluate=False)
-        if start == 0:
-            points.on_fit_start(None, editor.module)
-        bare = [replace(record, probes=()) for record in earlier]
-        taken = score_records(lm, bare).correct.tolist() if bare else []
-        if lost := [record for record, each in zip(earlier, taken, strict=True) if not each]:
-            editor.fit(lost, evaluate=False)
-        points.at(editor.module, start + len(batch))
+    editor.fit(records, args.batch_size, evaluate=False, run_dir=args.out / "runs" / name)
+    shutil.rmtree(args.out / "runs" / name)
 
 
 def main() -> None:

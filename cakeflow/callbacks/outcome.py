@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from cakeflow.evaluation.outcome import (
 )
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import FreeAnswer
+from cakeflow.journal.steps import request_hash
 
 MOST_DROP = 0.25
 """Default budget: the part of familiar facts that may be lost."""
@@ -75,7 +76,7 @@ class OutcomeCheck(L.Callback):
                 self._answers = [each.model_copy(update={"after": text}) for each, text in pairs]
         pl_module.further |= rates(self._answers, pl_module.stage)
         if pl_module.stage == "after":
-            pl_module.outcome = Outcome(self._answers, _reasons(pl_module))
+            pl_module.outcome = Outcome(self._answers, _reasons(pl_module, self._requests))
             if trainer.state.fn != TrainerFn.FITTING:  # an evaluation after a run whose last one came too early
                 self._judge(trainer, pl_module)
 
@@ -124,8 +125,9 @@ def _default_budget(both: set[str], after: Container[str]) -> Policy:
     )
 
 
-def _reasons(module: Any) -> dict[int, str]:
-    """Return why facts of the run did not take, by their place, as far as their batches noted it."""
-    steps = [step for step in module.journal[module.first_step :] if step.hashes]
-    facts = [fact for step in steps for fact in step.facts or [None] * len(step.hashes)]
-    return {place: fact.reason for place, fact in enumerate(facts) if fact is not None and not fact.taken}
+def _reasons(module: Any, requests: Sequence[EditRequest]) -> dict[int, str]:
+    """Return why facts of the run did not take, by their place, as far as the last batch that wrote each noted it."""
+    steps, names = module.journal[module.first_step :], map(request_hash, requests)
+    last = {name: fact for s in steps for name, fact in zip(s.hashes, s.facts or [None] * len(s.hashes), strict=True)}
+    facts = {i: last.get(name) for i, name in enumerate(names)}
+    return {i: fact.reason for i, fact in facts.items() if fact is not None and not fact.taken}

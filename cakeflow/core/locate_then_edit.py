@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, final
 
@@ -22,6 +22,7 @@ from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import PASS_TOKENS, Footprint
 from cakeflow.core.module import EditModule
 from cakeflow.core.statistics import Statistics, points_of
+from cakeflow.core.stream import Stream, earlier_requests
 from cakeflow.core.undo import UndoWalk
 from cakeflow.core.walk import Walk
 from cakeflow.data.contexts import Contexts
@@ -54,7 +55,7 @@ from cakeflow.weighters.static import Uniform
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
     "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
-    "fact_token", "chat", "rounds",
+    "fact_token", "chat", "rounds", "repairs",
 )  # fmt: skip
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
@@ -101,6 +102,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         chat: Whether every fact is written as a question in a chat too, where the tokenizer has a chat template: with a
             key of its own there, and the same target value. The papers do without.
         rounds: Most further walks over the facts of a batch that did not take; 0 is what the papers do.
+        repairs: Most further batches behind each one, of the facts that do not take then: its own, and those that later
+            ones lost, with all of the same key; a fact that a later one contradicts is left as it is. 0 is what the
+            papers do.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
 
     Raises:
@@ -136,12 +140,14 @@ class LocateThenEdit(EditModule[TextBatch]):
         fact_token: FactToken = "auto",
         chat: bool = False,
         rounds: int = 0,
+        repairs: int = 0,
         dequantize: bool = False,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
         require_choice("fact_token", fact_token, FactToken)
-        if rounds < 0 or (rounds and not solver.needs_targets):
-            raise ConfigError(f"rounds must be 0 or more, and 0 for a solver without target values; got {rounds}")
+        for label, most in (("rounds", rounds), ("repairs", repairs)):
+            if most < 0 or (most and not solver.needs_targets):
+                raise ConfigError(f"{label} must be 0 or more, and 0 for a solver without target values; got {most}")
         if dequantize and layers == "auto":
             raise ConfigError("dequantize=True needs layers by number: with layers='auto' they are known too late")
         if site != "mlp_out" and not isinstance(allocator, ShareAllocator):
@@ -165,7 +171,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
         self.dequantize = dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
-        self.fact_token, self.chat, self.rounds = fact_token, chat, rounds
+        self.fact_token, self.chat, self.rounds, self.repairs = fact_token, chat, rounds, repairs
         self.facts: dict[int, FactBatch] = {}
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -218,7 +224,12 @@ class LocateThenEdit(EditModule[TextBatch]):
                 self._choose_layers(proposal.layers, proposal.scores)
                 self.check_model()
             self.weighter = self.weighter.prepare(self.lm, self.layers)
-        facts = self.with_tokens(TextBatch.join(batches))
+        texts = TextBatch.join(batches)
+        count, before = len(texts), earlier_requests(self.journal, texts.requests) if self.repairs else []
+        if before:
+            texts = TextBatch.join([texts, encode_batch(self.lm, before, self.contexts or Contexts(), count)])
+        self.stream = Stream(texts, self.with_tokens(texts))
+        facts = self.stream.facts.part(range(count))
         warn_blocked(facts)
         earlier, place = self.journal.edits, 0
         for batch in batches:
@@ -289,6 +300,19 @@ class LocateThenEdit(EditModule[TextBatch]):
             if not (facts := walk.not_taken()) or not walk.again(facts):
                 break
         walk.close()
+
+    def lost(self) -> Iterator[TextBatch]:
+        """Yield the facts of the stream that the model does not state, at most ``repairs`` times."""
+        for _ in range(self.repairs):
+            with self.phase("ask"):
+                places = self.stream.lost(self.lm, self.journal, self.max_bytes)
+            self.log("lost", float(len(places)))
+            if not places:
+                return
+            facts = self.stream.facts.part(places)
+            self.facts[facts.first] = facts
+            self.footprints[facts.first] = self.estimate(facts.texts, self.journal.edits)
+            yield self.stream.texts.part(places)
 
     def undo(self, batch: TextBatch, step: EditStep) -> None:
         """Walk some facts of an earlier batch back to where they would be without it."""

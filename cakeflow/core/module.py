@@ -28,7 +28,7 @@ from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import check_fields
-from cakeflow.errors import ConfigError, EditError, PolicyError
+from cakeflow.errors import ConfigError, EditError, NotTakenWarning, NumericalError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation, warn_of_known
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.evaluation.scoring import check_records
@@ -150,6 +150,10 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def edit(self, batch: B, step: EditStep) -> None:
         """Edit one batch through ``journal.apply(step, ...)``; what is logged meanwhile is stored with the batch."""
 
+    def lost(self) -> Iterator[B]:
+        """Yield, behind a batch, further ones: facts that do not take and are to be edited again; none by default."""
+        return iter(())
+
     def undo(self, batch: B, step: EditStep) -> None:
         """Take back the facts ``batch.undo`` of an earlier batch, which has these requests, through ``journal.apply``.
 
@@ -221,15 +225,29 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
     @final
     def training_step(self, batch: B, _: int) -> None:
-        """Edit one batch: all of it, or, if anything fails, nothing; one that an interrupted run did is repeated."""
-        if batch.undo:
-            hashes = [request_hash(batch.requests[place]) for place in batch.undo.places]
-            with _float32_by_default(), self.journal.batch((), hashes, batch.undo.batch) as undoing:
-                self.undo(batch, undoing)
-        elif step := self.journal.replay_next(batch.requests):
+        """Edit one batch: all of it, or, if anything fails, nothing; one that an interrupted run did is repeated.
+
+        Behind it, facts that do not take are edited again as a batch of their own, where the method does so.
+        """
+        with _float32_by_default():
+            if batch.undo:
+                hashes = [request_hash(batch.requests[place]) for place in batch.undo.places]
+                with self.journal.batch((), hashes, batch.undo.batch) as undoing:
+                    self.undo(batch, undoing)
+                return
+            self._edit_or_repeat(batch)
+            for lost in self.lost():
+                try:
+                    self._edit_or_repeat(lost)
+                except NumericalError as error:
+                    warnings.warn(f"facts were not edited again: {error}", NotTakenWarning, stacklevel=2)
+                    break
+
+    def _edit_or_repeat(self, batch: B) -> None:
+        if step := self.journal.replay_next(batch.requests):
             self.log_dict(step.numbers, batch_size=len(step.hashes))
         else:
-            with _float32_by_default(), self.journal.batch(batch.requests) as step:
+            with self.journal.batch(batch.requests) as step:
                 self.edit(batch, step)
 
     @final

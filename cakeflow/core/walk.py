@@ -27,7 +27,7 @@ from cakeflow.core.contracts import (
 )
 from cakeflow.core.memory import give_back
 from cakeflow.errors import EditError, NotTakenWarning
-from cakeflow.evaluation.scoring import score_reads
+from cakeflow.evaluation.scoring import score_rows
 from cakeflow.forward.fact_tokens import FactBatch
 from cakeflow.forward.jacobian import ModelJacobian
 from cakeflow.forward.keys import FactReader
@@ -308,9 +308,8 @@ class Walk:
         """
         rows, count = [*self.facts.bare, *(rows[0] for rows in self.batch.rows)], len(self.facts.bare)
         with self.module.phase("ask"):
-            reads = [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
-            logprobs, hits = score_reads(self.module.lm, reads, max_bytes=self.module.max_bytes)
-        return logprobs[:count].exp(), hits[:count] == 1, hits[count:] == 1
+            probability, taken = score_rows(self.module.lm, rows, self.module.max_bytes)
+        return probability[:count], taken[:count], taken[count:]
 
     def not_taken(self) -> list[int]:
         """The facts that did not take, bare or in their own context, each with all those of the same target value."""

@@ -15,7 +15,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.errors import Fault, RequestError
 from cakeflow.evaluation.protocols import Protocol, Read, joint_reads, official_reads, official_token_reads
 from cakeflow.forward.prefix_tree import predict
-from cakeflow.forward.tokens import encode_texts, unknown_tokens, unreadable_token
+from cakeflow.forward.tokens import Row, encode_texts, unknown_tokens, unreadable_token
 from cakeflow.metrics.preference import KINDS
 from cakeflow.models.language import LanguageModel
 
@@ -128,6 +128,21 @@ def score_reads(
     totals = torch.zeros(2, len(continuations)).index_add(1, owner, torch.stack([logprobs, hits.float()]))
     means = totals / torch.bincount(owner, minlength=len(continuations))
     return means[0], means[1]
+
+
+def score_rows(
+    lm: LanguageModel, rows: Sequence[Row], max_bytes: float | None = None
+) -> tuple[Float[Tensor, " q"], Bool[Tensor, " q"]]:
+    """Return the mean probability of the target of each row, and whether all its tokens are the most likely ones.
+
+    Args:
+        lm: The model.
+        rows: q tokenised prompts with their targets.
+        max_bytes: Most bytes beyond the model.
+    """
+    reads = [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
+    logprobs, hits = score_reads(lm, reads, max_bytes=max_bytes)
+    return logprobs.exp(), hits == 1
 
 
 def check_records(lm: LanguageModel, records: Sequence[EditRequest]) -> None:

@@ -19,7 +19,7 @@ from cakeflow.journal.model_state import ModelState
 from cakeflow.journal.places import EditedPlaces
 from cakeflow.journal.policy import Policies
 from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, ModelBody, RollbackBody, RunBody
-from cakeflow.journal.steps import AppliedChange, EditStep, facts_in_force, request_hash, without_batch, without_last
+from cakeflow.journal.steps import AppliedChange, EditStep, hashes_in_force, remaining, request_hash, warn_of_kept
 from cakeflow.journal.store import JournalStore
 from cakeflow.models.architecture import Site
 from cakeflow.models.base import EditableModel
@@ -72,8 +72,8 @@ class Journal(Sequence[EditStep]):
 
     @property
     def edits(self) -> int:
-        """Number of facts that are edited now."""
-        return len(facts_in_force(self.steps))
+        """Number of facts that are edited now, each counted once."""
+        return len(hashes_in_force(self.steps))
 
     @property
     def changes(self) -> list[Change]:
@@ -179,23 +179,22 @@ class Journal(Sequence[EditStep]):
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` batches (default: all), or one named batch; bit for bit.
 
-        What a solver did to complete a run behind them, such as PRUNE's damping, counted on them and goes too.
+        What a solver did to complete a run behind them, such as PRUNE's damping, counted on them and goes too. Facts
+        that another batch wrote as well stay; a warning names them.
 
         Args:
             steps: How many; all, if there are fewer.
-            batch: Number of one batch (``EditStep.number``): the model becomes what it would be without its changes,
-                those of later batches made again on top.
+            batch: Number of one batch: the model becomes what it would be without it, with the later ones on top.
 
         Raises:
             ConfigError: If there is no such batch, both are given, or one is no whole number from 0.
             ModelChangedError: If the model is not as the journal left it.
         """
         self.memory.require_ready("a rollback", busy=self.pending is not None, everything=True)
-        if batch is not None and steps is not None:
-            raise ConfigError(f"no single batch {batch} to take back together with the last {steps}; give one of them")
-        rest = without_last(self.steps, steps) if batch is None else without_batch(self.steps, batch)
+        rest, before = remaining(self.steps, steps, batch), self.steps
         with uninterrupted():
             self._reduce_to(rest)
+        warn_of_kept(before, self.steps)
 
     def _reduce_to(self, rest: list[EditStep]) -> None:
         """Have only these steps, in memory and on disk, or, if that fails, all that there are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, RequestWarning, listed
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import canonical
 from cakeflow.journal.schema import FactBody, TargetBody
@@ -138,6 +139,39 @@ def facts_in_force(steps: Iterable[EditStep]) -> list[tuple[EditStep, int]]:
     steps = list(steps)
     undone = {(step.undoes, each) for step in steps for each in step.undone}
     return [(s, i) for s in steps for i, each in enumerate(s.hashes) if (s.number, each) not in undone]
+
+
+def remaining(steps: Sequence[EditStep], count: int | None, batch: int | None) -> list[EditStep]:
+    """The steps without the last batches, or without one batch; see ``Journal.rollback``.
+
+    Raises:
+        ConfigError: If both are given, or there is no such batch.
+    """
+    if batch is not None and count is not None:
+        raise ConfigError(f"no single batch {batch} to take back together with the last {count}; give one of them")
+    return without_last(steps, count) if batch is None else without_batch(steps, batch)
+
+
+def warn_of_kept(before: Sequence[EditStep], rest: Sequence[EditStep]) -> None:
+    """Warn of the facts of batches that were taken back which a later batch, still there, wrote again."""
+    in_force, kept = facts_in_force(rest), dict[str, int]()
+    for step in before:
+        if step not in rest:
+            later = {s.hashes[i]: s.number for s, i in in_force if s.number > step.number}
+            texts = [repr(each.text) for each in step.requests] or [name[:16] for name in step.hashes]
+            kept |= {text: later[name] for text, name in zip(texts, step.hashes, strict=True) if name in later}
+    if kept:
+        warnings.warn(
+            f"facts of what was taken back stay, because a later batch ({listed([*{*kept.values()}])}) wrote them again: "
+            f"{listed([*kept], 3)}; take that one back too, or undo the facts by name",
+            RequestWarning,
+            stacklevel=3,
+        )
+
+
+def hashes_in_force(steps: Iterable[EditStep]) -> set[str]:
+    """Return the hash of every fact that was not taken back: one that was edited again has one as well."""
+    return {step.hashes[i] for step, i in facts_in_force(steps)}
 
 
 def importance_at(steps: Iterable[EditStep], layer: int) -> Tensor | None:

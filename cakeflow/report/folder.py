@@ -95,7 +95,7 @@ class RunFolder:
             after=_lines(EvaluatedRequest, path / "after.jsonl"),
             answers=_lines(FreeAnswer, path / "answers.jsonl") or [],
             ledger=ledger,
-            edits=list(_edits(path / "journal" / "ledger.jsonl", ledger)),
+            edits=_edits(path / "journal" / "ledger.jsonl", ledger),
             log=_log(path / "metrics.csv"),
             config=next((text for text in texts if text.strip() not in ("", "{}")), ""),
             written=_written(path / "run.json"),
@@ -176,17 +176,30 @@ def _ledger(path: Path) -> list[Entry]:
     return entries[max((entry.number for entry in entries if isinstance(entry.body, RunBody)), default=0) :]
 
 
-def _edits(path: Path, ledger: Sequence[Entry]) -> Iterator[EditedRequest]:
-    """Yield the requests of the run's batches; none if their texts were not stored."""
+def _edits(path: Path, ledger: Sequence[Entry]) -> list[EditedRequest]:
+    """Return the requests of the run's batches, each once; none if their texts were not stored.
+
+    Of one that was edited again the last entry in force counts.
+    """
+    edits: dict[str, EditedRequest] = {}
+    for name, edit in _entries(path, ledger):
+        if name not in edits or edit.rollback is None or edits[name].rollback is not None:
+            edits[name] = edit
+    return list(edits.values())
+
+
+def _entries(path: Path, ledger: Sequence[Entry]) -> Iterator[tuple[str, EditedRequest]]:
+    """Yield hash and entry of every request of the run's batches."""
     batches, facts = ({each: rollback_of(entry) for each, entry in part.items()} for part in taken_back(ledger))
     for body in bodies(ledger, BatchBody):
         owners = body.owners or range(len(body.requests))  # all of them at one value site, then all at the next
         for place, request in enumerate(body.requests):
             targets = [target for target, owner in zip(body.targets, cycle(owners), strict=False) if owner == place]
             where = f"{path}, batch {body.batch}, requests.{place}"
-            rollback = batches.get(body.batch) or facts.get((body.batch, "".join(body.hashes[place : place + 1])))
+            name = "".join(body.hashes[place : place + 1])
+            rollback = batches.get(body.batch) or facts.get((body.batch, name))
             content = {**request, "batch": body.batch, "targets": targets, "rollback": rollback}
-            yield read_as(EditedRequest, content, where, RunFolderError, REMEDY)
+            yield name or where, read_as(EditedRequest, content, where, RunFolderError, REMEDY)
 
 
 def _log(path: Path) -> list[dict[str, float]]:

@@ -193,12 +193,14 @@ def _cell(text: str) -> Text:
 def verdict(steps: Sequence[EditStep]) -> str:
     """Say in one line how many facts took, and which did not and why; empty where no batch was asked.
 
-    A fact took if every token of its target is the most likely one on its own prompt, right after its batch.
+    A fact took if every token of its target is the most likely one on its own prompt, right after the last batch that
+    wrote it.
 
     Args:
         steps: Edit batches.
     """
-    facts = [(step, i, fact) for step in steps for i, fact in enumerate(step.facts)]
+    last = {step.hashes[i]: (step, i, fact) for step in steps for i, fact in enumerate(step.facts)}
+    facts = list(last.values())
     if not facts:
         return ""
     failed = [

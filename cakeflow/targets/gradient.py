@@ -184,8 +184,9 @@ class GradientSearch(TargetSearch):
             squares += groups.once(active)[:, None] * delta.grad[:, 0].double().square()
             adam.step()
             _clamp(delta, radius)
+        away = _led_away(problem, start.terms["likelihood"], final.terms["likelihood"], evaluations, final.solved)
+        final = final.updated(~groups.all(~away), start)
         nll = final.terms["likelihood"]
-        _require_fall(problem, start.terms["likelihood"], nll, evaluations, final.solved)
         initial, values = problem.initial[:, 0].double(), (problem.initial + final.delta)[:, 0].double()
         importance = squares / (evaluations - 1).clamp_min(1)[:, None]
         return Targets(values, initial, final.loss, torch.exp(-nll), evaluations, self.stop.met(final), importance)
@@ -278,25 +279,32 @@ def _require_finite(problem: SearchProblem, loss: Tensor, active: Tensor, step: 
         )
 
 
-def _require_fall(
+def _led_away(
     problem: SearchProblem,
     start: Float[Tensor, " n"],
     end: Float[Tensor, " n"],
     steps: Int[Tensor, " n"],
     solved: Bool[Tensor, " n"],
-) -> None:
-    """Refuse a search that led away from its fact, though the official code goes on, and log one without effect.
+) -> Bool[Tensor, " n"]:
+    """Return the facts whose search led away from them, and log these and searches without effect.
 
-    Only the NLL is compared: the other terms may grow as it falls. A search without effect is no error because the
-    official recordings on random models have such. A solved fact passes: its NLL may have been near 0 from the start.
+    The official code writes what such a search ends with. Here a fact keeps its present value, and so does not take;
+    where that is so for all, a setting is at fault. Only the NLL is compared: the other terms may grow as it falls.
+    A solved fact passes: its NLL may have been near 0 from the start.
+
+    Raises:
+        NumericalError: If all searches led away.
     """
-    for index in (~solved & (steps > 1) & (end >= start)).nonzero()[:, 0].tolist():
+    message, idle = "", ~solved & (steps > 1) & (end >= start)
+    away = idle & (end - start > TOLERATED_RISE)
+    for index in idle.nonzero()[:, 0].tolist():
         message = (
             f"{problem.batch.name([index])}: the search for its target value at layer {problem.sites[0].layer} did not "
             f"lower the target's NLL ({float(start[index]):.4g} before, {float(end[index]):.4g} after "
             f"{int(steps[index])} steps); lower targets.lr, targets.essence.factor or targets.decay.factor, or leave "
             "the request out"
         )
-        if float(end[index] - start[index]) > TOLERATED_RISE:
-            raise NumericalError(message)
         log.warning(message)
+    if bool(away.all()):
+        raise NumericalError(message)
+    return away
