@@ -162,7 +162,7 @@ def warn_of_kept(before: Sequence[EditStep], rest: Sequence[EditStep]) -> None:
             kept |= {text: later[name] for text, name in zip(texts, step.hashes, strict=True) if name in later}
     if kept:
         warnings.warn(
-            f"facts of what was taken back stay, because a later batch ({listed([*{*kept.values()}])}) wrote them again: "
+            f"facts of what was taken back stay, because a later batch ({listed([*{*kept.values()}])}) wrote again: "
             f"{listed([*kept], 3)}; take that one back too, or undo the facts by name",
             RequestWarning,
             stacklevel=3,
