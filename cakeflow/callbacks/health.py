@@ -124,7 +124,8 @@ class StreamHealth(PeriodicCallback):
         ]
         if not facts:
             return {}
-        last = [request for step, request in facts if step is facts[-1][0]]
+        batches = {request: step for step, request in reversed(facts)}  # the first one that wrote it, not a repair
+        last = [request for step, request in facts if step is max(batches.values(), key=lambda each: each.number)]
         first = [*{request.text: request for _, request in facts}.values()][: self.first]
         correct = score_records(module.lm, last + first, max_bytes=module.max_bytes).correct.double()
         return {"taken": float(correct[: len(last)].mean()), "retention": float(correct[len(last) :].mean())}

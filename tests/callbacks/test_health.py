@@ -135,6 +135,23 @@ def test_a_worse_state_is_said_once(lm, quiet):
     assert len([each for each in said if issubclass(each.category, SideEffectWarning)]) == 1
 
 
+@pytest.mark.filterwarnings("ignore::cakeflow.errors.NotTakenWarning")
+@pytest.mark.filterwarnings("ignore::cakeflow.errors.SideEffectWarning")
+def test_facts_that_are_edited_again_are_not_the_last_batch(lm, monkeypatch):
+    """The share that took is that of the facts that came last."""
+    facts, asked = [replace(fact, probes=()) for fact in FACTS], []
+
+    def watched(lm, records, **options):
+        asked[:] = records
+        return score_records(lm, records, **options)
+
+    monkeypatch.setattr("cakeflow.callbacks.health.score_records", watched)
+    editor = editor_of(lm, {"logger": False, "callbacks": [StreamHealth(OPEN, first=1)]})
+    for batch in (facts[:2], facts[2:], facts[:1]):
+        editor.fit(batch, evaluate=False)
+    assert asked == [*facts[2:], facts[0]]
+
+
 @pytest.mark.filterwarnings("ignore::cakeflow.errors.SideEffectWarning")
 def test_a_broken_stream_ends(lm, quiet):
     """After the first batch that is measured; its edits stay."""
