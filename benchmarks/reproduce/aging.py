@@ -247,7 +247,7 @@ def growth(row: Row) -> Row:
 def differences(arms: dict[str, dict[str, Row]], against: str) -> Iterator[str]:
     """Yield a line of a table for each arm and number of edits that the other arm has as well."""
     for arm, points in arms.items():
-        for edits in points.keys() & arms.get(against, {}).keys():
+        for edits in sorted(points.keys() & arms.get(against, {}).keys(), key=int):
             if arm in (against, "unedited") or not all(points[edits].get(f"records/{kind}") for kind in KINDS):
                 continue
             ours, theirs = rates(points[edits]), rates(arms[against][edits])
@@ -270,7 +270,7 @@ def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path, against: str) 
         for edits, row in ((edits, row | growth(row)) for edits, row in points.items())
     ]
     heads = [f"| against {against} | edits | EditScore | Eff | Gen | Spe |", "| --- " * 6 + "|"]
-    lines = sorted(differences(arms, against))
+    lines = list(differences(arms, against))
     write_table(out / name, stream, rows, ["", *heads, *lines] if lines else [])
     colors = plt.get_cmap("tab20")
     _, axes = plt.subplots(2, 6, figsize=(19, 6), layout="tight")
