@@ -5,6 +5,7 @@ from cakeflow_streams import (
     ConflictHistory,
     FisherPenalty,
     Forgetting,
+    PreservationQueue,
     RankSearch,
     RenewedNullSpace,
     ResidualBlend,
@@ -58,6 +59,7 @@ PARTS = {
     "sphere": (Uniform(), Sequential(), SPHERE, True),
     "evoedit": (Uniform(), Sequential(), NullSpace(UnusedSpace()), True),
     "betaedit": (Uniform(), Sequential(), RenewedNullSpace(cost=3000.0), True),
+    "lyaplock": (Uniform(), Sequential(), PreservationQueue(), True),
     "encore": (Uniform(), Sequential(), LeastSquares(20.0), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
