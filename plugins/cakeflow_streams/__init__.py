@@ -3,6 +3,7 @@
 from cakeflow_streams.blend import ResidualBlend
 from cakeflow_streams.conflict import ConflictHistory
 from cakeflow_streams.forgetting import Forgetting
+from cakeflow_streams.gradient import NormalizedGradient
 from cakeflow_streams.importance import FisherPenalty
 from cakeflow_streams.names import MinorSpace
 from cakeflow_streams.preservation import PreservationQueue
@@ -12,6 +13,6 @@ from cakeflow_streams.spaces import RenewedNullSpace, UnusedSpace
 from cakeflow_streams.spectrum import SpectralGuard
 
 __all__ = [
-    "ConflictHistory", "FisherPenalty", "Forgetting", "MinorSpace", "NormFeedback", "PreservationQueue", "RankSearch",
-    "RenewedNullSpace", "ResidualBlend", "SolvedTimes", "SpectralGuard", "UnusedSpace",
+    "ConflictHistory", "FisherPenalty", "Forgetting", "MinorSpace", "NormFeedback", "NormalizedGradient",
+    "PreservationQueue", "RankSearch", "RenewedNullSpace", "ResidualBlend", "SolvedTimes", "SpectralGuard", "UnusedSpace",
 ]  # fmt: skip

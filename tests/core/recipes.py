@@ -5,6 +5,7 @@ from cakeflow_streams import (
     ConflictHistory,
     FisherPenalty,
     Forgetting,
+    NormalizedGradient,
     PreservationQueue,
     RankSearch,
     RenewedNullSpace,
@@ -60,6 +61,7 @@ PARTS = {
     "evoedit": (Uniform(), Sequential(), NullSpace(UnusedSpace()), True),
     "betaedit": (Uniform(), Sequential(), RenewedNullSpace(cost=3000.0), True),
     "lyaplock": (Uniform(), Sequential(), PreservationQueue(), True),
+    "ultraedit": (Uniform(), Sequential(), NormalizedGradient(), True),
     "encore": (Uniform(), Sequential(), LeastSquares(20.0), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""

@@ -8,7 +8,7 @@ import cakeflow_streams
 import lightning as L
 import pytest
 import torch
-from cakeflow_streams import PreservationQueue, RenewedNullSpace, SpectralGuard, UnusedSpace
+from cakeflow_streams import NormalizedGradient, PreservationQueue, RenewedNullSpace, SpectralGuard, UnusedSpace
 from tiny_runs import editor_of, state
 
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit, NullSpace, Statistics
@@ -91,6 +91,7 @@ def fit(lm, requests, folder, *callbacks, **parts):
 
 STREAMS = {
     "queue": {"solver": PreservationQueue(LeastSquares(1e-3), limit=0.1)},
+    "gradient": {"solver": NormalizedGradient(lr=1e-3, ridge=0.1)},
 }
 
 
