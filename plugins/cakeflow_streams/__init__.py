@@ -11,8 +11,10 @@ from cakeflow_streams.rank import RankSearch
 from cakeflow_streams.search import NormFeedback, SolvedTimes
 from cakeflow_streams.spaces import RenewedNullSpace, UnusedSpace
 from cakeflow_streams.spectrum import SpectralGuard
+from cakeflow_streams.swap import SwapSearch
 
 __all__ = [
     "ConflictHistory", "FisherPenalty", "Forgetting", "MinorSpace", "NormFeedback", "NormalizedGradient",
-    "PreservationQueue", "RankSearch", "RenewedNullSpace", "ResidualBlend", "SolvedTimes", "SpectralGuard", "UnusedSpace",
+    "PreservationQueue", "RankSearch", "RenewedNullSpace", "ResidualBlend", "SolvedTimes", "SpectralGuard",
+    "SwapSearch", "UnusedSpace",
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from cakeflow_streams import (
     ConflictHistory,
     FisherPenalty,
     Forgetting,
+    MinorSpace,
     NormalizedGradient,
     PreservationQueue,
     RankSearch,
@@ -12,6 +13,7 @@ from cakeflow_streams import (
     ResidualBlend,
     SolvedTimes,
     SpectralGuard,
+    SwapSearch,
     UnusedSpace,
 )
 
@@ -61,6 +63,7 @@ PARTS = {
     "evoedit": (Uniform(), Sequential(), NullSpace(UnusedSpace()), True),
     "betaedit": (Uniform(), Sequential(), RenewedNullSpace(cost=3000.0), True),
     "lyaplock": (Uniform(), Sequential(), PreservationQueue(), True),
+    "suit": (Uniform(), Sequential(), MinorSpace(LeastSquares(10.0), 0.4), True),
     "ultraedit": (Uniform(), Sequential(), NormalizedGradient(), True),
     "encore": (Uniform(), Sequential(), LeastSquares(20.0), True),
 }
@@ -76,6 +79,10 @@ OFFICIAL = {
 }
 """Recipe -> ridge, clamp and decay of CAKE's released configs."""
 """CAKE over a method: its weights, everything else as there."""
+SEARCHES = {"suit": SwapSearch}
+"""Recipe -> search in place of ``GradientSearch``."""
+STATISTICS = {"suit": {"at": "names"}}
+"""Recipe -> what it sets of the statistics."""
 TARGETS = {
     "hse_official": {
         "likelihood": TargetLikelihood(0.8), "one_by_one": True,
