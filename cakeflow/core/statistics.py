@@ -16,11 +16,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cakeflow.data.sources import Source, read_documents
-from cakeflow.errors import ConfigError, StatisticsError, require_choice, require_positive
-from cakeflow.forward.corpus import default_corpus, names, token_stream
-from cakeflow.forward.packing import pad
+from cakeflow.errors import StatisticsError, require_choice, require_positive
+from cakeflow.forward.corpus import PADDING, default_corpus, name_rows, names, token_stream
 from cakeflow.forward.progress import progress_bar
-from cakeflow.forward.tokens import encode_texts
 from cakeflow.journal.schema import MomentPoint
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
@@ -38,8 +36,6 @@ FORMAT = 3
 """Format of the files; part of the cache key. 2: eigenvectors as rows. 3: with a hash of every tensor."""
 SAVE_EVERY = 30.0
 """Seconds between saves of the partial sums."""
-PADDING = -1
-"""What stands behind the last token of a name."""
 At = Literal["tokens", "names"]
 
 
@@ -133,7 +129,8 @@ class Statistics:
             StatisticsError: If it has too few tokens, or is a sampled one that was changed in the cache.
         """
         if self.at == "names":
-            return _name_rows(lm, self.source)
+            named = None if self.source is None else map("".join, read_documents(self.source))
+            return name_rows(lm, names() if named is None else [*named])
         texts = default_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
         stream = token_stream(lm, texts, self.tokens)
         front = list(lm.front)
@@ -183,27 +180,6 @@ def _read(path: Path) -> TensorFile:
 
 def _damaged(path: Path, reason: object) -> StatisticsError:
     return StatisticsError(f"{path} is damaged ({reason}); {REMEDY}")
-
-
-def _name_rows(lm: LanguageModel, source: Source | None) -> Int[Tensor, "names window"]:
-    """Return the tokens of names, each a document of the source, padded.
-
-    Raises:
-        ConfigError: If one is too long to be read.
-        StatisticsError: If there are none.
-    """
-    texts = names() if source is None else ["".join(parts) for parts in read_documents(source)]
-    rows = [row for row in encode_texts(lm.tokenizer, texts) if len(row) > len(lm.front)]
-    if not rows:
-        raise StatisticsError(f"corpus {source!r} has no name; with statistics.at names each document is one")
-    if (longest := max(map(len, rows))) > lm.longest:
-        raise ConfigError(
-            f"corpus {source!r} has a name of {longest} tokens, and the model reads {lm.longest}; with statistics.at "
-            "names each document is a name: give a .jsonl file with a text per line"
-        )
-    lengths = torch.tensor(list(map(len, rows)))
-    behind = torch.arange(longest) >= lengths[:, None]
-    return pad(rows, torch.device("cpu")).masked_fill(behind, PADDING)
 
 
 @dataclass
