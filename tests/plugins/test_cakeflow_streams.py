@@ -13,6 +13,7 @@ from tiny_runs import editor_of, state
 
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit, NullSpace, Statistics
 from cakeflow.core import EditCallback
+from cakeflow.errors import ConfigError
 from cakeflow.models import Site
 from cakeflow.solvers import KeyHistory
 
@@ -131,3 +132,17 @@ def test_a_queue_counts_without_a_fact_that_was_undone(lm, requests, tmp_path):
     for each in (editor, loaded):
         each.fit(requests[6:8], 2, evaluate=False, run_dir=tmp_path / f"later {each is editor}")
     assert state(fresh, loaded.module) == state(lm, editor.module)
+
+
+def test_single_facts_of_a_gradient_are_not_taken_back(lm, requests, tmp_path):
+    editor = fit(lm, requests[:4], tmp_path / "run", **STREAMS["gradient"])
+    before = state(lm, editor.module)
+    with pytest.raises(
+        ConfigError, match=r"NormalizedGradient takes back whole batches only: rollback\(batch=NUMBER\)"
+    ):
+        editor.undo(requests[1].text)
+    assert (state(lm, editor.module), len(editor.journal)) == (before, 2)
+    other = fit(copy.deepcopy(lm), requests[4:6], tmp_path / "other", **STREAMS["queue"])
+    other.module.solver = STREAMS["gradient"]["solver"]
+    with pytest.raises(ConfigError, match="an earlier batch was edited by another solver"):
+        other.fit(requests[6:8], 2, evaluate=False, run_dir=tmp_path / "mixed")
