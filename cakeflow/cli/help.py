@@ -14,6 +14,8 @@ MORE = {
     "data": "or a JSON, JSONL, CSV or Parquet file, a URL, a hub data set",
 }
 """Kind of a shipped config -> what else its option takes."""
+FIRST = {"method": ("cake", "memit", "alphaedit", "rome", "ft")}
+"""Kind of shipped configs that are too many for a page -> those to begin with."""
 MAIN = """\
 cakeflow edits facts in transformer language models: afterwards the model states
 the new fact, and what it says otherwise stays as it was.
@@ -41,6 +43,7 @@ prepare a model:
   trace     Measure by causal tracing which layers recall facts
   facts     Write the facts that a model states by itself to a file
 more:
+  recipes   List the shipped methods
   plugins   List the installed plugins with their kind and package
 
 examples:
@@ -149,6 +152,9 @@ def page_for(words: Sequence[str]) -> str | None:
 def _names(kind: str) -> str:
     from cakeflow.core.config import shipped  # takes seconds, which the main page does not need
 
-    text = f"{', '.join(shipped(kind))}; {MORE[kind]}"
+    names = FIRST.get(kind, tuple(shipped(kind)))
+    rest = len(shipped(kind)) - len(names)
+    further = f"; {rest} more: cakeflow recipes" if rest else ""
+    text = f"{', '.join(names)}{further}; {MORE[kind]}"
     lines = textwrap.wrap(text, WIDTH - 18, break_on_hyphens=False)
     return ("\n" + 18 * " ").join(lines)

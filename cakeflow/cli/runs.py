@@ -12,6 +12,7 @@ from cakeflow.cli.console import say
 from cakeflow.cli.diff import run_diff
 from cakeflow.cli.edit import run_edit, run_undo
 from cakeflow.cli.export import run_apply, run_export
+from cakeflow.cli.recipes import run_recipes
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.cli.tune import run_tune
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
@@ -176,6 +177,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "trace": run_trace,
     "facts": run_facts,
     "tune": run_tune,
+    "recipes": run_recipes,
     "plugins": run_plugins,
     "report": run_report,
     "compare": run_compare,

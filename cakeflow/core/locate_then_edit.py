@@ -333,6 +333,8 @@ class LocateThenEdit(EditModule[TextBatch]):
             checked_facts("keys are", each, batch, site.layer)
         name = self.lm.weight_name(site)
         history = self.journal.history(name) if self.use_history else KeyHistory()
+        changes = self.journal.changes if self.use_history else []
+        loss = WeightLoss(self.lm, batch, site)
         return LayerProblem(
             keys,
             residual,
@@ -341,7 +343,9 @@ class LocateThenEdit(EditModule[TextBatch]):
             covariance=self.covariances[site.layer].to(keys.device),
             history=history.without(leave_out) if leave_out else history,
             prompt_keys=prompt_keys,
-            loss=WeightLoss(self.lm, batch, site),
+            loss=loss,
+            tokens=loss.tokens,
+            earlier=[each.update for each in changes if isinstance(each, WeightChange) and each.place == name],
         )
 
     # ---- after the last batch ----

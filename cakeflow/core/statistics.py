@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from einops import rearrange
@@ -15,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from cakeflow.data.sources import Source, read_documents
-from cakeflow.errors import StatisticsError, require_positive
-from cakeflow.forward.corpus import default_corpus, token_stream
+from cakeflow.errors import StatisticsError, require_choice, require_positive
+from cakeflow.forward.corpus import PADDING, default_corpus, name_rows, names, token_stream
 from cakeflow.forward.progress import progress_bar
 from cakeflow.journal.schema import MomentPoint
 from cakeflow.models.architecture import Site
@@ -35,6 +36,7 @@ FORMAT = 3
 """Format of the files; part of the cache key. 2: eigenvectors as rows. 3: with a hash of every tensor."""
 SAVE_EVERY = 30.0
 """Seconds between saves of the partial sums."""
+At = Literal["tokens", "names"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Statistics:
             tokens.
         batch_tokens: Most tokens in one forward pass.
         seed: Seed of the corpus where none is named.
+        at: Which keys count: those of all ``tokens``, or of the last token of each document, a name (``names``, the
+            keys of SUIT), whatever ``tokens`` says; without a source those are the 512 names of the default corpus.
     """
 
     source: Source | None = None
@@ -61,8 +65,10 @@ class Statistics:
     null_threshold: float = 0.02
     batch_tokens: int = 4096
     seed: int = 0
+    at: At = "tokens"
 
     def __post_init__(self) -> None:
+        require_choice("statistics.at", self.at, At)
         require_positive("statistics", self, "tokens", "window", "cov_weight", "null_threshold", "batch_tokens")
 
     def collect(
@@ -112,7 +118,7 @@ class Statistics:
         return {site: loaded[site] for site in sites}
 
     def windows(self, lm: LanguageModel, width: int) -> Int[Tensor, "windows window"]:
-        """Return the corpus as rows of tokens, each with the tokenizer's special tokens in front.
+        """Return the corpus as rows of tokens, each with the tokenizer's special tokens in front; -1 pads names.
 
         Args:
             lm: The model.
@@ -122,6 +128,9 @@ class Statistics:
             ConfigError: If the corpus cannot be read.
             StatisticsError: If it has too few tokens, or is a sampled one that was changed in the cache.
         """
+        if self.at == "names":
+            named = None if self.source is None else map("".join, read_documents(self.source))
+            return name_rows(lm, names() if named is None else [*named])
         texts = default_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
         stream = token_stream(lm, texts, self.tokens)
         front = list(lm.front)
@@ -216,19 +225,20 @@ def _collect(
     lm: LanguageModel, sites: Sequence[Site], windows: Int[Tensor, "windows window"], home: Path, settings: Statistics
 ) -> None:
     """Collect second moments in one pass over the windows; save partial sums every ``SAVE_EVERY`` seconds."""
-    partial, (count, length) = home / "partial.safetensors", windows.shape
+    partial, count = home / "partial.safetensors", len(windows)
+    length = 1 if settings.at == "names" else windows.shape[1]  # keys of a row
     course = _resume(partial, lm, sites, count)
-    rows = min(max(1, settings.batch_tokens // length), -(-count // 2))
+    rows = min(max(1, settings.batch_tokens // windows.shape[1]), -(-count // 2))
     least = max(map(lm.key_width, sites)) / length  # windows; fewer tokens leave C singular
     points = {-(-count // 2**power) for power in range(1, 64) if count >= least * 2**power}
     saved = time.monotonic()
-    with progress_bar(windows.numel(), "second moments", "token", initial=course.done * length) as bar:
+    with progress_bar(count * length, "second moments", "token", initial=course.done * length) as bar:
         while course.done < count:
             batch = windows[course.done : course.done + rows]
-            for site, outer in _outer_products(lm, sites, batch.to(lm.device)):
+            for site, outer in _outer_products(lm, sites, batch.to(lm.device), settings.at):
                 course.add(site, outer)
             start, course.done = course.done, course.done + len(batch)
-            bar.update(batch.numel())
+            bar.update(len(batch) * length)
             for site in sites if any(start < point <= course.done for point in points) else ():
                 moment = course.moment(site, course.done * length)
                 null = rank_below(moment.float(), settings.null_threshold)  # the last point's comes with the eigenbasis
@@ -238,21 +248,28 @@ def _collect(
                 saved = time.monotonic()
     with progress_bar(len(sites), "eigenbases", "layer") as bar:
         for site in sites:
-            _finish(home / f"{_label(site)}.safetensors", course, site, windows.numel(), settings.null_threshold)
+            _finish(home / f"{_label(site)}.safetensors", course, site, count * length, settings.null_threshold)
             bar.update()
     partial.unlink(missing_ok=True)
 
 
 @torch.no_grad()
 def _outer_products(
-    lm: LanguageModel, sites: Sequence[Site], ids: Int[Tensor, "rows window"]
+    lm: LanguageModel, sites: Sequence[Site], ids: Int[Tensor, "rows window"], at: At
 ) -> Iterator[tuple[Site, Float[Tensor, "d_in d_in"]]]:
     """Yield the sum of k k^T over the tokens of a batch for each site; the forward pass stops after the last layer."""
+    last = (ids != PADDING).sum(1) - 1
+    ids = ids.clamp_min(0)  # what is padded is behind all that is read
     ordered = sorted(sites, key=lambda site: site.layer)
     with capture(lm, ordered, side="in", stop=True) as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     for site in ordered:
-        keys = rearrange(inputs[site], "rows window width -> (rows window) width")
+        keys = inputs[site]
+        keys = (
+            keys[range(len(ids)), last]
+            if at == "names"
+            else rearrange(keys, "rows window width -> (rows window) width")
+        )
         keys = keys if keys.dtype == torch.float64 else keys.float()
         yield site, gram(keys)
 

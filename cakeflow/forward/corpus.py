@@ -5,11 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from itertools import cycle
 from pathlib import Path
 from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.forward.generation import continuations
@@ -36,6 +40,8 @@ FORMAT = 3
 """Format of the file of a sampled corpus; part of its name. 2: with its hash. 3: about names."""
 
 
+PADDING = -1
+"""What stands behind the last token of a name."""
 MARGIN = 64
 """Last tokens of the beginning of a text, which may not be those of the whole text."""
 
@@ -85,6 +91,28 @@ def _ids(lm: LanguageModel, pieces: list[str]) -> list[int]:
 def names() -> list[str]:
     """Return the names of ``names.txt``: 512 of many kinds, none a subject of the built-in facts."""
     return files("cakeflow.data").joinpath("names.txt").read_text(encoding="utf-8").splitlines()
+
+
+def name_rows(lm: LanguageModel, texts: Sequence[str]) -> Int[Tensor, "names window"]:
+    """Return the tokens of names, each a row with the special tokens in front and ``PADDING`` behind.
+
+    Args:
+        lm: The model.
+        texts: The names; empty ones are left out.
+
+    Raises:
+        ConfigError: If one is too long for the model.
+        StatisticsError: If there are none.
+    """
+    rows = [row for row in encode_texts(lm.tokenizer, texts) if len(row) > len(lm.front)]
+    if not rows:
+        raise StatisticsError("the corpus has no name; with statistics.at names each of its documents is one")
+    if (longest := max(map(len, rows))) > lm.longest:
+        raise ConfigError(
+            f"the corpus has a name of {longest} tokens, and the model reads {lm.longest}; with statistics.at names "
+            "each document is a name: give a .jsonl file with a text per line"
+        )
+    return torch.tensor([[*row, *[PADDING] * (longest - len(row))] for row in rows])
 
 
 def default_corpus(lm: LanguageModel, tokens: int, seed: int = 0) -> list[str]:

@@ -177,7 +177,7 @@ class WeightChange(Change):
 
     def tensors(self) -> dict[str, Tensor]:
         """Keys with their values, and factors."""
-        further = {"left": self.update.left, "values": self.values}
+        further = {"left": self.update.left, "values": self.values, "gradients": self.update.gradients}
         known = {name: each for name, each in further.items() if each is not None}
         return {"keys": self.keys, "right": self.update.right, **known}
 
@@ -188,13 +188,14 @@ class WeightChange(Change):
         Raises:
             ValueError: If they are not finite matrices that fit each other.
         """
-        update, keys = Update(tensors["right"], tensors.get("left")), tensors["keys"]
-        values = tensors.get("values")
-        parts = [each for each in (update.right, update.left, keys, values) if each is not None]
+        update = Update(tensors["right"], tensors.get("left"), gradients=tensors.get("gradients"))
+        keys, values, gradients = tensors["keys"], tensors.get("values"), update.gradients
+        parts = [each for each in (update.right, update.left, keys, values, gradients) if each is not None]
         if not all(each.dim() == 2 and each.is_floating_point() and torch.isfinite(each).all() for each in parts):
             raise ValueError(f"{place}: keys and factors are not finite matrices")
         fits = update.left is None or len(update.left) == len(update.right)
         fits &= values is None or values.shape == (len(keys), update.shape[0])
+        fits &= gradients is None or (update.left is not None and gradients.shape == update.left.shape)
         if not fits or (len(keys) and keys.shape[1] != update.right.shape[1]):
             shapes = ", ".join(str(tuple(each.shape)) for each in parts)
             raise ValueError(f"{place}: keys and factors of shapes {shapes} do not fit each other")

@@ -122,17 +122,22 @@ def _put(lm: LanguageModel, site: Site, value: Tensor, places: tuple[Tensor, Ten
 
 
 def inject(
-    lm: LanguageModel, site: Site, delta: Float[Tensor, "rows width"], at: Int[Tensor, " rows"]
+    lm: LanguageModel,
+    site: Site,
+    delta: Float[Tensor, "places width"],
+    at: Int[Tensor, " places"],
+    rows: Int[Tensor, " places"] | None = None,
 ) -> AbstractContextManager[None]:
-    """Add a vector to a module's output at one position of each row.
+    """Add vectors to a module's output, by default at one position of each row.
 
     Args:
         lm: The model.
         site: Site of the module.
-        delta: One vector per row; gradients flow to it.
-        at: Position in each row.
+        delta: The vectors; gradients flow to them.
+        at: Position of each in its row.
+        rows: Row of each; by default each row has one.
     """
-    return _put(lm, site, delta, (torch.arange(len(at), device=at.device), at), add=True)
+    return _put(lm, site, delta, (torch.arange(len(at), device=at.device) if rows is None else rows, at), add=True)
 
 
 def patch(

@@ -74,6 +74,12 @@ class Covariance:
             moved.__dict__.pop(part, None)
         return moved
 
+    def weighted(self, times: float) -> Covariance:
+        """Return the covariance with ``times`` its weight; it shares moment and eigenbasis."""
+        result = copy(self)
+        result.weight = times * self.weight
+        return result
+
     def rank(self, threshold: float) -> int:
         """Return the number of directions whose second moment is below the threshold: the size of the null space."""
         return int((self.eigen[0] < threshold).sum())

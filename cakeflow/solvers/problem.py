@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -28,6 +28,10 @@ class LayerProblem:
         history: Keys of earlier edits, to preserve as well.
         prompt_keys: n x d_in, the keys of the bare prompts, where ``keys`` are means over contexts.
         loss: The model's loss at ``weight + change`` and its gradient, for solvers that descend it.
+        tokens: What the projection reads at the m tokens that predict a token of a new target, m x d_in, and the
+            gradients of the summed negative log-likelihood by what it writes there, m x d_out; for solvers that need
+            no target values.
+        earlier: The changes by earlier batches, oldest first.
         gap: n x d_out, what the facts miss at the value site, of which ``residual`` is this layer's part; None where
             facts are undone, which miss nothing.
         index: Position of the layer among the edited ones, from 0.
@@ -44,6 +48,8 @@ class LayerProblem:
     history: KeyHistory = field(default_factory=KeyHistory)
     prompt_keys: Float[Tensor, "n d_in"] | None = None
     loss: Callable[[Float[Tensor, "d_out d_in"]], tuple[float, Float[Tensor, "d_out d_in"]]] | None = None
+    tokens: Callable[[], tuple[Float[Tensor, "m d_in"], Float[Tensor, "m d_out"]]] | None = None
+    earlier: Sequence[Update] = ()
     gap: Float[Tensor, "n d_out"] | None = None
     index: int = 0
 
@@ -84,11 +90,13 @@ class Update:
     """A weight change ``D = left^T right``; a change of full rank leaves ``left`` out and keeps D in ``right``.
 
     Attributes:
-        right: n x d_in (or D itself, d_out x d_in).
+        right: n x d_in (or D itself, d_out x d_in); a row belongs to a fact, or to a token of one.
         left: n x d_out, or None.
         deferred: Update that replaces this one once all layers of the batch are written, or None where it stays.
         is_plain: ``left`` is the problem's residual itself, so that D is linear in the residual; set by the solver.
         numbers: Measurements of the solver, by name; logged with those of the layer.
+        gradients: n x d_out, of the loss by the outputs at the inputs ``right``, where later batches are solved with
+            them; stored with the change.
     """
 
     right: Float[Tensor, "n d_in"]
@@ -96,6 +104,7 @@ class Update:
     deferred: Update | None = None
     is_plain: bool = False
     numbers: dict[str, float] = field(default_factory=dict)
+    gradients: Float[Tensor, "n d_out"] | None = None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -115,12 +124,13 @@ class Update:
 
     def to(self, device: torch.device | str) -> Update:
         """Copy the update to a device."""
-        left, deferred = self.left, self.deferred
+        left, deferred, gradients = self.left, self.deferred, self.gradients
         return replace(
             self,
             right=self.right.to(device),
             left=None if left is None else left.to(device),
             deferred=None if deferred is None else deferred.to(device),
+            gradients=None if gradients is None else gradients.to(device),
         )
 
     def norm(self) -> float:

@@ -3,14 +3,18 @@
 from cakeflow_streams.blend import ResidualBlend
 from cakeflow_streams.conflict import ConflictHistory
 from cakeflow_streams.forgetting import Forgetting
+from cakeflow_streams.gradient import NormalizedGradient
 from cakeflow_streams.importance import FisherPenalty
 from cakeflow_streams.names import MinorSpace
+from cakeflow_streams.preservation import PreservationQueue
 from cakeflow_streams.rank import RankSearch
 from cakeflow_streams.search import NormFeedback, SolvedTimes
 from cakeflow_streams.spaces import RenewedNullSpace, UnusedSpace
 from cakeflow_streams.spectrum import SpectralGuard
+from cakeflow_streams.swap import SwapSearch
 
 __all__ = [
-    "ConflictHistory", "FisherPenalty", "Forgetting", "MinorSpace", "NormFeedback", "RankSearch", "RenewedNullSpace",
-    "ResidualBlend", "SolvedTimes", "SpectralGuard", "UnusedSpace",
+    "ConflictHistory", "FisherPenalty", "Forgetting", "MinorSpace", "NormFeedback", "NormalizedGradient",
+    "PreservationQueue", "RankSearch", "RenewedNullSpace", "ResidualBlend", "SolvedTimes", "SpectralGuard",
+    "SwapSearch", "UnusedSpace",
 ]  # fmt: skip

@@ -19,8 +19,8 @@ class MinorSpace(Solver):
     """``inner`` on keys without the leading eigenvectors U of C, ``k' = k - U U^T k`` (the keys of SUIT).
 
     U has the fewest eigenvectors whose share of the trace of C exceeds ``energy``: as ``NullSpace`` with a threshold
-    that depends on C. SUIT takes C at the last tokens of 10,000 names (``name_moments``), and 0.4 for Llama, else 0.6.
-    Its other part, for values, is not here.
+    that depends on C. SUIT takes C at the last tokens of 10,000 names (``statistics.at: names``, or ``name_moments``),
+    and 0.4 for Llama, else 0.6. Its other part, for values, is ``SwapSearch``.
 
     Attributes:
         inner: The solver; its problem has projected keys and no covariance.

@@ -8,7 +8,7 @@ import pytest
 
 from cakeflow.__main__ import main
 from cakeflow.cli.command_line import _Trainer
-from cakeflow.cli.help import PAGES
+from cakeflow.cli.help import FIRST, PAGES
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.config import shipped
 
@@ -56,8 +56,29 @@ def test_every_option_on_a_page_is_one(command, capsys):
     words = [word for name in sorted(options) for word in (f"--{name}", VALUES[name])]
     printed = page([command, *words, "--trust_remote_code", "--print_config"], capsys)
     assert "layers:" in printed
-    for kind in ("method", "model", "targets", "data"):
+    for kind in ("model", "targets", "data"):
         assert all(name in text for name in shipped(kind))
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+def test_every_method_is_on_the_page_or_in_the_list_that_it_names(command, capsys, monkeypatch):
+    text = " ".join(page([command, "--help"], capsys).split())
+    rest = len(shipped("method")) - len(FIRST["method"])
+    assert f"--method NAME {', '.join(FIRST['method'])}; {rest} more: cakeflow recipes; or a YAML file" in text
+    monkeypatch.setenv("COLUMNS", str(SCREEN[1]))
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.split(maxsplit=1) for line in lines[: len(shipped("method"))]]
+    assert [name for name, _ in named] == [*shipped("method")]
+    assert set(FIRST["method"]) < set(shipped("method"))
+
+
+def test_a_page_fits_however_many_methods_there_are(capsys, monkeypatch):
+    methods = {**shipped("method"), **{f"method_{i}": None for i in range(1000)}}
+    monkeypatch.setattr("cakeflow.core.config.shipped", lambda kind: methods if kind == "method" else shipped(kind))
+    lines = page(["fit", "--help"], capsys).splitlines()
+    assert any(f"{len(methods) - len(FIRST['method'])} more: cakeflow" in line for line in lines)
+    assert len(lines) <= SCREEN[0]
 
 
 def test_the_page_of_edit_has_the_arguments_of_its_function(capsys):

@@ -5,11 +5,15 @@ from cakeflow_streams import (
     ConflictHistory,
     FisherPenalty,
     Forgetting,
+    MinorSpace,
+    NormalizedGradient,
+    PreservationQueue,
     RankSearch,
     RenewedNullSpace,
     ResidualBlend,
     SolvedTimes,
     SpectralGuard,
+    SwapSearch,
     UnusedSpace,
 )
 
@@ -58,6 +62,9 @@ PARTS = {
     "sphere": (Uniform(), Sequential(), SPHERE, True),
     "evoedit": (Uniform(), Sequential(), NullSpace(UnusedSpace()), True),
     "betaedit": (Uniform(), Sequential(), RenewedNullSpace(cost=3000.0), True),
+    "lyaplock": (Uniform(), Sequential(), PreservationQueue(), True),
+    "suit": (Uniform(), Sequential(), MinorSpace(LeastSquares(10.0), 0.4), True),
+    "ultraedit": (Uniform(), Sequential(), NormalizedGradient(), True),
     "encore": (Uniform(), Sequential(), LeastSquares(20.0), True),
 }
 """Recipe -> weighter, allocator, solver, history; CAKE's are told apart below."""
@@ -72,6 +79,10 @@ OFFICIAL = {
 }
 """Recipe -> ridge, clamp and decay of CAKE's released configs."""
 """CAKE over a method: its weights, everything else as there."""
+SEARCHES = {"suit": SwapSearch}
+"""Recipe -> search in place of ``GradientSearch``."""
+STATISTICS = {"suit": {"at": "names"}}
+"""Recipe -> what it sets of the statistics."""
 TARGETS = {
     "hse_official": {
         "likelihood": TargetLikelihood(0.8), "one_by_one": True,

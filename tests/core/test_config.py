@@ -30,7 +30,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import OFFICIAL, OVER, PARTS, TARGETS
+from core.recipes import OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -61,8 +61,8 @@ def test_every_method_with_every_model(method, model):
     assert not hasattr(module, "lm")
     assert module.layers == numbers["layers"]
     special = next((extra for part, extra in TARGETS.items() if part in method), {})
-    assert module.targets == GradientSearch(**numbers["targets"], **special)
-    assert module.statistics == Statistics(**numbers["statistics"])
+    assert module.targets == SEARCHES.get(method, GradientSearch)(**numbers["targets"], **special)
+    assert module.statistics == Statistics(**numbers["statistics"], **STATISTICS.get(method, {}))
 
 
 @pytest.mark.parametrize("method", PARTS)

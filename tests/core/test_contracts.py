@@ -24,7 +24,7 @@ from cakeflow import (
 )
 from cakeflow.allocators import Jacobian, LayerContext
 from cakeflow.core.callback import EditCallback
-from cakeflow.core.contracts import checked_parts, checked_residual
+from cakeflow.core.contracts import checked_parts, checked_residual, checked_update
 from cakeflow.core.walk import Walk
 from cakeflow.errors import (
     AllocationWarning,
@@ -38,6 +38,7 @@ from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
+from cakeflow.testing import random_problems
 
 LAYERS = [1, 2, 4]
 
@@ -340,3 +341,18 @@ def test_the_keys_of_one_fact_are_searched_together_and_without_a_word(lm, reque
     assert parts == [[[i, i + 1] for i in range(0, 10, 2)], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]
     with pytest.raises(ConfigError, match=r"one fact in and outside a chat, .* 1 facts in one search"):
         checked_parts(facts.texts, 1, strict=True)
+
+
+def test_rows_of_an_update_with_gradients_are_tokens():
+    problem, solver = next(random_problems()), LeastSquares(1.0)  # three facts, 8 in, 5 out
+    right, left = torch.ones(7, 8, dtype=torch.float64), torch.ones(7, 5, dtype=torch.float64)
+    update = Update(right, left, gradients=left)
+    assert checked_update(solver, update, problem, 0) is update
+    with pytest.raises(
+        ShapeError, match=r"needs an update of shape \(\(3, 8\), \(3, 5\)\), got \(\(7, 8\), \(7, 5\)\)"
+    ):
+        checked_update(solver, Update(right, left), problem, 0)
+    with pytest.raises(
+        ShapeError, match=r"needs an update of shape \(\(7, 8\), \(7, 5\)\), got \(\(7, 8\), \(2, 5\)\)"
+    ):
+        checked_update(solver, replace(update, left=left[:2]), problem, 0)

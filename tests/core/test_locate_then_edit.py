@@ -25,6 +25,7 @@ from cakeflow import (
     Weighter,
 )
 from cakeflow.allocators import Jacobian
+from cakeflow.core.callback import EditCallback
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
@@ -356,3 +357,24 @@ def test_the_exact_allocation_in_the_walk(tiny, requests, quiet, build):
     assert not same(tiny, before)
     module.journal.rollback()
     assert same(tiny, before)
+
+
+@pytest.mark.parametrize("history", [True, False])
+def test_a_problem_has_the_earlier_changes_of_its_weight_and_what_is_read_at_targets(
+    lm, requests, quiet, build, history
+):
+    problems = []
+
+    class Keep(EditCallback):
+        def on_layer_solved(self, module, edit):
+            problems.append((edit.problem, edit.problem.tokens()[0]))
+
+    module = build(lm, history=history)
+    L.Trainer(**quiet | {"callbacks": [Keep()]}).fit(module, datamodule=EditDataModule(requests[:6], 2))
+    for number, (problem, inputs) in enumerate(problems):
+        batch, layer = divmod(number, len(LAYERS))
+        updates = [step.changes[layer].change.update for step in module.journal[: batch if history else 0]]
+        assert len(problem.earlier) == len(updates)
+        assert all(a is b for a, b in zip(problem.earlier, updates, strict=True))
+        texts = encode_batch(lm, requests[2 * batch : 2 * batch + 2], CONTEXTS)
+        assert len(inputs) == sum(len(rows[0].ids) - rows[0].target for rows in texts.rows)

@@ -6,12 +6,13 @@ import torch
 import cakeflow.forward.corpus as corpus
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.sources import read_documents
-from cakeflow.errors import StatisticsError
+from cakeflow.errors import ConfigError, StatisticsError
 from cakeflow.forward.corpus import (
     QUESTIONS,
     SENTENCES,
     SHORTEST,
     default_corpus,
+    name_rows,
     names,
     sampled_corpus,
     token_stream,
@@ -34,6 +35,21 @@ def test_names_are_many_and_none_is_a_fact_of_ours():
     facts = {name.lower() for fact in builtin_facts() for name in (fact.subject, fact.target_true, fact.target_new)}
     assert len(set(names())) == 512
     assert not facts & {name.lower() for name in names()}
+
+
+def test_names_are_rows_with_padding_behind(tiny):
+    rows = name_rows(tiny, ["Ann", "", "Newport News"])
+    assert len(rows) == 2
+    for row, text in zip(rows.tolist(), ("Ann", "Newport News"), strict=True):
+        ids = tiny.tokenizer(text)["input_ids"]
+        assert row == ids + [-1] * (rows.shape[1] - len(ids))
+
+
+def test_names_that_cannot_be_read_are_refused(lm):
+    with pytest.raises(ConfigError, match=r"a name of \d+ tokens, and the model reads \d+; .* each document is a name"):
+        name_rows(lm, ["Ann", "the sea was calm " * 100])
+    with pytest.raises(StatisticsError, match="the corpus has no name"):
+        name_rows(lm, [""])
 
 
 def test_the_default_corpus_has_three_sentences_about_each_name(lm, cache):

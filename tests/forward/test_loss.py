@@ -107,3 +107,28 @@ def test_what_cannot_be_descended():
     object.__setattr__(problem, "loss", lambda change: (float("nan"), change))
     with pytest.raises(NumericalError, match="the loss is nan at step 0"):
         Descent().solve(problem)
+
+
+@pytest.mark.parametrize("max_tokens", [1, 4096])
+@pytest.mark.parametrize("layer", [0, 3])
+def test_tokens_are_those_that_predict_targets_with_their_gradients(tiny, requests, layer, max_tokens):
+    """One fact at a time, with the gradient by the projection's whole output."""
+    batch, site = encode_batch(tiny, requests[:4], Contexts()), Site(layer, "mlp_out")
+    keys, gradients = WeightLoss(tiny, batch, site, max_tokens).tokens()
+    expected, reads = [], []
+
+    def keep(_module, args, output):
+        output.retain_grad()
+        reads.append((args[0], output))
+
+    handle = tiny.module(site).register_forward_hook(keep)
+    for variants in batch.rows:
+        row = variants[0]
+        logits = tiny.model(input_ids=torch.tensor([row.ids[:-1]]), use_cache=False).logits[0, row.target - 1 :]
+        torch.nn.functional.cross_entropy(logits, torch.tensor(row.ids[row.target :]), reduction="sum").backward()
+        inputs, output = reads.pop()
+        expected.append((inputs[0, row.target - 1 :], output.grad[0, row.target - 1 :]))
+    handle.remove()
+    torch.testing.assert_close(keys, torch.cat([key for key, _ in expected]).detach().double(), rtol=1e-9, atol=1e-11)
+    by_output = torch.cat([gradient for _, gradient in expected]).double()
+    torch.testing.assert_close(gradients, by_output, rtol=1e-9, atol=1e-11 * float(by_output.abs().max()))

@@ -1,6 +1,7 @@
 """Changes of weights and modules: applied, undone, hashed and stored."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -75,6 +76,11 @@ def test_a_change_survives_as_tensors(lm):
     assert torch.equal(again.keys, change.keys)
     full = WeightChange(change.place, Update(change.update.dense), change.keys[:0])
     assert kind_of("WeightChange").from_tensors(full.place, full.tensors()).update.left is None
+    assert again.update.gradients is None
+    gradients = change.update.left + 1
+    solved = WeightChange(change.place, replace(change.update, gradients=gradients), change.keys)
+    again = kind_of("WeightChange").from_tensors(solved.place, solved.tensors())
+    assert torch.equal(again.update.gradients, gradients)
 
 
 ROWS = torch.ones(2, 3)
@@ -85,6 +91,7 @@ FORGERIES = {
     ],
     r"\(3, 3\), \(2, 4\), \(2, 3\) do not fit": [{"right": torch.ones(3, 3)}],
     r"\(2, 3\), \(2, 4\), \(2, 5\) do not fit": [{"keys": torch.ones(2, 5)}],
+    r"\(2, 3\), \(2, 4\), \(2, 3\), \(2, 3\) do not fit": [{"gradients": ROWS}],
 }  # fmt: skip
 
 

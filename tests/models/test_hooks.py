@@ -117,6 +117,19 @@ def test_inject_changes_nothing_before_its_position(tiny, ids, role):
         assert (changed[row, position:] - plain[row, position:]).abs().amax(-1).min() > 1e-6
 
 
+def test_inject_at_several_positions_of_a_row(tiny, ids):
+    plain, delta = forward(tiny, ids), torch.randn(3, 48, generator=torch.Generator().manual_seed(1))
+    with inject(tiny, Site(2, "mlp_out"), delta, torch.tensor([1, 4, 8]), rows=torch.tensor([0, 0, 2])):
+        changed = forward(tiny, ids)
+    with inject(tiny, Site(2, "mlp_out"), delta[1:2], torch.tensor([4]), rows=torch.tensor([0])):
+        one = forward(tiny, ids)
+    assert torch.equal(changed[1], plain[1])
+    assert torch.equal(changed[2, :8], plain[2, :8])
+    assert torch.equal(one[0, :4], plain[0, :4])
+    assert (changed[0, 1:4] - plain[0, 1:4]).abs().amax(-1).min() > 1e-6
+    assert (changed[0, 4:] - one[0, 4:]).abs().amax(-1).min() > 1e-6
+
+
 def test_inject_is_out_of_place_and_passes_gradients(tiny, ids):
     delta = torch.zeros(3, 48, dtype=torch.float64, requires_grad=True)
     originals = []

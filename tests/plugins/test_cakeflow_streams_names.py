@@ -1,5 +1,6 @@
 """Keys without what names have in common, against an explicit projector; moments against full passes."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,9 +10,10 @@ from cakeflow_streams.names import name_moments
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow import LayerProblem, LeastSquares
+from cakeflow import LayerProblem, LeastSquares, Statistics
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
 from cakeflow.forward import names
+from cakeflow.forward.corpus import name_rows
 from cakeflow.models import Site
 from cakeflow.models.hooks import capture
 from cakeflow.solvers import Covariance, KeyHistory
@@ -85,6 +87,23 @@ def test_by_default_the_names_are_those_of_the_corpus(lm):
     moment = name_moments(lm, [1])[1]
     assert int(torch.linalg.matrix_rank(moment)) > 100
     torch.testing.assert_close(moment, name_moments(lm, [1], names())[1])
+
+
+def test_a_config_has_the_same_moments(tiny, tmp_path):
+    """From a file of names, in passes of one and of several padded rows, in a place of their own in the cache."""
+    chosen, site = names()[:7], Site(2, "mlp_out")
+    (tmp_path / "names.jsonl").write_text("".join(json.dumps({"text": name}) + "\n" for name in chosen))
+    expected = name_moments(tiny, [2], chosen)[2]
+    settings = Statistics(tmp_path / "names.jsonl", at="names", null_threshold=0.5)
+    for tokens in (1, 4096):
+        collected = replace(settings, batch_tokens=tokens).collect(tiny, [site], tmp_path / str(tokens))[site]
+        torch.testing.assert_close(collected.moment, expected, rtol=0, atol=1e-10)
+        assert (int(collected.curve[-1, 0]), collected.threshold) == (7, 0.5)
+    everything = Statistics(tmp_path / "names.jsonl", tokens=500, window=8).windows(tiny, 2)
+    assert not torch.equal(settings.windows(tiny, 2), everything)
+    assert torch.equal(Statistics(at="names").windows(tiny, 2), name_rows(tiny, names()))
+    with pytest.raises(ConfigError, match=r"statistics\.at must be one of tokens, names"):
+        Statistics(at="name")
 
 
 class TestMinorSpace(SolverContract):

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow.solvers.covariance import rank_below
+from cakeflow.solvers.covariance import Covariance, rank_below
 
 
 @given(size=st.integers(1, 40), samples=st.integers(1, 60), power=st.floats(-6, 2), seed=st.integers(0, 2**31))
@@ -24,3 +24,13 @@ def test_eigenvalues_below_a_threshold_are_counted(size, samples, power, seed):
 def test_pivots_of_two_count_one_negative_eigenvalue(threshold):
     swap = torch.tensor([[0.0, 1.0], [1.0, 0.0]], dtype=torch.float64)  # 1 and -1: no pivot of one on the diagonal
     assert rank_below(swap, threshold) == {-2.0: 0, 0.0: 1, 2.0: 2}[threshold]
+
+
+def test_a_weighted_one_differs_in_its_weight_alone():
+    root = torch.randn(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    plain = Covariance(root.T @ root, weight=3.0, threshold=0.1)
+    twice = plain.weighted(2.0)
+    assert (plain.weight, twice.weight, twice.threshold) == (3.0, 6.0, 0.1)
+    assert twice.eigen[1].equal(plain.eigen[1])
+    direct = torch.linalg.inv(6.0 * root.T @ root)
+    torch.testing.assert_close(twice.unwhiten(twice.whiten(root, 0.0), 0.0), root @ direct, rtol=1e-9, atol=0)
