@@ -388,7 +388,7 @@ def test_a_fact_that_is_edited_again_counts_once_in_later_solves(lm, requests, t
 
     class Watched(LeastSquares):
         def solve(self, problem):
-            histories.append(problem.history.facts)
+            histories.append(list(problem.history.facts))
             return solver.solve(problem)
 
     editor = editor_of(lm, solver=Watched(1.0))
