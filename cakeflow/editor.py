@@ -120,6 +120,7 @@ class Editor:
         fact_token: FactToken | None = None,
         chat: bool | None = None,
         rounds: int | None = None,
+        reread_keys: int | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
 
@@ -158,6 +159,7 @@ class Editor:
             fact_token: Token at which a fact is written.
             chat: Whether every fact is written as a question in a chat too.
             rounds: Most further walks over the facts of a batch that did not take.
+            reread_keys: Batches after which the keys of all earlier facts are read again; 0 never does.
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.
