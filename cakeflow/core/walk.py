@@ -147,11 +147,12 @@ class Walk:
             return []
         same = (torch.cdist(keys, earlier.keys) / keys.norm(dim=1, keepdim=True) < SAME_KEY).nonzero().tolist()
         pairs = [(own[i], earlier.facts[j]) for i, j in same]
-        pairs += [(name, name) for name in own if name in earlier.facts]  # edited again, though its contexts may differ
+        on_record, in_force = set(earlier.facts), set(journal.history(place).facts)
+        pairs += [(name, name) for name in own if name in on_record]  # edited again, though its contexts may differ
         for new, old in dict.fromkeys(pairs):
             self.step.replaced.setdefault(new, []).append(old)
         names = [*dict.fromkeys(old for _, old in pairs)]
-        if losing := [name for name in names if name in journal.history(place).facts]:
+        if losing := [name for name in names if name in in_force]:
             warn_replaced(self.batch, sorted({i for i, _ in same}), journal, losing)
         return [] if self.module.solver.weighs_conflicts else names
 
