@@ -121,6 +121,7 @@ class Editor:
         chat: bool | None = None,
         rounds: int | None = None,
         repairs: int | None = None,
+        reread_keys: int | None = None,
     ) -> Editor:
         """An editor for a model, with a method from its config.
 
@@ -160,6 +161,7 @@ class Editor:
             chat: Whether every fact is written as a question in a chat too.
             rounds: Most further walks over the facts of a batch that did not take.
             repairs: Most further batches behind each one, of its facts and earlier ones that do not take.
+            reread_keys: Batches after which the keys of all earlier facts are read again; 0 never does.
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.

@@ -17,10 +17,11 @@ from torch import Tensor
 from cakeflow.callbacks.neutral_text import NeutralText
 from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.core.locate_then_edit import LocateThenEdit
+from cakeflow.data.request import EditRequest
 from cakeflow.data.sources import Source
 from cakeflow.errors import ConfigError, SideEffectWarning, did_you_mean, listed
 from cakeflow.evaluation.scoring import score_records
-from cakeflow.journal.steps import facts_in_force
+from cakeflow.journal.steps import facts_in_force, facts_on_record
 from cakeflow.models.architecture import Site
 
 log = logging.getLogger(__name__)
@@ -119,14 +120,18 @@ class StreamHealth(PeriodicCallback):
 
     def _answers(self, module: Any) -> dict[str, float]:
         """Return the shares of the last and of the first facts that the model states; nothing without facts."""
-        facts = [
-            (step, replace(step.requests[i], probes=())) for step, i in facts_in_force(module.journal) if step.requests
-        ]
+        record = [(s.number, s.hashes[i], s.requests[i]) for s, i in facts_on_record(module.journal) if s.requests]
+        in_force = {step.hashes[i] for step, i in facts_in_force(module.journal)}
+        batches, newest = dict[str, int](), dict[str, tuple[str, EditRequest] | None]()
+        for number, name, request in record:
+            batches.setdefault(name, number)  # a fact belongs to the batch that wrote it first, not to a repair
+            newest[request.text] = (name, request) if name in in_force else newest.get(request.text)
+        facts = [each for each in newest.values() if each]
         if not facts:
             return {}
-        batches = {request: step for step, request in reversed(facts)}  # the first one that wrote it, not a repair
-        last = [request for step, request in facts if step is max(batches.values(), key=lambda each: each.number)]
-        first = [*{request.text: request for _, request in facts}.values()][: self.first]
+        number = max(batches[name] for name, _ in facts)
+        last = [replace(request, probes=()) for name, request in facts if batches[name] == number]
+        first = [replace(request, probes=()) for _, request in facts[: self.first]]
         correct = score_records(module.lm, last + first, max_bytes=module.max_bytes).correct.double()
         return {"taken": float(correct[: len(last)].mean()), "retention": float(correct[len(last) :].mean())}
 

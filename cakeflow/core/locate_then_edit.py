@@ -21,6 +21,7 @@ from cakeflow.core.contracts import (
 from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import PASS_TOKENS, Footprint
 from cakeflow.core.module import EditModule
+from cakeflow.core.reread import checked_interval, renew_keys
 from cakeflow.core.statistics import Statistics, points_of
 from cakeflow.core.stream import Stream, earlier_requests
 from cakeflow.core.undo import UndoWalk
@@ -55,7 +56,7 @@ from cakeflow.weighters.static import Uniform
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
     "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
-    "fact_token", "chat", "rounds", "repairs",
+    "fact_token", "chat", "rounds", "repairs", "reread_keys",
 )  # fmt: skip
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
@@ -105,6 +106,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         repairs: Most further batches behind each one, of the facts that do not take then: its own, and those that later
             ones lost, with all of the same key; a fact that a later one contradicts is left as it is. 0 is what the
             papers do.
+        reread_keys: Batches after which the keys of all earlier facts are read again in the model as it is then, so
+            that solves preserve what it answers now, though edits of lower layers moved the keys (``KeyDrift`` measures
+            how far); the values that keys were to get stay. 0 never does: keys are as when their facts were new.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
 
     Raises:
@@ -141,6 +145,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         chat: bool = False,
         rounds: int = 0,
         repairs: int = 0,
+        reread_keys: int = 0,
         dequantize: bool = False,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
@@ -161,6 +166,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.site, self.weighter, self.allocator = site, weighter, allocator
         self.solver, self.targets, self.statistics, self.contexts = solver, targets, statistics, contexts
         self.use_history, self.seed = history, seed
+        self.reread_keys = checked_interval(reread_keys, history=history)
         if layers != "auto":
             self._choose_layers(layers, scores)
         self.covariances: dict[int, Covariance] = {
@@ -248,9 +254,14 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     def with_tokens(self, texts: TextBatch) -> FactBatch:
         """Facts with the token at which each is written; the unedited model decides where it is not named."""
-        tokens = PASS_TOKENS if self.max_bytes is None else min(PASS_TOKENS, int(self.max_bytes / pass_bytes(self.lm)))
         keys = self.contexts.keys if self.contexts else None
-        return choose_tokens(self.lm, texts, self.fact_token, self.layers[0], max(1, tokens), keys)
+        return choose_tokens(self.lm, texts, self.fact_token, self.layers[0], self.pass_tokens, keys)
+
+    @property
+    def pass_tokens(self) -> int:
+        """Most tokens in one forward pass within the memory budget."""
+        limit = PASS_TOKENS if self.max_bytes is None else int(self.max_bytes / pass_bytes(self.lm))
+        return max(1, min(PASS_TOKENS, limit))
 
     @property
     def writes_blocks(self) -> bool:
@@ -294,6 +305,7 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     def edit(self, batch: TextBatch, step: EditStep) -> None:
         """Edit one batch: walk over the layers, and again for the facts that did not take."""
+        renew_keys(self)
         walk = Walk(self, self.facts[batch.first], step)
         walk.over(range(len(walk.batch)))
         for _ in range(self.rounds):
@@ -317,6 +329,7 @@ class LocateThenEdit(EditModule[TextBatch]):
     def undo(self, batch: TextBatch, step: EditStep) -> None:
         """Walk some facts of an earlier batch back to where they would be without it."""
         if batch.undo is not None:
+            renew_keys(self)
             UndoWalk(self, self.facts[batch.first], step).take_back(batch.undo.places)
 
     def problem(

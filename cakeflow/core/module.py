@@ -25,7 +25,7 @@ from cakeflow.core.folder import is_finished, require_run_folder, run_folder
 from cakeflow.core.identity import arithmetic
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
-from cakeflow.core.trainer import check_trainer
+from cakeflow.core.trainer import check_trainer, float32_by_default
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import check_fields
 from cakeflow.errors import ConfigError, EditError, NotTakenWarning, NumericalError, PolicyError
@@ -216,7 +216,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.first_step = len(self.journal)
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         batches = list(self.trainer.train_dataloader or ())
-        with _float32_by_default(), self.phase("ask"):
+        with float32_by_default(), self.phase("ask"):
             edited = [request for batch in batches if not batch.undo for request in batch.requests]
             warn_of_known(self.lm, edited, self.max_bytes)
         with self.journal.reverted():
@@ -229,7 +229,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
 
         Behind it, facts that do not take are edited again as a batch of their own, where the method does so.
         """
-        with _float32_by_default():
+        with float32_by_default():
             if batch.undo:
                 hashes = [request_hash(batch.requests[place]) for place in batch.undo.places]
                 with self.journal.batch((), hashes, batch.undo.batch) as undoing:
@@ -278,7 +278,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     @final
     def validation_step(self, batch: EditBatch, _: int) -> None:
         """Ask the model about some requests."""
-        with _float32_by_default(), self.phase("evaluation"):
+        with float32_by_default(), self.phase("evaluation"):
             answers = self.evaluation.ask(self.lm, batch.requests, len(self.answers), self.max_bytes)
             self.answers += answers.rows(first=len(self.answers))
             fields = answers.fields().items()
@@ -393,14 +393,3 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         for part in (folder, folder / "journal") if self.private else ():
             make_private(part)
         self.journal.open(self.journal.store_at(folder / "journal"), run)
-
-
-@contextmanager
-def _float32_by_default() -> Iterator[None]:
-    """Make new tensors float32, whatever the default type of the process is: sums of a step need it."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)

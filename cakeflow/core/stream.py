@@ -10,14 +10,14 @@ from cakeflow.evaluation.scoring import score_rows
 from cakeflow.forward.fact_tokens import FactBatch
 from cakeflow.forward.tokens import TextBatch
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.steps import facts_in_force, request_hash
+from cakeflow.journal.steps import facts_on_record, request_hash
 from cakeflow.models.language import LanguageModel
 
 
 def earlier_requests(journal: Journal, requests: Sequence[EditRequest]) -> list[EditRequest]:
     """Return the requests of all facts in force whose texts are known, each once, but for those named."""
     known = {request_hash(request) for request in requests}
-    earlier = {s.hashes[i]: s.requests[i] for s, i in facts_in_force(journal.steps) if s.requests}
+    earlier = {s.hashes[i]: s.requests[i] for s, i in facts_on_record(journal.steps) if s.requests}
     return [request for name, request in earlier.items() if name not in known]
 
 
@@ -45,7 +45,7 @@ class Stream:
             max_bytes: Most bytes beyond the model.
         """
         names = [request_hash(request) for request in self.facts.requests]
-        last = {name: at for at, name in enumerate(s.hashes[i] for s, i in facts_in_force(journal.steps))}
+        last = {name: at for at, name in enumerate(s.hashes[i] for s, i in facts_on_record(journal.steps))}
         newest: dict[str, int] = {}
         for name, request in zip(names, self.facts.requests, strict=True):
             newest[request.text] = max(newest.get(request.text, -1), last.get(name, -1))

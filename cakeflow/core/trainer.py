@@ -11,6 +11,7 @@ from inspect import signature
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.plugins import Precision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
@@ -131,3 +132,14 @@ def _faults_of_settings(trainer: L.Trainer) -> Iterator[str]:
             yield f"{name} = {value!r}: {advice}"
             if name == "fast_dev_run":  # which sets some of the others
                 return
+
+
+@contextmanager
+def float32_by_default() -> Iterator[None]:
+    """Make new tensors float32, whatever the default type of the process is: sums of a step need it."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
 import lightning as L
@@ -19,7 +19,7 @@ from cakeflow.data.text import plain
 from cakeflow.errors import ConfigError, RequestWarning, listed
 from cakeflow.forward.tokens import Undo
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.steps import EditStep, facts_in_force, request_hash, without_batch
+from cakeflow.journal.steps import EditStep, facts_on_record, request_hash, without_batch
 from cakeflow.models.architecture import Site
 from cakeflow.solvers.problem import LayerProblem
 
@@ -78,21 +78,45 @@ class UndoWalk(Walk):
 
 
 def facts_about(journal: Journal, name: str) -> list[tuple[EditStep, int]]:
-    """Return every fact in force of a subject, or with a text, as its batch and its place there.
+    """Return every fact of a subject, or with a text, that was not taken back, as its batch and its place there.
 
     Args:
         journal: The journal.
         name: A subject, or a prompt with its subject; case and punctuation make no difference.
 
     Raises:
-        ConfigError: If there is none, or texts were not stored.
+        ConfigError: If there is none, texts were not stored, or a later fact that is to stay has replaced one of them.
     """
-    facts = [(step, i) for step, i in facts_in_force(journal.steps) if step.requests]
+    facts = [(step, i) for step, i in facts_on_record(journal.steps) if step.requests]
     chosen = [(s, i) for s, i in facts if plain(name) in (plain(s.requests[i].subject), plain(s.requests[i].text))]
     if not chosen:
         names = listed([*dict.fromkeys(step.requests[i].subject for step, i in facts)])
         raise ConfigError(f"no fact in force is about {name!r}; there are facts about {names or 'nothing with a text'}")
+    for step, i in chosen:
+        require_last(journal, step, i, chosen)
     return chosen
+
+
+def require_last(journal: Journal, step: EditStep, i: int, chosen: Collection[tuple[EditStep, int]]) -> None:
+    """Check that no fact but those that are to be taken back as well has replaced a fact.
+
+    Args:
+        journal: The journal.
+        step: Batch of the fact.
+        i: Place of the fact in its batch.
+        chosen: The facts that are to be taken back.
+
+    Raises:
+        ConfigError: Naming the fact that replaced it.
+    """
+    later = [pair for pair in facts_on_record(journal.steps[journal.steps.index(step) + 1 :]) if pair not in chosen]
+    for other, place in later:
+        if step.hashes[i] in other.replaced.get(other.hashes[place], ()):
+            name = repr(other.requests[place].text) if other.requests else other.hashes[place][:16]
+            raise ConfigError(
+                f"{step.requests[i].text!r} of batch {step.number} is out of force: {name} of batch {other.number} has "
+                "its key and replaced its value; take that one back, and this one is in force again"
+            )
 
 
 def undo_facts(trainers: Callable[[], L.Trainer], module: EditModule, facts: Sequence[tuple[EditStep, int]]) -> None:

@@ -38,7 +38,6 @@ from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.schema import FactBody, Reason, TargetBody
 from cakeflow.journal.steps import EditStep, importance_at
 from cakeflow.models.architecture import Site
-from cakeflow.solvers.history import KeyHistory
 from cakeflow.solvers.problem import LayerProblem, Update
 from cakeflow.targets.base import Targets
 from cakeflow.weighters.base import effective_layers
@@ -123,7 +122,7 @@ class Walk:
             keys, prompt_keys, values = reader.read(context.site, context.value_site)
             path = module.paths.at(reader.prompts, context.site) if module.writes_blocks else ResidualPath()
         if self.leave_out is None:
-            self.leave_out = self.replaced(module.journal.history(module.lm.weight_name(context.site)), keys)
+            self.leave_out = self.replaced(module.lm.weight_name(context.site), keys)
         residual = (self.targets[context.value_site].values - values)[facts]
         gap, share = torch.zeros_like(values), torch.zeros_like(values)
         gap[facts], share[facts] = residual, self.allocate(residual, context, self.batch.part(facts))
@@ -135,19 +134,26 @@ class Walk:
             module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, share, problem, update))
         self.apply(context, problem, update)
 
-    def replaced(self, history: KeyHistory, keys: Float[Tensor, "n d_in"]) -> list[str]:
+    def replaced(self, place: str, keys: Float[Tensor, "n d_in"]) -> list[str]:
         """Return the facts of earlier batches that have a key of this batch, whose new value takes the old one's place.
 
-        A key cannot keep one value and take another, so the solve is not to preserve theirs; a warning names them.
-        A solver that weighs conflicts sees to that itself.
+        A key cannot keep one value and take another, so the solve is not to preserve theirs; a warning names them, and
+        they are recorded with the batch, so that no later one preserves them. A solver that weighs conflicts sees to
+        this solve itself. Facts that are out of force count too: they may be in force again once others are not.
         """
-        if history.keys is None or not self.module.use_history:
+        journal, own = self.module.journal, self.step.key_hashes
+        earlier = journal.histories.recorded(place, journal.steps)
+        if earlier.keys is None:
             return []
-        distance = torch.cdist(keys, history.keys) / keys.norm(dim=1, keepdim=True)
-        same = (distance < SAME_KEY).cpu()
-        names = [*dict.fromkeys(history.facts[j] for j in same.any(0).nonzero()[:, 0].tolist())]
-        if names := [name for name in names if name]:
-            warn_replaced(self.batch, same.any(1).nonzero()[:, 0].tolist(), self.module.journal, names)
+        same = (torch.cdist(keys, earlier.keys) / keys.norm(dim=1, keepdim=True) < SAME_KEY).nonzero().tolist()
+        pairs = [(own[i], earlier.facts[j]) for i, j in same]
+        on_record, in_force = set(earlier.facts), set(journal.history(place).facts)
+        pairs += [(name, name) for name in own if name in on_record]  # edited again, though its contexts may differ
+        for new, old in dict.fromkeys(pairs):
+            self.step.replaced.setdefault(new, []).append(old)
+        names = [*dict.fromkeys(old for _, old in pairs)]
+        if losing := [name for name in names if name in in_force]:
+            warn_replaced(self.batch, sorted({i for i, _ in same}), journal, losing)
         return [] if self.module.solver.weighs_conflicts else names
 
     def reader(self) -> FactReader:

@@ -14,12 +14,13 @@ from torch import Tensor
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.changes import Change
+from cakeflow.journal.histories import Histories
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.model_state import ModelState
 from cakeflow.journal.places import EditedPlaces
 from cakeflow.journal.policy import Policies
 from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, ModelBody, RollbackBody, RunBody
-from cakeflow.journal.steps import AppliedChange, EditStep, hashes_in_force, remaining, request_hash, warn_of_kept
+from cakeflow.journal.steps import AppliedChange, EditStep, facts_in_force, remaining, request_hash, warn_of_kept
 from cakeflow.journal.store import JournalStore
 from cakeflow.models.architecture import Site
 from cakeflow.models.base import EditableModel
@@ -40,6 +41,7 @@ class Journal(Sequence[EditStep]):
         pending: The batch that is being made, if there is one.
         memory: Hashes of the model in memory.
         policies: The policies that it obeys.
+        histories: Keys of its batches by place.
         inputs: Name -> SHA-256 of what batches are solved with from now on; with the policies' hash,
             ``EditStep.inputs``.
 
@@ -57,7 +59,7 @@ class Journal(Sequence[EditStep]):
         self.store: JournalStore | None = None
         self.pending: EditStep | None = None
         self.memory = ModelState(model, self.places.first)
-        self._history: dict[str, KeyHistory] = {}
+        self.histories = Histories(model)
         self._count = 0
 
     @overload
@@ -72,8 +74,8 @@ class Journal(Sequence[EditStep]):
 
     @property
     def edits(self) -> int:
-        """Number of facts that are edited now, each counted once."""
-        return len(hashes_in_force(self.steps))
+        """Number of facts that are in force."""
+        return len(facts_in_force(self.steps))
 
     @property
     def changes(self) -> list[Change]:
@@ -81,8 +83,8 @@ class Journal(Sequence[EditStep]):
         return [part.change for step in self.steps for part in step.changes]
 
     def history(self, place: str) -> KeyHistory:
-        """Keys of all committed batches at a place."""
-        return self._history.setdefault(place, KeyHistory())
+        """Keys of the facts in force at a place."""
+        return self.histories.at(place)
 
     def original(self, place: str) -> dict[str, Tensor]:
         """Tensors that a place held before any edit; empty if it was not edited."""
@@ -337,7 +339,7 @@ class Journal(Sequence[EditStep]):
         """Complete a batch; whatever can fail comes before the ledger's line."""
         sys.audit("cakeflow.journal", "commit")
         step.after.update({place: self.hash(place) for place in step.places})
-        self._remember(step)
+        self.histories.add(step, self.steps)
         sys.audit("cakeflow.journal", "remembered")
         if self.store:
             fresh = {place: self.original(place) for place in step.places if place not in known}
@@ -373,7 +375,7 @@ class Journal(Sequence[EditStep]):
                 self.places.touch(part.change)
                 part.change.apply(self.model)
             self.places.require(step.after, f"batch {step.number}")
-            self._remember(step)
+            self.histories.add(step, self.steps)
         except BaseException:
             with uninterrupted():
                 self._undo(step, known)
@@ -382,18 +384,9 @@ class Journal(Sequence[EditStep]):
         self.memory.record(step.after)
         self._count = max(self._count, step.number + 1)
 
-    def _remember(self, step: EditStep) -> None:
-        """Add a step's keys to the histories: of several changes at a place, the last one's."""
-        for place, change in {part.place: part.change for part in step.changes}.items():
-            self.history(place).forget_values(step.undone)
-            if (rows := change.preserved_keys()) is not None:
-                self.history(place).append(rows.to(self.model.device), step.key_hashes, change.preserved_values())
-
     def _become(self, steps: list[EditStep], places: set[str], *, rehash: bool = False) -> None:
         """Have the state after these steps; it differs from the present one in ``places``."""
         self.steps = list(steps)
         self.places.restore(places, self.steps, rehash=rehash)
         self.memory.record(self.places.hashes(places))
-        self._history.clear()
-        for step in self.steps:
-            self._remember(step)
+        self.histories.rebuild(self.steps)

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.errors import LedgerError
-from cakeflow.journal.schema import BODIES, FORMAT, BatchBody, Line, RollbackBody, upgraded
+from cakeflow.journal.force import out_of_force
+from cakeflow.journal.format1 import upgraded
+from cakeflow.journal.schema import BODIES, FORMAT, BatchBody, Line, RollbackBody
 from cakeflow.storage.atomic import append_line, truncate, unfinished
 from cakeflow.storage.locks import locked
 from cakeflow.storage.typed import Json, S, Schema, parse_as, read_as
@@ -224,11 +226,14 @@ def taken_back(entries: Iterable[Entry]) -> tuple[dict[int, Entry], dict[tuple[i
 
 
 def requests_in_force(entries: Sequence[Entry]) -> list[dict[str, Json]]:
-    """Return the requests on record that were not taken back, as far as their texts were stored."""
+    """Return the requests on record that were neither taken back nor replaced, as far as their texts were stored."""
     batches, facts = taken_back(entries)
     own = [body for body in bodies(entries, BatchBody) if body.batch not in batches]
-    rows = ((body.batch, *pair) for body in own for pair in zip_longest(body.hashes, body.requests))
-    return [request for number, each, request in rows if request is not None and (number, each) not in facts]
+    gone = out_of_force([(body.batch, body.hashes, body.replaced) for body in own], facts)
+    rows = [
+        (*row, names) for body, names in zip(own, gone, strict=True) for row in zip_longest(body.hashes, body.requests)
+    ]
+    return [request for each, request, names in rows if request is not None and each not in names]
 
 
 def _number(entry: Entry) -> int:

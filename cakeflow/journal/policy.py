@@ -22,7 +22,7 @@ from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import ConfigError, LedgerError, PolicyError, RequestError, ResumeError, with_faults
 from cakeflow.journal.ledger import Entry, bodies
 from cakeflow.journal.schema import BatchBody, EvaluationBody, PolicyBody, RollbackBody
-from cakeflow.journal.steps import hashes_in_force, request_hash
+from cakeflow.journal.steps import hashes_on_record, request_hash
 from cakeflow.storage.cache import content_key
 from cakeflow.storage.typed import SHA256, first_fault
 from cakeflow.storage.yaml_text import read_yaml
@@ -204,7 +204,7 @@ class Policies:
         self._journal, self.name = journal, journal.model.name
         self.rules: list[Policy] = []
         self._due: dict[str, int] = {}  # hash of a policy that has not judged its run -> first batch of the run
-        self._earlier = 0  # facts edited before the run
+        self._earlier: set[str] = set()  # hashes of the facts that were edited before the run
 
     @property
     def inputs(self) -> dict[str, str]:
@@ -223,7 +223,7 @@ class Policies:
         Raises:
             PolicyError: Naming every fact that may not be edited.
         """
-        self._earlier = self._journal.edits
+        self._earlier = hashes_on_record(self._journal.steps)
         self.require(requests, new=True)
 
     def require(self, requests: Sequence[EditRequest], unknown: int = 0, *, new: bool = False) -> None:
@@ -232,13 +232,15 @@ class Policies:
         Args:
             requests: The facts.
             unknown: Number of further facts whose texts are not known.
-            new: Whether a fact in force that is edited again counts as a further one.
+            new: Whether a fact that was edited already counts as a further one.
 
         Raises:
             PolicyError: If a policy does not allow it.
         """
         journal, refusals = self._journal, []
-        earlier = journal.edits - self._earlier - (0 if new else self._in_force(requests))
+        edited = hashes_on_record(journal.steps)
+        again = 0 if new else len(requests) - len({*map(request_hash, requests)} - edited)
+        earlier = len(edited) - len(self._earlier & edited) - again
         for policy in self.rules:
             names = [self.name, journal.base.fingerprint] if policy.models or policy.model_names else [self.name]
             answers = list(policy.refusals(names, requests, unknown, earlier))
@@ -248,11 +250,6 @@ class Policies:
             refusals += answers
         if refusals:
             raise PolicyError(with_faults("the policy is broken; nothing was changed:", refusals))
-
-    def _in_force(self, requests: Sequence[EditRequest]) -> int:
-        """Return how many of these facts, or of those before them in the list, are edited already."""
-        names = list(map(request_hash, requests)) if self.rules else []
-        return len(names) - len({*names} - hashes_in_force(self._journal.steps))
 
     def require_recorded(self, entries: Iterable[Entry]) -> None:
         """Ask for the batches on record that were not taken back.

@@ -1,12 +1,11 @@
 """Everything that is written to a run folder, as types: the same classes write a file and read it back.
 
-Files have format 2; ``upgraded`` reads format 1 (cakeflow 0.1), which numbered weights by layer.
+Files have format 2; ``format1.upgraded`` reads format 1 (cakeflow 0.1), which numbered weights by layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Final, Literal
+from typing import Final, Literal
 
 from pydantic import AliasChoices, Field, JsonValue
 
@@ -174,6 +173,7 @@ class BatchBody(Schema):
         changes: The changes, in order.
         undone: SHA-256 of each request of an earlier batch that this one takes back.
         undoes: Number of that batch; None if there is none.
+        replaced: SHA-256 of a request -> those of earlier batches' requests whose values gave way to its own.
         who: The user who took them back; empty otherwise, as the run says who edits.
         inputs: Name -> SHA-256 of everything that the batch was solved with beside requests and settings: second
             moments, corpus, contexts, policy.
@@ -190,6 +190,7 @@ class BatchBody(Schema):
     changes: list[ChangeBody]
     undone: list[str] = Field(default_factory=list)
     undoes: Count | None = None
+    replaced: dict[str, list[str]] = Field(default_factory=dict)
     who: str = ""
     inputs: dict[str, SHA256] = Field(default_factory=dict)
 
@@ -225,27 +226,6 @@ BODIES: dict[str, type[Schema]] = {
     "end": EndBody,
 }
 """Kind of an entry -> its body."""
-
-
-def upgraded(kind: str, body: Mapping[str, Any], place: Callable[[int], str]) -> dict[str, Any]:
-    """Return a body in format 2; one of format 2 as it is.
-
-    Args:
-        kind: Kind of the entry.
-        body: The body as it stands in the ledger.
-        place: Names the weight of a layer.
-    """
-    if kind not in ("batch", "rollback") or "layers" not in body:
-        return dict(body)
-    rest = {name: value for name, value in body.items() if name not in ("layers", "order")}
-    layers: dict[str, Any] = body["layers"]
-    if kind == "rollback":
-        return {**rest, "places": {place(int(layer)): hashed for layer, hashed in layers.items()}}
-    changes = [
-        {**layers[str(layer)], "place": place(int(layer)), "kind": "WeightChange", "prefix": str(layer)}
-        for layer in body["order"]
-    ]
-    return {**rest, "changes": changes}
 
 
 # ---- the other files of a run ----

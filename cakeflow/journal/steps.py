@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, RequestWarning, listed
+from cakeflow.journal import force
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import canonical
 from cakeflow.journal.schema import FactBody, TargetBody
@@ -57,6 +58,8 @@ class EditStep:
             has one.
         undone: SHA-256 of each request of an earlier batch that this one takes back; it has no requests of its own.
         undoes: Number of that batch; -1 if there is none.
+        replaced: SHA-256 of a request -> those of earlier batches' requests whose values gave way to its own, because
+            they have one key.
         number: Number of the batch in its journal; rolled-back batches keep theirs. -1 until it is committed.
     """
 
@@ -74,6 +77,7 @@ class EditStep:
     owners: list[int] = field(default_factory=list)
     undone: tuple[str, ...] = ()
     undoes: int = -1
+    replaced: dict[str, list[str]] = field(default_factory=dict)
     number: int = -1
 
     def __post_init__(self) -> None:
@@ -134,11 +138,27 @@ def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
     return [*steps[:place], *rest]
 
 
+def out_of_force(steps: Sequence[EditStep]) -> list[set[str]]:
+    """Return for each batch the hashes of its facts that were taken back, or replaced by a later batch's."""
+    return force.out_of_force([(step.number, step.hashes, step.replaced) for step in steps], _undone(steps))
+
+
 def facts_in_force(steps: Iterable[EditStep]) -> list[tuple[EditStep, int]]:
-    """Return the facts that were not taken back: each with its batch and its place there."""
+    """Return the facts that were neither taken back nor replaced: each with its batch and its place there."""
     steps = list(steps)
-    undone = {(step.undoes, each) for step in steps for each in step.undone}
+    gone = zip(steps, out_of_force(steps), strict=True)
+    return [(step, i) for step, names in gone for i, each in enumerate(step.hashes) if each not in names]
+
+
+def facts_on_record(steps: Iterable[EditStep]) -> list[tuple[EditStep, int]]:
+    """Return the facts that were not taken back, replaced ones included: each with its batch and its place there."""
+    steps = list(steps)
+    undone = _undone(steps)
     return [(s, i) for s in steps for i, each in enumerate(s.hashes) if (s.number, each) not in undone]
+
+
+def _undone(steps: Sequence[EditStep]) -> set[tuple[int, str]]:
+    return {(step.undoes, each) for step in steps for each in step.undone}
 
 
 def remaining(steps: Sequence[EditStep], count: int | None, batch: int | None) -> list[EditStep]:
@@ -169,9 +189,9 @@ def warn_of_kept(before: Sequence[EditStep], rest: Sequence[EditStep]) -> None:
         )
 
 
-def hashes_in_force(steps: Iterable[EditStep]) -> set[str]:
-    """Return the hash of every fact that was not taken back: one that was edited again has one as well."""
-    return {step.hashes[i] for step, i in facts_in_force(steps)}
+def hashes_on_record(steps: Iterable[EditStep]) -> set[str]:
+    """Return the hashes of the facts that were not taken back: one that was edited again has one as well."""
+    return {step.hashes[i] for step, i in facts_on_record(steps)}
 
 
 def importance_at(steps: Iterable[EditStep], layer: int) -> Tensor | None:

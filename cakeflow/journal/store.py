@@ -285,6 +285,7 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
         owners=step.owners,
         undone=list(step.undone),
         undoes=step.undoes if step.undone else None,
+        replaced=step.replaced,
         who=circumstances().who if step.undone else "",
         numbers=step.numbers,
         changes=changes,
@@ -298,6 +299,8 @@ def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
     importance = {_layer_of(name): each for name, each in tensors.items() if name.startswith("importance/")}
     if max(body.owners, default=-1) >= len(body.hashes):
         raise LedgerError(f"batch {body.batch}: a key belongs to request {max(body.owners)} of {len(body.hashes)}")
+    if unknown := set(body.replaced) - set(body.hashes):
+        raise LedgerError(f"batch {body.batch}: {min(unknown)[:16]} replaced earlier facts and is none of the batch")
     return EditStep(
         requests=tuple(parse_requests(body.requests)) if body.requests else (),
         changes=[AppliedChange(_change(part, tensors), dict(part.numbers)) for part in body.changes],
@@ -306,6 +309,7 @@ def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
         owners=list(body.owners),
         undone=tuple(body.undone),
         undoes=-1 if body.undoes is None else body.undoes,
+        replaced=dict(body.replaced),
         values=values,
         importance=importance,
         numbers=dict(body.numbers),

@@ -34,8 +34,7 @@ class FromScratch(Solver):
         keys, values = problem.keys, problem.values
         history = problem.history
         if history.keys is not None and history.values is not None:
-            rows = torch.isfinite(history.values).all(1)
-            keys, values = torch.cat([history.keys[rows], keys]), torch.cat([history.values[rows], values])
+            keys, values = torch.cat([history.keys, keys]), torch.cat([history.values, values])
         elif not torch.equal(original, weight):
             raise ConfigError(
                 "FromScratch needs the keys of earlier edits with their values: set history: true, put it around "

@@ -231,12 +231,6 @@ class KeyHistory:
             self._values.append(values.to(keys))
         self.facts += facts or [""] * len(keys)
 
-    def forget_values(self, facts: Collection[str]) -> None:
-        """Forget the outputs that the keys of some facts were to get: they become nan."""
-        rows = [row for row, fact in enumerate(self.facts) if fact in facts]
-        if rows and self.values is not None:
-            self.values[rows] = torch.nan
-
     def weighted(self, weights: Float[Tensor, " m"]) -> KeyHistory:
         """The history in which each key counts ``weights`` times, in every solve: ``K^T diag(weights) K``.
 

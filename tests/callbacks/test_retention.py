@@ -1,6 +1,9 @@
 """Retention of earlier edits, against their scores."""
 
+from dataclasses import replace
+
 import pytest
+from tiny_runs import editor_of
 
 from cakeflow.callbacks import Retention
 from cakeflow.errors import ConfigError
@@ -23,6 +26,18 @@ def test_retention_scores_every_edit_so_far(lm, quiet, form):
     assert watcher.curves[-1] == pytest.approx(expected.tolist())
     assert watcher.rows[-1]["retention/mean"] == pytest.approx(float(expected.mean()))
     assert watcher.rows[-1]["retention/first"] == pytest.approx(float(expected[0]))
+
+
+def test_a_fact_whose_value_a_later_one_replaced_is_not_scored(lm, requests, tmp_path):
+    watcher = Retention()
+    editor = editor_of(lm, {"callbacks": [watcher]})
+    second = [replace(requests[0], target_new="Lisbon"), requests[2]]
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "first")
+    editor.fit(second, evaluate=False, run_dir=tmp_path / "second")
+    records = [replace(request, probes=()) for request in (requests[1], *second)]
+    scores = score_records(lm, records).correct.double()
+    assert watcher.rows[-1]["retention/edits"] == editor.journal.edits == 3
+    assert watcher.curves[-1] == [float(scores[0]), float(scores[1:].mean())]
 
 
 def test_retention_generates_no_free_answers():

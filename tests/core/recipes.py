@@ -53,6 +53,7 @@ PARTS = {
     "rect_seq": (Uniform(), Sequential(), Rect(FromScratch()), True),
     "rect_blue": (Endpoints(), Sequential(0.0, "self"), Rect(), False),
     "prune": (Uniform(), Sequential(), Prune(), False),
+    "prune_seq": (Uniform(), Sequential(), Prune(FromScratch(), every_batch=True), True),
     "prune_official": (Uniform(), Sequential(), Prune(double_add=True), False),
     "prune_blue": (Endpoints(), Sequential(0.0, "self"), Prune(), False),
     "forward_targets": (Uniform(), Sequential(0.0, "forward"), LeastSquares(), True),

@@ -10,7 +10,7 @@ from tiny_runs import content, editor_of, finished_run, state
 from cakeflow import GradientSearch, LeastSquares
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.data import builtin_facts
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, SharedKeyWarning
 from cakeflow.evaluation.scoring import score_records
 from cakeflow.journal import Journal, verify
 from cakeflow.journal.ledger import read_entries, requests_in_force
@@ -83,6 +83,26 @@ def test_of_a_fact_that_was_edited_twice_the_last_edit_goes_first(lm):
     after = values(editor, facts)
     assert (after[0] - before[0]).norm() < 0.1 * (once[0] - before[0]).norm()
     assert (after[1] - once[1]).norm() < 0.1 * (once[1] - before[1]).norm()
+    assert editor.journal.edits == 1
+
+
+def test_a_fact_that_another_replaced_is_not_there_to_be_taken_back(lm):
+    """Its key has the other's value, which stays; without the other, it is in force again and can be."""
+    first = bare(builtin_facts()[:2])
+    other = replace(first[0], prompt="{} is known for", target_new="chess")
+    editor = strong_editor(lm)
+    editor.fit(first, evaluate=False)
+    with pytest.warns(SharedKeyWarning):
+        editor.fit([other], evaluate=False)
+    before = lm.fingerprint()
+    with pytest.raises(
+        ConfigError, match=r"of batch 0 is out of force: 'LeBron James is known for' of batch 1 has its"
+    ):
+        editor.undo(first[0].text)
+    assert (lm.fingerprint(), editor.journal.edits) == (before, 2)
+    editor.undo(other.text)
+    assert editor.journal.edits == 2
+    editor.undo(first[0].text)
     assert editor.journal.edits == 1
 
 

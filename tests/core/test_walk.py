@@ -338,4 +338,63 @@ def test_values_are_noted_beside_keys_and_a_stream_from_scratch_is_one_batch(lm,
     again.load(tmp_path / "run")
     assert torch.equal(again.journal.history(name).values, history.values)
     again.undo(requests[1].subject)
-    assert again.journal.history(name).values.isnan().any(1).tolist() == [False, True, False, False, False]
+    assert torch.equal(again.journal.history(name).values, history.values[[0, 2, 3, 4]])
+
+
+def one_solve(editor, layer, original, facts):
+    """The weight for the keys and values of some facts, (step, row), as they were recorded; by the dense formula."""
+    name, covariance = name_of(editor.module.lm, layer), editor.module.covariances[layer]
+    own = [next(p.change for p in editor.journal[step].changes if p.place == name) for step, _ in facts]
+    keys = torch.stack([change.keys[row] for change, (_, row) in zip(own, facts, strict=True)])
+    values = torch.stack([change.values[row] for change, (_, row) in zip(own, facts, strict=True)])
+    system = covariance.weight * covariance.moment + torch.eye(len(covariance)).double() + keys.T @ keys
+    return original + (values - keys @ original.T).T @ keys @ torch.linalg.inv(system)
+
+
+@pytest.mark.parametrize("end", ["", "load", "rollback", "undo"])
+def test_a_stream_from_scratch_is_one_solve_of_the_facts_in_force_with_their_newest_values(lm, requests, tmp_path, end):
+    """The second batch's first fact has the key of the first batch's; without it, that one is in force again."""
+    originals, unedited = {layer: lm.oriented(Site(layer, "mlp_out")).clone() for layer in LAYERS}, copy.deepcopy(lm)
+    solver, other = FromScratch(LeastSquares(1.0)), replace(requests[0], prompt="{} is known as", target_new="Lisbon")
+    editor = editor_of(lm, solver=solver)
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "0")
+    with pytest.warns(SharedKeyWarning, match="whose values they replace"):
+        editor.fit([other, requests[2]], evaluate=False, run_dir=tmp_path / "1")
+    assert editor.journal[1].replaced == {editor.journal[1].hashes[0]: [editor.journal[0].hashes[0]]}
+    if end == "load":
+        editor = editor_of(unedited, solver=solver)
+        editor.load(tmp_path / "1")
+    editor.fit(requests[3:5], evaluate=False, run_dir=tmp_path / "2")
+    facts = [(0, 1), (1, 0), (1, 1), (2, 0), (2, 1)]
+    if end == "rollback":
+        editor.rollback(batch=1)
+        facts = [(0, 0), (0, 1), (1, 0), (1, 1), (2, 0)]
+    elif end == "undo":
+        editor.undo(other.text)
+        facts = [(0, 0), (0, 1), (1, 1), (2, 0), (2, 1), (4, 0)]
+    if end in ("rollback", "undo"):
+        editor.fit(requests[5:6], evaluate=False, run_dir=tmp_path / "3")
+    assert editor.journal.edits == len(facts)
+    for layer, original in originals.items():
+        weight = editor.module.lm.oriented(Site(layer, "mlp_out"))
+        torch.testing.assert_close(weight, one_solve(editor, layer, original, facts), rtol=0, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore::cakeflow.errors.RequestWarning")
+@pytest.mark.parametrize("contexts", [Contexts(), CONTEXTS], ids=["one key", "other contexts"])
+def test_a_fact_that_is_edited_again_counts_once_in_later_solves(lm, requests, tmp_path, contexts):
+    """By any solver, and whatever its key is now."""
+    histories, solver = [], LeastSquares(1.0)
+
+    class Watched(LeastSquares):
+        def solve(self, problem):
+            histories.append(list(problem.history.facts))
+            return solver.solve(problem)
+
+    editor = editor_of(lm, solver=Watched(1.0))
+    for number, facts in enumerate((requests[:2], requests[:1], requests[2:3])):
+        editor.module.contexts = contexts if number == 1 else Contexts()
+        editor.fit(facts, evaluate=False, run_dir=tmp_path / str(number))
+    first, again, _ = (step.hashes for step in editor.journal)
+    assert histories == [[], []] + [[first[1]]] * 2 + [[first[1], again[0]]] * 2
+    assert first[0] == again[0]

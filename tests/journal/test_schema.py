@@ -11,16 +11,13 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from cakeflow.errors import LedgerError, RunFolderError
-from cakeflow.journal.ledger import Ledger, bodies, canonical, read_entries
+from cakeflow.journal.ledger import bodies, canonical, read_entries
 from cakeflow.journal.schema import (
     BODIES,
-    BatchBody,
     EvaluatedRequest,
     PromptAnswer,
-    RollbackBody,
     RunBody,
     RunInfo,
-    upgraded,
 )
 from cakeflow.storage.typed import LARGEST, parse_as
 
@@ -40,29 +37,6 @@ def test_every_line_of_the_ledger_of_format_1_is_read():
         if entry.kind not in ("batch", "rollback"):
             assert canonical(entry.body.to_dict()) == canonical(line["body"])
     assert [run.format for run in bodies(entries, RunBody)] == [1]
-
-
-def test_layers_of_format_1_become_places():
-    path = RUN / "journal/ledger.jsonl"
-    lines = [json.loads(line)["body"] for line in path.read_text().splitlines()]
-    entries = Ledger(path, PLACE).entries
-    for entry in entries[3:5]:
-        raw = lines[entry.number]
-        assert isinstance(entry.body, BatchBody)
-        assert [change.place for change in entry.body.changes] == [PLACE(layer) for layer in raw["order"]]
-        for layer, change in zip(raw["order"], entry.body.changes, strict=True):
-            assert (change.kind, change.prefix) == ("WeightChange", str(layer))
-            assert {name: getattr(change, name) for name in ("numbers", "before", "after")} == raw["layers"][str(layer)]
-        rest = entry.body.to_dict()
-        del rest["changes"]
-        assert canonical(rest) == canonical({name: raw[name] for name in raw if name not in ("layers", "order")})
-    (rollback,) = bodies(entries, RollbackBody)
-    assert rollback.places == {PLACE(int(layer)): hashed for layer, hashed in lines[7]["layers"].items()}
-
-
-@pytest.mark.parametrize("kind", BODIES)
-def test_bodies_of_format_2_need_no_upgrade(kind):
-    assert upgraded(kind, EXAMPLES[kind], PLACE) == EXAMPLES[kind]
 
 
 @pytest.mark.parametrize("name", ["before.jsonl", "after.jsonl"])

@@ -7,13 +7,25 @@ import lightning as L
 import pytest
 import torch
 from cakeflow_restrain import Prune, Rect
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from journal.edits import bits, same
+from weight_streams import Stream
 
-from cakeflow import Contexts, EditDataModule, GradientSearch, LayerProblem, LeastSquares, LocateThenEdit, NullSpace
+from cakeflow import (
+    Contexts,
+    EditDataModule,
+    GradientSearch,
+    LayerProblem,
+    LeastSquares,
+    LocateThenEdit,
+    NullSpace,
+    Solver,
+)
 from cakeflow.errors import ConfigError
 from cakeflow.forward.keys import FactReader
 from cakeflow.models import Site
+from cakeflow.solvers import FromScratch
 
 LAYERS = [1, 2, 4]
 
@@ -56,12 +68,40 @@ def test_prune_by_hand():
     assert torch.equal(NullSpace(Prune()).finish(origin, origin + change), Prune().finish(origin, origin + change))
 
 
+@settings(max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+    scale=st.sampled_from([0.01, 1.0]),
+    inner=st.sampled_from([LeastSquares(0.3), NullSpace(LeastSquares(0.3)), LeastSquares(0.3, "dual")]),
+)
+def test_a_stream_that_is_damped_behind_every_batch_is_one_batch_that_is_damped(sizes, seed, scale, inner):
+    """Around ``FromScratch``: the last filter's error is all that parts it from one batch without a filter."""
+    stream = Stream.of(sum(sizes), seed)
+    stream.original *= scale  # a small one, so that changes are damped
+    solver, changes = Prune(FromScratch(inner), every_batch=True), []
+
+    class Filtered(Solver):
+        def solve(self, problem):
+            changes.append(solver.solve(problem))
+            return changes[-1].deferred
+
+    once, weight = stream.run(inner, [sum(sizes)])[0], stream.run(Filtered(), sizes)[0]
+    error = changes[-1].deferred.dense - changes[-1].dense
+    torch.testing.assert_close(weight - error, once, rtol=0, atol=1e-10)
+    torch.testing.assert_close(weight, Prune(inner).finish(stream.original, once), rtol=0, atol=1e-10)
+    assert solver.finish(stream.original, weight) is weight
+    largest = torch.linalg.matrix_norm(once - stream.original, 2) > torch.linalg.matrix_norm(stream.original, 2)
+    assert bool(error.norm() > 1e-6) == bool(largest)
+
+
 @pytest.mark.parametrize(
     ("build", "words"),
     [
         (lambda: Rect(keep=0.0), "keep must lie"),
         (lambda: Rect(keep=math.nan), "keep"),
         (lambda: Prune(base=1.0), "base"),
+        (lambda: Prune(double_add=True, every_batch=True), "set it or every_batch to False"),
     ],
 )
 def test_bad_settings(build, words):
@@ -72,7 +112,7 @@ def test_bad_settings(build, words):
 # ---- in a fit ----
 
 
-def fit(lm, requests, quiet, solver, batch_size, kind=LocateThenEdit):
+def fit(lm, requests, quiet, solver, batch_size, kind=LocateThenEdit, history=False):
     width = lm.oriented(Site(0, "mlp_out")).shape[1]
     module = kind(
         lm,
@@ -80,7 +120,7 @@ def fit(lm, requests, quiet, solver, batch_size, kind=LocateThenEdit):
         contexts=Contexts.of(["{}", "I am. {}"]),
         targets=GradientSearch(steps=4, lr=0.3),
         solver=solver,
-        history=False,
+        history=history,
         moments=dict.fromkeys(LAYERS, 1e-5 * torch.eye(width, dtype=torch.float64)),
         max_relative_update=float("inf"),
     )
@@ -149,6 +189,27 @@ def test_prune_in_a_fit(tiny, requests, quiet):
     )
     module.journal.rollback()
     assert all(torch.equal(tiny.oriented(Site(layer, "mlp_out")), weight) for layer, weight in before.items())
+
+
+def test_prune_behind_every_batch_in_a_fit(tiny, requests, quiet):
+    """The weights are damped after every batch, and there is no step at the end of the run."""
+    with torch.no_grad():  # originals that are small beside the changes
+        for layer in LAYERS:
+            tiny.weight(Site(layer, "mlp_out")).mul_(0.01)
+    before, unedited = weights(tiny), copy.deepcopy(tiny)
+    solver = Prune(FromScratch(LeastSquares(1.0)), every_batch=True)
+    module, _ = fit(tiny, requests[:4], quiet, solver, 2, history=True)
+    assert [len(step.requests) for step in module.journal] == [2, 2]
+    for layer, original in before.items():
+        history = module.journal.history(tiny.weight_name(Site(layer, "mlp_out")))
+        residual = history.values - history.keys @ original.T
+        whole = LayerProblem(history.keys, residual, original, original, module.covariances[layer])
+        once = original + LeastSquares(1.0).solve(whole).dense
+        expected = Prune().finish(original, once)
+        assert not torch.allclose(expected, once)
+        torch.testing.assert_close(tiny.oriented(Site(layer, "mlp_out")), expected, rtol=0, atol=1e-10)
+    module.journal.rollback()
+    assert same(tiny, bits(unedited))
 
 
 def test_a_plain_solver_adds_no_step(lm, requests, quiet):
