@@ -1,6 +1,7 @@
 """The tables of the terminal."""
 
 import io
+from dataclasses import replace
 
 import torch
 from bodies import body
@@ -109,4 +110,7 @@ def test_the_verdict_counts_what_took_and_names_what_did_not():
     assert report.verdict([EditStep(requests, facts=[fact(), fact()])]) == "2 of 2 facts learned"
     words = "1 of 3 facts learned; not learned: 'Bob plays' (blocked), fact 0 of batch 1 (search)"
     assert report.verdict([first, second]) == words
-    assert report.verdict([second] * 12).endswith(", fact 0 of batch 1 (search) and 2 more")
+    many = [replace(second, hashes=(str(each),)) for each in range(12)]
+    assert report.verdict(many).endswith(", fact 0 of batch 1 (search) and 2 more")
+    again = EditStep(requests[1:], facts=[fact()], number=2)
+    assert report.verdict([first, again]) == "2 of 2 facts learned"  # its last batch counts
