@@ -74,6 +74,7 @@ weights of a few layers, measure before and after, and keep all in a run folder.
   --data.batch_size N             facts that are edited together (default: all)
   --model.layers [5,6]            layers to edit, or auto
   --model.rounds N                walk again over facts that did not take
+  --model.repairs N               edit facts again that a later batch lost
   --model.dtype TYPE              type of the weights, such as bfloat16
   --model.statistics.source FILE  texts for second moments, or a hub data set
   --model.statistics.tokens N     number of their tokens

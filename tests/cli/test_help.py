@@ -16,7 +16,7 @@ SCREEN = (40, 80)
 """Lines and columns."""
 VALUES = {
     "run_dir": "runs/x", "data.limit": "3", "data.batch_size": "2", "data.eval_batch_size": "2", "model.layers": "[1]",
-    "model.rounds": "1", "model.dtype": "bfloat16", "model.statistics.source": "corpus.txt",
+    "model.repairs": "1", "model.rounds": "1", "model.dtype": "bfloat16", "model.statistics.source": "corpus.txt",
     "model.statistics.tokens": "4096", "model.evaluation.protocol": "official", "trainer.accelerator": "cpu",
     "trainer.logger": "CSVLogger", "import": "json", "method": "cake", "model": "smollm2-135m", "data": "builtin",
     "config": str(shipped("method")["cake"]), "targets": "short", "from": "runs/y",

@@ -101,6 +101,7 @@ class Life(RuleBasedStateMachine):
             assert found is None if not keys else torch.equal(found, torch.cat(keys))
 
 
+@pytest.mark.filterwarnings("ignore:facts of what was taken back stay:cakeflow.errors.RequestWarning")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_life_of_a_journal(lm, dtype, tmp_path_factory, requests):
     lm.model.to(dtype)
