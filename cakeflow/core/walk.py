@@ -138,8 +138,9 @@ class Walk:
         """Return the facts of earlier batches that have a key of this batch, whose new value takes the old one's place.
 
         A key cannot keep one value and take another, so the solve is not to preserve theirs; a warning names them, and
-        they are recorded with the batch, so that no later one preserves them. A solver that weighs conflicts sees to
-        this solve itself. Facts that are out of force count too: they may be in force again once others are not.
+        they are recorded with the batch, so that no later one preserves them. Not so where the solver weighs
+        conflicts: it is given all keys. Facts that are out of force count too: they may be in force again once others
+        are not.
         """
         journal, own = self.module.journal, self.step.key_hashes
         earlier = journal.histories.recorded(place, journal.steps)
@@ -149,7 +150,7 @@ class Walk:
         pairs = [(own[i], earlier.facts[j]) for i, j in same]
         on_record, in_force = set(earlier.facts), set(journal.history(place).facts)
         pairs += [(name, name) for name in own if name in on_record]  # edited again, though its contexts may differ
-        for new, old in dict.fromkeys(pairs):
+        for new, old in () if self.module.solver.weighs_conflicts else dict.fromkeys(pairs):
             self.step.replaced.setdefault(new, []).append(old)
         names = [*dict.fromkeys(old for _, old in pairs)]
         if losing := [name for name in names if name in in_force]:

@@ -74,8 +74,8 @@ class Journal(Sequence[EditStep]):
 
     @property
     def edits(self) -> int:
-        """Number of facts that are in force."""
-        return len(facts_in_force(self.steps))
+        """Number of facts that are in force, each counted once."""
+        return len({step.hashes[i] for step, i in facts_in_force(self.steps)})
 
     @property
     def changes(self) -> list[Change]:
