@@ -70,29 +70,11 @@ def test_shares_use_the_weights_of_the_edited_layers_only(lm, requests):
 
 
 @pytest.fixture
-def sharp(lm):
-    """A model whose probabilities are not nearly uniform, so that an edit can make a target the most likely one."""
-    with torch.no_grad():
-        lm.model.transformer.ln_f.weight *= 30
-    return lm
-
-
-@pytest.fixture
 def massive(sharp):
     """The same with a massive activation at the first position."""
     with torch.no_grad():
         sharp.model.transformer.wpe.weight[0] *= 200
     return sharp
-
-
-@pytest.fixture
-def learnable(requests):
-    """Facts that a random model can learn: one token right behind the place where they are written."""
-    words = ("Rome", "Paris", "the", "in") * 3
-    return [
-        replace(request, target_new=word, target_true=None, fact_token="prompt_last")
-        for request, word in zip(requests, words, strict=True)
-    ]
 
 
 def test_facts_that_did_not_take_are_walked_again(sharp, learnable, tmp_path):
