@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cakeflow.allocators.base import Allocator
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import build_module, find_config, shipped
+from cakeflow.core.config import build_module, find_config, shipped, takes_model_config
 from cakeflow.core.contracts import Outcome
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import RunLogger
@@ -168,10 +168,11 @@ class Editor:
         """
         values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None}
         configs = [find_config("method", method)]
-        config = config or (str(model) if str(model) in shipped("model") else None)
+        takes_numbers = takes_model_config(configs[0])
+        config = config or (str(model) if takes_numbers and str(model) in shipped("model") else None)
         if config is not None:
             configs.append(find_config("model", config))
-        elif not layers:
+        elif takes_numbers and not layers:
             names = ", ".join(shipped("model"))
             raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
                               f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip

@@ -18,7 +18,7 @@ LIBRARY = [
     for path in PYTHON
     if path.relative_to(ROOT).parts[0] in ("cakeflow", "plugins") and "tests" not in path.parts[-3:]
 ]
-MAY_HOOK = {"hooks.py", "language.py"}
+MAY_HOOK = {"hooks.py", "language.py", "routing.py"}
 METHODS = {"rome", "memit", "pmet", "alphaedit", "blue", "cake", "rect", "prune", "mend", "grace", "emmet", "wise"}
 MOST_EXPORTS = 30
 UNSAFE = {"torch.load", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",

@@ -16,6 +16,7 @@ from cakeflow.core.config_parser import ConfigParser, class_names, only_known_cl
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError, EditError, did_you_mean
 from cakeflow.plugins import load_plugins
+from cakeflow.storage.yaml_text import read_yaml
 
 MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.LocateThenEdit"}}
 """Defaults of every parser that builds an edit module."""
@@ -42,6 +43,14 @@ def find_config(kind: str, name: str | Path) -> Path:
         f"no {kind} config {str(name)!r}{did_you_mean(name, configs)}\nshipped: {', '.join(configs)}; or give the path "
         "of a YAML file"
     )
+
+
+def takes_model_config(method: Path) -> bool:
+    """Return True if a method takes the numbers of a model config: those are arguments of ``LocateThenEdit``."""
+    content = read_yaml(method.read_text(encoding="utf-8"))
+    model = content.get("model") if isinstance(content, dict) else None
+    name = model.get("class_path") if isinstance(model, dict) else None
+    return name is None or str(name).rpartition(".")[2] == "LocateThenEdit"
 
 
 def build_module(configs: list[Path], **values: Any) -> EditModule:

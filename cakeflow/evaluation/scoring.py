@@ -18,6 +18,7 @@ from cakeflow.forward.prefix_tree import predict
 from cakeflow.forward.tokens import Row, encode_texts, unknown_tokens, unreadable_token
 from cakeflow.metrics.preference import KINDS
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.routing import Scope
 
 CHECK_SIZE = 256
 """Records whose texts are tokenised together by ``check_records``: bounds memory, changes no result."""
@@ -123,11 +124,18 @@ def score_reads(
         max_bytes: Most bytes beyond the model.
     """
     contexts, labels = zip(*chain.from_iterable(continuations), strict=True) if continuations else ((), ())
-    logprobs, hits = predict(lm, contexts, labels, max_tokens, max_bytes)
+    scope = lm.scope
+    texts = [_deciding(scope, reads) for reads in continuations for _ in reads] if scope else None
+    logprobs, hits = predict(lm, contexts, labels, max_tokens, max_bytes, texts)
     owner = torch.tensor([index for index, reads in enumerate(continuations) for _ in reads], dtype=torch.long)
     totals = torch.zeros(2, len(continuations)).index_add(1, owner, torch.stack([logprobs, hits.float()]))
     means = totals / torch.bincount(owner, minlength=len(continuations))
     return means[0], means[1]
+
+
+def _deciding(scope: Scope, reads: Sequence[Read]) -> tuple[int, ...]:
+    """Return the text on which routed modules decide about a continuation: the prompt alone, or all of it."""
+    return (*reads[-1][0], reads[-1][1]) if scope == "sequence" else tuple(reads[0][0])
 
 
 def score_rows(

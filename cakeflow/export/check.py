@@ -103,7 +103,7 @@ def check_lora(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
     with _asked(journal, texts, manifest.tolerance):
         require_base(lm, manifest, folder)
         for path, (down, up) in pairs.items():
-            lm.model.set_submodule(path, Adapted(lm.module(path), down, up))
+            lm.put(path, Adapted(lm.module(path), down, up))
 
 
 @contextmanager
@@ -122,7 +122,7 @@ def _asked(journal: Journal, texts: Sequence[str], tolerance: float = 0.0) -> It
             raise _unlike(str(error), "if weights were changed beside edits, export the model") from error
         finally:
             for path, module in modules.items():
-                lm.model.set_submodule(path, module)
+                lm.put(path, module)
             for part, content in originals.values():
                 part.undo(lm, content)
     for answer, other in zip(answers, expected, strict=True):

@@ -20,6 +20,7 @@ from torch import Tensor
 from cakeflow.forward.packing import GIB, logits_bytes, pad, pass_bytes, plan, require_bytes
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.routing import prompt_lengths
 
 Context = tuple[int, ...]
 """Token ids before a prediction."""
@@ -36,10 +37,12 @@ class PrefixTree:
     Attributes:
         ids: The token of each node.
         parent: Index of the node before each node; -1 at the beginning.
+        deciding: Number of nodes, from the first, on which routed modules decide.
     """
 
     ids: list[int] = field(default_factory=list)
     parent: list[int] = field(default_factory=list)
+    deciding: int = 0
 
     def extend(self, path: list[int], tokens: Sequence[int]) -> list[int]:
         """Append tokens below the last node of ``path`` and return the longer path."""
@@ -89,6 +92,36 @@ def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree
     return trees, place
 
 
+def grow_apart(
+    contexts: Sequence[Context], deciding: Sequence[Context], size: int = SIZE
+) -> tuple[list[PrefixTree], list[tuple[int, int]]]:
+    """Pack contexts into trees, those apart that are routed by different texts.
+
+    Args:
+        contexts: Contexts, repetitions allowed.
+        deciding: For each context the text on which it is routed: its beginning, or a text that it begins.
+        size: As for ``grow``.
+
+    Returns:
+        The trees, and for each context the (tree, node) at which it ends.
+    """
+    groups: dict[Context, list[int]] = {}
+    for index, text in enumerate(deciding):
+        groups.setdefault(text, []).append(index)
+    trees: list[PrefixTree] = []
+    place: list[tuple[int, int]] = [(0, 0)] * len(contexts)
+    for text, members in groups.items():
+        longer = any(len(contexts[index]) < len(text) for index in members)  # the text must stand in one row
+        new, ends = grow([text, *(contexts[index] for index in members)], 0 if longer else size)
+        for tree in new:
+            tree.deciding = len(text)
+        for index in members:
+            tree_number, node = ends[contexts[index]]
+            place[index] = (len(trees) + tree_number, node)
+        trees += new
+    return trees, place
+
+
 @torch.no_grad()
 def predict(
     lm: LanguageModel,
@@ -96,6 +129,7 @@ def predict(
     labels: Sequence[int],
     max_tokens: int = 4096,
     max_bytes: float | None = None,
+    deciding: Sequence[Context] | None = None,
 ) -> tuple[Float[Tensor, " m"], Bool[Tensor, " m"]]:
     """Compute the log-probability of each label as the next token.
 
@@ -105,6 +139,7 @@ def predict(
         labels: Token id after each context.
         max_tokens: Most tokens in one forward pass.
         max_bytes: Most bytes beyond the model; by default half a GiB of logits, and ``max_tokens``.
+        deciding: For each context the text on which routed modules decide; by default the context itself.
 
     Returns:
         Log-probabilities (natural logarithm), and True where the label is the arg-max.
@@ -118,22 +153,27 @@ def predict(
     if max_bytes is not None:
         most_tokens, max_ends = _most(lm, max_bytes, longest, max(size, longest))
         max_tokens, size = min(max_tokens, most_tokens), min(size, most_tokens)
-    trees, place = grow(contexts, size)
+    if lm.scope in (None, "token"):
+        trees, ends_of = grow(contexts, size)
+        place = [ends_of[context] for context in contexts]
+    else:
+        trees, place = grow_apart(contexts, contexts if deciding is None else deciding, size)
     # few passes should have more predictions than fit
-    max_tokens = min(max_tokens, max_ends * sum(len(tree.ids) for tree in trees) // max(1, len(place)))
+    max_tokens = min(max_tokens, max_ends * sum(len(tree.ids) for tree in trees) // max(1, len(set(place))))
     logprobs, hits = torch.zeros(len(labels)), torch.zeros(len(labels), dtype=torch.bool)
     indices: list[list[int]] = [[] for _ in trees]  # of the contexts in each tree
-    for index, context in enumerate(contexts):
-        indices[place[context][0]].append(index)
+    for index, (tree, _) in enumerate(place):
+        indices[tree].append(index)
     for group in plan([len(tree.ids) for tree in trees], max_tokens, slack=SIZE):
         chosen = [(row, index) for row, tree in enumerate(group) for index in indices[tree]]
-        ends = torch.tensor([(row, place[contexts[index]][1]) for row, index in chosen], device=lm.device)
+        ends = torch.tensor([(row, place[index][1]) for row, index in chosen], device=lm.device)
         ends, rows = ends.unique(dim=0, return_inverse=True)  # one row of logits for all labels of a context
         where = torch.tensor([index for _, index in chosen])
         label = torch.tensor([labels[index] for _, index in chosen], device=lm.device)
         inputs = _inputs(lm, [trees[tree] for tree in group], branching)
+        lengths = torch.tensor([trees[tree].deciding for tree in group])
         for first in range(0, len(ends), max_ends):  # all of them at once, unless their logits do not fit
-            with logits_at(lm, *ends[first : first + max_ends].T):
+            with logits_at(lm, *ends[first : first + max_ends].T), prompt_lengths(lm.model, lengths):
                 logits = lm(**inputs, use_cache=False).logits[0]
             here = (rows >= first) & (rows < first + max_ends)
             row, target, at = rows[here] - first, label[here], where[here.cpu()]

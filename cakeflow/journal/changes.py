@@ -31,6 +31,8 @@ class Change(ABC):
     """
 
     place: str
+    stands_alone = True
+    """Whether the change is the same without those that were made before it at its place."""
 
     def preserved_keys(self) -> Float[Tensor, "n d_in"] | None:
         """Return one key per request, which later edits at this place should preserve; None by default."""
@@ -232,7 +234,7 @@ class ModuleChange(Change):
     @final
     def undo(self, model: EditableModel, content: nn.Module) -> None:
         """Put the earlier module back."""
-        model.model.set_submodule(self.place, content)
+        model.put(self.place, content)
 
     @final
     def state(self, model: EditableModel) -> dict[str, Tensor]:

@@ -126,7 +126,7 @@ def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
     """The steps without one batch, and without what counted on it: completions behind it, facts of it taken back.
 
     Raises:
-        ConfigError: If there is no such batch.
+        ConfigError: If there is no such batch, or later ones went on learning from it.
     """
     numbers = [step.number for step in steps]
     if isinstance(number, bool) or not isinstance(number, Integral) or number not in numbers:
@@ -134,6 +134,13 @@ def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
             f"no single batch {number!r} to take back; there are {', '.join(map(str, numbers)) or 'none'}"
         )
     place = numbers.index(int(number))
+    learned = {each.place for each in steps[place].changes if not each.change.stands_alone}
+    if later := [step.number for step in steps[place + 1 :] if learned & set(step.places)]:
+        raise ConfigError(
+            f"batch {number} cannot be taken back alone: batches {listed([*map(str, later)])} went on learning where it "
+            f"ended, in {listed(sorted(learned))}; take them back too (rollback of the last {len(steps) - place}), and "
+            "edit their facts again"
+        )
     rest = (step for step in steps[place + 1 :] if not step.completes and step.undoes != number)
     return [*steps[:place], *rest]
 

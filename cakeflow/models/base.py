@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cakeflow.errors import ArchitectureError, NumericalError, listed
 from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
 from cakeflow.models.products import fast_products
+from cakeflow.models.routing import RoutedModule, Scope, routed
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights whose numbers mean themselves, without a scale beside them."""
@@ -111,6 +112,25 @@ class EditableModel(ABC):
         except AttributeError as error:
             reason = self._absence(place) if isinstance(place, Site) else ""
             raise ArchitectureError(f"no module {path!r} in {type(self.model).__name__}: {reason or error}") from error
+
+    def put(self, place: str, module: nn.Module) -> None:
+        """Put a module in the place of another; one that routes rows listens to the model's passes while it is there.
+
+        Args:
+            place: Path of the module.
+            module: The new one.
+        """
+        if isinstance(earlier := self.module(place), RoutedModule):
+            earlier.detach()
+        self.model.set_submodule(place, module)
+        if isinstance(module, RoutedModule):
+            module.attach(self.model)
+
+    @property
+    def scope(self) -> Scope | None:
+        """The widest scope of the decisions of routed modules; None if the model has none."""
+        scopes = {module.scope for module in routed(self.model)}
+        return next((scope for scope in get_args(Scope) if scope in scopes), None)
 
     def _absence(self, site: Site) -> str:
         """Return why a block lacks a projection that others have; empty if nothing is known."""

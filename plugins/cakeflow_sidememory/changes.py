@@ -1,105 +1,112 @@
-"""The module that holds a side memory, and the change that puts it in place."""
+"""The changes of a side memory: facts that a shard learned, and a shard that is put away."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor, nn
 
 from cakeflow.journal import ModuleChange
-from cakeflow.models import is_transposed
+from cakeflow_sidememory.shards import ShardedProjection, ShardSettings, plain_weight
 
 
-class RoutedProjection(nn.Module):
-    """A projection with a side memory: inputs near a stored key get the memory's answer, all others the projection's.
+def packed(mask: Bool[Tensor, "d_out d_in"]) -> UInt8[Tensor, " bytes"]:
+    """Return a mask as bits."""
+    return torch.from_numpy(np.packbits(mask.cpu().numpy().reshape(-1)))
 
-    Every token is routed by its own input, so that an answer depends neither on padding nor on the other texts in a
-    forward pass.
 
-    Args:
-        base: The projection, which stays as it is.
-        weight: Weight of the memory, d_out x d_in whatever the layout of the projection.
-        keys: One key per edited fact.
-        radius: Distance from each key up to which the memory answers.
+def unpacked(bits: UInt8[Tensor, " bytes"], shape: torch.Size) -> Bool[Tensor, "d_out d_in"]:
+    """Return the mask of this shape that ``packed`` wrote.
+
+    Raises:
+        ValueError: If it is of another shape.
     """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        weight: Float[Tensor, "d_out d_in"],
-        keys: Float[Tensor, "n d_in"],
-        radius: Float[Tensor, " n"],
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.keys: Tensor
-        self.radius: Tensor
-        self.register_buffer("keys", keys)
-        self.register_buffer("radius", radius)
-        self.train(base.training)
-
-    @classmethod
-    def around(cls, module: nn.Module) -> RoutedProjection:
-        """Return the module itself if it has a memory; else the module with a copy of its weight and no keys."""
-        if isinstance(module, cls):
-            return module
-        weight = module.get_parameter("weight").detach()
-        weight = (weight.T if is_transposed(module) else weight).clone()
-        return cls(module, weight, weight.new_empty(0, weight.shape[1]), weight.new_empty(0))
-
-    def forward(self, inputs: Float[Tensor, "*tokens d_in"]) -> Float[Tensor, "*tokens d_out"]:
-        """Compute both answers and choose one of them for each token."""
-        memory = nn.functional.linear(inputs, self.weight, self.base.bias)  # type: ignore[arg-type]
-        return torch.where(self.routes(inputs)[..., None], memory, self.base(inputs))
-
-    @torch.no_grad()
-    def routes(self, inputs: Float[Tensor, "*tokens d_in"]) -> Tensor:
-        """Return True for each token whose input lies within the radius of a key."""
-        mode = "donot_use_mm_for_euclid_dist"  # the default subtracts squares, which rounds small distances to 0
-        distance = torch.cdist(inputs.flatten(0, -2).float(), self.keys.float(), compute_mode=mode)
-        return (distance <= self.radius.float()).any(-1).view(inputs.shape[:-1])
+    if len(bits) != -(-shape.numel() // 8):
+        raise ValueError(f"{len(bits)} bytes are no mask of shape {tuple(shape)}")
+    flat = np.unpackbits(bits.cpu().numpy(), count=shape.numel())
+    return torch.from_numpy(flat).bool().view(shape)
 
 
 @dataclass(frozen=True, eq=False)
-class SideMemoryChange(ModuleChange):
-    """Facts that are added to the side memory of a projection; the first ones create it.
+class ShardChange(ModuleChange):
+    """Facts that the shard being written learned; the first ones put the side memory in place.
 
     Attributes:
         place: Name of the projection.
-        update: Change of the memory's weight, which starts as a copy of the projection's.
-        keys: One key per fact.
-        radius: Distance from each key up to which the memory answers.
+        settings: Rules of the side memory.
+        values: Entries of the shard under its mask, or all of them.
+        bits: The mask; empty if all entries changed.
+        least: The shard's threshold.
+        edits: Number of facts.
     """
 
     place: str
-    update: Float[Tensor, "d_out d_in"]
-    keys: Float[Tensor, "n d_in"]
-    radius: Float[Tensor, " n"]
-
-    def build(self, module: nn.Module) -> RoutedProjection:
-        """Return a new memory, with the earlier facts if there is one; ``module`` stays as it is."""
-        earlier = RoutedProjection.around(module)
-        keys, radius = (each.to(earlier.weight) for each in (self.keys, self.radius))
-        return RoutedProjection(
-            earlier.base,
-            earlier.weight.detach() + self.update.to(earlier.weight),
-            torch.cat([earlier.keys, keys]),
-            torch.cat([earlier.radius, radius]),
-        )
-
-    def preserved_keys(self) -> Float[Tensor, "n d_in"]:
-        """Return the keys: later batches must not change the memory's answers there."""
-        return self.keys
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Update, keys and radius."""
-        return {"update": self.update, "keys": self.keys, "radius": self.radius}
+    settings: ShardSettings
+    values: Float[Tensor, " entries"]
+    bits: UInt8[Tensor, " bytes"]
+    least: float
+    edits: int
+    stands_alone = False
 
     @classmethod
-    def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> SideMemoryChange:
+    def of(
+        cls, place: str, memory: ShardedProjection, weight: Tensor, mask: Tensor | None, least: float, edits: int
+    ) -> ShardChange:
+        """Return the change that gives a side memory's open shard this weight."""
+        bits = packed(mask) if mask is not None else torch.empty(0, dtype=torch.uint8)
+        values = weight[mask] if mask is not None else weight.flatten()
+        return cls(place, memory.settings, values.cpu(), bits, least, edits)
+
+    def build(self, module: nn.Module) -> ShardedProjection:
+        """Return a new side memory; ``module`` stays as it is."""
+        memory = ShardedProjection.around(module, self.settings)
+        weight = plain_weight(memory.base)
+        if len(self.bits):
+            weight[unpacked(self.bits, weight.shape).to(weight.device)] = self.values.to(weight)
+        else:
+            weight = self.values.to(weight).view(weight.shape)
+        shards, least = [weight, *memory.shards[1:]], [self.least, *memory.least.tolist()[1:]]
+        return memory.changed(shards, least, int(memory.edits) + self.edits)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Values, mask, threshold, number of facts and settings."""
+        numbers = {"least": torch.tensor([self.least], dtype=torch.float64), "edits": torch.tensor([self.edits])}
+        return {"values": self.values, "bits": self.bits, "settings": self.settings.encode(), **numbers}
+
+    @classmethod
+    def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> ShardChange:
         """Return the change with these tensors."""
-        return cls(place, tensors["update"], tensors["keys"], tensors["radius"])
+        settings = ShardSettings.decode(tensors["settings"])
+        least, edits = float(tensors["least"][0]), int(tensors["edits"][0])
+        return cls(place, settings, tensors["values"], tensors["bits"], least, edits)
+
+
+@dataclass(frozen=True, eq=False)
+class ShardEnd(ModuleChange):
+    """The shard being written is put away, joined with others where that is due, and a new one begins.
+
+    Attributes:
+        place: Name of the projection.
+        settings: Rules of the side memory.
+    """
+
+    place: str
+    settings: ShardSettings
+    stands_alone = False
+
+    def build(self, module: nn.Module) -> ShardedProjection:
+        """Return a new side memory; ``module`` stays as it is."""
+        return ShardedProjection.around(module, self.settings).put_away()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The settings."""
+        return {"settings": self.settings.encode()}
+
+    @classmethod
+    def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> ShardEnd:
+        """Return the change with these tensors."""
+        return cls(place, ShardSettings.decode(tensors["settings"]))

@@ -1,42 +1,54 @@
-"""The edit method: train the side memory on a batch's facts, and store their keys."""
+"""The edit method: a side memory learns the facts of a batch one after another."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any, final
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool
 from torch import Tensor
+from torchmetrics import Metric
 
 from cakeflow.core import EditModule
-from cakeflow.data import Contexts, EditRequest
+from cakeflow.data import Contexts, EditRequest, builtin_facts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation import Evaluation
-from cakeflow.forward import TextBatch, WeightLoss, encode_batch, pad
+from cakeflow.forward import TextBatch, encode_batch, encode_texts
 from cakeflow.journal import EditStep
-from cakeflow.models import LanguageModel, Site, capture
-from cakeflow_sidememory.changes import SideMemoryChange
+from cakeflow.models import LanguageModel, Site
+from cakeflow_sidememory.changes import ShardChange, ShardEnd
+from cakeflow_sidememory.distance import activation_name, activation_of
+from cakeflow_sidememory.learning import Learned, LearningProblem, LearningRule, learn
+from cakeflow_sidememory.rows import Padding, edit_rows, on, sampled_contexts
+from cakeflow_sidememory.shards import ShardedProjection, ShardSettings
 
 
 @final
 class SideMemory(EditModule[TextBatch]):
-    """Edits facts in a copy of one down projection, which answers for inputs near their subjects' keys alone.
+    """Keeps facts in a trained copy of one projection, which answers for texts near the edited ones; the model stays.
 
-    A toy in the spirit of WISE (Wang et al. 2024): one memory that grows, sparse gradient descent, a router by
-    distance. The weights of the model never change.
+    WISE (Wang et al. 2024, arXiv 2405.14768). Each fact is learned by gradient descent on the copy, within a random part
+    of its entries; a margin keeps the distances of edited and irrelevant texts apart, and the distance decides who
+    answers. Batches are learned fact by fact, in their order.
 
     Args:
         base: Name or folder of a model, or a ``LanguageModel``.
-        layer: Block whose down projection gets the memory.
-        steps: Largest number of gradient steps on a batch.
-        lr: Length of a step, in norms of the memory's weight.
-        max_loss: Mean negative log-likelihood of the targets at which a batch is done.
-        density: Share of the memory's outputs that a batch may change, drawn at random.
-        reach: Radius of a key, in distances to the nearest other token of its batch.
-        seed: Seed of the drawn outputs.
-        evaluation: Settings of the evaluation.
+        layer: Block of the projection; negative numbers count from the last. WISE has -5 for Llama-2.
+        role: The projection, by its role or its path in the block.
+        shards: How shards are kept and routed; its activation is the model's, unless one is named.
+        rule: How a fact is learned.
+        density: Share of the entries that a shard may change, drawn anew for each.
+        padding: How the texts of a fact are put side by side.
+        contexts: Texts before the prompt; sampled from the unedited model by default.
+        irrelevant: Texts that are not to reach the memory while it learns; by default sentences of the built-in facts
+            about other subjects.
+        seed: Seed of masks, contexts, and irrelevant texts.
+        evaluation: What the model is asked.
+        metrics: Further metrics of every evaluation.
+        record_texts: Whether the ledger has the texts of the requests.
+        private: Whether only their owner can read the run folders that are made.
 
     Raises:
         ConfigError: If a setting is out of its range.
@@ -44,95 +56,119 @@ class SideMemory(EditModule[TextBatch]):
 
     def __init__(
         self,
-        base: str | LanguageModel,
-        layer: int,
-        steps: int = 40,
-        lr: float = 0.05,
-        max_loss: float = 0.05,
-        density: float = 0.5,
-        reach: float = 0.5,
+        base: str | LanguageModel = "smollm2-135m",
+        layer: int = -5,
+        role: str = "mlp_out",
+        shards: ShardSettings | None = None,
+        rule: LearningRule = LearningRule(),
+        density: float = 0.2,
+        padding: Padding = "right",
+        contexts: Contexts | None = None,
+        irrelevant: Sequence[str] | None = None,
         seed: int = 0,
         evaluation: Evaluation = Evaluation(),
+        metrics: Sequence[Metric] = (),
+        record_texts: bool = True,
+        private: bool = True,
     ) -> None:
-        if not (layer >= 0 and steps > 0 and lr > 0 and 0 < density <= 1 and 0 < reach < 1):
-            raise ConfigError(
-                f"layer={layer}, steps={steps}, lr={lr}, density={density}, reach={reach}: layer must be at least 0, "
-                "steps and lr above 0, density above 0 and at most 1, reach between 0 and 1"
-            )
-        super().__init__(base, evaluation, (), {})
-        self.site = Site(layer, "mlp_out")
-        self.steps, self.lr, self.max_loss = steps, lr, max_loss
-        self.density, self.reach, self.seed = density, reach, seed
+        if not 0 < density <= 1:
+            raise ConfigError(f"density={density}: the share of entries that may change is above 0 and at most 1")
+        if irrelevant is not None and not any(irrelevant):
+            raise ConfigError("irrelevant has no text; leave it out for sentences of the built-in facts")
+        self.layer, self.role, self.rule, self.density, self.padding = layer, role, rule, density, padding
+        self.shards, self.contexts, self.irrelevant, self.seed = shards, contexts, irrelevant, seed
+        super().__init__(base, evaluation, metrics, {}, record_texts=record_texts, private=private)
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments that decide the outcome."""
-        numbers = {name: getattr(self, name) for name in ("steps", "lr", "max_loss", "density", "reach", "seed")}
-        return {"layer": self.site.layer, **numbers, "evaluation": repr(self.evaluation)}
+        plain = {name: getattr(self, name) for name in ("layer", "role", "density", "padding", "seed")}
+        texts = None if self.irrelevant is None else list(self.irrelevant)
+        shards = None if self.shards is None else asdict(self.shards)
+        contexts = None if self.contexts is None else asdict(self.contexts)
+        return {**plain, "rule": asdict(self.rule), "shards": shards, "irrelevant": texts, "contexts": contexts,
+                "evaluation": repr(self.evaluation)}  # fmt: skip
+
+    @property
+    def site(self) -> Site:
+        """The projection."""
+        return Site(self.layer % self.lm.depth, self.role)
 
     def encode(self, requests: Sequence[EditRequest]) -> TextBatch:
-        """Tokenize the bare prompts with their targets."""
-        return encode_batch(self.lm, requests, Contexts())
+        """Tokenize all prompts with their targets in every context; contexts are sampled here if there are none."""
+        if self.contexts is None:
+            with self.journal.reverted():
+                self.contexts = sampled_contexts(self.lm, self.seed)
+        return encode_batch(self.lm, requests, self.contexts)
 
     def prepare(self, batches: Sequence[TextBatch]) -> None:
         """Check that the projection can be copied; nothing has to be measured."""
-        self.lm.weight(self.site)
+        if not isinstance(self.lm.module(self.site), ShardedProjection):
+            self.lm.weight(self.site)
+        self.memory()
 
     def edit(self, batch: TextBatch, step: EditStep) -> None:
-        """Train the memory on one batch and put it in place."""
-        place, width = self.lm.architecture.path(self.site), self.lm.oriented(self.site).shape
-        with self.phase("keys"):
-            keys, radius = self.read_keys(batch)
+        """Learn the facts of a batch one after another, and put the memory in place."""
+        place = self.lm.architecture.path(self.site)
+        numbers: list[Learned] = []
         with self.phase("memory"):
-            update, loss = self.fit_update(batch, SideMemoryChange(place, torch.zeros(width), keys, radius))
-        numbers = {"loss": loss, "update": float(update.norm())}
-        self.log_dict({f"memory/{name}": value for name, value in numbers.items()}, batch_size=len(batch))
-        self.journal.apply(step, SideMemoryChange(place, update, keys, radius), numbers)
+            for start, stop in self._segments(place, len(batch)):
+                numbers += self._learn(step, place, batch, range(start, stop))
+        for name, values in _summary(numbers).items():
+            self.log(f"memory/{name}", values, batch_size=len(batch))
 
-    @torch.no_grad()
-    def read_keys(self, batch: TextBatch) -> tuple[Float[Tensor, "n d_in"], Float[Tensor, " n"]]:
-        """Read the key of each fact, the projection's input at its subject's last token, and choose its radius.
+    def memory(self) -> ShardedProjection:
+        """Return the side memory as it is now; one that learned nothing if there is none."""
+        settings = self.shards or ShardSettings()
+        if not settings.activation:
+            settings = replace(settings, activation=activation_name(self.lm))
+        return ShardedProjection.around(self.lm.module(self.site), settings)
 
-        No memory in this layer can move a key: the input of the projection comes from what lies below.
-        """
-        rows = [variants[0] for variants in batch.rows]
-        ids = pad([row.ids for row in rows], self.lm.device)
-        with capture(self.lm, [self.site], side="in", stop=True) as inputs:
-            self.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-        hidden = inputs[self.site].float().cpu()
-        keys = torch.stack([hidden[i, row.subject] for i, row in enumerate(rows)])
-        others = [hidden[i, t] for i, row in enumerate(rows) for t in range(len(row.ids)) if t != row.subject]
-        distance = torch.cdist(keys, torch.stack(others), compute_mode="donot_use_mm_for_euclid_dist")
-        return keys, self.reach * distance.min(dim=1).values
+    def _segments(self, place: str, count: int) -> list[tuple[int, int]]:
+        """Return the parts of a batch that go into one shard each."""
+        memory = self.memory()
+        every, done = memory.settings.save_every, int(memory.edits)
+        bounds = [0, *range(every - done % every, count, every), count]
+        return list(zip(bounds, bounds[1:], strict=False))
 
-    def fit_update(self, batch: TextBatch, start: SideMemoryChange) -> tuple[Float[Tensor, "d_out d_in"], float]:
-        """Descend on the batch's loss under the router, in a trial that leaves the model as it was.
+    def _learn(self, step: EditStep, place: str, batch: TextBatch, facts: range) -> list[Learned]:
+        """Have one shard learn some facts; put it away when it is full."""
+        memory = self.memory()
+        done, every = int(memory.edits), memory.settings.save_every
+        mask = self.mask(memory, done // every)
+        weight, least = memory.shards[0].detach(), float(memory.least[0])
+        results = []
+        for number, fact in enumerate(facts):
+            problem = LearningProblem(
+                self.lm, self.site, self._rows(batch, fact, done + number), activation_of(memory.settings.activation)
+            )
+            learned = learn(problem, weight, mask, self.rule)
+            weight, least = learned.weight, min(least, learned.activation)
+            results.append(learned)
+        partial = None if self.rule.decay_everywhere else mask
+        change = ShardChange.of(place, memory, weight, partial, least, len(facts))
+        self.journal.apply(step, change, {"least": least})
+        if (done + len(facts)) % every == 0:
+            self.journal.apply(step, ShardEnd(place, memory.settings), {})
+        return results
 
-        ``start`` has the batch's keys and an update of zero. Returns the memory's update and the loss that it reaches.
-        """
-        best, lowest, update = start.update, math.inf, start.update
-        mask, basis = self.mask(len(update), batch.first), self.preserved(start.place)
-        with self.journal.trial() as trial:
-            self.journal.apply(trial, start, {})
-            objective = WeightLoss(self.lm, batch, self.site)
-            length = self.lr * float(self.lm.weight(self.site).norm())
-            for _ in range(self.steps + 1):  # the last pass only measures
-                loss, gradient = objective(update)
-                if loss < lowest:
-                    best, lowest = update, loss
-                if loss <= self.max_loss:
-                    break
-                direction = mask * (gradient - gradient @ basis @ basis.T)
-                update = update - length * direction / direction.norm().clamp_min(1e-12)
-        return best, lowest
+    def mask(self, memory: ShardedProjection, shard: int) -> Bool[Tensor, "d_out d_in"]:
+        """Draw the entries that a shard may change."""
+        generator = torch.Generator().manual_seed(1_000_003 * self.seed + shard)
+        weight = memory.shards[0]
+        return (torch.rand(weight.shape, generator=generator) < self.density).to(weight.device)
 
-    def mask(self, outputs: int, first: int) -> Float[Tensor, "d_out 1"]:
-        """Draw the outputs that a batch may change; ``first`` is the place of its first fact in the run."""
-        generator = torch.Generator().manual_seed(self.seed + first)
-        return (torch.rand(outputs, 1, generator=generator) < self.density).float()
+    def _rows(self, batch: TextBatch, fact: int, number: int) -> Any:
+        texts = self.irrelevant or [f"{each.text} {each.target_true}" for each in builtin_facts()]
+        subject = batch.requests[fact].subject
+        texts = [text for text in texts if subject not in text] or list(texts)
+        text = texts[(self.seed * 7919 + number) % len(texts)]
+        (ids,) = encode_texts(self.lm.tokenizer, [text])
+        filler = self.lm.tokenizer.eos_token_id or 0
+        return on(self.lm.device, edit_rows(batch.rows[fact], ids, self.padding, filler))
 
-    def preserved(self, place: str) -> Float[Tensor, "d_in m"]:
-        """Return an orthonormal basis of the keys of earlier batches: the memory must not change its answers there."""
-        keys = self.journal.history(place).keys
-        keys = torch.zeros(0, self.lm.key_width(self.site)) if keys is None else keys.cpu()
-        basis: Tensor = torch.linalg.qr(keys.T)[0]
-        return basis
+
+def _summary(learned: Sequence[Learned]) -> dict[str, float]:
+    """Return the means over facts of what their learning ended with."""
+    last = [(each.losses[-1], each.margins[-1], each.activation, len(each.losses)) for each in learned]
+    names = ("loss", "margin", "distance", "steps")
+    return {name: sum(values) / len(values) for name, values in zip(names, zip(*last, strict=True), strict=True)}

@@ -1,6 +1,7 @@
 """Every shipped recipe as the parts that it is to be made of."""
 
 from cakeflow_restrain import Prune, Rect
+from cakeflow_sidememory import LearningRule, ShardSettings
 from cakeflow_streams import (
     ConflictHistory,
     FisherPenalty,
@@ -73,6 +74,12 @@ OVER = {
     "cake": "alphaedit", "cake_paper": "alphaedit",
     "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet",
 }  # fmt: skip
+BESIDE = {
+    "wise": (LearningRule(), ShardSettings()),
+    "wise_merge": (LearningRule(), ShardSettings("merge")),
+    "wise_official": (LearningRule(decay_everywhere=True, extra=1), ShardSettings(scope="sequence", longest=100)),
+}
+"""Recipe of a side memory -> how it learns, and its shards."""
 OFFICIAL = {
     "cake_official": (10.0, 0.5, 0.4),
     "cake_official_gpt_j": (30.0, 0.75, 0.5),

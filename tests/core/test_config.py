@@ -22,7 +22,7 @@ from cakeflow import (
     Uniform,
 )  # fmt: skip
 from cakeflow.allocators import Jacobian
-from cakeflow.core.config import build_module, find_config, shipped
+from cakeflow.core.config import build_module, find_config, shipped, takes_model_config
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
@@ -30,7 +30,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import BESIDE, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -49,7 +49,7 @@ def build(method="alphaedit", model="smollm2-135m", **values):
     return build_module([METHODS[method], MODELS[model]], **values)
 
 
-@pytest.mark.parametrize(("method", "model"), [*product(METHODS, MODELS)])
+@pytest.mark.parametrize(("method", "model"), [*product([*PARTS, *OVER, *OFFICIAL], MODELS)])
 def test_every_method_with_every_model(method, model):
     numbers = yaml.safe_load(MODELS[model].read_text())["model"]
     if method in OFFICIAL and len(numbers["layers"]) != (6 if method == "cake_official_gpt_j" else 5):
@@ -82,7 +82,20 @@ def test_cake_over_every_solver(method, base):
 
 
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) == set(METHODS)
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_side_memories(method):
+    assert not takes_model_config(METHODS[method])
+    module = build_module([METHODS[method]], base="some/folder")
+    assert (module.rule, module.shards, module.layer, module.name) == (*BESIDE[method], -5, "some/folder")
+    assert module.padding == ("left" if method == "wise_official" else "right")
+    assert Editor.from_pretrained("smollm2-135m", method).module.settings() == module.settings()
+
+
+def test_only_methods_of_other_classes_take_no_model_config():
+    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == set(BESIDE)
 
 
 @pytest.mark.parametrize(

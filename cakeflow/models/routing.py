@@ -1,0 +1,167 @@
+"""Modules that answer some rows in another way than others, and what they know of the rows of a forward pass.
+
+A module inside a model sees vectors only. Whether a row is a question or its answer, which of its tokens are padding,
+and what was decided about its beginning (with cached keys and values) is known to the model's own ``forward``: there a
+``RoutedModule`` listens while it is in place. These are the only hooks that outlive a call.
+"""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor, nn
+
+from cakeflow.errors import ShapeError
+
+Scope = Literal["sequence", "prompt", "token"]
+"""What a decision holds for: the text of one pass, a prompt and all that follows it, or a single token."""
+MEMORY = "routes"
+"""Attribute of a cache of keys and values that holds the decisions about its rows."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a forward pass says of its rows.
+
+    Attributes:
+        shape: Rows and tokens.
+        deciding: rows x time, True at the tokens that decide; None for all of them.
+        held: For each row the decision that was made about its beginning; None if there is none.
+    """
+
+    shape: tuple[int, int]
+    deciding: Bool[Tensor, "rows time"] | None = None
+    held: Int[Tensor, " rows"] | None = None
+
+    def mask(self, device: torch.device) -> Bool[Tensor, "rows time"]:
+        """Return the deciding tokens."""
+        if self.deciding is None:
+            return torch.ones(self.shape, dtype=torch.bool, device=device)
+        return self.deciding.to(device)
+
+
+@dataclass
+class _Listener:
+    """The state of a routed module that is no part of its content: copies of a model get one of their own."""
+
+    rows: Rows | None = None
+    lengths: Tensor | None = None
+    handles: list[Any] = field(default_factory=list)
+
+
+class RoutedModule(nn.Module, ABC):
+    """A module that decides row by row how it answers.
+
+    Subclasses define ``decide`` and use ``rows_of`` in their ``forward``. By ``scope``, a decision is made on the tokens
+    of a prompt and holds for all that follows on the same cache, on all tokens of a pass, or on each token.
+
+    Attributes:
+        scope: What a decision holds for.
+        decision: The decisions of the last pass: for each row, or each token, the number of the answer; 0 is the
+            answer of the module in whose place this one stands.
+    """
+
+    def __init__(self, scope: Scope) -> None:
+        super().__init__()
+        self.scope: Scope = scope
+        self.decision: Tensor | None = None
+        self._listener = _Listener()
+
+    def attach(self, root: nn.Module) -> None:
+        """Listen to the forward passes of the model in which this module is."""
+        self.detach()
+        before = root.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._listener.handles += [before, root.register_forward_hook(self._after, with_kwargs=True)]
+
+    def detach(self) -> None:
+        """Listen no more."""
+        for handle in self._listener.handles:
+            handle.remove()
+        self._listener = _Listener()
+
+    def rows_of(self, inputs: Tensor) -> Rows:
+        """Return what is known of the rows of these inputs; outside of a model's pass, that all tokens decide.
+
+        Args:
+            inputs: rows x time x width, or (rows * time) x width where a block flattens them.
+
+        Raises:
+            ShapeError: If the cache of a pass holds decisions about another number of rows.
+        """
+        rows = self._listener.rows
+        if rows is None or rows.shape[0] * rows.shape[1] != inputs.shape[:-1].numel():
+            shape = tuple(inputs.shape[:2]) if inputs.dim() == 3 else (1, inputs.shape[0])
+            return Rows((shape[0], shape[1]))
+        if rows.held is not None and len(rows.held) != rows.shape[0]:
+            raise ShapeError(
+                f"{rows.shape[0]} rows go on from a cache whose {len(rows.held)} rows were routed; decide on the "
+                "prompts anew: run them without that cache"
+            )
+        return rows
+
+    @abstractmethod
+    def decide(self, *answers: Any) -> Tensor:
+        """Return the number of the answer for each row or token."""
+
+    def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        call = {**_by_name(root, args), **kwargs}
+        tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
+        self._listener.rows = None
+        if tokens is None:
+            return
+        shape, mask = (int(tokens.shape[0]), int(tokens.shape[1])), call.get("attention_mask")
+        past = call.get("past_key_values")
+        held = getattr(past, MEMORY, {}).get(self._name(root)) if past is not None and self.scope == "prompt" else None
+        if past is not None and held is not None and not past.get_seq_length():
+            held = None  # a cache that was emptied
+        if self._listener.lengths is not None:
+            places = torch.arange(shape[1], device=tokens.device)
+            deciding: Tensor | None = places[None] < self._listener.lengths.to(tokens.device)[:, None]
+        else:
+            deciding = mask[:, -shape[1] :].bool() if mask is not None and mask.dim() == 2 else None
+        self._listener.rows = Rows(shape, deciding, held)
+
+    def _after(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        self._listener.rows = None
+        past = getattr(output, "past_key_values", None)
+        past = {**_by_name(root, args), **kwargs}.get("past_key_values") if past is None else past
+        if past is not None and self.scope == "prompt" and self.decision is not None:
+            setattr(past, MEMORY, {**getattr(past, MEMORY, {}), self._name(root): self.decision})
+
+    def _name(self, root: nn.Module) -> str:
+        return next(name for name, module in root.named_modules() if module is self)
+
+
+def _by_name(root: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
+    """Return positional arguments of a model's forward pass by their names."""
+    return dict(inspect.signature(root.forward).bind_partial(*args).arguments) if args else {}
+
+
+def routed(root: nn.Module) -> list[RoutedModule]:
+    """Return the routed modules of a model."""
+    return [module for module in root.modules() if isinstance(module, RoutedModule)]
+
+
+@contextmanager
+def prompt_lengths(root: nn.Module, lengths: Int[Tensor, " rows"]) -> Iterator[None]:
+    """Have the first so many tokens of each row decide in the passes of the ``with`` body.
+
+    Args:
+        root: The model.
+        lengths: Tokens of each row's prompt.
+    """
+    modules = routed(root)
+    for module in modules:
+        module._listener.lengths = lengths
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._listener.lengths = None
