@@ -5,9 +5,9 @@
 
 DIR holds ``requests.json`` and ``tiny/``: per architecture a model folder, ``<arch>_golden.json`` (hyperparameters,
 contexts, batches) and ``<arch>_golden.safetensors`` (second moments, target values, weight changes). Methods of more
-parts have folders of their own, ``alphaedit_plus/`` and ``hse/`` (``parity_<name>.py``). Runs in the recorded type
-(float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or nothing was
-compared.
+parts have folders of their own, ``alphaedit_plus/``, ``hse/`` and ``memory/`` (``parity_<name>.py``). Runs in the
+recorded type (float64), through the public API. Exits 1 if a relative error (Frobenius norm) is above its bar, or
+nothing was compared.
 
 The evaluation FILE holds, by case, the likelihoods and correctness flags of every CounterFact prompt, the flag of every
 zsRE token, and the n-gram entropy of some texts (``recording.py``); the other two hold the records. Exits 1 if a mean
@@ -59,7 +59,7 @@ RECORDINGS = {
 """Recipe -> recordings it must reproduce. CAKE has no official code to record: with tau -> infinity its
 paper's form is AlphaEdit."""
 
-FURTHER = ("alphaedit_plus", "hse")
+FURTHER = ("alphaedit_plus", "hse", "memory")
 """Folders of DIR with recordings of another form; ``parity_<name>.py`` compares each."""
 
 

@@ -305,3 +305,74 @@ def test_an_evaluation_with_nothing_to_compare_exits_1(parity, lm, tmp_path, mon
     words = ["--evaluation", str(tmp_path / "recording.json"), "--model", str(tmp_path / "model")]
     monkeypatch.setattr(sys, "argv", ["parity.py", *words])
     assert parity.main() == 1
+
+
+# ---- side memories ----
+
+
+@pytest.fixture
+def memory(parity):
+    yield importlib.import_module("parity_memory")
+    for name in ("parity_memory", "parity_memory_a3e"):
+        sys.modules.pop(name, None)
+
+
+def test_a3e_gives_the_official_numbers(memory, golden, capsys):
+    figures, failed = memory.compare(GOLDEN / "memory", golden)
+    assert not failed
+    parts = {"edits", "states", "composed", "composed_anew", "paper_rule"}
+    assert {f"llama/a3e/{part}" for part in parts} <= set(figures)
+    assert max(figures["llama/a3e/edits"][name] for name in ("direction", "output")) <= 1e-5
+    unequal = [value for each in figures.values() for name, value in each.items() if name.endswith("unequal")]
+    assert len(unequal) >= 10
+    assert set(unequal) == {0}
+    assert "ABOVE" not in capsys.readouterr().out
+
+
+def a3e_loss(info, _tensors):
+    info["edits"][2]["steps"][30]["others"] += 2e-5
+
+
+def a3e_output(_info, tensors):
+    tensors["edit/3/B"][tensors["edit/3/B"].abs().argmax()] *= 1 + 1e-3
+
+
+def a3e_neuron(_info, tensors):
+    tensors["edit/1/kept"][5] ^= 1
+
+
+def a3e_retrieval(info, _tensors):
+    info["composed"][2]["retrieved"] = [0]
+
+
+def a3e_text(info, _tensors):
+    info["composed"][4]["generated"][-1] += 1
+
+
+def a3e_similarity(_info, tensors):
+    tensors["composed/search1/cos_answer"] *= 1 + 1e-6
+
+
+def a3e_sum(_info, tensors):
+    tensors["paper_rule/three/sum"][0] += 1
+
+
+@pytest.mark.parametrize(
+    "spoil", [nothing, a3e_loss, a3e_output, a3e_neuron, a3e_retrieval, a3e_text, a3e_similarity, a3e_sum]
+)
+def test_main_exits_1_where_a3e_differs(memory, parity, golden, tmp_path, monkeypatch, capsys, spoil):
+    folder = tmp_path / "golden"
+    shutil.copytree(golden, folder)
+    (folder / "memory").mkdir()
+    info = json.loads((GOLDEN / "memory" / "a3e_llama.json").read_text())
+    tensors = load_file(GOLDEN / "memory" / "a3e_llama.safetensors")
+    spoil(info, tensors)
+    (folder / "memory" / "a3e_llama.json").write_text(json.dumps(info))
+    save_file(tensors, folder / "memory" / "a3e_llama.safetensors")
+    monkeypatch.setattr(parity, "RECORDINGS", {})
+    monkeypatch.setattr(parity, "FURTHER", ("memory",))
+    monkeypatch.setattr(sys, "argv", ["parity.py", "--golden", str(folder)])
+    assert parity.main() == int(spoil is not nothing)
+    out = capsys.readouterr().out
+    assert "a3e" in out
+    assert ("ABOVE THE BAR" in out) is (spoil is not nothing)
