@@ -226,10 +226,10 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.paths = ResidualPaths(self.lm)
         with self.phase("trace"):
             if not self.layers:
-                proposal = locate(self.lm)
+                proposal = locate(self.lm, max_bytes=self.max_bytes)
                 self._choose_layers(proposal.layers, proposal.scores)
                 self.check_model()
-            self.weighter = self.weighter.prepare(self.lm, self.layers)
+            self.weighter = self.weighter.within(self.max_bytes).prepare(self.lm, self.layers)
         texts = TextBatch.join(batches)
         count, before = len(texts), earlier_requests(self.journal, texts.requests) if self.repairs else []
         if before:
