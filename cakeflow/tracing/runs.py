@@ -52,7 +52,9 @@ class TraceRuns:
         """Compute the clean and the corrupted runs; the noise is added to the embeddings."""
         ids = pad([row.ids[: row.target] for row in rows], lm.device)
         sites = sorted({site for span in spans for site in span}, key=lambda site: site.layer)
-        every, last = (torch.tensor(each, device=ids.device) for each in (range(len(rows)), [r.target - 1 for r in rows]))
+        every, last = (
+            torch.tensor(each, device=ids.device) for each in (range(len(rows)), [r.target - 1 for r in rows])
+        )
         with capture(lm, sites) as outputs, logits_at(lm, every, last):
             logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
         clean = _chance(logits, _answers(rows, ids.device))

@@ -123,14 +123,14 @@ class CausalTrace(Attribution):
         """
         if self.max_bytes is None or not rows:
             return self.max_tokens
-        needed = {row: self._bytes(lm, row, layers) for row in rows}
+        needed = {row: self.fact_bytes(lm, row, layers) for row in rows}
         work = f"a trace of {len(layers)} layers with {self.draws} draws of noise"
         require_bytes(self.max_bytes, max(needed.values()), work)
         token = max(each / self._tokens(row, layers) for row, each in needed.items())
         return min(self.max_tokens, int(self.max_bytes / token))
 
-    def _bytes(self, lm: LanguageModel, row: Row, layers: Sequence[int]) -> int:
-        """Return the bytes that a fact takes: its restored, its corrupted and its clean run."""
+    def fact_bytes(self, lm: LanguageModel, row: Row, layers: Sequence[int]) -> int:
+        """Return the bytes that a fact takes beyond the model: its restored, its corrupted and its clean runs."""
         hidden, runs = lm.width * lm.embedding.element_size(), self.draws * len(layers)
         restored = self._tokens(row, layers) * pass_bytes(lm) + runs * logits_bytes(lm)
         corrupted = self.draws * row.target * (2 * cached_bytes(lm) + (len(layers) + 1) * hidden + 4 * lm.width)

@@ -199,7 +199,9 @@ class ScoreDrift(L.Callback):
         assert isinstance(pl_module, LocateThenEdit)
         if batch_idx == 0:
             self._rows, _ = known_rows(pl_module.lm, self.facts, self.limit, max_bytes=pl_module.max_bytes)
-            self._before = self.trace.within(pl_module.max_bytes).run(pl_module.lm, self._rows, self.layers or pl_module.layers)
+            self._before = self.trace.within(pl_module.max_bytes).run(
+                pl_module.lm, self._rows, self.layers or pl_module.layers
+            )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Trace the edited model with the same noise."""
