@@ -249,7 +249,9 @@ class Editor:
             A text, or a list of them for several prompts.
 
         Raises:
-            ConfigError: If it is to be a chat, and the tokenizer has no chat template.
+            ConfigError: If it is to be a chat, and the tokenizer has no chat template; if ``tokens`` is no whole number
+                from 1 on.
+            RequestError: Naming every prompt that is no valid text.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         answers = [text.strip() for text in free_answers(self.module.lm, texts, tokens, chat, self.module.max_bytes)]

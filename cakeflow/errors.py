@@ -223,6 +223,31 @@ def require_choice(name: str, value: object, literal: Any) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
 
 
+def require_count(name: str, value: object, least: int = 0) -> None:
+    """Check a setting that is a whole number.
+
+    Args:
+        name: The setting.
+        value: Its value.
+        least: The smallest number that is allowed.
+
+    Raises:
+        ConfigError: If the value is no whole number (a truth value is none), or less than that.
+    """
+    if type(value) is not int or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def has_surrogate(text: str) -> bool:
+    r"""Return whether a text has a lone surrogate, which no file holds and no tokenizer takes.
+
+    Example:
+        >>> has_surrogate("a\ud800"), has_surrogate("\U0001f355")
+        (True, False)
+    """
+    return any("\ud800" <= sign <= "\udfff" for sign in text)
+
+
 def require_positive(owner: str, settings: object, *names: str) -> None:
     """Check settings that are numbers above 0, or None where that is possible.
 

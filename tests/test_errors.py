@@ -6,6 +6,7 @@ import pytest
 
 from cakeflow import errors
 from cakeflow.errors import (
+    ConfigError,
     EditError,
     Fault,
     LockedError,
@@ -16,6 +17,7 @@ from cakeflow.errors import (
     RequestError,
     did_you_mean,
     require_choice,
+    require_count,
 )
 
 KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
@@ -84,3 +86,10 @@ def test_a_choice_proposes_the_nearest():
         errors.ConfigError, match="form must be one of exact, answer, got 'anser'; did you mean 'answer'"
     ):
         require_choice("form", "anser", Literal["exact", "answer"])
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, "1", None, True])
+def test_what_is_no_count_is_named(value):
+    with pytest.raises(ConfigError, match=f"size must be a whole number of at least 1, got {value!r}"):
+        require_count("size", value, 1)
+    require_count("size", 1, 1)

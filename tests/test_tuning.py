@@ -1,6 +1,7 @@
 """The search for a model's numbers: its order and budget on a formula, and whole on a tiny model."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import yaml
@@ -151,6 +152,15 @@ def test_the_config_has_the_numbers_and_every_trial(search, workplace):
     assert module.statistics.null_threshold == result.numbers.null_threshold
     assert module.contexts == result.contexts
     assert yaml.safe_load(text)["model"]["scores"].keys() == set(result.numbers.layers)
+
+
+def test_a_name_cannot_write_into_the_config(search):
+    result, _ = search(edits=16)
+    name = "mine\nmodel: {base: other}\x85layers: [1]"
+    config = replace(result, base=name, reason=name).config()
+    assert yaml.safe_load(config)["model"]["base"] == name
+    assert yaml.safe_load(config).keys() == {"model"}
+    assert len(config.split("\n")) == len(replace(result, base="mine").config().split("\n"))
 
 
 def test_a_batch_that_cannot_be_solved_is_a_trial_without_a_score(search, monkeypatch):

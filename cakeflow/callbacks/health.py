@@ -19,7 +19,7 @@ from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.data.request import EditRequest
 from cakeflow.data.sources import Source
-from cakeflow.errors import ConfigError, SideEffectWarning, did_you_mean, listed
+from cakeflow.errors import ConfigError, SideEffectWarning, did_you_mean, listed, require_count
 from cakeflow.evaluation.scoring import score_records
 from cakeflow.journal.steps import facts_in_force, facts_on_record
 from cakeflow.models.architecture import Site
@@ -87,8 +87,7 @@ class StreamHealth(PeriodicCallback):
         stop: bool = False,
     ) -> None:
         super().__init__(every)
-        if first < 1:
-            raise ConfigError(f"first must be at least 1 fact, got {first}")
+        require_count("first", first, 1)
         for name, pair in (limits or {}).items():
             _check_limit(name, pair)
         self.limits: Limits = {**LIMITS, **(limits or {})}

@@ -5,13 +5,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Container, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.trainer.states import TrainerFn
 
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, SideEffectWarning, listed
+from cakeflow.errors import SideEffectWarning, listed, require_count
 from cakeflow.evaluation.outcome import (
     Outcome,
     ask,
@@ -48,17 +49,16 @@ class OutcomeCheck(L.Callback):
             they were measured.
 
     Raises:
-        ConfigError: If a number is negative, or the file cannot be read as a policy.
+        ConfigError: If a number is negative or not whole, or the file cannot be read as a policy.
     """
 
     def __init__(
-        self, familiar: int = 16, neighbors: int = 40, chat: bool = True, budget: Policy | str | None = None
+        self, familiar: int = 16, neighbors: int = 40, chat: bool = True, budget: Policy | str | Path | None = None
     ) -> None:
         for name, value in (("familiar", familiar), ("neighbors", neighbors)):
-            if value < 0:
-                raise ConfigError(f"{name} must be at least 0 questions, got {value}")
+            require_count(name, value)
         self.familiar, self.neighbors, self.chat = familiar, neighbors, chat
-        self.budget = Policy.read(budget) if isinstance(budget, str) else budget
+        self.budget = Policy.read(budget) if isinstance(budget, (str, Path)) else budget
         self._requests: list[EditRequest] = []
         self._answers: list[FreeAnswer] = []
 

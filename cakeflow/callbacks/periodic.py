@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import require_count
 
 
 class PeriodicCallback(L.Callback):
@@ -23,14 +23,14 @@ class PeriodicCallback(L.Callback):
         every: Number of batches between measurements; None measures at both ends of a run only.
 
     Raises:
-        ConfigError: If ``every`` is less than 1.
+        ConfigError: If ``every`` is no whole number from 1 on.
     """
 
     name = "milestone"
 
     def __init__(self, every: int | None = 1) -> None:
-        if every is not None and every < 1:
-            raise ConfigError(f"every must be at least 1 batch, got {every}")
+        if every is not None:
+            require_count("every", every, 1)
         self.every = every
         self.rows: list[dict[str, float]] = []
         self._last = -1

@@ -12,7 +12,7 @@ from rich.console import Console
 from cakeflow.cli.console import say
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_count
 from cakeflow.evaluation.outcome import TOKENS, free_answers
 from cakeflow.journal.audit import replay
 from cakeflow.journal.steps import facts_in_force
@@ -64,9 +64,10 @@ def run_diff(first: str, second: str, model: str | None = None, asks: int = 40) 
         asks: Number of built-in facts to ask beside the edited ones.
 
     Raises:
-        ConfigError: If the two are not of one architecture.
+        ConfigError: If the two are not of one architecture, or ``asks`` is negative.
         ResumeError: If a run belongs to another model, or leads to other weights here.
     """
+    require_count("asks", asks)
     sides = Side.of(first, model), Side.of(second, model)
     tables = {
         "Facts": list(_facts(*sides)),

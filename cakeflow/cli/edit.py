@@ -18,10 +18,12 @@ from cakeflow.data.schemas import parse_requests
 from cakeflow.data.sources import read_entries
 from cakeflow.data.subject import guess_subject
 from cakeflow.editor import Editor
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, Fault
 from cakeflow.journal.audit import ledger_of, name_of_base
 from cakeflow.report.tables import requests_table, rows_table
 from cakeflow.storage.locks import locked
+
+REMEDY = "no subject can be guessed; name it: --subject NAME"
 
 
 def run_edit(
@@ -140,7 +142,5 @@ def _with_subjects(entries: Sequence[Any], subjects: Sequence[str] | None) -> It
             continue
         name = subjects[place] if subjects else guess_subject(str(entry["prompt"]))
         if name is None:
-            raise ConfigError(
-                f"entry {place}, prompt = {entry['prompt']!r}: no subject can be guessed; name it: --subject NAME"
-            )
+            raise ConfigError(str(Fault(place, "prompt", entry["prompt"], REMEDY)))
         yield {**entry, "subject": name}

@@ -28,7 +28,7 @@ from cakeflow.core.undo import UndoWalk
 from cakeflow.core.walk import Walk
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest, FactToken
-from cakeflow.errors import ConfigError, did_you_mean, require_choice, require_positive
+from cakeflow.errors import ConfigError, did_you_mean, require_choice, require_count, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
 from cakeflow.forward.generation import chat_template, generate_contexts
@@ -151,8 +151,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         require_choice("on_low_arrival", on_low_arrival, Outcome)
         require_choice("fact_token", fact_token, FactToken)
         for label, most in (("rounds", rounds), ("repairs", repairs)):
-            if most < 0 or (most and not solver.needs_targets):
-                raise ConfigError(f"{label} must be 0 or more, and 0 for a solver without target values; got {most}")
+            require_count(label, most)
+            if most and not solver.needs_targets:
+                raise ConfigError(f"{label} must be 0 for a solver without target values; got {most}")
         if dequantize and layers == "auto":
             raise ConfigError("dequantize=True needs layers by number: with layers='auto' they are known too late")
         if site != "mlp_out" and not isinstance(allocator, ShareAllocator):
@@ -226,10 +227,10 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.paths = ResidualPaths(self.lm)
         with self.phase("trace"):
             if not self.layers:
-                proposal = locate(self.lm)
+                proposal = locate(self.lm, max_bytes=self.max_bytes)
                 self._choose_layers(proposal.layers, proposal.scores)
                 self.check_model()
-            self.weighter = self.weighter.prepare(self.lm, self.layers)
+            self.weighter = self.weighter.within(self.max_bytes).prepare(self.lm, self.layers)
         texts = TextBatch.join(batches)
         count, before = len(texts), earlier_requests(self.journal, texts.requests) if self.repairs else []
         if before:

@@ -85,8 +85,11 @@ def facts_about(journal: Journal, name: str) -> list[tuple[EditStep, int]]:
         name: A subject, or a prompt with its subject; case and punctuation make no difference.
 
     Raises:
-        ConfigError: If there is none, texts were not stored, or a later fact that is to stay has replaced one of them.
+        ConfigError: If the name is no text, there is no such fact, texts were not stored, or a later fact that is to
+            stay has replaced one of them.
     """
+    if not isinstance(name, str):
+        raise ConfigError(f"name must be a subject, or a prompt with its subject, as text; got {name!r}")
     facts = [(step, i) for step, i in facts_on_record(journal.steps) if step.requests]
     chosen = [(s, i) for s, i in facts if plain(name) in (plain(s.requests[i].subject), plain(s.requests[i].text))]
     if not chosen:

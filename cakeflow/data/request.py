@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from cakeflow.data.text import occurrences
-from cakeflow.errors import Fault
+from cakeflow.errors import Fault, has_surrogate
 
 ProbeKind = Literal["paraphrase", "neighborhood", "generation"]
 
@@ -87,12 +87,8 @@ class EditRequest:
 def is_case_id(value: object) -> bool:
     """Return whether a value can name a record: an integer that can be written as text, or a text that a file holds."""
     if isinstance(value, str):
-        return not _has_surrogate(value)
+        return not has_surrogate(value)
     return type(value) is int and abs(value) < 10**100  # bool is an int
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def normal_form_hint(text: object, part: object) -> str:
@@ -174,7 +170,7 @@ def _text_faults(name: str, value: object, *, optional: bool = False) -> Iterato
             yield name, value, "must be a string"
     elif all(unicodedata.category(character) in _INVISIBLE for character in value):
         yield name, value, "must not be empty or blank"
-    elif _has_surrogate(value):
+    elif has_surrogate(value):
         yield name, value, "has a lone surrogate; give valid Unicode text"
 
 

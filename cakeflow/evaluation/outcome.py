@@ -12,7 +12,7 @@ from typing import Any
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.request import EditRequest
 from cakeflow.data.text import plain, states, until_stop
-from cakeflow.errors import ConfigError, listed
+from cakeflow.errors import ConfigError, Fault, RequestError, has_surrogate, listed, require_count
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.tokens import encode_texts
 from cakeflow.journal.schema import FreeAnswer
@@ -176,8 +176,14 @@ def free_answers(
         max_bytes: Most bytes beyond the model.
 
     Raises:
-        ConfigError: If it is to be a chat, and the tokenizer has no chat template.
+        ConfigError: If it is to be a chat, and the tokenizer has no chat template; if ``tokens`` is no whole number
+            from 1 on.
+        RequestError: Naming every prompt that is no valid text.
     """
+    require_count("tokens", tokens, 1)
+    faults = [each for each in enumerate(prompts) if not isinstance(each[1], str) or has_surrogate(each[1])]
+    if faults:
+        raise RequestError([Fault(place, "prompt", prompt, "give a valid Unicode text") for place, prompt in faults])
     texts = [lm.user_turn(prompt) for prompt in prompts] if chat else list(prompts)
     answers = continuations(lm, texts, tokens, max_bytes=max_bytes)
     return answers if chat else list(map(until_stop, answers))

@@ -151,7 +151,7 @@ def continuations(
     lengths = [len(row) for row, _ in unique]
     limits = [max(0, min(tokens if total else n + tokens, lm.longest) - n) for n in lengths]
     sums = [sum(pair) for pair in zip(lengths, limits, strict=True)]
-    budget = max_tokens or max(1, GIB // _cached(lm))
+    budget = max_tokens or max(1, GIB // cached_bytes(lm))
     budget = budget if max_bytes is None else min(budget, _most_tokens(lm, sums, max_bytes))
     texts: dict[tuple[tuple[int, ...], int], str] = {}
     with progress_bar(sum(limits), title, "token") as bar:
@@ -168,7 +168,7 @@ def continuations(
     return [texts[key] for key in keys]
 
 
-def _cached(lm: LanguageModel) -> int:
+def cached_bytes(lm: LanguageModel) -> int:
     """Bytes of a token's keys and values in all blocks."""
     config = lm.config.to_dict()  # where layers differ, attributes of the object raise
     heads = lm.config.num_attention_heads
@@ -179,7 +179,7 @@ def _cached(lm: LanguageModel) -> int:
 def _most_tokens(lm: LanguageModel, lengths: Sequence[int], max_bytes: float) -> int:
     """Return how many tokens fit in rows of these lengths: keys, values, a first pass, and two copies of logits."""
     row, longest = 2 * logits_bytes(lm), max(lengths, default=1)
-    token = _cached(lm) + pass_bytes(lm)
+    token = cached_bytes(lm) + pass_bytes(lm)
     require_bytes(max_bytes, row + longest * token, f"writing a text of {longest} tokens")
     return max(longest, int(max_bytes / (token + row / max(1, min(lengths, default=1)))))
 

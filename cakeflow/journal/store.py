@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cakeflow.data.schemas import parse_requests
@@ -297,6 +298,9 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
 def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
     values = {_layer_of(name): value for name, value in tensors.items() if "target" in name.split("/")}
     importance = {_layer_of(name): each for name, each in tensors.items() if name.startswith("importance/")}
+    rows = [*values.values(), *importance.values()]
+    if not all(each.dim() == 2 and each.is_floating_point() and torch.isfinite(each).all() for each in rows):
+        raise LedgerError(f"batch {body.batch}: target values or importance are not finite matrices; {FROM_A_COPY}")
     if max(body.owners, default=-1) >= len(body.hashes):
         raise LedgerError(f"batch {body.batch}: a key belongs to request {max(body.owners)} of {len(body.hashes)}")
     if unknown := set(body.replaced) - set(body.hashes):

@@ -47,6 +47,19 @@ def read_yaml(text: str, load: Callable[[str], Any] = yaml.safe_load) -> Any:
     return value
 
 
+def dump_yaml(data: Any) -> str:
+    r"""Return data as YAML in the order of its keys, its letters as they are unless a reader would change them then.
+
+    PyYAML folds some line ends of Unicode into spaces.
+
+    Example:
+        >>> dump_yaml({"city": "München"}), read_yaml(dump_yaml({"odd": "a\nb\x85c"}))
+        ('city: München\n', {'odd': 'a\nb\x85c'})
+    """
+    readable, escaped = (yaml.safe_dump(data, sort_keys=False, allow_unicode=each) for each in (True, False))
+    return readable if _attempt(readable, yaml.safe_load) == yaml.safe_load(escaped) else escaped
+
+
 def _attempt(text: str, load: Callable[[str], Any]) -> Any:
     try:
         return load(text)

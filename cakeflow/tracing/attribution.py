@@ -19,6 +19,10 @@ class Attribution(ABC):
     all of them), and the model stays bit-identical. Subclasses are frozen dataclasses.
     """
 
+    def within(self, max_bytes: float | None) -> Attribution:
+        """Return the measure with a limit of memory, in bytes beyond the model; itself if it has no such choice."""
+        return self
+
     @abstractmethod
     def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
         """Score layers, fact by fact.

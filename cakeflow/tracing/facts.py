@@ -16,7 +16,7 @@ from cakeflow.data.sources import read_entries
 from cakeflow.data.text import join, occurrences, until_stop
 from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.forward.generation import continuations
-from cakeflow.forward.packing import pad, plan
+from cakeflow.forward.packing import logits_bytes, pad, pass_bytes, plan, require_bytes
 from cakeflow.forward.tokens import Row, TextBatch, encode
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
@@ -166,7 +166,11 @@ def trace_row(lm: LanguageModel, fact: Fact, before: str = "") -> Row:
 
 
 def known_rows(
-    lm: LanguageModel, facts: Sequence[Fact], limit: int | None = None, tokens: int = 8
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    limit: int | None = None,
+    tokens: int = 8,
+    max_bytes: float | None = None,
 ) -> tuple[list[Row], int]:
     """Tokenise the result of ``known_facts``; the model's words before the object become part of the prompt.
 
@@ -175,6 +179,7 @@ def known_rows(
         facts: Candidate facts, in order.
         limit: Largest number of rows.
         tokens: Length of the continuation.
+        max_bytes: Most bytes beyond the model.
 
     Returns:
         Prompt and object of each fact that the model knows as a row with its subject marked, and the number of
@@ -182,13 +187,18 @@ def known_rows(
 
     Raises:
         RequestError: If the model knows none of them.
+        ConfigError: If the longest text does not fit ``max_bytes``.
     """
-    matches, tried = known_facts(lm, facts, limit, tokens)
+    matches, tried = known_facts(lm, facts, limit, tokens, max_bytes)
     return [trace_row(lm, match.fact, match.before) for match in matches], tried
 
 
 def known_facts(
-    lm: LanguageModel, facts: Sequence[Fact], limit: int | None = None, tokens: int = 8
+    lm: LanguageModel,
+    facts: Sequence[Fact],
+    limit: int | None = None,
+    tokens: int = 8,
+    max_bytes: float | None = None,
 ) -> tuple[list[KnownFact], int]:
     """Select the facts that the model states in its greedy continuation (CAKE, appendix E).
 
@@ -200,17 +210,19 @@ def known_facts(
         facts: Candidate facts, in order.
         limit: Largest number of facts to return.
         tokens: Length of the continuation.
+        max_bytes: Most bytes beyond the model.
 
     Returns:
         The facts that the model knows, in order, and the number of candidates tried.
 
     Raises:
         RequestError: If the model knows none of them.
+        ConfigError: If the longest text does not fit ``max_bytes``.
     """
     matches: list[KnownFact] = []
     for start in range(0, len(facts), CHUNK):
         part = facts[start : start + CHUNK]
-        texts = continuations(lm, [fact.text for fact in part], tokens)
+        texts = continuations(lm, [fact.text for fact in part], tokens, max_bytes=max_bytes)
         for tried, (fact, text) in enumerate(zip(part, texts, strict=True), start + 1):
             fact = fact if fact.object else replace(fact, object=first_name(text))
             before = text_before(text, fact.object) if fact.object else None
@@ -250,9 +262,26 @@ def text_before(text: str, name: str) -> str | None:
 
 
 @torch.no_grad()
-def predicted_rows(lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192) -> list[Row]:
-    """Return a batch's bare prompts with the model's most likely next token as the object, as in ROME's code."""
+def predicted_rows(
+    lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192, max_bytes: float | None = None
+) -> list[Row]:
+    """Return a batch's bare prompts with the model's most likely next token as the object, as in ROME's code.
+
+    Args:
+        lm: The model.
+        batch: The facts.
+        max_tokens: Most tokens in one forward pass.
+        max_bytes: Most bytes beyond the model.
+
+    Raises:
+        ConfigError: If the longest prompt does not fit ``max_bytes``.
+    """
     rows, answers = [variants[0] for variants in batch.rows], dict[int, int]()
+    if max_bytes is not None:
+        needed = [row.target * pass_bytes(lm) + logits_bytes(lm) for row in rows]
+        require_bytes(max_bytes, max(needed, default=0), "reading a prompt")
+        dearest = max((each / row.target for each, row in zip(needed, rows, strict=True)), default=1)
+        max_tokens = min(max_tokens, int(max_bytes / dearest))
     for group in plan([row.target for row in rows], max_tokens):
         ids = pad([rows[i].ids[: rows[i].target] for i in group], lm.device)
         ends = torch.tensor([rows[i].target - 1 for i in group], device=lm.device)

@@ -17,7 +17,7 @@ from cakeflow.forward.packing import pad
 from cakeflow.forward.suffix import Recording, Suffixes, first_changed, take
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture, patch
+from cakeflow.models.hooks import capture, logits_at, patch
 from cakeflow.models.language import LanguageModel
 
 
@@ -52,9 +52,12 @@ class TraceRuns:
         """Compute the clean and the corrupted runs; the noise is added to the embeddings."""
         ids = pad([row.ids[: row.target] for row in rows], lm.device)
         sites = sorted({site for span in spans for site in span}, key=lambda site: site.layer)
-        with capture(lm, sites) as outputs:
-            logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        clean = _chance(logits[range(len(rows)), [row.target - 1 for row in rows]], _answers(rows, ids.device))
+        every, last = (
+            torch.tensor(each, device=ids.device) for each in (range(len(rows)), [r.target - 1 for r in rows])
+        )
+        with capture(lm, sites) as outputs, logits_at(lm, every, last):
+            logits = lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
+        clean = _chance(logits, _answers(rows, ids.device))
         embeds = lm.model.get_input_embeddings()(ids)
         noisy = rearrange(embeds[:, None] + noise.to(embeds), "n draws time width -> (n draws) time width")
         below = [_entering(first_changed(span[0])) for span in spans] + [_entering(lm.depth)]

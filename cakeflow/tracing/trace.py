@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.errors import ConfigError, Fault, RequestError, require_positive
-from cakeflow.forward.packing import plan
+from cakeflow.forward.generation import cached_bytes
+from cakeflow.forward.packing import logits_bytes, pass_bytes, plan, require_bytes
 from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import ROLES, Role, Site
@@ -46,8 +47,10 @@ class CausalTrace(Attribution):
         draws: Number of noise draws.
         noise: Standard deviation of the noise; None takes three times that of the facts' subject embeddings.
         seed: Seed of the noise draws, which do not depend on the other facts.
-        max_tokens: Most tokens in one forward pass of several facts, each counted once per draw and layer; bounds
-            memory, changes no result.
+        max_tokens: Most tokens in one forward pass of several facts, each counted once per draw and layer; changes no
+            result.
+        max_bytes: Most bytes beyond the model, where they allow fewer tokens; changes no result. A run gives it its
+            ``memory_budget``.
     """
 
     role: Role = "block"
@@ -57,9 +60,10 @@ class CausalTrace(Attribution):
     noise: float | None = None
     seed: int = 0
     max_tokens: int = 4096
+    max_bytes: float | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        require_positive("trace", self, "window", "draws", "max_tokens")
+        require_positive("trace", self, "window", "draws", "max_tokens", "max_bytes")
         if self.noise is not None and not self.noise > 0:
             raise ConfigError(f"trace.noise must be above 0, or None for three standard deviations; got {self.noise}")
         if self.role not in ROLES or self.tokens not in ("subject", "all"):
@@ -82,7 +86,7 @@ class CausalTrace(Attribution):
             Effects of every fact, place and layer.
 
         Raises:
-            ConfigError: If a layer is not in the model.
+            ConfigError: If a layer is not in the model, or a fact alone does not fit ``max_bytes``.
             RequestError: If there is no fact, or a fact lacks an object or words beside the subject.
             NumericalError: If a probability is not finite.
         """
@@ -90,16 +94,47 @@ class CausalTrace(Attribution):
         _require_rows(lm, rows)
         noise = self.noise_scale(lm, rows)
         settings = {**asdict(self), "noise": noise, "layers": layers}
+        del settings["max_bytes"]  # of the machine, not of what is measured
         log.info("tracing %d facts in %d layers, noise %.4g", len(rows), len(layers), noise)
         cache = TraceCache.of(lm, {**settings, "max_tokens": None}, folder)
         missing = [row for row in dict.fromkeys(rows) if row not in cache]
         with progress_bar(len(missing), "causal trace", "fact") as bar:
-            lengths = [(row.target - self._first(row)) * self.draws * len(layers) for row in missing]
-            for group in plan(lengths, self.max_tokens):
+            lengths = [self._tokens(row, layers) for row in missing]
+            for group in plan(lengths, self._most_tokens(lm, missing, layers)):
                 chosen = [missing[i] for i in group]
                 cache.add(chosen, self._effects(lm, chosen, layers, noise))
                 bar.update(len(chosen))
         return Trace.of([cache[row] for row in rows], settings)
+
+    def within(self, max_bytes: float | None) -> CausalTrace:
+        """Return the trace within a limit of memory; a limit of its own stays where that is lower."""
+        limits = [each for each in (self.max_bytes, max_bytes) if each is not None]
+        return replace(self, max_bytes=min(limits, default=None))
+
+    def _tokens(self, row: Row, layers: Sequence[int]) -> int:
+        """Return the tokens of a fact's restored runs."""
+        return (row.target - self._first(row)) * self.draws * len(layers)
+
+    def _most_tokens(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> int:
+        """Return how many tokens of restored runs fit in a group of these facts.
+
+        Raises:
+            ConfigError: If the largest fact does not fit by itself.
+        """
+        if self.max_bytes is None or not rows:
+            return self.max_tokens
+        needed = {row: self.fact_bytes(lm, row, layers) for row in rows}
+        work = f"a trace of {len(layers)} layers with {self.draws} draws of noise"
+        require_bytes(self.max_bytes, max(needed.values()), work)
+        token = max(each / self._tokens(row, layers) for row, each in needed.items())
+        return min(self.max_tokens, int(self.max_bytes / token))
+
+    def fact_bytes(self, lm: LanguageModel, row: Row, layers: Sequence[int]) -> int:
+        """Return the bytes that a fact takes beyond the model: its restored, its corrupted and its clean runs."""
+        hidden, runs = lm.width * lm.embedding.element_size(), self.draws * len(layers)
+        restored = self._tokens(row, layers) * pass_bytes(lm) + runs * logits_bytes(lm)
+        corrupted = self.draws * row.target * (2 * cached_bytes(lm) + (len(layers) + 1) * hidden + 4 * lm.width)
+        return restored + corrupted + row.target * min(lm.depth, len(layers) * self.window) * hidden
 
     def noise_scale(self, lm: LanguageModel, rows: Sequence[Row]) -> float:
         """Return the noise's standard deviation: ``noise``, or three times that of the facts' subject embeddings."""

@@ -76,7 +76,13 @@ def propose_layers(trace: Trace, depth: int) -> Proposal:
     return Proposal(layers, trace.scores[best], trace.errors[best], runner_up, trace)
 
 
-def locate(lm: LanguageModel, width: int = 5, facts: Sequence[Fact] = (), limit: int = 60) -> Proposal:
+def locate(
+    lm: LanguageModel,
+    width: int = 5,
+    facts: Sequence[Fact] = (),
+    limit: int = 60,
+    max_bytes: float | None = None,
+) -> Proposal:
     """Trace a model and propose the layers to edit; for a model that was traced before, the result is cached.
 
     Args:
@@ -84,18 +90,24 @@ def locate(lm: LanguageModel, width: int = 5, facts: Sequence[Fact] = (), limit:
         width: Number of layers to edit.
         facts: Candidate facts, by default the built-in ones; those that the model does not state are skipped.
         limit: Most facts to trace.
+        max_bytes: Most bytes beyond the model.
 
     Raises:
-        ConfigError: If the model knows none of the facts.
+        ConfigError: If the model knows none of the facts, or one does not fit ``max_bytes``.
     """
-    rows = _rows(lm, facts, limit)
-    proposal = propose_layers(CausalTrace(role="mlp_out", window=width).run(lm, rows), lm.depth)
+    rows = _rows(lm, facts, limit, max_bytes)
+    proposal = propose_layers(CausalTrace(role="mlp_out", window=width, max_bytes=max_bytes).run(lm, rows), lm.depth)
     log.info("layers %s: %s", proposal.layers, proposal.reason)
-    return replace(proposal, scores=CausalTrace().run(lm, rows, proposal.layers).scores)
+    return replace(proposal, scores=CausalTrace(max_bytes=max_bytes).run(lm, rows, proposal.layers).scores)
 
 
 def known_scores(
-    lm: LanguageModel, attribution: Attribution, layers: Sequence[int], facts: Sequence[Fact] = (), limit: int = 60
+    lm: LanguageModel,
+    attribution: Attribution,
+    layers: Sequence[int],
+    facts: Sequence[Fact] = (),
+    limit: int = 60,
+    max_bytes: float | None = None,
 ) -> dict[int, float]:
     """Compute layer -> score, the mean over facts that the model knows.
 
@@ -105,18 +117,20 @@ def known_scores(
         layers: Layers to score.
         facts: Candidate facts, by default the built-in ones.
         limit: Most facts to score.
+        max_bytes: Most bytes beyond the model.
 
     Raises:
-        ConfigError: If the model knows none of the facts.
+        ConfigError: If the model knows none of the facts, or one does not fit ``max_bytes``.
     """
-    scores = attribution.attribute(lm, _rows(lm, facts, limit), layers).mean(0)
+    rows = _rows(lm, facts, limit, max_bytes)
+    scores = attribution.within(max_bytes).attribute(lm, rows, layers).mean(0)
     return dict(zip(layers, scores.tolist(), strict=True))
 
 
-def _rows(lm: LanguageModel, facts: Sequence[Fact], limit: int) -> list[Row]:
+def _rows(lm: LanguageModel, facts: Sequence[Fact], limit: int, max_bytes: float | None) -> list[Row]:
     facts = facts or read_facts("builtin")
     try:
-        rows, tried = known_rows(lm, facts, limit)
+        rows, tried = known_rows(lm, facts, limit, max_bytes=max_bytes)
     except RequestError as error:
         raise ConfigError(
             f"layers and scores cannot be measured: the model knows none of the facts of the trace ({len(facts)}, the "

@@ -8,17 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest
 from cakeflow.data.sources import Source, read_requests
 from cakeflow.data.text import states
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, visible
 from cakeflow.evaluation.outcome import TOKENS, free_answers
 from cakeflow.forward.generation import generate_contexts
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
+from cakeflow.storage.yaml_text import dump_yaml
 from cakeflow.tracing.facts import Fact
 from cakeflow.tracing.trace import CausalTrace
 from cakeflow.tracing.window import known_scores, locate
@@ -72,8 +71,8 @@ class Tuning:
         model["statistics"] = {**self.corpus, **model["statistics"]}
         model["contexts"] = {"groups": [list(group) for group in self.contexts.groups]}
         model["scores"] = {layer: round(score, 4) for layer, score in self.scores.items()}
-        data = yaml.safe_dump({"model": model}, sort_keys=False, allow_unicode=True)
-        return "".join(f"# {line}\n" for line in self._evidence()) + data
+        data = dump_yaml({"model": model})
+        return "".join(f"# {visible(line)}\n" for line in self._evidence()) + data
 
     def _evidence(self) -> Iterator[str]:
         yield f"Numbers for {self.base}, chosen by 'cakeflow tune' on facts that it states."

@@ -42,6 +42,10 @@ class Weighter(ABC):
             ConfigError: If a setting does not fit.
         """
 
+    def within(self, max_bytes: float | None) -> Weighter:
+        """Return the weighter with a limit for its measurements, in bytes beyond the model."""
+        return self
+
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Weighter:
         """Return the weighter with its measurements of the unedited model; called once, before the first edit."""
         return self

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -66,6 +66,7 @@ class Scores(Weighter):
             ``per_request``, on each request's own prompt, for the token that the model predicts there now.
         attribution: Measure of scores that are not given, before the first edit or per request; by default a
             ``CausalTrace``. A trace with ``noise=None`` takes its scale from the subjects of the facts at hand.
+        max_bytes: Most bytes beyond the model that the measure may take; a run gives it its ``memory_budget``.
     """
 
     scores: dict[int, float] | list[float] | None = None
@@ -74,6 +75,7 @@ class Scores(Weighter):
     depth_power: float = 0.0
     score_source: Literal["global", "per_request"] = "global"
     attribution: Attribution | None = None
+    max_bytes: float | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         require_positive("Scores", self, "tau")
@@ -100,11 +102,16 @@ class Scores(Weighter):
         if bad := [layer for layer in layers if not math.isfinite(scores[layer])]:
             raise ConfigError(f"Scores: the score of layer {bad[0]} is {scores[bad[0]]}; give finite scores")
 
+    def within(self, max_bytes: float | None) -> Scores:
+        """Return the scores with a limit of memory for their measure."""
+        return replace(self, max_bytes=max_bytes)
+
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Scores:
         """Measure global scores that were not given."""
         if self.score_source == "per_request" or self.scores is not None:
             return self
-        complete = replace(self, scores=known_scores(lm, self.attribution or CausalTrace(), layers))
+        measure = self.attribution or CausalTrace()
+        complete = replace(self, scores=known_scores(lm, measure, layers, max_bytes=self.max_bytes))
         complete.check(layers)
         return complete
 
@@ -119,7 +126,8 @@ class Scores(Weighter):
     def score(self, lm: LanguageModel, batch: TextBatch, layers: Sequence[int]) -> Float[Tensor, "*n l"]:
         """Return the layers' scores in float64, for all facts (l) or fact by fact (n x l)."""
         if self.score_source == "per_request":
-            return (self.attribution or CausalTrace()).attribute(lm, predicted_rows(lm, batch), layers)
+            rows = predicted_rows(lm, batch, max_bytes=self.max_bytes)
+            return (self.attribution or CausalTrace()).within(self.max_bytes).attribute(lm, rows, layers)
         complete = self.prepare(lm, layers)
         complete.check(layers)
         scores = complete._by_layer(layers)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 
 from cakeflow.callbacks import PeriodicCallback
 from cakeflow.core import LocateThenEdit
-from cakeflow.errors import ConfigError, Fault, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError, require_count
 from cakeflow.evaluation import score_targets
 from cakeflow.models import LanguageModel
 from cakeflow_ability.files import read_items
 
 log = logging.getLogger(__name__)
+
+_NAME = re.compile(r"\w[\w.-]*")
 
 
 @dataclass(frozen=True)
@@ -72,8 +75,8 @@ class ChoiceAbility(PeriodicCallback):
         limit: Items of each task, from its start; None takes all.
 
     Raises:
-        ConfigError: If there is no task, or a file is missing, empty or has faulty lines (all are named). Files are
-            read before a model is loaded or edited.
+        ConfigError: If there is no task, a name could not be that of a metric, or a file is missing, empty or has
+            faulty lines (all are named). Files are read before a model is loaded or edited.
     """
 
     name = "ability"
@@ -101,10 +104,15 @@ def read_choices(
 ) -> dict[str, list[ChoiceItem]]:
     """Read and check the items of every task, by name; see ``ChoiceAbility``."""
     folder = Path(data)
+    if limit is not None:
+        require_count("limit", limit, 1)
     names = sorted(path.stem for path in folder.glob("*.jsonl")) if tasks is None else tasks
-    if not names or (limit is not None and limit < 1):
+    if not names or isinstance(names, str):
+        raise ConfigError(f"no task in {str(folder)!r} (TASK.jsonl), or no list of their names: tasks={names!r}")
+    if bad := [name for name in names if not isinstance(name, str) or not _NAME.fullmatch(name)]:
         raise ConfigError(
-            f"no task in {str(folder)!r} (TASK.jsonl), or a limit below 1: tasks={names!r}, limit={limit}"
+            f"task {bad[0]!r}: its name becomes that of a metric; rename it so that it has letters, digits, '.', '_' "
+            "and '-' only, and no folder"
         )
     return {name: _read_items(folder / f"{name}.jsonl")[:limit] for name in names}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.data import read_entries
-from cakeflow.errors import ConfigError, Fault, RequestError, with_faults
+from cakeflow.errors import ConfigError, Fault, RequestError, has_surrogate, with_faults
 
 
 def read_items(path: Path, faults: Callable[[int, Any], Iterator[Fault]], fields: str) -> list[dict[str, Any]]:
@@ -25,7 +25,7 @@ def read_items(path: Path, faults: Callable[[int, Any], Iterator[Fault]], fields
         raise ConfigError(f"task {path.stem!r} has no file {str(path)!r}; put it there, or leave the task out of tasks")
     try:
         entries = read_entries(path)
-        problems = [fault for i, entry in enumerate(entries) for fault in faults(i, entry)]
+        problems = [fault for i, entry in enumerate(entries) for fault in (*faults(i, entry), *_broken_texts(i, entry))]
     except RequestError as error:
         problems = list(error.faults)
     if problems:
@@ -33,3 +33,12 @@ def read_items(path: Path, faults: Callable[[int, Any], Iterator[Fault]], fields
     if not entries:
         raise ConfigError(f"{path} is empty; it needs a JSON object per line, with {fields}")
     return list(entries)
+
+
+def _broken_texts(index: int, entry: Any) -> Iterator[Fault]:
+    """Yield the fields with a text that no tokenizer takes."""
+    for field, value in entry.items() if isinstance(entry, dict) else ():
+        if any(
+            isinstance(text, str) and has_surrogate(text) for text in (value if isinstance(value, list) else [value])
+        ):
+            yield Fault(index, field, value, "has a lone surrogate; give valid Unicode text")

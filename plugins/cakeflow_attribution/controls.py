@@ -36,6 +36,10 @@ class Control(Weighter):
         """Refuse what ``inner`` refuses."""
         self.inner.check(layers)
 
+    def within(self, max_bytes: float | None) -> Control:
+        """Give ``inner`` a limit of memory."""
+        return replace(self, inner=self.inner.within(max_bytes))
+
     def prepare(self, lm: LanguageModel, layers: Sequence[int]) -> Control:
         """Prepare ``inner``."""
         return replace(self, inner=self.inner.prepare(lm, layers))

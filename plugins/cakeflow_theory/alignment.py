@@ -36,7 +36,8 @@ class ScoreAlignment(EditCallback):
             return
         layers = [layer for layer in module.layers if layer <= edit.context.value_site.layer]
         mismatch = single_layer_mismatch(module, edit, layers)
-        scores = self.attribution.attribute(module.lm, predicted_rows(module.lm, edit.batch), layers)
+        rows = predicted_rows(module.lm, edit.batch, max_bytes=module.max_bytes)
+        scores = self.attribution.within(module.max_bytes).attribute(module.lm, rows, layers)
         depth = torch.tensor(layers, dtype=torch.float64).expand_as(scores)
         numbers = {f"layer{layer}/left_alone": value for layer, value in zip(layers, mismatch.mean(0), strict=True)}
         numbers["alignment"] = alignment(scores, mismatch).nanmean()

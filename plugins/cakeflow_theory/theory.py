@@ -198,14 +198,16 @@ class ScoreDrift(L.Callback):
         """Trace the unedited model, after the checks of all requests."""
         assert isinstance(pl_module, LocateThenEdit)
         if batch_idx == 0:
-            self._rows, _ = known_rows(pl_module.lm, self.facts, self.limit)
-            self._before = self.trace.run(pl_module.lm, self._rows, self.layers or pl_module.layers)
+            self._rows, _ = known_rows(pl_module.lm, self.facts, self.limit, max_bytes=pl_module.max_bytes)
+            self._before = self.trace.within(pl_module.max_bytes).run(
+                pl_module.lm, self._rows, self.layers or pl_module.layers
+            )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Trace the edited model with the same noise."""
         assert isinstance(pl_module, LocateThenEdit)
         assert self._before is not None
-        trace = replace(self.trace, noise=self._before.settings["noise"])
+        trace = replace(self.trace.within(pl_module.max_bytes), noise=self._before.settings["noise"])
         after = trace.run(pl_module.lm, self._rows, self._before.layers)
         pl_module.log("score_drift", score_drift(self._before, after))
 

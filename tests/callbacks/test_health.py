@@ -119,7 +119,7 @@ def test_states(numbers, state, reasons):
         (lambda: StreamHealth({"taken": (0.5, 0.8)}), "limits.taken .* larger"),
         (lambda: StreamHealth({"kl": (0.5, math.nan)}), "limits.kl"),
         (lambda: StreamHealth({"kl": 0.5}), "limits.kl"),
-        (lambda: StreamHealth(first=0), "first must be at least 1 fact, got 0"),
+        (lambda: StreamHealth(first=0), "first must be a whole number of at least 1, got 0"),
     ],
 )
 def test_bad_settings(build, words):

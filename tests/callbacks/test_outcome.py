@@ -118,8 +118,15 @@ def test_a_cache_that_cannot_be_written_stops_no_run(lm, tmp_path, monkeypatch):
 
 
 def test_bad_numbers_are_refused():
-    with pytest.raises(ConfigError, match="neighbors must be at least 0 questions, got -1"):
-        OutcomeCheck(neighbors=-1)
+    for name, value in (("neighbors", -1), ("neighbors", 1.5), ("familiar", "16")):
+        with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least 0, got {value!r}"):
+            OutcomeCheck(**{name: value})
+
+
+def test_a_budget_is_read_from_a_file_however_it_is_named(tmp_path):
+    (tmp_path / "budget.yaml").write_text("max_edits: 3\n")
+    for name in (tmp_path / "budget.yaml", str(tmp_path / "budget.yaml")):
+        assert OutcomeCheck(budget=name).budget == Policy(max_edits=3)
 
 
 def test_a_trainer_of_ones_own_has_what_it_was_given(lm, quiet):

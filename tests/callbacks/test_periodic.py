@@ -43,6 +43,7 @@ def test_measurements_come_first_every_few_batches_and_last(lm, quiet, tmp_path,
     assert logged == set(zip(batches, batches, strict=True))
 
 
-def test_every_must_be_positive():
-    with pytest.raises(ConfigError, match="every must be at least 1 batch, got 0"):
-        Steps(0)
+@pytest.mark.parametrize("every", [0, 1.5, True, "2"])
+def test_every_must_be_a_positive_whole_number(every):
+    with pytest.raises(ConfigError, match=f"every must be a whole number of at least 1, got {every!r}"):
+        Steps(every)

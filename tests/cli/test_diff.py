@@ -38,6 +38,11 @@ def test_a_model_does_not_differ_from_itself_and_its_export_from_the_run(lm, req
     assert "Weights that differ: none" in capsys.readouterr().out
 
 
+def test_the_number_of_facts_to_ask_is_checked_before_a_model_loads():
+    with pytest.raises(ConfigError, match="asks must be a whole number of at least 0, got -5"):
+        run_diff("no such model", "no such model", asks=-5)
+
+
 def test_other_architectures(tiny, lm, tmp_path):
     for name, each in (("one", tiny), ("two", lm)):
         each.model.save_pretrained(tmp_path / name)

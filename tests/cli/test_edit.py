@@ -112,6 +112,7 @@ def test_strict_fails_unless_everything_was_learned(method):
         ({"texts": []}, "give sentences and their new answers"),
         ({"texts": PAIRS[:2], "file": "x.json"}, "one of them"),
         ({"texts": ["it is", "x"]}, "no subject can be guessed; name it: --subject NAME"),
+        ({"texts": ["it is " * 1000, "x"]}, r"^entry 0, prompt = '[^']{,80}\.\.\.: no subject can be guessed; .{,30}$"),
         ({"texts": PAIRS, "subject": "Ann"}, "1 subjects for 2 facts"),
         ({"texts": PAIRS[:2], "dry_run": True, "run_dir": "runs/x"}, "--dry_run stores nothing"),
     ],

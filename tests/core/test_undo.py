@@ -127,7 +127,13 @@ def test_it_is_on_record_and_repeated_bit_for_bit(lm, requests, tmp_path):
     assert again.journal.edits == 5
 
 
-@pytest.mark.parametrize("name", ["Nobody", ""])
+def test_a_name_is_a_text(lm):
+    for name in (3, None):
+        with pytest.raises(ConfigError, match=f"name must be a subject.*got {name}"):
+            editor_of(lm).undo(name)
+
+
+@pytest.mark.parametrize("name", ["Nobody", "", "\ud800"])
 def test_a_name_that_is_not_there(lm, name):
     editor = editor_of(lm)
     editor.fit(bare(builtin_facts()[:2]), evaluate=False)

@@ -118,9 +118,11 @@ def test_a_fact_that_did_not_take_is_named_with_its_reason(sharp, requests, tmp_
 
 
 def test_rounds_need_target_values(lm):
-    for settings in ({"rounds": -1}, {"rounds": 1, "solver": Descent()}):
-        with pytest.raises(ConfigError, match="rounds must be 0 or more, and 0 for a solver without target values"):
-            module_of(lm, **settings)
+    with pytest.raises(ConfigError, match="rounds must be 0 for a solver without target values; got 1"):
+        module_of(lm, rounds=1, solver=Descent())
+    for rounds in (-1, 1.5, True, "2"):
+        with pytest.raises(ConfigError, match=f"rounds must be a whole number of at least 0, got {rounds!r}"):
+            module_of(lm, rounds=rounds)
 
 
 def test_a_blocked_fact_has_two_entries_and_is_one_fact(massive, requests, tmp_path):

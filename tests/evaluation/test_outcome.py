@@ -4,13 +4,14 @@ import pytest
 
 from cakeflow import EditRequest, Probe
 from cakeflow.data import builtin_facts, states
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, RequestError
 from cakeflow.evaluation.outcome import (
     TOKENS,
     Outcome,
     ask,
     fact_questions,
     familiar_facts,
+    free_answers,
     neighbor_questions,
     rates,
     with_own_answers,
@@ -135,3 +136,15 @@ def test_familiar_facts_are_found_once_and_read_again(tiny, cache, monkeypatch):
     monkeypatch.setenv("CAKEFLOW_CACHE", str(cache))
     monkeypatch.setattr("cakeflow.evaluation.outcome.builtin_facts", lambda: truths)
     assert familiar_facts(tiny, "a" * 64, ("completion",), 6) == first  # a damaged file is made again
+
+
+@pytest.mark.parametrize("prompt", ["Ann\ud800 lives in", 3, None])
+def test_what_is_no_text_is_not_asked(lm, prompt):
+    with pytest.raises(RequestError, match=r"entry 1, prompt = .*: give a valid Unicode text"):
+        free_answers(lm, ["Ann lives in", prompt], 4)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, 1.5, "4"])
+def test_an_answer_has_a_whole_number_of_tokens(lm, tokens):
+    with pytest.raises(ConfigError, match=f"tokens must be a whole number of at least 1, got {tokens!r}"):
+        free_answers(lm, ["Ann lives in"], tokens)

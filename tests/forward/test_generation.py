@@ -9,7 +9,7 @@ from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.generation import (
     SEEDS,
     TopK,
-    _cached,
+    cached_bytes,
     chat_template,
     continuations,
     generate_contexts,
@@ -40,7 +40,7 @@ def test_each_is_what_the_model_says_alone(tiny, tokens, max_tokens):
 def test_a_gib_of_keys_and_values_is_that(tiny):
     with torch.no_grad():
         kept = tiny.model(input_ids=torch.zeros(1, 7, dtype=torch.long), use_cache=True).past_key_values
-    assert 7 * _cached(tiny) == sum(part.nbytes for layer in kept.layers for part in (layer.keys, layer.values))
+    assert 7 * cached_bytes(tiny) == sum(part.nbytes for layer in kept.layers for part in (layer.keys, layer.values))
 
 
 def test_a_text_ends_where_the_models_positions_do(lm):

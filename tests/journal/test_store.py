@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bodies import forge
+from bodies import forge, raw
 from cakeflow_restrain import Prune, Rect
 from stops import STOPS
 from tiny_runs import LAYERS, content, editor_of, name_of, state
@@ -26,6 +26,7 @@ from cakeflow.journal.schema import BatchBody, RunBody
 from cakeflow.journal.store import JournalStore
 from cakeflow.models import Site
 from cakeflow.solvers import Solver
+from cakeflow.storage import file_hash, read_tensors, write_tensors
 
 RUN = RunBody(model="tiny", settings={}, edits=0, batch_size=1, data="", who="", versions={}, threads=1)
 ERRORS = [RuntimeError, KeyboardInterrupt, torch.OutOfMemoryError, OSError]
@@ -278,3 +279,19 @@ def test_a_forged_number_of_earlier_batches_is_named(tmp_path, earlier):
     )
     with pytest.raises(LedgerError, match=r"entry 0, earlier"):
         _ = JournalStore(tmp_path).earlier
+
+
+@pytest.mark.parametrize("content", [torch.full((2, 3), float("nan")), torch.ones(3), torch.ones(2, 3).long()])
+@pytest.mark.parametrize("name", ["target/3", "importance/3"])
+def test_forged_target_values_and_importance_are_named(lm, requests, tmp_path, name, content):
+    begun(lm, requests, tmp_path, 1)
+    ledger, file = tmp_path / "journal" / "ledger.jsonl", tmp_path / "journal" / "batch-00000.safetensors"
+    tensors = read_tensors(file, str(file), LedgerError, "").tensors
+    file.unlink()
+    write_tensors(file, {**tensors, name: content})
+    entries = raw(ledger)
+    entries[-1][1]["files"][file.name] = file_hash(file)
+    forge(ledger, entries)
+    store = JournalStore(tmp_path / "journal")
+    with pytest.raises(LedgerError, match="batch 0: target values or importance are not finite matrices"):
+        store.read_step(store.ledger.entries[-1])

@@ -106,8 +106,21 @@ def test_a_folder_is_read_before_the_model(data):
         ChoiceAbility(data, ["verbs"])
     with pytest.raises(ConfigError, match="no task in"):
         ChoiceAbility(data.parent)
-    with pytest.raises(ConfigError, match="limit=0"):
+    with pytest.raises(ConfigError, match="limit must be a whole number of at least 1, got 0"):
         ChoiceAbility(data, limit=0)
+
+
+def test_names_and_limits_that_nothing_could_be_logged_under_are_refused(data):
+    with pytest.raises(ConfigError, match="no list of their names: tasks='words'"):
+        ChoiceAbility(data, "words")
+    with pytest.raises(ConfigError, match=r"limit must be a whole number of at least 1, got 1\.5"):
+        ChoiceAbility(data, limit=1.5)
+    for name in ("../tasks/words", "a\x1b[2J", "=1+1", "a,b", ""):
+        with pytest.raises(ConfigError, match="its name becomes that of a metric"):
+            ChoiceAbility(data, [name])
+    write(data, "a\x1b[2J", ITEMS)
+    with pytest.raises(ConfigError, match=r"task 'a\\x1b\[2J'"):
+        ChoiceAbility(data)
 
 
 @pytest.mark.parametrize(
@@ -120,6 +133,8 @@ def test_a_folder_is_read_before_the_model(data):
         ('{"prompt": "p", "choices": "ab", "answer": 0}', "entry 1, choices"),
         ('{"prompt": "p", "choices": ["a", "b"], "answer": 2}', "entry 1, answer = 2: must be the index.*0 to 1"),
         ('{"prompt": "p", "choices": ["a", "b"], "answer": true}', "entry 1, answer"),
+        ('{"prompt": "p\\ud800", "choices": ["a", "b"], "answer": 0}', "entry 1, prompt.*has a lone surrogate"),
+        ('{"prompt": "p", "choices": ["a", "b\\udfff"], "answer": 0}', "entry 1, choices.*has a lone surrogate"),
         ("{", "problem"),
     ],
 )

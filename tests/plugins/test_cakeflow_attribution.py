@@ -81,7 +81,7 @@ def test_facts_do_not_influence_each_other_and_the_model_stays(tiny, rows, attri
 
 
 def test_a_weighter_measures_global_scores_once_on_what_the_model_knows(tiny, rows, requests, attribution, monkeypatch):
-    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit: (rows, len(rows)))
+    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit, **_: (rows, len(rows)))
     prepared = Scores(attribution=attribution).prepare(tiny, LAYERS)
     wanted = attribution.attribute(tiny, rows, LAYERS).mean(0)
     assert list(prepared.scores) == LAYERS
@@ -94,7 +94,7 @@ def test_a_weighter_measures_global_scores_once_on_what_the_model_knows(tiny, ro
 
 
 def test_scores_that_are_not_finite_are_refused_before_anything_is_edited(tiny, rows, monkeypatch):
-    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit: (rows, len(rows)))
+    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit, **_: (rows, len(rows)))
     with torch.no_grad():
         tiny.model.get_output_embeddings().weight[:] = float("nan")
     with pytest.raises(NumericalError, match="gradient is not finite"):
@@ -146,7 +146,7 @@ def test_noise_has_the_deviation_asked_for(tiny):
 def test_a_control_is_checked_and_prepared_like_what_it_wraps(tiny, rows, control, monkeypatch):
     with pytest.raises(ConfigError, match=r"no score for layers \[2\]"):
         control(Scores({1: 0.1})).check([1, 2])
-    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit: (rows, len(rows)))
+    monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit, **_: (rows, len(rows)))
     measured = Scores(attribution=Saliency())
     assert control(measured, seed=4).prepare(tiny, LAYERS) == control(measured.prepare(tiny, LAYERS), seed=4)
     assert control(measured).with_scores(GIVEN) == control(measured)

@@ -5,7 +5,7 @@ import json
 import pytest
 import yaml
 
-from cakeflow.storage.yaml_text import read_yaml
+from cakeflow.storage.yaml_text import dump_yaml, read_yaml
 
 BOMB = "\n".join([f"l{i}: &l{i} [{', '.join([f'*l{i - 1}' if i else 'x'] * 9)}]" for i in range(9)])
 
@@ -28,3 +28,8 @@ def test_a_text_that_is_no_yaml():
     with pytest.raises(yaml.YAMLError):
         read_yaml("{a: [")
     assert read_yaml("a: '[&x *y'") == {"a": "[&x *y"}
+
+
+@pytest.mark.parametrize("text", ["a\nb\x85c", "a\u2028b", "München", "# no comment", "null", "0123", "x\ty\u00a0z"])
+def test_what_is_written_is_read_again(text):
+    assert read_yaml(dump_yaml({text: [text]})) == {text: [text]}

@@ -8,8 +8,9 @@ import torch
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.tokens import Row
 from cakeflow.models import Site
-from cakeflow.tracing import CausalTrace, Fact
+from cakeflow.tracing import CausalTrace, Fact, noise_of
 from cakeflow.tracing.facts import trace_row
+from cakeflow.tracing.runs import TraceRuns
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 100_000])
@@ -142,3 +143,45 @@ def test_a_subject_that_is_the_whole_prompt_is_refused(tiny, rows, tmp_path, spe
         bare = Row((first, *bare.ids), bare.subject + 1, bare.target + 1, bare.start + 1)
     with pytest.raises(RequestError, match=r"entry 1, prompt = .*Lyon.*the subject is the whole prompt"):
         CausalTrace().run(tiny, [rows[0], bare], folder=tmp_path)
+
+
+# ---- the memory budget ----
+
+
+@pytest.mark.parametrize("tokens", ["subject", "all"])
+def test_facts_are_traced_together_as_far_as_the_budget_allows(tiny, rows, tmp_path, monkeypatch, tokens):
+    real, groups = CausalTrace._effects, []
+
+    def note(self, lm, chosen, layers, noise):
+        groups.append(chosen)
+        return real(self, lm, chosen, layers, noise)
+
+    monkeypatch.setattr(CausalTrace, "_effects", note)
+    trace, layers = CausalTrace(draws=2, noise=0.3, tokens=tokens), list(range(tiny.depth))
+    needed = {row: trace.fact_bytes(tiny, row, layers) for row in rows}
+    whole = trace.run(tiny, rows, folder=tmp_path / "a")
+    assert len(groups) < len(set(rows))  # some facts together
+    groups.clear()
+    one = trace.within(largest := max(needed.values())).run(tiny, rows, folder=tmp_path / "b")
+    assert all(sum(needed[row] for row in group) <= largest for group in groups)
+    torch.testing.assert_close(one.effects, whole.effects, rtol=0, atol=1e-12, equal_nan=True)
+    assert one.settings == whole.settings
+    with pytest.raises(ConfigError, match=f"a trace of {tiny.depth} layers with 2 draws.*raise memory_budget"):
+        trace.within(largest - 1).run(tiny, rows, folder=tmp_path / "c")
+
+
+def test_the_estimate_has_room_for_what_is_held(tiny, rows):
+    trace, layers = CausalTrace(draws=3, noise=0.3), [0, 2]
+    for row in rows:
+        spans = [[Site(layer, "block")] for layer in layers]
+        runs = TraceRuns.of(tiny, [row], spans, noise_of(tiny, [row], 0.3, trace))
+        held = [*runs.outputs.values(), *runs.noisy.outputs.values(), runs.noisy.tokens]
+        held += [part for pair in runs.noisy.cache or () for part in pair]
+        assert sum(part.nbytes for part in held) < trace.fact_bytes(tiny, row, layers)
+
+
+def test_the_lower_of_two_limits_holds():
+    assert CausalTrace(max_bytes=5).within(9).max_bytes == CausalTrace(max_bytes=9).within(5).max_bytes == 5
+    assert CausalTrace(max_bytes=5).within(None) == CausalTrace(max_bytes=5)
+    with pytest.raises(ConfigError, match=r"trace\.max_bytes must be above 0"):
+        CausalTrace(max_bytes=0)

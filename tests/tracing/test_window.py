@@ -6,6 +6,7 @@ import torch
 
 from cakeflow import Contexts, EditDataModule, GradientSearch, LeastSquares, LocateThenEdit, Scores
 from cakeflow.errors import ConfigError
+from cakeflow.forward import GIB, encode_batch
 from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, known_scores, locate, propose_layers
@@ -71,7 +72,7 @@ def builtin(facts, monkeypatch, tmp_path):
     monkeypatch.setattr("cakeflow.tracing.window.read_facts", lambda _source: facts)
 
 
-def fit(lm, requests, quiet, layers, weighter, scores=None):
+def fit(lm, requests, quiet, layers, weighter, scores=None, **settings):
     width = lm.oriented(Site(0, "mlp_out")).shape[1]
     module = LocateThenEdit(
         lm,
@@ -82,6 +83,7 @@ def fit(lm, requests, quiet, layers, weighter, scores=None):
         contexts=Contexts(),
         targets=GradientSearch(steps=2, lr=0.3),
         moments=dict.fromkeys(range(lm.depth), torch.eye(width, dtype=torch.float64)),
+        **settings,
     )
     L.Trainer(**quiet).fit(module, datamodule=EditDataModule(requests[:2], 2))
     return module
@@ -117,6 +119,28 @@ def test_layers_auto(lm, requests, quiet):
     assert len(module.layers) == 5
     assert module.weighter.scores == wanted.scores
     assert list(module.journal.places.originals) == [lm.weight_name(Site(layer, "mlp_out")) for layer in wanted.layers]
+
+
+@pytest.mark.usefixtures("builtin")
+@pytest.mark.parametrize("layers", [[1, 3], "auto"])
+def test_a_run_gives_its_traces_its_memory_budget(lm, requests, quiet, facts, layers):
+    rows, _ = known_rows(lm, facts)
+    trace, traced = CausalTrace(), range(lm.depth) if layers == "auto" else layers
+    largest = max(trace.fact_bytes(lm, row, traced) for row in rows) / GIB
+    with pytest.raises(ConfigError, match=f"memory_budget is .* a trace of {len(traced)} layers .*raise memory_budget"):
+        fit(lm, requests, quiet, layers, Scores(), memory_budget=largest / 2)
+    module = fit(lm, requests, quiet, layers, Scores(), memory_budget=1000 * largest)
+    with module.journal.reverted():
+        assert module.weighter.scores == known_scores(lm, trace, module.layers)
+
+
+@pytest.mark.usefixtures("builtin")
+def test_scores_per_request_keep_to_the_budget_too(lm, requests, quiet):
+    weighter = Scores(score_source="per_request")
+    batch = encode_batch(lm, requests[:2], Contexts())
+    torch.testing.assert_close(weighter.within(GIB).weigh(lm, batch, [1, 3]), weighter.weigh(lm, batch, [1, 3]))
+    with pytest.raises(ConfigError, match="reading a prompt takes about"):
+        weighter.within(1).weigh(lm, batch, [1, 3])
 
 
 def test_bad_layers_are_refused(lm):
