@@ -37,6 +37,7 @@ from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.export.formats import export
 from cakeflow.export.manifest import Format
+from cakeflow.export.options import ExportOptions
 from cakeflow.journal.journal import Journal
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel
@@ -301,12 +302,12 @@ class Editor:
         """Write the edited model, its tokenizer and a model card in the Hugging Face format: ``export`` as a model."""
         self.export(folder, overwrite=overwrite)
 
-    def export(self, folder: str | Path, format: Format = "model", *, overwrite: bool = False) -> Path:
-        """Write the edited model whole (``model``), as a ``delta`` to its base, or as a ``lora`` adapter.
+    def export(self, folder: str | Path, format: Format = "model", *, overwrite: bool = False, **options: Any) -> Path:
+        """Write the edited model whole (``model``, ``gguf``), as a ``delta`` to its base, or as a ``lora`` adapter.
 
-        See ``cakeflow.export.export``.
+        See ``cakeflow.export.export``; ``options`` are the fields of ``ExportOptions``.
         """
-        return export(self.journal, folder, format, overwrite=overwrite)
+        return export(self.journal, folder, format, overwrite=overwrite, options=ExportOptions(**options))
 
     def trainer(self, run_dir: str | Path | None = None, *, checks: bool = False) -> L.Trainer:
         """The Trainer that was given to this editor, or one with the arguments that were.

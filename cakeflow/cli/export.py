@@ -8,6 +8,7 @@ from cakeflow.cli.console import say
 from cakeflow.export.delta import apply_delta
 from cakeflow.export.formats import export, export_applied
 from cakeflow.export.manifest import Format, Manifest, require_place
+from cakeflow.export.options import ExportOptions
 from cakeflow.journal.audit import replay
 from cakeflow.journal.policy import Policy
 from cakeflow.models.loading import load_model
@@ -20,17 +21,19 @@ def run_export(
     model: str | None = None,
     overwrite: bool = False,
     policy: Path | None = None,
+    options: ExportOptions = ExportOptions(),
 ) -> Path:
     """Export the edited model of a run: the whole model, the edited weights alone, or a LoRA adapter.
 
     Args:
         run: A run folder.
         out: Folder for the export.
-        format: ``model``, a model card included; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; or ``memory``,
-            for runs that put modules in place.
+        format: ``model``, a model card included; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; ``gguf``, for
+            llama.cpp and Ollama; or ``memory``, for runs that put modules in place.
         model: Name or folder of the base model, if it cannot be loaded by the name that the run was started with.
         overwrite: Replace an existing export.
         policy: YAML file of a policy that the run must keep, beside its own.
+        options: How numbers are stored, and what the export is to fit.
 
     Raises:
         RunFolderError: If the folder is not a run folder, or its ledger is damaged.
@@ -40,7 +43,7 @@ def run_export(
     """
     require_place(out, overwrite=overwrite)
     journal = replay(run, model, _policies(policy))
-    place = export(journal, out, format, overwrite=overwrite)
+    place = export(journal, out, format, overwrite=overwrite, options=options)
     say(f"written to {place}")
     return place
 

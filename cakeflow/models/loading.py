@@ -97,6 +97,16 @@ def _tokenizer(name: str, copied: str, **arguments: Any) -> PreTrainedTokenizerB
     return tokenizer
 
 
+def gguf_source(base: str) -> Path | None:
+    """Return the GGUF file that a name stands for, None if it stands for another model.
+
+    Args:
+        base: An embedded name, a file, a folder or a hub id.
+    """
+    path = _embedded_file(base) if base in EMBEDDED else Path(base)
+    return path if path.suffix == ".gguf" and path.is_file() else None
+
+
 def _embedded_file(name: str) -> Path:
     package = EMBEDDED[name]
     spec = importlib.util.find_spec(package)  # located, not imported: its own dependencies are not needed
