@@ -9,6 +9,7 @@ import sys
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipp
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
+from cakeflow.core.loggers import names_folder, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.progress import with_progress_bar
 from cakeflow.core.run import EvaluationResult, FitResult, go_on_from, run_evaluate, run_fit
@@ -159,14 +161,15 @@ class EditCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Return a Trainer with a progress bar and, unless the user configures a logger, a run folder."""
         self.config = self._plain_config  # the one that the run folder gets
-        config = self._get(self.config_init, "trainer")
+        config, run_dir = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")
         if config.get("logger") in (None, True):
-            config["logger"] = default_logger(self._get(self.config_init, "run_dir"))
-        elif self._get(self.config_init, "run_dir") is not None:
+            config["logger"] = default_logger(run_dir)
+        elif run_dir is not None and names_folder(config["logger"]):
             raise ConfigError("--run_dir and trainer.logger both name a folder; leave out one of them")
         config["callbacks"] = with_progress_bar(with_checks(config.get("callbacks")), config.get("enable_progress_bar"))
         with quiet():
-            return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
+            trainer = super().instantiate_trainer(**kwargs)
+        return with_safe_checkpoints(with_run_folder(trainer, partial(default_logger, run_dir)))
 
     def resuming(self, folder: Path) -> str:
         """Return the command that goes on with an interrupted run: the one that was typed, with its folder."""

@@ -21,8 +21,10 @@ from torchmetrics import Metric
 from typing_extensions import Self, TypeVar
 
 from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.folder import is_finished, require_run_folder, run_folder
 from cakeflow.core.identity import arithmetic
+from cakeflow.core.loggers import with_run_folder
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer, float32_by_default
@@ -186,6 +188,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         Loggers begin after it, so the run folder is checked here too.
         """
         check_trainer(self.trainer, edits=self.trainer.state.fn == TrainerFn.FITTING)
+        with_safe_checkpoints(with_run_folder(self.trainer))
         if (folder := run_folder(self.trainer)) is not None:
             require_run_folder(folder)
             if not self.trainer.training and is_finished(folder):
