@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -332,6 +333,15 @@ def run_command(words: Sequence[str]) -> Any:
         sys.exit(INTERRUPTED)
 
 
+def _refuse_trust_in_files(words: Sequence[str]) -> None:
+    """Refuse config files of a plain command that let foreign code run: that is said on the command line."""
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        option, joined, value = word.partition("=")
+        path = Path(value if joined else following)
+        if option == "--config" and path.is_file():
+            refuse_trust(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
 def _run(words: list[str]) -> Any:
     names = ("fit", "evaluate", *COMMANDS)
     if not words[0].startswith("-") and words[0] not in names:
@@ -340,6 +350,7 @@ def _run(words: list[str]) -> Any:
         load_plugins()  # a run folder may hold changes of a plugin's kind
     if words[0] in COMMANDS:
         command = COMMANDS[words[0]]
+        _refuse_trust_in_files(words[1:])
         with only_known_classes():
             return auto_cli(
                 command, args=with_flags(words[1:], command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser

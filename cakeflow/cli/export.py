@@ -11,7 +11,7 @@ from cakeflow.export.manifest import Format, Manifest, require_place
 from cakeflow.export.options import ExportOptions
 from cakeflow.journal.audit import replay
 from cakeflow.journal.policy import Policy
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 
 
 def run_export(
@@ -22,6 +22,7 @@ def run_export(
     overwrite: bool = False,
     policy: Path | None = None,
     options: ExportOptions = ExportOptions(),
+    loading: Loading = Loading(),
 ) -> Path:
     """Export the edited model of a run: the whole model, the edited weights alone, or a LoRA adapter.
 
@@ -34,6 +35,7 @@ def run_export(
         overwrite: Replace an existing export.
         policy: YAML file of a policy that the run must keep, beside its own.
         options: How numbers are stored, and what the export is to fit.
+        loading: Revision, access token and trust for a model that needs them.
 
     Raises:
         RunFolderError: If the folder is not a run folder, or its ledger is damaged.
@@ -42,13 +44,20 @@ def run_export(
         PolicyError: If the run breaks the policy, or its own has not judged it.
     """
     require_place(out, overwrite=overwrite)
-    journal = replay(run, model, _policies(policy))
+    journal = replay(run, model, _policies(policy), loading=loading)
     place = export(journal, out, format, overwrite=overwrite, options=options)
     say(f"written to {place}")
     return place
 
 
-def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, policy: Path | None = None) -> Path:
+def run_apply(
+    delta: Path,
+    model: str,
+    out: Path,
+    overwrite: bool = False,
+    policy: Path | None = None,
+    loading: Loading = Loading(),
+) -> Path:
     """Apply a delta to the model that it was made from, and write the edited model.
 
     Args:
@@ -57,6 +66,7 @@ def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, polic
         out: Folder for the edited model.
         overwrite: Replace an existing export.
         policy: YAML file of a policy that must allow it; rules about subjects and metrics allow no delta.
+        loading: Revision, access token and trust for a model that needs them.
 
     Raises:
         ExportError: If the model is another one, or the delta was changed.
@@ -65,7 +75,7 @@ def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, polic
     dtype = Manifest.read(delta).dtype.removeprefix("torch.")
     require_place(out, overwrite=overwrite)
     policies = _policies(policy)
-    lm = load_model(model, dtype=dtype)
+    lm = load_model(model, dtype=dtype, **loading.arguments())
     place = export_applied(lm, apply_delta(lm, delta, policies), out, overwrite=overwrite)
     say(f"written to {place}")
     return place

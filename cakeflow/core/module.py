@@ -44,7 +44,7 @@ from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, Mo
 from cakeflow.journal.steps import EditStep, request_hash
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import load_model, recorded
 from cakeflow.storage.atomic import make_private
 
 B = TypeVar("B", bound=EditBatch, default=Any)
@@ -393,6 +393,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             format=FORMAT,
             **circumstances().to_dict(),
         )
+        if loading := recorded(self._loading, self.lm):
+            run = run.model_copy(update={"loading": loading})
         for part in (folder, folder / "journal") if self.private else ():
             make_private(part)
         self.journal.open(self.journal.store_at(folder / "journal"), run)
