@@ -200,8 +200,12 @@ class _CommandParser(ConfigParser):
     """Parser of the plain commands: ``runs`` and ``texts`` are lists of words, and some options have a second name."""
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a command."""
-        return super(PlainArguments, self).add_function_arguments(*args, **kwargs)
+        """Add the arguments of a command; the fields of its options are on the page of ``Loading`` and the like."""
+        names = super(PlainArguments, self).add_function_arguments(*args, **kwargs)
+        for action in self._actions:
+            if action.dest.startswith(("loading", "options.")) or action.dest == "options":
+                action.help = SUPPRESS
+        return names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if args == ("runs",):
