@@ -339,7 +339,7 @@ def run_command(words: Sequence[str]) -> Any:
 
 def _refuse_trust_in_files(words: Sequence[str]) -> None:
     """Refuse config files of a plain command that let foreign code run: that is said on the command line."""
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words[1:], ""], strict=False):
         option, joined, value = word.partition("=")
         path = Path(value if joined else following)
         if option == "--config" and path.is_file():
