@@ -24,6 +24,7 @@ from cakeflow.core.contracts import Outcome
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import RunLogger
 from cakeflow.core.locate_then_edit import LocateThenEdit
+from cakeflow.core.loggers import names_folder, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.progress import as_list, with_progress_bar
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
@@ -37,6 +38,7 @@ from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.export.formats import export
 from cakeflow.export.manifest import Format
+from cakeflow.export.options import ExportOptions
 from cakeflow.journal.journal import Journal
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel
@@ -304,12 +306,12 @@ class Editor:
         """Write the edited model, its tokenizer and a model card in the Hugging Face format: ``export`` as a model."""
         self.export(folder, overwrite=overwrite)
 
-    def export(self, folder: str | Path, format: Format = "model", *, overwrite: bool = False) -> Path:
-        """Write the edited model whole (``model``), as a ``delta`` to its base, or as a ``lora`` adapter.
+    def export(self, folder: str | Path, format: Format = "model", *, overwrite: bool = False, **options: Any) -> Path:
+        """Write the edited model whole (``model``, ``gguf``), as a ``delta`` to its base, or as a ``lora`` adapter.
 
-        See ``cakeflow.export.export``.
+        See ``cakeflow.export.export``; ``options`` are the fields of ``ExportOptions``.
         """
-        return export(self.journal, folder, format, overwrite=overwrite)
+        return export(self.journal, folder, format, overwrite=overwrite, options=ExportOptions(**options))
 
     def trainer(self, run_dir: str | Path | None = None, *, checks: bool = False) -> L.Trainer:
         """The Trainer that was given to this editor, or one with the arguments that were.
@@ -322,7 +324,7 @@ class Editor:
             ConfigError: If the Trainer has a logger with a folder of its own.
         """
         arguments = {} if isinstance(self._trainer, L.Trainer) else {**TRAINER_DEFAULTS, **self._trainer}
-        if run_dir is not None and (not arguments or arguments.get("logger") not in (None, True)):
+        if run_dir is not None and (not arguments or names_folder(arguments.get("logger"))):
             raise ConfigError(
                 f"run_dir={str(run_dir)!r}, but the Trainer's logger has a folder of its own; leave out one of them"
             )
@@ -333,7 +335,8 @@ class Editor:
         callbacks = with_checks(arguments.get("callbacks")) if checks else arguments.get("callbacks")
         arguments["callbacks"] = with_progress_bar(callbacks, arguments.get("enable_progress_bar"))
         with quiet():
-            return with_safe_checkpoints(L.Trainer(**arguments))
+            trainer = L.Trainer(**arguments)
+        return with_safe_checkpoints(with_run_folder(trainer, partial(default_logger, run_dir)))
 
 
 def default_logger(run_dir: str | Path | None = None) -> CSVLogger:

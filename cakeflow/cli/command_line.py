@@ -9,11 +9,13 @@ import sys
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -28,6 +30,7 @@ from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipp
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
+from cakeflow.core.loggers import names_folder, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.progress import with_progress_bar
 from cakeflow.core.run import EvaluationResult, FitResult, go_on_from, run_evaluate, run_fit
@@ -159,14 +162,15 @@ class EditCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Return a Trainer with a progress bar and, unless the user configures a logger, a run folder."""
         self.config = self._plain_config  # the one that the run folder gets
-        config = self._get(self.config_init, "trainer")
+        config, run_dir = self._get(self.config_init, "trainer"), self._get(self.config_init, "run_dir")
         if config.get("logger") in (None, True):
-            config["logger"] = default_logger(self._get(self.config_init, "run_dir"))
-        elif self._get(self.config_init, "run_dir") is not None:
+            config["logger"] = default_logger(run_dir)
+        elif run_dir is not None and names_folder(config["logger"]):
             raise ConfigError("--run_dir and trainer.logger both name a folder; leave out one of them")
         config["callbacks"] = with_progress_bar(with_checks(config.get("callbacks")), config.get("enable_progress_bar"))
         with quiet():
-            return with_safe_checkpoints(super().instantiate_trainer(**kwargs))
+            trainer = super().instantiate_trainer(**kwargs)
+        return with_safe_checkpoints(with_run_folder(trainer, partial(default_logger, run_dir)))
 
     def resuming(self, folder: Path) -> str:
         """Return the command that goes on with an interrupted run: the one that was typed, with its folder."""
@@ -196,8 +200,12 @@ class _CommandParser(ConfigParser):
     """Parser of the plain commands: ``runs`` and ``texts`` are lists of words, and some options have a second name."""
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a command."""
-        return super(PlainArguments, self).add_function_arguments(*args, **kwargs)
+        """Add the arguments of a command; the fields of its options are on the page of ``Loading`` and the like."""
+        names = super(PlainArguments, self).add_function_arguments(*args, **kwargs)
+        for action in self._actions:
+            if action.dest.startswith(("loading", "options.")) or action.dest == "options":
+                action.help = SUPPRESS
+        return names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
         if args == ("runs",):
@@ -330,6 +338,15 @@ def run_command(words: Sequence[str]) -> Any:
         sys.exit(INTERRUPTED)
 
 
+def _refuse_trust_in_files(words: Sequence[str]) -> None:
+    """Refuse config files of a plain command that let foreign code run: that is said on the command line."""
+    for word, following in zip(words, [*words[1:], ""], strict=False):
+        option, joined, value = word.partition("=")
+        path = Path(value if joined else following)
+        if option == "--config" and path.is_file():
+            refuse_trust(yaml.safe_load(path.read_text(encoding="utf-8")))
+
+
 def _run(words: list[str]) -> Any:
     names = ("fit", "evaluate", *COMMANDS)
     if not words[0].startswith("-") and words[0] not in names:
@@ -338,6 +355,7 @@ def _run(words: list[str]) -> Any:
         load_plugins()  # a run folder may hold changes of a plugin's kind
     if words[0] in COMMANDS:
         command = COMMANDS[words[0]]
+        _refuse_trust_in_files(words[1:])
         with only_known_classes():
             return auto_cli(
                 command, args=with_flags(words[1:], command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser

@@ -8,9 +8,10 @@ from cakeflow.cli.console import say
 from cakeflow.export.delta import apply_delta
 from cakeflow.export.formats import export, export_applied
 from cakeflow.export.manifest import Format, Manifest, require_place
+from cakeflow.export.options import ExportOptions
 from cakeflow.journal.audit import replay
 from cakeflow.journal.policy import Policy
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 
 
 def run_export(
@@ -20,17 +21,21 @@ def run_export(
     model: str | None = None,
     overwrite: bool = False,
     policy: Path | None = None,
+    options: ExportOptions = ExportOptions(),
+    loading: Loading = Loading(),
 ) -> Path:
     """Export the edited model of a run: the whole model, the edited weights alone, or a LoRA adapter.
 
     Args:
         run: A run folder.
         out: Folder for the export.
-        format: ``model``, a model card included; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; or ``memory``,
-            for runs that put modules in place.
+        format: ``model``, a model card included; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; ``gguf``, for
+            llama.cpp and Ollama; or ``memory``, for runs that put modules in place.
         model: Name or folder of the base model, if it cannot be loaded by the name that the run was started with.
         overwrite: Replace an existing export.
         policy: YAML file of a policy that the run must keep, beside its own.
+        options: How numbers are stored, and what the export is to fit.
+        loading: Revision, access token and trust for a model that needs them.
 
     Raises:
         RunFolderError: If the folder is not a run folder, or its ledger is damaged.
@@ -39,13 +44,20 @@ def run_export(
         PolicyError: If the run breaks the policy, or its own has not judged it.
     """
     require_place(out, overwrite=overwrite)
-    journal = replay(run, model, _policies(policy))
-    place = export(journal, out, format, overwrite=overwrite)
+    journal = replay(run, model, _policies(policy), loading=loading)
+    place = export(journal, out, format, overwrite=overwrite, options=options)
     say(f"written to {place}")
     return place
 
 
-def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, policy: Path | None = None) -> Path:
+def run_apply(
+    delta: Path,
+    model: str,
+    out: Path,
+    overwrite: bool = False,
+    policy: Path | None = None,
+    loading: Loading = Loading(),
+) -> Path:
     """Apply a delta to the model that it was made from, and write the edited model.
 
     Args:
@@ -54,6 +66,7 @@ def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, polic
         out: Folder for the edited model.
         overwrite: Replace an existing export.
         policy: YAML file of a policy that must allow it; rules about subjects and metrics allow no delta.
+        loading: Revision, access token and trust for a model that needs them.
 
     Raises:
         ExportError: If the model is another one, or the delta was changed.
@@ -62,7 +75,7 @@ def run_apply(delta: Path, model: str, out: Path, overwrite: bool = False, polic
     dtype = Manifest.read(delta).dtype.removeprefix("torch.")
     require_place(out, overwrite=overwrite)
     policies = _policies(policy)
-    lm = load_model(model, dtype=dtype)
+    lm = load_model(model, dtype=dtype, **loading.arguments())
     place = export_applied(lm, apply_delta(lm, delta, policies), out, overwrite=overwrite)
     say(f"written to {place}")
     return place

@@ -20,6 +20,7 @@ from cakeflow.export.manifest import batch_names
 from cakeflow.journal.audit import Audit, ledger_of, replay, verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry
+from cakeflow.models.loading import Loading
 from cakeflow.plugins import Plugin, find_plugins, load_plugins
 from cakeflow.report.comparison import compare_runs, plot_runs, to_csv, to_markdown
 from cakeflow.report.figures import require_image, save_plot
@@ -128,25 +129,32 @@ def run_verify(run: Path, head: str | None = None) -> Audit:
     return audit
 
 
-def run_replay(run: Path, model: str | None = None) -> Journal:
+def run_replay(run: Path, model: str | None = None, loading: Loading = Loading()) -> Journal:
     """Repeat a run from the unedited model, and check that every weight comes out as recorded, bit for bit.
 
     Args:
         run: A run folder.
         model: Name or folder of the unedited model, if it cannot be loaded by the name that the run was started with.
+        loading: Revision, access token and trust for a model that needs them.
 
     Raises:
         ResumeError: If the model is another one, or a batch leads to other weights.
         LedgerError: If the ledger or a file was changed after it was written.
     """
-    journal = replay(run, model)
+    journal = replay(run, model, loading=loading)
     places = [*dict.fromkeys(change.place for change in journal.changes)]
     summary = f"{len(journal)} batches, {journal.edits} edits in {', '.join(places)}: every weight as recorded"
     say(f"{run}: {summary}")
     return journal
 
 
-def run_rollback(run: Path, n: int | None = None, batch: int | None = None, model: str | None = None) -> Journal:
+def run_rollback(
+    run: Path,
+    n: int | None = None,
+    batch: int | None = None,
+    model: str | None = None,
+    loading: Loading = Loading(),
+) -> Journal:
     """Take back the last batches of a run, or one batch; the ledger notes it, and the files of the run stay.
 
     Args:
@@ -154,6 +162,7 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
         n: Number of batches to take back; all by default.
         batch: Number of the one batch to take back instead, as ``cakeflow log`` shows it.
         model: Name or folder of the unedited model, if it cannot be loaded by the name that the run was started with.
+        loading: Revision, access token and trust for a model that needs them.
 
     Raises:
         ConfigError: If there are not as many batches, or no such batch.
@@ -163,7 +172,7 @@ def run_rollback(run: Path, n: int | None = None, batch: int | None = None, mode
     if n is not None and n < 1:
         raise ConfigError(f"n must be at least 1 batch, got {n}")
     with locked(ledger_of(run)):
-        journal = replay(run, model, judged=False)  # what its policy has not judged may be taken back
+        journal = replay(run, model, judged=False, loading=loading)  # what its policy has not judged may be taken back
         before = {step.number for step in journal}
         journal.rollback(n, batch=batch)
     removed = before - {step.number for step in journal}

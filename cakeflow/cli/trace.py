@@ -10,7 +10,7 @@ from rich.console import Console
 
 from cakeflow.cli.console import say
 from cakeflow.errors import ConfigError
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 from cakeflow.report.figures import plot_trace, plot_weights, save_plot
 from cakeflow.report.tables import trace_table
 from cakeflow.storage.atomic import write_text
@@ -32,6 +32,7 @@ def run_trace(
     normalization: Normalization = "none",
     trace: CausalTrace = CausalTrace(),
     split: str | None = None,
+    loading: Loading = Loading(),
 ) -> Trace:
     """Measure by causal tracing which layers recall facts, and write scores, a heat map and layer weights.
 
@@ -49,8 +50,9 @@ def run_trace(
         normalization: Normalization of the scores before that softmax.
         trace: Settings of the trace, such as its window and number of noise draws.
         split: Split of a data set that has several.
+        loading: Revision, access token and trust for a model that needs them.
     """
-    facts, lm = read_facts(data, split), load_model(model)
+    facts, lm = read_facts(data, split), load_model(model, **loading.arguments())
     traced = require_layers(lm, layers or ())
     rows, tried = known_rows(lm, facts, limit)
     say(f"the model knows {len(rows)} of {tried} facts; the others are left out")

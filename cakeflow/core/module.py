@@ -21,8 +21,10 @@ from torchmetrics import Metric
 from typing_extensions import Self, TypeVar
 
 from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.folder import is_finished, require_run_folder, run_folder
 from cakeflow.core.identity import arithmetic
+from cakeflow.core.loggers import with_run_folder
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer, float32_by_default
@@ -42,7 +44,7 @@ from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, Mo
 from cakeflow.journal.steps import EditStep, request_hash
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import load_model, recorded
 from cakeflow.storage.atomic import make_private
 
 B = TypeVar("B", bound=EditBatch, default=Any)
@@ -186,6 +188,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         Loggers begin after it, so the run folder is checked here too.
         """
         check_trainer(self.trainer, edits=self.trainer.state.fn == TrainerFn.FITTING)
+        with_safe_checkpoints(with_run_folder(self.trainer))
         if (folder := run_folder(self.trainer)) is not None:
             require_run_folder(folder)
             if not self.trainer.training and is_finished(folder):
@@ -390,6 +393,8 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             format=FORMAT,
             **circumstances().to_dict(),
         )
+        if loading := recorded(self._loading, self.lm):
+            run = run.model_copy(update={"loading": loading})
         for part in (folder, folder / "journal") if self.private else ():
             make_private(part)
         self.journal.open(self.journal.store_at(folder / "journal"), run)

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import lightning as L
 
+from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder, writing
+from cakeflow.core.loggers import log_files, log_settings, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.trainer import check_trainer, quiet
 from cakeflow.errors import ConfigError, PolicyError
@@ -111,6 +113,7 @@ def run_fit(
         LockedError: If another process writes this folder.
     """
     _check_start(trainer)
+    with_safe_checkpoints(with_run_folder(trainer))
     for record in (module.timings, module.peaks, module.metrics_at):
         record.clear()
     module.outcome = None
@@ -153,6 +156,8 @@ def _fit(
 ) -> FitResult:
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
         module.open_journal(folder, data, trainer)
+        facts = {"model": module.name, "edits": len(data.requests), "batch_size": data.batch_size}
+        log_settings(trainer, {**facts, **module.settings()})
     before: dict[str, float] = {}
     if evaluate:
         before = run_evaluate(trainer, module, data, "before").metrics
@@ -163,12 +168,14 @@ def _fit(
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if evaluate and module.evaluated != len(module.journal):  # the last validation came before the last batch
         run_evaluate(trainer, module, data, "after")
+    module.journal.memory.check_all(record=False)  # callbacks may have the last word: an average is no edit
     after = dict(module.metrics_at.get("after", {}))
     edits = module.journal.edits - earlier
     if not module.complete:
         _warn_of_rest(edits, len(data.requests), goes_on(folder) if folder else "")
     if folder is not None:
         _write_run(folder, module, edits, {"before": before, "after": after})
+        log_files(trainer, folder)
     return FitResult(
         before=before,
         after=after,

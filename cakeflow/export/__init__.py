@@ -4,5 +4,15 @@ from cakeflow.export.delta import apply_delta
 from cakeflow.export.formats import export, export_applied
 from cakeflow.export.manifest import Format, Manifest, require_place
 from cakeflow.export.memory import apply_memory
+from cakeflow.export.options import ExportOptions
 
-__all__ = ["Format", "Manifest", "apply_delta", "apply_memory", "export", "export_applied", "require_place"]
+__all__ = [
+    "ExportOptions",
+    "Format",
+    "Manifest",
+    "apply_delta",
+    "apply_memory",
+    "export",
+    "export_applied",
+    "require_place",
+]

@@ -14,21 +14,14 @@ from torch import Tensor, nn
 
 from cakeflow.errors import EditError, ExportError
 from cakeflow.export.delta import apply_delta, require_base
-from cakeflow.export.lora import TENSORS, Adapted, factors_of
+from cakeflow.export.gguf import load_gguf
+from cakeflow.export.lora import Adapted, factors_of, parts_of
 from cakeflow.export.manifest import Manifest
 from cakeflow.export.memory import apply_memory
+from cakeflow.export.questions import answers_of, difference
 from cakeflow.journal.journal import Journal
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import without_progress_bars
-
-MOST_QUESTIONS = 8
-"""Prompts that a model and its export are asked."""
-
-
-def questions(journal: Journal) -> list[str]:
-    """Return the prompts of the facts that were edited last; some words if their texts are not known."""
-    texts = [request.text for step in journal for request in step.requests]
-    return texts[-MOST_QUESTIONS:] or ["The"]
 
 
 def check_model(lm: LanguageModel, folder: Path, texts: Sequence[str]) -> None:
@@ -51,7 +44,7 @@ def check_model(lm: LanguageModel, folder: Path, texts: Sequence[str]) -> None:
     loaded.model.load_state_dict(state, assign=True)
     if not lm.sharded:
         cast(nn.Module, loaded.model).to(lm.device)
-    if not all(map(torch.equal, _answers(loaded, texts), _answers(lm, texts))):
+    if not all(map(torch.equal, answers_of(loaded, texts), answers_of(lm, texts))):
         raise _unlike("logits differ", "export a delta")
 
 
@@ -80,6 +73,35 @@ def check_delta(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
         apply_delta(lm, folder)
 
 
+def check_gguf(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
+    """Load an exported GGUF file by transformers: weights and logits are the model's, but for what the manifest states.
+
+    The file's tokenizer must have the same tokens; the model is asked in tokens of the edited one's.
+
+    Raises:
+        ExportError: If it does not load, or anything else differs.
+    """
+    lm, manifest = cast(LanguageModel, journal.model), Manifest.read(folder)
+    try:
+        loaded = load_gguf(lm, folder)
+    except Exception as error:  # the libraries raise errors of many types
+        raise _unlike(f"it does not load: {error}", "export the model") from error
+    state, read = lm.model.state_dict(), loaded.model.state_dict()
+    lossy = set(manifest.weights) if manifest.tolerance else set()
+    for name in sorted(state.keys() | read.keys()):
+        if name not in state or name not in read or not (name in lossy or torch.equal(read[name], state[name].cpu())):
+            raise _unlike(f"{name} is another one", "export the model")
+    if loaded.tokenizer.get_vocab().items() < lm.tokenizer.get_vocab().items():
+        raise _unlike("tokens are missing", "export the model")
+    if not lossy:  # the same numbers elsewhere in memory may give other last bits
+        loaded.model.load_state_dict(state, assign=True)
+    asked = replace(loaded, tokenizer=lm.tokenizer)
+    cast(nn.Module, asked.model).to(lm.device)
+    off = difference(answers_of(asked, texts), answers_of(lm, texts))
+    if off > manifest.tolerance * 1.01:
+        raise _unlike(f"logits differ by {off:.1e} of the largest", "export the model")
+
+
 def check_memory(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
     """Put exported modules into the unedited model: the same logits, bit for bit.
 
@@ -98,11 +120,11 @@ def check_lora(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
         ExportError: As ``check_delta``.
     """
     lm = cast(LanguageModel, journal.model)
-    pairs = factors_of(load_file(folder / TENSORS))
+    parts = [factors_of(load_file(path)) for path in parts_of(folder)]
     manifest = Manifest.read(folder)
     with _asked(journal, texts, manifest.tolerance):
         require_base(lm, manifest, folder)
-        for path, (down, up) in pairs.items():
+        for path, (down, up) in (pair for part in parts for pair in part.items()):
             lm.put(path, Adapted(lm.module(path), down, up))
 
 
@@ -110,7 +132,7 @@ def check_lora(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
 def _asked(journal: Journal, texts: Sequence[str], tolerance: float = 0.0) -> Iterator[None]:
     """Ask the edited model, then the unedited one with what the body puts into it, and compare; all is put back."""
     lm = journal.model
-    ask: Callable[[], list[Tensor]] = lambda: _answers(lm, texts) if isinstance(lm, LanguageModel) else []  # noqa: E731
+    ask: Callable[[], list[Tensor]] = lambda: answers_of(lm, texts) if isinstance(lm, LanguageModel) else []  # noqa: E731
     expected = ask()
     with journal.reverted():
         originals = {part.place: (part, part.read(lm)) for part in reversed(journal.changes)}
@@ -126,16 +148,9 @@ def _asked(journal: Journal, texts: Sequence[str], tolerance: float = 0.0) -> It
             for part, content in originals.values():
                 part.undo(lm, content)
     for answer, other in zip(answers, expected, strict=True):
-        difference = float((answer.double() - other.double()).abs().max() / other.abs().max())
-        if not (difference <= tolerance if tolerance else torch.equal(answer, other)):
-            raise _unlike(f"logits differ by {difference:.1e} of the largest", "export the delta or the model")
-
-
-@torch.no_grad()
-def _answers(lm: LanguageModel, texts: Sequence[str]) -> list[Tensor]:
-    """Return the logits at every token of every text."""
-    rows = [torch.tensor([lm.tokenizer(text)["input_ids"] or [0]], device=lm.device) for text in texts]
-    return [lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for ids in rows]
+        off = difference([answer], [other])
+        if not (off <= tolerance if tolerance else torch.equal(answer, other)):
+            raise _unlike(f"logits differ by {off:.1e} of the largest", "export the delta or the model")
 
 
 def _unlike(reason: str, remedy: str) -> ExportError:

@@ -13,11 +13,14 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from cakeflow.errors import ConfigError, ExportError
 from cakeflow.export.card import model_card
-from cakeflow.export.check import check_delta, check_lora, check_memory, check_model, questions
+from cakeflow.export.check import check_delta, check_gguf, check_lora, check_memory, check_model
 from cakeflow.export.delta import DELTA, require_finite
+from cakeflow.export.gguf import write_gguf
 from cakeflow.export.lora import write_lora
 from cakeflow.export.manifest import MANIFEST, Format, Manifest, require_place
 from cakeflow.export.memory import write_memory
+from cakeflow.export.options import ExportOptions
+from cakeflow.export.questions import questions
 from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.schema import BatchBody
@@ -27,9 +30,20 @@ from cakeflow.storage.folders import write_folder
 from cakeflow.storage.hashing import file_hash
 
 CARD = "README.md"
+TENSOR_FILES = (".safetensors", ".gguf")
+"""Endings of files that a manifest has the hashes of."""
+Fill = Callable[[Path], None]
+"""Fills a folder."""
 
 
-def export(journal: Journal, folder: str | Path, format: Format = "model", *, overwrite: bool = False) -> Path:
+def export(
+    journal: Journal,
+    folder: str | Path,
+    format: Format = "model",
+    *,
+    overwrite: bool = False,
+    options: ExportOptions = ExportOptions(),
+) -> Path:
     """Write the model as the journal has it now: after a rollback, without the batches that were taken back.
 
     Args:
@@ -39,8 +53,10 @@ def export(journal: Journal, folder: str | Path, format: Format = "model", *, ov
             logits, bit for bit. ``delta`` is the edited weights as they are, for ``apply_delta``. ``lora`` is an
             adapter in float32 that PEFT loads onto the base model. The edited weights took the same change in, rounded
             to their type: logits differ by less than the manifest's ``tolerance``. ``memory`` is the modules that were
-            put in place, for ``apply_memory``.
+            put in place, for ``apply_memory``. ``gguf`` is a file for llama.cpp with an Ollama Modelfile: the original
+            GGUF file with the edited tensors swapped, or a new one.
         overwrite: Whether an export that is there is replaced, as a whole, when the new one is complete.
+        options: How numbers are stored, and what the export is to fit.
 
     Returns:
         The folder.
@@ -62,7 +78,7 @@ def export(journal: Journal, folder: str | Path, format: Format = "model", *, ov
     manifest = Manifest.of(journal, format)
     if format in ("delta", "lora") and not manifest.weights:
         raise ExportError(f"there is no {format} to write: no weight differs from the base; edit first")
-    fill, texts = FORMATS[format](journal, manifest), questions(journal)
+    (manifest, fill), texts = FORMATS[format](journal, manifest, options), questions(journal)
     return _put(place, manifest, fill, lambda fresh: CHECKS[format](journal, fresh, texts), overwrite=overwrite)
 
 
@@ -107,7 +123,11 @@ def _put(
 ) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
-        files = {path.name: file_hash(path) for path in sorted(fresh.glob("*.safetensors"))}
+        files = {
+            each.relative_to(fresh).as_posix(): file_hash(each)
+            for each in sorted(fresh.rglob("*"))
+            if each.suffix in TENSOR_FILES
+        }
         (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
         check(fresh)
 
@@ -174,17 +194,19 @@ def _write_delta(journal: Journal, manifest: Manifest) -> Callable[[Path], None]
     return lambda folder: write_tensors(folder / DELTA, tensors)
 
 
-FORMATS: dict[str, Callable[[Journal, Manifest], Callable[[Path], None]]] = {
-    "model": _write_model,
-    "delta": _write_delta,
+FORMATS: dict[str, Callable[[Journal, Manifest, ExportOptions], tuple[Manifest, Fill]]] = {
+    "model": lambda journal, manifest, _: (manifest, _write_model(journal, manifest)),
+    "delta": lambda journal, manifest, _: (manifest, _write_delta(journal, manifest)),
     "lora": write_lora,
-    "memory": write_memory,
+    "memory": lambda journal, manifest, _: (manifest, write_memory(journal, manifest)),
+    "gguf": write_gguf,
 }
-"""Name -> a function of journal and manifest that refuses what cannot be, and returns what fills a folder."""
+"""Name -> a function that refuses what cannot be, and returns the manifest with its details and what fills a folder."""
 CHECKS: dict[str, Callable[[Journal, Path, Sequence[str]], None]] = {
     "model": lambda journal, folder, texts: check_model(cast(LanguageModel, journal.model), folder, texts),
     "delta": check_delta,
     "lora": check_lora,
     "memory": check_memory,
+    "gguf": check_gguf,
 }
 """Name -> a function of journal, folder and questions that refuses an export that is not the edited model again."""

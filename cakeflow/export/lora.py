@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,34 +15,94 @@ from torch import Tensor, nn
 from cakeflow.errors import ExportError
 from cakeflow.export.delta import require_finite
 from cakeflow.export.manifest import Manifest
+from cakeflow.export.options import SERVED_RANKS, ExportOptions
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.journal import Journal
 from cakeflow.models.architecture import is_transposed
+from cakeflow.models.loading import HUB_IDS
 from cakeflow.storage.atomic import write_tensors
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
+Factors = tuple[Float[Tensor, "r d_out"], Float[Tensor, "r d_in"]]
+"""Left and right factor of a change."""
 STEM = "base_model.model."
 """Beginning of a tensor's name in an adapter."""
 
 
-def write_lora(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    """A function that fills a folder with an adapter; see ``export``."""
+def write_lora(journal: Journal, manifest: Manifest, options: ExportOptions) -> tuple[Manifest, Callable[[Path], None]]:
+    """The manifest with ranks and what was left out, and a function that fills a folder with an adapter.
+
+    A split adapter has its further parts in the folders ``part-2``, ``part-3`` and so on, each an adapter as well.
+
+    Raises:
+        ExportError: If a change has full rank, or a rank is larger than the server takes and it is to be an error.
+    """
+    base = _base(manifest.model, options)
     factors = {name.removesuffix(".weight"): _factors(updates) for name, updates in _updates(journal).items()}
+    ranks, limit = {path: len(right) for path, (_, right) in factors.items()}, options.max_rank or SERVED_RANKS[-1]
+    details: dict[str, Any] = {
+        "ranks": ranks,
+        "max_lora_rank": min(r for r in SERVED_RANKS if r >= min(limit, max(ranks.values()))),
+    }
+    if max(ranks.values()) > limit:
+        if options.over_rank == "error":
+            raise ExportError(
+                f"the adapter has rank {max(ranks.values())}, the server takes {limit}; choose over_rank='truncate' or "
+                "'split', a larger max_rank, or export the model or the delta"
+            )
+        if options.over_rank == "truncate":
+            details["errors"] = {path: _left_out(pair, limit) for path, pair in factors.items()}
+            manifest = manifest.model_copy(update={"tolerance": 1.0})
+    count = math.ceil(max(ranks.values()) / limit) if options.over_rank == "split" else 1
+    transposed = is_transposed(journal.model.module(min(factors)))
+    parts = [_part(factors, base, slice(k * limit, (k + 1) * limit), transposed=transposed) for k in range(count)]
+    details["parts"] = count
+
+    def write(folder: Path) -> None:
+        for number, (tensors, config) in enumerate(parts, 1):
+            place = folder / f"part-{number}" if number > 1 else folder
+            place.mkdir(exist_ok=True)
+            write_tensors(place / TENSORS, tensors, {"format": "pt"})
+            (place / CONFIG).write_text(config, encoding="utf-8")
+
+    return manifest.model_copy(update={"details": details}), write
+
+
+def _part(factors: Mapping[str, Factors], base: str, rows: slice, *, transposed: bool) -> tuple[dict[str, Tensor], str]:
+    """Tensors and config of the adapter that has these rows of the factors; the largest singular values come first."""
+    chosen = {path: (left[rows], right[rows]) for path, (left, right) in factors.items() if len(right[rows])}
     tensors: dict[str, Tensor] = {}
-    for path, (left, right) in factors.items():
+    for path, (left, right) in chosen.items():
         stem = f"{STEM}{path}"
         tensors |= {f"{stem}.lora_A.weight": right.float(), f"{stem}.lora_B.weight": left.T.float()}
     require_finite(tensors, Path(TENSORS))
-    ranks = {path: len(right) for path, (_, right) in factors.items()}
-    transposed = is_transposed(journal.model.module(min(factors)))
-    config = json.dumps(_config(manifest.model, ranks, transposed=transposed), indent=1, sort_keys=True)
+    ranks = {path: len(right) for path, (_, right) in chosen.items()}
+    return tensors, json.dumps(_config(base, ranks, transposed=transposed), indent=1, sort_keys=True)
 
-    def write(folder: Path) -> None:
-        write_tensors(folder / TENSORS, tensors, {"format": "pt"})
-        (folder / CONFIG).write_text(config, encoding="utf-8")
 
-    return write
+def _left_out(factors: Factors, limit: int) -> float:
+    """Frobenius norm of what is truncated, relative to the change: squared singular values are those of each row."""
+    left, right = factors
+    squares = left.square().sum(1) * right.square().sum(1)
+    return float((squares[limit:].sum() / squares.sum()).sqrt())
+
+
+def _base(model: str, options: ExportOptions) -> str:
+    """Name by which PEFT finds the base model: a hub id, or a folder from its root.
+
+    Raises:
+        ExportError: If it is a GGUF file, which PEFT cannot load.
+    """
+    name = options.base or HUB_IDS.get(model, model)
+    if name.endswith(".gguf"):
+        raise ExportError(f"PEFT finds no base model in a GGUF file ({name}); name its hub id or folder: base=...")
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def parts_of(folder: Path) -> list[Path]:
+    """Return the files of tensors of an adapter and its further parts."""
+    return [folder / TENSORS, *sorted(folder.glob(f"part-*/{TENSORS}"))]
 
 
 def factors_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Float[Tensor, "r d_in"], Float[Tensor, "d_out r"]]]:
@@ -86,7 +147,7 @@ def _updates(journal: Journal) -> dict[str, list[tuple[Tensor, Tensor]]]:
     return updates
 
 
-def _factors(updates: list[tuple[Tensor, Tensor]]) -> tuple[Float[Tensor, "r d_out"], Float[Tensor, "r d_in"]]:
+def _factors(updates: list[tuple[Tensor, Tensor]]) -> Factors:
     """Left and right factor of the sum of a weight's updates, of the least rank.
 
     The batches' own factors may be large and cancel, and there may be more of them than dimensions. So QR of each side

@@ -17,14 +17,14 @@ from cakeflow.journal.ledger import Entry, bodies
 from cakeflow.journal.schema import BatchBody, RollbackBody, RunBody
 from cakeflow.storage.folders import check_free
 from cakeflow.storage.hashing import tensor_hash
-from cakeflow.storage.typed import SHA256, Count, Schema, parse_as
+from cakeflow.storage.typed import SHA256, Count, Json, Schema, parse_as
 
 MANIFEST = "manifest.json"
-Format = Literal["model", "delta", "lora", "memory"]
+Format = Literal["model", "delta", "lora", "memory", "gguf"]
 TOLERANCES = {"torch.float64": 1e-5, "torch.float32": 1e-5, "torch.float16": 0.01, "torch.bfloat16": 0.05}
 """Type of a model -> tolerance of adapters, whose float32 numbers are not rounded to that type as the weights are."""
-FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
-"""Name of a file in the same folder."""
+FileName = Annotated[str, Field(pattern=r"^\w[\w.-]*(/\w[\w.-]*)?$")]
+"""Name of a file in the same folder, or in one inside it."""
 
 
 class WeightHashes(Schema):
@@ -100,7 +100,7 @@ class Manifest(Schema):
     """Content of ``manifest.json`` in an export; the file has one form only, and its own hash.
 
     Attributes:
-        format: ``model``, ``delta``, ``lora`` or ``memory``.
+        format: ``model``, ``delta``, ``lora``, ``memory`` or ``gguf``.
         model: Name of the base model, as the user wrote it.
         fingerprint: Hash of the base model (``LanguageModel.fingerprint``).
         dtype: Type of its weights.
@@ -110,8 +110,9 @@ class Manifest(Schema):
         files: Name of each file of tensors -> its SHA-256.
         changes: The modules that were put in place, in order (``memory``); their tensors are named by their numbers.
         rollbacks: Batches of the run that were taken back, and so are not in the model.
-        tolerance: Largest difference of logits from the edited model's, relative to the largest of them (``lora``); 0
-            where they are the same, bit for bit.
+        tolerance: Largest difference of logits from the edited model's, relative to the largest of them (``lora``,
+            ``gguf``); 0 where they are the same, bit for bit.
+        details: What the format has to state, such as types and ranks with their errors; left out where there is none.
         version: Version of this form.
         hash: SHA-256 of all the rest, in the file; ``text`` computes it.
     """
@@ -127,6 +128,7 @@ class Manifest(Schema):
     changes: list[ChangeInfo] = Field(default_factory=list)
     rollbacks: list[RollbackInfo] = Field(default_factory=list)
     tolerance: Annotated[float, Field(ge=0)] = 0.0
+    details: dict[str, Json] = Field(default_factory=dict)
     version: Literal[2] = 2
     hash: SHA256 | Literal[""] = ""
 
@@ -142,7 +144,7 @@ class Manifest(Schema):
         modules = [change for change in journal.changes if isinstance(change, ModuleChange)]
         return cls(
             format=format,
-            model=[journal.model.name, *(run.model for run in bodies(entries, RunBody))][-1],
+            model=[journal.policies.name, *(run.model for run in bodies(entries, RunBody))][-1],
             fingerprint=journal.base.fingerprint,
             dtype=journal.base.dtype,  # type: ignore[arg-type]  # checked when the manifest is made
             edits=journal.edits,
@@ -172,7 +174,7 @@ class Manifest(Schema):
     @property
     def text(self) -> str:
         """Text of the file: JSON in one form only, with the hash of the rest of it."""
-        values = self.model_dump(mode="json", exclude={"hash"})
+        values = self.model_dump(mode="json", exclude={"hash"} | (set() if self.details else {"details"}))
         return _render(values | {"hash": hashlib.sha256(_render(values).encode()).hexdigest()})
 
 

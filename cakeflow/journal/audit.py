@@ -13,7 +13,7 @@ from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
 from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 from cakeflow.storage.folders import require_inside
 from cakeflow.storage.hashing import file_hash, tensor_hash
 
@@ -113,12 +113,13 @@ def ledger_of(run: Path) -> Path:
     return path
 
 
-def base_of(run: Path, name: str | None = None) -> LanguageModel:
+def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) -> LanguageModel:
     """The unedited model of a run.
 
     Args:
         run: The run folder.
         name: Name or folder of the model, if it cannot be loaded by the name that the run was started with.
+        loading: How it is loaded; without a name, options that it leaves open are those of the run.
 
     Raises:
         RunFolderError: If there is no ledger.
@@ -126,7 +127,10 @@ def base_of(run: Path, name: str | None = None) -> LanguageModel:
     """
     entries = JournalStore(ledger_of(run).parent).ledger.entries
     dtypes = [body.dtype for body in bodies(entries, ModelBody)]
-    return load_model(name or name_of_base(run), dtype=dtypes[-1].removeprefix("torch.") if dtypes else "auto")
+    runs = [] if name else bodies(entries, RunBody)[-1:]
+    known = {option: value for each in runs for option, value in each.loading.items() if option != "commit"}
+    dtype = dtypes[-1].removeprefix("torch.") if dtypes else "auto"
+    return load_model(name or name_of_base(run), dtype=dtype, **{**known, **loading.arguments()})
 
 
 def name_of_base(run: Path) -> str:
@@ -142,7 +146,14 @@ def name_of_base(run: Path) -> str:
     return names[-1]
 
 
-def replay(run: Path, model: str | None = None, policies: Iterable[Policy] = (), *, judged: bool = True) -> Journal:
+def replay(
+    run: Path,
+    model: str | None = None,
+    policies: Iterable[Policy] = (),
+    *,
+    judged: bool = True,
+    loading: Loading = Loading(),
+) -> Journal:
     """Repeat every batch of a run on the unedited model; every weight must come out as recorded, bit for bit.
 
     Args:
@@ -150,13 +161,14 @@ def replay(run: Path, model: str | None = None, policies: Iterable[Policy] = (),
         model: Name of the unedited model; see ``base_of``.
         policies: Policies that the model obeys from the start.
         judged: Whether to refuse a run that its policy has not judged yet.
+        loading: How the model is loaded.
 
     Raises:
         ResumeError: If the model is another one, or a batch leads to other weights.
         LedgerError: If the ledger or a file is not as it was written.
         PolicyError: If a policy forbids the run, or has not judged it.
     """
-    journal = Journal(base_of(run, model))
+    journal = Journal(base_of(run, model, loading))
     for policy in policies:
         journal.policies.obey(policy)
     journal.load(run / "journal", judged=judged)

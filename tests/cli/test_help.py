@@ -91,3 +91,11 @@ def test_the_full_list_is_longer_and_names_every_option(capsys):
     assert len(text.splitlines()) > 200
     assert "--trainer.profiler" in text
     assert "--model.help" in text
+
+
+@pytest.mark.parametrize("words", [["--config", "trust.yaml"], ["--config=trust.yaml"]])
+def test_no_config_file_of_a_plain_command_lets_foreign_code_run(words, tmp_path, capsys):
+    (tmp_path / "trust.yaml").write_text("loading: {trust_remote_code: true}")
+    with pytest.raises(SystemExit):
+        main(["trace", *words])
+    assert "may not let foreign code run" in " ".join(capsys.readouterr().err.split())

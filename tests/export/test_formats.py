@@ -118,7 +118,7 @@ def test_only_an_export_is_overwritten(one, tmp_path):
         with pytest.raises(kind, match="choose another"):
             editor.export(tmp_path / name, "delta", overwrite=True)
     with pytest.raises(ConfigError, match="expected model, delta, lora"):
-        editor.export(tmp_path / "out", "gguf")
+        editor.export(tmp_path / "out", "onnx")
     assert sorted(content(tmp_path)) == ["file", "mine/thesis.tex"]
 
 

@@ -63,7 +63,7 @@ def test_every_flipped_bit_is_noticed(path):
     [
         ({"version": 3}, "version = 3"),
         ({"version": True}, "version = True"),
-        ({"format": "gguf"}, "format = 'gguf'"),
+        ({"format": "onnx"}, "format = 'onnx'"),
         ({"model": None}, "model = None"),
         ({"fingerprint": HASH.upper()}, "fingerprint = '0123"),
         ({"fingerprint": f"{HASH}\n"}, "fingerprint = '0123"),

@@ -6,10 +6,12 @@ import time
 
 import pytest
 import torch
+from tiny_runs import editor_of
 
 from cakeflow.errors import ArchitectureError, ConfigError
+from cakeflow.journal.audit import replay
 from cakeflow.models import loading
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model, recorded
 from cakeflow.storage.cache import cache_folder
 
 
@@ -124,3 +126,34 @@ def test_arguments_that_say_which_files_are_meant_hold_for_the_tokenizer_too(lm,
     assert loaded.tokenizer.get_vocab() == lm.tokenizer.get_vocab()
     with pytest.raises(ConfigError, match="that loads here"):
         load_model(tmp_path / "repository")
+
+
+def test_options_reach_model_and_tokenizer_alike_and_the_ledger_has_no_token(workplace, requests, monkeypatch):
+    """A run by options; replay asks for them again, without the token, which no file of the run has."""
+    seen = []
+    for kind in (loading.AutoTokenizer, loading.AutoModelForCausalLM):
+        real = kind.from_pretrained
+
+        def spy(name, *args, real=real, kind=kind, **kwargs):
+            seen.append((kind.__name__, kwargs.get("revision"), kwargs.get("token"), kwargs.get("trust_remote_code")))
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(kind, "from_pretrained", spy)
+    options = {"revision": "v1", "token": "hf_secret", "trust_remote_code": True}
+    lm = load_model(workplace / "model", **options)
+    assert {each[1:] for each in seen} == {("v1", "hf_secret", True)}
+    assert {each[0] for each in seen} == {"AutoTokenizer", "AutoModelForCausalLM"}
+    assert recorded(options, lm) == {"revision": "v1"}
+    assert "hf_secret" not in repr(Loading(token="hf_secret"))
+    editor = editor_of(lm)
+    editor.module._loading = options
+    editor.module.name = str(workplace / "model")
+    editor.fit(requests[:2], run_dir=workplace / "run", evaluate=False)
+    assert not any(b"hf_secret" in path.read_bytes() for path in (workplace / "run").rglob("*") if path.is_file())
+    assert b'"loading":{"revision":"v1"}' in (workplace / "run/journal/ledger.jsonl").read_bytes()
+    seen.clear()
+    replay(workplace / "run")
+    assert {each[1:] for each in seen} == {("v1", None, False)}
+    seen.clear()
+    replay(workplace / "run", loading=Loading(revision="v2", token="other"))
+    assert {each[1:] for each in seen} == {("v2", "other", False)}

@@ -1,0 +1,40 @@
+"""What a user chooses of an export: how numbers are stored, and what the export is to fit."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from cakeflow.errors import ConfigError
+
+OverRank = Literal["error", "truncate", "split"]
+"""What becomes of an adapter of too large a rank."""
+SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM accepts as ``max_lora_rank``."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Choices of an export; each belongs to some formats and is refused by none.
+
+    Attributes:
+        tensor_type: Type of the edited tensors in a GGUF file: ``exact`` (the one of the model's weights), ``same``
+            (that of the original file), or a name that the ``gguf`` package can quantize to, such as ``Q8_0``.
+        source: The GGUF file that the model was loaded from, if the model's name does not say it.
+        max_rank: Largest rank of an adapter that the server takes; None for vLLM's largest, 512.
+        over_rank: What becomes of an adapter of a larger rank: ``error``; ``truncate``, to the largest singular values,
+            with the error in the manifest; ``split``, into adapters of at most that rank whose sum is the change.
+        base: Hub id or folder of the base model, as cards and adapters name it.
+    """
+
+    tensor_type: str = "exact"
+    source: str = ""
+    max_rank: int | None = None
+    over_rank: OverRank = "error"
+    base: str = ""
+
+    def __post_init__(self) -> None:
+        if self.max_rank is not None and self.max_rank not in SERVED_RANKS:
+            raise ConfigError(f"max_rank = {self.max_rank}: vLLM accepts {', '.join(map(str, SERVED_RANKS))}")
+        if self.over_rank not in ("error", "truncate", "split"):
+            raise ConfigError(f"over_rank = {self.over_rank!r}: expected error, truncate, split")

@@ -1,0 +1,38 @@
+"""What an edited model and its export are asked, and how far their logits lie apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cakeflow.journal.journal import Journal
+from cakeflow.models.language import LanguageModel
+
+MOST_QUESTIONS = 8
+"""Prompts that a model and its export are asked."""
+
+
+def questions(journal: Journal) -> list[str]:
+    """Return the prompts of the facts that were edited last; some words if their texts are not known."""
+    texts = [request.text for step in journal for request in step.requests]
+    return texts[-MOST_QUESTIONS:] or ["The"]
+
+
+@torch.no_grad()
+def answers_of(lm: LanguageModel, texts: Sequence[str]) -> list[Tensor]:
+    """Return the logits at every token of every text, 1 x tokens x vocabulary."""
+    rows = [torch.tensor([lm.tokenizer(text)["input_ids"] or [0]], device=lm.device) for text in texts]
+    return [lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for ids in rows]
+
+
+def difference(answers: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """Return the largest difference of logits, relative to the largest of them.
+
+    Example:
+        >>> difference([torch.tensor([1.0, 4.0])], [torch.tensor([2.0, 4.0])])
+        0.25
+    """
+    pairs = zip(answers, expected, strict=True)
+    return max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a, b in pairs)

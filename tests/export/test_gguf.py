@@ -1,0 +1,202 @@
+"""GGUF files of edited models, as transformers reads them again."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from tiny_runs import LAYERS, content, editor_of, name_of
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from cakeflow.errors import ExportError
+from cakeflow.export import Manifest
+from cakeflow.export.gguf import FILE, modelfile
+from cakeflow.journal import WeightChange
+from cakeflow.models.loading import gguf_source, load_model
+from cakeflow.solvers import Update
+
+from .conftest import logits
+
+WIDTH = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4}
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def llama(_models, tmp_path):
+    """Makes a random Llama whose queries have more heads than its keys, in a folder."""
+
+    def make(dtype=torch.float32, **config):
+        torch.manual_seed(0)
+        tokenizer = _models["llama"].tokenizer
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 0}
+        chosen = {**WIDTH, **heads, "vocab_size": len(tokenizer), "rope_theta": 5e4, **config}
+        model = LlamaForCausalLM(LlamaConfig(**chosen)).to(dtype).eval()
+        model.save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        return tmp_path / "base"
+
+    return make
+
+
+def edited(base, requests, quiet, **settings):
+    editor = editor_of(load_model(base, dtype="auto"), quiet, **settings)
+    editor.fit(requests[:4], 2, evaluate=False)
+    return editor
+
+
+def as_read(folder, dtype):
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=FILE, dtype=dtype)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_a_new_file_gives_the_same_logits(llama, dtype, requests, quiet, ids, tmp_path, tied):
+    editor = edited(llama(dtype, tie_word_embeddings=tied), requests, quiet)
+    before = editor.module.lm.fingerprint()
+    editor.export(tmp_path / "out", "gguf")
+    assert editor.module.lm.fingerprint() == before
+    assert sorted(content(tmp_path / "out")) == ["Modelfile", "manifest.json", "model.gguf"]
+    loaded = as_read(tmp_path / "out", dtype)
+    assert torch.equal(logits(loaded, ids), logits(editor.model, ids))
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.tolerance == 0
+    assert set(manifest.files) == {FILE}
+    assert manifest.details["types"] == (["BF16", "F32"] if dtype == torch.bfloat16 else ["F32"])
+
+
+def test_rows_of_queries_stand_in_pairs(llama, requests, quiet, tmp_path):
+    """llama.cpp rotates neighbouring rows, transformers the halves of a head."""
+    editor = edited(llama(), requests, quiet)
+    editor.export(tmp_path / "out", "gguf")
+    tensors = {each.name: each.data for each in GGUFReader(tmp_path / "out" / FILE).tensors}
+    for kind, heads in (("q", 4), ("k", 2)):
+        rows = editor.model.get_submodule(f"model.layers.1.self_attn.{kind}_proj").weight.detach().numpy()
+        for head in range(heads):
+            for pair in range(8):
+                for side in (0, 1):
+                    row = tensors[f"blk.1.attn_{kind}.weight"][head * 16 + 2 * pair + side]
+                    assert np.array_equal(row, rows[head * 16 + side * 8 + pair])
+
+
+@pytest.fixture
+def swapped(llama, requests, quiet, tmp_path):
+    """A file that was an export, as the base of a further edit."""
+    first = edited(llama(), requests, quiet)
+    first.export(tmp_path / "base.folder", "gguf")
+    base = (tmp_path / "base.folder" / FILE).rename(tmp_path / "base.gguf")
+    return base, edited(str(base), requests, quiet)
+
+
+@pytest.mark.filterwarnings("ignore:stored so")  # four bits are few for a random model
+@pytest.mark.parametrize("kind", ["exact", "F16", "Q8_0", "Q4_1"])
+def test_only_the_edited_tensors_are_swapped(swapped, ids, tmp_path, kind):
+    base, editor = swapped
+    names = {f"blk.{layer}.ffn_down.weight" for layer in LAYERS}
+    editor.export(tmp_path / "out", "gguf", tensor_type=kind, source=str(base))
+    one, other = GGUFReader(base), GGUFReader(tmp_path / "out" / FILE)
+    size = one.tensors[0].field.offset
+    assert bytes(one.data[:size]) == bytes(other.data[:size])
+    assert [each.name for each in one.tensors] == [each.name for each in other.tensors]
+    for a, b in zip(one.tensors, other.tensors, strict=True):
+        assert (a.data.tobytes() == b.data.tobytes()) == (a.name not in names)
+    assert {each.tensor_type.name for each in other.tensors if each.name in names} == {
+        "F32" if kind == "exact" else kind
+    }
+    manifest, loaded = Manifest.read(tmp_path / "out"), as_read(tmp_path / "out", torch.float32)
+    off = (logits(loaded, ids) - logits(editor.model, ids)).abs().max() / logits(editor.model, ids).abs().max()
+    assert (off == 0) == (kind == "exact")
+    for each in other.tensors:
+        if each.name in names:
+            name = name_of(editor.module.lm, int(each.name.split(".")[1]))
+            weight = editor.model.get_parameter(name).detach().double().numpy()
+            error = np.linalg.norm(dequantize(each.data, each.tensor_type) - weight) / np.linalg.norm(weight)
+            assert manifest.details["weights"][name]["error"] == pytest.approx(error, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:stored so")
+def test_the_same_types_leave_every_other_byte(swapped, tmp_path):
+    base, editor = swapped
+    editor.export(tmp_path / "out", "gguf", tensor_type="same", source=str(base))
+    old, new = base.read_bytes(), (tmp_path / "out" / FILE).read_bytes()
+    reader = GGUFReader(base)
+    spans = [(each.data_offset, each.n_bytes) for each in reader.tensors if "ffn_down" in each.name]
+    kept = [spans[layer] for layer in LAYERS]
+    assert len(old) == len(new)
+    differ = np.flatnonzero(np.frombuffer(old, np.uint8) != np.frombuffer(new, np.uint8))
+    assert all(any(start <= place < start + size for start, size in kept) for place in differ)
+    assert len(differ)
+
+
+def test_rows_that_stand_in_pairs_are_swapped_in_pairs(swapped, requests, quiet, ids, tmp_path):
+    """An edit of what the file has in another order: the order is measured on the unedited weight."""
+    base, _ = swapped
+    lm = load_model(str(base))
+    editor = editor_of(lm, quiet)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    with editor.journal.batch(requests[:1]) as step:
+        update = Update(torch.randn(1, 64).double(), torch.randn(1, 64).double())
+        editor.journal.apply(step, WeightChange(name, update), {})
+    editor.export(tmp_path / "out", "gguf", source=str(base))
+    loaded = as_read(tmp_path / "out", torch.float32)
+    assert torch.equal(loaded.get_parameter(name), editor.model.get_parameter(name))
+    assert torch.equal(logits(loaded, ids), logits(editor.model, ids))
+
+
+def test_a_file_of_another_model_is_refused(swapped, tmp_path):
+    base, editor = swapped
+    other = tmp_path / "other.gguf"
+    data = bytearray(base.read_bytes())
+    place = next(each for each in GGUFReader(base).tensors if each.name == f"blk.{LAYERS[0]}.ffn_down.weight")
+    data[place.data_offset + 2] ^= 64
+    other.write_bytes(bytes(data))
+    before = content(tmp_path)
+    for source, words in ((other, "not the unedited"), (tmp_path / "base" / "config.json", "no GGUF file")):
+        with pytest.raises(ExportError, match=words):
+            editor.export(tmp_path / "out", "gguf", source=str(source))
+    for kind, words in (("Q3_X", "expected exact, same"), ("Q4_K", "no quantizer|cannot be stored")):
+        with pytest.raises(ExportError, match=words):
+            editor.export(tmp_path / "out", "gguf", source=str(base), tensor_type=kind)
+    assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32], ids=str)
+def test_what_gguf_does_not_know_is_refused_before_anything_is_written(one, llama, requests, quiet, tmp_path, dtype):
+    _, gpt2 = one
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ExportError, match=r"cannot have the layout of gpt2.*convert_hf_to_gguf"):
+        gpt2.export(tmp_path / "empty" / "out", "gguf")
+    linear = {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}
+    scaled = edited(llama(**linear), requests, quiet)
+    with pytest.raises(ExportError, match="positions of type 'linear'"):
+        scaled.export(tmp_path / "empty" / "out", "gguf")
+    scaled.model.config.model_type = "unheard_of"
+    with pytest.raises(ExportError, match="GGUF knows no architecture 'unheard_of'"):
+        scaled.export(tmp_path / "empty" / "out", "gguf")
+    assert list((tmp_path / "empty").iterdir()) == []
+
+
+def test_a_modelfile_stops_where_the_model_does(llama, requests, quiet):
+    lm = load_model(llama())
+    text = modelfile(lm)
+    assert "FROM ./model.gguf\n" in text
+    assert 'PARAMETER stop "<|endoftext|>"' in text
+
+
+@pytest.mark.real
+def test_the_real_file_keeps_everything_but_the_edits(real_editor, tmp_path):
+    editor = real_editor("memit")
+    request = {"prompt": "{} is a city in the country of", "subject": "Lyon", "target_new": "Germany"}
+    editor.fit([request], evaluate=False)
+    base = gguf_source("smollm2-135m")
+    editor.export(tmp_path / "out", "gguf", source=str(base))
+    manifest = Manifest.read(tmp_path / "out")
+    assert manifest.tolerance == 0
+    assert json.dumps(manifest.details["types"]) == '["F32"]'
+    one, other = GGUFReader(base), GGUFReader(tmp_path / "out" / FILE)
+    differ = {a.name for a, b in zip(one.tensors, other.tensors, strict=True) if a.tensor_type != b.tensor_type}
+    assert differ == {f"blk.{layer}.ffn_down.weight" for layer in editor.module.layers}

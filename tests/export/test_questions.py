@@ -1,0 +1,20 @@
+"""What exports are asked."""
+
+import torch
+
+from cakeflow.export.questions import answers_of, difference, questions
+from cakeflow.journal.journal import Journal
+
+
+def test_answers_are_logits_of_every_token(lm):
+    texts = ["Ann plays", "The"]
+    answers = answers_of(lm, texts)
+    for text, answer in zip(texts, answers, strict=True):
+        ids = torch.tensor([lm.tokenizer(text)["input_ids"]])
+        assert torch.equal(answer, lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
+    assert difference(answers, answers) == 0
+    assert difference([answers[0] * 2], [answers[0]]) == 1
+
+
+def test_without_texts_some_words_are_asked(lm):
+    assert questions(Journal(lm)) == ["The"]
