@@ -2,6 +2,7 @@
 
 from cakeflow.callbacks.health import StreamHealth
 from cakeflow.callbacks.key_drift import KeyDrift
+from cakeflow.callbacks.neighbor_shift import NeighborShift
 from cakeflow.callbacks.neutral_text import NeutralText
 from cakeflow.callbacks.outcome import OutcomeCheck
 from cakeflow.callbacks.periodic import PeriodicCallback
@@ -10,5 +11,6 @@ from cakeflow.callbacks.retention import Retention
 from cakeflow.journal.policy import Policy
 
 __all__ = [
-    "KeyDrift", "NeutralText", "OutcomeCheck", "PeriodicCallback", "Policy", "PolicyGuard", "Retention", "StreamHealth",
+    "KeyDrift", "NeighborShift", "NeutralText", "OutcomeCheck", "PeriodicCallback", "Policy", "PolicyGuard",
+    "Retention", "StreamHealth",
 ]  # fmt: skip
