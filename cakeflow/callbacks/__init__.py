@@ -1,5 +1,6 @@
 """Callbacks for any Lightning Trainer: measurements along a stream of edits, and a policy."""
 
+from cakeflow.callbacks.consequences import ConsequenceCheck
 from cakeflow.callbacks.health import StreamHealth
 from cakeflow.callbacks.key_drift import KeyDrift
 from cakeflow.callbacks.neighbor_shift import NeighborShift
@@ -11,6 +12,6 @@ from cakeflow.callbacks.retention import Retention
 from cakeflow.journal.policy import Policy
 
 __all__ = [
-    "KeyDrift", "NeighborShift", "NeutralText", "OutcomeCheck", "PeriodicCallback", "Policy", "PolicyGuard",
-    "Retention", "StreamHealth",
+    "ConsequenceCheck", "KeyDrift", "NeighborShift", "NeutralText", "OutcomeCheck", "PeriodicCallback", "Policy",
+    "PolicyGuard", "Retention", "StreamHealth",
 ]  # fmt: skip
