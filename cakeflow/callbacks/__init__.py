@@ -3,6 +3,7 @@
 from cakeflow.callbacks.consequences import ConsequenceCheck
 from cakeflow.callbacks.health import StreamHealth
 from cakeflow.callbacks.key_drift import KeyDrift
+from cakeflow.callbacks.knowledge import KnowledgeCheck
 from cakeflow.callbacks.neighbor_shift import NeighborShift
 from cakeflow.callbacks.neutral_text import NeutralText
 from cakeflow.callbacks.outcome import OutcomeCheck
@@ -12,6 +13,6 @@ from cakeflow.callbacks.retention import Retention
 from cakeflow.journal.policy import Policy
 
 __all__ = [
-    "ConsequenceCheck", "KeyDrift", "NeighborShift", "NeutralText", "OutcomeCheck", "PeriodicCallback", "Policy",
-    "PolicyGuard", "Retention", "StreamHealth",
+    "ConsequenceCheck", "KeyDrift", "KnowledgeCheck", "NeighborShift", "NeutralText", "OutcomeCheck",
+    "PeriodicCallback", "Policy", "PolicyGuard", "Retention", "StreamHealth",
 ]  # fmt: skip
