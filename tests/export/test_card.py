@@ -140,7 +140,7 @@ def test_any_ledger_gives_a_card_without_markup_of_its_own(model, settings, name
     assert (f"| {rate:.4g} |" in card) == (abs(rate) <= LARGEST)
     outside = re.sub(r"^(`{3,})$.*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
     headings = [line for line in outside.splitlines() if line.startswith("#")]
-    assert headings[1:] == ["## Method", "## Metrics", "## Edits", "## How to verify"]
+    assert headings[1:] == ["## Method", "## Metrics", "## Edits", "## Privacy", "## How to verify"]
     assert "<script>" not in outside
     assert "\x1b" not in card
 
