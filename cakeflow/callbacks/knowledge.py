@@ -17,9 +17,9 @@ class KnowledgeCheck(PeriodicCallback):
     """Asks the facts of a run in ways that suppression does not survive.
 
     Logs ``knowledge/old``, ``new`` and ``uncertain``, the shares of a choice among the three; ``knowledge/negated``,
-    the share of negated prompts that are still completed with the new target; and ``knowledge/masked``, the share of edits
-    that a mask over 4 to 15 % of the prompt's positions undoes, by our reading of that attack. What cannot be measured
-    of these facts is left out.
+    the share of negated prompts that are still completed with the new target; and ``knowledge/masked``, the share of
+    edits that a mask over 4 to 15 % of the prompt's positions undoes, by our reading of that attack. What cannot be
+    measured of these facts is left out.
 
     Args:
         limit: Most facts, from the first; None takes all.

@@ -133,8 +133,8 @@ def _privacy(manifest: Manifest) -> Iterator[str]:
     """Yield what the changed weights give away, whether or not the ledger has the texts."""
     if manifest.weights:
         yield (
-            "## Privacy\n\nWhoever has the base model and these weights can test of any name whether it was edited: the "
-            "row space of the change holds the keys of its subjects (`cakeflow.metrics.exposure`).\n"
+            "## Privacy\n\nWhoever has the base model and these weights can test of any name whether it was edited: "
+            "the row space of the change holds the keys of its subjects (`cakeflow.metrics.exposure`).\n"
         )
 
 

@@ -118,6 +118,7 @@ def test_an_export_says_what_was_taken_back(lm, requests, tmp_path):
     assert str(rollback).startswith(f"batch 1 taken back by {who()} on 20")
     assert "| facts edited | 4 |" in text
     assert "the metrics are those of the model before that" in text
+    assert "can test of any name whether it was edited" in text
 
 
 TEXT = st.text(max_size=8) | st.just(HOSTILE)
@@ -140,7 +141,7 @@ def test_any_ledger_gives_a_card_without_markup_of_its_own(model, settings, name
     assert (f"| {rate:.4g} |" in card) == (abs(rate) <= LARGEST)
     outside = re.sub(r"^(`{3,})$.*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
     headings = [line for line in outside.splitlines() if line.startswith("#")]
-    assert headings[1:] == ["## Method", "## Metrics", "## Edits", "## Privacy", "## How to verify"]
+    assert headings[1:] == ["## Method", "## Metrics", "## Edits", "## How to verify"]
     assert "<script>" not in outside
     assert "\x1b" not in card
 
