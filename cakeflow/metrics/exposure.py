@@ -51,7 +51,8 @@ def exposure(
     whitened = (keys.double() @ vectors) / values.sqrt()
     _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
     basis = basis[singular > RANK_TOLERANCE * singular[0]]
-    return (whitened @ basis.T).norm(dim=1) / whitened.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    inside: Tensor = (whitened @ basis.T).norm(dim=1)
+    return inside / whitened.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 class SubjectRecall(Metric):
