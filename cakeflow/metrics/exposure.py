@@ -51,8 +51,9 @@ def exposure(
     whitened = (keys.double() @ vectors) / values.sqrt()
     _, singular, basis = torch.linalg.svd(rows, full_matrices=False)
     basis = basis[singular > RANK_TOLERANCE * singular[0]]
-    inside: Tensor = (whitened @ basis.T).norm(dim=1)
-    return inside / whitened.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    lengths = whitened.norm(dim=1).clamp_min(torch.finfo(torch.float64).tiny)
+    shares: Tensor = (whitened @ basis.T).norm(dim=1) / lengths
+    return shares
 
 
 class SubjectRecall(Metric):
