@@ -139,6 +139,10 @@ class ConfigError(EditError, ValueError):
     """A setting that names something unknown or contradicts another."""
 
 
+class JudgeError(EditError, ValueError):
+    """A judge of free answers that gives no verdict."""
+
+
 class RunFolderError(EditError, ValueError):
     """A folder that is not a run folder, or a run folder with a broken file."""
 

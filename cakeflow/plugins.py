@@ -16,6 +16,7 @@ import torchmetrics
 
 from cakeflow.allocators.base import Allocator
 from cakeflow.errors import PluginError
+from cakeflow.evaluation.judges import Judge
 from cakeflow.journal.changes import Change
 from cakeflow.solvers.base import Solver
 from cakeflow.targets.base import TargetSearch
@@ -34,6 +35,7 @@ SLOTS: dict[str, type] = {
     "stop": StopRule,
     "attribution": Attribution,
     "metric": torchmetrics.Metric,
+    "judge": Judge,
     "change": Change,
     "module": L.LightningModule,  # EditModule itself stands above this file
     "callback": L.Callback,

@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torchmetrics import KLDivergence
 from torchmetrics.text import Perplexity
 
 from cakeflow.callbacks.periodic import PeriodicCallback
@@ -15,13 +14,15 @@ from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import ConfigError
 from cakeflow.forward.corpus import token_stream
 from cakeflow.forward.packing import logits_bytes, pass_bytes, require_bytes
+from cakeflow.metrics.distribution import prediction_shift
 
 
 class NeutralText(PeriodicCallback):
     """Measures the side effects of edits on unrelated text, with torchmetrics' own metrics.
 
     Logs ``neutral/perplexity`` and ``neutral/kl``, the mean divergence in nats of the edited model's next-token
-    distribution from the unedited model's, KL(unedited | edited).
+    distribution from the unedited model's, KL(unedited | edited), and ``neutral/top1``,
+    ``neutral/top5`` and ``neutral/top10``, the shares of the most likely tokens that stay.
 
     Args:
         source: Source of held-out text, as for ``Statistics``, but never the same text; by default some 900 tokens
@@ -56,15 +57,15 @@ class NeutralText(PeriodicCallback):
 
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:
-        """Return perplexity and divergence of the model as it is now."""
-        perplexity, divergence = Perplexity(), KLDivergence(log_prob=True)
+        """Return perplexity, divergence and overlaps of the model as it is now."""
+        perplexity, shift = Perplexity(), prediction_shift()
         for ids in self._windows.split(self._rows(module)):
             now = self._predictions(module, ids)
             perplexity.update(now, ids[:, 1:].cpu())
             with module.journal.reverted():
                 before = self._predictions(module, ids)
-            divergence.update(before.flatten(0, 1), now.flatten(0, 1))
-        return {"perplexity": float(perplexity.compute()), "kl": float(divergence.compute())}
+            shift.update(before.flatten(0, 1), now.flatten(0, 1))
+        return {name: float(each) for name, each in {"perplexity": perplexity.compute(), **shift.compute()}.items()}
 
     def _rows(self, module: Any) -> int:
         """Return the number of windows in a pass: 4, or as many as fit beside the predictions before and now."""

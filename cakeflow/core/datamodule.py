@@ -11,7 +11,7 @@ from cakeflow.core.module import EditModule
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import warn_of_doubts
 from cakeflow.data.schemas import Occurrence, ZsreTarget, asks, parse_requests
-from cakeflow.data.selection import Conflicts, Order, select
+from cakeflow.data.selection import Conflicts, Order, require_apart, select
 from cakeflow.data.snippets import with_references
 from cakeflow.data.sources import Source, read_entries
 from cakeflow.errors import ConfigError
@@ -34,7 +34,8 @@ class EditDataModule(L.LightningDataModule):
         eval_batch_size: Requests scored together.
         split: Split of a data set that has several.
         order: Case ids of exactly the requests to edit, in their sequence, or a file with them.
-        conflicts: What to do about requests that contradict each other: ``error``, or ``drop`` all but the first.
+        conflicts: What to do about requests that contradict each other: ``error``, ``drop`` all but the first,
+            or ``keep`` them in a stream in which the later one replaces the earlier one; not in one batch.
         snippets: ``attribute_snippets.json`` of the official code, for ``Consistency`` (``snippets.with_references``).
         occurrence: Occurrence of its subject that a prompt without ``{}`` means, ``first`` or ``last``
             (``parse_requests``).
@@ -73,8 +74,10 @@ class EditDataModule(L.LightningDataModule):
         requests = parse_requests(entries, occurrence=occurrence, zsre_target=zsre_target)
         self.requests = select(requests, order, shuffle_seed, conflicts, limit)
         may_ask = {request for entry, request in zip(entries, requests, strict=True) if asks(entry)}
-        warn_of_doubts(self.requests, may_ask)
+        warn_of_doubts(self.requests, may_ask, may_contradict=conflicts == "keep")
         self.batch_size = batch_size or len(self.requests)
+        if conflicts == "keep":
+            require_apart(self.requests, self.batch_size)
         self.eval_batch_size = eval_batch_size
         self.evaluate = True
         self._module: EditModule | None = None

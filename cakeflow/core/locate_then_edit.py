@@ -30,7 +30,7 @@ from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import EditRequest, FactToken
 from cakeflow.errors import ConfigError, did_you_mean, require_choice, require_count, require_positive
 from cakeflow.evaluation.evaluation import Evaluation
-from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens
+from cakeflow.forward.fact_tokens import FactBatch, check_tokens, choose_tokens, with_end
 from cakeflow.forward.generation import chat_template, generate_contexts
 from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pass_bytes
@@ -56,7 +56,7 @@ from cakeflow.weighters.static import Uniform
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
     "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
-    "fact_token", "chat", "rounds", "repairs", "reread_keys",
+    "fact_token", "chat", "rounds", "repairs", "reread_keys", "end_of_text",
 )  # fmt: skip
 """Attributes of a module that decide the outcome of its edits, beside the model."""
 
@@ -109,6 +109,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         reread_keys: Batches after which the keys of all earlier facts are read again in the model as it is then, so
             that solves preserve what it answers now, though edits of lower layers moved the keys (``KeyDrift`` measures
             how far); the values that keys were to get stay. 0 never does: keys are as when their facts were new.
+        end_of_text: Whether the end-of-text token is taught with the target, as its last token, so that an answer ends
+            there (LocFT); the other papers do without.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
 
     Raises:
@@ -146,6 +148,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         rounds: int = 0,
         repairs: int = 0,
         reread_keys: int = 0,
+        end_of_text: bool = False,
         dequantize: bool = False,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
@@ -179,6 +182,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.dequantize = dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
         self.fact_token, self.chat, self.rounds, self.repairs = fact_token, chat, rounds, repairs
+        self.end_of_text = end_of_text
         self.facts: dict[int, FactBatch] = {}
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -218,9 +222,13 @@ class LocateThenEdit(EditModule[TextBatch]):
                 self.contexts = generate_contexts(self.lm, self.seed)
         if self.chat and self.lm.chats and not self.contexts.chats:
             self.contexts = replace(self.contexts, chats=(chat_template(self.lm),))
-        texts = encode_batch(self.lm, requests, self.contexts)
+        texts = self._encoded(requests, 0)
         check_tokens(texts, self.fact_token)
         return texts
+
+    def _encoded(self, requests: Sequence[EditRequest], first: int) -> TextBatch:
+        texts = encode_batch(self.lm, requests, self.contexts or Contexts(), first)
+        return with_end(self.lm, texts) if self.end_of_text else texts
 
     def prepare(self, batches: Sequence[TextBatch]) -> None:
         """Choose layers with their scores and the facts' tokens, estimate memory, and collect second moments."""
@@ -234,7 +242,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         texts = TextBatch.join(batches)
         count, before = len(texts), earlier_requests(self.journal, texts.requests) if self.repairs else []
         if before:
-            texts = TextBatch.join([texts, encode_batch(self.lm, before, self.contexts or Contexts(), count)])
+            texts = TextBatch.join([texts, self._encoded(before, count)])
         self.stream = Stream(texts, self.with_tokens(texts))
         facts = self.stream.facts.part(range(count))
         warn_blocked(facts)

@@ -330,12 +330,13 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         """Check that the metrics can judge these requests, and that the model can read them.
 
         Raises:
-            ConfigError: If a metric that the user named can judge none of them.
+            ConfigError: If a metric that the user named can judge none of them, or a chat cannot be written.
             RequestError: If a text is too long, or a target has no token.
         """
         needs = {name: getattr(metric, "needs", ()) for name, metric in self.metrics.items()}
         check_fields(requests, needs, self._requested)
         check_records(self.lm, requests)
+        self.evaluation.check(self.lm)
 
     def original_weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
         """Return a weight as it was before any edit."""

@@ -102,17 +102,20 @@ def check_fields(
 # ---- what can be edited but is probably not meant as it stands ----
 
 
-def warn_of_doubts(requests: Sequence[EditRequest], may_ask: Collection[EditRequest] = ()) -> None:
+def warn_of_doubts(
+    requests: Sequence[EditRequest], may_ask: Collection[EditRequest] = (), *, may_contradict: bool = False
+) -> None:
     """Warn of requests that are probably not meant as they stand, in one line for each kind of doubt.
 
     Args:
         requests: The requests of a run, in the order of the edits.
         may_ask: Requests of data whose prompts are questions.
+        may_contradict: Whether later requests are meant to replace earlier ones.
     """
     twins = _twins([request.subject for request in requests])
     doubts = (
         _repeated(requests), _questions(requests, may_ask), _long(requests), _respelled(requests, twins),
-        _contradictory(requests, twins),
+        () if may_contradict else _contradictory(requests, twins),
     )  # fmt: skip
     for message in chain(*doubts):
         warnings.warn(message, RequestWarning, stacklevel=3)

@@ -13,7 +13,7 @@ from cakeflow.data.files import exists, parse_json, read_text
 from cakeflow.data.request import EditRequest, contradictions, is_case_id
 from cakeflow.errors import ConfigError, RequestError, listed, require_choice
 
-Conflicts = Literal["error", "drop"]
+Conflicts = Literal["error", "drop", "keep"]
 """Treatment of records that contradict each other."""
 Order = Sequence[int | str] | str | Path
 """A published order: case ids, or a file with them (``.json``: one list; any other: one id a line)."""
@@ -37,7 +37,7 @@ def select(
         order: Case ids of exactly the records to edit, in their sequence (``20953`` and ``"20953"`` are one id).
         shuffle_seed: Seed of a permutation, without an order.
         conflicts: ``error`` refuses a selection with records that contradict each other (``request.contradictions``);
-            ``drop`` leaves out those that contradict an earlier one, and logs how many.
+            ``drop`` leaves out those that contradict an earlier one, and logs how many; ``keep`` takes all.
         limit: Most records to take.
 
     Returns:
@@ -66,7 +66,7 @@ def select(
         log.info("%d of %d records contradict an earlier one and are left out", len(dropped), len(chosen))
         chosen = [index for index in chosen if index not in dropped]
     chosen = chosen[:limit]
-    if faults := contradictions(requests, chosen):
+    if conflicts != "keep" and (faults := contradictions(requests, chosen)):
         raise RequestError(faults)
     return [requests[index] for index in chosen]
 
@@ -111,3 +111,18 @@ def _places(requests: Sequence[EditRequest], order: Sequence[int | str]) -> list
     if messages := [f"{fault} {listed(cases)}" for fault, cases in faults.items() if cases]:
         raise ConfigError(f"data.order, case ids: {'; '.join(messages)}")
     return [places[case][0] for case in ids]
+
+
+def require_apart(requests: Sequence[EditRequest], batch_size: int) -> None:
+    """Require that requests that contradict each other are in different batches.
+
+    Args:
+        requests: The requests, in the order of the edits.
+        batch_size: Edits in one batch.
+
+    Raises:
+        RequestError: Naming each request that contradicts another one of its batch.
+    """
+    batches = [range(start, min(start + batch_size, len(requests))) for start in range(0, len(requests), batch_size)]
+    if faults := [fault for batch in batches for fault in contradictions(requests, batch)]:
+        raise RequestError(faults)

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import MOST_ENTRIES, SOURCES, Parts, exists, lines, parse_json, read_text
+from cakeflow.data.public_files import Consequence, consequences, unfold
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
 from cakeflow.errors import ConfigError, Fault, RequestError
@@ -38,7 +39,8 @@ def read_requests(
         source: ``"builtin"``; a ``.json`` (one list) or ``.jsonl`` file, either also ``.gz``; an ``.arrow`` file; an
             ``http(s)`` URL of such a file, which is cached by ``datasets``; a folder with a data set; a data set of the
             hub, ``"owner/name"`` (a local path of that name wins); a list of requests or mappings; or a
-            ``datasets.Dataset``. Schemas: ours, CounterFact's (single and multi) and zsRE's (MEND), unchanged.
+            ``datasets.Dataset``. Schemas: ours, CounterFact's (single and multi), zsRE's (MEND), KnowEdit's, MQuAKE's,
+            PEAK's, ConflictEdit's and RoundEdit's, unchanged; a record with several edits becomes as many requests.
         split: Split of a data set that has several, e.g. ``"test"`` or ``"train[:100]"``.
         occurrence: See ``parse_requests``.
         zsre_target: See ``parse_requests``.
@@ -58,7 +60,7 @@ def read_requests(
 
 
 def read_entries(source: Any, split: str | None = None) -> list[Any]:
-    """Read the entries of a source in any schema.
+    """Read the entries of a source in any schema; those of KnowEdit, MQuAKE, PEAK, ConflictEdit and RoundEdit as ours.
 
     Args:
         source: Source as in ``read_requests``.
@@ -68,6 +70,30 @@ def read_entries(source: Any, split: str | None = None) -> list[Any]:
         ConfigError: If there is no such source or split, it cannot be reached or read, or has too many entries.
         RequestError: Naming the broken line of a file.
     """
+    return [each for entry in _whole(source, split) for each in unfold(entry)]
+
+
+def read_consequences(source: Any, split: str | None = None) -> list[Consequence]:
+    """Read the questions that follow from the edits of a file of KnowEdit or MQuAKE.
+
+    Args:
+        source: Source as in ``read_requests``.
+        split: Split of a data set that has several.
+
+    Raises:
+        ConfigError: If the source cannot be read, or no record has such a question.
+        RequestError: Naming the broken line of a file.
+    """
+    questions = consequences(_whole(source, split))
+    if not questions:
+        raise ConfigError(
+            f"{_label(source)} has no questions that follow from its facts: KnowEdit's records have portability and "
+            "locality, MQuAKE's have questions and new_answer"
+        )
+    return questions
+
+
+def _whole(source: Any, split: str | None) -> list[Any]:
     entries = list(islice(_entries(source, split), MOST_ENTRIES + 1))
     if len(entries) > MOST_ENTRIES:
         raise ConfigError(f"{_label(source)} has more than {MOST_ENTRIES} entries; give it in parts")

@@ -129,6 +129,7 @@ _STOP = _pattern(
     r"|(?<=\p{Ll}\p{Ll})[.!?](?=\p{Lu}\p{Ll})"
 )
 """A possible end: a line break, a stop that ends nothing but sentences, or a Latin one with a space behind it."""
+_ANY_STOP = _pattern(r"\.|\R")
 _OPENING = _pattern(
     r"\s+(?:After|Also|And|As|At|Because|Before|But|By|During|For|From|He|Her|Here|His|However|If|In|It|Its|Most|On|One|"
     r"Our|She|Since|So|Some|That|The|Their|Then|There|These|They|This|Those|To|We|What|When|Where|While|With|You)\b"
@@ -156,6 +157,17 @@ def until_stop(text: str) -> str:
     """
     ends = (match.start() for match in _STOP.finditer(text) if not _is_inside(text, match))
     return text[: next(ends, len(text))]
+
+
+def until_any_stop(text: str) -> str:
+    """Return a continuation up to its first full stop or line break, whatever it belongs to: the rule of WILD's tables.
+
+    Example:
+        >>> until_any_stop(" St. Petersburg. It is old")
+        ' St'
+    """
+    match = _ANY_STOP.search(text)
+    return text[: match.start()] if match else text
 
 
 def _is_inside(text: str, stop: regex.Match[str]) -> bool:

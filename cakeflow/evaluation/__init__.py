@@ -1,6 +1,16 @@
 """Evaluation of a model before and after an edit: prompts, scores and free texts."""
 
 from cakeflow.evaluation.evaluation import Answers, Evaluation, free_prompts
+from cakeflow.evaluation.judges import (
+    CallableJudge,
+    Containment,
+    ExactMatch,
+    Judge,
+    JudgedAnswer,
+    ModelJudge,
+    OnSubject,
+    agreement,
+)
 from cakeflow.evaluation.protocols import Protocol, official_token_reads
 from cakeflow.evaluation.scoring import (
     PromptScores,
@@ -13,6 +23,7 @@ from cakeflow.evaluation.scoring import (
 )  # fmt: skip
 
 __all__ = [
-    "Answers", "Evaluation", "PromptScores", "Protocol", "ScoredPrompt", "check_records", "free_prompts",
+    "Answers", "CallableJudge", "Containment", "Evaluation", "ExactMatch", "Judge", "JudgedAnswer", "ModelJudge",
+    "OnSubject", "PromptScores", "Protocol", "ScoredPrompt", "agreement", "check_records", "free_prompts",
     "official_token_reads", "score_reads", "score_records", "score_targets", "scored_prompts",
 ]  # fmt: skip

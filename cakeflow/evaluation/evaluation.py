@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torchmetrics import Metric, MetricCollection
 
 from cakeflow.data.request import EditRequest
-from cakeflow.data.text import plain, until_stop
+from cakeflow.data.text import occurrences, until_stop
 from cakeflow.errors import ConfigError, RequestWarning, listed, require_choice
-from cakeflow.evaluation.protocols import Protocol
+from cakeflow.evaluation.judges import Containment, ExactMatch, Judge, JudgedAnswer, as_judge
+from cakeflow.evaluation.outcome import free_answers
+from cakeflow.evaluation.protocols import CUTS, WILD_TOKENS, Protocol
 from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
 from cakeflow.forward.generation import continuations
 from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
@@ -27,9 +29,11 @@ COLUMNS = {
     "correct": "correct",
     "tokens": "tokens",
     "answered": "answered",
+    "contained": "contained",
+    "judged": "judged",
 }
 """Field of ``PromptAnswer`` -> field of ``PromptScores``; None where it is nan."""
-VERSIONS = {"clean": "v2", "official": "v1"}
+VERSIONS = {"clean": "v2", "official": "v1", "wild": "v1", "wild_official": "v1"}
 """Protocol -> its version; in version 1 of ``clean`` a space stood before every continuation."""
 
 
@@ -41,11 +45,13 @@ class Answers:
         records: The records.
         scores: Scores of their prompts.
         texts: Free texts of each record, prompts included; empty for a record that has none or is not due for any.
+        answers: The free answer to each prompt, up to where the protocol cuts it; empty without free answers.
     """
 
     records: Sequence[EditRequest]
     scores: PromptScores
     texts: Sequence[Sequence[str]]
+    answers: Sequence[str] = ()
 
     def fields(self) -> dict[str, Any]:
         """Return all that a metric can use, by the names of the arguments of its ``update``."""
@@ -59,6 +65,7 @@ class Answers:
             numbers: dict[str, Any] = {
                 name: None if math.isnan(column[place]) else column[place] for name, column in columns.items()
             }
+            numbers["answer"] = self.answers[place] if self.answers else None
             answer = PromptAnswer(kind=KINDS[kind], prompt=prompt, expected=expected, rival=rival, **numbers)
             prompts[record].append(answer)
         names = ("case_id", "prompt", "subject", "target_new", "target_true", "relation", "space")
@@ -78,9 +85,14 @@ class Evaluation:
 
     Attributes:
         protocol: Tokenisation and scoring of continuations: ``clean``, or ``official`` to compare with published
-            tables (``cakeflow.evaluation.protocols``).
+            tables; ``wild`` and ``wild_official`` score as ``clean`` does and, beside it, let the model answer by
+            itself (``cakeflow.evaluation.protocols``).
         answer_tokens: Length of the free-running answer to every prompt, which the ``answer`` forms of the metrics
-            need; 0 for none. Teacher forcing alone flatters an editor ("The Mirage of Model Editing", 2025).
+            need; 0 for none, or for 32 in the protocols of free answers. Teacher forcing alone flatters an editor ("The
+            Mirage of Model Editing", 2025).
+        chat: Whether prompts are free-answered as the user's turn in a chat.
+        judge: What judges free answers, in the ``judged`` forms of the metrics: a ``Judge``, or a function of question,
+            expected answer and answer. ``ExactMatch`` is what the ``answer`` forms are, so that it adds none.
         texts_every: Interval between the records for which free texts are generated, for ``Fluency`` and
             ``Consistency`` (``generation_test_interval`` of the official code); 0 for none.
         text_tokens: Length of a free text, prompt included.
@@ -97,17 +109,38 @@ class Evaluation:
     text_tokens: int = 100
     top_k: int = 5
     seed: int = 0
+    chat: bool = False
+    judge: Judge = field(default_factory=ExactMatch)
 
     def __post_init__(self) -> None:
         require_choice("protocol", self.protocol, Protocol)
+        object.__setattr__(self, "judge", as_judge(self.judge))
         for name, least in (("answer_tokens", 0), ("texts_every", 0), ("text_tokens", 2), ("top_k", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
+        if (self.chat or self.has_judge) and not self.free_tokens:
+            raise ConfigError("evaluation.chat and evaluation.judge need free answers: set protocol to wild")
+
+    @property
+    def is_wild(self) -> bool:
+        """True in the protocols of free answers."""
+        return self.protocol.startswith("wild")
+
+    @property
+    def free_tokens(self) -> int:
+        """Most tokens of a free answer; 0 if there is none."""
+        return self.answer_tokens or (WILD_TOKENS if self.is_wild else 0)
+
+    @property
+    def has_judge(self) -> bool:
+        """True if a judge has a say beside the exact match."""
+        return self.judge != ExactMatch()
 
     @property
     def id(self) -> str:
         """Name of everything that decides the numbers; numbers under different ids are not comparable."""
-        answers = f"+answers{self.answer_tokens}v2" if self.answer_tokens else ""
+        answers = f"+answers{self.free_tokens}v2" if self.free_tokens else ""
+        answers += ("+chat" if self.chat else "") + (f"+{self.judge.name}" if self.has_judge else "")
         texts = f"+texts{self.text_tokens}k{self.top_k}s{self.seed}" if self.texts_every else ""
         return f"{self.protocol}-{VERSIONS[self.protocol]}{answers}{texts}"
 
@@ -120,7 +153,8 @@ class Evaluation:
         Raises:
             ConfigError: If two have one name.
         """
-        forms = ["probability", "exact", "tokens", *(["answer"] if self.answer_tokens else [])]
+        further_forms = {"answer": self.free_tokens, "contained": self.is_wild, "judged": self.has_judge}
+        forms = ["probability", "exact", "tokens", *(form for form, due in further_forms.items() if due)]
         metrics: dict[str, Metric | MetricCollection] = {}
         for form in forms:
             ending = "" if form == "probability" else f"_{form}"
@@ -150,13 +184,38 @@ class Evaluation:
             max_bytes: Most bytes beyond the model.
 
         Raises:
-            ConfigError: If the longest text does not fit ``max_bytes``.
+            ConfigError: If the longest text does not fit ``max_bytes``, or there is to be a chat and no template.
+            JudgeError: If the judge gives no verdict.
         """
         scores = score_records(lm, records, self.protocol, max_bytes=max_bytes)
-        if self.answer_tokens:
+        answers: list[str] = []
+        if self.free_tokens:
             prompts = list(scored_prompts(records))
-            scores = replace(scores, answered=_answered(lm, prompts, self.answer_tokens, max_bytes))
-        return Answers(records, scores, self._texts(lm, records, first, max_bytes))
+            texts, cut = [each.prompt for each in prompts], CUTS.get(self.protocol, until_stop)
+            answers = free_answers(lm, texts, self.free_tokens, self.chat, max_bytes, cut)
+            scores = replace(scores, **self._verdicts(records, prompts, answers))
+        return Answers(records, scores, self._texts(lm, records, first, max_bytes), answers)
+
+    def check(self, lm: LanguageModel) -> None:
+        """Check that a model can be asked in this way, before the expensive work.
+
+        Raises:
+            ConfigError: If there is to be a chat, and the tokenizer has no chat template.
+        """
+        if self.chat:
+            lm.user_turn("Hello")
+
+    def _verdicts(
+        self, records: Sequence[EditRequest], prompts: Sequence[ScoredPrompt], answers: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Return what the rules and the judge say of free answers, by the field of ``PromptScores``."""
+        items = [
+            JudgedAnswer(each.prompt, each.expected, text, _subject(records[each.record], each.prompt), self.chat)
+            for each, text in zip(prompts, answers, strict=True)
+        ]
+        judges: dict[str, Judge] = {"answered": ExactMatch()} | ({"contained": Containment()} if self.is_wild else {})
+        judges |= {"judged": self.judge} if self.has_judge else {}
+        return {name: torch.tensor(judge.judge(items)) for name, judge in judges.items()}
 
     def _texts(
         self, lm: LanguageModel, records: Sequence[EditRequest], first: int, max_bytes: float | None
@@ -214,11 +273,9 @@ def free_prompts(record: EditRequest) -> list[str]:
     return [probe.prompt for probe in record.probes if probe.kind == "generation"]
 
 
-def _answered(lm: LanguageModel, prompts: Sequence[ScoredPrompt], tokens: int, max_bytes: float | None) -> torch.Tensor:
-    """Return 1 where the model's greedy answer is the expected one, up to case, punctuation and articles, else 0."""
-    texts = continuations(lm, [question.prompt for question in prompts], tokens, max_bytes=max_bytes)
-    pairs = zip(texts, prompts, strict=True)
-    return torch.tensor([float(plain(until_stop(text)) == plain(question.expected)) for text, question in pairs])
+def _subject(record: EditRequest, prompt: str) -> str:
+    """Return the record's subject if a prompt is about it, else nothing."""
+    return record.subject if occurrences(prompt, record.subject) else ""
 
 
 def _rates(form: Any) -> tuple[Metric, ...]:

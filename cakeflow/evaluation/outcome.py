@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import zip_longest
@@ -164,7 +164,12 @@ def ask(lm: LanguageModel, questions: Sequence[FreeAnswer], max_bytes: float | N
 
 
 def free_answers(
-    lm: LanguageModel, prompts: Sequence[str], tokens: int, chat: bool = False, max_bytes: float | None = None
+    lm: LanguageModel,
+    prompts: Sequence[str],
+    tokens: int,
+    chat: bool = False,
+    max_bytes: float | None = None,
+    cut: Callable[[str], str] | None = None,
 ) -> list[str]:
     """Return the model's greedy answer to every prompt.
 
@@ -174,6 +179,7 @@ def free_answers(
         tokens: Most tokens of an answer.
         chat: Whether to ask in a chat; else an answer ends where a reader would end it (``until_stop``).
         max_bytes: Most bytes beyond the model.
+        cut: Function that cuts answers, those in a chat too.
 
     Raises:
         ConfigError: If it is to be a chat, and the tokenizer has no chat template; if ``tokens`` is no whole number
@@ -186,7 +192,8 @@ def free_answers(
         raise RequestError([Fault(place, "prompt", prompt, "give a valid Unicode text") for place, prompt in faults])
     texts = [lm.user_turn(prompt) for prompt in prompts] if chat else list(prompts)
     answers = continuations(lm, texts, tokens, max_bytes=max_bytes)
-    return answers if chat else list(map(until_stop, answers))
+    cut = cut or (str if chat else until_stop)
+    return list(map(cut, answers))
 
 
 def _length(question: FreeAnswer, name: Sequence[int]) -> int:

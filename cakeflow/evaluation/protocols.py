@@ -10,6 +10,10 @@ does what the code behind the published tables does, errors included, so that it
 - token accuracies (zsRE; ``evaluate_utils_zsre``): every token has a context of its own, the prompt and the decoded
   tokens before it, tokenised again; the tokens of a neighborhood answer keep the special tokens in front.
 
+``wild`` lets the model answer by itself ("The Mirage of Model Editing", 2025): greedily, 32 new tokens, cut where a
+reader would end the answer, and compared as a whole and by containment. ``wild_official`` cuts at any full stop or line
+break, as published tables do, so that "St. Petersburg" is "St" there. What is scored beside it is that of ``clean``.
+
 The official code puts a space before every continuation; ``clean`` does what the texts or their request say
 (``cakeflow.data.text.join``). A published number without its protocol means nothing: on zsRE the two differ by the
 special tokens alone.
@@ -17,14 +21,19 @@ special tokens alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from cakeflow.data.text import until_any_stop
 from cakeflow.forward.tokens import encode_prompts, encode_texts
 
-Protocol = Literal["clean", "official"]
+Protocol = Literal["clean", "official", "wild", "wild_official"]
+CUTS: Mapping[str, Callable[[str], str]] = {"wild_official": until_any_stop}
+"""Protocol -> function that cuts a free answer, where it is not ``until_stop``."""
+WILD_TOKENS = 32
+"""Most tokens of a free answer in the two protocols of free answers (LocFT's evaluation)."""
 
 Read = tuple[tuple[int, ...], int]
 """A context (the tokens that the model reads) and the token that should come next."""

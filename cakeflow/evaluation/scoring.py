@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import NamedTuple
 
@@ -72,6 +72,8 @@ class PromptScores:
         answered: 1 where the model generates the right continuation by itself, else 0; nan where it generated nothing.
         record: Index of each prompt's record.
         kind: Kind of each prompt, an index into ``KINDS``.
+        contained: 1 where what it generates contains the right continuation; nan where it generated nothing.
+        judged: A judge's verdict on what it generates, from 0 to 1; nan where it generated nothing.
     """
 
     expected: Float[Tensor, " p"]
@@ -81,6 +83,13 @@ class PromptScores:
     answered: Float[Tensor, " p"]
     record: Int[Tensor, " p"]
     kind: Int[Tensor, " p"]
+    contained: Float[Tensor, " p"] = field(default_factory=lambda: torch.empty(0))
+    judged: Float[Tensor, " p"] = field(default_factory=lambda: torch.empty(0))
+
+    def __post_init__(self) -> None:
+        for name in ("contained", "judged"):
+            if len(getattr(self, name)) != len(self.kind):
+                object.__setattr__(self, name, torch.full_like(self.answered, torch.nan))
 
 
 def score_targets(

@@ -36,7 +36,7 @@ def model_card(manifest: Manifest, entries: Sequence[Entry]) -> str:
     parts += (
         _history(entries, runs[-1]) if runs else ["There is no ledger here: method, metrics and edits are unknown.\n"]
     )
-    return "\n".join([*parts, _verify(manifest)])
+    return "\n".join([*parts, *_privacy(manifest), _verify(manifest)])
 
 
 def _header(manifest: Manifest) -> str:
@@ -127,6 +127,15 @@ def _edits(entries: Sequence[Entry]) -> str:
     lines = [json.dumps(request, ensure_ascii=False) for request in requests[:MOST_EDITS]]
     more = len(requests) - MOST_EDITS
     return _block(lines) + (f"and {more} more, which the ledger has.\n" if more > 0 else "")
+
+
+def _privacy(manifest: Manifest) -> Iterator[str]:
+    """Yield what the changed weights give away, whether or not the ledger has the texts."""
+    if manifest.weights:
+        yield (
+            "## Privacy\n\nWhoever has the base model and these weights can test of any name whether it was edited: "
+            "the row space of the change holds the keys of its subjects (`cakeflow.metrics.exposure`).\n"
+        )
 
 
 def _verify(manifest: Manifest) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from cakeflow.data.request import EditRequest, FactToken
-from cakeflow.errors import Fault, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError
 from cakeflow.forward.packing import pad, plan
 from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import EditBatch, Row, TextBatch
@@ -187,3 +187,24 @@ def relative_norms(
     middle = behind.median() if len(behind) else torch.ones(())
     flat = iter(norms[i] / middle for i in range(len(rows)))
     return [[next(flat) for _ in entry] for entry in texts.rows]
+
+
+def with_end(lm: LanguageModel, texts: TextBatch) -> TextBatch:
+    """Return facts whose targets end with the end-of-text token, so that an edit teaches where an answer ends (LocFT).
+
+    Args:
+        lm: The model.
+        texts: n facts.
+
+    Raises:
+        ConfigError: If the tokenizer has no such token.
+        RequestError: Naming every fact that leaves no room for it.
+    """
+    if (token := lm.tokenizer.eos_token_id) is None:
+        raise ConfigError("the tokenizer has no end-of-text token to teach: set end_of_text to false")
+    rows = [tuple(replace(row, ids=(*row.ids, token)) for row in variants) for variants in texts.rows]
+    remedy = f"longer than the model's {lm.longest} positions with the end of the text; shorten it"
+    long = [i for i, variants in enumerate(rows) if max(len(row.ids) for row in variants) > lm.longest]
+    if long:
+        raise RequestError([Fault(texts.numbers[i], "prompt", texts.requests[i].prompt, remedy) for i in long])
+    return TextBatch(texts.requests, rows, texts.essence, texts.weights, texts.numbers)

@@ -246,6 +246,9 @@ class PromptAnswer(Schema):
         correct: True if every token of ``expected`` is the most likely one.
         tokens: Share of the tokens of ``expected`` that are.
         answered: 1 if the free answer is ``expected``, else 0; None without free answers.
+        contained: 1 if the free answer contains ``expected``, else 0; None without the protocols of free answers.
+        judged: What a judge says of the free answer, from 0 to 1; None as for ``contained``.
+        answer: The free answer, up to where the protocol cuts it; None without one.
     """
 
     kind: str
@@ -259,6 +262,9 @@ class PromptAnswer(Schema):
     correct: bool
     tokens: Share | None = None
     answered: Share | None = None
+    contained: Share | None = None
+    judged: Share | None = None
+    answer: str | None = None
 
     @property
     def success(self) -> bool | None:

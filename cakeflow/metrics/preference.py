@@ -1,8 +1,9 @@
-"""Efficacy, generalization and specificity (ROME, section 3.4), each in four forms.
+"""Efficacy, generalization and specificity (ROME, section 3.4), each in six forms.
 
 ``probability``: the right continuation has the higher mean log-probability per token, strictly (CounterFact's tables).
 ``exact``: each of its tokens is the arg-max, teacher-forced. ``tokens``: the share of its tokens that are (zsRE's
-tables). ``answer``: the model generates it by itself. Prompts are averaged per record, then records.
+tables). ``answer``: the model generates it by itself. ``contained``: what it generates has it in it. ``judged``: a
+judge takes what it generates as right (``cakeflow.evaluation.Judge``). Prompts are averaged per record, then records.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torchmetrics import Metric
 
 from cakeflow.errors import ConfigError, require_choice
 
-Form = Literal["probability", "exact", "tokens", "answer"]
+Form = Literal["probability", "exact", "tokens", "answer", "contained", "judged"]
 
 KINDS = ("rewrite", "paraphrase", "neighborhood")
 """Kinds of prompts that are scored; the argument ``kind`` of the metrics indexes this."""
@@ -29,6 +30,8 @@ def success(
     correct: Bool[Tensor, " p"],
     tokens: Float[Tensor, " p"] | None = None,
     answered: Float[Tensor, " p"] | None = None,
+    contained: Float[Tensor, " p"] | None = None,
+    judged: Float[Tensor, " p"] | None = None,
 ) -> Float[Tensor, " p"]:
     """Compute the success of each prompt, from 0 to 1; nan where it cannot be judged (no rival, or no free answer).
 
@@ -37,7 +40,8 @@ def success(
     """
     if form == "probability":
         return torch.where(rival.isnan(), torch.nan, (expected > rival).float())
-    value = {"exact": correct, "tokens": tokens, "answer": answered}[form]
+    forms = {"exact": correct, "tokens": tokens, "answer": answered, "contained": contained, "judged": judged}
+    value = forms[form]
     if value is None:
         raise ConfigError(f"a metric of the form {form!r} was given nothing to judge; pass every field of PromptScores")
     return value.float()
@@ -95,9 +99,11 @@ class Rates(Metric):
         kind: Int[Tensor, " p"],
         tokens: Float[Tensor, " p"] | None = None,
         answered: Float[Tensor, " p"] | None = None,
+        contained: Float[Tensor, " p"] | None = None,
+        judged: Float[Tensor, " p"] | None = None,
     ) -> None:
         """Add the prompts of whole records (fields of ``PromptScores``); prompts of other kinds are ignored."""
-        value = success(self.form, expected, rival, correct, tokens, answered)
+        value = success(self.form, expected, rival, correct, tokens, answered, contained, judged)
         for place, name in enumerate(self.kinds):
             chosen = kind == KINDS.index(name)
             means = record_means(value[chosen], record[chosen])

@@ -22,7 +22,14 @@ RESAMPLES = 1999
 """Samples that a bootstrap draws."""
 KINDS = {"efficacy": "rewrite", "generalization": "paraphrase", "specificity": "neighborhood"}
 """Metric -> kind of prompt."""
-FORMS = {"": "success", "_exact": "correct", "_tokens": "tokens", "_answer": "answered"}
+FORMS = {
+    "": "success",
+    "_exact": "correct",
+    "_tokens": "tokens",
+    "_answer": "answered",
+    "_contained": "contained",
+    "_judged": "judged",
+}
 """Ending of a metric's name -> field of ``PromptAnswer`` (see ``cakeflow.metrics.preference``)."""
 SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS} | {*METRICS.values()}
 """Metrics that are shares, printed in percent; those of plugins may have any unit."""

@@ -11,7 +11,7 @@ from cakeflow.models import Site
 FACTS = builtin_facts()[:5]
 
 
-def fit(lm, quiet, callbacks, batch_size=1, **trainer):
+def fit(lm, quiet, callbacks, batch_size=1, facts=FACTS, **trainer):
     """Five edits of one layer, some at a time."""
     module = LocateThenEdit(
         lm,
@@ -21,5 +21,5 @@ def fit(lm, quiet, callbacks, batch_size=1, **trainer):
         moments={1: torch.eye(lm.key_width(Site(1, "mlp_out")), dtype=torch.float64) / 100},
     )
     trainer = L.Trainer(**{**quiet, **trainer}, callbacks=callbacks)
-    trainer.fit(module, datamodule=EditDataModule(FACTS, batch_size))
+    trainer.fit(module, datamodule=EditDataModule(facts, batch_size))
     return module

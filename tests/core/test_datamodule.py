@@ -141,3 +141,12 @@ def test_how_subjects_and_targets_are_read_is_a_setting():
     assert (request.prompt, request.target_new) == ("Is {} the Ann of Rome?", "yes")
     (request,) = EditDataModule([record], occurrence="last", zsre_target="alt").requests
     assert (request.prompt, request.target_new) == ("Is Ann the {} of Rome?", "no")
+
+
+def test_a_stream_may_replace_its_own_facts_but_not_in_one_batch():
+    facts = [EditRequest("{} is in", "Lund", name) for name in ("Peru", "Chile", "Cuba")]
+    assert EditDataModule(facts, 1, conflicts="keep").requests == facts
+    with pytest.raises(RequestError, match="entry 1, target_new = 'Chile': contradicts entry 0"):
+        EditDataModule(facts, 2, conflicts="keep")
+    with pytest.raises(RequestError, match="contradicts entry 0"):
+        EditDataModule(facts, 1)

@@ -378,3 +378,9 @@ def test_a_problem_has_the_earlier_changes_of_its_weight_and_what_is_read_at_tar
         assert all(a is b for a, b in zip(problem.earlier, updates, strict=True))
         texts = encode_batch(lm, requests[2 * batch : 2 * batch + 2], CONTEXTS)
         assert len(inputs) == sum(len(rows[0].ids) - rows[0].target for rows in texts.rows)
+
+
+def test_the_end_of_the_text_is_the_last_token_of_every_target(lm, build, requests):
+    plain, ended = (build(lm, end_of_text=end).encode(requests) for end in (False, True))
+    for before, after in zip(plain.rows, ended.rows, strict=True):
+        assert [(*row.ids, lm.tokenizer.eos_token_id) for row in before] == [row.ids for row in after]

@@ -200,8 +200,8 @@ def test_an_order_and_a_seed_exclude_each_other():
 
 
 def test_an_unknown_word_for_conflicts():
-    with pytest.raises(ConfigError, match="error, drop, got 'keep'"):
-        select(RECORDS, conflicts="keep")
+    with pytest.raises(ConfigError, match="error, drop, keep, got 'first'"):
+        select(RECORDS, conflicts="first")
 
 
 def test_an_order_is_json_ready():

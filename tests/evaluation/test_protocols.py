@@ -93,7 +93,7 @@ def test_protocols_differ_where_tokens_join(tiny):
 
 
 def test_unknown_protocol():
-    with pytest.raises(ConfigError, match="protocol must be one of clean, official, got 'mine'"):
+    with pytest.raises(ConfigError, match="protocol must be one of clean, official, wild, wild_official, got 'mine'"):
         Evaluation(protocol="mine")
 
 

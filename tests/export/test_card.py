@@ -118,6 +118,7 @@ def test_an_export_says_what_was_taken_back(lm, requests, tmp_path):
     assert str(rollback).startswith(f"batch 1 taken back by {who()} on 20")
     assert "| facts edited | 4 |" in text
     assert "the metrics are those of the model before that" in text
+    assert "can test of any name whether it was edited" in text
 
 
 TEXT = st.text(max_size=8) | st.just(HOSTILE)

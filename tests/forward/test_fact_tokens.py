@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from cakeflow import Contexts, EditRequest, GradientSearch
-from cakeflow.errors import RequestError
-from cakeflow.forward.fact_tokens import MASSIVE, check_tokens, choose_tokens, relative_norms
+from cakeflow.errors import ConfigError, RequestError
+from cakeflow.forward.fact_tokens import MASSIVE, check_tokens, choose_tokens, relative_norms, with_end
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
@@ -192,3 +192,22 @@ def test_the_neutral_prompt_stands_in_the_chat_as_well(lm, requests):
     essence, first = batch.essence[1], batch.rows[1][0]
     assert essence.ids[: first.subject + 1] == first.ids[: first.subject + 1]
     assert essence.ids[first.subject + 1 :] == batch.essence[0].ids[batch.essence[0].subject + 1 :]
+
+
+def test_targets_that_end_have_the_end_of_text_as_their_last_token(lm):
+    texts = encode_batch(lm, [EditRequest("{} lives in", "Ann", "Rome"), EditRequest("{} is", "Bo", "ill")], Contexts())
+    ended = with_end(lm, texts)
+    for before, after in zip(texts.rows, ended.rows, strict=True):
+        assert [(*row.ids, lm.tokenizer.eos_token_id) for row in before] == [row.ids for row in after]
+        assert [(row.subject, row.target) for row in before] == [(row.subject, row.target) for row in after]
+    assert (ended.essence, ended.weights, ended.numbers) == (texts.essence, texts.weights, texts.numbers)
+
+
+def test_a_target_without_room_or_a_tokenizer_without_an_end_is_refused(lm, monkeypatch):
+    texts = encode_batch(lm, [EditRequest("{} lives in", "Ann", "Rome")], Contexts())
+    monkeypatch.setattr(type(lm), "longest", len(texts.rows[0][0].ids))
+    with pytest.raises(RequestError, match="with the end of the text; shorten it"):
+        with_end(lm, texts)
+    lm.tokenizer.eos_token = None
+    with pytest.raises(ConfigError, match="set end_of_text to false"):
+        with_end(lm, texts)
