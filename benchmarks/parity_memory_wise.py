@@ -34,13 +34,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cakeflow.models import LanguageModel, Site
 
-WEIGHT_BARS = {"llama": 1e-5, "gpt2": 1e-8}
 BARS = {
     "change": 1e-8, "joined": 1e-8, "loss": 1e-8, "margin": 1e-8, "distance": 1e-8, "replay": 1e-8,
     "threshold": 1e-8, "route_distance": 1e-8, "logits": 1e-8, "routes_unequal": 0, "tokens_unequal": 0,
     "joins": 1e-7, "distances": 1e-12,
 }  # fmt: skip
-"""Largest errors, relative but for losses and distances. Every route has to be the same. ``slerp`` is in float32 there."""
+"""Largest errors, relative but for losses and distances; every route has to be the same. ``slerp`` was in float32."""
 NEVER = 1e9
 """What the code has for the threshold of a shard without edits."""
 PADDED = "padded"
@@ -218,7 +217,8 @@ class Flow:
             with torch.no_grad():
                 logits = self.lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0]
             module = self.lm.module(self.site)
-            assert isinstance(module, ShardedProjection) and module.distances is not None
+            assert isinstance(module, ShardedProjection)
+            assert module.distances is not None
             names = ["side", *self.finished_names(module)]
             distances = dict(zip(names, module.distances[:, 0].tolist(), strict=True))
             for candidate, distance in probe["distances"].items():

@@ -169,8 +169,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.layers: list[int] = []
         self.site, self.weighter, self.allocator = site, weighter, allocator
         self.solver, self.targets, self.statistics, self.contexts = solver, targets, statistics, contexts
-        self.use_history, self.seed = history, seed
-        self.reread_keys = checked_interval(reread_keys, history=history)
+        self.use_history, self.seed, self.reread_keys = history, seed, checked_interval(reread_keys, history=history)
         if layers != "auto":
             self._choose_layers(layers, scores)
         self.covariances: dict[int, Covariance] = {
@@ -181,8 +180,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
         self.dequantize = dequantize
         self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
-        self.fact_token, self.chat, self.rounds, self.repairs = fact_token, chat, rounds, repairs
-        self.end_of_text = end_of_text
+        self.fact_token, self.chat, self.end_of_text = fact_token, chat, end_of_text
+        self.rounds, self.repairs = rounds, repairs
         self.facts: dict[int, FactBatch] = {}
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()

@@ -136,9 +136,10 @@ def without_batch(steps: Sequence[EditStep], number: int) -> list[EditStep]:
     place = numbers.index(int(number))
     learned = {each.place for each in steps[place].changes if not each.change.stands_alone}
     if later := [step.number for step in steps[place + 1 :] if learned & set(step.places)]:
+        names = listed([*map(str, later)])
         raise ConfigError(
-            f"batch {number} cannot be taken back alone: batches {listed([*map(str, later)])} went on learning where it "
-            f"ended, in {listed(sorted(learned))}; take them back too (rollback of the last {len(steps) - place}), and "
+            f"batch {number} cannot be taken back alone: batches {names} went on learning where it ended, in "
+            f"{listed(sorted(learned))}; take them back too (rollback of the last {len(steps) - place}), and "
             "edit their facts again"
         )
     rest = (step for step in steps[place + 1 :] if not step.completes and step.undoes != number)

@@ -59,8 +59,8 @@ class _Listener:
 class RoutedModule(nn.Module, ABC):
     """A module that decides row by row how it answers.
 
-    Subclasses define ``decide`` and use ``rows_of`` in their ``forward``. By ``scope``, a decision is made on the tokens
-    of a prompt and holds for all that follows on the same cache, on all tokens of a pass, or on each token.
+    Subclasses define ``decide`` and use ``rows_of`` in their ``forward``. By ``scope``, a decision is made on the
+    tokens of a prompt and holds for all that follows on the same cache, on all tokens of a pass, or on each token.
 
     Attributes:
         scope: What a decision holds for.
@@ -136,7 +136,8 @@ class RoutedModule(nn.Module, ABC):
             setattr(past, MEMORY, {**getattr(past, MEMORY, {}), self._name(root): self.decision})
 
     def _name(self, root: nn.Module) -> str:
-        return next(name for name, module in root.named_modules() if module is self)
+        names: list[str] = [name for name, module in root.named_modules() if module is self]
+        return names[0]
 
 
 def _by_name(root: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:

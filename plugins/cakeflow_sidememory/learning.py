@@ -1,4 +1,4 @@
-"""Gradient descent of a side memory on one edit: what enters the projection is read once, only what is above it runs."""
+"""Gradient descent of a side memory on one edit: what enters its block is read once, only what is above runs."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import pairwise
 from typing import Any, final
 
 import torch
@@ -29,9 +30,9 @@ from cakeflow_sidememory.shards import ShardedProjection, ShardSettings
 class SideMemory(EditModule[TextBatch]):
     """Keeps facts in a trained copy of one projection, which answers for texts near the edited ones; the model stays.
 
-    WISE (Wang et al. 2024, arXiv 2405.14768). Each fact is learned by gradient descent on the copy, within a random part
-    of its entries; a margin keeps the distances of edited and irrelevant texts apart, and the distance decides who
-    answers. Batches are learned fact by fact, in their order.
+    WISE (Wang et al. 2024, arXiv 2405.14768). Each fact is learned by gradient descent on the copy, within a random
+    part of its entries; a margin keeps the distances of edited and irrelevant texts apart, and the distance decides
+    who answers. Batches are learned fact by fact, in their order.
 
     Args:
         base: Name or folder of a model, or a ``LanguageModel``.
@@ -128,7 +129,7 @@ class SideMemory(EditModule[TextBatch]):
         memory = self.memory()
         every, done = memory.settings.save_every, int(memory.edits)
         bounds = [0, *range(every - done % every, count, every), count]
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(pairwise(bounds))
 
     def _learn(self, step: EditStep, place: str, batch: TextBatch, facts: range) -> list[Learned]:
         """Have one shard learn some facts; put it away when it is full."""

@@ -18,8 +18,8 @@ SEEDS = ("I", "You", "Because", "Yes", "Q: ")
 LENGTHS = (5, 10)
 """New tokens of each context."""
 Padding = Literal["right", "left"]
-"""Where short rows are filled up: on the right, where no token sees the padding and it counts in no mean; or on the left,
-where it is seen and counted, and where tokens of the prompt become labels if the irrelevant text is long: WISE's code."""
+"""Where short rows are filled up: on the right, where no token sees the padding and it counts in no mean; or, as WISE's
+code does, on the left, where it counts, and tokens of the prompt become labels if the irrelevant text is long."""
 
 
 def sampled_contexts(lm: LanguageModel, seed: int = 0) -> Contexts:

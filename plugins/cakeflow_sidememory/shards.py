@@ -63,7 +63,8 @@ class ShardSettings:
             )
         if self.join_every < self.save_every or self.join_every % self.save_every:
             raise ConfigError(
-                f"join_every={self.join_every} must be a multiple of save_every={self.save_every}: whole shards are joined"
+                f"join_every={self.join_every} must be a multiple of save_every={self.save_every}: whole shards are "
+                "joined"
             )
         if self.activation:
             activation_of(self.activation)
@@ -88,8 +89,8 @@ class ShardSettings:
 class ShardedProjection(RoutedModule):
     """A projection with a side memory beside it; what the projection says stays as it is wherever the memory is silent.
 
-    ``decision`` has for each row the shard that answered: 0 the projection, 1 the shard being written, then the finished
-    ones. ``distances`` has the distance of each to the projection.
+    ``decision`` has for each row the shard that answered: 0 the projection, 1 the shard being written, then the
+    finished ones. ``distances`` has the distance of each to the projection.
 
     Args:
         base: The projection, not changed.
@@ -147,7 +148,7 @@ class ShardedProjection(RoutedModule):
     def put_away(self) -> ShardedProjection:
         """Return the module with the shard being written among the finished ones, and joined, where that is due.
 
-        WISE's code: with ``merge`` the earlier join has the weight .6 in the next one, and the threshold is never reset.
+        WISE's code: with ``merge`` the earlier join weighs .6 in the next one, and the threshold is never reset.
         """
         settings, edits = self.settings, int(self.edits)
         base = plain_weight(self.base)
@@ -185,9 +186,10 @@ class ShardedProjection(RoutedModule):
         self.decision = decision
         choice = decision if self.scope == "token" else decision[:, None].expand(rows.shape)
         choice = choice.reshape(main.shape[:-1])[..., None]
+        result: Tensor = main
         for number, answer in enumerate(answers, 1):
-            main = torch.where(choice == number, answer, main)
-        return main
+            result = torch.where(choice == number, answer, result)
+        return result
 
     def answers(self, inputs: Tensor) -> list[Tensor]:
         """Return what each candidate says: the shard being written, then the finished ones or their join."""
@@ -200,7 +202,7 @@ class ShardedProjection(RoutedModule):
             return list(range(len(self.shards)))
         return [0, 1] if self.joined else [0]
 
-    def decide(self, *answers: Float[Tensor, "candidates *places"]) -> Int[Tensor, " *places"]:
+    def decide(self, *answers: Float[Tensor, "candidates ..."]) -> Int[Tensor, "..."]:
         """Return which candidate answers at each place, by its distance; 0 is the projection (WISE's code, 1.4)."""
         distances = answers[0]
         if self.settings.control != "distance":

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from cakeflow import (
     Contexts,
+    Editor,
     GradientSearch,
     LeastSquares,
     LocateThenEdit,

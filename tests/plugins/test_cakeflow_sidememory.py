@@ -147,7 +147,8 @@ def test_rollback_gives_the_very_modules_back(tiny, tmp_path):
     assert (hashes(tiny), tree(tiny)) == (before, modules)
     assert equal(logits(tiny, TEXTS), unedited)
     assert tiny.scope is None
-    assert not tiny.model._forward_pre_hooks and not tiny.model._forward_hooks
+    assert not tiny.model._forward_pre_hooks
+    assert not tiny.model._forward_hooks
     assert not verify(tmp_path / "run").faults
     other = editor_of(tiny, logger=False)  # once more, from the same state
     other.fit(FACTS, 2, evaluate=False)
