@@ -13,7 +13,7 @@ from transformers import (
 from cakeflow.models.vision import VisionModel
 
 TOWER = {
-    "hidden_size": 16, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 16,
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 24, "image_size": 16,
     "patch_size": 4, "initializer_range": 0.4, "layerscale_value": 0.5,
 }  # fmt: skip
 TEXT = {

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cakeflow.core.config_errors import plain_message
@@ -16,6 +17,7 @@ from cakeflow.core.config_parser import ConfigParser, class_names, only_known_cl
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError, EditError, did_you_mean
 from cakeflow.plugins import load_plugins
+from cakeflow.storage.yaml_text import read_yaml
 
 MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.LocateThenEdit"}}
 """Defaults of every parser that builds an edit module."""
@@ -42,6 +44,16 @@ def find_config(kind: str, name: str | Path) -> Path:
         f"no {kind} config {str(name)!r}{did_you_mean(name, configs)}\nshipped: {', '.join(configs)}; or give the path "
         "of a YAML file"
     )
+
+
+def has_layers(path: Path) -> bool:
+    """True if a method's config is one of the default module, which edits layers that have to be named."""
+    try:
+        config = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True  # the parser says what is wrong with it
+    model = config.get("model") if isinstance(config, dict) else None
+    return not (isinstance(model, dict) and "class_path" in model)
 
 
 def build_module(configs: list[Path], **values: Any) -> EditModule:

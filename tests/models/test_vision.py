@@ -28,7 +28,7 @@ def without_head(vm, site, head, pixels):
 @torch.no_grad()
 def test_every_family_is_recognized_by_its_structure(family):
     pixels = family.pixels(random_images(3))
-    assert (family.depth, family.width, family.heads, family.head_width) == (4, 16, 4, 4)
+    assert (family.depth, family.width, family.heads, family.head_width) == (4, 32, 4, 8)
     assert family.labels == LABELS
     assert family.logits(pixels).shape == (3, 5)
     site = Site(2, "attn_out")
@@ -61,7 +61,7 @@ def test_a_head_at_zero_moves_the_logits_and_is_the_edit_of_columns(family, atte
     pixels, site = family.pixels(random_images(3)), Site(1, "attn_out")
     plain, hooked = family.logits(pixels), without_head(family, site, 2, pixels)
     assert float((plain - hooked).abs().max()) > 1e-3
-    family.weight(site)[:, 8:12] = 0
+    family.weight(site)[:, 16:24] = 0
     assert torch.equal(family.logits(pixels), hooked)
 
 
