@@ -4,9 +4,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from cakeflow_vision import ClassifierEdit
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -30,7 +32,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -49,7 +51,7 @@ def build(method="alphaedit", model="smollm2-135m", **values):
     return build_module([METHODS[method], MODELS[model]], **values)
 
 
-@pytest.mark.parametrize(("method", "model"), [*product(METHODS, MODELS)])
+@pytest.mark.parametrize(("method", "model"), [*product(sorted({*METHODS} - {*IMAGES}), MODELS)])
 def test_every_method_with_every_model(method, model):
     numbers = yaml.safe_load(MODELS[model].read_text())["model"]
     if method in OFFICIAL and len(numbers["layers"]) != (6 if method == "cake_official_gpt_j" else 5):
@@ -81,8 +83,18 @@ def test_cake_over_every_solver(method, base):
     assert module.allocator == (Jacobian() if method == "cake" else allocator)
 
 
+@pytest.mark.parametrize("method", IMAGES)
+def test_compositions_for_images(method):
+    pictures = [np.full((2, 2, 3), value, np.uint8) for value in (1, 2)]
+    module = build_module([METHODS[method]], base="somewhere", unrelated=pictures)
+    assert isinstance(module, ClassifierEdit)
+    assert (module.targets, module.solver, module.divergence) == IMAGES[method]
+    assert (module.preserve, module.use_history) == (0.1, True)
+    assert not hasattr(module, "lm")
+
+
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(IMAGES) == set(METHODS)
 
 
 @pytest.mark.parametrize(
