@@ -171,9 +171,13 @@ class Editor:
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.
+            TypeError: If the default method has no such argument.
+            TypeError: If the method has no such argument.
         """
         values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None} | further
         configs = [find_config("method", method)]
+        if further and has_layers(configs[0]):  # every argument of the default method is named above
+            raise TypeError(f"Editor.from_pretrained() got an unexpected keyword argument {next(iter(further))!r}")
         config = config or (str(model) if str(model) in shipped("model") else None)
         if config is not None:
             configs.append(find_config("model", config))
