@@ -41,7 +41,9 @@ from cakeflow.export.manifest import Format
 from cakeflow.export.options import ExportOptions
 from cakeflow.journal.journal import Journal
 from cakeflow.models.architecture import Architecture
+from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.vision import VisionModel
 from cakeflow.solvers.base import Solver
 from cakeflow.targets.base import TargetSearch
 from cakeflow.weighters.base import Weighter
@@ -93,6 +95,7 @@ class Editor:
         method: str | Path = "cake",
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        processor: Any = None,
         architecture: Architecture | None = None,
         config: str | Path | None = None,
         trainer: L.Trainer | Mapping[str, Any] | None = None,
@@ -124,6 +127,7 @@ class Editor:
         rounds: int | None = None,
         repairs: int | None = None,
         reread_keys: int | None = None,
+        **further: Any,
     ) -> Editor:
         """An editor for a model, with a method from its config.
 
@@ -132,6 +136,7 @@ class Editor:
                 one inside ``torch.compile`` or ``DataParallel``.
             method: A shipped recipe (``cake``, ``alphaedit``, ``memit``, ``memit_seq`` ...) or a YAML file.
             tokenizer: Tokenizer of a model object.
+            processor: Image processor of a model object that classifies images.
             architecture: Module paths, for a model whose structure is not recognized.
             config: Tuned numbers for the model: a shipped name or a YAML file; by default the one of the model's name.
             trainer: A ``lightning.Trainer`` or its arguments.
@@ -164,13 +169,17 @@ class Editor:
             rounds: Most further walks over the facts of a batch that did not take.
             repairs: Most further batches behind each one, of its facts and earlier ones that do not take.
             reread_keys: Batches after which the keys of all earlier facts are read again; 0 never does.
+            further: Arguments that only the method's own class has, such as ``unrelated`` images.
 
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.
+            TypeError: If the default method has no such argument.
         """
-        values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None}
+        values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None} | further
         configs = [find_config("method", method)]
         takes_numbers = takes_model_config(configs[0])
+        if further and takes_numbers:  # every argument of the default method is named above
+            raise TypeError(f"Editor.from_pretrained() got an unexpected keyword argument {next(iter(further))!r}")
         config = config or (str(model) if takes_numbers and str(model) in shipped("model") else None)
         if config is not None:
             configs.append(find_config("model", config))
@@ -181,9 +190,7 @@ class Editor:
         if isinstance(targets, str):
             configs.append(find_config("targets", values.pop("targets")))
         if not isinstance(model, str | Path):
-            if tokenizer is None:
-                raise ConfigError("a model object needs its tokenizer: Editor.from_pretrained(model, tokenizer=...)")
-            values["base"] = LanguageModel.wrap(model, tokenizer, architecture)
+            values["base"] = _wrapped(model, tokenizer, processor, architecture)
         else:
             values |= {"base": str(model)} | ({"architecture": architecture} if architecture else {})
         return cls(build_module(configs, **values), trainer)
@@ -191,7 +198,8 @@ class Editor:
     @property
     def model(self) -> PreTrainedModel:
         """The model; after ``fit``, the edited model."""
-        return self.module.model
+        model: PreTrainedModel = self.module.model
+        return model
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -224,7 +232,8 @@ class Editor:
             ResumeError: If the folder holds another run, naming the differences, or a finished one.
         """
         data = EditDataModule(requests, batch_size)
-        return run_fit(self.trainer(run_dir, checks=evaluate), self.module, data, evaluate=evaluate)
+        checks = evaluate and isinstance(self.module.lm, LanguageModel)  # they ask in words
+        return run_fit(self.trainer(run_dir, checks=checks), self.module, data, evaluate=evaluate)
 
     def evaluate(self, requests: Any, batch_size: int = 16) -> EvaluationResult:
         """Evaluate the model as it is now.
@@ -337,6 +346,20 @@ class Editor:
         with quiet():
             trainer = L.Trainer(**arguments)
         return with_safe_checkpoints(with_run_folder(trainer, partial(default_logger, run_dir)))
+
+
+def _wrapped(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, processor: Any, architecture: Architecture | None
+) -> EditableModel:
+    """A model object with what its inputs need."""
+    if processor is not None:
+        return VisionModel.wrap(model, processor)
+    if tokenizer is None:
+        raise ConfigError(
+            "a model object needs its tokenizer, Editor.from_pretrained(model, tokenizer=...), or, where it classifies "
+            "images, its image processor: processor=..."
+        )
+    return LanguageModel.wrap(model, tokenizer, architecture)
 
 
 def default_logger(run_dir: str | Path | None = None) -> CSVLogger:

@@ -9,6 +9,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from cakeflow.core.config_errors import plain_message
@@ -47,7 +48,10 @@ def find_config(kind: str, name: str | Path) -> Path:
 
 def takes_model_config(method: Path) -> bool:
     """Return True if a method takes the numbers of a model config: those are arguments of ``LocateThenEdit``."""
-    content = read_yaml(method.read_text(encoding="utf-8"))
+    try:
+        content = read_yaml(method.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return True  # the parser says what is wrong with it
     model = content.get("model") if isinstance(content, dict) else None
     name = model.get("class_path") if isinstance(model, dict) else None
     return name is None or str(name).rpartition(".")[2] == "LocateThenEdit"

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import is_dataclass, replace
-from inspect import Parameter, isclass
+from inspect import Parameter, isabstract, isclass
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
@@ -114,8 +114,13 @@ def settable(kind: Any) -> Any:
 def _is_settable(kind: type) -> bool:
     record = is_dataclass(kind) or issubclass(kind, BaseModel)
     return issubclass(kind, (*LEAVES, *SLOT_BASES, *LIGHTNING, Plain)) or (
-        record and not issubclass(kind, EditableModel)
+        (record or _is_slot_of_plugin(kind)) and not issubclass(kind, EditableModel)
     )
+
+
+def _is_slot_of_plugin(kind: type) -> bool:
+    """True for an abstract class of an installed plugin: a slot of its own, for the parts of its methods."""
+    return isabstract(kind) and kind.__module__.split(".")[0] in plugin_packages()
 
 
 class _SettableArguments:

@@ -8,6 +8,7 @@ import lightning as L
 from torch.utils.data import DataLoader
 
 from cakeflow.core.module import EditModule
+from cakeflow.data.images import ImageEditRequest
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import warn_of_doubts
 from cakeflow.data.schemas import Occurrence, ZsreTarget, asks, parse_requests
@@ -74,7 +75,8 @@ class EditDataModule(L.LightningDataModule):
         requests = parse_requests(entries, occurrence=occurrence, zsre_target=zsre_target)
         self.requests = select(requests, order, shuffle_seed, conflicts, limit)
         may_ask = {request for entry, request in zip(entries, requests, strict=True) if asks(entry)}
-        warn_of_doubts(self.requests, may_ask, may_contradict=conflicts == "keep")
+        texts = [each for each in self.requests if not isinstance(each, ImageEditRequest)]
+        warn_of_doubts(texts, may_ask, may_contradict=conflicts == "keep")
         self.batch_size = batch_size or len(self.requests)
         if conflicts == "keep":
             require_apart(self.requests, self.batch_size)

@@ -26,14 +26,13 @@ from cakeflow.core.folder import is_finished, require_run_folder, run_folder
 from cakeflow.core.identity import arithmetic
 from cakeflow.core.loggers import with_run_folder
 from cakeflow.core.memory import PeakMemory
+from cakeflow.core.questions import Questions
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer, float32_by_default
 from cakeflow.data.request import EditRequest
-from cakeflow.data.review import check_fields
 from cakeflow.errors import ConfigError, EditError, NotTakenWarning, NumericalError, PolicyError
-from cakeflow.evaluation.evaluation import Evaluation, warn_of_known
+from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.outcome import Outcome
-from cakeflow.evaluation.scoring import check_records
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import EditBatch
 from cakeflow.journal.journal import Journal
@@ -44,14 +43,14 @@ from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, Mo
 from cakeflow.journal.steps import EditStep, request_hash
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model, recorded
+from cakeflow.models.loading import recorded
 from cakeflow.storage.atomic import make_private
 
 B = TypeVar("B", bound=EditBatch, default=Any)
 """The batches of a method: requests with what it needs of them, such as tokens."""
 
 
-class EditModule(L.LightningModule, ABC, Generic[B]):
+class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     """The base of edit methods: model, journal, evaluation and phases; a subclass says how a batch is edited.
 
     Subclasses define ``settings``, ``encode``, ``prepare`` and ``edit``, and ``finish`` if something is left to do when
@@ -87,9 +86,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         private: Whether only their owner can read the run folders that are made.
     """
 
-    lm: LanguageModel
     journal: Journal
-    max_bytes: float | None = None
 
     def __init__(
         self,
@@ -105,7 +102,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         self.strict_loading = False  # a checkpoint has the edited places only
         self.evaluation, self.metrics = evaluation, evaluation.metrics(metrics)
         self._requested = {type(metric).__name__.lower() for metric in metrics}
-        self._requested |= {"fluency"} if evaluation.texts_every else set()
+        self._requested |= {"fluency"} if getattr(evaluation, "texts_every", 0) else set()
         self.name = base.name if isinstance(base, EditableModel) else str(base)
         self.record_texts, self.private, self._base, self._loading = record_texts, private, base, loading
         self.stage = "after"
@@ -171,7 +168,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         """Check that the settings fit the model, once it is loaded."""
 
     @final
-    def adopt(self, lm: LanguageModel) -> None:
+    def adopt(self, lm: Any) -> None:
         """Take a model that was loaded."""
         self.lm, self.journal = lm, Journal(lm, texts=self.record_texts)
         self.journal.policies.name = self.name
@@ -202,7 +199,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def setup(self, stage: str | None = None) -> None:
         """Load the model, if it was given by name, and open the journal's folder when a run begins by itself."""
         if not hasattr(self, "lm"):
-            self.adopt(load_model(str(self._base), **self._loading))
+            self.adopt(self.load())
             self.check_model()
         if stage == "fit":
             self.obey(self.trainer.callbacks)  # type: ignore[attr-defined]
@@ -221,7 +218,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         batches = list(self.trainer.train_dataloader or ())
         with float32_by_default(), self.phase("ask"):
             edited = [request for batch in batches if not batch.undo for request in batch.requests]
-            warn_of_known(self.lm, edited, self.max_bytes)
+            self.warn_of_known(edited)
         with self.journal.reverted():
             self.prepare(batches)
         self.journal.inputs = dict(self.inputs)
@@ -282,7 +279,7 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
     def validation_step(self, batch: EditBatch, _: int) -> None:
         """Ask the model about some requests."""
         with float32_by_default(), self.phase("evaluation"):
-            answers = self.evaluation.ask(self.lm, batch.requests, len(self.answers), self.max_bytes)
+            answers = self.ask(batch.requests)
             self.answers += answers.rows(first=len(self.answers))
             fields = answers.fields().items()
             self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})
@@ -325,18 +322,6 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
         if self.journal.pending is not None:
             value = self.journal.pending.numbers[name] = float(value)
         super().log(name, value, *args, **kwargs)
-
-    def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check that the metrics can judge these requests, and that the model can read them.
-
-        Raises:
-            ConfigError: If a metric that the user named can judge none of them, or a chat cannot be written.
-            RequestError: If a text is too long, or a target has no token.
-        """
-        needs = {name: getattr(metric, "needs", ()) for name, metric in self.metrics.items()}
-        check_fields(requests, needs, self._requested)
-        check_records(self.lm, requests)
-        self.evaluation.check(self.lm)
 
     def original_weight(self, name: str) -> Float[Tensor, "d_out d_in"]:
         """Return a weight as it was before any edit."""
@@ -392,10 +377,9 @@ class EditModule(L.LightningModule, ABC, Generic[B]):
             data=hashlib.sha256("".join(map(request_hash, requests)).encode()).hexdigest(),
             arithmetic=arithmetic(self.lm, trainer),
             format=FORMAT,
+            loading=recorded(self._loading, self.lm),
             **circumstances().to_dict(),
         )
-        if loading := recorded(self._loading, self.lm):
-            run = run.model_copy(update={"loading": loading})
         for part in (folder, folder / "journal") if self.private else ():
             make_private(part)
         self.journal.open(self.journal.store_at(folder / "journal"), run)

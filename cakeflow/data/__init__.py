@@ -3,6 +3,7 @@
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.files import read_text
+from cakeflow.data.images import ImageEditRequest, ImageProbe, Picture
 from cakeflow.data.public_files import Consequence
 from cakeflow.data.request import EditRequest, Probe, contradictions
 from cakeflow.data.review import check_fields, missing_fields
@@ -14,8 +15,9 @@ from cakeflow.data.subject import guess_subject
 from cakeflow.data.text import join, occurrences, plain, states, until_stop
 
 __all__ = [
-    "Consequence", "Contexts", "EditRequest", "Probe", "builtin_facts", "check_fields", "contradictions",
-    "guess_subject", "join", "missing_fields", "occurrences", "parse_requests", "plain", "read_consequences",
+    "Consequence", "Contexts", "EditRequest", "ImageEditRequest", "ImageProbe", "Picture", "Probe", "builtin_facts",
+    "check_fields", "contradictions", "guess_subject", "join", "missing_fields", "occurrences", "parse_requests",
+    "plain", "read_consequences",
     "read_documents", "read_entries", "read_requests", "read_text", "read_texts", "select", "states", "until_stop",
     "with_references",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, Literal
 
+from cakeflow.data.images import FIELDS, ImageEditRequest, image_faults, image_request
 from cakeflow.data.request import EditRequest, Probe, ProbeKind, normal_form_hint, request_faults
 from cakeflow.data.text import occurrences
 from cakeflow.errors import Fault, RequestError, require_choice
@@ -34,8 +35,9 @@ def parse_requests(
     Contradictions are not checked here, but among the requests that are edited (see ``contradictions``).
 
     Args:
-        entries: Requests, or mappings in our own schema, CounterFact's or zsRE's (MEND); a field of None counts as
-            missing. A prompt without ``{}`` becomes a template where it contains the subject as whole words.
+        entries: Requests, or mappings in our own schema, that of images, CounterFact's or zsRE's (MEND); a field of
+            None counts as missing. A prompt without ``{}`` becomes a template where it contains the subject as whole
+            words.
         first: Index of the first entry in error messages.
         occurrence: Occurrence of the subject that such a prompt means, ``first`` or ``last``. None takes the first
             in zsRE, and refuses a prompt of our own schema with several.
@@ -61,7 +63,7 @@ def parse_requests(
         except _BadEntryError as bad:
             faults.append(Fault(index, bad.field, bad.value, bad.remedy))
             continue
-        faults += request_faults(request, index)
+        faults += image_faults(request, index) or request_faults(request, index)
         requests.append(request)
         questions += asks(entry)
     if not requests and not faults:
@@ -93,9 +95,22 @@ def _from_mapping(entry: object, occurrence: Occurrence | None, zsre_target: Zsr
     entry = {name: value for name, value in entry.items() if value is not None}
     if "requested_rewrite" in entry:
         return _from_counterfact(entry)
+    if "image" in entry:
+        return _from_image(entry)
     if "src" in entry:
         return _from_zsre(entry, occurrence or "first", zsre_target)
     return _from_own(entry, occurrence)
+
+
+def _from_image(entry: Mapping[str, Any]) -> ImageEditRequest:
+    if unknown := sorted(set(map(str, entry)) - set(FIELDS)):
+        raise _BadEntryError(unknown[0], entry.get(unknown[0]), f"unknown field; known: {', '.join(FIELDS)}")
+    if "label" not in entry:
+        raise _BadEntryError("label", None, "missing; an image request needs image and label")
+    try:
+        return image_request(entry)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _BadEntryError("probes", entry.get("probes"), "give a list of {kind, image, label}") from error
 
 
 def _from_own(entry: Mapping[str, Any], occurrence: Occurrence | None) -> EditRequest:

@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import MOST_ENTRIES, SOURCES, Parts, exists, lines, parse_json, read_text
+from cakeflow.data.images import has_images, read_image_folder, read_image_table, with_folder
 from cakeflow.data.public_files import Consequence, consequences, unfold
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
@@ -38,9 +39,11 @@ def read_requests(
     Args:
         source: ``"builtin"``; a ``.json`` (one list) or ``.jsonl`` file, either also ``.gz``; an ``.arrow`` file; an
             ``http(s)`` URL of such a file, which is cached by ``datasets``; a folder with a data set; a data set of the
-            hub, ``"owner/name"`` (a local path of that name wins); a list of requests or mappings; or a
-            ``datasets.Dataset``. Schemas: ours, CounterFact's (single and multi), zsRE's (MEND), KnowEdit's, MQuAKE's,
-            PEAK's, ConflictEdit's and RoundEdit's, unchanged; a record with several edits becomes as many requests.
+            hub, ``"owner/name"`` (a local path of that name wins); a folder of pictures, one folder in it per label,
+            or a ``.csv`` file with the fields image and label, whose paths are taken from its folder; a list of
+            requests or mappings; or a ``datasets.Dataset``. Schemas: ours, that of images, CounterFact's (single and
+            multi), zsRE's (MEND), KnowEdit's, MQuAKE's, PEAK's, ConflictEdit's and RoundEdit's, unchanged; a record
+            with several edits becomes as many requests.
         split: Split of a data set that has several, e.g. ``"test"`` or ``"train[:100]"``.
         occurrence: See ``parse_requests``.
         zsre_target: See ``parse_requests``.
@@ -155,6 +158,9 @@ def _named(source: str | Path, split: str | None, *, texts: bool) -> Iterable[An
     """Entries of a file, a folder, a URL or a data set of the hub; a path object is never one of the latter two."""
     name, path, remote = str(source), Path(source), isinstance(source, str)
     if name and exists(path) and path.is_dir():  # the path of an empty name is the current folder
+        if not texts and has_images(path):
+            _refuse_split(split, name)
+            return read_image_folder(path)
         return _load_local(path, split)
     if remote and not exists(path) and _HUB_NAME.fullmatch(name) and not _FILE_NAME.fullmatch(name):
         return _load_hub(name, "train" if texts else split)
@@ -169,12 +175,14 @@ def _read_file(path: Path, name: str, kind: str, *, texts: bool) -> Iterable[Any
     if kind.endswith(".arrow") and path.is_file():
         return _load_local(path, None)
     kind = kind.removesuffix(".gz")
+    if kind.endswith(".csv") and not texts:
+        return with_folder(read_image_table(path), path.parent)
     if kind.endswith(".jsonl"):
-        return _json_lines(lines(path, name, whole=not texts), name)
+        return with_folder(_json_lines(lines(path, name, whole=not texts), name), path.parent)
     if texts and not kind.endswith(".json"):
         return [Parts(path, name)]
     entries = parse_json(read_text(path, name), name)
-    return entries if isinstance(entries, list) else [entries]
+    return with_folder(entries if isinstance(entries, list) else [entries], path.parent)
 
 
 def _json_lines(texts: Iterable[str], name: str) -> Iterator[Any]:

@@ -9,11 +9,11 @@ from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pad, plan
 from cakeflow.forward.prefix_tree import predict
 from cakeflow.forward.suffix import Recording, Suffixes, cut
-from cakeflow.forward.tokens import Row, TextBatch, encode, encode_batch, encode_prompts, encode_texts
+from cakeflow.forward.tokens import EditBatch, Row, TextBatch, encode, encode_batch, encode_prompts, encode_texts
 
 __all__ = [
-    "GIB", "FactBatch", "FactReader", "LinearMap", "ModelJacobian", "PromptStream", "Recording", "Row", "Suffixes",
-    "TextBatch", "WeightLoss", "check_tokens", "choose_tokens", "continuations", "cut", "default_corpus", "encode",
-    "encode_batch", "encode_prompts", "encode_texts", "generate_contexts", "names", "pad", "plan", "predict",
+    "GIB", "EditBatch", "FactBatch", "FactReader", "LinearMap", "ModelJacobian", "PromptStream", "Recording", "Row",
+    "Suffixes", "TextBatch", "WeightLoss", "check_tokens", "choose_tokens", "continuations", "cut", "default_corpus",
+    "encode", "encode_batch", "encode_prompts", "encode_texts", "generate_contexts", "names", "pad", "plan", "predict",
     "read_keys", "sampled_corpus", "token_stream",
 ]  # fmt: skip

@@ -83,7 +83,7 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
         raise _missing(model, "block", "a decoder alone; this model has an encoder too")
     stack, blocks = _blocks(model)
     width = getattr(model.config.get_text_config(), "hidden_size", None)
-    attn_out = next(filter(None, (_attn_out(block, width) for block in blocks)), None)
+    attn_out = next(filter(None, (attention_output(block, width) for block in blocks)), None)
     if attn_out is None:
         raise _missing(
             model,
@@ -100,8 +100,8 @@ def find_architecture(model: PreTrainedModel) -> Architecture:
 
 
 def _mlp_out_of(model: PreTrainedModel, blocks: nn.ModuleList, width: int | None) -> str:
-    dense = next(filter(None, (_mlp_out(block, width) for block in blocks if not routed_experts(block))), None)
-    shared = next(filter(None, (_mlp_out(block, width) for block in blocks)), None)
+    dense = next(filter(None, (mlp_output(block, width) for block in blocks if not routed_experts(block))), None)
+    shared = next(filter(None, (mlp_output(block, width) for block in blocks)), None)
     if dense or shared:
         return dense or shared or ""
     if experts := next(filter(None, map(routed_experts, blocks)), None):
@@ -122,7 +122,7 @@ def reason_for_absence(block: nn.Module, width: int) -> str:
     experts = routed_experts(block)
     if experts is None:
         return ""
-    shared = _mlp_out(block, width)
+    shared = mlp_output(block, width)
     remedy = f"edit its shared expert, site={shared!r}, or" if shared else "edit"
     return f"its {experts} is a {MIXTURE}; {remedy} layers that have a dense MLP"
 
@@ -170,7 +170,8 @@ def _is_norm(module: nn.Module) -> bool:
     return "norm" in type(module).__name__.lower()
 
 
-def _is_attention(module: nn.Module) -> bool:
+def is_attention(module: nn.Module) -> bool:
+    """True for an attention, by the name of its class."""
     return "attention" in type(module).__name__.lower()
 
 
@@ -217,22 +218,22 @@ def _widths(module: nn.Module) -> tuple[int, int]:
     return int(module.in_features), int(module.out_features)  # type: ignore[arg-type]
 
 
-def _attn_out(block: nn.Module, width: int | None) -> str | None:
+def attention_output(block: nn.Module, width: int | None) -> str | None:
     """Return the last linear map of a block's first attention onto the residual width; a gate may follow it."""
     for child, module in block.named_children():
-        if _is_attention(module):
+        if is_attention(module):
             names = [name for name, m in linear_maps(module) if _widths(m)[1] == width and "gate" not in name]
             return f"{child}.{names[-1]}" if names else None
     return None
 
 
-def _mlp_out(block: nn.Module, width: int | None) -> str | None:
+def mlp_output(block: nn.Module, width: int | None) -> str | None:
     """Return the linear map of a block's MLP onto the residual width: the last of those with the widest input."""
     experts = routed_experts(block)
     maps: list[tuple[int, str]] = []
     for child, module in block.named_children():
         inside = experts is not None and f"{experts}.".startswith(f"{child}.")
-        if _is_attention(module) or _is_norm(module) or (_mixes_tokens(module) and not inside):
+        if is_attention(module) or _is_norm(module) or (_mixes_tokens(module) and not inside):
             continue
         for name, each in linear_maps(module):
             path = f"{child}.{name}".rstrip(".")

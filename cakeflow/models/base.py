@@ -64,6 +64,11 @@ class EditableModel(ABC):
         """Type of the weights."""
 
     @property
+    @abstractmethod
+    def tuple_size(self) -> int:
+        """Number of values that the blocks return in a tuple, 0 if they return a tensor."""
+
+    @property
     def attention(self) -> str:
         """Implementation of attention, on which the last bits depend; empty if the model names none."""
         return str(getattr(getattr(self.model, "config", None), "_attn_implementation", None) or "")

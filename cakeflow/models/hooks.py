@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cakeflow.models.architecture import Site
-from cakeflow.models.language import LanguageModel
+from cakeflow.models.base import EditableModel
 
 
 class _StopError(Exception):
@@ -40,7 +40,7 @@ def _with_first(value: Any, tensor: Tensor) -> Any:
 
 
 @contextmanager
-def _shapes(lm: LanguageModel, sites: Sequence[Site]) -> Iterator[dict[int, torch.Size]]:
+def _shapes(lm: EditableModel, sites: Sequence[Site]) -> Iterator[dict[int, torch.Size]]:
     """Record rows and time of the inputs of some sites' blocks, filled as the model runs."""
     shapes: dict[int, torch.Size] = {}
 
@@ -59,7 +59,7 @@ def _shapes(lm: LanguageModel, sites: Sequence[Site]) -> Iterator[dict[int, torc
 
 @contextmanager
 def capture(
-    lm: LanguageModel, sites: Sequence[Site], *, side: Literal["in", "out"] = "out", stop: bool = False
+    lm: EditableModel, sites: Sequence[Site], *, side: Literal["in", "out"] = "out", stop: bool = False
 ) -> Iterator[dict[Site, Float[Tensor, "rows time width"]]]:
     """Capture the input or output of modules during the forward passes in the ``with`` body.
 
@@ -95,7 +95,7 @@ def capture(
 
 
 @contextmanager
-def calls(lm: LanguageModel, layer: int) -> Iterator[list[str]]:
+def calls(lm: EditableModel, layer: int) -> Iterator[list[str]]:
     """List the modules of a block, as paths below it, in the order in which they return in the ``with`` body."""
     order: list[str] = []
     with ExitStack() as stack:
@@ -105,7 +105,7 @@ def calls(lm: LanguageModel, layer: int) -> Iterator[list[str]]:
 
 
 @contextmanager
-def _put(lm: LanguageModel, site: Site, value: Tensor, places: tuple[Tensor, Tensor], *, add: bool) -> Iterator[None]:
+def _put(lm: EditableModel, site: Site, value: Tensor, places: tuple[Tensor, Tensor], *, add: bool) -> Iterator[None]:
     """Replace a module's output at (rows, columns) by vectors, or add them to it."""
 
     def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
@@ -122,7 +122,7 @@ def _put(lm: LanguageModel, site: Site, value: Tensor, places: tuple[Tensor, Ten
 
 
 def inject(
-    lm: LanguageModel,
+    lm: EditableModel,
     site: Site,
     delta: Float[Tensor, "places width"],
     at: Int[Tensor, " places"],
@@ -141,7 +141,7 @@ def inject(
 
 
 def patch(
-    lm: LanguageModel,
+    lm: EditableModel,
     site: Site,
     value: Float[Tensor, "places width"],
     rows: Int[Tensor, " places"],
@@ -160,7 +160,7 @@ def patch(
 
 
 @contextmanager
-def start_at(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time width"]) -> Iterator[None]:
+def start_at(lm: EditableModel, layer: int, hidden: Float[Tensor, "rows time width"]) -> Iterator[None]:
     """Start forward passes at block ``layer`` with ``hidden`` as its input; the blocks below do nothing."""
     absent = object()
     blocks = [lm.module(Site(index)) for index in range(layer)]
@@ -180,14 +180,79 @@ def start_at(lm: LanguageModel, layer: int, hidden: Float[Tensor, "rows time wid
 
 
 @contextmanager
-def logits_at(lm: LanguageModel, rows: Int[Tensor, " read"], columns: Int[Tensor, " read"]) -> Iterator[None]:
+def read_inputs(lm: EditableModel, paths: Sequence[str]) -> Iterator[dict[str, Float[Tensor, "rows width"]]]:
+    """Read the first input of modules outside the blocks, such as classifiers, in the forward passes of the body.
+
+    Args:
+        lm: The model.
+        paths: Paths of the modules.
+
+    Yields:
+        Path -> input of the last pass, on the model's input device.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def record(path: str) -> Callable[..., None]:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            tensors[path] = args[0].to(lm.device)
+
+        return hook
+
+    with ExitStack() as stack:
+        for path in paths:
+            stack.callback(lm.module(path).register_forward_pre_hook(record(path)).remove)
+        yield tensors
+
+
+@contextmanager
+def replace_columns(
+    lm: EditableModel, site: Site, columns: Bool[Tensor, "rows d_in"], values: Float[Tensor, "*rows time d_in"]
+) -> Iterator[None]:
+    """Replace some columns of a projection's input, such as those that one attention head writes.
+
+    This removes heads under any implementation of attention; transformers 5 accepts ``head_mask`` and ignores it.
+
+    Args:
+        lm: The model.
+        site: Site of the projection.
+        columns: For each row the columns that are replaced.
+        values: What takes their place; rows and time may have size 1.
+    """
+
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        key = args[0]
+        return (torch.where(columns[:, None].to(key.device), values.to(key), key), *args[1:])
+
+    handle = lm.module(site).register_forward_pre_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def outputs_of_blocks(lm: EditableModel, **inputs: Any) -> int:
+    """Return the number of values that blocks return in a tuple, 0 if they return a tensor; one pass shows it."""
+    sizes: list[int] = []
+    handle = lm.module(Site(0)).register_forward_hook(
+        lambda _m, _a, out: sizes.append(len(out) if isinstance(out, (tuple, list)) else 0)
+    )
+    try:
+        with torch.no_grad():
+            lm(**inputs)
+    finally:
+        handle.remove()
+    return sizes[0]
+
+
+@contextmanager
+def logits_at(lm: EditableModel, rows: Int[Tensor, " read"], columns: Int[Tensor, " read"]) -> Iterator[None]:
     """Compute logits only at the positions (row, column), in the shape 1 x read x vocabulary."""
 
     def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden = args[0]
         return (hidden[rows.to(hidden.device), columns.to(hidden.device)][None], *args[1:])
 
-    handle = lm.head.register_forward_pre_hook(hook)
+    handle = lm.module(lm.architecture.head).register_forward_pre_hook(hook)
     try:
         yield
     finally:
@@ -195,7 +260,7 @@ def logits_at(lm: LanguageModel, rows: Int[Tensor, " read"], columns: Int[Tensor
 
 
 @contextmanager
-def frozen(lm: LanguageModel) -> Iterator[None]:
+def frozen(lm: EditableModel) -> Iterator[None]:
     """Turn off gradients of the model's own parameters, which saves the activations that they need."""
     trainable = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
     lm.model.requires_grad_(False)

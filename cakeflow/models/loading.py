@@ -10,12 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from cakeflow.errors import ConfigError, did_you_mean, listed
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.language import LanguageModel, require_masks
+from cakeflow.models.vision import VisionModel
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.folders import write_folder
 from cakeflow.storage.hashing import file_hash
@@ -111,6 +119,39 @@ def load_model(
             f"that loads here{did_you_mean(base, EMBEDDED)}: {error}{copied}"
         ) from error
     return LanguageModel.wrap(model, tokenizer, architecture)
+
+
+def load_vision_model(base: str | Path, *, dtype: str = "auto", **kwargs: Any) -> VisionModel:
+    """Load a vision transformer with a classifier, and its image processor.
+
+    Images are resized by Pillow, whether torchvision is installed or not, so that their pixels are the same everywhere.
+
+    Args:
+        base: A folder or a hub id.
+        dtype: As in ``AutoModelForImageClassification.from_pretrained``.
+        kwargs: Further arguments of that function.
+
+    Raises:
+        ConfigError: If there is no such model, it has no classifier or no processor, or it cannot be loaded.
+        ArchitectureError: If it is no plain vision transformer.
+    """
+    trust = bool(kwargs.setdefault("trust_remote_code", False))
+    where = {key: kwargs[key] for key in HUB if key in kwargs}
+    try:
+        processor = AutoImageProcessor.from_pretrained(str(base), backend="pil", trust_remote_code=trust, **where)
+        with without_progress_bars() if Path(base).exists() else nullcontext():
+            loaded: Any = AutoModelForImageClassification.from_pretrained(
+                str(base), dtype=dtype, output_loading_info=True, **kwargs
+            )
+        model, info = loaded
+        if absent := sorted(info["missing_keys"]):
+            raise ValueError(f"its files lack weights, which would be random: {listed(absent)}")
+    except Exception as error:  # the libraries raise errors of many types for damaged or foreign files
+        raise ConfigError(
+            f"model {str(base)!r} is neither a folder nor a hub id of an image classifier that loads here: {error}; "
+            "give one with its image processor, or a model object and processor=..."
+        ) from error
+    return VisionModel.wrap(model.eval(), processor)
 
 
 def _tokenizer(name: str, copied: str, **arguments: Any) -> PreTrainedTokenizerBase | None:

@@ -202,7 +202,7 @@ class ShardedProjection(RoutedModule):
             return list(range(len(self.shards)))
         return [0, 1] if self.joined else [0]
 
-    def decide(self, *answers: Float[Tensor, "candidates ..."]) -> Int[Tensor, "..."]:
+    def decide(self, *answers: Float[Tensor, "candidates ..."]) -> Int[Tensor, ...]:
         """Return which candidate answers at each place, by its distance; 0 is the projection (WISE's code, 1.4)."""
         distances = answers[0]
         if self.settings.control != "distance":

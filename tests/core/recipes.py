@@ -17,6 +17,7 @@ from cakeflow_streams import (
     SwapSearch,
     UnusedSpace,
 )
+from cakeflow_vision import GradientTargets, HeadTargets, RelativeRidge
 
 from cakeflow import (
     Endpoints,
@@ -106,3 +107,13 @@ TARGETS = {
     },
     "encore": {"likelihood": TargetLikelihood(solved_in="sampled"), "stop": SolvedTimes(2)},
 }  # fmt: skip
+
+IMAGES = {
+    "vit_heads": (HeadTargets(3), RelativeRidge(0.01), 0.0),
+    "vit_heads_null": (HeadTargets(3), NullSpace(LeastSquares(1.0)), 0.0),
+    "vit_random_heads": (HeadTargets(3, ranking="random"), RelativeRidge(0.01), 0.0),
+    "vit_gradient": (GradientTargets(), RelativeRidge(0.01), 0.0),
+    "vit_ft": (HeadTargets(), Descent(100, 1e-3, None), 0.0),
+    "vit_ft_kl": (HeadTargets(), Descent(200, 1e-3, None), 10.0),
+}
+"""Recipe of image classifiers -> targets, solver, weight of the divergence on unrelated images."""

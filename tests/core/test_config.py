@@ -4,9 +4,11 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from cakeflow_vision import ClassifierEdit
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -31,7 +33,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import BESIDE, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import BESIDE, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -82,8 +84,18 @@ def test_cake_over_every_solver(method, base):
     assert module.allocator == (Jacobian() if method == "cake" else allocator)
 
 
+@pytest.mark.parametrize("method", IMAGES)
+def test_compositions_for_images(method):
+    pictures = [np.full((2, 2, 3), value, np.uint8) for value in (1, 2)]
+    module = build_module([METHODS[method]], base="somewhere", unrelated=pictures)
+    assert isinstance(module, ClassifierEdit)
+    assert (module.targets, module.solver, module.divergence) == IMAGES[method]
+    assert (module.preserve, module.use_history) == (0.1, True)
+    assert not hasattr(module, "lm")
+
+
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) | set(IMAGES) == set(METHODS)
 
 
 @pytest.mark.parametrize("method", BESIDE)
@@ -96,7 +108,7 @@ def test_side_memories(method):
 
 
 def test_only_methods_of_other_classes_take_no_model_config():
-    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == set(BESIDE)
+    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == {*BESIDE, *IMAGES}
 
 
 @pytest.mark.parametrize(

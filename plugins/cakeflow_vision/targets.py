@@ -1,0 +1,176 @@
+"""Sources of target representations: what should enter the classifier for an image that is corrected."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from cakeflow.errors import ConfigError, require_choice, require_positive
+from cakeflow.models import VisionModel
+from cakeflow_vision.heads import (
+    Head,
+    Replacement,
+    agreement,
+    first_order_scores,
+    replacements,
+    representations,
+    score_heads,
+    top_heads,
+    without_heads,
+)
+
+Ranking = Literal["exact", "first_order", "random"]
+
+
+@dataclass(frozen=True, eq=False)
+class TargetProblem:
+    """The images of a batch, and what they were measured against.
+
+    Attributes:
+        pixels: n images.
+        labels: Their right labels.
+        features: Path of a classifier -> what enters it, n x width.
+        unrelated: Images to preserve.
+    """
+
+    pixels: Float[Tensor, "n 3 height width"]
+    labels: Int[Tensor, " n"]
+    features: Mapping[str, Float[Tensor, "n width"]]
+    unrelated: Float[Tensor, "m 3 height width"]
+
+
+@dataclass(frozen=True, eq=False)
+class RepresentationTargets:
+    """Target representations.
+
+    Attributes:
+        values: Path of a classifier -> what should enter it, n x width.
+        numbers: What is logged of them.
+        heads: The heads that were replaced, if any.
+    """
+
+    values: Mapping[str, Float[Tensor, "n width"]]
+    numbers: dict[str, float]
+    heads: tuple[Head, ...] = ()
+
+
+class RepresentationSource(ABC):
+    """A source of target representations; subclasses are frozen dataclasses."""
+
+    @abstractmethod
+    def targets(self, vm: VisionModel, problem: TargetProblem) -> RepresentationTargets:
+        """Return what should enter the classifiers for a batch of images."""
+
+
+@dataclass(frozen=True)
+class HeadTargets(RepresentationSource):
+    """The representations without the heads that harm most, or without random ones as a control.
+
+    Attributes:
+        top: Number of heads.
+        replacement: What takes their place: ``mean`` over the unrelated images, or ``zero``.
+        ranking: How heads are chosen: ``exact`` (the loss without each), its ``first_order``, or ``random``.
+        heads: Blocks and heads to take in place of a ranking, as ``[[5, 0], [7, 2]]``.
+        seed: Seed of random heads.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+
+    top: int = 3
+    replacement: Replacement = "mean"
+    ranking: Ranking = "exact"
+    heads: Sequence[Sequence[int]] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require_positive("HeadTargets", self, "top")
+        require_choice("replacement", self.replacement, Replacement)
+        require_choice("ranking", self.ranking, Ranking)
+
+    def targets(self, vm: VisionModel, problem: TargetProblem) -> RepresentationTargets:
+        """Choose heads and run the images without them."""
+        means = replacements(vm, self.replacement, problem.unrelated)
+        heads, numbers = self._chosen(vm, problem, means)
+        values: dict[str, list[Tensor]] = {path: [] for path in vm.classifiers}
+        for part in problem.pixels.split(1):
+            with without_heads(vm, heads, means, len(part)):
+                for path, each in representations(vm, part)[0].items():
+                    values[path].append(each)
+        return RepresentationTargets({path: torch.cat(each) for path, each in values.items()}, numbers, tuple(heads))
+
+    def _chosen(
+        self, vm: VisionModel, problem: TargetProblem, means: Mapping[int, Tensor]
+    ) -> tuple[list[Head], dict[str, float]]:
+        if self.heads:
+            return self._named(vm), {}
+        if self.top > vm.depth * vm.heads:
+            raise ConfigError(f"targets.top is {self.top}, but {vm.name} has {vm.depth} x {vm.heads} heads")
+        if self.ranking == "random":
+            order = torch.randperm(vm.depth * vm.heads, generator=torch.Generator().manual_seed(self.seed)).tolist()
+            return [divmod(place, vm.heads) for place in order[: self.top]], {}
+        score = score_heads if self.ranking == "exact" else first_order_scores
+        scores = score(vm, problem.pixels, problem.labels, means)
+        heads = top_heads(scores, self.top)
+        return heads, {"heads/agreement": agreement(scores, heads)}
+
+    def _named(self, vm: VisionModel) -> list[Head]:
+        heads = [(int(layer), int(head)) for layer, head in self.heads]
+        if bad := [each for each in heads if not (0 <= each[0] < vm.depth and 0 <= each[1] < vm.heads)]:
+            raise ConfigError(f"targets.heads: {bad[0]} is no head of {vm.name}: {vm.depth} blocks of {vm.heads} heads")
+        return heads
+
+
+@dataclass(frozen=True)
+class GradientTargets(RepresentationSource):
+    """Representations that gradient steps bring to the right label, in the way of X-Edit's targets (Adam, a penalty).
+
+    Attributes:
+        steps: Number of steps.
+        lr: Learning rate of Adam.
+        decay: Weight of the squared norm of a change.
+        clamp: Largest norm of a change, in norms of the representation.
+
+    Raises:
+        ConfigError: If a setting is out of range.
+    """
+
+    steps: int = 25
+    lr: float = 0.05
+    decay: float = 0.01
+    clamp: float = 0.75
+
+    def __post_init__(self) -> None:
+        require_positive("GradientTargets", self, "steps", "lr", "clamp")
+
+    def targets(self, vm: VisionModel, problem: TargetProblem) -> RepresentationTargets:
+        """Descend the loss of the right labels by the representations, all classifiers together."""
+        maps = {path: vm.module(path) for path in vm.classifiers}
+        start = {path: each.float() for path, each in problem.features.items()}
+        with torch.enable_grad():
+            changes = {path: torch.zeros_like(each).requires_grad_() for path, each in start.items()}
+            adam = torch.optim.Adam(changes.values(), lr=self.lr)
+            for _ in range(self.steps):
+                outputs = [maps[path](start[path].to(vm.dtype) + changes[path].to(vm.dtype)) for path in maps]
+                loss = cross_entropy(torch.stack(outputs).mean(0).float(), problem.labels, reduction="sum")
+                loss = loss + self.decay * sum((each**2).sum() for each in changes.values())
+                gradients = torch.autograd.grad(loss, list(changes.values()))
+                for change, gradient in zip(changes.values(), gradients, strict=True):
+                    change.grad = gradient
+                adam.step()
+                self._clamp(changes, start)
+        values = {path: start[path] + changes[path].detach() for path in maps}
+        return RepresentationTargets(values, {"targets/loss": float(loss.detach()) / len(problem.labels)})
+
+    @torch.no_grad()
+    def _clamp(self, changes: Mapping[str, Tensor], start: Mapping[str, Tensor]) -> None:
+        for path, change in changes.items():
+            limit = self.clamp * start[path].norm(dim=1, keepdim=True)
+            change *= (limit / change.norm(dim=1, keepdim=True).clamp_min(1e-12)).clamp_max(1)
