@@ -172,7 +172,6 @@ class Editor:
         Raises:
             ConfigError: If a name is unknown, before anything is loaded.
             TypeError: If the default method has no such argument.
-            TypeError: If the method has no such argument.
         """
         values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None} | further
         configs = [find_config("method", method)]
