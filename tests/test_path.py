@@ -9,7 +9,8 @@ from tiny_runs import editor_of, name_of
 
 import cakeflow
 from cakeflow import EditRequest, LeastSquares
-from cakeflow.core import datamodule, locate_then_edit, questions
+from cakeflow.core import datamodule, locate_then_edit
+from cakeflow.evaluation import evaluation
 from cakeflow.forward.tokens import EditBatch
 from cakeflow.journal.journal import Journal
 
@@ -33,7 +34,7 @@ def test_everything_is_done_once_per_request(lm, requests, tmp_path, monkeypatch
 
     counted(datamodule, "parse_requests", per_request("parsed", 0))
     counted(locate_then_edit, "encode_batch", per_request("tokenized", 1))
-    counted(questions, "check_records", per_request("checked", 1))
+    counted(evaluation, "check_records", per_request("checked", 1))
     counted(
         locate_then_edit.Footprint,
         "estimate",

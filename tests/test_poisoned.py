@@ -112,7 +112,7 @@ CONFIGS = {
 def test_poisoned_configs(name, tmp_path, monkeypatch, capsys):
     """The command line ends with status 2, nothing of it is executed, and no model is loaded."""
     monkeypatch.setattr("sys.argv", ["cakeflow"])
-    monkeypatch.setattr("cakeflow.core.questions.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.evaluation.evaluation.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     path = tmp_path / "mine.yaml"
     path.write_bytes(CONFIGS[name])
     with pytest.raises(ConfigError, match=r"mine.yaml"):

@@ -26,12 +26,11 @@ from cakeflow.core.folder import is_finished, require_run_folder, run_folder
 from cakeflow.core.identity import arithmetic
 from cakeflow.core.loggers import with_run_folder
 from cakeflow.core.memory import PeakMemory
-from cakeflow.core.questions import Questions
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.trainer import check_trainer, float32_by_default
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, EditError, NotTakenWarning, NumericalError, PolicyError
-from cakeflow.evaluation.evaluation import Evaluation
+from cakeflow.evaluation.evaluation import Evaluation, Questions
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import EditBatch

@@ -221,14 +221,14 @@ class ImageEditRequest(EditRequest):
         return {name: value for name, value in values.items() if value not in (None, [])}
 
 
-def image_faults(request: EditRequest, index: int) -> list[Fault]:
-    """Return what is wrong with the pictures and labels of an image request; nothing for any other.
+def image_faults(request: ImageEditRequest, index: int) -> list[Fault]:
+    """Return all faults of the pictures and labels of a request.
 
     Args:
         request: The request.
         index: Position of the request in its list.
     """
-    return [Fault(index, *fault) for fault in _faults(request)] if isinstance(request, ImageEditRequest) else []
+    return [Fault(index, *fault) for fault in _faults(request)]
 
 
 def _faults(request: ImageEditRequest) -> Iterator[tuple[str, object, str]]:

@@ -63,7 +63,8 @@ def parse_requests(
         except _BadEntryError as bad:
             faults.append(Fault(index, bad.field, bad.value, bad.remedy))
             continue
-        faults += image_faults(request, index) or request_faults(request, index)
+        own = image_faults(request, index) if isinstance(request, ImageEditRequest) else []
+        faults += own or request_faults(request, index)
         requests.append(request)
         questions += asks(entry)
     if not requests and not faults:

@@ -12,16 +12,18 @@ import torch
 from torchmetrics import Metric, MetricCollection
 
 from cakeflow.data.request import EditRequest
+from cakeflow.data.review import check_fields
 from cakeflow.data.text import occurrences, until_stop
 from cakeflow.errors import ConfigError, RequestWarning, listed, require_choice
 from cakeflow.evaluation.judges import Containment, ExactMatch, Judge, JudgedAnswer, as_judge
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import CUTS, WILD_TOKENS, Protocol
-from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, score_records, scored_prompts
+from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, check_records, score_records, scored_prompts
 from cakeflow.forward.generation import continuations
 from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
 from cakeflow.metrics import KINDS, Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import load_model
 
 COLUMNS = {
     "expected_logprob": "expected",
@@ -280,3 +282,50 @@ def _subject(record: EditRequest, prompt: str) -> str:
 
 def _rates(form: Any) -> tuple[Metric, ...]:
     return Efficacy(form), Generalization(form), Specificity(form)
+
+
+class Questions:
+    """The part of an edit module that depends on the kind of the model: how it is loaded, asked and checked.
+
+    A method for another kind of model, such as classifiers of images, overrides these four methods.
+
+    Attributes:
+        lm: The model.
+        evaluation: What the model is asked.
+        metrics: Metrics of every evaluation.
+        answers: The answers of every request in the last evaluation.
+        max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
+    """
+
+    lm: LanguageModel
+    evaluation: Evaluation
+    metrics: MetricCollection
+    answers: list[EvaluatedRequest]
+    max_bytes: float | None = None
+    _base: Any
+    _loading: dict[str, Any]
+    _requested: set[str]
+
+    def load(self) -> Any:
+        """Load the model that was named."""
+        return load_model(str(self._base), **self._loading)
+
+    def check(self, requests: Sequence[EditRequest]) -> None:
+        """Check that the metrics can judge these requests, and that the model can read them.
+
+        Raises:
+            ConfigError: If a metric that the user named can judge none of them.
+            RequestError: If a text is too long, or a target has no token.
+        """
+        needs = {name: getattr(metric, "needs", ()) for name, metric in self.metrics.items()}
+        check_fields(requests, needs, self._requested)
+        check_records(self.lm, requests)
+        self.evaluation.check(self.lm)
+
+    def ask(self, requests: Sequence[EditRequest]) -> Any:
+        """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
+        return self.evaluation.ask(self.lm, requests, len(self.answers), self.max_bytes)
+
+    def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
+        """Warn of requests whose target the model gives already."""
+        warn_of_known(self.lm, requests, self.max_bytes)

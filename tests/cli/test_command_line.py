@@ -76,7 +76,7 @@ def test_print_config_shows_the_composition_and_loads_nothing(capsys):
     ],
 )
 def test_a_wrong_name_is_refused_before_a_model_loads(words, folder, monkeypatch, capsys):
-    monkeypatch.setattr("cakeflow.core.questions.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.evaluation.evaluation.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     with pytest.raises(SystemExit) as stop:
         main(arguments(folder, "fit", *words))
     assert stop.value.code == 2
@@ -84,7 +84,7 @@ def test_a_wrong_name_is_refused_before_a_model_loads(words, folder, monkeypatch
 
 
 def test_bad_requests_end_with_status_2_and_name_every_entry(folder, monkeypatch, capsys):
-    monkeypatch.setattr("cakeflow.core.questions.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr("cakeflow.evaluation.evaluation.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
     (folder / "facts.json").write_text(json.dumps([{"prompt": "no slot", "subject": "x", "target_new": " "}, {}]))
     with pytest.raises(SystemExit) as stop:
         main(arguments(folder, "fit"))

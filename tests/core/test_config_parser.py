@@ -62,7 +62,7 @@ def nothing_loads(monkeypatch):
     def refuse(name, **_):
         raise ConfigError(f"{name} is loaded now")
 
-    monkeypatch.setattr("cakeflow.core.questions.load_model", refuse)
+    monkeypatch.setattr("cakeflow.evaluation.evaluation.load_model", refuse)
 
 
 @pytest.fixture
@@ -306,7 +306,7 @@ def test_python_and_the_command_line_can_trust(config, monkeypatch):
         loaded.append(kwargs.get("trust_remote_code"))
         raise ConfigError("enough")
 
-    monkeypatch.setattr("cakeflow.core.questions.load_model", load)
+    monkeypatch.setattr("cakeflow.evaluation.evaluation.load_model", load)
     path = config({"model": {"base": "x", "layers": [1]}})
     for words in ([], ["--trust_remote_code"]):
         with pytest.raises(SystemExit):

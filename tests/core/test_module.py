@@ -6,7 +6,9 @@ from tiny_runs import editor_of
 
 from cakeflow.core.callback import EditCallback
 from cakeflow.core.locate_then_edit import LocateThenEdit
+from cakeflow.core.module import EditModule
 from cakeflow.errors import NumericalError
+from cakeflow.evaluation.evaluation import Questions
 
 
 def test_stages_outcomes_and_phases(lm, requests, tmp_path):
@@ -54,3 +56,11 @@ def test_a_model_given_by_name_stays_where_a_run_left_it():
     module.model = torch.nn.Linear(2, 2, device="meta")  # whose tensors cannot be moved
     assert module.cpu() is module
     assert module.model.weight.is_meta
+
+
+def test_a_method_for_another_kind_of_model_overrides_these_four():
+    assert {name for name in vars(Questions) if not name.startswith("_") and callable(vars(Questions)[name])} == {
+        "load", "check", "ask", "warn_of_known",
+    }  # fmt: skip
+    assert issubclass(EditModule, Questions)
+    assert not {"load", "check", "ask", "warn_of_known"} & set(vars(EditModule))
