@@ -1,4 +1,4 @@
-"""Whether edited facts are known or only said, before and after a run."""
+"""Tests whether edited facts are known or only said, before and after a run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a user chooses of an export: how numbers are stored, and what the export is to fit."""
+"""Choices of a user for an export: how numbers are stored, and what the export is to fit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an edited model and its export are asked, and how far their logits lie apart."""
+"""Questions to an edited model and its export, and how far their logits lie apart."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ MEMORY = "routes"
 
 @dataclass(frozen=True)
 class Rows:
-    """What a forward pass says of its rows.
+    """The rows of a forward pass, as its arguments tell.
 
     Attributes:
         shape: Rows and tokens.

@@ -1,4 +1,4 @@
-"""How far the answers of a side memory are from those of the projection beside it."""
+"""Distances between the answers of a side memory and those of the projection beside it."""
 
 from __future__ import annotations
 

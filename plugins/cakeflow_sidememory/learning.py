@@ -52,7 +52,7 @@ class EditRows:
 
 @dataclass(frozen=True)
 class LearningRule:
-    """How a side memory learns an edit; the defaults are WISE's for Llama-2-7B (arXiv 2405.14768).
+    """Rules by which a side memory learns an edit; the defaults are WISE's for Llama-2-7B (arXiv 2405.14768).
 
     Attributes:
         lr: Learning rate of plain gradient descent.
@@ -87,7 +87,7 @@ class LearningRule:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """What a side memory is after an edit.
+    """A side memory after an edit, and how it got there.
 
     Attributes:
         weight: Its weight.

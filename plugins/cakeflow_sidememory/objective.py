@@ -16,7 +16,7 @@ OTHERS_BELOW, OWN_ABOVE = 5.0, 20.0
 
 @dataclass(frozen=True)
 class Margin:
-    """How far the distances of edited and of irrelevant texts must be apart; WISE (arXiv 2405.14768), Eq. 5.
+    """Bounds that keep the distances of edited and of irrelevant texts apart; WISE (arXiv 2405.14768), Eq. 5.
 
     Attributes:
         alpha: Most distance of an irrelevant text.

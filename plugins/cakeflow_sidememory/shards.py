@@ -26,7 +26,7 @@ EARLIER = 0.6
 
 @dataclass(frozen=True)
 class ShardSettings:
-    """How shards are kept and routed; the defaults are WISE's (arXiv 2405.14768), with a causal router.
+    """Rules by which shards are kept and routed; the defaults are WISE's (arXiv 2405.14768), with a causal router.
 
     Attributes:
         rule: What happens to finished shards.

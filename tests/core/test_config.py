@@ -13,7 +13,6 @@ from torchmetrics import Metric
 
 from cakeflow import (
     Contexts,
-    Editor,
     GradientSearch,
     LeastSquares,
     LocateThenEdit,
@@ -104,7 +103,6 @@ def test_side_memories(method):
     module = build_module([METHODS[method]], base="some/folder")
     assert (module.rule, module.shards, module.layer, module.name) == (*BESIDE[method], -5, "some/folder")
     assert module.padding == ("left" if method == "wise_official" else "right")
-    assert Editor.from_pretrained("smollm2-135m", method).module.settings() == module.settings()
 
 
 def test_only_methods_of_other_classes_take_no_model_config():
