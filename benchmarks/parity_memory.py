@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file
 
-METHODS = ("a3e",)
+METHODS = ("a3e", "wise")
 """Methods that are compared, where the folder has a recording."""
 
 

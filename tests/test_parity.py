@@ -313,15 +313,18 @@ def test_an_evaluation_with_nothing_to_compare_exits_1(parity, lm, tmp_path, mon
 @pytest.fixture
 def memory(parity):
     yield importlib.import_module("parity_memory")
-    for name in ("parity_memory", "parity_memory_a3e"):
+    for name in ("parity_memory", "parity_memory_a3e", "parity_memory_wise"):
         sys.modules.pop(name, None)
 
 
-def test_a3e_gives_the_official_numbers(memory, golden, capsys):
+def test_side_memories_give_the_official_numbers(memory, golden, capsys):
     figures, failed = memory.compare(GOLDEN / "memory", golden)
     assert not failed
     parts = {"edits", "states", "composed", "composed_anew", "paper_rule"}
     assert {f"llama/a3e/{part}" for part in parts} <= set(figures)
+    assert figures["llama/wise/retrieve"]["change"] <= 1e-12
+    assert {"loss", "margin", "threshold", "joined", "routes_unequal", "logits"} <= set(figures["llama/wise/retrieve"])
+    assert set(figures["llama/wise/functions"]) == {"joins", "distances"}
     assert max(figures["llama/a3e/edits"][name] for name in ("direction", "output")) <= 1e-5
     unequal = [value for each in figures.values() for name, value in each.items() if name.endswith("unequal")]
     assert len(unequal) >= 10
@@ -357,22 +360,36 @@ def a3e_sum(_info, tensors):
     tensors["paper_rule/three/sum"][0] += 1
 
 
-@pytest.mark.parametrize(
-    "spoil", [nothing, a3e_loss, a3e_output, a3e_neuron, a3e_retrieval, a3e_text, a3e_similarity, a3e_sum]
-)
-def test_main_exits_1_where_a3e_differs(memory, parity, golden, tmp_path, monkeypatch, capsys, spoil):
+def wise_loss(info, _tensors):
+    info["retrieve"]["edits"][2]["steps"][5]["ft"][0] += 1e-6
+
+
+def wise_weight(_info, tensors):
+    tensors["retrieve/side/4"] *= 1 + 1e-6
+
+
+def wise_route(info, _tensors):
+    info["retrieve"]["routing"][0]["chosen"] = "main"
+
+
+A3E = [nothing, a3e_loss, a3e_output, a3e_neuron, a3e_retrieval, a3e_text, a3e_similarity, a3e_sum]
+WISE = [nothing, wise_loss, wise_weight, wise_route]
+
+
+@pytest.mark.parametrize(("method", "spoil"), [*(("a3e", part) for part in A3E), *(("wise", part) for part in WISE)])
+def test_main_exits_1_where_a_side_memory_differs(memory, parity, golden, tmp_path, monkeypatch, capsys, method, spoil):
     folder = tmp_path / "golden"
     shutil.copytree(golden, folder)
     (folder / "memory").mkdir()
-    info = json.loads((GOLDEN / "memory" / "a3e_llama.json").read_text())
-    tensors = load_file(GOLDEN / "memory" / "a3e_llama.safetensors")
+    info = json.loads((GOLDEN / "memory" / f"{method}_llama.json").read_text())
+    tensors = load_file(GOLDEN / "memory" / f"{method}_llama.safetensors")
     spoil(info, tensors)
-    (folder / "memory" / "a3e_llama.json").write_text(json.dumps(info))
-    save_file(tensors, folder / "memory" / "a3e_llama.safetensors")
+    (folder / "memory" / f"{method}_llama.json").write_text(json.dumps(info))
+    save_file(tensors, folder / "memory" / f"{method}_llama.safetensors")
     monkeypatch.setattr(parity, "RECORDINGS", {})
     monkeypatch.setattr(parity, "FURTHER", ("memory",))
     monkeypatch.setattr(sys, "argv", ["parity.py", "--golden", str(folder)])
     assert parity.main() == int(spoil is not nothing)
     out = capsys.readouterr().out
-    assert "a3e" in out
+    assert method in out
     assert ("ABOVE THE BAR" in out) is (spoil is not nothing)

@@ -1,0 +1,215 @@
+"""Modules that decide row by row: on what, for how long, and that nothing else has a say."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cakeflow.errors import ShapeError
+from cakeflow.evaluation import score_targets
+from cakeflow.forward import continuations
+from cakeflow.models import RoutedModule, Site, prompt_lengths
+
+SITE = Site(3, "mlp_out")
+TEXTS = ["The first letter", "She walked along the river", "of the", "In music, a violin has four strings", "Rome"]
+
+
+class Sign(RoutedModule):
+    """Negates what its module says in rows whose deciding inputs have a sum above ``THRESHOLD``, in the mean."""
+
+    def __init__(self, base, scope="prompt", always=None):
+        super().__init__(scope)
+        self.base, self.always = base, always
+        self.values = None
+
+    def forward(self, inputs):
+        rows = self.rows_of(inputs)
+        tokens = inputs.sum(-1).reshape(rows.shape)
+        if self.scope == "token":
+            self.values, decision = tokens, self.decide(tokens)
+        else:
+            mask = rows.mask(inputs.device)
+            self.values = (tokens * mask).sum(1) / mask.sum(1)
+            decision = self.decide(self.values) if rows.held is None else rows.held
+        self.decision = decision
+        choice = decision if self.scope == "token" else decision[:, None].expand(rows.shape)
+        output = self.base(inputs)
+        return torch.where(choice.reshape(output.shape[:-1])[..., None] == 1, -output, output)
+
+    def decide(self, *answers):
+        return (
+            (answers[0] > THRESHOLD).long() if self.always is None else torch.full_like(answers[0], self.always).long()
+        )
+
+
+THRESHOLD = 21.31
+"""Between the texts' means in the tiny GPT-2."""
+
+
+def routed(lm, **arguments):
+    lm.put(lm.architecture.path(SITE), Sign(lm.module(SITE), **arguments))
+    return lm.module(SITE)
+
+
+def ids_of(lm, texts, side="right"):
+    rows = [lm.tokenizer(text)["input_ids"] for text in texts]
+    width = max(map(len, rows))
+    pads = [[0] * (width - len(row)) for row in rows]
+    ones = [[1] * len(row) for row in rows]
+    order = (lambda row, space: space + row) if side == "left" else (lambda row, space: row + space)
+    ids = torch.tensor([order(row, space) for row, space in zip(rows, pads, strict=True)])
+    mask = torch.tensor([order(one, space) for one, space in zip(ones, pads, strict=True)])
+    return ids, mask
+
+
+def decisions(lm, texts, side="right"):
+    ids, mask = ids_of(lm, texts, side)
+    positions = (mask.cumsum(1) - 1).clamp_min(0)
+    with torch.no_grad():
+        lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
+    return lm.module(SITE).decision.tolist()
+
+
+def test_some_texts_are_routed_and_some_are_not(lm):
+    """Else the tests below would say nothing."""
+    routed(lm)
+    assert set(decisions(lm, TEXTS)) == {0, 1}
+
+
+@pytest.fixture(scope="module")
+def routed_lm(_models):
+    lm = copy.deepcopy(_models["gpt2"])
+    routed(lm)
+    return lm
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=5), st.sampled_from(["left", "right"]))
+def test_neither_batch_nor_padding_decides(routed_lm, texts, side):
+    alone = [decisions(routed_lm, [text])[0] for text in texts]
+    assert decisions(routed_lm, texts, side) == alone
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.sampled_from(TEXTS), st.sampled_from([" a", " of the", " x y z"])), min_size=1, max_size=6)
+)
+def test_siblings_and_answers_decide_nothing(routed_lm, pairs):
+    """Scores are those of each text alone, routed by its prompt."""
+    prompts, targets = zip(*pairs, strict=True)
+    together = score_targets(routed_lm, prompts, targets)[0]
+    alone = torch.cat([score_targets(routed_lm, [p], [t])[0] for p, t in pairs])
+    torch.testing.assert_close(together, alone)
+    decided = {prompt: decisions(routed_lm, [prompt])[0] for prompt in prompts}
+    plain = score_by(routed_lm, decided, pairs)
+    torch.testing.assert_close(together, plain)
+
+
+def score_by(lm, decided, pairs):
+    """Mean log-probability of each target, with the decision of its prompt set by hand."""
+    module, results = lm.module(SITE), []
+    try:
+        for prompt, target in pairs:
+            module.always = decided[prompt]
+            results.append(score_targets(lm, [prompt], [target])[0])
+    finally:
+        module.always = None
+    return torch.cat(results)
+
+
+def test_a_decision_holds_while_an_answer_is_written(lm):
+    module = routed(lm)
+    ids, mask = ids_of(lm, TEXTS, "left")
+    expected = decisions(lm, TEXTS)
+    seen = []
+    handle = module.register_forward_hook(lambda *_: seen.append(module.decision.tolist()))
+    lm.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    handle.remove()
+    assert len(seen) == 6
+    assert all(decision == expected for decision in seen)
+
+
+@pytest.mark.parametrize("always", [0, 1])
+def test_written_answers_are_those_of_one_text_alone(lm, always):
+    plain = copy.deepcopy(lm)
+    routed(lm, always=always)
+    texts = continuations(lm, TEXTS, 5)
+    assert texts == [continuations(lm, [text], 5)[0] for text in TEXTS]
+    assert (texts == continuations(plain, TEXTS, 5)) == (always == 0)
+
+
+def test_a_module_that_never_answers_changes_no_bit(lm):
+    ids, mask = ids_of(lm, TEXTS)
+    with torch.no_grad():
+        before = lm(input_ids=ids, attention_mask=mask).logits
+        routed(lm, always=0)
+        assert torch.equal(lm(input_ids=ids, attention_mask=mask).logits, before)
+
+
+def test_beams_of_a_prompt_go_the_same_way(lm):
+    routed(lm)
+    ids, mask = ids_of(lm, TEXTS[:2], "left")
+    lm.model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0
+    )
+    one, two = decisions(lm, TEXTS[:2])
+    lm.model.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0
+    )
+    assert lm.module(SITE).decision.tolist() == [one] * 3 + [two] * 3
+
+
+def test_a_cache_of_other_rows_is_refused(lm):
+    routed(lm)
+    ids, mask = ids_of(lm, TEXTS[:2])
+    cache = lm(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
+    cache.batch_repeat_interleave(2)
+    with pytest.raises(ShapeError, match="4 rows go on from a cache whose 2 rows were routed"):
+        lm(input_ids=torch.ones(4, 1, dtype=torch.long), past_key_values=cache)
+
+
+def test_a_new_prompt_of_one_token_is_decided_anew(lm):
+    """It looks like a step of writing, but comes with an empty cache."""
+    module = routed(lm)
+    module.always = 1
+    lm(input_ids=torch.tensor([[5]]), use_cache=True)
+    module.always = 0
+    lm(input_ids=torch.tensor([[5]]), use_cache=True)
+    assert module.decision.tolist() == [0]
+
+
+def test_named_prompts_decide_alone(lm):
+    module = routed(lm)
+    ids = torch.tensor([[3, 4, 5, 6, 7, 8]])
+    with torch.no_grad():
+        lm(input_ids=ids[:, :2], use_cache=False)
+        alone = module.values.clone()
+        with prompt_lengths(lm.model, torch.tensor([2])):
+            lm(input_ids=ids, use_cache=False)
+        torch.testing.assert_close(module.values, alone)
+        lm(input_ids=ids, use_cache=False)
+    assert not torch.allclose(module.values, alone)
+
+
+def test_tokens_decide_for_themselves(lm):
+    module = routed(lm, scope="token")
+    ids, mask = ids_of(lm, TEXTS[3:4])
+    with torch.no_grad():
+        whole = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        decided = module.decision.tolist()
+        part = lm(input_ids=ids[:, :4], use_cache=False).logits
+    assert decided[0][:4] == module.decision[0].tolist()
+    torch.testing.assert_close(whole[:, :4], part)
+
+
+def test_a_copy_of_a_model_listens_for_itself(lm):
+    routed(lm)
+    other = copy.deepcopy(lm)
+    before = decisions(lm, TEXTS)
+    lm.put(lm.architecture.path(SITE), lm.module(SITE).base)
+    assert not lm.model._forward_pre_hooks
+    assert lm.scope is None
+    assert other.scope == "prompt"
+    assert decisions(other, TEXTS, "left") == before
