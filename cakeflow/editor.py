@@ -127,6 +127,7 @@ class Editor:
         rounds: int | None = None,
         repairs: int | None = None,
         reread_keys: int | None = None,
+        end_of_text: bool | None = None,
         **further: Any,
     ) -> Editor:
         """An editor for a model, with a method from its config.
@@ -169,6 +170,7 @@ class Editor:
             rounds: Most further walks over the facts of a batch that did not take.
             repairs: Most further batches behind each one, of its facts and earlier ones that do not take.
             reread_keys: Batches after which the keys of all earlier facts are read again; 0 never does.
+            end_of_text: Whether the end of the text is taught with the target.
             further: Arguments that only the method's own class has, such as ``unrelated`` images.
 
         Raises:

@@ -163,7 +163,7 @@ BROKEN = [
     ("deep.jsonl", LINE + b"\n" + b'{"a":' * 100_000, 2, "recursion depth"),
     ("digits.json", b'[{"case_id": ' + b"9" * 5000 + b"}]", 1, "Exceeds the limit"),
     ("twice.jsonl", LINE + b'\n{"prompt": "{} is", "subject": "a", "subject": "b"}', 2, "gives a field twice"),
-    ("table.csv", b"prompt,subject,target_new\n{} is,a,b\n", 1, "line 1, column 1"),
+    ("table.csv", b"prompt,subject,target_new\n{} is,a,b\n", 1, "facts in texts come as .json or .jsonl"),
     ("facts.yaml", b'!!python/object/apply:os.system ["touch marker"]', 1, "line 1, column 1"),
 ]
 UNREADABLE = [

@@ -303,10 +303,11 @@ def read_image_table(path: Path) -> Iterator[dict[str, Any]]:
     header = [name for name in (rows[0] if rows else {}) if name is not None]
     unknown = sorted(set(header) - (set(FIELDS) - {"probes"}))
     if unknown or not {"image", "label"} <= set(header):
-        raise ConfigError(
-            f"{str(path)!r}: its header has {', '.join(header) or 'nothing'}; it needs image and label, and may have "
-            "label_true, group and case_id"
+        remedy = (
+            f"{path.name} has the columns {', '.join(header) or 'none'}; a table of images needs image and label, and "
+            "may have label_true, group and case_id; facts in texts come as .json or .jsonl"
         )
+        raise RequestError([Fault(1, "line", ",".join(header), remedy)])
     return ({name: value for name, value in row.items() if value not in (None, "")} for row in rows)
 
 

@@ -40,7 +40,7 @@ class Consequence:
     case: int
 
 
-def unfold(entry: Any) -> list[Any]:
+def unfold(entry: Mapping[str, Any]) -> list[Any]:
     """Return an entry of a public file as entries of our own schema, one for each edit; any other entry as it is.
 
     MQuAKE's records have up to four edits. ConflictEdit's have two that belong behind each other, RoundEdit's one and
@@ -52,8 +52,6 @@ def unfold(entry: Any) -> list[Any]:
         >>> [each["target_new"] for each in unfold({"edit": edit, "true_objects": []})]
         ['Chile', 'Peru']
     """
-    if not isinstance(entry, Mapping):
-        return [entry]
     if isinstance(entry.get("requested_rewrite"), list):
         return [_rewrite(entry, each) for each in entry["requested_rewrite"]]
     if "postive_list" in entry and isinstance(entry.get("requested_rewrite"), Mapping):

@@ -73,7 +73,8 @@ def read_entries(source: Any, split: str | None = None) -> list[Any]:
         ConfigError: If there is no such source or split, it cannot be reached or read, or has too many entries.
         RequestError: Naming the broken line of a file.
     """
-    return [each for entry in _whole(source, split) for each in unfold(entry)]
+    entries = _whole(source, split)
+    return [each for entry in entries for each in (unfold(entry) if isinstance(entry, Mapping) else [entry])]
 
 
 def read_consequences(source: Any, split: str | None = None) -> list[Consequence]:

@@ -36,7 +36,10 @@ def complaint(words, capsys):
         (["--data.limit", "many"], "data.limit must be an integer or null, got 'many'"),
         (["--model.rounds", "x"], "model.rounds must be an integer, got 'x'"),
         (["--model.memory_budget", "x"], "model.memory_budget must be a number or null, got 'x'"),
-        (["--data.conflicts", "drp"], "data.conflicts must be one of error, drop, keep, got 'drp'; did you mean 'drop'?"),
+        (
+            ["--data.conflicts", "drp"],
+            "data.conflicts must be one of error, drop, keep, got 'drp'; did you mean 'drop'?",
+        ),
         (["--model.fact_token", "subject_lst"], "got 'subject_lst'; did you mean 'subject_last'?"),
         (["--config", "absent.yaml"], "there is no file"),
     ],

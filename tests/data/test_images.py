@@ -137,7 +137,7 @@ def test_a_file_that_changes_meanwhile_is_refused(folder):
 
 def test_tables_say_what_their_header_lacks(tmp_path):
     (tmp_path / "list.csv").write_text("file,label\na.png,1\n")
-    with pytest.raises(ConfigError, match="its header has file, label; it needs image and label"):
+    with pytest.raises(RequestError, match="has the columns file, label; a table of images needs image and label"):
         read_requests(tmp_path / "list.csv")
     with pytest.raises(ConfigError, match="cannot be read as a table"):
         read_requests(tmp_path / "none.csv")

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from cakeflow.data import Probe, read_consequences, read_requests
+from cakeflow.data import Probe, read_consequences, read_entries, read_requests
 from cakeflow.data.public_files import Consequence, consequences, unfold
 from cakeflow.errors import ConfigError, RequestError
 
@@ -173,7 +173,7 @@ def test_broken_records_are_named(record, words):
 
 @pytest.mark.parametrize("entry", [3, None, {"prompt": "{} is"}, {"requested_rewrite": {"prompt": "{} is"}}])
 def test_other_entries_stay_as_they_are(entry):
-    assert unfold(entry) == [entry]
+    assert (unfold(entry) if isinstance(entry, dict) else read_entries([entry])) == [entry]
 
 
 def test_questions_come_from_a_file_and_a_file_without_any_says_so(tmp_path):
