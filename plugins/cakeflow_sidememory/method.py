@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, final
 
@@ -102,10 +104,19 @@ class SideMemory(EditModule[TextBatch]):
         return encode_batch(self.lm, requests, self.contexts)
 
     def prepare(self, batches: Sequence[TextBatch]) -> None:
-        """Check that the projection can be copied; nothing has to be measured."""
+        """Check that the projection can be copied, and note what the facts will be learned with."""
         if not isinstance(self.lm.module(self.site), ShardedProjection):
             self.lm.weight(self.site)
         self.memory()
+        parts = {"contexts": repr(self.contexts), "irrelevant": repr(self._texts)}
+        self.inputs |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
+
+    @cached_property
+    def _texts(self) -> list[str]:
+        """The irrelevant texts."""
+        if self.irrelevant is not None:
+            return list(self.irrelevant)
+        return [f"{fact.text} {fact.target_true}" for fact in builtin_facts()]
 
     def edit(self, batch: TextBatch, step: EditStep) -> None:
         """Learn the facts of a batch one after another, and put the memory in place."""
@@ -159,9 +170,8 @@ class SideMemory(EditModule[TextBatch]):
         return (torch.rand(weight.shape, generator=generator) < self.density).to(weight.device)
 
     def _rows(self, batch: TextBatch, fact: int, number: int) -> Any:
-        texts = self.irrelevant or [f"{each.text} {each.target_true}" for each in builtin_facts()]
         subject = batch.requests[fact].subject
-        texts = [text for text in texts if subject not in text] or list(texts)
+        texts = [text for text in self._texts if subject not in text] or self._texts
         text = texts[(self.seed * 7919 + number) % len(texts)]
         (ids,) = encode_texts(self.lm.tokenizer, [text])
         filler = self.lm.tokenizer.eos_token_id or 0

@@ -115,6 +115,7 @@ def test_edits_take_beside_the_weights(tiny, tmp_path):
     assert watch.hashes == [before]
     assert base_hashes(tiny) == before
     assert not verify(tmp_path / "run").faults
+    assert set(editor.journal[0].inputs) == {"contexts", "irrelevant"}
     with editor.reverted():
         assert hashes(tiny) == before
         assert tiny.fingerprint() == editor.journal.base.fingerprint
