@@ -62,18 +62,21 @@ def read_requests(
     return parse_requests(read_entries(source, split), occurrence=occurrence, zsre_target=zsre_target)
 
 
-def read_entries(source: Any, split: str | None = None) -> list[Any]:
+def read_entries(source: Any, split: str | None = None, *, raw: bool = False) -> list[Any]:
     """Read the entries of a source in any schema; those of KnowEdit, MQuAKE, PEAK, ConflictEdit and RoundEdit as ours.
 
     Args:
         source: Source as in ``read_requests``.
         split: Split of a data set that has several.
+        raw: Return the entries as they are written, in whatever schema.
 
     Raises:
         ConfigError: If there is no such source or split, it cannot be reached or read, or has too many entries.
         RequestError: Naming the broken line of a file.
     """
     entries = _whole(source, split)
+    if raw:
+        return entries
     return [each for entry in entries for each in (unfold(entry) if isinstance(entry, Mapping) else [entry])]
 
 

@@ -113,7 +113,7 @@ def read_questions(path: Path | str) -> list[Question]:
         ConfigError: If there is no such file.
         RequestError: If the file is no list of records, is empty, or has faulty ones; all are named.
     """
-    entries = read_entries(Path(path))
+    entries = read_entries(Path(path), raw=True)
     if not entries:
         raise RequestError([Fault(0, "file", str(path), "has no record; give one of PEAK's files")])
     if faults := [fault for i, entry in enumerate(entries) for fault in _faults(i, entry)]:
