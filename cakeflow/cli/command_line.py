@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import yaml
 from jsonargparse import Namespace, auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
@@ -26,7 +25,7 @@ from cakeflow.cli.evaluate import EditedModel, take_run
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, shipped, takes_model_config
+from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, read_config, shipped, takes_model_config
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
@@ -344,7 +343,7 @@ def _refuse_trust_in_files(words: Sequence[str]) -> None:
         option, joined, value = word.partition("=")
         path = Path(value if joined else following)
         if option == "--config" and path.is_file():
-            refuse_trust(yaml.safe_load(path.read_text(encoding="utf-8")))
+            refuse_trust(read_config(path))
 
 
 def _run(words: list[str]) -> Any:

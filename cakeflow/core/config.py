@@ -46,12 +46,17 @@ def find_config(kind: str, name: str | Path) -> Path:
     )
 
 
+def read_config(path: Path) -> Any:
+    """Return what a YAML file holds; None if it cannot be read, for the parser to say why."""
+    try:
+        return read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+
+
 def takes_model_config(method: Path) -> bool:
     """Return True if a method takes the numbers of a model config: those are arguments of ``LocateThenEdit``."""
-    try:
-        content = read_yaml(method.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return True  # the parser says what is wrong with it
+    content = read_config(method)
     model = content.get("model") if isinstance(content, dict) else None
     name = model.get("class_path") if isinstance(model, dict) else None
     return name is None or str(name).rpartition(".")[2] == "LocateThenEdit"

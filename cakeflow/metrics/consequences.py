@@ -56,7 +56,7 @@ class AnyAnswerRate(Metric):
 
 
 class ObjectShift(Metric):
-    """What a round of edits leaves of a list of true objects ("Unveiling the Pitfalls", ICLR 2024, equations 6 to 8).
+    """What a round of edits leaves of a list of true objects (our reading of "Unveiling the Pitfalls", ICLR 2024).
 
     ``distortion`` is the Jensen-Shannon divergence, in nats, of the distributions over the objects; ``ignored`` the
     share of the objects beside the edited one that lost probability; ``failed`` the share of lists of which more than

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from cakeflow.errors import ArchitectureError, NumericalError, listed
 from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
@@ -40,18 +41,23 @@ class EditableModel(ABC):
 
     @property
     @abstractmethod
+    def config(self) -> PreTrainedConfig:
+        """Config of the part that has the blocks."""
+
+    @property
     def name(self) -> str:
         """Name or folder that the model was loaded from, or its class if it was built."""
+        return str(self.model.name_or_path) or type(self.model).__name__
 
     @property
-    @abstractmethod
     def depth(self) -> int:
         """Number of blocks."""
+        return int(self.config.num_hidden_layers)
 
     @property
-    @abstractmethod
     def width(self) -> int:
         """Width of the residual stream."""
+        return int(self.config.hidden_size)
 
     @property
     @abstractmethod

@@ -113,24 +113,9 @@ class LanguageModel(EditableModel):
         return (json.dumps(config, sort_keys=True, default=str) + tokenizer.to_str()).encode()
 
     @property
-    def name(self) -> str:
-        """Name or folder that the model was loaded from, or its class if it was built."""
-        return str(self.model.name_or_path) or type(self.model).__name__
-
-    @property
     def config(self) -> PreTrainedConfig:
         """Config of the text part, which is all of the model's but for vision-language models."""
         return self.model.config.get_text_config()
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def width(self) -> int:
-        """Width of the residual stream."""
-        return int(self.config.hidden_size)
 
     @property
     def embedding(self) -> Tensor:

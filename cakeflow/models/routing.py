@@ -8,7 +8,6 @@ and what was decided about its beginning (with cached keys and values) is known 
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -56,11 +55,12 @@ class _Listener:
     handles: list[Any] = field(default_factory=list)
 
 
-class RoutedModule(nn.Module, ABC):
+class RoutedModule(nn.Module):
     """A module that decides row by row how it answers.
 
-    Subclasses define ``decide`` and use ``rows_of`` in their ``forward``. By ``scope``, a decision is made on the
-    tokens of a prompt and holds for all that follows on the same cache, on all tokens of a pass, or on each token.
+    In its ``forward`` a subclass asks ``rows_of`` for the rows of its inputs, decides, and calls ``settle``. By
+    ``scope``, a decision is made on the tokens of a prompt and holds for all that follows on the same cache, on all
+    tokens of a pass, or on each token.
 
     Attributes:
         scope: What a decision holds for.
@@ -106,9 +106,15 @@ class RoutedModule(nn.Module, ABC):
             )
         return rows
 
-    @abstractmethod
-    def decide(self, *answers: Any) -> Tensor:
-        """Return the number of the answer for each row or token."""
+    def settle(self, rows: Rows, decision: Int[Tensor, ...]) -> Int[Tensor, "rows time"]:
+        """Keep a decision, or the earlier one that holds for these rows, and return it for each token.
+
+        Args:
+            rows: The rows.
+            decision: The number of the answer for each row, or, in the scope ``token``, for each token.
+        """
+        self.decision = decision if rows.held is None else rows.held.to(decision.device)
+        return self.decision if self.scope == "token" else self.decision[:, None].expand(rows.shape)
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = {**_by_name(root, args), **kwargs}

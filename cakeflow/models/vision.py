@@ -195,24 +195,9 @@ class VisionModel(EditableModel):
         return json.dumps([config, processor], sort_keys=True, default=str).encode()
 
     @property
-    def name(self) -> str:
-        """Name or folder that the model was loaded from, or its class if it was built."""
-        return str(self.model.name_or_path) or type(self.model).__name__
-
-    @property
     def config(self) -> PreTrainedConfig:
         """Config of the vision tower."""
         return tower_config(self.model)
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return int(self.config.num_hidden_layers)
-
-    @property
-    def width(self) -> int:
-        """Width of the residual stream."""
-        return int(self.config.hidden_size)
 
     @property
     def heads(self) -> int:

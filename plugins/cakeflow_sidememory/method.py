@@ -76,6 +76,10 @@ class SideMemory(EditModule[TextBatch]):
     ) -> None:
         if not 0 < density <= 1:
             raise ConfigError(f"density={density}: the share of entries that may change is above 0 and at most 1")
+        if rule.replay:
+            raise ConfigError(
+                "replay=True: a run does not replay earlier edits yet; leave it out, or call learn with them"
+            )
         if irrelevant is not None and not any(irrelevant):
             raise ConfigError("irrelevant has no text; leave it out for sentences of the built-in facts")
         self.layer, self.role, self.rule, self.density, self.padding = layer, role, rule, density, padding

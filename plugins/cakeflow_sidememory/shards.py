@@ -178,14 +178,10 @@ class ShardedProjection(RoutedModule):
             tokens = tokens.reshape(len(answers), *rows.shape).to(torch.promote_types(tokens.dtype, torch.float32))
             if self.scope == "token":
                 self.distances = tokens
-                decision = self.decide(tokens)
             else:
                 mask = rows.mask(tokens.device)
                 self.distances = torch.stack([row_distances(each, mask, self.settings.longest) for each in tokens])
-                decision = self.decide(self.distances) if rows.held is None else rows.held.to(tokens.device)
-        self.decision = decision
-        choice = decision if self.scope == "token" else decision[:, None].expand(rows.shape)
-        choice = choice.reshape(main.shape[:-1])[..., None]
+            choice = self.settle(rows, self.decide(self.distances)).reshape(main.shape[:-1])[..., None]
         result: Tensor = main
         for number, answer in enumerate(answers, 1):
             result = torch.where(choice == number, answer, result)
@@ -202,9 +198,8 @@ class ShardedProjection(RoutedModule):
             return list(range(len(self.shards)))
         return [0, 1] if self.joined else [0]
 
-    def decide(self, *answers: Float[Tensor, "candidates ..."]) -> Int[Tensor, ...]:
+    def decide(self, distances: Float[Tensor, "candidates ..."]) -> Int[Tensor, ...]:
         """Return which candidate answers at each place, by its distance; 0 is the projection (WISE's code, 1.4)."""
-        distances = answers[0]
         if self.settings.control != "distance":
             return torch.full(distances.shape[1:], int(self.settings.control == "always"), device=distances.device)
         least = (self.settings.ratio * self.least).tolist()

@@ -3,6 +3,7 @@
 import re
 from contextlib import suppress
 from inspect import signature
+from pathlib import Path
 
 import pytest
 
@@ -99,3 +100,13 @@ def test_no_config_file_of_a_plain_command_lets_foreign_code_run(words, tmp_path
     with pytest.raises(SystemExit):
         main(["trace", *words])
     assert "may not let foreign code run" in " ".join(capsys.readouterr().err.split())
+
+
+def test_aliases_in_a_config_file_of_a_plain_command_are_bounded(tmp_path, capsys, monkeypatch):
+    """Nothing walks through what they expand to: 9 levels of nine aliases are 400 million entries."""
+    monkeypatch.chdir(tmp_path)
+    levels = "\n".join(f"l{i}: &l{i} [{', '.join([f'*l{i - 1}'] * 9)}]" for i in range(1, 9))
+    Path("bomb.yaml").write_text(f"l0: &l0 [0, 0, 0, 0, 0, 0, 0, 0, 0]\n{levels}\n")
+    with pytest.raises(SystemExit):
+        main(["trace", "--config", "bomb.yaml"])
+    assert "aliases expand" in " ".join(capsys.readouterr().err.split())

@@ -28,20 +28,16 @@ class Sign(RoutedModule):
         rows = self.rows_of(inputs)
         tokens = inputs.sum(-1).reshape(rows.shape)
         if self.scope == "token":
-            self.values, decision = tokens, self.decide(tokens)
+            self.values = tokens
         else:
             mask = rows.mask(inputs.device)
             self.values = (tokens * mask).sum(1) / mask.sum(1)
-            decision = self.decide(self.values) if rows.held is None else rows.held
-        self.decision = decision
-        choice = decision if self.scope == "token" else decision[:, None].expand(rows.shape)
+        choice = self.settle(rows, self.decide(self.values))
         output = self.base(inputs)
         return torch.where(choice.reshape(output.shape[:-1])[..., None] == 1, -output, output)
 
-    def decide(self, *answers):
-        return (
-            (answers[0] > THRESHOLD).long() if self.always is None else torch.full_like(answers[0], self.always).long()
-        )
+    def decide(self, values):
+        return (values > THRESHOLD).long() if self.always is None else torch.full_like(values, self.always).long()
 
 
 THRESHOLD = 21.31
