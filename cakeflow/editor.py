@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cakeflow.allocators.base import Allocator
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import build_module, find_config, shipped, takes_model_config
+from cakeflow.core.config import build_module, find_config, model_kind, shipped
 from cakeflow.core.contracts import Outcome
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import RunLogger
@@ -179,14 +179,14 @@ class Editor:
         """
         values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None} | further
         configs = [find_config("method", method)]
-        takes_numbers = takes_model_config(configs[0])
-        if further and takes_numbers:  # every argument of the default method is named above
+        kind = model_kind(configs[0])
+        if further and kind == "model":  # every argument of the default method is named above
             raise TypeError(f"Editor.from_pretrained() got an unexpected keyword argument {next(iter(further))!r}")
-        config = config or (str(model) if takes_numbers and str(model) in shipped("model") else None)
+        config = config or (str(model) if str(model) in shipped(kind) else None)
         if config is not None:
-            configs.append(find_config("model", config))
-        elif takes_numbers and not layers:
-            names = ", ".join(shipped("model"))
+            configs.append(find_config(kind, config))
+        elif kind == "model" and not layers:
+            names = ", ".join(shipped(kind))
             raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
                               f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip
         if isinstance(targets, str):

@@ -25,7 +25,7 @@ from cakeflow.cli.evaluate import EditedModel, take_run
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import MODULE_DEFAULTS, find_config, own_errors, read_config, shipped, takes_model_config
+from cakeflow.core.config import MODULE_DEFAULTS, find_config, model_kind, own_errors, read_config, shipped
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
@@ -303,15 +303,19 @@ def expand_names(words: Sequence[str]) -> list[str]:
             names[option.removeprefix("--")] = value if joined else next(remaining, "")
         else:
             rest.append(word)
-    numbers = "method" not in names or takes_model_config(find_config("method", names["method"]))
-    options = [option for kind in CONFIG_KINDS if kind in names for option in _as_options(kind, names[kind], numbers)]
+    folders = {"model": model_kind(find_config("method", names["method"]))} if "method" in names else {}
+    options = [
+        option
+        for kind in CONFIG_KINDS
+        if kind in names
+        for option in _as_options(kind, names[kind], folders.get(kind, kind))
+    ]
     return [*words[:1], *options, *rest]
 
 
-def _as_options(kind: str, name: str, numbers: bool) -> list[str]:
-    configs = shipped(kind) if numbers or kind != "model" else {}
-    if kind in ("method", "targets") or name in configs or name.endswith((".yaml", ".yml")):
-        return ["--config", str(find_config(kind, name))]
+def _as_options(kind: str, name: str, folder: str) -> list[str]:
+    if kind in ("method", "targets") or name in shipped(folder) or name.endswith((".yaml", ".yml")):
+        return ["--config", str(find_config(folder, name))]
     return ["--model.base" if kind == "model" else "--data.source", name]
 
 

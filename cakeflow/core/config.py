@@ -24,7 +24,7 @@ MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.Locat
 
 
 def shipped(kind: str) -> dict[str, Path]:
-    """Return the shipped configs of a kind (``method``, ``model``, ``targets`` or ``data``): name -> file."""
+    """Return the shipped configs of a kind (``method``, ``model``, ``targets``, ``data``): name -> file."""
     folder = Path(str(files("cakeflow_configs"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -54,12 +54,16 @@ def read_config(path: Path) -> Any:
         return None
 
 
-def takes_model_config(method: Path) -> bool:
-    """Return True if a method takes the numbers of a model config: those are arguments of ``LocateThenEdit``."""
+def model_kind(method: Path) -> str:
+    """Return the folder of shipped model configs that fit a method: their numbers are arguments of its class.
+
+    Those of ``LocateThenEdit`` are in ``model``, those of another class in a folder of its name below.
+    """
     content = read_config(method)
     model = content.get("model") if isinstance(content, dict) else None
-    name = model.get("class_path") if isinstance(model, dict) else None
-    return name is None or str(name).rpartition(".")[2] == "LocateThenEdit"
+    path = model.get("class_path") if isinstance(model, dict) else None
+    name = "LocateThenEdit" if path is None else str(path).rpartition(".")[2]
+    return "model" if name == "LocateThenEdit" else f"model/{name}"
 
 
 def build_module(configs: list[Path], **values: Any) -> EditModule:

@@ -143,13 +143,28 @@ class LearningProblem:
         """Return the distance of an answer to the projection's at every token."""
         return token_distances(answer, self.main, self.activation)
 
+    @cached_property
+    def edited(self) -> tuple[EditRows, Tensor | None]:
+        """The rows with the target, without padding that all of them have on the right, and what enters their block."""
+        rows, count = self.rows, self.rows.edited
+        right = bool(rows.mask[:, 0].all())
+        width = int(rows.mask[:count].sum(1).max()) if right else rows.ids.shape[1]
+        parts = (rows.ids, rows.mask, rows.labels, rows.counted)
+        hidden = None if self.hidden is None else self.hidden[:count, :width]
+        return EditRows(*(part[:count, :width] for part in parts)), hidden
+
     def label_losses(self, answer: Tensor) -> Float[Tensor, " labels"]:
-        """Return the negative log-likelihood of each token of the target if the projection gives this answer."""
+        """Return the negative log-likelihood of each token of the target if the projection gives this answer.
+
+        The irrelevant text is not run: nothing is predicted there, and no row sees another.
+        """
+        rows, hidden = self.edited
         row, column, label = self.rows.places
+        answer = answer[: len(rows.ids), : rows.ids.shape[1]]
         every = torch.ones(answer.shape[:2], dtype=torch.bool, device=answer.device).nonzero(as_tuple=True)
-        start = nullcontext() if self.hidden is None else start_at(self.lm, self.site.layer, self.hidden)
+        start = nullcontext() if hidden is None else start_at(self.lm, self.site.layer, hidden)
         with start, logits_at(self.lm, row, column), patch(self.lm, self.site, answer.flatten(0, 1), *every):
-            logits = self.call(self.rows)[0]
+            logits = self.call(rows)[0]
         wide = logits if logits.dtype == torch.float64 else logits.float()
         return torch.nn.functional.cross_entropy(wide, label, reduction="none")
 

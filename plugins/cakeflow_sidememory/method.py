@@ -20,10 +20,10 @@ from cakeflow.errors import ConfigError
 from cakeflow.evaluation import Evaluation
 from cakeflow.forward import TextBatch, encode_batch, encode_texts
 from cakeflow.journal import EditStep
-from cakeflow.models import LanguageModel, Site
+from cakeflow.models import LanguageModel, Scope, Site
 from cakeflow_sidememory.changes import ShardChange, ShardEnd
 from cakeflow_sidememory.distance import activation_name, activation_of
-from cakeflow_sidememory.learning import Learned, LearningProblem, LearningRule, learn
+from cakeflow_sidememory.learning import EditRows, Learned, LearningProblem, LearningRule, learn
 from cakeflow_sidememory.rows import Padding, edit_rows, on, sampled_contexts
 from cakeflow_sidememory.shards import ShardedProjection, ShardSettings
 
@@ -153,10 +153,10 @@ class SideMemory(EditModule[TextBatch]):
         mask = self.mask(memory, done // every)
         weight, least = memory.shards[0].detach(), float(memory.least[0])
         results = []
+        activation, scope = activation_of(memory.settings.activation), memory.settings.scope
         for number, fact in enumerate(facts):
-            problem = LearningProblem(
-                self.lm, self.site, self._rows(batch, fact, done + number), activation_of(memory.settings.activation)
-            )
+            rows = self._rows(batch, fact, done + number, scope)
+            problem = LearningProblem(self.lm, self.site, rows, activation)
             learned = learn(problem, weight, mask, self.rule)
             weight, least = learned.weight, min(least, learned.activation)
             results.append(learned)
@@ -173,13 +173,13 @@ class SideMemory(EditModule[TextBatch]):
         weight = memory.shards[0]
         return (torch.rand(weight.shape, generator=generator) < self.density).to(weight.device)
 
-    def _rows(self, batch: TextBatch, fact: int, number: int) -> Any:
+    def _rows(self, batch: TextBatch, fact: int, number: int, scope: Scope) -> EditRows:
         subject = batch.requests[fact].subject
         texts = [text for text in self._texts if subject not in text] or self._texts
         text = texts[(self.seed * 7919 + number) % len(texts)]
         (ids,) = encode_texts(self.lm.tokenizer, [text])
         filler = self.lm.tokenizer.eos_token_id or 0
-        return on(self.lm.device, edit_rows(batch.rows[fact], ids, self.padding, filler))
+        return on(self.lm.device, edit_rows(batch.rows[fact], ids, self.padding, filler, scope))
 
 
 def _summary(learned: Sequence[Learned]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cakeflow.data import Contexts
 from cakeflow.forward import Row, continuations
-from cakeflow.models import LanguageModel
+from cakeflow.models import LanguageModel, Scope
 from cakeflow_sidememory.learning import EditRows
 
 SEEDS = ("I", "You", "Because", "Yes", "Q: ")
@@ -34,27 +34,36 @@ def sampled_contexts(lm: LanguageModel, seed: int = 0) -> Contexts:
     return Contexts.of(["{}", *(f"{text} {{}}" for text in clean)])
 
 
-def edit_rows(variants: Sequence[Row], irrelevant: Sequence[int], padding: Padding, filler: int) -> EditRows:
+def edit_rows(
+    variants: Sequence[Row], irrelevant: Sequence[int], padding: Padding, filler: int, scope: Scope = "sequence"
+) -> EditRows:
     """Return the rows of one edit.
 
+    Distances are learned where they decide: a router that looks at a whole text learns from all of its tokens, as in
+    WISE's code; one that looks at a prompt or a token from those of the prompt itself, without its context, which all
+    facts have in common.
+
     Args:
-        variants: The prompt with its target in each context.
+        variants: The prompt with its target in each context, without one first.
         irrelevant: Tokens of the irrelevant text.
         padding: Where short rows are filled up.
         filler: Token of the padding.
+        scope: What the router's decisions hold for.
     """
     texts = [*(row.ids for row in variants), tuple(irrelevant)]
     width = max(map(len, texts))
     left = padding == "left"
     ids = torch.tensor([_filled(text, filler, width, left) for text in texts])
     mask = torch.tensor([_filled([1] * len(text), 0, width, left) for text in texts]).bool()
+    places = torch.arange(width)[None]
     if left:  # the code blanks as many positions as the longest prompt has, from the left, in every row
-        blank = torch.full((len(texts),), max(row.target for row in variants))
-        labels = torch.where(torch.arange(width)[None] >= blank[:, None], ids, -100)
+        labels = torch.where(places >= max(row.target for row in variants), ids, -100)
         return EditRows(ids, mask, labels, torch.ones_like(mask))
-    starts = torch.tensor([*(row.target for row in variants), width])
-    labels = torch.where((torch.arange(width)[None] >= starts[:, None]) & mask, ids, -100)
-    return EditRows(ids, mask, labels, mask)
+    starts = torch.tensor([*(row.target for row in variants), width])[:, None]
+    labels = torch.where((places >= starts) & mask, ids, -100)
+    own = mask & (places < starts) & (places >= starts - variants[0].target)
+    counted = mask if scope == "sequence" else torch.cat([own[:-1], mask[-1:]])
+    return EditRows(ids, mask, labels, counted)
 
 
 def on(device: torch.device, rows: EditRows) -> EditRows:

@@ -24,7 +24,7 @@ from cakeflow import (
     Uniform,
 )  # fmt: skip
 from cakeflow.allocators import Jacobian
-from cakeflow.core.config import build_module, find_config, shipped, takes_model_config
+from cakeflow.core.config import build_module, find_config, model_kind, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.errors import ConfigError
 from cakeflow.metrics import Efficacy
@@ -99,14 +99,25 @@ def test_every_recipe_is_pinned():
 
 @pytest.mark.parametrize("method", BESIDE)
 def test_side_memories(method):
-    assert not takes_model_config(METHODS[method])
+    assert model_kind(METHODS[method]) == "model/SideMemory"
     module = build_module([METHODS[method]], base="some/folder")
     assert (module.rule, module.shards, module.layer, module.name) == (*BESIDE[method], -5, "some/folder")
     assert module.padding == ("left" if method == "wise_official" else "right")
 
 
-def test_only_methods_of_other_classes_take_no_model_config():
-    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == {*BESIDE, *IMAGES}
+def test_each_class_has_model_configs_of_its_own():
+    assert {name for name, path in METHODS.items() if model_kind(path) != "model"} == {*BESIDE, *IMAGES}
+
+
+@pytest.mark.parametrize("method", BESIDE)
+def test_side_memories_take_the_numbers_of_a_model(method):
+    numbers = yaml.safe_load(find_config("model/SideMemory", "smollm2-135m").read_text())["model"]
+    module = build_module([METHODS[method], find_config("model/SideMemory", "smollm2-135m")])
+    assert module.layer == numbers["layer"]
+    assert {name: getattr(module.rule, name) for name in ("lr", "steps")} == {
+        name: numbers["rule"][name] for name in ("lr", "steps")
+    }
+    assert module.rule.decay_everywhere == (method == "wise_official")
 
 
 @pytest.mark.parametrize(

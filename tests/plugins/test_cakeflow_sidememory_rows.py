@@ -1,5 +1,6 @@
 """The rows from which a side memory learns: labels, padding, and what counts."""
 
+import pytest
 import torch
 from cakeflow_sidememory.rows import LENGTHS, SEEDS, edit_rows, sampled_contexts
 
@@ -18,6 +19,15 @@ def test_clean_rows_label_the_target_alone_and_count_no_padding():
     assert [*zip(row.tolist(), column.tolist(), label.tolist(), strict=True)] == [
         (0, 2, 9), (0, 3, 8), (1, 4, 9), (1, 5, 8),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("scope", ["prompt", "token"])
+def test_where_a_prompt_decides_its_own_tokens_are_learned_from(scope):
+    rows = edit_rows([SHORT, LONG], (6, 6, 6, 6, 6, 6, 6, 6, 6), "right", 0, scope)
+    whole = edit_rows([SHORT, LONG], (6, 6, 6, 6, 6, 6, 6, 6, 6), "right", 0)
+    assert [row.nonzero()[:, 0].tolist() for row in rows.counted] == [[0, 1, 2], [2, 3, 4], [*range(9)]]
+    assert torch.equal(rows.labels, whole.labels)
+    assert torch.equal(rows.mask, whole.mask)
 
 
 def test_official_rows_count_padding_and_label_prompts_behind_a_long_irrelevant_text():
