@@ -1,8 +1,8 @@
 """Compare A3E's parts with numbers recorded from its official code; called by ``parity_memory.py``.
 
 ``edits``: trained from the recorded beginning, as one batch. ``states``: what is stored for retrieval. ``composed``:
-retrieval, composition and answers of a model with the recorded factors in place. ``composed_anew``: the same under factors of our own
-training. ``paper_rule``: sums without conflicts, as the paper has them.
+retrieval, composition and answers of a model with the recorded factors in place. ``composed_anew``: the same under
+factors of our own training. ``paper_rule``: sums without conflicts, as the paper has them.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class FactorChange(ModuleChange):
     @classmethod
     def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> FactorChange:
         """Return the change with these tensors."""
-        parts = (tensors[name] for name in ("direction", "output", "neurons"))
-        factors = Factors(*parts, float(tensors["scale"][0]))
+        direction, output, neurons = (tensors[name] for name in ("direction", "output", "neurons"))
+        factors = Factors(direction, output, neurons, float(tensors["scale"][0]))
         settings = decoded(tensors["settings"], ComposedSettings.of)
         return cls(place, settings, factors, tensors["states"], tensors["facts"])

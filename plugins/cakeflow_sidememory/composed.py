@@ -47,11 +47,12 @@ class ComposedProjection(RoutedModule):
     """A projection with small edits beside it, whose changes are composed for each row (A3E).
 
     Which edits a row retrieves is decided on its prompt, and holds while the answer is written. The changes act where
-    the answer is written: from the last token of the prompt on. In a pass without a cache and without ``prompt_lengths``
-    all of the text is the prompt. A row that retrieves nothing is answered by the projection, to the bit.
+    the answer is written: from the last token of the prompt on. In a pass without a cache and without
+    ``prompt_lengths`` all of the text is the prompt. A row that retrieves nothing is answered by the projection, to the
+    bit.
 
-    ``decision`` has True for each edit that a row retrieved, ``similarity`` what it was retrieved by. An edit whose fact
-    was edited again later is never retrieved.
+    ``decision`` has True for each edit that a row retrieved, ``similarity`` what it was retrieved by. An edit whose
+    fact was edited again later is never retrieved.
 
     Args:
         base: The projection, not changed.
@@ -198,8 +199,8 @@ def require_widths(
     d_out, d_in = (shape[::-1] if is_transposed(projection) else shape) if len(shape) == 2 else (0, 0)
     if (factors.direction.shape[1], factors.output.shape[1]) != (d_in, d_out):
         raise ShapeError(
-            f"factors of a projection from {factors.direction.shape[1]} to {factors.output.shape[1]} numbers do not fit "
-            f"one from {d_in} to {d_out}; a memory belongs to the projection and the model that it was made for"
+            f"factors of a projection from {factors.direction.shape[1]} to {factors.output.shape[1]} numbers do not "
+            f"fit one from {d_in} to {d_out}; a memory belongs to the projection and the model that it was made for"
         )
     sizes = {len(each) for each in (factors.direction, factors.output, factors.neurons, states, facts)}
     if len(sizes) != 1:

@@ -32,7 +32,9 @@ class FactorMemory(EditModule[TextBatch]):
 
     A3E (NeurIPS 2025): several edits may be answers of one question, where edits of weights would contradict each
     other. Each fact's factors are trained on the unedited model, so that neither their order nor other facts matter,
-    and any batch can be taken back exactly. The model's weights stay.
+    and any batch can be taken back exactly. The model's weights stay. A fact that is edited again acts once, with its
+    last factors. Several answers of one question need a relation each (``EditRequest.relation``), since without one
+    they count as a contradiction (``tasks.Question.requests``).
 
     Args:
         base: Name or folder of a model, or a ``LanguageModel``.

@@ -311,6 +311,6 @@ def test_a_source_that_is_not_there_or_did_not_run_is_named(lm):
     routed(lm, "set")
     with (
         start_at(lm, SITE.layer, torch.zeros(1, 2, lm.width, dtype=torch.float64)),
-        pytest.raises(ConfigError, match="nothing can be decided: transformer.h.1.mlp.c_proj did not run"),
+        pytest.raises(ConfigError, match=r"nothing can be decided: transformer\.h\.1.mlp\.c_proj did not run"),
     ):
         lm(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)

@@ -138,7 +138,9 @@ def test_neither_batch_nor_padding_decides(edited_lm, texts, side):
 
 @settings(max_examples=40)
 @given(
-    st.lists(st.tuples(st.sampled_from(TEXTS), st.sampled_from([" a", " Rome", " Lund, a town"])), min_size=1, max_size=6)
+    st.lists(
+        st.tuples(st.sampled_from(TEXTS), st.sampled_from([" a", " Rome", " Lund, a town"])), min_size=1, max_size=6
+    )
 )
 def test_neither_siblings_nor_answers_decide(edited_lm, pairs):
     """An answer may name a subject: its own prompt has decided before."""
