@@ -226,9 +226,8 @@ def missing(
     arms: dict[str, Arm], tasks: dict[Task, TaskSet], rows: dict[str, Any], label: str
 ) -> Iterator[tuple[list[str], list[Task]]]:
     """Groups of arms and of tasks that need one edited model, as far as rows are missing."""
-    by_edit = sorted(arms, key=lambda name: arms[name].edit)
-    for _, group in groupby(by_edit, key=lambda name: arms[name].edit):
-        names = list(group)
+    for edit in dict.fromkeys(arm.edit for arm in arms.values()):
+        names = [name for name, arm in arms.items() if arm.edit == edit]
         for pair in (TASKS[:2], TASKS[2:]):
             left = [task for task in pair if task in tasks and any(f"{n}: {task}, {label}" not in rows for n in names)]
             if left:

@@ -247,7 +247,7 @@ def test_a_memory_for_another_model_is_refused(run, lm, tmp_path):
     before, weight = hashes(lm), lm.weight(Site(2, "mlp_out"))
     with torch.no_grad():
         weight[0, 0] += 1
-    with pytest.raises(ExportError, match=r"another model|fingerprint|made from"):
+    with pytest.raises(ExportError, match="other weights"):
         apply_memory(lm, tmp_path / "memory")
     with torch.no_grad():
         weight[0, 0] -= 1
