@@ -1,36 +1,34 @@
 """Compare A3E's parts with numbers recorded from its official code; called by ``parity_memory.py``.
 
 ``edits``: trained from the recorded beginning, as one batch. ``states``: what is stored for retrieval. ``composed``:
-retrieval, composition and answers under the recorded factors. ``composed_anew``: the same under factors of our own
-training. ``paper_rule``: sums without conflicts, as the paper has them.
+retrieval, composition and answers of a model with the recorded factors in place. ``composed_anew``: the same under
+factors of our own training. ``paper_rule``: sums without conflicts, as the paper has them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from cakeflow_sidememory import ComposedProjection, ComposedSettings, Retrieval
 from cakeflow_sidememory.composition import (
     Representations,
-    Retrieval,
-    answer,
-    comma_tokens,
     compose,
-    composed_change,
     conflicts,
     outermost,
     read_representations,
-    similarities,
 )
+from cakeflow_sidememory.decoding import answer, comma_tokens
 from cakeflow_sidememory.factors import FactorLoss, Factors, FactorTraining, TrainedFactors, cosines, train_factors
 from parity import error
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cakeflow.forward import Row, encode
-from cakeflow.models import LanguageModel, Site
+from cakeflow.models import LanguageModel, Site, capture
 
 BARS = {
     "direction": 1e-5, "output": 1e-5, "gradient_direction": 1e-5, "gradient_output": 1e-5, "losses": 1e-5,
@@ -121,25 +119,30 @@ def layer_of(info: Mapping[str, Any], module: str) -> int:
     return int(info["_setup"][module].split(".")[2])
 
 
-def edits_of(
-    lm: LanguageModel, case: Mapping[str, Any], states: Representations, tensors: Mapping[str, Tensor], layer: int
-) -> tuple[tuple[int, ...], list[tuple[str, float]]]:
-    """The edits of one composed answer, retrieved where the recording retrieves them, and what differs."""
-    index = case["index"]
-    if case["select"] != "search":
-        return tuple(index) if isinstance(index, list) else (index,), []
-    question = Row(tuple(case["ids"]), -1, len(case["ids"]))
-    similarity = similarities(lm, [question], states, layer)[0]
-    recorded = torch.tensor(case["similarity"], dtype=torch.float64)
-    edits = Retrieval().choose(similarity)
-    figures = [
-        ("similarity", error(similarity, recorded)),
-        ("retrieved_unequal", float(list(edits) != case["retrieved"])),
-    ]
-    for part in ("subject", "relation", "answer"):
-        cosine = tensors[f"composed/{case['name']}/cos_{part}"]
-        figures.append(("similarity", error(similarities(lm, [question], states, layer, part)[0], cosine.amax(0))))
-    return edits, figures
+def put_memory(lm: LanguageModel, near: Site, site: Site, factors: Factors, states: Representations, part: Any) -> None:
+    """Put the edits beside the projection, in place of others that are there."""
+    base = lm.module(site)
+    settings = ComposedSettings(lm.architecture.path(near), Retrieval(part=part), "outermost")
+    arguments = (settings, factors, getattr(states, part), torch.arange(len(factors)))
+    base = base.base if isinstance(base, ComposedProjection) else base
+    lm.put(lm.architecture.path(site), ComposedProjection.around(base, *arguments))
+
+
+def retrieval_figures(
+    lm: LanguageModel, near: Site, site: Site, factors: Factors, states: Representations, info: Any, tensors: Any
+) -> Iterator[tuple[str, float]]:
+    """(name, figure) of every question that retrieves by itself."""
+    for part in ("relation", "answer", "subject"):
+        put_memory(lm, near, site, factors, states, part)
+        module = lm.module(site)
+        for case in info["composed"]:
+            if case["select"] == "search":
+                lm(input_ids=torch.tensor([case["ids"]]), use_cache=False)
+                yield "similarity", error(module.similarity[0], tensors[f"composed/{case['name']}/cos_{part}"].amax(0))
+                if part == "subject":
+                    recorded = torch.tensor(case["similarity"], dtype=torch.float64)
+                    yield "similarity", error(module.similarity[0], recorded)
+                    yield "retrieved_unequal", float(module.decision[0].nonzero()[:, 0].tolist() != case["retrieved"])
 
 
 def composed_figures(
@@ -151,40 +154,38 @@ def composed_figures(
     site: Site,
     suffix: str = "",
 ) -> Iterator[tuple[str, float]]:
-    """(name, figure) of every composed answer."""
+    """(name, figure) of every composed answer, by the module in its place; an oracle names the edits of some."""
+    near = Site(layer_of(info, "similarity_module"), "mlp_out")
+    yield from retrieval_figures(lm, near, site, factors, states, info, tensors)
+    module = lm.module(site)
+    assert isinstance(module, ComposedProjection)
     for case in info["composed"]:
-        edits, figures = edits_of(lm, case, states, tensors, layer_of(info, "similarity_module"))
-        yield from figures
-        if case["generated"] is not None:
-            yield from answer_figures(lm, factors, edits, case, tensors, site, suffix)
+        if case["generated"] is None:
+            continue
+        index = case["index"] if isinstance(case["index"], list) else [case["index"]]
+        with module.oracle(index) if case["select"] != "search" else nullcontext():
+            yield from answer_figures(lm, module, case, tensors, site, suffix)
+    lm.put(lm.architecture.path(site), module.base)
 
 
 def answer_figures(
-    lm: LanguageModel,
-    factors: Factors,
-    edits: tuple[int, ...],
-    case: Mapping[str, Any],
-    tensors: Mapping[str, Tensor],
-    site: Site,
-    suffix: str,
+    lm: LanguageModel, module: ComposedProjection, case: Mapping[str, Any], tensors: Any, site: Site, suffix: str
 ) -> Iterator[tuple[str, float]]:
     """(name, figure) of one composed answer."""
-    inputs: list[Tensor] = []
-
-    def change(x: Tensor) -> Tensor:
-        inputs.append(x)
-        return composed_change(factors, edits, x, "outermost")
-
     length, stem = len(case["ids"]), f"composed/{case['name']}"
-    count = len(case["generated"]) - length
-    tokens, logits = answer(lm, case["ids"], site, change, count, comma_tokens(lm))
+    tokens, logits = answer(lm, case["ids"], len(case["generated"]) - length, comma_tokens(lm))
     yield "generated_unequal", float([*case["ids"], *tokens] != case["generated"])
     yield f"logits{suffix}", error(logits[:3], tensors[f"{stem}/logits"])
-    x, chosen = inputs[0][0], outermost(edits, len(factors))
+    with capture(lm, [site], side="in") as inputs, capture(lm, [site]) as outputs, torch.no_grad():
+        lm(input_ids=torch.tensor([case["ids"]]), use_cache=False)
+    x = inputs[site][0, -1]
+    factors, chosen = module.factors, outermost(module.decision[0].nonzero()[:, 0].tolist(), len(module))
     yield "used_unequal", float(sorted(set(chosen)) != case["used"])
-    changes = factors.part(chosen).changes(x)
+    with torch.no_grad():
+        changes, delta = factors.part(chosen).changes(x), outputs[site][0] - module.base(inputs[site][0])
     yield "conflicts_unequal", float(conflicts(changes).sum() != case["conflicts"])
-    yield f"delta{suffix}", error(composed_change(factors, edits, x, "outermost"), tensors[f"{stem}/delta"])
+    yield f"delta{suffix}", error(delta[-1], tensors[f"{stem}/delta"])
+    yield f"delta{suffix}", float(delta[:-1].abs().sum())
     for number, each in enumerate(changes, 1):
         yield f"delta{suffix}", error(each, tensors[f"{stem}/delta_{number}"])
     if not suffix:

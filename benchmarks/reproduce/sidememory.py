@@ -34,14 +34,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
-from sweep import Row
+from sweep import Row, interval, write_table
 
 from cakeflow import Editor, EditRequest, Evaluation
 from cakeflow.data import parse_requests
 from cakeflow.errors import EditError
 from cakeflow.metrics import KINDS
 from cakeflow.models import LanguageModel, load_model
+from cakeflow.report import save_plot
 from cakeflow.storage import write_text
 
 PLAIN: dict[str, Any] = {"chat": False, "rounds": 0, "targets": "short"}
@@ -222,7 +224,7 @@ def unedited(records: Sequence[EditRequest], lm: LanguageModel) -> tuple[Row, li
 
 
 def draw(rows: dict[str, Row], out: Path) -> None:
-    """Write a table of all rows over their seeds, with 95 % intervals, and a figure of zsRE over the number of edits."""
+    """Write a table of all rows over their seeds, with 95 % intervals, and a figure of zsRE along its streams."""
     groups: dict[tuple[str, str, int], list[Row]] = {}
     for name, row in rows.items():
         table, _, rest = name.split(", ", 2)
@@ -254,7 +256,7 @@ def pooled(group: Sequence[Row], key: str) -> torch.Tensor:
 
 
 def cells_of(group: Sequence[Row]) -> dict[str, str]:
-    """The cells of one arm and number of edits: means with intervals over records, or over seeds where there are none."""
+    """The cells of one arm and number of edits: means with intervals over records, or over seeds."""
     cells = {}
     for key, text in {**SHOWN, **ROUTES}.items():
         values = pooled(group, key)

@@ -130,12 +130,17 @@ class EditableModel(ABC):
         Args:
             place: Path of the module.
             module: The new one.
+
+        Raises:
+            ArchitectureError: If there is no such place, or no module that the new one reads.
         """
+        for path in module.reads if isinstance(module, RoutedModule) else ():
+            self.module(path)
         if isinstance(earlier := self.module(place), RoutedModule):
             earlier.detach()
         self.model.set_submodule(place, module)
-        if isinstance(module, RoutedModule):
-            module.attach(self.model)
+        for each in routed(self.model):  # anew: one may read the place that has another module now
+            each.attach(self.model)
 
     @property
     def scope(self) -> Scope | None:

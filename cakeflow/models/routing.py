@@ -8,16 +8,17 @@ and what was decided about its beginning (with cached keys and values) is known 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
-from cakeflow.errors import ShapeError
+from cakeflow.errors import ConfigError, ShapeError
 
 Scope = Literal["sequence", "prompt", "token"]
 """What a decision holds for: the text of one pass, a prompt and all that follows it, or a single token."""
@@ -37,13 +38,24 @@ class Rows:
 
     shape: tuple[int, int]
     deciding: Bool[Tensor, "rows time"] | None = None
-    held: Int[Tensor, " rows"] | None = None
+    held: Shaped[Tensor, "rows ..."] | None = None
 
     def mask(self, device: torch.device) -> Bool[Tensor, "rows time"]:
         """Return the deciding tokens."""
         if self.deciding is None:
             return torch.ones(self.shape, dtype=torch.bool, device=device)
         return self.deciding.to(device)
+
+    def behind(self, device: torch.device) -> Bool[Tensor, "rows time"]:
+        """Return the tokens from the last deciding one on: those at which an answer is written.
+
+        These are all tokens where a decision is held, and none of a row without a deciding token.
+        """
+        if self.held is not None:
+            return torch.ones(self.shape, dtype=torch.bool, device=device)
+        places, mask = torch.arange(self.shape[1], device=device), self.mask(device)
+        last = torch.where(mask, places, -1).amax(1, keepdim=True)
+        return (places >= last) & (last >= 0)
 
 
 @dataclass
@@ -52,6 +64,7 @@ class _Listener:
 
     rows: Rows | None = None
     lengths: Tensor | None = None
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     handles: list[Any] = field(default_factory=list)
 
 
@@ -60,25 +73,32 @@ class RoutedModule(nn.Module):
 
     In its ``forward`` a subclass asks ``rows_of`` for the rows of its inputs, decides, and calls ``settle``. By
     ``scope``, a decision is made on the tokens of a prompt and holds for all that follows on the same cache, on all
-    tokens of a pass, or on each token.
+    tokens of a pass, or on each token. It may look at the module's own inputs, and at what other modules said earlier
+    in the pass (``output_of``).
 
     Attributes:
         scope: What a decision holds for.
-        decision: The decisions of the last pass: for each row, or each token, the number of the answer; 0 is the
-            answer of the module in whose place this one stands.
+        reads: Paths of the modules whose outputs decide.
+        decision: The decisions of the last pass, one for each row, or for each token. One is a number, such as that of
+            the answer (0 is the answer of the module in whose place this one stands), or a tensor, such as True for
+            each part that has a share in the answer.
     """
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, reads: Sequence[str] = ()) -> None:
         super().__init__()
         self.scope: Scope = scope
+        self.reads = tuple(reads)
         self.decision: Tensor | None = None
         self._listener = _Listener()
 
     def attach(self, root: nn.Module) -> None:
-        """Listen to the forward passes of the model in which this module is."""
+        """Listen to the forward passes of the model in which this module is, and to the modules that it reads."""
         self.detach()
+        sources = {path: root.get_submodule(path) for path in self.reads}
         before = root.register_forward_pre_hook(self._before, with_kwargs=True)
         self._listener.handles += [before, root.register_forward_hook(self._after, with_kwargs=True)]
+        for path, module in sources.items():
+            self._listener.handles.append(module.register_forward_hook(partial(self._read, path)))
 
     def detach(self) -> None:
         """Listen no more."""
@@ -106,20 +126,40 @@ class RoutedModule(nn.Module):
             )
         return rows
 
-    def settle(self, rows: Rows, decision: Int[Tensor, ...]) -> Int[Tensor, "rows time"]:
+    def output_of(self, path: str, rows: Rows) -> Float[Tensor, "rows time width"]:
+        """Return what a module of ``reads`` said in this pass.
+
+        Args:
+            path: The module.
+            rows: The rows of the pass.
+
+        Raises:
+            ConfigError: If it said nothing about these rows.
+        """
+        output = self._listener.outputs.get(path)
+        if output is None or output.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
+            raise ConfigError(
+                f"nothing can be decided: {path} did not run on these rows. Run the whole model, or take the module "
+                "that reads it back (rollback) before parts of the model are run"
+            )
+        return output.reshape(*rows.shape, output.shape[-1])
+
+    def settle(self, rows: Rows, decision: Shaped[Tensor, "rows ..."]) -> Shaped[Tensor, "rows time ..."]:
         """Keep a decision, or the earlier one that holds for these rows, and return it for each token.
 
         Args:
             rows: The rows.
-            decision: The number of the answer for each row, or, in the scope ``token``, for each token.
+            decision: The decision about each row, or, in the scope ``token``, about each token.
         """
         self.decision = decision if rows.held is None else rows.held.to(decision.device)
-        return self.decision if self.scope == "token" else self.decision[:, None].expand(rows.shape)
+        if self.scope == "token":
+            return self.decision
+        return self.decision[:, None].expand(*rows.shape, *self.decision.shape[1:])
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         call = {**_by_name(root, args), **kwargs}
         tokens = call.get("input_ids") if call.get("input_ids") is not None else call.get("inputs_embeds")
-        self._listener.rows = None
+        self._listener.rows, self._listener.outputs = None, {}
         if tokens is None:
             return
         shape, mask = (int(tokens.shape[0]), int(tokens.shape[1])), call.get("attention_mask")
@@ -135,11 +175,15 @@ class RoutedModule(nn.Module):
         self._listener.rows = Rows(shape, deciding, held)
 
     def _after(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        self._listener.rows = None
+        self._listener.rows, self._listener.outputs = None, {}
         past = getattr(output, "past_key_values", None)
         past = {**_by_name(root, args), **kwargs}.get("past_key_values") if past is None else past
         if past is not None and self.scope == "prompt" and self.decision is not None:
             setattr(past, MEMORY, {**getattr(past, MEMORY, {}), self._name(root): self.decision})
+
+    def _read(self, path: str, _module: nn.Module, _args: Any, output: Any) -> None:
+        said = output[0] if isinstance(output, (tuple, list)) else output
+        self._listener.outputs[path] = said.detach()
 
     def _name(self, root: nn.Module) -> str:
         names: list[str] = [name for name, module in root.named_modules() if module is self]

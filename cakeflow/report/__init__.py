@@ -14,6 +14,7 @@ from cakeflow.report.figures import (
 )  # fmt: skip
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.frame import metrics_frame
+from cakeflow.report.intervals import Interval
 from cakeflow.report.page import render_page
 from cakeflow.report.tables import (
     answers_table,
@@ -28,7 +29,7 @@ from cakeflow.report.tables import (
 )  # fmt: skip
 
 __all__ = [
-    "RunFolder", "answers_table", "compare_runs", "curves_of", "ledger_table", "metrics_frame",
+    "Interval", "RunFolder", "answers_table", "compare_runs", "curves_of", "ledger_table", "metrics_frame",
     "metrics_table", "phases_table", "plot_convergence", "plot_curves", "plot_intervals", "plot_layers",
     "plot_losses", "plot_runs", "plot_trace", "plot_weights", "plugins_table", "render_page",
     "requests_table", "runs_table", "save_plot", "to_csv", "to_markdown", "trace_table", "verdict",

@@ -1,4 +1,4 @@
-"""The changes of a side memory: facts that a shard learned, and a shard that is put away."""
+"""The changes of side memories: facts that a shard learned, a shard that is put away, and factors of edits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, UInt8
+from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
 from cakeflow.journal import ModuleChange
+from cakeflow_sidememory.composed import ComposedProjection, ComposedSettings
+from cakeflow_sidememory.factors import Factors
 from cakeflow_sidememory.shards import ShardedProjection, ShardSettings, plain_weight
+from cakeflow_sidememory.stored import decoded, encoded
 
 
 def packed(mask: Bool[Tensor, "d_out d_in"]) -> UInt8[Tensor, " bytes"]:
@@ -75,12 +78,12 @@ class ShardChange(ModuleChange):
     def tensors(self) -> dict[str, Tensor]:
         """Values, mask, threshold, number of facts and settings."""
         numbers = {"least": torch.tensor([self.least], dtype=torch.float64), "edits": torch.tensor([self.edits])}
-        return {"values": self.values, "bits": self.bits, "settings": self.settings.encode(), **numbers}
+        return {"values": self.values, "bits": self.bits, "settings": encoded(self.settings), **numbers}
 
     @classmethod
     def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> ShardChange:
         """Return the change with these tensors."""
-        settings = ShardSettings.decode(tensors["settings"])
+        settings = decoded(tensors["settings"], ShardSettings)
         least, edits = float(tensors["least"][0]), int(tensors["edits"][0])
         return cls(place, settings, tensors["values"], tensors["bits"], least, edits)
 
@@ -104,9 +107,49 @@ class ShardEnd(ModuleChange):
 
     def tensors(self) -> dict[str, Tensor]:
         """The settings."""
-        return {"settings": self.settings.encode()}
+        return {"settings": encoded(self.settings)}
 
     @classmethod
     def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> ShardEnd:
         """Return the change with these tensors."""
-        return cls(place, ShardSettings.decode(tensors["settings"]))
+        return cls(place, decoded(tensors["settings"], ShardSettings))
+
+
+@dataclass(frozen=True, eq=False)
+class FactorChange(ModuleChange):
+    """Factors of edits beside a projection; the first ones put the module that composes them in place.
+
+    Edits do not see each other, so the change stands alone: any of several can be taken back, exactly.
+
+    Attributes:
+        place: Name of the projection.
+        settings: How edits are retrieved and composed.
+        factors: The factors.
+        states: The representation of each edit by which it is retrieved.
+        facts: Number of each edit's fact.
+    """
+
+    place: str
+    settings: ComposedSettings
+    factors: Factors
+    states: Float[Tensor, "n width"]
+    facts: Int[Tensor, " n"]
+
+    def build(self, module: nn.Module) -> ComposedProjection:
+        """Return a new module; ``module`` stays as it is."""
+        return ComposedProjection.around(module, self.settings, self.factors, self.states, self.facts)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Factors, representations, facts and settings."""
+        parts = {"direction": self.factors.direction, "output": self.factors.output, "neurons": self.factors.neurons}
+        scale = torch.tensor([self.factors.scale], dtype=torch.float64)
+        own = {"states": self.states, "facts": self.facts, "scale": scale, "settings": encoded(self.settings)}
+        return {name: each.cpu() for name, each in {**parts, **own}.items()}
+
+    @classmethod
+    def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> FactorChange:
+        """Return the change with these tensors."""
+        direction, output, neurons = (tensors[name] for name in ("direction", "output", "neurons"))
+        factors = Factors(direction, output, neurons, float(tensors["scale"][0]))
+        settings = decoded(tensors["settings"], ComposedSettings.of)
+        return cls(place, settings, factors, tensors["states"], tensors["facts"])

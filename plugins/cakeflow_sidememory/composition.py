@@ -1,12 +1,12 @@
-"""Retrieval of edits by the question, composition of their changes, and answers under a composed change.
+"""Retrieval of edits by the question, and composition of their changes: pure functions of tensors.
 
-A3E (NeurIPS 2025; official code e2173ac, ``tuners/melo.py``) and its paper's rule. Which edits a question needs is
-decided by the cosine of its tokens with the stored subjects; an oracle names them without looking at any.
+A3E (NeurIPS 2025; official code e2173ac, ``tuners/melo.py``) and its paper's rule. Edits that a question needs are
+those whose subjects are similar to one of its tokens. ``composed.py`` has the module that decides and answers by this.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cakeflow.errors import ConfigError, listed, require_choice
 from cakeflow.forward import Row, pad, plan
-from cakeflow.models import LanguageModel, Site, capture, inject, logits_at, start_at
+from cakeflow.models import LanguageModel, Site, capture
 from cakeflow_sidememory.factors import Factors, cosines, require_rows
 
 Part = Literal["subject", "relation", "answer"]
@@ -24,6 +24,10 @@ Part = Literal["subject", "relation", "answer"]
 Rule = Literal["agreeing", "outermost"]
 """Changes are joined by ``agreeing``: all edits, elements in which two signs disagree are 0 (the paper). Or by
 ``outermost``, as the official code does it: the edits of smallest and largest index alone, one index taken twice."""
+
+TIE = 1e-4
+"""Cosines that differ by no more count as equal: the states of one subject differ so much by the batch that they were
+computed in."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,7 +62,9 @@ class Retrieval:
 
     Attributes:
         threshold: An edit has to be more similar than this.
-        top: And among so many of the most similar ones; equal ones are taken by index.
+        top: And be among so many of the most similar ones; with fewer edits, all of them are. Edits that are as similar
+            as the last of these (``TIE``) come with it, so that their order does not matter: answers of one question
+            have one subject, and so one similarity.
         part: The representation that the question's tokens are compared with.
 
     Raises:
@@ -77,22 +83,32 @@ class Retrieval:
                 "must be at least 1"
             )
 
+    def decide(self, similarity: Float[Tensor, "questions n"]) -> Bool[Tensor, "questions n"]:
+        """Return the edits that each question retrieves; none is an answer too.
+
+        A memory grows edit by edit, so fewer than ``top`` are no error here (``choose`` is stricter).
+
+        Args:
+            similarity: Similarity of each question to each of the n edits.
+        """
+        last = similarity.topk(min(self.top, similarity.shape[-1])).values[..., -1:]
+        return (similarity > self.threshold) & (similarity >= last - TIE)
+
     def choose(self, similarity: Float[Tensor, " n"]) -> tuple[int, ...]:
-        """Return the edits that a question retrieves, by index; none is an answer too.
+        """Return the edits that one question retrieves, by index, from a store that has at least ``top``.
 
         Args:
             similarity: Similarity of the question to each of the n edits.
 
         Raises:
-            ConfigError: If there are fewer edits than ``top``.
+            ConfigError: If there are fewer edits than ``top``; the official code fails there too.
         """
         if len(similarity) < self.top:
             raise ConfigError(
                 f"top={self.top} edits cannot be retrieved, as {len(similarity)} are stored; edit more facts, or "
                 "lower top"
             )
-        order = similarity.argsort(descending=True, stable=True)[: self.top].tolist()
-        return tuple(sorted(i for i in order if similarity[i] > self.threshold))
+        return tuple(self.decide(similarity).nonzero()[:, 0].tolist())
 
 
 def read_representations(
@@ -139,27 +155,19 @@ def _outputs(lm: LanguageModel, rows: Sequence[Row], site: Site, max_tokens: int
 
 
 def similarities(
-    lm: LanguageModel,
-    questions: Sequence[Row],
-    edits: Representations,
-    similarity_layer: int,
-    part: Part = "subject",
-    max_tokens: int = 8192,
+    states: Float[Tensor, "questions time width"],
+    mask: Bool[Tensor, "questions time"],
+    edits: Float[Tensor, "n width"],
 ) -> Float[Tensor, "questions n"]:
     """Compute how similar each question is to each edit: its largest cosine over the tokens of the bare question.
 
     Args:
-        lm: The unedited model.
-        questions: Rows whose prompt is the question; a target is left out.
-        edits: The stored representations.
-        similarity_layer: Block that they were read in.
-        part: The representation to compare with.
-        max_tokens: Most tokens in one forward pass.
+        states: Output of the similarity block's down projection.
+        mask: True at the tokens of the bare question; without any, it is like no edit (minus infinity).
+        edits: A representation of each edit, of the same projection.
     """
-    bare = [Row(row.ids[: row.target], row.subject, row.target) for row in questions]
-    stored = getattr(edits, part)
-    states = _outputs(lm, bare, Site(similarity_layer, "mlp_out"), max_tokens)
-    return torch.stack([cosines(state, stored.to(state)).amax(0) for state in states])
+    cosine = cosines(states.to(edits), edits)
+    return cosine.masked_fill(~mask[..., None], -torch.inf).amax(1)
 
 
 def require_edits(edits: Collection[int], count: int) -> tuple[int, ...]:
@@ -247,88 +255,3 @@ def composed_change(
     chosen: Sequence[int] = require_edits(edits, len(factors))
     chosen = outermost(chosen, len(factors)) if rule == "outermost" else distinct(factors, chosen)
     return compose(factors.part(chosen).changes(inputs))
-
-
-def less_repeated(
-    logits: Float[Tensor, " vocabulary"], written: Sequence[int], commas: Collection[int], divisor: float = 10.0
-) -> Float[Tensor, " vocabulary"]:
-    """Divide the logits of all tokens that were written, once one of these is a comma (the official driver's rule).
-
-    Logits below 0 grow by it.
-
-    Args:
-        logits: Logits of the next token.
-        written: Tokens that were written behind the question.
-        commas: Tokens that are a comma.
-        divisor: What the logits are divided by.
-    """
-    if not set(commas) & set(written):
-        return logits
-    lowered = logits.clone()
-    lowered[list(set(written))] /= divisor
-    return lowered
-
-
-def comma_tokens(lm: LanguageModel) -> frozenset[int]:
-    """Return the tokens that are a comma, white space aside."""
-    ids = {ids[-1] for text in ("a,", "a ,") if (ids := lm.tokenizer(text, add_special_tokens=False)["input_ids"])}
-    return frozenset(i for i in ids if str(lm.tokenizer.decode([i])).strip() == ",")
-
-
-@torch.no_grad()
-def answer(
-    lm: LanguageModel,
-    question: Sequence[int],
-    site: Site,
-    change: Callable[[Float[Tensor, "tokens d_in"]], Float[Tensor, "tokens d_out"]],
-    tokens: int = 15,
-    commas: Collection[int] = (),
-) -> tuple[list[int], Float[Tensor, "tokens vocabulary"]]:
-    """Answer a question greedily, with a change at its last token and at every token that is written.
-
-    The rest of the question is read unchanged. Each token takes a pass up to the projection and one from its block on.
-
-    Args:
-        lm: The model; not touched.
-        question: Tokens of the question.
-        site: The projection.
-        change: What is added to the projection's output, given its inputs (``composed_change``).
-        tokens: Number of tokens to write; fewer, if the text ends.
-        commas: Tokens behind which written ones are less likely (``less_repeated``); none by default.
-
-    Returns:
-        The tokens, and the logits from which each was taken, before that rule.
-
-    Raises:
-        ConfigError: If the question has no token.
-    """
-    if not question:
-        raise ConfigError("the question has no token, so that nothing can follow it; ask with a text")
-    written: list[int] = []
-    logits: list[Tensor] = []
-    end = lm.tokenizer.eos_token_id
-    while len(written) < tokens and (not written or written[-1] != end):
-        logits.append(_next_logits(lm, [*question, *written], len(question) - 1, site, change))
-        written.append(int(less_repeated(logits[-1], written, commas).argmax()))
-    return written, torch.stack(logits)
-
-
-def _next_logits(
-    lm: LanguageModel, ids: Sequence[int], start: int, site: Site, change: Callable[[Tensor], Tensor]
-) -> Float[Tensor, " vocabulary"]:
-    """Compute the logits behind a text whose tokens from ``start`` on are changed."""
-    text = torch.tensor([ids], device=lm.device)
-    inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), "use_cache": False}
-    below = Site(max(site.layer - 1, 0))
-    with capture(lm, [below]) as states, capture(lm, [site], side="in", stop=True) as reads:
-        lm(**inputs)
-    at = torch.arange(start, len(ids), device=lm.device)
-    row = torch.zeros_like(at)
-    delta = change(reads[site][0, start:])
-    with (
-        start_at(lm, site.layer, states[below]),
-        inject(lm, site, delta, at, row),
-        logits_at(lm, row[-1:], at[-1:]),
-    ):
-        logits: Tensor = lm(**inputs).logits[0, 0]
-    return logits

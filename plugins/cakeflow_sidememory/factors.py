@@ -99,13 +99,22 @@ class Factors:
         chosen = list(edits)
         return Factors(self.direction[chosen], self.output[chosen], self.neurons[chosen], self.scale)
 
+    def to(self, device: torch.device | str) -> Factors:
+        """The factors on a device."""
+        return Factors(self.direction.to(device), self.output.to(device), self.neurons.to(device), self.scale)
+
     @classmethod
     def join(cls, parts: Sequence[Factors]) -> Factors:
         """The factors of several groups of edits, one after the other.
 
         Raises:
-            ConfigError: If there are none, or they have not the same scale.
+            ConfigError: If there are none, they have not the same scale, or are those of different projections.
         """
+        widths = {(each.direction.shape[1], each.output.shape[1]) for each in parts}
+        if len(widths) > 1:
+            raise ConfigError(
+                f"factors of projections of widths {sorted(widths)} cannot be joined; edit one projection of one model"
+            )
         if len({each.scale for each in parts}) != 1:
             scales = sorted({each.scale for each in parts})
             raise ConfigError(f"factors of scales {scales} cannot be joined; train them with one number of blocks")

@@ -47,14 +47,24 @@ def select_neurons(
         ConfigError: If the share is less than one neuron, or ``select`` names no selection.
     """
     require_choice("select", select, Selection)
-    count = int(scores.shape[-1] * share)
-    if not 0 < count <= scores.shape[-1]:
-        raise ConfigError(f"share={share} of {scores.shape[-1]} neurons is {count}; it must be from 1 to all of them")
+    count = require_share(scores.shape[-1], share)
     order = {"lowest": scores, "highest": -scores, "magnitude": -scores.abs()}[select]
     chosen = order.argsort(dim=-1, stable=True)[..., :count]
     neurons = torch.zeros(scores.shape[-1], dtype=torch.bool, device=scores.device)
     neurons[chosen.flatten()] = True
     return neurons
+
+
+def require_share(neurons: int, share: float) -> int:
+    """Return how many neurons a share of them is.
+
+    Raises:
+        ConfigError: If it is less than one, or more than all.
+    """
+    count = int(neurons * share)
+    if not 0 < count <= neurons:
+        raise ConfigError(f"share={share} of {neurons} neurons is {count}; it must be from 1 to all of them")
+    return count
 
 
 def require_neurons(lm: LanguageModel, site: Site) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cakeflow.errors import ConfigError, LedgerError
+from cakeflow.errors import ConfigError
 from cakeflow.models import RoutedModule, Scope, is_transposed
 from cakeflow_sidememory.distance import activation_of, row_distances, token_distances
 from cakeflow_sidememory.joins import Join, join
@@ -68,22 +67,6 @@ class ShardSettings:
             )
         if self.activation:
             activation_of(self.activation)
-
-    def encode(self) -> Int[Tensor, " bytes"]:
-        """Return the settings as a tensor, for a stored change."""
-        return torch.tensor(list(json.dumps(asdict(self), sort_keys=True).encode()), dtype=torch.uint8)
-
-    @classmethod
-    def decode(cls, tensor: Tensor) -> ShardSettings:
-        """Return the settings that ``encode`` wrote.
-
-        Raises:
-            LedgerError: If it holds none.
-        """
-        try:
-            return cls(**json.loads(bytes(tensor.tolist())))
-        except (ValueError, TypeError) as error:
-            raise LedgerError(f"the settings of a side memory cannot be read: {error}") from error
 
 
 class ShardedProjection(RoutedModule):

@@ -1,7 +1,7 @@
 """Every shipped recipe as the parts that it is to be made of."""
 
 from cakeflow_restrain import Prune, Rect
-from cakeflow_sidememory import LearningRule, ShardSettings
+from cakeflow_sidememory import FactorTraining, LearningRule, Retrieval, ShardSettings
 from cakeflow_streams import (
     ConflictHistory,
     FisherPenalty,
@@ -81,6 +81,11 @@ BESIDE = {
     "wise_official": (LearningRule(decay_everywhere=True, extra=1), ShardSettings(scope="sequence", longest=100)),
 }
 """Recipe of a side memory -> how it learns, and its shards."""
+COMPOSED = {
+    "a3e": (FactorTraining(), Retrieval(), "agreeing"),
+    "a3e_official": (FactorTraining(), Retrieval(), "outermost"),
+}
+"""Recipe of composed edits -> how factors are trained, how edits are retrieved, and how they are joined."""
 OFFICIAL = {
     "cake_official": (10.0, 0.5, 0.4),
     "cake_official_gpt_j": (30.0, 0.75, 0.5),

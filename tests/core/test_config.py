@@ -32,7 +32,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import BESIDE, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import BESIDE, COMPOSED, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -94,7 +94,7 @@ def test_compositions_for_images(method):
 
 
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) | set(IMAGES) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) | set(COMPOSED) | set(IMAGES) == set(METHODS)
 
 
 @pytest.mark.parametrize("method", BESIDE)
@@ -105,8 +105,15 @@ def test_side_memories(method):
     assert module.padding == ("left" if method == "wise_official" else "right")
 
 
+@pytest.mark.parametrize("method", COMPOSED)
+def test_composed_edits(method):
+    module = build_module([METHODS[method]], base="some/folder")
+    assert (module.training_rule, module.retrieval, module.rule) == COMPOSED[method]
+    assert (module.layer, module.role, module.similarity_layer) == (-1, "mlp.up_proj", 5)
+
+
 def test_each_class_has_model_configs_of_its_own():
-    assert {name for name, path in METHODS.items() if model_kind(path) != "model"} == {*BESIDE, *IMAGES}
+    assert {name for name, path in METHODS.items() if model_kind(path) != "model"} == {*BESIDE, *COMPOSED, *IMAGES}
 
 
 @pytest.mark.parametrize("method", BESIDE)

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cakeflow.errors import ShapeError
+from cakeflow.errors import ArchitectureError, ConfigError, ShapeError
 from cakeflow.evaluation import score_targets
 from cakeflow.forward import continuations
-from cakeflow.models import RoutedModule, Site, prompt_lengths
+from cakeflow.models import RoutedModule, Rows, Site, prompt_lengths, start_at
 
 SITE = Site(3, "mlp_out")
 TEXTS = ["The first letter", "She walked along the river", "of the", "In music, a violin has four strings", "Rome"]
@@ -44,8 +44,41 @@ THRESHOLD = 21.31
 """Between the texts' means in the tiny GPT-2."""
 
 
-def routed(lm, **arguments):
-    lm.put(lm.architecture.path(SITE), Sign(lm.module(SITE), **arguments))
+class Pushes(RoutedModule):
+    """Adds some of three vectors where an answer is written; which, an earlier module's deciding outputs say."""
+
+    def __init__(self, base, always=None):
+        super().__init__("prompt", [READ])
+        self.base, self.always = base, always
+        draw = torch.Generator().manual_seed(0)
+        self.register_buffer("vectors", torch.randn(3, base.nf, generator=draw, dtype=torch.float64))
+
+    def forward(self, inputs):
+        rows = self.rows_of(inputs)
+        choice = self.settle(rows, self.decide(rows))
+        active = choice & rows.behind(inputs.device)[..., None]
+        output = self.base(inputs)
+        return output + (active.double() @ self.vectors).reshape(output.shape)
+
+    def decide(self, rows):
+        if self.always is not None:
+            return torch.tensor([self.always] * rows.shape[0])
+        if rows.held is not None:
+            return rows.held
+        mask = rows.mask(torch.device("cpu"))[..., None]
+        means = (self.output_of(READ, rows)[..., :3] * mask).sum(1) / mask.sum(1)
+        return means > MIDDLES
+
+
+READ = "transformer.h.1.mlp.c_proj"
+MIDDLES = torch.tensor([0.04, -0.07, 0.1])
+KINDS = {"number": Sign, "set": Pushes}
+"""Decisions that are the number of an answer, and those that are a set of parts."""
+BOTH = pytest.mark.parametrize("kind", KINDS)
+
+
+def routed(lm, kind="number", **arguments):
+    lm.put(lm.architecture.path(SITE), KINDS[kind](lm.module(SITE), **arguments))
     return lm.module(SITE)
 
 
@@ -68,16 +101,21 @@ def decisions(lm, texts, side="right"):
     return lm.module(SITE).decision.tolist()
 
 
-def test_some_texts_are_routed_and_some_are_not(lm):
+@BOTH
+def test_some_texts_are_routed_and_some_are_not(lm, kind):
     """Else the tests below would say nothing."""
-    routed(lm)
-    assert set(decisions(lm, TEXTS)) == {0, 1}
+    routed(lm, kind)
+    decided = decisions(lm, TEXTS)
+    if kind == "number":
+        assert set(decided) == {0, 1}
+    else:
+        assert len(set(map(tuple, decided))) == len(TEXTS)
 
 
-@pytest.fixture(scope="module")
-def routed_lm(_models):
+@pytest.fixture(scope="module", params=KINDS)
+def routed_lm(request, _models):
     lm = copy.deepcopy(_models["gpt2"])
-    routed(lm)
+    routed(lm, request.param)
     return lm
 
 
@@ -115,8 +153,9 @@ def score_by(lm, decided, pairs):
     return torch.cat(results)
 
 
-def test_a_decision_holds_while_an_answer_is_written(lm):
-    module = routed(lm)
+@BOTH
+def test_a_decision_holds_while_an_answer_is_written(lm, kind):
+    module = routed(lm, kind)
     ids, mask = ids_of(lm, TEXTS, "left")
     expected = decisions(lm, TEXTS)
     seen = []
@@ -127,25 +166,29 @@ def test_a_decision_holds_while_an_answer_is_written(lm):
     assert all(decision == expected for decision in seen)
 
 
-@pytest.mark.parametrize("always", [0, 1])
-def test_written_answers_are_those_of_one_text_alone(lm, always):
+@pytest.mark.parametrize(
+    ("kind", "always"), [("number", 0), ("number", 1), ("set", [False] * 3), ("set", [True, False, True])]
+)
+def test_written_answers_are_those_of_one_text_alone(lm, kind, always):
     plain = copy.deepcopy(lm)
-    routed(lm, always=always)
+    routed(lm, kind, always=always)
     texts = continuations(lm, TEXTS, 5)
     assert texts == [continuations(lm, [text], 5)[0] for text in TEXTS]
-    assert (texts == continuations(plain, TEXTS, 5)) == (always == 0)
+    assert (texts == continuations(plain, TEXTS, 5)) == (always in (0, [False] * 3))
 
 
-def test_a_module_that_never_answers_changes_no_bit(lm):
+@pytest.mark.parametrize(("kind", "always"), [("number", 0), ("set", [False] * 3)])
+def test_a_module_that_never_answers_changes_no_bit(lm, kind, always):
     ids, mask = ids_of(lm, TEXTS)
     with torch.no_grad():
         before = lm(input_ids=ids, attention_mask=mask).logits
-        routed(lm, always=0)
+        routed(lm, kind, always=always)
         assert torch.equal(lm(input_ids=ids, attention_mask=mask).logits, before)
 
 
-def test_beams_of_a_prompt_go_the_same_way(lm):
-    routed(lm)
+@BOTH
+def test_beams_of_a_prompt_go_the_same_way(lm, kind):
+    routed(lm, kind)
     ids, mask = ids_of(lm, TEXTS[:2], "left")
     lm.model.generate(
         input_ids=ids, attention_mask=mask, max_new_tokens=4, num_beams=3, do_sample=False, pad_token_id=0
@@ -157,8 +200,9 @@ def test_beams_of_a_prompt_go_the_same_way(lm):
     assert lm.module(SITE).decision.tolist() == [one] * 3 + [two] * 3
 
 
-def test_a_cache_of_other_rows_is_refused(lm):
-    routed(lm)
+@BOTH
+def test_a_cache_of_other_rows_is_refused(lm, kind):
+    routed(lm, kind)
     ids, mask = ids_of(lm, TEXTS[:2])
     cache = lm(input_ids=ids, attention_mask=mask, use_cache=True).past_key_values
     cache.batch_repeat_interleave(2)
@@ -200,12 +244,73 @@ def test_tokens_decide_for_themselves(lm):
     torch.testing.assert_close(whole[:, :4], part)
 
 
-def test_a_copy_of_a_model_listens_for_itself(lm):
-    routed(lm)
+@BOTH
+def test_a_copy_of_a_model_listens_for_itself(lm, kind):
+    routed(lm, kind)
     other = copy.deepcopy(lm)
     before = decisions(lm, TEXTS)
     lm.put(lm.architecture.path(SITE), lm.module(SITE).base)
     assert not lm.model._forward_pre_hooks
+    assert not any(module._forward_hooks for module in lm.model.modules())
     assert lm.scope is None
     assert other.scope == "prompt"
     assert decisions(other, TEXTS, "left") == before
+
+
+# ---- what other modules said, and where an answer is written ----
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_an_answer_is_written_from_the_last_token_of_the_prompt_on(lm, side):
+    """So what is read before stays as it is, to the bit, and is not rounded otherwise."""
+    plain, every = copy.deepcopy(lm), [True] * 3
+    routed(lm, "set", always=every)
+    ids, mask = ids_of(lm, TEXTS, side)
+    inputs = {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)}
+    with torch.no_grad():
+        changed = lm(**inputs, use_cache=False).logits != plain(**inputs, use_cache=False).logits
+    last = (mask * torch.arange(mask.shape[1])).argmax(1)
+    for row, at in enumerate(last.tolist()):
+        assert changed[row, at].any()
+        assert not changed[row, :at][mask[row, :at].bool()].any()
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=5, max_size=5), min_size=1, max_size=4))
+def test_the_places_of_an_answer(rows):
+    deciding = torch.tensor(rows)
+    behind = Rows(tuple(deciding.shape), deciding).behind(torch.device("cpu"))
+    for row, places in zip(rows, behind.tolist(), strict=True):
+        last = max((i for i, true in enumerate(row) if true), default=5)
+        assert places == [i >= last for i in range(5)]
+    held = Rows(tuple(deciding.shape), deciding, torch.zeros(len(rows)))
+    assert held.behind(torch.device("cpu")).all()
+
+
+def test_a_module_that_reads_follows_a_change_of_its_source(lm):
+    module = routed(lm, "set")
+    before = decisions(lm, TEXTS)
+    source = lm.module(READ)
+    lm.put(READ, torch.nn.Sequential(source, Zero()))
+    assert decisions(lm, TEXTS) == [(MIDDLES < 0).tolist()] * len(TEXTS)
+    lm.put(READ, source)
+    assert decisions(lm, TEXTS) == before
+    assert module._listener.outputs == {}
+
+
+class Zero(torch.nn.Module):
+    def forward(self, x):
+        return 0 * x
+
+
+def test_a_source_that_is_not_there_or_did_not_run_is_named(lm):
+    module = Pushes(lm.module(SITE))
+    module.reads = ("transformer.h.99.mlp",)
+    with pytest.raises(ArchitectureError, match=r"no module 'transformer\.h\.99\.mlp'"):
+        lm.put(lm.architecture.path(SITE), module)
+    assert lm.scope is None
+    routed(lm, "set")
+    with (
+        start_at(lm, SITE.layer, torch.zeros(1, 2, lm.width, dtype=torch.float64)),
+        pytest.raises(ConfigError, match=r"nothing can be decided: transformer\.h\.1.mlp\.c_proj did not run"),
+    ):
+        lm(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)

@@ -142,6 +142,9 @@ def test_factors_are_joined_and_parted():
     assert (len(both), both.scale) == (3, 2.0)
     with pytest.raises(ConfigError, match=r"scales \[2\.0, 3\.0\] cannot be joined"):
         Factors.join([one, Factors(one.direction, one.output, one.neurons, 3.0)])
+    wider = Factors(torch.zeros(1, one.direction.shape[1] + 1), one.output, one.neurons, one.scale)
+    with pytest.raises(ConfigError, match=r"factors of projections of widths .* cannot be joined"):
+        Factors.join([one, wider])
 
 
 @pytest.mark.parametrize(
