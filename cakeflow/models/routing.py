@@ -8,7 +8,7 @@ and what was decided about its beginning (with cached keys and values) is known 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
-from cakeflow.errors import ShapeError
+from cakeflow.errors import ConfigError, ShapeError
 
 Scope = Literal["sequence", "prompt", "token"]
 """What a decision holds for: the text of one pass, a prompt and all that follows it, or a single token."""
@@ -33,17 +33,24 @@ class Rows:
         shape: Rows and tokens.
         deciding: rows x time, True at the tokens that decide; None for all of them.
         held: For each row the decision that was made about its beginning; None if there is none.
+        forced: For each row the decision that ``forced_decisions`` names; None outside of it.
     """
 
     shape: tuple[int, int]
     deciding: Bool[Tensor, "rows time"] | None = None
     held: Int[Tensor, " rows"] | None = None
+    forced: Int[Tensor, " rows"] | None = None
 
     def mask(self, device: torch.device) -> Bool[Tensor, "rows time"]:
         """Return the deciding tokens."""
         if self.deciding is None:
             return torch.ones(self.shape, dtype=torch.bool, device=device)
         return self.deciding.to(device)
+
+    def last(self, device: torch.device) -> Int[Tensor, " rows"]:
+        """Return the place of the last deciding token of each row."""
+        places = torch.arange(1, self.shape[1] + 1, device=device)
+        return (self.mask(device) * places).argmax(1)
 
 
 @dataclass
@@ -52,6 +59,7 @@ class _Listener:
 
     rows: Rows | None = None
     lengths: Tensor | None = None
+    forced: Mapping[tuple[int, ...], int] | None = None
     handles: list[Any] = field(default_factory=list)
 
 
@@ -93,7 +101,8 @@ class RoutedModule(nn.Module):
             inputs: rows x time x width, or (rows * time) x width where a block flattens them.
 
         Raises:
-            ShapeError: If the cache of a pass holds decisions about another number of rows.
+            ShapeError: If the cache of a pass holds decisions about another number of rows, or a row has no token on
+                which to decide.
         """
         rows = self._listener.rows
         if rows is None or rows.shape[0] * rows.shape[1] != inputs.shape[:-1].numel():
@@ -104,6 +113,12 @@ class RoutedModule(nn.Module):
                 f"{rows.shape[0]} rows go on from a cache whose {len(rows.held)} rows were routed; decide on the "
                 "prompts anew: run them without that cache"
             )
+        if rows.held is None and rows.deciding is not None and not (tokens := rows.deciding.any(1)).all():
+            row = int(tokens.long().argmin())
+            raise ShapeError(
+                f"row {row} of {rows.shape[0]} has no token on which its route can be decided: give every prompt at "
+                "least one token that the attention mask shows"
+            )
         return rows
 
     def settle(self, rows: Rows, decision: Int[Tensor, ...]) -> Int[Tensor, "rows time"]:
@@ -113,7 +128,8 @@ class RoutedModule(nn.Module):
             rows: The rows.
             decision: The number of the answer for each row, or, in the scope ``token``, for each token.
         """
-        self.decision = decision if rows.held is None else rows.held.to(decision.device)
+        chosen = rows.held if rows.held is not None else rows.forced
+        self.decision = decision if chosen is None else chosen.to(decision.device)
         return self.decision if self.scope == "token" else self.decision[:, None].expand(rows.shape)
 
     def _before(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -132,7 +148,15 @@ class RoutedModule(nn.Module):
             deciding: Tensor | None = places[None] < self._listener.lengths.to(tokens.device)[:, None]
         else:
             deciding = mask[:, -shape[1] :].bool() if mask is not None and mask.dim() == 2 else None
-        self._listener.rows = Rows(shape, deciding, held)
+        self._listener.rows = Rows(shape, deciding, held, self._forced(call.get("input_ids"), deciding))
+
+    def _forced(self, ids: Tensor | None, deciding: Tensor | None) -> Tensor | None:
+        """Return the decisions that are named for the texts of a pass."""
+        if self._listener.forced is None or ids is None:
+            return None
+        shown = torch.ones_like(ids, dtype=torch.bool) if deciding is None else deciding.to(ids.device)
+        texts = [tuple(row[mask].tolist()) for row, mask in zip(ids, shown, strict=True)]
+        return torch.tensor([_longest_beginning(self._listener.forced, text) for text in texts], device=ids.device)
 
     def _after(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._listener.rows = None
@@ -149,6 +173,12 @@ class RoutedModule(nn.Module):
 def _by_name(root: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     """Return positional arguments of a model's forward pass by their names."""
     return dict(inspect.signature(root.forward).bind_partial(*args).arguments) if args else {}
+
+
+def _longest_beginning(decisions: Mapping[tuple[int, ...], int], text: tuple[int, ...]) -> int:
+    """Return the decision named for the longest text with which this one begins; 0 if there is none."""
+    ends = (end for end in range(len(text), 0, -1) if text[:end] in decisions)
+    return next((decisions[text[:end]] for end in ends), 0)
 
 
 def routed(root: nn.Module) -> list[RoutedModule]:
@@ -172,3 +202,27 @@ def prompt_lengths(root: nn.Module, lengths: Int[Tensor, " rows"]) -> Iterator[N
     finally:
         for module in modules:
             module._listener.lengths = None
+
+
+@contextmanager
+def forced_decisions(root: nn.Module, decisions: Mapping[tuple[int, ...], int]) -> Iterator[None]:
+    """Have routed modules take given decisions in the passes of the ``with`` body: an oracle, for measuring only.
+
+    Args:
+        root: The model.
+        decisions: Tokens of a prompt -> the number of the answer; a text goes by the longest prompt with which it
+            begins, and by 0, the answer of the module in whose place the routed one stands, if there is none.
+
+    Raises:
+        ConfigError: If a module decides on each token, which no prompt can name.
+    """
+    modules = routed(root)
+    if any(module.scope == "token" for module in modules):
+        raise ConfigError("scope token: decisions on single tokens cannot be forced; set scope to prompt or sequence")
+    for module in modules:
+        module._listener.forced = decisions
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._listener.forced = None

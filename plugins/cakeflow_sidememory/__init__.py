@@ -1,13 +1,22 @@
-"""Memory beside the weights: trained shards of one projection, routed by distance."""
+"""Memory beside the weights: shards or a codebook of one projection, routed by distance; and controls to beat."""
 
 from cakeflow_sidememory.changes import ShardChange, ShardEnd
+from cakeflow_sidememory.codebook import Balls, Codebook, CodebookSettings, fold
+from cakeflow_sidememory.codebook_edit import CodebookChange, CodebookMemory
 from cakeflow_sidememory.joins import join
 from cakeflow_sidememory.learning import EditRows, Learned, LearningProblem, LearningRule, learn, original_weight
 from cakeflow_sidememory.method import SideMemory
 from cakeflow_sidememory.objective import Margin
+from cakeflow_sidememory.retrieval import Match, Retrieval, Retriever, TfidfRetriever
+from cakeflow_sidememory.routes import Measured, Route, routes
+from cakeflow_sidememory.routing_metrics import OwnAnswers, RouteCheck, RoutingAccuracy, RoutingAUC, routing_numbers
 from cakeflow_sidememory.shards import ShardedProjection, ShardSettings
+from cakeflow_sidememory.values import Entry, ValueTraining, learn_entry
 
 __all__ = [
-    "EditRows", "Learned", "LearningProblem", "LearningRule", "Margin", "ShardChange", "ShardEnd", "ShardSettings",
-    "ShardedProjection", "SideMemory", "join", "learn", "original_weight",
+    "Balls", "Codebook", "CodebookChange", "CodebookMemory", "CodebookSettings", "EditRows", "Entry", "Learned",
+    "LearningProblem", "LearningRule", "Margin", "Match", "Measured", "OwnAnswers", "Retrieval", "Retriever", "Route",
+    "RouteCheck", "RoutingAUC", "RoutingAccuracy", "ShardChange", "ShardEnd", "ShardSettings", "ShardedProjection",
+    "SideMemory", "TfidfRetriever", "ValueTraining", "fold", "join", "learn", "learn_entry", "original_weight",
+    "routes", "routing_numbers",
 ]  # fmt: skip
