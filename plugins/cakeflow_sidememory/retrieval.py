@@ -30,18 +30,18 @@ WORD = re.compile(r"\w+")
 
 
 class Match(NamedTuple):
-    """A text near to a question: its place, and how near it is."""
+    """A fact near to a question: its place, and how near it is."""
 
     place: int
     similarity: float
 
 
 class Retriever(ABC):
-    """A search for the texts that are near to a question.
+    """A search for the facts that are near to a question.
 
     Attributes:
-        threshold: Least similarity of a text that is taken.
-        top: Most texts that are taken.
+        threshold: Least similarity of a fact that is taken.
+        top: Most facts that are taken.
     """
 
     threshold: float
@@ -53,27 +53,34 @@ class Retriever(ABC):
         """Name with every setting: numbers with different ones are not comparable."""
 
     @abstractmethod
-    def similarities(self, questions: Sequence[str], texts: Sequence[str]) -> Float[np.ndarray, "questions texts"]:
-        """Return how near each text is to each question; it depends on no other question."""
+    def similarities(
+        self, questions: Sequence[str], facts: Sequence[EditRequest]
+    ) -> Float[np.ndarray, "questions facts"]:
+        """Return how near each fact is to each question; it depends on no other question, and on no target."""
 
     @final
-    def search(self, question: str, texts: Sequence[str]) -> list[Match]:
-        """Return the texts that are taken for a question, the nearest first, of equal ones the first."""
-        near = self.similarities([question], texts)[0] if texts else np.empty(0)
+    def search(self, question: str, facts: Sequence[EditRequest]) -> list[Match]:
+        """Return the facts that are taken for a question, the nearest first, of equal ones the first."""
+        near = self.similarities([question], facts)[0] if facts else np.empty(0)
         order = np.argsort(-near, kind="stable")[: self.top]
         return [Match(int(place), float(near[place])) for place in order if near[place] >= self.threshold]
 
 
 @dataclass(frozen=True)
 class TfidfRetriever(Retriever):
-    """Cosine of TF-IDF vectors of words, with the weights of the texts that are searched.
+    """Cosine of TF-IDF vectors of question and prompt, for facts whose subject the question names.
 
-    A word that none of them has weighs like one that a single text could have, so that a question about another
-    subject is not near merely because the rest of it is (scikit-learn leaves such words out).
+    The similarity is ``share * (1 + cosine) / 2``, where ``share`` is the part of the subject's words, by weight, that
+    the question has. By the cosine alone, another subject's question of the same wording is nearer than a paraphrase:
+    of 100 built-in facts, 15 % of the paraphrases and 62 % of the neighbors are at .5 or above.
+
+    Words weigh by the prompts of the facts. One that none of them has weighs like one that a single prompt could have;
+    scikit-learn leaves it out, as if the question did not have it.
 
     Attributes:
-        threshold: Least cosine, from 0 to 1.
-        top: Most texts.
+        threshold: Least similarity, from 0 to 1.
+        top: Most facts.
+        subjects: Whether the subject counts; else the similarity is the cosine.
 
     Raises:
         ConfigError: If a setting is out of its range.
@@ -81,6 +88,7 @@ class TfidfRetriever(Retriever):
 
     threshold: float = 0.5
     top: int = 1
+    subjects: bool = True
 
     def __post_init__(self) -> None:
         require_count("TfidfRetriever.top", self.top, 1)
@@ -90,29 +98,45 @@ class TfidfRetriever(Retriever):
     @property
     def name(self) -> str:
         """Name with every setting."""
-        return f"tfidf{self.threshold:g}top{self.top}"
+        return f"tfidf{self.threshold:g}top{self.top}{'' if self.subjects else 'cosine'}"
 
-    def similarities(self, questions: Sequence[str], texts: Sequence[str]) -> Float[np.ndarray, "questions texts"]:
-        """Return the cosine of each question with each text."""
-        if not any(WORD.search(text) for text in texts):
-            return np.zeros((len(questions), len(texts)))
-        vectorizer, vectors = _fitted(tuple(texts))
-        words = [vectorizer.build_analyzer()(question) for question in questions]
-        known = vectorizer.transform(questions)
-        unknown_weight = 1 + np.log(1 + len(texts))  # a word of no text, in scikit-learn's smoothed formula
-        others = [_unknown_square(each, vectorizer.vocabulary_) * unknown_weight**2 for each in words]
-        squares = np.asarray(known.multiply(known).sum(1))[:, 0] + np.array(others)
-        lengths = np.sqrt(np.asarray(vectors.multiply(vectors).sum(1)))[:, 0]
-        products = np.asarray((known @ vectors.T).todense())
-        cosines: np.ndarray = products / np.maximum(np.sqrt(squares)[:, None] * lengths, 1e-300)
-        return cosines
+    def similarities(
+        self, questions: Sequence[str], facts: Sequence[EditRequest]
+    ) -> Float[np.ndarray, "questions facts"]:
+        """Return the similarity of each question with each fact."""
+        if not any(WORD.search(fact.text) for fact in facts):
+            return np.zeros((len(questions), len(facts)))
+        index = _index(tuple((fact.text, fact.subject) for fact in facts))
+        known = index.vectorizer.transform(questions)
+        words = [index.vectorizer.build_analyzer()(question) for question in questions]
+        others = [_unknown_square(each, index.vectorizer.vocabulary_) for each in words]
+        weight = 1 + np.log(1 + len(facts))  # of a word in no prompt, by scikit-learn's smoothed formula
+        squares = np.asarray(known.multiply(known).sum(1))[:, 0] + weight**2 * np.array(others)
+        lengths = np.sqrt(squares)[:, None] * np.sqrt(np.asarray(index.texts.multiply(index.texts).sum(1)))[:, 0]
+        cosines: np.ndarray = (known @ index.texts.T).toarray() / np.maximum(lengths, 1e-300)
+        if not self.subjects:
+            return cosines
+        totals = np.asarray(index.subjects.sum(1))[:, 0]
+        shares = ((known > 0) @ index.subjects.T).toarray() / np.maximum(totals, 1e-300)
+        similarities: np.ndarray = shares * (1 + cosines) / 2
+        return similarities
+
+
+class _Index(NamedTuple):
+    """Vectors of some facts: of their prompts, and the weights of the words of their subjects."""
+
+    vectorizer: Any
+    texts: Any
+    subjects: Any
 
 
 @lru_cache(maxsize=8)
-def _fitted(texts: tuple[str, ...]) -> tuple[Any, Any]:
-    """Return a vectorizer for some texts, and their vectors."""
+def _index(facts: tuple[tuple[str, str], ...]) -> _Index:
+    """Return the vectors of facts, each a prompt and its subject."""
     vectorizer = TfidfVectorizer(norm=None, token_pattern=WORD.pattern)
-    return vectorizer, vectorizer.fit_transform(texts)
+    vectorizer.fit([f"{text} {subject}" for text, subject in facts])
+    texts, subjects = (vectorizer.transform(column) for column in zip(*facts, strict=True))
+    return _Index(vectorizer, texts, (subjects > 0).multiply(vectorizer.idf_).tocsr())
 
 
 def _unknown_square(words: Sequence[str], vocabulary: Any) -> int:
@@ -133,7 +157,7 @@ class Retrieval(EditModule[EditBatch]):
 
     Args:
         base: Name or folder of a model, or a ``LanguageModel``.
-        retriever: The search; a question is compared with the prompts of the facts.
+        retriever: The search for the facts that a question is about.
         template: How facts are put before a question: ``{facts}`` is replaced by them, one sentence each.
         evaluation: What the model is asked.
         metrics: Further metrics of every evaluation.
@@ -206,7 +230,7 @@ class Retrieval(EditModule[EditBatch]):
     def question(self, prompt: str) -> str:
         """Return a prompt with the facts before it that the retriever takes, the nearest one last."""
         facts = list(self.facts().values())
-        matches = self.retriever.search(prompt, [fact.text for fact in facts])
+        matches = self.retriever.search(prompt, facts)
         if not matches:
             return prompt
         sentences = [join_texts(facts[each.place].text, facts[each.place].target_new, facts[each.place].space) + "."
@@ -227,8 +251,7 @@ class Retrieval(EditModule[EditBatch]):
         if not facts:
             raise ConfigError("no fact is in force, so that there is nothing to retrieve: edit first")
         names = {name: place for place, name in enumerate(facts, 1)}
-        texts = [fact.text for fact in facts.values()]
-        near = self.retriever.similarities([each.prompt for each in prompts], texts)
+        near = self.retriever.similarities([each.prompt for each in prompts], list(facts.values()))
         limit = self.retriever.threshold
         rows = []
         for each, row in zip(prompts, near, strict=True):

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cakeflow.errors import NumericalError, require_positive
+from cakeflow.errors import ConfigError, NumericalError, require_positive
 from cakeflow.forward import Row
 from cakeflow.models import LanguageModel, Site, capture, frozen, logits_at, patch, prompt_lengths, start_at
 
@@ -20,17 +20,21 @@ class ValueTraining:
 
     Attributes:
         lr: Learning rate of Adam.
-        steps: Number of steps; there is no other stop.
+        steps: Most steps.
+        enough: Loss below which it ends earlier; 0 for all steps, as the code does.
 
     Raises:
-        ConfigError: If one is not above 0.
+        ConfigError: If a setting is out of its range.
     """
 
     lr: float = 1.0
     steps: int = 100
+    enough: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive("ValueTraining", self, "lr", "steps")
+        if not self.enough >= 0:
+            raise ConfigError(f"ValueTraining.enough must be at least 0, got {self.enough}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,10 +85,13 @@ def learn_entry(lm: LanguageModel, site: Site, row: Row, training: ValueTraining
         for _ in range(training.steps):
             loss = _loss(lm, site, row, ids, value)
             losses.append(_finite(loss, len(losses)))
+            if losses[-1] < training.enough:
+                break
             (value.grad,) = torch.autograd.grad(loss, [value])
             adam.step()
-        with torch.no_grad():
-            losses.append(_finite(_loss(lm, site, row, ids, value), len(losses)))
+        else:
+            with torch.no_grad():
+                losses.append(_finite(_loss(lm, site, row, ids, value), len(losses)))
     return Entry(key.to(value.dtype), value.detach(), tuple(row.ids[row.target :]), losses)
 
 
