@@ -32,7 +32,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import BESIDE, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import BESIDE, CONTROLS, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -94,7 +94,7 @@ def test_compositions_for_images(method):
 
 
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) | set(IMAGES) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) | {*BESIDE, *CONTROLS, *IMAGES} == set(METHODS)
 
 
 @pytest.mark.parametrize("method", BESIDE)
@@ -103,10 +103,17 @@ def test_side_memories(method):
     module = build_module([METHODS[method]], base="some/folder")
     assert (module.rule, module.shards, module.layer, module.name) == (*BESIDE[method], -5, "some/folder")
     assert module.padding == ("left" if method == "wise_official" else "right")
+    assert module.oracle == (method == "wise_oracle")
+
+
+@pytest.mark.parametrize("method", CONTROLS)
+def test_controls_of_other_classes(method):
+    module = build_module([METHODS[method]], base="some/folder")
+    assert {name: getattr(module, name) for name in CONTROLS[method]} == CONTROLS[method]
 
 
 def test_only_methods_of_other_classes_take_no_model_config():
-    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == {*BESIDE, *IMAGES}
+    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == {*BESIDE, *CONTROLS, *IMAGES}
 
 
 @pytest.mark.parametrize(
