@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from cakeflow_sidememory.routes import Route
 
 WORD = re.compile(r"\w+")
 """A word: a number or a single letter too."""
+TEMPLATE = "New fact: {facts}\nPrompt: "
+"""How IKE (arXiv 2305.12740) puts a fact before a question."""
 
 
 class Match(NamedTuple):
@@ -172,7 +175,7 @@ class Retrieval(EditModule[EditBatch]):
         self,
         base: str | LanguageModel = "smollm2-135m",
         retriever: Retriever = TfidfRetriever(),
-        template: str = "{facts}\n",
+        template: str = TEMPLATE,
         evaluation: Evaluation = Evaluation(),
         metrics: Sequence[Metric] = (),
         record_texts: bool = True,
@@ -195,8 +198,10 @@ class Retrieval(EditModule[EditBatch]):
 
     @property
     def condition(self) -> str:
-        """Names the retriever and its settings."""
-        return f"retrieval-{self.retriever.name}"
+        """Names the retriever and its settings, and a template that is not IKE's, by its hash."""
+        other = self.template != TEMPLATE
+        words = f"-template{hashlib.sha256(self.template.encode()).hexdigest()[:6]}" if other else ""
+        return f"retrieval-{self.retriever.name}{words}"
 
     def encode(self, requests: Sequence[EditRequest]) -> EditBatch:
         """Take the requests as they are."""

@@ -86,7 +86,7 @@ BESIDE = {
 """Recipe of a side memory -> how it learns, and its shards."""
 CONTROLS = {
     "grace": {"layer": -5, "codebook": CodebookSettings(1.0), "training_settings": ValueTraining(1.0, 100, 0.01)},
-    "retrieval": {"retriever": TfidfRetriever(0.5, 1, subjects=True), "template": "{facts}\n"},
+    "retrieval": {"retriever": TfidfRetriever(0.5, 1, subjects=True), "template": "New fact: {facts}\nPrompt: "},
 }
 """Recipe of another class -> attributes of its module."""
 OFFICIAL = {

@@ -1,6 +1,7 @@
 """Retrieval: which facts are put before which question, and that nobody takes the model for an edited one."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -113,7 +114,7 @@ def test_facts_are_put_before_questions_that_are_near(lm, tmp_path):
     result = editor.fit(FACTS, 2, run_dir=tmp_path / "run")
     assert hashes(lm) == before
     module = editor.module
-    assert module.question(TEXTS[1]) == f"Ann plays tennis.\n{TEXTS[1]}"
+    assert module.question(TEXTS[1]) == f"New fact: Ann plays tennis.\nPrompt: {TEXTS[1]}"
     assert module.question("She walked along the river") == "She walked along the river"
     expected = score_targets(lm, [module.question(text) for text in TEXTS], [fact.target_new for fact in FACTS])[0]
     answers = [row.prompts[0] for row in module.answers]
@@ -129,6 +130,7 @@ def test_facts_are_put_before_questions_that_are_near(lm, tmp_path):
 def test_two_facts_and_a_template(lm):
     editor = editor_of(lm, retriever=TfidfRetriever(0.4, 2), template="Note: {facts} ")
     editor.fit(FACTS, evaluate=False)
+    assert re.fullmatch(r"retrieval-tfidf0\.4top2-template[0-9a-f]{6}", editor.module.condition)
     question = editor.module.question("The capital of Peru is not the mother tongue of Ann")
     assert question.startswith("Note: Ann plays tennis. The capital of Peru is Oslo. The")
 
@@ -162,7 +164,7 @@ def test_the_last_fact_about_a_prompt_counts(lm):
     editor = editor_of(lm)
     editor.fit(FACTS[1:2], evaluate=False)
     editor.fit([EditRequest("{} plays", "Ann", "golf", "chess")], evaluate=False)
-    assert editor.module.question("Ann plays") == "Ann plays golf.\nAnn plays"
+    assert editor.module.question("Ann plays") == "New fact: Ann plays golf.\nPrompt: Ann plays"
 
 
 def test_a_run_is_replayed_and_loaded(workplace):
