@@ -7,7 +7,7 @@ from cakeflow_sidememory.joins import join
 from cakeflow_sidememory.learning import EditRows, Learned, LearningProblem, LearningRule, learn, original_weight
 from cakeflow_sidememory.method import SideMemory
 from cakeflow_sidememory.objective import Margin
-from cakeflow_sidememory.retrieval import Match, Retrieval, Retriever, TfidfRetriever
+from cakeflow_sidememory.retrieval import FactsInContext, Match, Retriever, TfidfRetriever
 from cakeflow_sidememory.routes import Measured, Route, routes
 from cakeflow_sidememory.routing_metrics import OwnAnswers, RouteCheck, RoutingAccuracy, RoutingAUC, routing_numbers
 from cakeflow_sidememory.shards import ShardedProjection, ShardSettings
@@ -15,7 +15,7 @@ from cakeflow_sidememory.values import Entry, ValueTraining, learn_entry
 
 __all__ = [
     "Balls", "Codebook", "CodebookChange", "CodebookMemory", "CodebookSettings", "EditRows", "Entry", "Learned",
-    "LearningProblem", "LearningRule", "Margin", "Match", "Measured", "OwnAnswers", "Retrieval", "Retriever", "Route",
+    "LearningProblem", "LearningRule", "Margin", "Match", "Measured", "FactsInContext", "OwnAnswers", "Retriever", "Route",
     "RouteCheck", "RoutingAUC", "RoutingAccuracy", "ShardChange", "ShardEnd", "ShardSettings", "ShardedProjection",
     "SideMemory", "TfidfRetriever", "ValueTraining", "fold", "join", "learn", "learn_entry", "original_weight",
     "routes", "routing_numbers",

@@ -149,7 +149,7 @@ def _unknown_square(words: Sequence[str], vocabulary: Any) -> int:
 
 
 @final
-class Retrieval(EditModule[EditBatch]):
+class FactsInContext(EditModule[EditBatch]):
     """Puts edited facts before the questions of an evaluation that are near to them; the model is not edited.
 
     A control that every edit has to beat: facts in the context (IKE, arXiv 2305.12740, without its demonstrations),

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from cakeflow_sidememory import Retrieval, TfidfRetriever
+from cakeflow_sidememory import FactsInContext, TfidfRetriever
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -36,7 +36,7 @@ TEXTS = [fact.text for fact in FACTS]
 
 
 def editor_of(lm, **parts):
-    return Editor(Retrieval(lm, **parts), QUIET)
+    return Editor(FactsInContext(lm, **parts), QUIET)
 
 
 def hashes(lm):
@@ -141,7 +141,7 @@ def test_free_answers_and_texts_are_asked_with_facts_and_shown_without(lm):
     editor.fit(FACTS[:1], evaluate=False)
     row = editor.evaluate(FACTS[:1]).requests[0]
     assert row.generations[0].prompt == "Danielle Darrieux was born in"
-    bare = Editor(Retrieval(lm, evaluation=evaluation), QUIET).evaluate(FACTS[:1]).requests[0]
+    bare = Editor(FactsInContext(lm, evaluation=evaluation), QUIET).evaluate(FACTS[:1]).requests[0]
     assert (bare.generations[0].text, bare.prompts[0].answer) != (row.generations[0].text, row.prompts[0].answer)
 
 
@@ -195,7 +195,7 @@ def test_nothing_is_exported(lm, tmp_path, format):
 @pytest.mark.checks
 def test_the_outcome_says_that_nothing_was_learned(lm, tmp_path, capsys):
     check = OutcomeCheck(familiar=0, chat=False)
-    editor = Editor(Retrieval(lm), {**QUIET, "callbacks": [check]})
+    editor = Editor(FactsInContext(lm), {**QUIET, "callbacks": [check]})
     outcome = editor.fit(FACTS, run_dir=tmp_path / "run").outcome
     assert "of 3 facts answered with retrieval-tfidf0.5top1, not learned" in outcome.verdict
     audit = run_verify(tmp_path / "run")
@@ -205,9 +205,9 @@ def test_the_outcome_says_that_nothing_was_learned(lm, tmp_path, capsys):
 
 def test_bad_settings(workplace):
     with pytest.raises(ConfigError, match="record_texts=False: the facts are put before questions"):
-        Retrieval("model", record_texts=False)
+        FactsInContext("model", record_texts=False)
     with pytest.raises(ConfigError, match=r"template='x' needs exactly one \{facts\}"):
-        Retrieval("model", template="x")
+        FactsInContext("model", template="x")
     with pytest.raises(ConfigError, match=r"TfidfRetriever.threshold must be from 0 to 1, got 1.5"):
         TfidfRetriever(1.5)
     with pytest.raises(ConfigError, match="top"):

@@ -8,7 +8,7 @@ from cakeflow_sidememory import (
     CodebookMemory,
     CodebookSettings,
     OwnAnswers,
-    Retrieval,
+    FactsInContext,
     Route,
     RouteCheck,
     RoutingAccuracy,
@@ -109,7 +109,7 @@ def test_a_run_logs_its_routes(lm, tmp_path):
 
 def test_retrieval_is_measured_alike(lm):
     check = RouteCheck()
-    Editor(Retrieval(lm), {**QUIET, "callbacks": [check]}).fit(FACTS, evaluate=True)
+    Editor(FactsInContext(lm), {**QUIET, "callbacks": [check]}).fit(FACTS, evaluate=True)
     assert [row.decision for row in check.rows] == [1, 1, 0, 2, 2, 0]
     assert routing_numbers(check.rows) == {"accuracy": 1, "auc": 1, "own": 1}
     assert check.rows[0].distance == pytest.approx(1)
