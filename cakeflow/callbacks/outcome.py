@@ -71,12 +71,13 @@ class OutcomeCheck(L.Callback):
             if pl_module.stage == "before" or requests != self._requests:
                 self._begin(pl_module, requests)
             if pl_module.stage == "after":
-                texts = ask(pl_module.lm, self._answers, pl_module.max_bytes)
+                texts = ask(pl_module.lm, self._answers, pl_module.max_bytes, pl_module.question)
                 pairs = zip(self._answers, texts, strict=True)
                 self._answers = [each.model_copy(update={"after": text}) for each, text in pairs]
         pl_module.further |= rates(self._answers, pl_module.stage)
         if pl_module.stage == "after":
-            pl_module.outcome = Outcome(self._answers, _reasons(pl_module, self._requests))
+            reasons = _reasons(pl_module, self._requests)
+            pl_module.outcome = Outcome(self._answers, reasons, condition=pl_module.condition)
             if trainer.state.fn != TrainerFn.FITTING:  # an evaluation after a run whose last one came too early
                 self._judge(trainer, pl_module)
 
@@ -96,7 +97,7 @@ class OutcomeCheck(L.Callback):
                 fingerprint = module.journal.base.fingerprint
                 self._answers += familiar_facts(lm, fingerprint, forms, self.familiar, subjects, limit)
         if module.journal.edits:
-            pairs = zip(self._answers, ask(lm, self._answers, limit), strict=True)
+            pairs = zip(self._answers, ask(lm, self._answers, limit, module.question), strict=True)
             self._answers = [each.model_copy(update={"before": text}) for each, text in pairs]
         self._requests = requests
 

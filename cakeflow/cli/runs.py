@@ -124,6 +124,8 @@ def run_verify(run: Path, head: str | None = None) -> Audit:
         raise LedgerError(with_faults(f"{run}: {len(audit.faults)} fault(s)", audit.faults))
     say(f"{run}: {len(audit.entries)} entries and all files are as they were written")
     say(f"head {audit.head}")
+    if audit.leaves_model_unchanged:
+        say("the batches changed nothing in the model: their facts are put before questions when it is asked")
     if audit.unknown:
         say(f"files that no entry lists: {listed(audit.unknown)}")
     return audit

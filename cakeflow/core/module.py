@@ -294,7 +294,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self.metrics_at[self.stage] = values
         self.log_dict({f"{self.stage}/{name}": value for name, value in values.items()})
         if self.journal.store and self.stage in ("before", "after"):
-            edits, protocol = self.journal.edits, self.evaluation.id
+            edits, protocol = self.journal.edits, self.protocol
             self.journal.store.append(EvaluationBody(stage=self.stage, edits=edits, protocol=protocol, metrics=values))
 
     @final

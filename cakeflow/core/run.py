@@ -31,7 +31,10 @@ from cakeflow.storage.hashing import file_hash
 from cakeflow.storage.typed import Schema
 
 log = logging.getLogger(__name__)
-FILES = ("before.jsonl", "after.jsonl", "answers.jsonl", "run.json", "metrics.csv", "config.yaml", "hparams.yaml")
+FILES = (
+    "before.jsonl", "after.jsonl", "answers.jsonl", "routes.jsonl", "run.json", "metrics.csv", "config.yaml",
+    "hparams.yaml",
+)  # fmt: skip
 """Files of a run folder beside the journal."""
 
 
@@ -182,7 +185,7 @@ def _fit(
         timings=dict(module.timings),
         peaks=dict(module.peaks),
         logged=logged,
-        protocol=module.evaluation.id,
+        protocol=module.protocol,
         journal=module.journal,
         folder=folder,
         outcome=module.outcome,
@@ -205,7 +208,7 @@ def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, s
     with quiet(), _interruptible():
         trainer.validate(module, datamodule=data, verbose=False)
     _write_answers(trainer, module, stage)
-    return EvaluationResult(dict(module.metrics_at[stage]), list(module.answers), module.evaluation.id)
+    return EvaluationResult(dict(module.metrics_at[stage]), list(module.answers), module.protocol)
 
 
 def _warn_of_rest(edits: int, requests: int, words: str) -> None:
@@ -232,7 +235,7 @@ def _write_run(folder: Path, module: EditModule, edits: int, metrics: dict[str, 
         settings=module.used_settings(),
         versions=circumstances().versions,
         metrics=metrics,
-        protocol=module.evaluation.id,
+        protocol=module.protocol,
         edits=edits,
         timings=dict(module.timings),
         peaks=dict(module.peaks),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -175,7 +175,12 @@ class Evaluation:
         return MetricCollection(metrics, compute_groups=False)
 
     def ask(
-        self, lm: LanguageModel, records: Sequence[EditRequest], first: int = 0, max_bytes: float | None = None
+        self,
+        lm: LanguageModel,
+        records: Sequence[EditRequest],
+        first: int = 0,
+        max_bytes: float | None = None,
+        question: Callable[[str], str] | None = None,
     ) -> Answers:
         """Return a model's answers to all prompts of some records.
 
@@ -184,19 +189,23 @@ class Evaluation:
             records: The records, probes included.
             first: Number of the first record among all.
             max_bytes: Most bytes beyond the model.
+            question: Function that returns a prompt as the model gets it, which ends with the prompt; metrics and
+                judges see the prompts themselves.
 
         Raises:
             ConfigError: If the longest text does not fit ``max_bytes``, or there is to be a chat and no template.
             JudgeError: If the judge gives no verdict.
         """
-        scores = score_records(lm, records, self.protocol, max_bytes=max_bytes)
+        put = question or str
+        asked = records if question is None else [_put(record, question) for record in records]
+        scores = score_records(lm, asked, self.protocol, max_bytes=max_bytes)
         answers: list[str] = []
         if self.free_tokens:
             prompts = list(scored_prompts(records))
-            texts, cut = [each.prompt for each in prompts], CUTS.get(self.protocol, until_stop)
+            texts, cut = [put(each.prompt) for each in prompts], CUTS.get(self.protocol, until_stop)
             answers = free_answers(lm, texts, self.free_tokens, self.chat, max_bytes, cut)
             scores = replace(scores, **self._verdicts(records, prompts, answers))
-        return Answers(records, scores, self._texts(lm, records, first, max_bytes), answers)
+        return Answers(records, scores, self._texts(lm, records, first, max_bytes, put), answers)
 
     def check(self, lm: LanguageModel) -> None:
         """Check that a model can be asked in this way, before the expensive work.
@@ -220,11 +229,16 @@ class Evaluation:
         return {name: torch.tensor(judge.judge(items)) for name, judge in judges.items()}
 
     def _texts(
-        self, lm: LanguageModel, records: Sequence[EditRequest], first: int, max_bytes: float | None
+        self,
+        lm: LanguageModel,
+        records: Sequence[EditRequest],
+        first: int,
+        max_bytes: float | None,
+        put: Callable[[str], str],
     ) -> list[list[str]]:
         due = [bool(self.texts_every) and (first + i) % self.texts_every == 0 for i in range(len(records))]
         prompts = [free_prompts(record) if now else [] for record, now in zip(records, due, strict=True)]
-        flat = [prompt for each in prompts for prompt in each]
+        flat = [put(prompt) for each in prompts for prompt in each]
         sampling: dict[str, Any] = {"total": True, "top_k": self.top_k, "seed": self.seed, "max_bytes": max_bytes}
         texts = iter(continuations(lm, flat, self.text_tokens, **sampling))
         return [[prompt + next(texts) for prompt in each] for each in prompts]
@@ -275,6 +289,12 @@ def free_prompts(record: EditRequest) -> list[str]:
     return [probe.prompt for probe in record.probes if probe.kind == "generation"]
 
 
+def _put(record: EditRequest, question: Callable[[str], str]) -> EditRequest:
+    """Return a record with its prompts as the model gets them."""
+    probes = tuple(replace(probe, prompt=question(probe.prompt)) for probe in record.probes)
+    return replace(record, prompt="{}", subject=question(record.text), probes=probes)
+
+
 def _subject(record: EditRequest, prompt: str) -> str:
     """Return the record's subject if a prompt is about it, else nothing."""
     return record.subject if occurrences(prompt, record.subject) else ""
@@ -287,7 +307,8 @@ def _rates(form: Any) -> tuple[Metric, ...]:
 class Questions:
     """The part of an edit module that depends on the kind of the model: how it is loaded, asked and checked.
 
-    A method for another kind of model, such as classifiers of images, overrides these four methods.
+    A method for another kind of model, such as classifiers of images, overrides ``load``, ``check``, ``ask`` and
+    ``warn_of_known``; one that puts something beside the model overrides ``condition`` and ``question``.
 
     Attributes:
         lm: The model.
@@ -305,6 +326,20 @@ class Questions:
     _base: Any
     _loading: dict[str, Any]
     _requested: set[str]
+
+    @property
+    def condition(self) -> str:
+        """Name of what ``question`` puts before prompts, so that the answers are not the model's alone; or nothing."""
+        return ""
+
+    @property
+    def protocol(self) -> str:
+        """Name of everything that decides the numbers; numbers under different ones are not comparable."""
+        return "+".join(filter(None, (self.evaluation.id, self.condition)))
+
+    def question(self, prompt: str) -> str:
+        """Return a prompt as the model gets it in evaluations: it ends with the prompt, and is just that by default."""
+        return prompt
 
     def load(self) -> Any:
         """Load the model that was named."""

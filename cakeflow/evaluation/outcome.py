@@ -45,11 +45,13 @@ class Outcome:
         answers: Every question with its answers before and after.
         reasons: Place of a fact that did not take -> reason, as its batch noted it.
         side_effects: Rules of the budget that the run broke.
+        condition: What the model was asked with (``Questions.condition``).
     """
 
     answers: Sequence[FreeAnswer]
     reasons: Mapping[int, str] = field(default_factory=dict)
     side_effects: Sequence[str] = ()
+    condition: str = ""
 
     def of(self, topic: str, form: str | None = None) -> list[FreeAnswer]:
         """Return the answers about a topic that count, in one form or in all."""
@@ -86,7 +88,8 @@ class Outcome:
         facts, chats = self.of("fact", "completion"), self.of("fact", "chat")
         others = len(self.of("neighbor")) + len(self.of("familiar"))
         chat = f" ({sum(map(is_good, chats))} of {len(chats)} as a chat question)" if chats else ""
-        parts = [f"{len(facts) - len(self.failed)} of {len(facts)} facts learned{chat}"]
+        learned = f"answered with {self.condition}, not" if self.condition else ""
+        parts = [f"{len(facts) - len(self.failed)} of {len(facts)} facts {learned} learned{chat}".replace("  ", " ")]
         if self.failed:
             parts.append(f"not learned: {listed([self._why(each) for each in self.failed], 5)}")
         if others:
@@ -141,13 +144,19 @@ def neighbor_questions(requests: Sequence[EditRequest], limit: int) -> list[Free
     return questions
 
 
-def ask(lm: LanguageModel, questions: Sequence[FreeAnswer], max_bytes: float | None = None) -> list[str]:
+def ask(
+    lm: LanguageModel,
+    questions: Sequence[FreeAnswer],
+    max_bytes: float | None = None,
+    question: Callable[[str], str] = str,
+) -> list[str]:
     """Return the model's free greedy answer to every question.
 
     Args:
         lm: The model.
         questions: The questions.
         max_bytes: Most bytes beyond the model.
+        question: Function that returns a prompt as the model gets it.
 
     Raises:
         ConfigError: If a question is a chat, and the tokenizer has no chat template.
@@ -158,7 +167,8 @@ def ask(lm: LanguageModel, questions: Sequence[FreeAnswer], max_bytes: float | N
     answers: dict[int, str] = {}
     for form, length in dict.fromkeys(kinds):
         part = [place for place, kind in enumerate(kinds) if kind == (form, length)]
-        texts = free_answers(lm, [questions[place].prompt for place in part], length, form == "chat", max_bytes)
+        prompts = [question(questions[place].prompt) for place in part]
+        texts = free_answers(lm, prompts, length, form == "chat", max_bytes)
         answers |= zip(part, texts, strict=True)
     return [answers[place] for place in range(len(questions))]
 

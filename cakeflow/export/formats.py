@@ -105,6 +105,12 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
 
 def _require_fit(journal: Journal, format: str) -> None:
     """Refuse a format that cannot hold the changes that are in force."""
+    if journal.edits and not journal.changes:
+        raise ExportError(
+            f"format = {format!r}: {journal.edits} facts are in force and the model is unchanged, as it was loaded: "
+            "they are put before questions when it is asked. Copy the model itself, or edit the facts with a method "
+            "that changes it"
+        )
     modules = [change.place for change in journal.changes if isinstance(change, ModuleChange)]
     if modules and len(modules) < len(journal.changes):
         raise ExportError(f"format = {format!r}: weights were changed and modules put in place; no format holds both")

@@ -7,11 +7,11 @@ from cakeflow.journal.ledger import Entry, Ledger, bodies, read_entries
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, PromptAnswer, RunInfo
-from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
+from cakeflow.journal.steps import AppliedChange, EditStep, facts_in_force, request_hash
 from cakeflow.journal.store import JournalStore
 
 __all__ = [
     "AppliedChange", "Audit", "Change", "EditStep", "Entry", "EvaluatedRequest", "Journal", "JournalStore", "Ledger",
     "ModuleChange", "Policy", "PromptAnswer", "RunInfo", "WeightChange", "base_of", "bodies", "circumstances",
-    "kind_of", "ledger_of", "read_entries", "replay", "request_hash", "verify",
+    "facts_in_force", "kind_of", "ledger_of", "read_entries", "replay", "request_hash", "verify",
 ]  # fmt: skip

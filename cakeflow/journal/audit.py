@@ -34,6 +34,12 @@ class Audit:
     head: str
     unknown: list[str]
 
+    @property
+    def leaves_model_unchanged(self) -> bool:
+        """True if there are batches of facts, and none of them changed anything in the model."""
+        batches = bodies(self.entries, BatchBody)
+        return bool(batches) and not any(body.changes for body in batches)
+
 
 def verify(run: Path, head: str | None = None) -> Audit:
     """Check the chain of a run's ledger, every file that it names, and that its changes follow on one another.

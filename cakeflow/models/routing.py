@@ -8,7 +8,7 @@ and what was decided about its beginning (with cached keys and values) is known 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,11 +34,13 @@ class Rows:
         shape: Rows and tokens.
         deciding: rows x time, True at the tokens that decide; None for all of them.
         held: For each row the decision that was made about its beginning; None if there is none.
+        forced: For each row the decision that ``forced_decisions`` names; None outside of it.
     """
 
     shape: tuple[int, int]
     deciding: Bool[Tensor, "rows time"] | None = None
     held: Shaped[Tensor, "rows ..."] | None = None
+    forced: Shaped[Tensor, "rows ..."] | None = None
 
     def mask(self, device: torch.device) -> Bool[Tensor, "rows time"]:
         """Return the deciding tokens."""
@@ -57,6 +59,11 @@ class Rows:
         last = torch.where(mask, places, -1).amax(1, keepdim=True)
         return (places >= last) & (last >= 0)
 
+    def last(self, device: torch.device) -> Int[Tensor, " rows"]:
+        """Return the place of the last deciding token of each row."""
+        places = torch.arange(1, self.shape[1] + 1, device=device)
+        return (self.mask(device) * places).argmax(1)
+
 
 @dataclass
 class _Listener:
@@ -65,6 +72,7 @@ class _Listener:
     rows: Rows | None = None
     lengths: Tensor | None = None
     outputs: dict[str, Tensor] = field(default_factory=dict)
+    forced: Mapping[tuple[int, ...], Tensor] | None = None
     handles: list[Any] = field(default_factory=list)
 
 
@@ -113,7 +121,8 @@ class RoutedModule(nn.Module):
             inputs: rows x time x width, or (rows * time) x width where a block flattens them.
 
         Raises:
-            ShapeError: If the cache of a pass holds decisions about another number of rows.
+            ShapeError: If the cache of a pass holds decisions about another number of rows, or a row has no token on
+                which to decide.
         """
         rows = self._listener.rows
         if rows is None or rows.shape[0] * rows.shape[1] != inputs.shape[:-1].numel():
@@ -123,6 +132,12 @@ class RoutedModule(nn.Module):
             raise ShapeError(
                 f"{rows.shape[0]} rows go on from a cache whose {len(rows.held)} rows were routed; decide on the "
                 "prompts anew: run them without that cache"
+            )
+        if rows.held is None and rows.deciding is not None and not (tokens := rows.deciding.any(1)).all():
+            row = int(tokens.long().argmin())
+            raise ShapeError(
+                f"row {row} of {rows.shape[0]} has no token on which its route can be decided: give every prompt at "
+                "least one token that the attention mask shows"
             )
         return rows
 
@@ -151,7 +166,8 @@ class RoutedModule(nn.Module):
             rows: The rows.
             decision: The decision about each row, or, in the scope ``token``, about each token.
         """
-        self.decision = decision if rows.held is None else rows.held.to(decision.device)
+        chosen = rows.held if rows.held is not None else rows.forced
+        self.decision = decision if chosen is None else chosen.to(decision.device)
         if self.scope == "token":
             return self.decision
         return self.decision[:, None].expand(*rows.shape, *self.decision.shape[1:])
@@ -172,7 +188,15 @@ class RoutedModule(nn.Module):
             deciding: Tensor | None = places[None] < self._listener.lengths.to(tokens.device)[:, None]
         else:
             deciding = mask[:, -shape[1] :].bool() if mask is not None and mask.dim() == 2 else None
-        self._listener.rows = Rows(shape, deciding, held)
+        self._listener.rows = Rows(shape, deciding, held, self._forced(call.get("input_ids"), deciding))
+
+    def _forced(self, ids: Tensor | None, deciding: Tensor | None) -> Tensor | None:
+        """Return the decisions that are named for the texts of a pass."""
+        if self._listener.forced is None or ids is None:
+            return None
+        shown = torch.ones_like(ids, dtype=torch.bool) if deciding is None else deciding.to(ids.device)
+        texts = [tuple(row[mask].tolist()) for row, mask in zip(ids, shown, strict=True)]
+        return torch.stack([_longest_beginning(self._listener.forced, text) for text in texts]).to(ids.device)
 
     def _after(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._listener.rows, self._listener.outputs = None, {}
@@ -193,6 +217,13 @@ class RoutedModule(nn.Module):
 def _by_name(root: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     """Return positional arguments of a model's forward pass by their names."""
     return dict(inspect.signature(root.forward).bind_partial(*args).arguments) if args else {}
+
+
+def _longest_beginning(decisions: Mapping[tuple[int, ...], Tensor], text: tuple[int, ...]) -> Tensor:
+    """Return the decision named for the longest text with which this one begins; zeros if there is none."""
+    ends = (end for end in range(len(text), -1, -1) if text[:end] in decisions)
+    other = torch.zeros_like(next(iter(decisions.values()))) if decisions else torch.tensor(0)
+    return next((decisions[text[:end]] for end in ends), other)
 
 
 def routed(root: nn.Module) -> list[RoutedModule]:
@@ -216,3 +247,29 @@ def prompt_lengths(root: nn.Module, lengths: Int[Tensor, " rows"]) -> Iterator[N
     finally:
         for module in modules:
             module._listener.lengths = None
+
+
+@contextmanager
+def forced_decisions(root: nn.Module, decisions: Mapping[tuple[int, ...], int | Tensor]) -> Iterator[None]:
+    """Have routed modules take given decisions in the passes of the ``with`` body: an oracle, for measuring only.
+
+    Args:
+        root: The model, or a routed module in it.
+        decisions: Tokens of a prompt -> the decision about it. A text goes by the longest prompt with which it begins
+            (no token at all begins every text), and by 0, the answer of the module in whose place the routed one
+            stands, if there is none.
+
+    Raises:
+        ConfigError: If a module decides on each token, which no prompt can name.
+    """
+    modules = routed(root)
+    if any(module.scope == "token" for module in modules):
+        raise ConfigError("scope token: decisions on single tokens cannot be forced; set scope to prompt or sequence")
+    tensors = {text: torch.as_tensor(decision) for text, decision in decisions.items()}
+    for module in modules:
+        module._listener.forced = tensors
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._listener.forced = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int, UInt8
 from torch import Tensor, nn
 
+from cakeflow.errors import LedgerError, ShapeError
 from cakeflow.journal import ModuleChange
 from cakeflow_sidememory.composed import ComposedProjection, ComposedSettings
 from cakeflow_sidememory.factors import Factors
@@ -65,15 +67,28 @@ class ShardChange(ModuleChange):
         return cls(place, memory.settings, values.cpu(), bits, least, edits)
 
     def build(self, module: nn.Module) -> ShardedProjection:
-        """Return a new side memory; ``module`` stays as it is."""
+        """Return a new side memory; ``module`` stays as it is.
+
+        Raises:
+            ShapeError: If the shard is none of this projection's.
+        """
         memory = ShardedProjection.around(module, self.settings)
         weight = plain_weight(memory.base)
+        self._require_fit(weight.shape)
         if len(self.bits):
             weight[unpacked(self.bits, weight.shape).to(weight.device)] = self.values.to(weight)
         else:
             weight = self.values.to(weight).view(weight.shape)
         shards, least = [weight, *memory.shards[1:]], [self.least, *memory.least.tolist()[1:]]
         return memory.changed(shards, least, int(memory.edits) + self.edits)
+
+    def _require_fit(self, shape: torch.Size) -> None:
+        entries = int(np.unpackbits(self.bits.cpu().numpy()).sum()) if len(self.bits) else shape.numel()
+        if len(self.values) != entries or len(self.bits) not in (0, -(-shape.numel() // 8)):
+            raise ShapeError(
+                f"{self.place} is {tuple(shape)}, and the shard has {len(self.values)} entries and a mask of "
+                f"{len(self.bits)} bytes; a memory belongs to the model that it was made for"
+            )
 
     def tensors(self) -> dict[str, Tensor]:
         """Values, mask, threshold, number of facts and settings."""
@@ -82,9 +97,19 @@ class ShardChange(ModuleChange):
 
     @classmethod
     def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> ShardChange:
-        """Return the change with these tensors."""
+        """Return the change with these tensors.
+
+        Raises:
+            LedgerError: If the threshold is missing or no number, so that nothing could be routed by it.
+        """
         settings = decoded(tensors["settings"], ShardSettings)
-        least, edits = float(tensors["least"][0]), int(tensors["edits"][0])
+        least = float(tensors["least"][0]) if tensors["least"].numel() else float("nan")
+        if math.isnan(least):
+            raise LedgerError(
+                f"the shard at {place} has no threshold, but {tensors['least'].tolist()}; take it from a copy, or edit "
+                "again"
+            )
+        edits = int(tensors["edits"][0])
         return cls(place, settings, tensors["values"], tensors["bits"], least, edits)
 
 

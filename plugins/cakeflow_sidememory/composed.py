@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from cakeflow.errors import ConfigError, ShapeError, require_choice
-from cakeflow.models import RoutedModule, Rows, is_transposed
+from cakeflow.models import RoutedModule, Rows, forced_decisions, is_transposed
 from cakeflow_sidememory.composition import Retrieval, Rule, composed_change, require_edits, similarities
 from cakeflow_sidememory.factors import Factors
 
@@ -86,7 +86,6 @@ class ComposedProjection(RoutedModule):
         self.facts: Tensor
         self.repeated: Tensor
         self.similarity: Tensor | None = None
-        self._oracle: tuple[int, ...] | None = None
         self.train(base.training)
 
     @classmethod
@@ -129,8 +128,7 @@ class ComposedProjection(RoutedModule):
     def __len__(self) -> int:
         return len(self.direction)
 
-    @contextmanager
-    def oracle(self, edits: Collection[int]) -> Iterator[None]:
+    def oracle(self, edits: Collection[int]) -> AbstractContextManager[None]:
         """Have every prompt of the ``with`` body retrieve these edits, whatever it says.
 
         Args:
@@ -139,11 +137,9 @@ class ComposedProjection(RoutedModule):
         Raises:
             ConfigError: If one of them is not stored.
         """
-        self._oracle = require_edits(edits, len(self))
-        try:
-            yield
-        finally:
-            self._oracle = None
+        decision = torch.zeros(len(self), dtype=torch.bool)
+        decision[list(require_edits(edits, len(self)))] = True
+        return forced_decisions(self, {(): decision})
 
     def forward(self, inputs: Float[Tensor, "rows time d_in"]) -> Float[Tensor, "rows time d_out"]:
         """Add to what the projection says the composed change of each row's edits."""
@@ -166,12 +162,8 @@ class ComposedProjection(RoutedModule):
     @torch.no_grad()
     def retrieve(self, rows: Rows) -> Bool[Tensor, "rows n"]:
         """Return the edits that each row retrieves, or retrieved when its prompt was read."""
-        if rows.held is not None:
-            return rows.held.to(self.states.device)
-        if self._oracle is not None:
-            decision = torch.zeros(rows.shape[0], len(self), dtype=torch.bool, device=self.states.device)
-            decision[:, list(self._oracle)] = True
-            return decision
+        if (decided := rows.forced if rows.held is None else rows.held) is not None:
+            return decided.to(self.states.device)
         states = self.output_of(self.settings.near, rows).to(self.states.device)
         similarity = similarities(states, rows.mask(states.device), self.states)
         self.similarity = similarity.masked_fill(self.repeated, -torch.inf)

@@ -14,22 +14,22 @@ from jaxtyping import Bool
 from torch import Tensor
 from torchmetrics import Metric
 
-from cakeflow.core import EditModule
 from cakeflow.data import Contexts, EditRequest, builtin_facts
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation import Evaluation
 from cakeflow.forward import TextBatch, encode_batch, encode_texts
 from cakeflow.journal import EditStep
-from cakeflow.models import LanguageModel, Scope, Site
+from cakeflow.models import LanguageModel, Scope
 from cakeflow_sidememory.changes import ShardChange, ShardEnd
 from cakeflow_sidememory.distance import activation_name, activation_of
 from cakeflow_sidememory.learning import EditRows, Learned, LearningProblem, LearningRule, learn
+from cakeflow_sidememory.questions import RoutedEdit
 from cakeflow_sidememory.rows import Padding, edit_rows, on, sampled_contexts
 from cakeflow_sidememory.shards import ShardedProjection, ShardSettings
 
 
 @final
-class SideMemory(EditModule[TextBatch]):
+class SideMemory(RoutedEdit):
     """Keeps facts in a trained copy of one projection, which answers for texts near the edited ones; the model stays.
 
     WISE (Wang et al. 2024, arXiv 2405.14768). Each fact is learned by gradient descent on the copy, within a random
@@ -48,6 +48,7 @@ class SideMemory(EditModule[TextBatch]):
         irrelevant: Texts that are not to reach the memory while it learns; by default sentences of the built-in facts
             about other subjects.
         seed: Seed of masks, contexts, and irrelevant texts.
+        oracle: Whether an oracle routes the questions of evaluations, for measuring only (``RoutedEdit``).
         evaluation: What the model is asked.
         metrics: Further metrics of every evaluation.
         record_texts: Whether the ledger has the texts of the requests.
@@ -69,6 +70,7 @@ class SideMemory(EditModule[TextBatch]):
         contexts: Contexts | None = None,
         irrelevant: Sequence[str] | None = None,
         seed: int = 0,
+        oracle: bool = False,
         evaluation: Evaluation = Evaluation(),
         metrics: Sequence[Metric] = (),
         record_texts: bool = True,
@@ -85,20 +87,16 @@ class SideMemory(EditModule[TextBatch]):
         self.layer, self.role, self.rule, self.density, self.padding = layer, role, rule, density, padding
         self.shards, self.contexts, self.irrelevant, self.seed = shards, contexts, irrelevant, seed
         super().__init__(base, evaluation, metrics, {}, record_texts=record_texts, private=private)
+        self.oracle = oracle
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments that decide the outcome."""
-        plain = {name: getattr(self, name) for name in ("layer", "role", "density", "padding", "seed")}
+        plain = {name: getattr(self, name) for name in ("layer", "role", "density", "padding", "seed", "oracle")}
         texts = None if self.irrelevant is None else list(self.irrelevant)
         shards = None if self.shards is None else asdict(self.shards)
         contexts = None if self.contexts is None else asdict(self.contexts)
         return {**plain, "rule": asdict(self.rule), "shards": shards, "irrelevant": texts, "contexts": contexts,
                 "evaluation": repr(self.evaluation)}  # fmt: skip
-
-    @property
-    def site(self) -> Site:
-        """The projection."""
-        return Site(self.layer % self.lm.depth, self.role)
 
     def encode(self, requests: Sequence[EditRequest]) -> TextBatch:
         """Tokenize all prompts with their targets in every context; contexts are sampled here if there are none."""

@@ -14,6 +14,7 @@ from cakeflow.errors import ConfigError
 from cakeflow.models import RoutedModule, Scope, is_transposed
 from cakeflow_sidememory.distance import activation_of, row_distances, token_distances
 from cakeflow_sidememory.joins import Join, join
+from cakeflow_sidememory.routes import Measured
 
 Rule = Literal["retrieve", "merge"]
 """Among finished shards the most excited one answers, or all of them are joined into one that answers."""
@@ -169,6 +170,40 @@ class ShardedProjection(RoutedModule):
         for number, answer in enumerate(answers, 1):
             result = torch.where(choice == number, answer, result)
         return result
+
+    def own(self, fact: int) -> int:
+        """Return the number of the shard that learned a fact, by its place in the order of learning; 0 for none.
+
+        With ``merge`` a finished shard answers only once it is joined.
+        """
+        settings, edits = self.settings, int(self.edits)
+        shard, per_join = fact // settings.save_every, settings.join_every // settings.save_every
+        if not 0 <= fact < edits:
+            return 0
+        if shard == edits // settings.save_every:
+            return 1
+        joins = edits // settings.join_every
+        if settings.rule == "merge":
+            return 2 if shard < joins * per_join else 0
+        return 2 + (shard // per_join if shard < joins * per_join else joins + shard - joins * per_join)
+
+    def measured(self) -> Measured:
+        """Return for each row of the last pass the distance that decided, and the threshold it was compared with.
+
+        It is that of the shard that answered or, where none did, of the one with the largest distance.
+
+        Raises:
+            ConfigError: If nothing was asked yet.
+        """
+        if self.distances is None or self.decision is None:
+            raise ConfigError("the side memory was not asked anything yet; run the model first")
+        largest = self.distances.argmax(0)
+        place = torch.where(self.decision > 0, self.decision - 1, largest)
+        distance = self.distances.gather(0, place[None])[0]
+        least = (self.settings.ratio * self.least)[self.candidates()]
+        if self.settings.rule == "merge":  # one threshold for both
+            least = least[:1].expand(len(self.distances))
+        return Measured(distance, least.to(distance.device)[place], "above")
 
     def answers(self, inputs: Tensor) -> list[Tensor]:
         """Return what each candidate says: the shard being written, then the finished ones or their join."""

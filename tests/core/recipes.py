@@ -1,7 +1,15 @@
 """Every shipped recipe as the parts that it is to be made of."""
 
 from cakeflow_restrain import Prune, Rect
-from cakeflow_sidememory import FactorTraining, LearningRule, Retrieval, ShardSettings
+from cakeflow_sidememory import (
+    CodebookSettings,
+    FactorTraining,
+    LearningRule,
+    Retrieval,
+    ShardSettings,
+    TfidfRetriever,
+    ValueTraining,
+)
 from cakeflow_streams import (
     ConflictHistory,
     FisherPenalty,
@@ -78,6 +86,9 @@ OVER = {
 BESIDE = {
     "wise": (LearningRule(), ShardSettings()),
     "wise_merge": (LearningRule(), ShardSettings("merge")),
+    "wise_oracle": (LearningRule(), ShardSettings()),
+    "wise_always": (LearningRule(), ShardSettings(control="always")),
+    "wise_never": (LearningRule(), ShardSettings(control="never")),
     "wise_official": (LearningRule(decay_everywhere=True, extra=1), ShardSettings(scope="sequence", longest=100)),
 }
 """Recipe of a side memory -> how it learns, and its shards."""
@@ -86,6 +97,11 @@ COMPOSED = {
     "a3e_official": (FactorTraining(), Retrieval(), "outermost"),
 }
 """Recipe of composed edits -> how factors are trained, how edits are retrieved, and how they are joined."""
+CONTROLS = {
+    "grace": {"layer": -5, "codebook": CodebookSettings(1.0), "training_settings": ValueTraining(1.0, 100, 0.01)},
+    "retrieval": {"retriever": TfidfRetriever(0.5, 1, subjects=True), "template": "New fact: {facts}\nPrompt: "},
+}
+"""Recipe of another class -> attributes of its module."""
 OFFICIAL = {
     "cake_official": (10.0, 0.5, 0.4),
     "cake_official_gpt_j": (30.0, 0.75, 0.5),

@@ -32,7 +32,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import BESIDE, COMPOSED, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import BESIDE, COMPOSED, CONTROLS, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -94,7 +94,7 @@ def test_compositions_for_images(method):
 
 
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) | set(COMPOSED) | set(IMAGES) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) | {*BESIDE, *COMPOSED, *CONTROLS, *IMAGES} == set(METHODS)
 
 
 @pytest.mark.parametrize("method", BESIDE)
@@ -103,6 +103,13 @@ def test_side_memories(method):
     module = build_module([METHODS[method]], base="some/folder")
     assert (module.rule, module.shards, module.layer, module.name) == (*BESIDE[method], -5, "some/folder")
     assert module.padding == ("left" if method == "wise_official" else "right")
+    assert module.oracle == (method == "wise_oracle")
+
+
+@pytest.mark.parametrize("method", CONTROLS)
+def test_controls_of_other_classes(method):
+    module = build_module([METHODS[method]], base="some/folder")
+    assert {name: getattr(module, name) for name in CONTROLS[method]} == CONTROLS[method]
 
 
 @pytest.mark.parametrize("method", COMPOSED)
@@ -113,7 +120,12 @@ def test_composed_edits(method):
 
 
 def test_each_class_has_model_configs_of_its_own():
-    assert {name for name, path in METHODS.items() if model_kind(path) != "model"} == {*BESIDE, *COMPOSED, *IMAGES}
+    assert {name for name, path in METHODS.items() if model_kind(path) != "model"} == {
+        *BESIDE,
+        *COMPOSED,
+        *CONTROLS,
+        *IMAGES,
+    }
 
 
 @pytest.mark.parametrize("method", BESIDE)

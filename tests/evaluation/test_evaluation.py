@@ -15,7 +15,7 @@ from cakeflow.data import builtin_facts
 from cakeflow.data.text import plain, until_stop
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import free_prompts
-from cakeflow.evaluation.scoring import score_records, scored_prompts
+from cakeflow.evaluation.scoring import score_records, score_targets, scored_prompts
 from cakeflow.forward.generation import continuations
 from cakeflow.journal.schema import EvaluatedRequest
 from cakeflow.metrics import KINDS, Fluency
@@ -217,3 +217,26 @@ def test_evaluation_during_a_stream(lm, tmp_path, quiet):
     scores = score_records(lm, RECORDS)
     assert run.after["efficacy_exact"] == pytest.approx(float(scores.correct[scores.kind == 0].float().mean()))
     assert {"n_eff", "layer1/share", "target/loss"} <= set(run.logged)
+
+
+def test_questions_are_asked_in_another_form_and_shown_in_their_own(tiny):
+    """Scores, answers and texts are those of the longer prompts; records and their rows keep their own."""
+    record = EditRequest(
+        "The {} of Lund", "letter", "a", "the", probes=(Probe("paraphrase", "In Lund"), Probe("generation", "Lund is"))
+    )
+    evaluation = Evaluation(protocol="wild", answer_tokens=3, texts_every=1, text_tokens=20)
+    answers = evaluation.ask(tiny, [record], question="Note {} this: ".__add__)
+    longer = ["Note {} this: The letter of Lund", "Note {} this: In Lund"]
+    expected = score_targets(tiny, longer, ["a", "a"])[0]
+    torch.testing.assert_close(answers.scores.expected, expected)
+    (row,) = answers.rows()
+    assert [each.prompt for each in row.prompts] == ["The letter of Lund", "In Lund"]
+    written = continuations(tiny, longer, 3)
+    assert [each.answer for each in row.prompts] == [until_stop(text) for text in written]
+    (text,) = continuations(tiny, ["Note {} this: Lund is"], 20, total=True, top_k=5)
+    assert row.generations[0].prompt + row.generations[0].text == "Lund is" + text
+
+
+def test_the_protocol_names_the_condition(lm):
+    module = LocateThenEdit(lm, [1])
+    assert (module.condition, module.protocol, module.question("a")) == ("", module.evaluation.id, "a")

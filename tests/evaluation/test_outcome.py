@@ -148,3 +148,16 @@ def test_what_is_no_text_is_not_asked(lm, prompt):
 def test_an_answer_has_a_whole_number_of_tokens(lm, tokens):
     with pytest.raises(ConfigError, match=f"tokens must be a whole number of at least 1, got {tokens!r}"):
         free_answers(lm, ["Ann lives in"], tokens)
+
+
+def test_questions_are_put_before_they_are_asked(tiny):
+    question = FreeAnswer(topic="fact", form="completion", prompt="of Lund", expected="a")
+    assert ask(tiny, [question], question="The first letter ".__add__) == free_answers(
+        tiny, ["The first letter of Lund"], 12
+    )
+
+
+def test_a_verdict_with_a_condition_claims_nothing_of_the_model():
+    answers = [FreeAnswer(topic="fact", form="completion", prompt="x", expected="a", before="b", after="a", request=0)]
+    assert Outcome(answers).verdict == "1 of 1 facts learned"
+    assert Outcome(answers, condition="notes").verdict == "1 of 1 facts answered with notes, not learned"

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cakeflow.errors import ArchitectureError, ConfigError, ShapeError
 from cakeflow.evaluation import score_targets
 from cakeflow.forward import continuations
-from cakeflow.models import RoutedModule, Rows, Site, prompt_lengths, start_at
+from cakeflow.models import RoutedModule, Rows, Site, forced_decisions, prompt_lengths, start_at
 
 SITE = Site(3, "mlp_out")
 TEXTS = ["The first letter", "She walked along the river", "of the", "In music, a violin has four strings", "Rome"]
@@ -314,3 +314,55 @@ def test_a_source_that_is_not_there_or_did_not_run_is_named(lm):
         pytest.raises(ConfigError, match=r"nothing can be decided: transformer\.h\.1.mlp\.c_proj did not run"),
     ):
         lm(input_ids=torch.ones(1, 2, dtype=torch.long), use_cache=False)
+
+
+# ---- decisions that are forced ----
+
+
+def tokens(lm, text):
+    return tuple(lm.tokenizer(text)["input_ids"])
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_forced_decisions_go_by_the_prompt(lm, side):
+    module = routed(lm)
+    own = decisions(lm, TEXTS)
+    named = {tokens(lm, text): 1 - decision for text, decision in zip(TEXTS[:3], own, strict=False)}
+    with forced_decisions(lm.model, named):
+        assert decisions(lm, TEXTS, side) == [*(1 - decision for decision in own[:3]), 0, 0]
+        longer = f"{TEXTS[0]} of Rome"
+        assert decisions(lm, [longer], side) == [1 - own[0]]
+        with prompt_lengths(lm.model, torch.tensor([len(tokens(lm, TEXTS[0]))])):
+            lm(input_ids=torch.tensor([tokens(lm, longer)]), use_cache=False)
+        assert module.decision.tolist() == [1 - own[0]]
+    assert decisions(lm, TEXTS, side) == own
+
+
+@pytest.mark.parametrize("decision", [0, 1])
+def test_forced_decisions_hold_while_an_answer_is_written(lm, decision):
+    module = routed(lm)
+    module.always = decision
+    expected = continuations(lm, TEXTS, 5)
+    module.always = None
+    with forced_decisions(lm.model, {tokens(lm, text): decision for text in TEXTS}):
+        assert continuations(lm, TEXTS, 5) == expected
+
+
+def test_decisions_on_tokens_are_not_forced(lm):
+    routed(lm, scope="token")
+    with pytest.raises(ConfigError, match="scope token"), forced_decisions(lm.model, {}):
+        raise AssertionError
+
+
+def test_a_prompt_without_a_token_is_refused(lm):
+    routed(lm)
+    ids, mask = ids_of(lm, TEXTS[:2])
+    mask[1] = 0
+    with pytest.raises(ShapeError, match="row 1 of 2 has no token on which its route can be decided"):
+        lm(input_ids=ids, attention_mask=mask, use_cache=False)
+
+
+def test_the_last_deciding_token():
+    mask = torch.tensor([[1, 1, 0, 0], [0, 0, 1, 1], [0, 1, 1, 0]]).bool()
+    assert Rows((3, 4), mask).last(torch.device("cpu")).tolist() == [1, 3, 2]
+    assert Rows((2, 3)).last(torch.device("cpu")).tolist() == [2, 2]

@@ -11,7 +11,7 @@ from cakeflow_sidememory.shards import plain_weight
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, LedgerError, ShapeError
 from cakeflow.forward import continuations
 from cakeflow.models import Site
 
@@ -121,3 +121,48 @@ def test_changes_come_back_from_their_tensors(lm, dense):
         assert (built.least.tolist(), int(built.edits)) == ([2.5], 3)
     end = ShardEnd.from_tensors(place(lm), ShardEnd(place(lm), SETTINGS).tensors())
     assert (end.place, end.settings) == (place(lm), SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("rule", "edits", "own"),
+    [
+        ("retrieve", 1, [1, 0]), ("retrieve", 2, [2, 2, 0]), ("retrieve", 3, [2, 2, 1]),
+        ("retrieve", 4, [2, 2, 2, 2]), ("retrieve", 7, [2, 2, 2, 2, 3, 3, 1]),
+        ("merge", 3, [0, 0, 1]), ("merge", 4, [2, 2, 2, 2]), ("merge", 6, [2, 2, 2, 2, 0, 0]),
+    ],
+)  # fmt: skip
+def test_a_fact_knows_its_shard(lm, rule, edits, own):
+    """Two facts a shard, joined by twos; checked against the shards that a run leaves."""
+    settings, marks = replace(SETTINGS, rule=rule), []
+    for number in range(edits):
+        memory = around(lm, settings)
+        weight = memory.shards[0].detach().clone()
+        weight[0, 0] = far(lm, size=0.0)[0, 0] + number // 2 + 1  # each shard its mark
+        learned(lm, memory, weight)
+        if (number + 1) % 2 == 0:
+            lm.put(place(lm), lm.module(SITE).put_away())
+    memory = lm.module(SITE)
+    assert [memory.own(fact) for fact in range(len(own))] == own
+    places = [0, *memory.candidates()]
+    for fact in range(edits):
+        if own[fact]:
+            marks.append(float(memory.shards[places[own[fact]]][0, 0] - far(lm, size=0.0)[0, 0]))
+    assert all(mark > 0 for mark in marks)
+
+
+def test_a_shard_of_another_model_or_without_a_threshold_is_refused(lm):
+    memory, weight = around(lm), far(lm, 3)
+    mask = torch.rand(weight.shape) < 0.2
+    for change in (
+        replace(ShardChange.of(place(lm), memory, weight, mask, 2.5, 3), values=torch.zeros(3)),
+        replace(ShardChange.of(place(lm), memory, weight, None, 2.5, 3), values=torch.zeros(3)),
+        replace(ShardChange.of(place(lm), memory, weight, mask, 2.5, 3), bits=packed(mask[:2])),
+    ):
+        with pytest.raises(ShapeError, match="a memory belongs to the model that it was made for"):
+            change.build(lm.module(SITE))
+    tensors = ShardChange.of(place(lm), memory, weight, None, 2.5, 3).tensors()
+    for least in (torch.tensor([float("nan")]), torch.empty(0)):
+        with pytest.raises(LedgerError, match=r"has no threshold, but .*take it from a copy, or edit again"):
+            ShardChange.from_tensors(place(lm), {**tensors, "least": least})
+    with pytest.raises(ConfigError, match="was not asked anything yet"):
+        memory.measured()

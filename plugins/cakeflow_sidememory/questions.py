@@ -1,0 +1,74 @@
+"""What edit modules with a routed memory share: questions, routed by the memory or by an oracle, and their routes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from cakeflow.core import EditModule
+from cakeflow.data import EditRequest
+from cakeflow.evaluation import scored_prompts
+from cakeflow.forward import TextBatch, encode_texts
+from cakeflow.journal import Journal, request_hash
+from cakeflow.models import Site, forced_decisions
+from cakeflow_sidememory.routes import GivesDistances, Route, own_answer, routes
+
+
+def learned(journal: Journal) -> list[str]:
+    """Return the SHA-256 of each fact of the batches in force, in the order of learning."""
+    return [name for step in journal for name in step.hashes]
+
+
+class RoutedEdit(EditModule[TextBatch]):
+    """The base of edit modules that put a routed memory in the place of one projection.
+
+    Attributes:
+        layer: Block of the projection; negative numbers count from the last.
+        role: The projection, by its role or its path in the block.
+        oracle: Whether evaluations send a question of a fact in force, its prompt or a paraphrase, to that fact's own
+            answer, and every other question to the unedited projection. Nobody knows that of a question in use: it
+            measures what a memory holds apart from how it is found, and nothing else is routed so, neither free
+            answers of callbacks nor ``Editor.ask``. Where two questions have one prompt, the edited one counts, and of
+            two facts the later one.
+    """
+
+    layer: int
+    role: str
+    oracle: bool = False
+
+    @property
+    def site(self) -> Site:
+        """The projection."""
+        return Site(self.layer % self.lm.depth, self.role)
+
+    @property
+    def protocol(self) -> str:
+        """The evaluation's name; with an oracle it says so."""
+        return super().protocol + ("+oracle" if self.oracle else "")
+
+    def ask(self, requests: Sequence[EditRequest]) -> Any:
+        """Ask the model about the next requests of an evaluation."""
+        module = self.lm.module(self.site)
+        if not self.oracle or not isinstance(module, GivesDistances):
+            return super().ask(requests)
+        with forced_decisions(self.lm.model, self._own_answers(requests, module)):
+            return super().ask(requests)
+
+    def routes(self, requests: Sequence[EditRequest]) -> list[Route]:
+        """Return the routes of all prompts of some requests, as the memory itself decides."""
+        return routes(self.lm, requests, learned(self.journal))
+
+    def _own_answers(self, requests: Sequence[EditRequest], module: GivesDistances) -> dict[tuple[int, ...], int]:
+        """Return the decisions of the oracle, by the tokens of the prompts."""
+        facts = {name: place for place, name in enumerate(learned(self.journal))}
+        hashes = [request_hash(request) for request in requests]
+        ranked = [
+            (facts.get(hashes[each.record], -1) if own else -1, each.prompt, own)
+            for each in scored_prompts(requests)
+            for own in [own_answer(each, hashes, facts, module) or 0]
+        ]
+        texts = {prompt: own for _, prompt, own in sorted(ranked)}
+        if self.evaluation.chat:
+            texts |= {self.lm.user_turn(prompt): own for prompt, own in texts.items()}
+        ids = encode_texts(self.lm.tokenizer, list(texts))
+        return dict(zip(ids, texts.values(), strict=True))

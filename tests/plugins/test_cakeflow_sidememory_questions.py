@@ -1,0 +1,125 @@
+"""Questions to a memory: an oracle sends each to its own answer, in evaluations and nowhere else."""
+
+import copy
+
+import pytest
+import torch
+from cakeflow_sidememory import CodebookMemory, CodebookSettings, LearningRule, Margin, ShardSettings, SideMemory
+from cakeflow_sidememory.questions import learned
+
+from cakeflow import Contexts, Editor, EditRequest
+from cakeflow.data import Probe
+from cakeflow.errors import RequestWarning
+from cakeflow.evaluation import Evaluation, score_targets
+from cakeflow.forward import continuations
+from cakeflow.journal import request_hash
+from cakeflow.models import Site
+
+SITE = Site(3, "mlp_out")
+QUIET = {"enable_progress_bar": False, "accelerator": "cpu", "logger": False}
+FACTS = [
+    EditRequest(
+        "The first letter of {}", subject, new, true,
+        probes=(Probe("paraphrase", f"In music, {subject}"), Probe("neighborhood", f"She walked along {subject}")),
+    )
+    for subject, new, true in (("Lund", "a", "the"), ("Australia", "the", "a"))
+]  # fmt: skip
+
+
+def side_memory(lm, oracle=True, **settings):
+    shards = ShardSettings(activation="gelu_new", **settings)
+    rule = LearningRule(lr=2.0, steps=4, margin=Margin(0.5, 4.0, 2.0), clamp=None)
+    return SideMemory(
+        lm, 3, shards=shards, rule=rule, density=0.5, contexts=Contexts(), irrelevant=["of the"], oracle=oracle
+    )
+
+
+def scores(module):
+    """Log-probability of the expected continuation of each prompt, record by record."""
+    return [each.expected_logprob for row in module.answers for each in row.prompts]
+
+
+def under(lm, decisions, prompts, targets):
+    """Log-probabilities with the module's decision replaced by hand, prompt by prompt."""
+    module, results = lm.module(SITE), []
+    for decision, prompt, target in zip(decisions, prompts, targets, strict=True):
+        module.decide = lambda _, decision=decision: torch.full((1,), decision)
+        results.append(float(score_targets(lm, [prompt], [target])[0]))
+    del module.decide
+    return results
+
+
+def asked(facts=FACTS):
+    rows = [((each.text, each.target_new), *each.probes) for each in facts]
+    targets = [(each.target_new, each.target_true) for each in facts]
+    return [
+        pair
+        for (text, near, far), (new, true) in zip(rows, targets, strict=True)
+        for pair in (text, (near.prompt, new), (far.prompt, true))
+    ]
+
+
+def test_each_question_goes_to_the_shard_that_learned_its_fact(lm):
+    """One shard per fact: the first is put away, the second is the last one put away."""
+    editor = Editor(side_memory(lm, save_every=1, join_every=100, ratio=1e9), QUIET)
+    result = editor.fit(FACTS, 1)
+    assert result.protocol == "clean-v2+oracle"
+    prompts, targets = zip(*asked(), strict=True)
+    expected = under(lm, [2, 2, 0, 3, 3, 0], prompts, targets)
+    assert scores(editor.module) == pytest.approx(expected, rel=1e-6)
+    base = under(lm, [0] * 6, prompts, targets)
+    assert abs(expected[0] - base[0]) > 1e-3
+    assert [row.own for row in editor.module.routes(FACTS)] == [2, 2, 0, 3, 3, 0]
+    assert [row.decision for row in editor.module.routes(FACTS)] == [0] * 6  # by itself it routes nothing there
+    assert score_targets(lm, prompts, targets)[0].tolist() == pytest.approx(base, rel=1e-6)
+    editor.rollback(1)
+    editor.evaluate(FACTS)
+    assert scores(editor.module) == pytest.approx(under(lm, [2, 2, 0, 0, 0, 0], prompts, targets), rel=1e-6)
+
+
+def test_free_answers_of_an_evaluation_are_routed_too(lm):
+    module = side_memory(lm, ratio=1e9)
+    module.evaluation = Evaluation(protocol="wild", answer_tokens=4)
+    editor = Editor(module, QUIET)
+    editor.fit(FACTS, evaluate=False)
+    texts = [each.prompts[0].answer for each in module.ask(FACTS).rows()]
+    always = copy.deepcopy(lm)
+    always.module(SITE).decide = lambda distances: torch.ones(distances.shape[-1:], dtype=torch.long)
+    free = continuations(always, [fact.text for fact in FACTS], 4)
+    assert (
+        [text.strip() for text in texts]
+        == [text.split("\n")[0].strip() for text in free]
+        != [text.split("\n")[0].strip() for text in continuations(lm, [fact.text for fact in FACTS], 4)]
+    )
+
+
+def test_an_oracle_of_a_codebook(lm):
+    module = CodebookMemory(lm, 3, codebook=CodebookSettings(1e-9), oracle=True)
+    Editor(module, QUIET).fit(FACTS)
+    plain = copy.deepcopy(lm)
+    book = plain.module(SITE)
+    prompts, targets = zip(*asked(), strict=True)
+    expected = under(plain, [1, 1, 0, 2, 2, 0], prompts, targets)
+    assert scores(module) == pytest.approx(expected, rel=1e-6)
+    assert [row.decision for row in module.routes(FACTS)] == [1, 0, 0, 2, 0, 0]
+    assert torch.equal(book.keys, lm.module(SITE).keys)
+
+
+def test_without_an_oracle_the_memory_decides(lm):
+    editor = Editor(side_memory(lm, oracle=False, control="never"), QUIET)
+    result = editor.fit(FACTS)
+    assert result.protocol == "clean-v2"
+    assert result.before == result.after
+
+
+def test_an_edited_prompt_counts_before_a_neighbor_and_the_later_fact_before_the_earlier(lm):
+    twice = [FACTS[0], EditRequest("In music, {}", "Lund", "of", "in")]
+    third = EditRequest("A {}", "letter", "a", "the", probes=(Probe("neighborhood", "The first letter of Lund"),))
+    module = side_memory(lm, save_every=1, join_every=100)
+    editor = Editor(module, QUIET)
+    with pytest.warns(RequestWarning, match="contradict"):
+        editor.fit(twice, 1, evaluate=False)
+    ids = {prompt: tuple(lm.tokenizer(prompt)["input_ids"]) for prompt in (FACTS[0].text, "In music, Lund", "A letter")}
+    named = module._own_answers([*twice, third], lm.module(SITE))
+    assert [named[each] for each in ids.values()] == [2, 3, 0]
+    assert learned(editor.journal) == [request_hash(fact) for fact in twice]
