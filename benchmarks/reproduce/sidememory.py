@@ -36,6 +36,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import torch
+from cakeflow_sidememory import routing_numbers
 from sweep import Row, interval, write_table
 
 from cakeflow import Editor, EditRequest, Evaluation
@@ -50,11 +51,13 @@ PLAIN: dict[str, Any] = {"chat": False, "rounds": 0, "targets": "short"}
 """Weight edits: no questions in chats, no further walks, the shorter search."""
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "wise": ("wise", {}),
-    "wise, always routed": ("wise", {"shards": {"control": "always"}}),
+    "wise, oracle": ("wise_oracle", {}),
+    "wise, always routed": ("wise_always", {}),
     "wise, no margin": ("wise", {"rule": {"margin": None}}),
-    "wise, shards of 50": ("wise", {"shards": {"save_every": 50, "join_every": 100}}),
-    "wise_merge, shards of 50": ("wise_merge", {"shards": {"save_every": 50, "join_every": 100}}),
+    "wise_merge": ("wise_merge", {}),
     "wise_official": ("wise_official", {}),
+    "grace": ("grace", {"layer": 25, "codebook": {"eps": 5.0}}),
+    "retrieval": ("retrieval", {}),
     "memit_seq": ("memit_seq", PLAIN),
     "alphaedit": ("alphaedit", PLAIN),
     "cake": ("cake", PLAIN),
@@ -162,7 +165,9 @@ def measured(module: Any, records: Sequence[EditRequest], before: Sequence[str])
 
 def routing(module: Any, records: Sequence[EditRequest]) -> Row:
     """How questions were routed; empty for an arm that does not route."""
-    return {}
+    if not hasattr(module, "routes"):
+        return {}
+    return {f"routing/{name}": value for name, value in routing_numbers(module.routes(records)).items()}
 
 
 def costs(editor: Editor, original: str, seconds: float, edits: int) -> Row:
@@ -213,7 +218,7 @@ def _questions(records: Sequence[EditRequest]) -> list[str]:
 
 
 def _line(row: Row) -> str:
-    return "  ".join(f"{name} {row[name]:.3f}" for name in (*SHOWN, "seconds", "bytes") if name in row)
+    return "  ".join(f"{name} {row[name]:.3f}" for name in (*SHOWN, *ROUTES, "seconds", "bytes") if name in row)
 
 
 def unedited(records: Sequence[EditRequest], lm: LanguageModel) -> tuple[Row, list[str]]:
