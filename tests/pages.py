@@ -2,7 +2,7 @@
 
     python tests/pages.py [PAGE ...]
 
-The blocks of a page run in their order in one process and one empty folder. A ``python`` block continues those before
+The blocks of a page run in their order in one process and one folder, empty but for a link to docs. A ``python`` block continues those before
 it. In a ``bash`` block a line that begins with ``cakeflow`` calls the command in that process, because an import takes
 seconds; a block with any other line goes to bash as a whole. A comment in front of a block says what is special:
 
@@ -208,20 +208,30 @@ def check_notebook(path: Path, folder: Path) -> int:
     return len(cells)
 
 
-def main(names: Sequence[str]) -> None:
-    """Run the pages that are named, or all, one after another, and say how long each took."""
+def main(names: Sequence[str]) -> int:
+    """Run the pages that are named, or all, one after another, and say how long each took; 1 if one fails."""
     sources = [path for path in sorted(DOCS.rglob("*")) if path.suffix in (".md", ".ipynb")]
-    chosen = [path for path in sources if not names or path.name in names or path.stem in names]
-    for page in chosen:
+    failed = 0
+    for page in [path for path in sources if not names or path.name in names or path.stem in names]:
         start = time.perf_counter()
-        with tempfile.TemporaryDirectory() as folder, chdir(folder), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            count = check(page) if page.suffix == ".md" else check_notebook(page, Path(folder))
+        try:
+            count = run_page(page)
+        except PageError as error:
+            failed, count = 1, 0
+            sys.stdout.write(f"{error}\n")
         if count:
-            seconds = time.perf_counter() - start
-            sys.stdout.write(f"{page.relative_to(DOCS)}: {count} blocks, {seconds:.0f} s\n")
-            sys.stdout.flush()
+            sys.stdout.write(f"{page.relative_to(DOCS)}: {count} blocks, {time.perf_counter() - start:.0f} s\n")
+        sys.stdout.flush()
+    return failed
+
+
+def run_page(page: Path) -> int:
+    """Run a page or a notebook in a folder of its own and return the number of blocks that were run."""
+    with tempfile.TemporaryDirectory() as folder, chdir(folder), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        Path("docs").symlink_to(DOCS)
+        return check(page) if page.suffix == ".md" else check_notebook(page, Path(folder))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

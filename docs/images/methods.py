@@ -12,7 +12,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 RATES = ("efficacy", "generalization", "specificity")
-COLORS = ("#9aa5b1", "#5b8def", "#1f3a93")
+COLORS = ("#9aa5b1", "#6c9bd2", "#e39a3b")
 
 
 def draw(table: pd.DataFrame, image: Path) -> None:
@@ -26,10 +26,10 @@ def draw(table: pd.DataFrame, image: Path) -> None:
     width = 0.8 / len(table)
     for place, (row, color) in enumerate(zip(table.to_dict("records"), COLORS * len(table), strict=False)):
         at = [index + place * width for index in range(len(RATES))]
-        means = [row[rate] for rate in RATES]
-        spans = [(row[rate] - row[f"{rate} low"], row[f"{rate} high"] - row[rate]) for rate in RATES]
+        means = [100 * row[rate] for rate in RATES]
+        spans = [[100 * abs(row[rate] - row[f"{rate}_{end}"]) for rate in RATES] for end in ("low", "high")]
         ax.bar(at, means, 0.9 * width, color=color, label=Path(row["run"]).name)
-        ax.errorbar(at, means, yerr=list(zip(*spans, strict=True)), fmt="none", ecolor="#222222", capsize=3, linewidth=1)
+        ax.errorbar(at, means, yerr=spans, fmt="none", ecolor="#222222", capsize=3, linewidth=1)
     ax.set_xticks([index + 0.4 - width / 2 for index in range(len(RATES))], RATES)
     ax.set(ylabel="%", ylim=(0, 105))
     ax.spines[["top", "right"]].set_visible(False)
