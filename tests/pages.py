@@ -2,9 +2,10 @@
 
     python tests/pages.py [PAGE ...]
 
-The blocks of a page run in their order in one process and one folder, empty but for a link to docs. A ``python`` block continues those before
-it. In a ``bash`` block a line that begins with ``cakeflow`` calls the command in that process, because an import takes
-seconds; a block with any other line goes to bash as a whole. A comment in front of a block says what is special:
+The blocks of a page run in their order in one process and one folder, empty but for a link to docs. A ``python`` block
+continues those before it. In a ``bash`` block a line that begins with ``cakeflow`` calls the command in that process,
+because an import takes seconds; a block with any other line goes to bash as a whole. A comment in front of a block says
+what is special:
 
     <!-- not run: REASON -->    shown only
     <!-- output -->             a ``text`` block that the block before it printed, ``...`` for any text
@@ -144,7 +145,7 @@ def check(page: Path) -> int:
     session, count = Session(), 0
     text = page.read_text(encoding="utf-8")
     listed = list(blocks(text))
-    if text.count("\n```") + text.startswith("```") != 2 * len(listed):
+    if sum(line.lstrip().startswith("```") for line in text.splitlines()) != 2 * len(listed):
         raise PageError(f"{page.name}: a fence that is not closed, is indented or has no language")
     for block in listed:
         try:

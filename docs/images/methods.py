@@ -1,4 +1,7 @@
-"""Draw the three rates of some runs: python docs/images/methods.py RUNS.csv IMAGE, with the CSV of ``cakeflow compare``."""
+"""Draw the three rates of some runs: python docs/images/methods.py RUNS.csv IMAGE.
+
+The CSV is that of ``cakeflow compare RUN ... --csv RUNS.csv``.
+"""
 
 from __future__ import annotations
 
