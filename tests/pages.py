@@ -202,6 +202,7 @@ def check_notebook(path: Path, folder: Path) -> int:
     if any(cell.outputs or cell.execution_count for cell in cells):
         raise PageError(f"{path.name}: clear its outputs before it is stored")
     client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(folder)}})
+    client.create_kernel_manager().transport = "ipc"  # no port that others on the machine could reach
     try:
         client.execute()
     except CellExecutionError as error:
