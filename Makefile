@@ -14,7 +14,7 @@ test: setup  ## the whole suite
 	$(BIN)/python -m pytest
 
 docs: .venv/docs  ## run every command of the pages, and build them into site/; no network but for the packages
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/pages.py
+	$(BIN)/python tests/pages.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: setup

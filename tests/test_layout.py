@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cakeflow").rglob("*.py"))
-FOLDERS = ("cakeflow", "plugins", "configs", "benchmarks", "tests")
+FOLDERS = ("cakeflow", "plugins", "configs", "benchmarks", "docs", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 LIBRARY = [
     path
