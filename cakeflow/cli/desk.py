@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from cakeflow.desk import DeskServer, Session, Worker
 from cakeflow.desk.calls import Calls, serve
 from cakeflow.desk.session import require_own_run
 from cakeflow.desk.work import PhaseProfiler
-from cakeflow.editor import Editor, default_logger
+from cakeflow.editor import Editor
 from cakeflow.errors import require_count
 from cakeflow.journal.audit import name_of_base
 
@@ -66,12 +67,12 @@ def run_desk(
             record_texts=record_texts,
             trainer={**trainer, "profiler": PhaseProfiler(worker.step)},
         )
-        folder = run_dir or Path(default_logger().log_dir)
-        with Session.opened(editor, folder, from_run) as session:
+        with Session.opened(editor, run_dir, from_run) as session:
             server.calls = Calls(session, worker).by_name()
             say(f"open {server.address}")
             say("only this machine reaches it, and only with this address; Ctrl-C ends it")
             with suppress(KeyboardInterrupt):
                 serve(worker, server)
-            say(f"closed with {editor.journal.edits} facts in force; go on with: cakeflow desk --run_dir {folder}")
-    return folder
+            say(f"closed with {editor.journal.edits} facts in force")
+            say(f"go on with: cakeflow desk --run_dir {shlex.quote(str(session.folder))}")
+    return session.folder

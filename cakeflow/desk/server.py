@@ -38,7 +38,8 @@ class DeskServer(ThreadingHTTPServer):
 
     Every request needs the token: the page as ``/?token=...``, calls as a header, which a page of another site cannot
     send. A ``Host`` header other than the server's own, which a foreign name that resolves to this machine would have
-    (DNS rebinding), and a foreign ``Origin`` are refused, as are other types and larger sizes; other methods than GET and POST are not implemented.
+    (DNS rebinding), and a foreign ``Origin`` are refused, as are other types and larger sizes. There are no methods
+    but GET and POST.
 
     Attributes:
         token: The token, new for every server.
@@ -144,7 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
         self._require_token(self.headers.get(HEADER))
         call = self.server.calls.get(self._url[0].removeprefix("/api/"))
         if call is None:
-            raise _RefusalError(HTTPStatus.NOT_FOUND, f"there is no such call; there are {', '.join(self.server.calls)}")
+            raise _RefusalError(
+                HTTPStatus.NOT_FOUND, f"there is no such call; there are {', '.join(self.server.calls)}"
+            )
         body = self._body()
         try:
             self._json(HTTPStatus.OK, call(body))

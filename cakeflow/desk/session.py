@@ -17,9 +17,9 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.subject import guess_subject
 from cakeflow.desk.views import fact_view, journal_view, outcome_view, token_views
-from cakeflow.editor import Editor
+from cakeflow.editor import Editor, default_logger
 from cakeflow.errors import ConfigError, Fault, RequestError, ResumeError, RunFolderError
-from cakeflow.forward.tokens import TextBatch
+from cakeflow.forward.tokens import EditBatch, TextBatch
 from cakeflow.journal.ledger import Entry, bodies, read_entries
 from cakeflow.journal.schema import EndBody, FreeAnswer, PolicyBody, RunBody
 from cakeflow.journal.steps import EditStep, facts_in_force, hashes_on_record
@@ -57,12 +57,12 @@ class Session:
 
     @classmethod
     @contextmanager
-    def opened(cls, editor: Editor, folder: Path, start: Path | None = None) -> Iterator[Session]:
+    def opened(cls, editor: Editor, folder: Path | None = None, start: Path | None = None) -> Iterator[Session]:
         """Open a run folder, new or of an earlier session, and keep it to this thread while the body runs.
 
         Args:
             editor: The editor of the unedited model.
-            folder: The folder.
+            folder: The folder; by default a new one, ``runs/cakeflow/version_N``.
             start: A finished run to go on from, whose edits stay; for a new folder.
 
         Raises:
@@ -70,13 +70,14 @@ class Session:
             ResumeError: If its run is of another model, or was made under a policy that is missing here.
             LockedError: If another process writes it.
         """
-        entries = require_own_run(folder)
+        entries = require_own_run(folder) if folder is not None else []
         if start is not None and entries:
             raise ConfigError(
                 f"{folder} has a run already, which goes on by itself; leave out --from, or name a new folder"
             )
         if start is not None:
             go_on_from(start, editor.module, None)
+        folder = folder or Path(default_logger().log_dir)
         with locked(folder / "journal" / LEDGER):
             if entries:
                 _require_policies(folder, entries, editor)
@@ -123,7 +124,7 @@ class Session:
         with collecting() as doubts:
             texts = self._checked(request)
         with self.journal.reverted():
-            tokens = token_views(self.module, texts)
+            tokens = token_views(self.module, texts) if isinstance(texts, TextBatch) else []
         forms = {"completion": self.editor.ask(request.text, tokens=TOKENS)}
         if self.module.lm.chats:
             forms["chat"] = self.editor.ask(request.text, chat=True, tokens=TOKENS)
@@ -205,19 +206,18 @@ class Session:
         """
         name = subject.strip() or guess_subject(sentence)
         if name is None and sentence.strip():
-            raise RequestError(
-                [Fault(0, "subject", "", "no subject can be guessed; name it, as it stands in the sentence")]
-            )
+            remedy = "no subject can be guessed; name it, as it stands in the sentence"
+            empty = [] if answer.strip() else [Fault(0, "target_new", answer, "must not be empty or blank")]
+            raise RequestError([Fault(0, "subject", subject, remedy), *empty])
         entry = {"prompt": sentence.strip(), "subject": name or "", "target_new": answer.strip()}
         (request,) = parse_requests([entry], occurrence="first")
         return propose(request)
 
-    def _checked(self, request: EditRequest) -> TextBatch:
-        """The request as tokens, after all checks that an edit begins with."""
+    def _checked(self, request: EditRequest) -> EditBatch:
+        """The request as the method encodes it, after all checks that an edit begins with."""
         data = EditDataModule([request])
         data.attach(self.module, edit=True, evaluate=True)
         (batch,) = data.train_dataloader()
-        assert isinstance(batch, TextBatch)
         return batch
 
     def _against(self, request: EditRequest) -> list[Any]:

@@ -312,7 +312,7 @@ class Policies:
         if "after" in stages and stages["after"].edits != self._journal.edits:
             metrics["after"] = {}  # of another state
         held = {body.policy for body in bodies(entries, PolicyBody) if body.outcome == HELD}
-        rules = [policy for policy in self.rules if entries and policy.hash not in held]
+        rules = [policy for policy in self.rules if entries and batches and policy.hash not in held]
         if faults := [fault for policy in rules for fault in policy.violations(metrics["before"], metrics["after"])]:
             raise PolicyError(with_faults("the policy is broken; nothing was changed:", faults))
 

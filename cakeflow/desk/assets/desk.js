@@ -92,6 +92,7 @@
   };
 
   const showFailure = (error, place) => {
+    if (!error.kind) return; // the terminal is gone, as the top of the page says
     const fields = place === "fault" ? error.fields.filter((each) => fieldOf[each.field]) : [];
     for (const { field, remedy } of fields) {
       at(fieldOf[field]).setAttribute("aria-invalid", "true");
