@@ -217,8 +217,8 @@ class Session:
         """The request as the method encodes it, after all checks that an edit begins with."""
         data = EditDataModule([request])
         data.attach(self.module, edit=True, evaluate=True)
-        (batch,) = data.train_dataloader()
-        return batch
+        batches: list[EditBatch] = list(data.train_dataloader())
+        return batches[0]
 
     def _against(self, request: EditRequest) -> list[Any]:
         """What policies have against one more fact: the folder is one run, however often the page was opened."""
