@@ -21,6 +21,7 @@ from cakeflow.editor import Editor, default_logger
 from cakeflow.errors import ConfigError, Fault, RequestError, ResumeError, RunFolderError
 from cakeflow.forward.tokens import EditBatch, TextBatch
 from cakeflow.journal.ledger import Entry, bodies, read_entries
+from cakeflow.journal.policy import HELD
 from cakeflow.journal.schema import EndBody, FreeAnswer, PolicyBody, RunBody
 from cakeflow.journal.steps import EditStep, facts_in_force, hashes_on_record
 from cakeflow.journal.store import LEDGER
@@ -85,6 +86,8 @@ class Session:
                 _note_start(editor, entries)
             else:
                 editor.module.open_journal(folder, None, editor.trainer())
+                for rule in editor.journal.policies.rules if start is not None else ():
+                    editor.journal.policies.record(rule, HELD)  # its batches were loaded only because they keep it
             yield cls(editor, folder)
 
     # ---- what the page asks for ----
@@ -166,7 +169,13 @@ class Session:
         return view
 
     def ask(self, prompt: str, chat: bool = False) -> dict[str, Any]:
-        """The free answer to a prompt, and the one of the unedited model."""
+        """The free answer to a prompt, and the one of the unedited model.
+
+        Raises:
+            RequestError: If the prompt is blank, or no valid text.
+        """
+        if not prompt.strip():
+            raise RequestError([Fault(0, "prompt", prompt, "must not be empty or blank")])
         now = self.editor.ask(prompt, chat=chat, tokens=TOKENS)
         with self.editor.reverted():
             unedited = self.editor.ask(prompt, chat=chat, tokens=TOKENS) if self.journal.edits else now

@@ -39,6 +39,14 @@ def test_a_fault_in_the_fact_names_its_field(client, tmp_path):
     assert content(tmp_path / "run") == files
 
 
+@pytest.mark.parametrize("prompt", ["", " ", "\ud800", "a b " * 5000, "\0"])
+def test_a_prompt_that_cannot_be_asked_is_a_typed_error_or_has_an_answer(client, prompt):
+    job = client.job("ask", prompt=prompt)
+    assert job["state"] == "done" or job["error"]["kind"].endswith("Error"), job
+    assert "terminal" not in str(job["error"])
+    assert (job["state"] == "failed") == (prompt in ("", " ", "\ud800"))
+
+
 @pytest.mark.parametrize(
     ("verb", "arguments"),
     [

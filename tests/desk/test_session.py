@@ -136,6 +136,17 @@ def test_a_finished_run_stays_as_it_is_and_another_folder_goes_on_from_it(opened
         pass
 
 
+def test_a_policy_that_earlier_edits_keep_is_on_record(opened, lm, requests, tmp_path):
+    editor_of(lm).fit(requests[:2], run_dir=tmp_path / "first")
+    trainer = {"callbacks": [PolicyGuard(Policy(minimum={"efficacy": 0.0}))]}
+    with opened(start=tmp_path / "first", trainer=trainer):
+        pass
+    with opened(trainer=trainer) as session:
+        assert session.journal.edits == 2
+    with pytest.raises(ResumeError, match="--policy FILE"), opened():
+        pass
+
+
 def test_a_replaced_fact_says_so_and_the_later_one_is_taken_back_first(opened):
     with opened() as session:
         session.apply(*FACT)
