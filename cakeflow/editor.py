@@ -40,6 +40,7 @@ from cakeflow.export.formats import export
 from cakeflow.export.manifest import Format
 from cakeflow.export.options import ExportOptions
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
@@ -299,9 +300,12 @@ class Editor:
         Raises:
             ConfigError: If no fact in force is that, or the method takes back whole batches only.
         """
+        return self.take_back(facts_about(self.journal, name))
+
+    def take_back(self, facts: Sequence[tuple[EditStep, int]]) -> list[dict[str, str]]:
+        """Take back facts, each by its batch in the journal and its place there; returns and raises as ``undo``."""
         edited = {**TRAINER_DEFAULTS, **({} if isinstance(self._trainer, L.Trainer) else self._trainer)}
         arguments = {**edited, "logger": False, "callbacks": [], "enable_progress_bar": False}
-        facts = facts_about(self.journal, name)
         prompts = [step.requests[i].text for step, i in facts]
         before = self.ask(prompts)
         undo_facts(lambda: L.Trainer(**arguments), self.module, facts)

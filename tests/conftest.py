@@ -245,6 +245,21 @@ def real_editor(smollm2: LanguageModel, tmp_path: Path) -> Iterator[Callable[...
         editor.rollback()
 
 
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium: the system's, or Playwright's own."""
+    driver = pytest.importorskip("playwright.sync_api", reason="tests in a browser need playwright")
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    path = next(filter(None, map(shutil.which, names)), None)
+    with driver.sync_playwright() as playwright:
+        try:
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except driver.Error as error:
+            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
+        yield browser
+        browser.close()
+
+
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Each test's own cache folder, in its own current folder; the user's are not touched."""

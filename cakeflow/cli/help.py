@@ -24,6 +24,7 @@ usage: cakeflow COMMAND [options]
 
 edit and measure:
   edit      Edit facts given as sentences
+  desk      Open a local page to edit facts by hand
   fit       Edit facts in a model
   evaluate  Measure how a model answers requests
 look at runs:

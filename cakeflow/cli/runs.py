@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from cakeflow.cli.console import say
+from cakeflow.cli.desk import run_desk
 from cakeflow.cli.diff import run_diff
 from cakeflow.cli.edit import run_edit, run_undo
 from cakeflow.cli.export import run_apply, run_export
@@ -185,6 +186,7 @@ def run_rollback(
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "edit": run_edit,
+    "desk": run_desk,
     "trace": run_trace,
     "facts": run_facts,
     "tune": run_tune,

@@ -367,8 +367,15 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
             ResumeError: If the folder holds a run that differs, or a finished one.
         """
         require_run_folder(folder)
+        run = self.run_body(data, trainer)
+        for part in (folder, folder / "journal") if self.private else ():
+            make_private(part)
+        self.journal.open(self.journal.store_at(folder / "journal"), run)
+
+    def run_body(self, data: Any, trainer: L.Trainer) -> RunBody:
+        """What the ledger says of a run that begins: everything that decides its outcome, and who runs it on what."""
         requests: Sequence[EditRequest] = data.requests if data else ()
-        run = RunBody(
+        return RunBody(
             model=self.name,
             settings=self.settings(),
             edits=len(requests),
@@ -379,6 +386,3 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
             loading=recorded(self._loading, self.lm),
             **circumstances().to_dict(),
         )
-        for part in (folder, folder / "journal") if self.private else ():
-            make_private(part)
-        self.journal.open(self.journal.store_at(folder / "journal"), run)

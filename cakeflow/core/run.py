@@ -177,7 +177,9 @@ def _fit(
     if not module.complete:
         _warn_of_rest(edits, len(data.requests), goes_on(folder) if folder else "")
     if folder is not None:
-        _write_run(folder, module, edits, {"before": before, "after": after})
+        write_files(folder, module, edits, {"before": before, "after": after})
+        if module.complete:
+            module.journal.close({name: file_hash(folder / name) for name in FILES if (folder / name).exists()})
         log_files(trainer, folder)
     return FitResult(
         before=before,
@@ -218,8 +220,15 @@ def _warn_of_rest(edits: int, requests: int, words: str) -> None:
     )
 
 
-def _write_run(folder: Path, module: EditModule, edits: int, metrics: dict[str, dict[str, float]]) -> None:
-    """Write ``run.json``, and mark the run as complete if it is."""
+def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str, dict[str, float]]) -> None:
+    """Write what a run measured: ``run.json``, and the answers of the edited model.
+
+    Args:
+        folder: The run folder, whose rights the files get.
+        module: The edit method after the run.
+        edits: Number of facts of the run.
+        metrics: Stage -> metrics.
+    """
     outcome = module.outcome
     if metrics["after"]:
         _write_lines(folder / "after.jsonl", module.answers)
@@ -246,8 +255,6 @@ def _write_run(folder: Path, module: EditModule, edits: int, metrics: dict[str, 
     write_text(folder / "run.json", info.model_dump_json(indent=1))
     pass_on_rights(folder, [folder / name for name in FILES if (folder / name).exists()])  # some are Lightning's
     pass_on_rights(folder, (folder / "journal").iterdir())
-    if module.complete:
-        module.journal.close({name: file_hash(folder / name) for name in FILES if (folder / name).exists()})
 
 
 def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:

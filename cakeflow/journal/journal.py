@@ -135,6 +135,17 @@ class Journal(Sequence[EditStep]):
             self.places.restore(set(step.places), self.steps)
             self.places.forget_all_but(known)
 
+    @contextmanager
+    def rehearsal(self) -> Iterator[None]:
+        """Take back, when the body ends, every batch that it makes; nothing is stored, and no number is used up."""
+        store, count, before, self.store = self.store, self._count, list(self.steps), None
+        try:
+            yield
+        finally:
+            with uninterrupted():
+                self._reduce_to(before)
+                self.store, self._count = store, count
+
     def apply(self, step: EditStep, change: Change, numbers: dict[str, float]) -> None:
         """Make a change as a part of the open batch; ``numbers`` is what is logged of it.
 
@@ -269,11 +280,7 @@ class Journal(Sequence[EditStep]):
             self.store.append(EndBody(files=dict(files)))
 
     def save(self, folder: Path) -> None:
-        """Write all batches into a new folder.
-
-        Raises:
-            ConfigError: If there is a journal already.
-        """
+        """Write all batches into a new folder. ``ConfigError``: there is a journal already."""
         store = self.store_at(folder)
         if store.recorded:
             raise ConfigError(f"{folder} holds a journal already; choose another folder")

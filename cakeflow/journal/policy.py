@@ -237,19 +237,29 @@ class Policies:
         Raises:
             PolicyError: If a policy does not allow it.
         """
-        journal, refusals = self._journal, []
-        edited = hashes_on_record(journal.steps)
+        edited = hashes_on_record(self._journal.steps)
         again = 0 if new else len(requests) - len({*map(request_hash, requests)} - edited)
-        earlier = len(edited) - len(self._earlier & edited) - again
-        for policy in self.rules:
-            names = [self.name, journal.base.fingerprint] if policy.models or policy.model_names else [self.name]
-            answers = list(policy.refusals(names, requests, unknown, earlier))
-            if answers:
-                texts = journal.store is None or journal.store.texts
-                self.record(policy, REFUSED, [each.reason if texts else each.discreet for each in answers])
-            refusals += answers
-        if refusals:
-            raise PolicyError(with_faults("the policy is broken; nothing was changed:", refusals))
+        self.refuse(self.answers(requests, unknown, len(edited) - len(self._earlier & edited) - again))
+
+    def answers(
+        self, requests: Sequence[EditRequest], unknown: int = 0, earlier: int = 0
+    ) -> list[tuple[Policy, list[Refusal]]]:
+        """Return what each policy has against facts; arguments as for ``Policy.refusals``."""
+        base = self._journal.base.fingerprint if any(rule.models or rule.model_names for rule in self.rules) else ""
+        return [(rule, [*rule.refusals([self.name, base], requests, unknown, earlier)]) for rule in self.rules]
+
+    def refuse(self, answers: Sequence[tuple[Policy, Sequence[Refusal]]]) -> None:
+        """Put refusals on record.
+
+        Raises:
+            PolicyError: If there are any.
+        """
+        texts = self._journal.store is None or self._journal.store.texts
+        for policy, refusals in answers:
+            if refusals:
+                self.record(policy, REFUSED, [each.reason if texts else each.discreet for each in refusals])
+        if reasons := [each for _, refusals in answers for each in refusals]:
+            raise PolicyError(with_faults("the policy is broken; nothing was changed:", reasons))
 
     def require_recorded(self, entries: Iterable[Entry]) -> None:
         """Ask for the batches on record that were not taken back.
@@ -302,7 +312,7 @@ class Policies:
         if "after" in stages and stages["after"].edits != self._journal.edits:
             metrics["after"] = {}  # of another state
         held = {body.policy for body in bodies(entries, PolicyBody) if body.outcome == HELD}
-        rules = [policy for policy in self.rules if entries and policy.hash not in held]
+        rules = [policy for policy in self.rules if entries and batches and policy.hash not in held]
         if faults := [fault for policy in rules for fault in policy.violations(metrics["before"], metrics["after"])]:
             raise PolicyError(with_faults("the policy is broken; nothing was changed:", faults))
 

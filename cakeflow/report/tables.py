@@ -162,6 +162,8 @@ def _details(body: Schema) -> str:
         case ModelBody():
             return f"{body.fingerprint[:12]}, {body.dtype}"
         case RunBody():
+            if not body.edits:  # none beforehand: a page, on which they are made one by one
+                return f"{body.model}, by hand"
             return f"{body.model}, {body.edits} edits in batches of {body.batch_size or body.edits}"
         case EvaluationBody():
             rates = [

@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny_runs import name_of
+from tiny_runs import content, name_of
 
 from cakeflow import Update
 from cakeflow.errors import ConfigError, NumericalError
@@ -113,6 +113,27 @@ def test_what_is_no_number_of_batches_is_refused(lm, requests, arguments, words)
         journal.rollback(**arguments)
     assert same(lm, edited)
     assert len(journal) == 1
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_rehearsal_leaves_nothing_in_model_folder_or_numbers(lm, requests, tmp_path, fails):
+    journal = Journal(lm)
+    journal.store = journal.store_at(tmp_path / "journal")
+    journal.store.append(journal.base)
+    edit(journal, requests[:2], 0)
+    before, keys, files = bits(lm), history(journal, 1).keys, content(tmp_path)
+    with suppress(ZeroDivisionError), journal.rehearsal():
+        edit(journal, requests[2:4], 10)
+        edit(journal, requests[4:6], 20, layers=(3, 4))
+        assert not same(lm, before)
+        if fails:
+            raise ZeroDivisionError
+    assert same(lm, before)
+    assert torch.equal(history(journal, 1).keys, keys)
+    assert content(tmp_path) == files
+    edit(journal, requests[2:4], 10)
+    assert [step.number for step in journal] == [0, 1]
+    assert (tmp_path / "journal" / "batch-00001.safetensors").exists()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

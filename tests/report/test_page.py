@@ -263,21 +263,6 @@ def test_a_real_run_through_the_command_line(workplace, monkeypatch, capsys):
     capsys.readouterr()
 
 
-@pytest.fixture(scope="module")
-def chromium():
-    """A headless Chromium: the system's, or Playwright's own."""
-    driver = pytest.importorskip("playwright.sync_api", reason="the page's browser test needs playwright")
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    path = next(filter(None, map(shutil.which, names)), None)
-    with driver.sync_playwright() as playwright:
-        try:
-            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except driver.Error as error:
-            pytest.skip(f"no Chromium: {str(error).splitlines()[0]}")
-        yield browser
-        browser.close()
-
-
 @pytest.fixture
 def visit(chromium, make_run, tmp_path):
     """Opens the page of a run of 40 hostile edits, and collects everything the browser complains of or asks for."""

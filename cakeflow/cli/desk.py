@@ -1,0 +1,78 @@
+"""``cakeflow desk``: a page on this machine to edit facts by hand."""
+
+from __future__ import annotations
+
+import shlex
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from cakeflow.callbacks import PolicyGuard
+from cakeflow.cli.console import say
+from cakeflow.desk import DeskServer, Session, Worker
+from cakeflow.desk.calls import Calls, serve
+from cakeflow.desk.session import require_own_run
+from cakeflow.desk.work import PhaseProfiler
+from cakeflow.editor import Editor
+from cakeflow.errors import require_count
+from cakeflow.journal.audit import name_of_base
+
+PORT = 8750
+
+
+def run_desk(
+    run_dir: Path | None = None,
+    from_run: Path | None = None,
+    model: str | None = None,
+    method: str = "cake",
+    model_config: str | None = None,
+    layers: list[int] | None = None,
+    policy: Path | None = None,
+    record_texts: bool = True,
+    port: int = PORT,
+) -> Path:
+    """Open a local page to edit facts by hand: type a fact, look at it, try it, apply it, take it back.
+
+    Only this machine reaches the page, by the address with the token that is shown. Ctrl-C ends it; the same command
+    with its --run_dir goes on.
+
+    Args:
+        run_dir: Run folder, new or of an earlier page; by default a new one.
+        from_run: Finished run to go on from; its edits stay.
+        model: Name, hub id, folder or GGUF file; by default the run's.
+        method: A shipped recipe or a YAML file.
+        model_config: Tuned numbers for the model, by name or YAML file.
+        layers: Layers to edit, for a model without them.
+        policy: YAML file of a policy: what it forbids is refused or undone.
+        record_texts: Whether the run folder has the texts of the facts.
+        port: Port of the page; 0 takes any that is free.
+
+    Raises:
+        ConfigError: If the port is in use, or the folder holds another run.
+        ResumeError: If the folder's run is of another model or policy.
+        LockedError: If another process writes the folder.
+    """
+    require_count("port", port)
+    worker = Worker()
+    rules = [PolicyGuard(str(policy))] if policy else []
+    entries = require_own_run(run_dir) if run_dir else []
+    with closing(DeskServer(port)) as server:  # before anything is loaded or written
+        base = model or (name_of_base(run_dir) if run_dir and entries else "smollm2-135m")
+        trainer: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "callbacks": rules}
+        editor = Editor.from_pretrained(
+            base,
+            method,
+            config=model_config,
+            layers=layers,
+            record_texts=record_texts,
+            trainer={**trainer, "profiler": PhaseProfiler(worker.step)},
+        )
+        with Session.opened(editor, run_dir, from_run) as session:
+            server.calls = Calls(session, worker).by_name()
+            say(f"open {server.address}")
+            say("only this machine reaches it, and only with this address; Ctrl-C ends it")
+            with suppress(KeyboardInterrupt):
+                serve(worker, server)
+            say(f"closed with {editor.journal.edits} facts in force")
+            say(f"go on with: cakeflow desk --run_dir {shlex.quote(str(session.folder))}")
+    return session.folder

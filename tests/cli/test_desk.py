@@ -1,0 +1,82 @@
+"""``cakeflow desk``: what is refused before anything is loaded or written, and an orderly end."""
+
+import http.client
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from cakeflow.cli.desk import run_desk
+from cakeflow.desk.server import HEADER
+from cakeflow.errors import ConfigError
+from cakeflow.journal import verify
+
+
+@pytest.fixture
+def method(workplace):
+    """A quick recipe for the tiny model."""
+    path = workplace / "quick.yaml"
+    path.write_text(
+        "model:\n  targets: {steps: 4, lr: 0.5}\n  statistics: {tokens: 1024, window: 32, batch_tokens: 1024}\n"
+        "  contexts: {groups: [['{}']]}\n"
+    )
+    return path
+
+
+def test_a_port_in_use_is_refused_before_anything_is_written(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(ConfigError, match="is in use by another program; choose another one: --port N"):
+            run_desk(tmp_path / "run", model="no such model", port=taken.getsockname()[1])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"model": "no_such_model"}, "no shipped model config for this model: name the layers"),
+        ({"policy": "missing.yaml"}, "policy 'missing.yaml' cannot be read"),
+        ({"port": -1}, "port must be a whole number of at least 0"),
+        ({"method": "caek"}, "did you mean 'cake'"),
+    ],
+)
+def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, options, words):
+    with pytest.raises(ConfigError, match=words):
+        run_desk(tmp_path / "run", **{"port": 0, **options})
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_it_and_the_same_folder_goes_on(method, workplace):
+    words = [sys.executable, "-m", "cakeflow", "desk", "--run_dir", "run", "--method", str(method), "--layers", "[1]"]
+    for edits, further in ((0, ["--model", "model"]), (1, [])):  # the folder knows its model
+        command = [*words, *further, "--port", "0"]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workplace
+        ) as page:
+            port, token = re.search(r":(\d+)/\?token=(\S+)", page.stdout.readline()).groups()
+            answer = call(port, token, "state")
+            assert answer["state"]["edits"] == edits
+            job = call(port, token, "apply", sentence=f"{('Ann Lee', 'Bob Ray')[edits]} is from", answer="Peru")["job"]
+            while (view := call(port, token, "job", job=job)["job"])["state"] in ("waiting", "running"):
+                pass
+            assert view["state"] == "done", view["error"]
+            page.send_signal(signal.SIGINT)
+            out, err = page.communicate(timeout=60)
+        assert page.returncode == 0, err
+        assert f"closed with {edits + 1} facts in force" in out
+        assert "go on with: cakeflow desk --run_dir run" in out
+        assert "Traceback" not in err
+    assert verify(workplace / "run").faults == []
+
+
+def call(port, token, verb, **arguments):
+    connection = http.client.HTTPConnection("127.0.0.1", int(port), timeout=60)
+    headers = {"Content-Type": "application/json", HEADER: token}
+    connection.request("POST", f"/api/{verb}", json.dumps(arguments), headers)
+    return json.loads(connection.getresponse().read())
