@@ -1,4 +1,4 @@
-"""How stale the keys are that solves preserve."""
+"""The age of the keys that solves preserve: how far they have moved since they were recorded."""
 
 from __future__ import annotations
 

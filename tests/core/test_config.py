@@ -120,12 +120,8 @@ def test_composed_edits(method):
 
 
 def test_each_class_has_model_configs_of_its_own():
-    assert {name for name, path in METHODS.items() if model_kind(path) != "model"} == {
-        *BESIDE,
-        *COMPOSED,
-        *CONTROLS,
-        *IMAGES,
-    }
+    others = {name for name, path in METHODS.items() if model_kind(path) != "model"}
+    assert others == {*BESIDE, *COMPOSED, *CONTROLS, *IMAGES}
 
 
 @pytest.mark.parametrize("method", BESIDE)
@@ -133,9 +129,7 @@ def test_side_memories_take_the_numbers_of_a_model(method):
     numbers = yaml.safe_load(find_config("model/SideMemory", "smollm2-135m").read_text())["model"]
     module = build_module([METHODS[method], find_config("model/SideMemory", "smollm2-135m")])
     assert module.layer == numbers["layer"]
-    assert {name: getattr(module.rule, name) for name in ("lr", "steps")} == {
-        name: numbers["rule"][name] for name in ("lr", "steps")
-    }
+    assert (module.rule.lr, module.rule.steps) == (numbers["rule"]["lr"], numbers["rule"]["steps"])
     assert module.rule.decay_everywhere == (method == "wise_official")
 
 
