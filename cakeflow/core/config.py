@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from inspect import signature
@@ -56,10 +56,27 @@ def read_config(path: Path) -> Any:
 
 def takes_model_config(method: Path) -> bool:
     """Return True if a method takes the numbers of a model config: those are arguments of ``LocateThenEdit``."""
+    return module_class(method).rpartition(".")[2] in ("", "LocateThenEdit")
+
+
+def module_class(method: Path) -> str:
+    """Return the class that a method's config names; empty if it leaves that open."""
     content = read_config(method)
     model = content.get("model") if isinstance(content, dict) else None
     name = model.get("class_path") if isinstance(model, dict) else None
-    return name is None or str(name).rpartition(".")[2] == "LocateThenEdit"
+    return "" if name is None else str(name)
+
+
+def module_defaults(methods: Sequence[str]) -> dict[str, Any]:
+    """Return the default class of the edit module for a command: the one that the last recipe names, if it names one.
+
+    The arguments of another class would stay beside those of the recipe's.
+
+    Args:
+        methods: The recipes that the command names.
+    """
+    kind = module_class(find_config("method", methods[-1])) if methods else ""
+    return {"model": {"class_path": kind}} if kind else MODULE_DEFAULTS
 
 
 def build_module(configs: list[Path], **values: Any) -> EditModule:

@@ -115,5 +115,13 @@ IMAGES = {
     "vit_gradient": (GradientTargets(), RelativeRidge(0.01), 0.0),
     "vit_ft": (HeadTargets(), Descent(100, 1e-3, None), 0.0),
     "vit_ft_kl": (HeadTargets(), Descent(200, 1e-3, None), 10.0),
+    "vit_heads_direct": (HeadTargets(6, ranking="direct", effect="direct"), RelativeRidge(0.01), 0.0),
 }
-"""Recipe of image classifiers -> targets, solver, weight of the divergence on unrelated images."""
+"""Recipe of a classifier's edit -> targets, solver, weight of the divergence on unrelated images."""
+BODIES = {
+    "vit_heads_removed": {"heads": HeadTargets(3), "realign": True, "agree": 1.0, "ridge": 0.01},
+    "vit_alphaedit": {"layers": (-3, -2, -1), "tokens": "all", "solver": NullSpace(LeastSquares(1e-4), 0.01)},
+    "vit_memit": {"layers": (-4, -3, -2), "tokens": "all", "solver": RelativeRidge(0.01)},
+    "vit_rome": {"layers": (-4,), "tokens": "all", "solver": RelativeRidge(0.01)},
+}
+"""Recipe that edits the blocks of an image classifier -> its settings."""

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cakeflow_vision import ClassifierEdit
+from cakeflow_vision import ClassifierEdit, HeadRemoval, ProjectionEdit
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -32,7 +32,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import BESIDE, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import BESIDE, BODIES, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -93,8 +93,17 @@ def test_compositions_for_images(method):
     assert not hasattr(module, "lm")
 
 
+@pytest.mark.parametrize("method", BODIES)
+def test_compositions_for_blocks_of_image_classifiers(method):
+    pictures = [np.full((2, 2, 3), value, np.uint8) for value in (1, 2)]
+    module = build_module([METHODS[method]], base="somewhere", unrelated=pictures)
+    assert isinstance(module, HeadRemoval if method == "vit_heads_removed" else ProjectionEdit)
+    assert {name: getattr(module, name) for name in BODIES[method]} == BODIES[method]
+    assert not hasattr(module, "lm")
+
+
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) | set(IMAGES) == set(METHODS)
+    assert set(PARTS) | set(OVER) | set(OFFICIAL) | set(BESIDE) | set(IMAGES) | set(BODIES) == set(METHODS)
 
 
 @pytest.mark.parametrize("method", BESIDE)
@@ -106,7 +115,7 @@ def test_side_memories(method):
 
 
 def test_only_methods_of_other_classes_take_no_model_config():
-    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == {*BESIDE, *IMAGES}
+    assert {name for name, path in METHODS.items() if not takes_model_config(path)} == {*BESIDE, *IMAGES, *BODIES}
 
 
 @pytest.mark.parametrize(
