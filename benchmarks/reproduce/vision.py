@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import statistics
 import time
 import warnings
 from dataclasses import replace
@@ -33,8 +34,15 @@ from cakeflow_vision import (
     Recall,
     RelativeRidge,
     probabilities,
+    replacements,
+    representations,
+    score_heads,
+    top_heads,
+    without_heads,
 )
 from fashion import Data, backbone, load
+from scipy import stats
+from torch import Tensor
 
 from cakeflow import Editor, LeastSquares, NullSpace
 from cakeflow.data import ImageEditRequest, ImageProbe, Picture
@@ -45,6 +53,7 @@ from cakeflow.storage import write_text
 RESULTS = Path(__file__).parent / "results" / "vision.json"
 SANDAL, SNEAKER = 5, 7
 COLUMNS = ("sr", "gr", "lr", "lr_sensitive", "a", "mirror")
+SENSITIVE, BATCH = 0.3, 32
 WITHIN = 3.0
 """Points by which a column other than SR may differ from the notes."""
 NOTES = {
@@ -56,11 +65,13 @@ NOTES = {
     "gradient": (100, 80.9, 97.0, 77, 87.0, 53.0),
     "ft": (100, 95.6, 81.0, 46, 97.0, 0.0),
     "ft_kl": (100, 72.1, 98.3, 89, 81.0, 33.0),
-    "removed": (87.5, 62, 83, 40, 71, 19),
-    "removed_realigned": (87.5, 46, 88, 40, 59, 37),
+    "hooked": (87.5, 62, 83, 40, 71, 19),
+    "hooked_realigned": (87.5, 46, 88, 40, 59, 37),
     "removed_zero": (81, 68, 63, 40, 74, 13),
 }
 """Arm -> its row in the project's notes."""
+DRAWN = ("heads", "ft_kl", "gradient", "gradient_ridge")
+"""Arms of ``--draws``."""
 DRAWS = 6
 """Draws of random heads, whose mean is reported."""
 
@@ -76,7 +87,7 @@ class Pictures(NamedTuple):
     unrelated: list[Picture]
 
     def half(self) -> Pictures:
-        """Half of everything but the edited pictures, as the notes measured heads that are removed.
+        """Half of the pictures that measure the edit, as the notes measured heads that are removed.
 
         The halves are those whose accuracies and number of sensitive images are the notes' (26, 34, 10).
         """
@@ -87,7 +98,6 @@ class Pictures(NamedTuple):
             wrong_a=[each for each in a if each.hash in wrong],
             b=self.b[: len(self.b) // 2],
             locality=self.locality[::2],
-            unrelated=self.unrelated[: len(self.unrelated) // 2],
         )
 
     def requests(self) -> list[ImageEditRequest]:
@@ -131,9 +141,15 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "heads_direct": (ClassifierEdit, {"targets": HeadTargets(6, ranking="direct", effect="direct"), "solver": RIDGE}),
     "random_heads": (ClassifierEdit, {"targets": HeadTargets(3, ranking="random"), "solver": RIDGE}),
     "gradient": (ClassifierEdit, {"targets": GradientTargets(), "solver": RIDGE}),
+    "hooked": (HeadRemoval, {"heads": HeadTargets(3), "realign": False}),
+    "hooked_realigned": (HeadRemoval, {"heads": HeadTargets(3)}),
     "removed": (HeadRemoval, {"heads": HeadTargets(3), "realign": False}),
     "removed_realigned": (HeadRemoval, {"heads": HeadTargets(3)}),
     "removed_zero": (HeadRemoval, {"heads": HeadTargets(3, "zero"), "realign": False}),
+    "gradient_ridge": (
+        ClassifierEdit,
+        {"targets": GradientTargets(lr=0.0175), "solver": RelativeRidge(0.2), "preserve": 0.05},
+    ),
     "heads_zero": (ClassifierEdit, {"targets": HeadTargets(3, "zero"), "solver": RIDGE}),
     "heads_first_order": (ClassifierEdit, {"targets": HeadTargets(3, ranking="first_order"), "solver": RIDGE}),
     "rome": (ProjectionEdit, {"layers": (-4,), "solver": RIDGE}),
@@ -142,15 +158,17 @@ ARMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "alphaedit_first": (ProjectionEdit, {"solver": NULL, "tokens": "first"}),
 }
 """Arm -> the method and its arguments."""
-HALVES = ("removed", "removed_realigned", "removed_zero")
-"""Arms that the notes measured on the first half of the test images, with 200 unrelated ones."""
+HALVES = ("hooked", "hooked_realigned", "removed", "removed_realigned", "removed_zero")
+"""Arms that the notes measured on half of the test images."""
+HOOKED = ("hooked", "hooked_realigned")
+"""Arms whose heads a hook replaces by their means at every position, as the notes did; a weight cannot do so."""
 
 
 def measure(vm: VisionModel, images: Pictures, recall: Recall, name: str, **changes: Any) -> dict[str, float]:
     """Edit, evaluate, roll back, in percent; the model is the unedited one afterwards, bit for bit."""
     before = {name: each.clone() for name, each in vm.model.state_dict().items()}
     method, arguments = ARMS[name]
-    settings = {"unrelated": images.unrelated, "evaluation": ImageEvaluation(0.3), "recall": recall}
+    settings = {"unrelated": images.unrelated, "evaluation": ImageEvaluation(SENSITIVE), "recall": recall}
     editor = Editor(method(vm, **settings, **{**arguments, **changes}), {"logger": False, "enable_progress_bar": False})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -159,6 +177,54 @@ def measure(vm: VisionModel, images: Pictures, recall: Recall, name: str, **chan
     editor.rollback()
     assert all(torch.equal(each, before[name]) for name, each in vm.model.state_dict().items())
     return {column: round(100 * after[column], 1) for column in COLUMNS}
+
+
+@torch.no_grad()
+def hooked(vm: VisionModel, images: Pictures, recall: Recall, name: str) -> dict[str, float]:
+    """Replace heads by a hook in every pass, and align the classifier as ``HeadRemoval`` does; in percent."""
+    arguments = ARMS[name][1]
+    own, others = (_pixels(vm, part) for part in ([each for each, _ in images.edited], images.unrelated))
+    labels = torch.tensor([label for _, label in images.edited])
+    means = replacements(vm, "mean", others, recall)
+    heads = top_heads(score_heads(vm, own, labels, means), arguments["heads"].top)
+
+    def features(pixels: Tensor) -> Tensor:
+        parts = []
+        for part in pixels.split(BATCH):
+            with without_heads(vm, heads, means, len(part)):
+                parts.append(representations(vm, part)[0]["classifier"].double())
+        return torch.cat(parts)
+
+    weight, bias = vm.oriented("classifier.weight").double(), vm.module("classifier").bias.double()
+    change = torch.zeros_like(weight)
+    if arguments.get("realign", True):
+        keys, edited = features(others[::2]), features(own)
+        before = representations(vm, others, recall)[0]["classifier"].double()[::2]
+        ridge = 0.01 * float((keys**2).sum()) / keys.shape[1] * torch.eye(keys.shape[1], dtype=torch.float64)
+        system = keys.T @ keys + edited.T @ edited + ridge
+        change = weight @ torch.linalg.solve(system, keys.T @ (before - keys)).T
+
+    def answers(pictures: list[Picture]) -> Tensor:
+        return (features(_pixels(vm, pictures)) @ (weight + change).T + bias).argmax(1)
+
+    local = [each for each, _ in images.locality]
+    before = probabilities(vm, local, recall)
+    top, expected = before.topk(2, 1).values, torch.tensor([label for _, label in images.locality])
+    sensitive = (before.argmax(1) == expected) & (top[:, 0] - top[:, 1] < SENSITIVE)
+    keeps = answers(local) == before.argmax(1)
+    rates = {
+        "sr": answers([each for each, _ in images.edited]) == labels,
+        "gr": answers(images.wrong_a) == SANDAL,
+        "lr": keeps,
+        "lr_sensitive": keeps[sensitive],
+        "a": answers(images.a) == SANDAL,
+        "mirror": answers(images.b) == SNEAKER,
+    }
+    return {column: round(100 * float(rate.double().mean()), 1) for column, rate in rates.items()}
+
+
+def _pixels(vm: VisionModel, pictures: list[Picture]) -> Tensor:
+    return torch.cat([vm.pixels([each.pixels()]) for each in pictures])
 
 
 def _accuracy(vm: VisionModel, images: Pictures, recall: Recall) -> float:
@@ -177,6 +243,8 @@ def unedited(vm: VisionModel, images: Pictures, recall: Recall) -> dict[str, flo
 def run_arm(vm: VisionModel, images: Pictures, recall: Recall, name: str) -> dict[str, float]:
     """One row of the table; that of random heads is a mean over draws."""
     images = images.half() if name in HALVES else images
+    if name in HOOKED:
+        return hooked(vm, images, recall, name)
     if name != "random_heads":
         return measure(vm, images, recall, name)
     targets = ARMS[name][1]["targets"]
@@ -189,6 +257,33 @@ def check_reference(vm: VisionModel, data: Data) -> float:
     with torch.no_grad():
         logits = vm.logits(vm.pixels(list(data.reference["images"])))
     return float((logits - torch.tensor(data.reference["logits"])).abs().max())
+
+
+def run_draws(vm: VisionModel, data: Data, images: Pictures, recall: Recall, count: int) -> dict[str, Any]:
+    """Rows of ``DRAWN`` for draws of 16 among all wrong images of the split ``edit``; the test images are the same."""
+    pictures = [Picture(each) for each in data.images("edit")]
+    wrong = [place for place, label in enumerate(probabilities(vm, pictures, recall).argmax(1)) if int(label) != SANDAL]
+    rows: dict[str, list[dict[str, float]]] = {name: [] for name in DRAWN}
+    for seed in range(count):
+        order = torch.randperm(len(wrong), generator=torch.Generator().manual_seed(seed))[: len(images.edited)]
+        drawn = images._replace(edited=[(pictures[wrong[place]], SANDAL) for place in order.tolist()])
+        for name in DRAWN:
+            rows[name].append(measure(vm, drawn, recall, name))
+            print(f"draw {seed}, {name}: {rows[name][-1]}", flush=True)
+    return rows
+
+
+def draws_table(rows: dict[str, list[dict[str, float]]]) -> str:
+    """Means over draws with 95 % intervals of the mean by Student's t, in Markdown."""
+    lines = ["| arm | SR | GR | LR | LR sensitive | group a | mirror |", "|" + " --- |" * 7]
+    for name, draws in rows.items():
+        cells = []
+        for key in COLUMNS:
+            values = [row[key] for row in draws]
+            half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+            cells.append(f"{statistics.mean(values):.1f} ± {half:.1f}")
+        lines.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 # ---- tables ----
@@ -219,6 +314,9 @@ def main() -> None:
     parser.add_argument("--wheel", type=Path, help="the wheel that the model is converted from, once")
     parser.add_argument("--out", type=Path, default=RESULTS, help="JSON file of the rows")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS), metavar="ARM", help=", ".join(ARMS))
+    parser.add_argument(
+        "--draws", type=int, help="in place of the arms, a few of them on so many draws of edited images"
+    )
     parser.add_argument("--tables", action="store_true", help="only print the table of the stored rows")
     options = parser.parse_args()
     stored: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
@@ -229,7 +327,10 @@ def main() -> None:
         stored["unedited"] = unedited(vm, images, recall)
         stored["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}"
         print(f"largest difference from reference.npz: {stored['reference']:.1e}; unedited: {stored['unedited']}")
-        for name in options.arms:
+        if options.draws:
+            stored["draws"] = run_draws(vm, data, images, recall, options.draws)
+            write_text(options.out, json.dumps(stored, indent=1) + "\n")
+        for name in () if options.draws else options.arms:
             stored["rows"][name] = run_arm(vm, images, recall, name)
             print(
                 name, stored["rows"][name], f"{time.perf_counter() - start:.0f} s", misses(name, stored["rows"][name])
@@ -238,6 +339,8 @@ def main() -> None:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             write_text(options.out, json.dumps(stored, indent=1) + "\n")
     print(table(stored["rows"]))
+    if "draws" in stored:
+        print(draws_table(stored["draws"]))
 
 
 if __name__ == "__main__":

@@ -89,7 +89,7 @@ def test_compositions_for_images(method):
     module = build_module([METHODS[method]], base="somewhere", unrelated=pictures)
     assert isinstance(module, ClassifierEdit)
     assert (module.targets, module.solver, module.divergence) == IMAGES[method]
-    assert (module.preserve, module.use_history) == (0.1, True)
+    assert (module.preserve, module.use_history) == (0.05 if method == "vit_gradient_ridge" else 0.1, True)
     assert not hasattr(module, "lm")
 
 

@@ -1,4 +1,4 @@
-"""Image classifiers and run folders on disk: exports, and the commands that read them."""
+"""What all methods for images share: exports, thumbnails, and the commands that read run folders and models."""
 
 import csv
 
