@@ -48,7 +48,7 @@ from cakeflow import Editor, LeastSquares, NullSpace
 from cakeflow.data import ImageEditRequest, ImageProbe, Picture
 from cakeflow.models import VisionModel
 from cakeflow.solvers import Descent
-from cakeflow.storage import write_text
+from cakeflow.storage import cache_folder, write_text
 
 RESULTS = Path(__file__).parent / "results" / "vision.json"
 SANDAL, SNEAKER = 5, 7
@@ -186,7 +186,8 @@ def hooked(vm: VisionModel, images: Pictures, recall: Recall, name: str) -> dict
     own, others = (_pixels(vm, part) for part in ([each for each, _ in images.edited], images.unrelated))
     labels = torch.tensor([label for _, label in images.edited])
     means = replacements(vm, "mean", others, recall)
-    heads = top_heads(score_heads(vm, own, labels, means), arguments["heads"].top)
+    scores = recall(vm, "scores", [own, labels, others], lambda: score_heads(vm, own, labels, means))
+    heads = top_heads(scores, arguments["heads"].top)
 
     def features(pixels: Tensor) -> Tensor:
         parts = []
@@ -322,7 +323,8 @@ def main() -> None:
     stored: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {"rows": {}}
     if not options.tables:
         data = Data()
-        vm, images, recall, start = load(backbone(options.wheel)), pictures(data), Recall(), time.perf_counter()
+        vm, images, start = load(backbone(options.wheel)), pictures(data), time.perf_counter()
+        recall = Recall(cache_folder() / "vision")  # representations are read again by the next command
         stored["reference"] = check_reference(vm, data)
         stored["unedited"] = unedited(vm, images, recall)
         stored["machine"] = f"{platform.machine()}, {torch.get_num_threads()} thread, torch {torch.__version__}"

@@ -1,5 +1,6 @@
 """Values kept by the hashes of a model and of images."""
 
+import pytest
 import torch
 from cakeflow_vision import Recall, probabilities, replacements
 from cakeflow_vision.heads import representations
@@ -7,6 +8,7 @@ from cakeflow_vision.recall import model_hash
 from tiny_vision import random_images, random_vision_model
 
 from cakeflow.data import Picture
+from cakeflow.errors import ConfigError
 
 
 def test_a_value_is_computed_once_for_a_model_and_its_images():
@@ -14,7 +16,7 @@ def test_a_value_is_computed_once_for_a_model_and_its_images():
     images = vm.pixels(random_images(2))
 
     def value(images, name="a", **further):
-        return recall(vm, name, [images], lambda: calls.append(1) or len(calls), **further)
+        return int(recall(vm, name, [images], lambda: torch.tensor(calls.append(1) or len(calls)), **further))
 
     assert value(images) == value(images.clone()) == 1
     assert value(images.flip(0)) == 2
@@ -56,3 +58,26 @@ def test_means_of_heads_are_kept_beside_representations():
     first = replacements(vm, "mean", pixels, recall)
     assert replacements(vm, "mean", pixels, recall) is first
     assert replacements(vm, "zero", pixels, recall) is not first
+
+
+def test_another_process_reads_values_from_a_folder(tmp_path):
+    vm, pixels = random_vision_model("deit, two heads"), random_vision_model().pixels(random_images(6))
+    labels = torch.arange(6) % 5
+    first = Recall(tmp_path / "kept")
+    features, means = representations(vm, pixels, first)[0], replacements(vm, "mean", pixels, first)
+    scores = first(vm, "scores", [pixels, labels], lambda: torch.rand(6, 4, 4))
+
+    def never():
+        raise AssertionError("computed again")
+
+    later = Recall(tmp_path / "kept")
+    assert torch.equal(later(vm, "scores", [pixels, labels], never), scores)
+    again = replacements(vm, "mean", pixels, later)
+    assert sorted(again) == sorted(means) == [0, 1, 2, 3]
+    assert all(torch.equal(again[layer], each) for layer, each in means.items())
+    same = later(vm, "representations", [pixels], never, classifiers=False)
+    assert all(torch.equal(same[path], each) for path, each in features.items())
+    for path in (tmp_path / "kept").glob("*.safetensors"):
+        path.write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="delete it, and it is computed again"):
+        Recall(tmp_path / "kept")(vm, "scores", [pixels, labels], never)
