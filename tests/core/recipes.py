@@ -121,7 +121,7 @@ IMAGES = {
 """Recipe of a classifier's edit -> targets, solver, weight of the divergence on unrelated images."""
 BODIES = {
     "vit_heads_removed": {"heads": HeadTargets(3), "realign": True, "agree": 1.0, "ridge": 0.01},
-    "vit_alphaedit": {"layers": (-3, -2, -1), "tokens": "all", "solver": NullSpace(LeastSquares(1e-4), 0.01)},
+    "vit_alphaedit": {"layers": (-3, -2, -1), "tokens": "first", "solver": NullSpace(LeastSquares(1e-4), 0.01)},
     "vit_memit": {"layers": (-4, -3, -2), "tokens": "all", "solver": RelativeRidge(0.01)},
     "vit_rome": {"layers": (-4,), "tokens": "all", "solver": RelativeRidge(0.01)},
 }
