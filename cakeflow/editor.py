@@ -235,8 +235,7 @@ class Editor:
             ResumeError: If the folder holds another run, naming the differences, or a finished one.
         """
         data = EditDataModule(requests, batch_size)
-        checks = evaluate and isinstance(self.module.lm, LanguageModel)  # they ask in words
-        return run_fit(self.trainer(run_dir, checks=checks), self.module, data, evaluate=evaluate)
+        return run_fit(self.trainer(run_dir, checks=evaluate), self.module, data, evaluate=evaluate)
 
     def evaluate(self, requests: Any, batch_size: int = 16) -> EvaluationResult:
         """Evaluate the model as it is now.

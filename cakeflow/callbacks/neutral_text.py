@@ -15,6 +15,7 @@ from cakeflow.errors import ConfigError
 from cakeflow.forward.corpus import token_stream
 from cakeflow.forward.packing import logits_bytes, pass_bytes, require_bytes
 from cakeflow.metrics.distribution import prediction_shift
+from cakeflow.models.language import LanguageModel
 
 
 class NeutralText(PeriodicCallback):
@@ -48,12 +49,18 @@ class NeutralText(PeriodicCallback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Read the text before the expensive work, so that a bad source stops the run at once."""
         module: Any = pl_module
+        if not isinstance(module.lm, LanguageModel):  # a model of images reads no text
+            return
         source = [_builtin_text()] if self.source is None else read_documents(self.source)
         stream, window = token_stream(module.lm, source, self.tokens), min(self.window, module.lm.longest)
         if len(stream) < window:
             raise ConfigError(f"neutral text {self.source!r} has {len(stream)} tokens; a window needs {window}")
         whole = len(stream) // window * window
         self._windows = torch.tensor(stream[:whole], device=module.lm.device).reshape(-1, window)
+
+    def _measure(self, trainer: L.Trainer, module: Any) -> None:
+        if isinstance(module.lm, LanguageModel):
+            super()._measure(trainer, module)
 
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:

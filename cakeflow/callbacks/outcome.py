@@ -25,6 +25,7 @@ from cakeflow.evaluation.outcome import (
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import FreeAnswer
 from cakeflow.journal.steps import request_hash
+from cakeflow.models.language import LanguageModel
 
 MOST_DROP = 0.25
 """Default budget: the part of familiar facts that may be lost."""
@@ -64,6 +65,8 @@ class OutcomeCheck(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: Any) -> None:
         """Ask all questions, in the evaluations before and after the edits."""
+        if not isinstance(pl_module.lm, LanguageModel):  # pictures are not asked about in words
+            return
         if trainer.sanity_checking or pl_module.stage not in ("before", "after"):
             return
         with pl_module.phase("evaluation"):

@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from cakeflow.cli.console import LogHandler, plain_warnings
-from cakeflow.cli.evaluate import EditedModel, take_run
+from cakeflow.cli.evaluate import EditedModel, take_run, values_of
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import MODULE_DEFAULTS, find_config, model_kind, own_errors, read_config, shipped
+from cakeflow.core.config import find_config, model_kind, module_defaults, own_errors, read_config, shipped
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
@@ -109,6 +109,7 @@ class EditCLI(LightningCLI):
         **kwargs: Any,
     ) -> None:
         self.trusted, self.edited, self.words = trusted, edited, words
+        self.defaults = module_defaults(values_of("--method", words))
         super().__init__(*args, **kwargs)
 
     @staticmethod
@@ -132,7 +133,7 @@ class EditCLI(LightningCLI):
             action="store_true",
             help="Exit status 1 unless every fact was learned and side effects are within the budget.",
         )
-        parser.set_defaults(MODULE_DEFAULTS)
+        parser.set_defaults(self.defaults)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse options and configs, and turn errors that jsonargparse lets through into ``ConfigError``."""

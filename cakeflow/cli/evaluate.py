@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cakeflow.core.config import find_config, model_kind
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError
-from cakeflow.journal.audit import base_of, ledger_of
+from cakeflow.journal.audit import base_of, ledger_of, name_of_base
 from cakeflow.journal.ledger import read_entries, requests_in_force
 
 
@@ -64,6 +65,23 @@ class EditedModel:
         return EditDataModule(**{**settings, "source": requests})
 
 
+def _edits_layers(words: Sequence[str]) -> bool:
+    """True if no recipe is named, or one of a class that needs layers."""
+    return all(model_kind(find_config("method", name)) == "model" for name in values_of("--method", words))
+
+
+def values_of(option: str, words: Sequence[str]) -> list[str]:
+    """Return the values that a command gives to an option, as ``--name value`` or ``--name=value``.
+
+    Example:
+        >>> values_of("--method", ["fit", "--method", "cake", "--method=memit"])
+        ['cake', 'memit']
+    """
+    parts = [word.partition("=") for word in words]
+    following = [*words[1:], ""]
+    return [part[2] if part[1] else after for part, after in zip(parts, following, strict=True) if part[0] == option]
+
+
 def take_run(words: Sequence[str]) -> tuple[list[str], EditedModel | None]:
     """Return the words of ``evaluate`` as they are without ``--run RUN``, and the run; of other commands None.
 
@@ -79,8 +97,10 @@ def take_run(words: Sequence[str]) -> tuple[list[str], EditedModel | None]:
     if not value or value.startswith("--"):
         raise ConfigError("--run needs a run folder: cakeflow evaluate --run RUN")
     rest = [*words[:place], *words[place + (1 if joined else 2) :]]
-    if {"--config", "--model.layers"}.isdisjoint(options):
+    if {"--config", "--model.layers"}.isdisjoint(options) and _edits_layers(rest):
         rest += ["--model.layers", "auto"]  # none are edited, but a module cannot do without
+    elif {"--config", "--model", "--model.base"}.isdisjoint(options):
+        rest += ["--model.base", name_of_base(Path(value))]  # other methods have no model by default
     own_model, own_data = (
         {"--config", f"--{kind}", f"--{kind}.{name}"}.isdisjoint(options)
         for kind, name in (("model", "base"), ("data", "source"))

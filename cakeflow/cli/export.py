@@ -11,7 +11,7 @@ from cakeflow.export.manifest import Format, Manifest, require_place
 from cakeflow.export.options import ExportOptions
 from cakeflow.journal.audit import replay
 from cakeflow.journal.policy import Policy
-from cakeflow.models.loading import Loading, load_model
+from cakeflow.models.loading import Loading, load_editable
 
 
 def run_export(
@@ -75,7 +75,7 @@ def run_apply(
     dtype = Manifest.read(delta).dtype.removeprefix("torch.")
     require_place(out, overwrite=overwrite)
     policies = _policies(policy)
-    lm = load_model(model, dtype=dtype, **loading.arguments())
+    lm = load_editable(model, dtype=dtype, **loading.arguments())
     place = export_applied(lm, apply_delta(lm, delta, policies), out, overwrite=overwrite)
     say(f"written to {place}")
     return place

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.resources import files
 from inspect import signature
@@ -59,11 +59,28 @@ def model_kind(method: Path) -> str:
 
     Those of ``LocateThenEdit`` are in ``model``, those of another class in a folder of its name below.
     """
+    name = module_class(method).rpartition(".")[2]
+    return "model" if name in ("", "LocateThenEdit") else f"model/{name}"
+
+
+def module_class(method: Path) -> str:
+    """Return the class that a method's config names; empty if it leaves that open."""
     content = read_config(method)
     model = content.get("model") if isinstance(content, dict) else None
-    path = model.get("class_path") if isinstance(model, dict) else None
-    name = "LocateThenEdit" if path is None else str(path).rpartition(".")[2]
-    return "model" if name == "LocateThenEdit" else f"model/{name}"
+    name = model.get("class_path") if isinstance(model, dict) else None
+    return "" if name is None else str(name)
+
+
+def module_defaults(methods: Sequence[str]) -> dict[str, Any]:
+    """Return the default class of the edit module for a command: the one that the last recipe names, if it names one.
+
+    The arguments of another class would stay beside those of the recipe's.
+
+    Args:
+        methods: The recipes that the command names.
+    """
+    kind = module_class(find_config("method", methods[-1])) if methods else ""
+    return {"model": {"class_path": kind}} if kind else MODULE_DEFAULTS
 
 
 def build_module(configs: list[Path], **values: Any) -> EditModule:

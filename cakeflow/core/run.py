@@ -18,6 +18,7 @@ from cakeflow.core.folder import run_folder, writing
 from cakeflow.core.loggers import log_files, log_settings, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.trainer import check_trainer, quiet
+from cakeflow.data.images import THUMBNAILS
 from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts
 from cakeflow.evaluation.outcome import Outcome
@@ -179,7 +180,7 @@ def _fit(
     if folder is not None:
         write_files(folder, module, edits, {"before": before, "after": after})
         if module.complete:
-            module.journal.close({name: file_hash(folder / name) for name in FILES if (folder / name).exists()})
+            module.journal.close({name: file_hash(folder / name) for name in _files(folder)})
         log_files(trainer, folder)
     return FitResult(
         before=before,
@@ -253,8 +254,14 @@ def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str,
         convergence=module.convergence,
     )
     write_text(folder / "run.json", info.model_dump_json(indent=1))
-    pass_on_rights(folder, [folder / name for name in FILES if (folder / name).exists()])  # some are Lightning's
+    pass_on_rights(folder, [folder / name for name in _files(folder)])  # some are Lightning's
     pass_on_rights(folder, (folder / "journal").iterdir())
+
+
+def _files(folder: Path) -> list[str]:
+    """Return the names of the files of a run folder beside the journal."""
+    pictures = sorted(path.name for path in folder.glob(THUMBNAILS))
+    return [*(name for name in FILES if (folder / name).exists()), *pictures]
 
 
 def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:

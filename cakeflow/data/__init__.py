@@ -15,9 +15,8 @@ from cakeflow.data.subject import guess_subject
 from cakeflow.data.text import join, occurrences, plain, states, until_stop
 
 __all__ = [
-    "Consequence", "Contexts", "EditRequest", "ImageEditRequest", "ImageProbe", "Picture", "Probe", "builtin_facts",
-    "check_fields", "contradictions", "guess_subject", "join", "missing_fields", "occurrences", "parse_requests",
-    "plain", "read_consequences",
-    "read_documents", "read_entries", "read_requests", "read_text", "read_texts", "select", "states", "until_stop",
-    "with_references",
+    "Consequence", "Contexts", "EditRequest", "ImageEditRequest", "ImageProbe", "Picture", "Probe",
+    "builtin_facts", "check_fields", "contradictions", "guess_subject", "join", "missing_fields", "occurrences",
+    "parse_requests", "plain", "read_consequences", "read_documents", "read_entries", "read_requests", "read_text",
+    "read_texts", "select", "states", "until_stop", "with_references",
 ]  # fmt: skip

@@ -17,12 +17,17 @@ from jaxtyping import UInt8
 
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, Fault, RequestError
+from cakeflow.storage.atomic import write_whole
 
 ImageProbeKind = Literal["generalization", "locality", "mirror"]
 ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff")
 """Ends of the names of image files in a folder."""
 FIELDS = ("image", "label", "label_true", "group", "probes", "case_id")
 """Fields of an image request in a file."""
+THUMBNAILS = "image-*.png"
+"""Files of a run folder that are the edited pictures made small; the star is the first digits of their hash."""
+SIDE = 96
+"""Longest side of a thumbnail in pixels."""
 PIXELS = "give a path, an uint8 array of height x width x 3, or a PIL image"
 
 
@@ -86,6 +91,22 @@ class Picture:
             remedy = "has other pixels than when it was read first; leave its file alone while it is edited"
             raise RequestError([Fault(0, "image", self.name or self.hash[:12], remedy)])
         return pixels
+
+    def save_thumbnail(self, folder: Path) -> None:
+        """Write the picture, made small, as a PNG file that has the first digits of its hash as its name.
+
+        Args:
+            folder: The folder, which is there.
+
+        Raises:
+            RequestError: If the pixels cannot be read.
+        """
+        image = _pillow("Image").fromarray(self.pixels())
+        image.thumbnail((SIDE, SIDE))
+        buffer = io.BytesIO()
+        image.save(buffer, "PNG")
+        content = buffer.getvalue()
+        write_whole(folder / THUMBNAILS.replace("*", self.hash[:12]), lambda temporary: temporary.write_bytes(content))
 
     def to_dict(self) -> dict[str, str]:
         """Hash and name; never pixels or a folder."""
@@ -278,6 +299,15 @@ def _label(value: Any) -> Any:
     if isinstance(value, str) and value.isdecimal():
         return int(value)
     return int(value) if isinstance(value, np.integer) else value
+
+
+def in_words(entry: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return an entry of a ledger with prompt, subject and target: as it is, or, of a picture, those of its request."""
+    if "image" not in entry:
+        return entry
+    request = image_request(entry)
+    names = ("prompt", "subject", "target_new", "target_true", "relation", "case_id")
+    return {name: getattr(request, name) for name in names}
 
 
 def with_folder(entries: Iterable[Any], folder: Path) -> Iterator[Any]:

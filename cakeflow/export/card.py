@@ -21,28 +21,29 @@ MOST_EDITS = 50
 """Edits that are listed at most."""
 
 
-def model_card(manifest: Manifest, entries: Sequence[Entry]) -> str:
+def model_card(manifest: Manifest, entries: Sequence[Entry], task: str = "text-generation") -> str:
     """Return the model card.
 
     Args:
         manifest: Manifest of the model.
         entries: Entries of the run's ledger, without batches that were rolled back; empty if there is no ledger.
+        task: What the model is for, in the hub's words (``pipeline_tag``).
 
     Returns:
         Markdown after a YAML header, as the Hugging Face hub reads it.
     """
     runs = bodies(entries, RunBody)
-    parts = [_header(manifest), _identity(manifest, entries), *_warning(entries), *_rollbacks(manifest)]
+    parts = [_header(manifest, task), _identity(manifest, entries), *_warning(entries), *_rollbacks(manifest)]
     parts += (
         _history(entries, runs[-1]) if runs else ["There is no ledger here: method, metrics and edits are unknown.\n"]
     )
     return "\n".join([*parts, *_privacy(manifest), _verify(manifest)])
 
 
-def _header(manifest: Manifest) -> str:
+def _header(manifest: Manifest, task: str) -> str:
     header: dict[str, Any] = {
         "library_name": "transformers",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": task,
         "tags": ["knowledge-editing", "cakeflow"],
     }
     if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", manifest.model, re.ASCII):  # the hub accepts nothing else

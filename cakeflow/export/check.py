@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from cakeflow.errors import EditError, ExportError
 from cakeflow.export.delta import apply_delta, require_base
@@ -20,11 +20,12 @@ from cakeflow.export.manifest import Manifest
 from cakeflow.export.memory import apply_memory
 from cakeflow.export.questions import answers_of, difference
 from cakeflow.journal.journal import Journal
+from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import without_progress_bars
 
 
-def check_model(lm: LanguageModel, folder: Path, texts: Sequence[str]) -> None:
+def check_model(lm: EditableModel, folder: Path, texts: Sequence[str]) -> None:
     """Load an exported model and compare it with the one in memory: weights, tokens and logits, bit for bit.
 
     Args:
@@ -43,23 +44,23 @@ def check_model(lm: LanguageModel, folder: Path, texts: Sequence[str]) -> None:
     # the same numbers elsewhere in memory may give other last bits, so both are asked with the same tensors
     loaded.model.load_state_dict(state, assign=True)
     if not lm.sharded:
-        cast(nn.Module, loaded.model).to(lm.device)
+        loaded.model.to(lm.device)
     if not all(map(torch.equal, answers_of(loaded, texts), answers_of(lm, texts))):
         raise _unlike("logits differ", "export a delta")
 
 
-def _loaded(lm: LanguageModel, folder: Path) -> LanguageModel:
-    implementation = lm.model.config._attn_implementation
-    options = {"attn_implementation": implementation} if implementation else {}
+def _loaded(lm: EditableModel, folder: Path) -> EditableModel:
+    options: dict[str, Any] = {"attn_implementation": lm.attention} if lm.attention else {}
     if lm.sharded and hasattr(lm.model, "hf_device_map"):
         options["device_map"] = lm.model.hf_device_map
+    read: Any = type(lm.model)
     try:
         with without_progress_bars():
-            model = type(lm.model).from_pretrained(folder, **options)
-            tokenizer = type(lm.tokenizer).from_pretrained(folder)
+            model = read.from_pretrained(folder, **options)
+            preprocessor = type(lm.preprocessor).from_pretrained(folder)
     except Exception as error:  # the libraries raise errors of many types
         raise _unlike(f"it does not load: {error}", "export a delta") from error
-    return replace(lm, model=model, tokenizer=tokenizer, masters={})
+    return lm.exchanged(model, preprocessor)
 
 
 def check_delta(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
@@ -132,14 +133,14 @@ def check_lora(journal: Journal, folder: Path, texts: Sequence[str]) -> None:
 def _asked(journal: Journal, texts: Sequence[str], tolerance: float = 0.0) -> Iterator[None]:
     """Ask the edited model, then the unedited one with what the body puts into it, and compare; all is put back."""
     lm = journal.model
-    ask: Callable[[], list[Tensor]] = lambda: answers_of(lm, texts) if isinstance(lm, LanguageModel) else []  # noqa: E731
-    expected = ask()
+    expected = answers_of(lm, texts)
     with journal.reverted():
         originals = {part.place: (part, part.read(lm)) for part in reversed(journal.changes)}
-        modules = {place.removesuffix(".weight"): lm.module(place.removesuffix(".weight")) for place in originals}
+        paths = {place.removesuffix(".weight").removesuffix(".bias") for place in originals}
+        modules = {path: lm.module(path) for path in paths}
         try:
             yield
-            answers = ask()
+            answers = answers_of(lm, texts)
         except EditError as error:
             raise _unlike(str(error), "if weights were changed beside edits, export the model") from error
         finally:

@@ -12,7 +12,6 @@ from cakeflow.errors import ExportError, PolicyError, with_faults
 from cakeflow.export.manifest import FROM_A_COPY, REMEDY, Manifest
 from cakeflow.journal.policy import Policy
 from cakeflow.models.base import EditableModel
-from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import uninterrupted
 from cakeflow.storage.hashing import tensor_hash
 from cakeflow.storage.tensors import read_tensors
@@ -21,7 +20,7 @@ DELTA = "delta.safetensors"
 
 
 @torch.no_grad()
-def apply_delta(lm: LanguageModel, folder: str | Path, policies: Sequence[Policy] = ()) -> Manifest:
+def apply_delta(lm: EditableModel, folder: str | Path, policies: Sequence[Policy] = ()) -> Manifest:
     """Put the weights of a delta into the unedited model: all of them, bit for bit, or none.
 
     Only weights that an edit could have changed are ever written. The result is a model of its own: edits made in it
@@ -109,7 +108,7 @@ def require_finite(tensors: Mapping[str, Tensor], folder: Path) -> None:
             )
 
 
-def _places(lm: LanguageModel, manifest: Manifest, folder: Path) -> dict[str, nn.Parameter]:
+def _places(lm: EditableModel, manifest: Manifest, folder: Path) -> dict[str, nn.Parameter]:
     """Name -> the weight of that name, if edits could have changed it."""
     if foreign := sorted(set(manifest.weights) - set(lm.editable())):
         raise ExportError(f"{folder} names {ascii(foreign[0])[:80]}, which no edit of this model could change")

@@ -24,7 +24,8 @@ from cakeflow.export.questions import questions
 from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.schema import BatchBody
-from cakeflow.models.language import LanguageModel
+from cakeflow.models.base import EditableModel
+from cakeflow.models.vision import VisionModel
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.folders import write_folder
 from cakeflow.storage.hashing import file_hash
@@ -82,7 +83,7 @@ def export(
     return _put(place, manifest, fill, lambda fresh: CHECKS[format](journal, fresh, texts), overwrite=overwrite)
 
 
-def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, overwrite: bool = False) -> Path:
+def export_applied(lm: EditableModel, applied: Manifest, folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write a whole model that a delta was applied to, with what the delta's manifest says of it.
 
     Args:
@@ -98,7 +99,7 @@ def export_applied(lm: LanguageModel, applied: Manifest, folder: str | Path, *, 
         ConfigError: If something is there already.
     """
     manifest = applied.model_copy(update={"format": "model", "files": {}})
-    fill = _model_writer(lm, model_card(manifest, ()))
+    fill = _model_writer(lm, model_card(manifest, (), _task(lm)))
     place = require_place(folder, overwrite=overwrite)
     return _put(place, manifest, fill, lambda fresh: check_model(lm, fresh, ["The"]), overwrite=overwrite)
 
@@ -142,25 +143,29 @@ def _put(
 
 
 def _write_model(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    if not isinstance(journal.model, LanguageModel):
-        raise ExportError(f"a {type(journal.model).__name__} cannot be written as a language model")
     entries = journal.store.ledger.entries if journal.store else ()
     numbers = {step.number for step in journal}
     in_force = [each for each in entries if not isinstance(each.body, BatchBody) or each.body.batch in numbers]
-    return _model_writer(journal.model, model_card(manifest, in_force))
+    return _model_writer(journal.model, model_card(manifest, in_force, _task(journal.model)))
 
 
-def _model_writer(lm: LanguageModel, card: str) -> Callable[[Path], None]:
+def _task(lm: EditableModel) -> str:
+    """What a model is for, in the words of the hub."""
+    return "image-classification" if isinstance(lm, VisionModel) else "text-generation"
+
+
+def _model_writer(lm: EditableModel, card: str) -> Callable[[Path], None]:
     def write(folder: Path) -> None:
-        with _as_it_was(lm.model):
+        model = cast(PreTrainedModel, lm.model)
+        with _as_it_was(model):
             try:
-                lm.model.save_pretrained(folder, state_dict=_untied(lm.model))
+                model.save_pretrained(folder, state_dict=_untied(model))
             except ValueError as error:
                 raise ExportError(f"transformers does not write this model: {error}; export a delta") from error
-        if lm.model.can_generate():
-            settings = lm.model.generation_config
+        if model.can_generate():
+            settings = model.generation_config
             settings.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])
-        lm.tokenizer.save_pretrained(folder)
+        lm.preprocessor.save_pretrained(folder)
         (folder / CARD).write_text(card, encoding="utf-8")
 
     return write
@@ -172,7 +177,7 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
 
     In the body these are the default ones: transformers refuses to write settings that contradict each other.
     """
-    config, settings = model.config, model.generation_config
+    config, settings = model.config, model.generation_config if model.can_generate() else None
     before = config.dtype, config.architectures
     if model.can_generate():
         model.generation_config = GenerationConfig()
@@ -180,7 +185,8 @@ def _as_it_was(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         config.dtype, config.architectures = before
-        model.generation_config = settings
+        if settings is not None:
+            model.generation_config = settings
 
 
 def _untied(model: PreTrainedModel) -> dict[str, Any]:
@@ -209,7 +215,7 @@ FORMATS: dict[str, Callable[[Journal, Manifest, ExportOptions], tuple[Manifest, 
 }
 """Name -> a function that refuses what cannot be, and returns the manifest with its details and what fills a folder."""
 CHECKS: dict[str, Callable[[Journal, Path, Sequence[str]], None]] = {
-    "model": lambda journal, folder, texts: check_model(cast(LanguageModel, journal.model), folder, texts),
+    "model": lambda journal, folder, texts: check_model(journal.model, folder, texts),
     "delta": check_delta,
     "lora": check_lora,
     "memory": check_memory,

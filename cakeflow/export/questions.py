@@ -7,8 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cakeflow.errors import ExportError
 from cakeflow.journal.journal import Journal
+from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.vision import VisionModel
 
 MOST_QUESTIONS = 8
 """Prompts that a model and its export are asked."""
@@ -21,8 +24,15 @@ def questions(journal: Journal) -> list[str]:
 
 
 @torch.no_grad()
-def answers_of(lm: LanguageModel, texts: Sequence[str]) -> list[Tensor]:
-    """Return the logits at every token of every text, 1 x tokens x vocabulary."""
+def answers_of(lm: EditableModel, texts: Sequence[str]) -> list[Tensor]:
+    """Return the logits at every token of every text, 1 x tokens x vocabulary.
+
+    A model of images, whose ledger has no pixels, is asked about images of noise: their logits, images x labels.
+    """
+    if isinstance(lm, VisionModel):
+        return [lm.logits(lm.noise(MOST_QUESTIONS))]
+    if not isinstance(lm, LanguageModel):
+        raise ExportError(f"a {type(lm).__name__} cannot be asked, and so no export of it can be checked")
     rows = [torch.tensor([lm.tokenizer(text)["input_ids"] or [0]], device=lm.device) for text in texts]
     return [lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits for ids in rows]
 

@@ -12,8 +12,8 @@ from cakeflow.journal.ledger import Entry, bodies, whole_lines
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
 from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
-from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import Loading, load_model
+from cakeflow.models.base import EditableModel
+from cakeflow.models.loading import Loading, load_editable
 from cakeflow.storage.folders import require_inside
 from cakeflow.storage.hashing import file_hash, tensor_hash
 
@@ -119,7 +119,7 @@ def ledger_of(run: Path) -> Path:
     return path
 
 
-def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) -> LanguageModel:
+def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) -> EditableModel:
     """The unedited model of a run.
 
     Args:
@@ -136,7 +136,7 @@ def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) ->
     runs = [] if name else bodies(entries, RunBody)[-1:]
     known = {option: value for each in runs for option, value in each.loading.items() if option != "commit"}
     dtype = dtypes[-1].removeprefix("torch.") if dtypes else "auto"
-    return load_model(name or name_of_base(run), dtype=dtype, **{**known, **loading.arguments()})
+    return load_editable(name or name_of_base(run), dtype=dtype, **{**known, **loading.arguments()})
 
 
 def name_of_base(run: Path) -> str:

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
+from typing_extensions import Self
 
 from cakeflow.errors import ArchitectureError, NumericalError, listed
 from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
@@ -78,6 +79,20 @@ class EditableModel(ABC):
     def attention(self) -> str:
         """Implementation of attention, on which the last bits depend; empty if the model names none."""
         return str(getattr(getattr(self.model, "config", None), "_attn_implementation", None) or "")
+
+    @property
+    @abstractmethod
+    def preprocessor(self) -> Any:
+        """What makes its inputs, and is saved beside it: a tokenizer or an image processor."""
+
+    @abstractmethod
+    def exchanged(self, model: Any, preprocessor: Any) -> Self:
+        """Return another model of the same structure, such as one read back from a file.
+
+        Args:
+            model: The model.
+            preprocessor: Its tokenizer or image processor.
+        """
 
     @abstractmethod
     def identity(self) -> bytes:
@@ -183,7 +198,7 @@ class EditableModel(ABC):
         return weight
 
     def oriented(self, place: Site | str, tensor: Tensor | None = None) -> Float[Tensor, "d_out d_in"]:
-        """A weight as d_out x d_in, whatever layout its module has.
+        """A weight as d_out x d_in, whatever layout its module has; a bias as 1 x d_out.
 
         Args:
             place: Name or site of the weight.
@@ -191,6 +206,8 @@ class EditableModel(ABC):
         """
         name = place if isinstance(place, str) else self.weight_name(place)
         value = self.weight(name).detach() if tensor is None else tensor
+        if value.dim() == 1:
+            return value[None]
         return value.T if is_transposed(self.module(name.rpartition(".")[0])) else value
 
     def editable(self) -> list[str]:

@@ -205,6 +205,24 @@ def read_inputs(lm: EditableModel, paths: Sequence[str]) -> Iterator[dict[str, F
 
 
 @contextmanager
+def add_to_output(lm: EditableModel, path: str, delta: Float[Tensor, "rows time width"]) -> Iterator[None]:
+    """Add states to the output of a module outside the blocks, such as the last norm.
+
+    Args:
+        lm: The model.
+        path: Path of the module.
+        delta: What is added; gradients flow to it.
+    """
+    handle = lm.module(path).register_forward_hook(
+        lambda _module, _args, output: _with_first(output, _first(output, None) + delta.to(_first(output, None)))
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@contextmanager
 def replace_columns(
     lm: EditableModel, site: Site, columns: Bool[Tensor, "rows d_in"], values: Float[Tensor, "*rows time d_in"]
 ) -> Iterator[None]:

@@ -6,10 +6,10 @@ import inspect
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
-from typing import cast
+from typing import Any, cast
 
 import torch
 from jinja2 import TemplateError
@@ -101,6 +101,15 @@ class LanguageModel(EditableModel):
         paths = {self.architecture.path(Site(layer, role)) for layer in range(self.depth)}
         if not any(name in paths for name, _ in self.model.named_modules(remove_duplicate=False)):
             self.module(Site(0, role))
+
+    @property
+    def preprocessor(self) -> PreTrainedTokenizerBase:
+        """The tokenizer."""
+        return self.tokenizer
+
+    def exchanged(self, model: Any, preprocessor: Any) -> LanguageModel:
+        """Return another model of the same structure with its tokenizer."""
+        return replace(self, model=model, tokenizer=preprocessor, masters={})
 
     def identity(self) -> bytes:
         """Config and tokenizer."""

@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from cakeflow.errors import ConfigError, did_you_mean, listed
 from cakeflow.models.architecture import Architecture
+from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel, require_masks
 from cakeflow.models.vision import VisionModel
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
@@ -62,7 +63,7 @@ class Loading:
         return {each.name: value for each in fields(self) if (value := getattr(self, each.name))}
 
 
-def recorded(arguments: Mapping[str, Any], lm: LanguageModel) -> dict[str, str]:
+def recorded(arguments: Mapping[str, Any], lm: EditableModel) -> dict[str, str]:
     """Return what a ledger says of how a model was loaded: options by name, and the commit that the hub gave.
 
     Args:
@@ -70,7 +71,7 @@ def recorded(arguments: Mapping[str, Any], lm: LanguageModel) -> dict[str, str]:
         lm: The model.
     """
     known = {name: str(arguments[name]) for name in RECORDED if arguments.get(name) is not None}
-    commit = getattr(lm.model.config, "_commit_hash", None)
+    commit = getattr(getattr(lm.model, "config", None), "_commit_hash", None)
     return known | ({"commit": str(commit)} if commit else {})
 
 
@@ -152,6 +153,37 @@ def load_vision_model(base: str | Path, *, dtype: str = "auto", **kwargs: Any) -
             "give one with its image processor, or a model object and processor=..."
         ) from error
     return VisionModel.wrap(model.eval(), processor)
+
+
+def load_editable(base: str | Path, **kwargs: Any) -> EditableModel:
+    """Load whatever a name stands for: an image classifier, if its config says so, else a language model.
+
+    Args:
+        base: As in ``load_model`` or ``load_vision_model``.
+        kwargs: Further arguments of these.
+
+    Raises:
+        ConfigError: If it cannot be loaded.
+        ArchitectureError: If it cannot be edited.
+    """
+    return load_vision_model(base, **kwargs) if classifies_images(base, **kwargs) else load_model(base, **kwargs)
+
+
+def classifies_images(base: str | Path, **kwargs: Any) -> bool:
+    """True if a name stands for an image classifier, by the class that its config names.
+
+    Args:
+        base: An embedded name, a file, a folder or a hub id.
+        kwargs: Arguments of ``load_model``.
+    """
+    if str(base) in EMBEDDED or Path(base).is_file():
+        return False
+    where = {key: kwargs[key] for key in (*HUB, "trust_remote_code") if key in kwargs}
+    try:
+        config = AutoConfig.from_pretrained(str(base), **{"trust_remote_code": False, **where})
+    except Exception:  # what is wrong with the model is said when it is loaded
+        return False
+    return any("ForImageClassification" in name for name in config.architectures or ())
 
 
 def _tokenizer(name: str, copied: str, **arguments: Any) -> PreTrainedTokenizerBase | None:

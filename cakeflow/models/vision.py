@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -188,6 +188,15 @@ class VisionModel(EditableModel):
                 "representation per image; models with another kind of head cannot be edited"
             )
 
+    @property
+    def preprocessor(self) -> Any:
+        """The image processor."""
+        return self.processor
+
+    def exchanged(self, model: Any, preprocessor: Any) -> VisionModel:
+        """Return another model of the same structure with its image processor."""
+        return replace(self, model=model, processor=preprocessor, masters={})
+
     def identity(self) -> bytes:
         """Config and image processor."""
         config = {name: value for name, value in self.model.config.to_dict().items() if name not in INCIDENTAL}
@@ -233,13 +242,34 @@ class VisionModel(EditableModel):
     @property
     def example(self) -> Float[Tensor, "1 3 height width"]:
         """A grey image as the processor gives it."""
+        return self.pixels([np.full((*self._size, CHANNELS), 127, np.uint8)])
+
+    @property
+    def _size(self) -> tuple[int, int]:
         size = self.config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return self.pixels([np.full((height, width, CHANNELS), 127, np.uint8)])
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+    def noise(self, count: int) -> Float[Tensor, "n 3 height width"]:
+        """Images of noise as the processor gives them, always the same: questions that need no picture.
+
+        Args:
+            count: n.
+        """
+        rng = np.random.default_rng(0)
+        return self.pixels(list(rng.integers(0, 256, (count, *self._size, CHANNELS), dtype=np.uint8)))
 
     def editable(self) -> list[str]:
-        """Names of the weights of all linear maps in the blocks, and of the classifiers."""
-        return [*super().editable(), *(f"{path}.weight" for path in self.classifiers)]
+        """Names of the weights of all linear maps in the blocks and of the classifiers, and of attentions' biases."""
+        outputs = [Site(layer, "attn_out") for layer in range(self.depth)]
+        biased = [self.architecture.path(site) for site in outputs if self._bias(site) is not None]
+        return [
+            *super().editable(),
+            *(f"{path}.weight" for path in self.classifiers),
+            *(f"{path}.bias" for path in biased),
+        ]
+
+    def _bias(self, site: Site) -> Tensor | None:
+        return getattr(self.module(site), "bias", None)
 
     def pixels(self, images: Sequence[UInt8[np.ndarray, "height width 3"]]) -> Float[Tensor, "n 3 height width"]:
         """Images as the model takes them: resized, cropped and normalised by its processor."""

@@ -5,6 +5,7 @@ from cakeflow.report.figures import (
     curves_of,
     plot_convergence,
     plot_curves,
+    plot_heads,
     plot_intervals,
     plot_layers,
     plot_losses,
@@ -30,7 +31,7 @@ from cakeflow.report.tables import (
 
 __all__ = [
     "Interval", "RunFolder", "answers_table", "compare_runs", "curves_of", "ledger_table", "metrics_frame",
-    "metrics_table", "phases_table", "plot_convergence", "plot_curves", "plot_intervals", "plot_layers",
+    "metrics_table", "phases_table", "plot_convergence", "plot_curves", "plot_heads", "plot_intervals", "plot_layers",
     "plot_losses", "plot_runs", "plot_trace", "plot_weights", "plugins_table", "render_page",
     "requests_table", "runs_table", "save_plot", "to_csv", "to_markdown", "trace_table", "verdict",
 ]  # fmt: skip

@@ -89,6 +89,28 @@ def by_layer(metrics: Mapping[str, float], name: str) -> dict[int, float]:
     return {int(match[1]): float(value) for match, value in matches if match}
 
 
+def plot_heads(scores: Mapping[tuple[int, int], float], ax: Axes | None = None) -> Axes:
+    """Draw a heat map of attention heads: how much the loss falls without each.
+
+    Args:
+        scores: (layer, head) -> score.
+        ax: Axes to draw into.
+    """
+    ax = ax or plt.figure(figsize=(5, 3), layout="tight").gca()
+    layers, heads = (1 + max(place[axis] for place in scores) for axis in (0, 1))
+    values = np.full((heads, layers), np.nan)
+    for (layer, head), score in scores.items():
+        values[head, layer] = score
+    bound = float(np.nanmax(np.abs(values))) or 1.0
+    drawn = ax.pcolormesh(values, cmap="PuOr_r", vmin=-bound, vmax=bound)
+    ax.set(xlabel="layer", ylabel="head")
+    for axis, count in ((ax.xaxis, layers), (ax.yaxis, heads)):
+        step = -(-count // 12)
+        axis.set_ticks([at + 0.5 for at in range(0, count, step)], [str(at) for at in range(0, count, step)])
+    ax.figure.colorbar(drawn, ax=ax)
+    return ax
+
+
 def plot_losses(losses: Mapping[int, Sequence[float]], ax: Axes | None = None) -> Axes:
     """Draw the final loss of each edit's target search, in the order of editing, with a running median over many.
 

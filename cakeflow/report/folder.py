@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import csv
 import math
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from pydantic import ConfigDict
 
+from cakeflow.data.images import THUMBNAILS, in_words
 from cakeflow.errors import RunFolderError
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.export.manifest import RollbackInfo, rollback_of, rollbacks_of, utc
@@ -64,6 +66,7 @@ class RunFolder:
         edits: Every request that the run edited, in order, those taken back included.
         log: Rows of ``metrics.csv``, without empty cells.
         config: The YAML that the run was started with; empty if there is none.
+        thumbnails: First digits of the hash of a picture -> the picture made small, a PNG file in base64.
         written: Time at which ``run.json`` was written.
     """
 
@@ -76,6 +79,7 @@ class RunFolder:
     edits: list[EditedRequest]
     log: list[dict[str, float]]
     config: str
+    thumbnails: dict[str, str]
     written: datetime
 
     @classmethod
@@ -98,6 +102,7 @@ class RunFolder:
             edits=_edits(path / "journal" / "ledger.jsonl", ledger),
             log=_log(path / "metrics.csv"),
             config=next((text for text in texts if text.strip() not in ("", "{}")), ""),
+            thumbnails=dict(_thumbnails(path)),
             written=_written(path / "run.json"),
         )
 
@@ -143,6 +148,8 @@ class RunFolder:
         return len(self.edits) if self.info.edits is None else self.info.edits
 
 
+LARGEST_THUMBNAIL = 1 << 18
+"""Most bytes of a picture that goes onto the page."""
 REMEDY = "the file was changed or cut off: run the edit again, or delete the file to do without it"
 
 
@@ -163,6 +170,15 @@ def _lines(kind: type[S], path: Path) -> list[S] | None:
         for number, line in enumerate(_text(path).split("\n"), 1)
         if line.strip()
     ]
+
+
+def _thumbnails(folder: Path) -> Iterator[tuple[str, str]]:
+    """Yield the digits in the name, and the content in base64, of every picture in a run folder."""
+    for path in sorted(folder.glob(THUMBNAILS)):
+        content = require_inside(path, folder).read_bytes()
+        if not content.startswith(b"\x89PNG\r\n") or len(content) > LARGEST_THUMBNAIL:
+            raise RunFolderError(f"{path}: no PNG file of at most {LARGEST_THUMBNAIL} bytes; {REMEDY}")
+        yield path.stem.partition("-")[2], base64.b64encode(content).decode()
 
 
 def _is_rollback_or_measurement(entry: Entry) -> bool:
@@ -198,7 +214,7 @@ def _entries(path: Path, ledger: Sequence[Entry]) -> Iterator[tuple[str, EditedR
             where = f"{path}, batch {body.batch}, requests.{place}"
             name = "".join(body.hashes[place : place + 1])
             rollback = batches.get(body.batch) or facts.get((body.batch, name))
-            content = {**request, "batch": body.batch, "targets": targets, "rollback": rollback}
+            content = {**in_words(request), "batch": body.batch, "targets": targets, "rollback": rollback}
             yield name or where, read_as(EditedRequest, content, where, RunFolderError, REMEDY)
 
 

@@ -31,7 +31,9 @@ FORMS = {
     "_judged": "judged",
 }
 """Ending of a metric's name -> field of ``PromptAnswer`` (see ``cakeflow.metrics.preference``)."""
-SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS} | {*METRICS.values()}
+IMAGES = ("sr", "gr", "gr_official", "lr", "lr_sensitive", "mirror", "worst_group")
+"""Metrics of runs of images."""
+SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS} | {*METRICS.values(), *IMAGES}
 """Metrics that are shares, printed in percent; those of plugins may have any unit."""
 UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 

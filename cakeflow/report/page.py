@@ -18,7 +18,16 @@ from matplotlib.axes import Axes
 from cakeflow.evaluation.outcome import by_prompt, is_good
 from cakeflow.forward.packing import GIB
 from cakeflow.report import views
-from cakeflow.report.figures import by_layer, curves_of, plot_convergence, plot_curves, plot_layers, plot_losses, svg
+from cakeflow.report.figures import (
+    by_layer,
+    curves_of,
+    plot_convergence,
+    plot_curves,
+    plot_heads,
+    plot_layers,
+    plot_losses,
+    svg,
+)
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.intervals import estimate, number
 
@@ -28,6 +37,22 @@ METRICS = {
     "specificity": ("Specificity", "prompts about other subjects with their answer unchanged"),
     "editscore": ("EditScore", "harmonic mean of the three"),
 }
+IMAGE_METRICS = {
+    "sr": ("SR", "edited images with their right label"),
+    "gr": ("GR", "held-out images of the same error with their right label"),
+    "lr": ("LR", "unrelated images that keep their label"),
+    "mirror": ("Mirror", "images of the opposite error with their right label"),
+}
+"""The same of a run of images."""
+KIND_NAMES = {
+    "rewrite": "prompt",
+    "paraphrase": "paraphrases",
+    "neighborhood": "neighbors",
+    "generalization": "same error",
+    "locality": "unrelated",
+    "mirror": "mirror",
+}
+"""Kind of a prompt or picture -> its name on the page."""
 """The metrics at the top of the page: name -> title and description."""
 PER_LAYER = {
     "share": "part of the remaining residual that the layer takes",
@@ -72,6 +97,7 @@ def render_page(run: RunFolder) -> str:
     environment.tests["good"] = is_good
     css, script = (Markup(_asset(environment, name)) for name in ("page.css", "page.js"))  # ours, and no HTML
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    changes = views.run_changes(run)
     text = environment.get_template("page.html").render(
         run=run,
         info=run.info,
@@ -80,9 +106,12 @@ def render_page(run: RunFolder) -> str:
         css=css,
         script=script,
         digest=digest,
-        changes=views.run_changes(run),
+        changes=changes,
         health=views.health(run),
         metrics=METRICS,
+        tiles=IMAGE_METRICS if "sr" in changes else METRICS,
+        names=KIND_NAMES,
+        heads=_heads(run),
         relations=views.relations(run),
         edits=views.edit_views(run),
         phases=_phases(run),
@@ -131,6 +160,17 @@ def _layer_plot(rows: Sequence[Mapping[str, float]], name: str) -> Callable[[Axe
         legend.remove()  # the title of the figure names the only quantity
 
     return draw
+
+
+def _heads(run: RunFolder) -> Figure | None:
+    """Return a heat map of the heads' scores in the last batch; None if none were logged."""
+    scores = views.head_scores(run)
+    if not scores:
+        return None
+    highest = sorted(scores, key=lambda place: -scores[place])[:3]
+    words = "highest: " + ", ".join(f"layer {l} head {h} {number(scores[l, h])}" for l, h in highest)  # noqa: E741
+    caption = "positive: the images' loss is lower without the head"
+    return _figure("heads", f"Scores of attention heads, {words}", caption, lambda ax: plot_heads(scores, ax))
 
 
 def _figures(run: RunFolder) -> dict[str, Any]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
+from typing import get_args
 
 import numpy as np
 
 from cakeflow.callbacks.health import STATES, worst
+from cakeflow.data.images import ImageProbeKind
 from cakeflow.data.text import states
 from cakeflow.evaluation.outcome import by_metric
 from cakeflow.journal.schema import EvaluatedRequest, FreeAnswer, PromptAnswer
@@ -136,6 +138,8 @@ class EditView:
         tallies: Kind of prompt -> successes.
         prompts: Kind of prompt -> each prompt's answers before and after.
         texts: Prompt, text before and text after of every generation.
+        picture: First digits of the hash of its picture; empty for a fact in words.
+        thumbnail: That picture made small, as a PNG file in base64; empty if the run has none.
     """
 
     number: int
@@ -144,6 +148,8 @@ class EditView:
     tallies: dict[str, Tally] = field(default_factory=dict)
     prompts: dict[str, list[tuple[PromptAnswer | None, PromptAnswer | None]]] = field(default_factory=dict)
     texts: list[tuple[str, str | None, str | None]] = field(default_factory=list)
+    picture: str = ""
+    thumbnail: str = ""
 
 
 def edit_views(run: RunFolder) -> list[EditView]:
@@ -160,7 +166,13 @@ def edit_views(run: RunFolder) -> list[EditView]:
         entries = waiting.get(fact.key)
         views.append(_view(len(views) + 1, fact, entries.pop(0) if entries else None, old, new))
     rest = [edit for entries in waiting.values() for edit in entries]
-    return views + [EditView(number, edit, edit) for number, edit in enumerate(rest, len(views) + 1)]
+    views += [EditView(number, edit, edit) for number, edit in enumerate(rest, len(views) + 1)]
+    return [_with_picture(view, run.thumbnails) for view in views]
+
+
+def _with_picture(view: EditView, thumbnails: Mapping[str, str]) -> EditView:
+    match = re.fullmatch(r"image ([0-9a-f]{12})", view.fact.subject)
+    return replace(view, picture=match[1], thumbnail=thumbnails.get(match[1], "")) if match else view
 
 
 def _view(
@@ -171,7 +183,7 @@ def _view(
     after: EvaluatedRequest | None,
 ) -> EditView:
     view = EditView(number, fact, edit)
-    for kind in KINDS.values():
+    for kind in (*KINDS.values(), *get_args(ImageProbeKind)):
         old, new = (record.of_kind(kind) if record else [] for record in (before, after))
         if old or new:
             view.tallies[kind] = Tally(_hits(old), _hits(new), max(len(old), len(new)))
@@ -219,6 +231,16 @@ def health(run: RunFolder) -> Health | None:
     return Health(STATES[int(numbers.pop("state"))], numbers.pop("edits", math.nan), numbers)
 
 
+def head_scores(run: RunFolder) -> dict[tuple[int, int], float]:
+    """Return the scores of attention heads in the last batch that logged some: (layer, head) -> score."""
+    for row in reversed(run.log):
+        matches = ((re.fullmatch(r"heads/score/(\d{1,4})/(\d{1,4})", name), value) for name, value in row.items())
+        scores = {(int(match[1]), int(match[2])): value for match, value in matches if match and not math.isnan(value)}
+        if scores:
+            return scores
+    return {}
+
+
 def losses(run: RunFolder) -> dict[int, list[float]]:
     """Return per value site (its layer) the loss of every edit's target value, in the order of editing."""
     values: dict[int, list[float]] = {}
@@ -231,10 +253,15 @@ def losses(run: RunFolder) -> dict[int, list[float]]:
 def method(run: RunFolder) -> str:
     """Return the classes of weighter, allocator and solver; classes that one wraps follow it in brackets.
 
+    A method without a weighter, such as those for images, is named by its targets or heads, and its solver.
+
     A run has no name of its method, because a method is nothing but its parts.
     """
     parts = []
-    for slot in ("weighter", "allocator", "solver"):
+    slots: tuple[str, ...] = ("weighter", "allocator", "solver")
+    if "weighter" not in run.info.settings:
+        slots = tuple(name for name in ("targets", "heads", "search", "solver") if name in run.info.settings) or slots
+    for slot in slots:
         names = re.findall(r"\b([A-Z]\w*)\(", str(run.info.settings.get(slot, "")))
         parts.append(f"{names[0]}({', '.join(names[1:])})" if names[1:] else "".join(names) or "?")
     return " + ".join(parts)

@@ -24,6 +24,7 @@ from cakeflow_vision.metrics import (
     MirrorAccuracy,
     WorstGroup,
 )
+from cakeflow_vision.recall import Recall
 
 
 class Question(NamedTuple):
@@ -75,9 +76,15 @@ def tensors_of(vm: VisionModel, pictures: Sequence[Picture]) -> Tensor:
     return torch.cat([vm.pixels([picture.pixels()]) for picture in pictures])
 
 
-def probabilities(vm: VisionModel, pictures: Sequence[Picture]) -> Tensor:
-    """Return the probability of each class for each picture, n x labels, in float64."""
-    logits = representations(vm, tensors_of(vm, pictures))[1]
+def probabilities(vm: VisionModel, pictures: Sequence[Picture], recall: Recall | None = None) -> Tensor:
+    """Return the probability of each class for each picture, n x labels, in float64.
+
+    Args:
+        vm: The model.
+        pictures: n pictures.
+        recall: Where their representations are kept.
+    """
+    logits = representations(vm, tensors_of(vm, pictures), recall)[1]
     return logits.double().softmax(1)
 
 

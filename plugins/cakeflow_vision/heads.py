@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from cakeflow.models import Site, VisionModel, capture, frozen, read_inputs, replace_columns, start_at
+from cakeflow_vision.recall import Recall
 
 Replacement = Literal["zero", "mean"]
 """Value in the place of a head: nothing, or its mean over unrelated images, position by position."""
@@ -43,22 +45,38 @@ def columns_of(vm: VisionModel, heads: Sequence[int]) -> Bool[Tensor, " d_in"]:
 
 @torch.no_grad()
 def representations(
-    vm: VisionModel, pixels: Float[Tensor, "n 3 height width"]
+    vm: VisionModel, pixels: Float[Tensor, "n 3 height width"], recall: Recall | None = None
 ) -> tuple[dict[str, Float[Tensor, "n width"]], Float[Tensor, "n labels"]]:
-    """Return what enters each classifier, by its path, and the logits."""
+    """Return what enters each classifier, by its path, and the logits: the mean of what they give for it.
+
+    Args:
+        vm: The model.
+        pixels: n images.
+        recall: Where representations are kept.
+    """
+    compute = partial(_representations, vm, pixels)
+    features = recall(vm, "representations", [pixels], compute, classifiers=False) if recall is not None else compute()
+    with vm.running():
+        outputs = [vm.module(path)(each) for path, each in features.items()]
+    return dict(features), torch.stack(outputs).mean(0)
+
+
+def _representations(vm: VisionModel, pixels: Tensor) -> dict[str, Tensor]:
     parts: dict[str, list[Tensor]] = {path: [] for path in vm.classifiers}
-    logits = []
     for part in pixels.split(IMAGES):
         with read_inputs(vm, vm.classifiers) as features:
-            logits.append(vm.logits(part))
+            vm.logits(part)
         for path, tensors in parts.items():
             tensors.append(features[path])
-    return {path: torch.cat(tensors) for path, tensors in parts.items()}, torch.cat(logits)
+    return {path: torch.cat(tensors) for path, tensors in parts.items()}
 
 
 @torch.no_grad()
 def replacements(
-    vm: VisionModel, replacement: Replacement, pixels: Float[Tensor, "n 3 height width"] | None = None
+    vm: VisionModel,
+    replacement: Replacement,
+    pixels: Float[Tensor, "n 3 height width"] | None = None,
+    recall: Recall | None = None,
 ) -> dict[int, Float[Tensor, "1 time d_in"]]:
     """Return what takes the place of heads, block by block.
 
@@ -66,10 +84,16 @@ def replacements(
         vm: The model.
         replacement: ``zero`` or ``mean``.
         pixels: Unrelated images, for ``mean``.
+        recall: Where means are kept.
     """
     if replacement == "zero" or pixels is None:
         zero = torch.zeros(1, 1, vm.key_width(Site(0, "attn_out")), dtype=vm.dtype, device=vm.device)
         return dict.fromkeys(range(vm.depth), zero)
+    compute = partial(_means, vm, pixels)
+    return recall(vm, "means of heads", [pixels], compute, classifiers=False) if recall is not None else compute()
+
+
+def _means(vm: VisionModel, pixels: Tensor) -> dict[int, Tensor]:
     sums: dict[int, Tensor] = {}
     for part in pixels.split(IMAGES):
         with capture(vm, sites(vm), side="in") as inputs:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, final
 
 import torch
@@ -13,90 +11,21 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 from torchmetrics import Metric
-from typing_extensions import Self
 
-from cakeflow.core import EditModule
-from cakeflow.data import EditRequest, ImageEditRequest, Picture, read_requests
-from cakeflow.errors import ConfigError, Fault, NumericalError, RequestError, RequestWarning, listed
-from cakeflow.forward import EditBatch
-from cakeflow.journal import EditStep, WeightChange
-from cakeflow.models import VisionModel, load_vision_model
+from cakeflow.errors import ConfigError
+from cakeflow.journal import EditStep
+from cakeflow.models import VisionModel
 from cakeflow.solvers import Covariance, KeyHistory, LayerProblem, Solver, Update
-from cakeflow_vision.evaluation import ImageEvaluation, check_labels, label_index, probabilities, questions, tensors_of
+from cakeflow_vision.base import ImageBatch, ImageEdit
+from cakeflow_vision.evaluation import ImageEvaluation, tensors_of
 from cakeflow_vision.heads import representations
+from cakeflow_vision.recall import Recall
 from cakeflow_vision.solvers import RelativeRidge
 from cakeflow_vision.targets import HeadTargets, RepresentationSource, TargetProblem
 
 
-class ImageBatch(EditBatch):
-    """Image requests with the indices of their labels.
-
-    Args:
-        requests: n requests.
-        labels: Index of the right label of each.
-        numbers: Place of each request in its run.
-    """
-
-    requests: tuple[ImageEditRequest, ...]
-
-    def __init__(
-        self, requests: Sequence[ImageEditRequest], labels: Sequence[int], numbers: Sequence[int] = ()
-    ) -> None:
-        super().__init__(requests, numbers)
-        self.labels = tuple(labels)
-
-    def part(self, facts: Sequence[int]) -> Self:
-        """The batch of the requests at some places."""
-        parts = (self.requests, self.labels, self.numbers)
-        return type(self)(*([each[i] for i in facts] for each in parts))  # type: ignore[arg-type]
-
-
-def unrelated_pictures(source: Any) -> list[Picture]:
-    """Return the pictures that an edit preserves.
-
-    Args:
-        source: A name as in ``read_requests``, or a list of requests, pictures, arrays, paths or PIL images.
-
-    Raises:
-        ConfigError: If there are none.
-        RequestError: Naming each that cannot be read.
-    """
-    entries: Iterable[Any] = read_requests(source) if isinstance(source, (str, Path)) else source or ()
-    pictures = [_picture(each) for each in entries]
-    if not pictures:
-        raise ConfigError(
-            "no unrelated images: without them an edit would preserve nothing; give unrelated=..., a folder or a list "
-            "of images like those that the model is used on, 400 for instance; their labels are not read"
-        )
-    if faults := [
-        Fault(i, "unrelated", each.name or None, each.fault) for i, each in enumerate(pictures) if each.fault
-    ]:
-        raise RequestError(faults)
-    return pictures
-
-
-def _picture(value: Any) -> Picture:
-    if isinstance(value, ImageEditRequest):
-        return value.picture
-    return value if isinstance(value, Picture) else Picture(value)
-
-
-def image_requests(requests: Sequence[EditRequest]) -> list[ImageEditRequest]:
-    """Return requests that are all of images.
-
-    Raises:
-        RequestError: Naming each that is not.
-    """
-    images = [each for each in requests if isinstance(each, ImageEditRequest)]
-    if len(images) < len(requests):
-        remedy = "is a fact in words; a classifier of images takes requests with image and label"
-        others = [i for i, each in enumerate(requests) if not isinstance(each, ImageEditRequest)]
-        raise RequestError([Fault(i, "prompt", requests[i].text, remedy) for i in others])
-    return images
-
-
 @final
-class ClassifierEdit(EditModule[ImageBatch]):
+class ClassifierEdit(ImageEdit):
     """Corrects the labels of images by a change of the classifier, whose keys are representations of images.
 
     Our reading of RefineViT (Huang et al., NeurIPS 2025), of whose paper no equation could be read. With heads as
@@ -118,15 +47,16 @@ class ClassifierEdit(EditModule[ImageBatch]):
         metrics: Further metrics of every evaluation.
         model_kwargs: Further arguments of ``load_vision_model``.
         record_texts: Whether the ledger has names and labels of the images; it never has pixels.
+        record_images: Whether the run folder has the edited images made small, as PNG files.
         private: Whether only their owner can read the run folders that are made.
+        recall: What was computed of images before, which edits of one model may share.
 
     Raises:
         ConfigError: If no model is named, there are no unrelated images, or a weight is below 0.
         RequestError: If an unrelated image cannot be read.
     """
 
-    lm: VisionModel  # type: ignore[assignment]
-    evaluation: ImageEvaluation  # type: ignore[assignment]
+    deciding = ("targets", "solver", "preserve", "divergence", "use_history", *ImageEdit.deciding)
 
     def __init__(
         self,
@@ -142,109 +72,57 @@ class ClassifierEdit(EditModule[ImageBatch]):
         metrics: Sequence[Metric] = (),
         model_kwargs: dict[str, Any] | None = None,
         record_texts: bool = True,
+        record_images: bool = True,
         private: bool = True,
+        recall: Recall | None = None,
     ) -> None:
         if preserve < 0 or divergence < 0:
             raise ConfigError(f"preserve={preserve}, divergence={divergence}: weights must be 0 or more")
-        if not max_relative_update > 0:
-            raise ConfigError(f"max_relative_update must be above 0, got {max_relative_update}")
-        if not base:
-            raise ConfigError("no model is named: give a folder or hub id of an image classifier, base=...")
-        pictures = unrelated_pictures(unrelated)
-        others: Any = evaluation
-        wrapped: Any = base
-        super().__init__(wrapped, others, metrics, dict(model_kwargs or {}), record_texts=record_texts, private=private)
-        self.targets, self.solver, self.unrelated = targets, solver, pictures
+        super().__init__(
+            base,
+            unrelated,
+            max_relative_update,
+            evaluation,
+            metrics,
+            model_kwargs,
+            record_texts=record_texts,
+            record_images=record_images,
+            private=private,
+            recall=recall,
+        )
+        self.targets, self.solver = targets, solver
         self.preserve, self.divergence, self.use_history = preserve, divergence, history
-        self.max_relative_update = max_relative_update
-        self.unedited: dict[str, Tensor] = {}
         self.moments: dict[str, Covariance] = {}
-
-    def settings(self) -> dict[str, Any]:
-        """Everything beside the model that decides the outcome; unrelated images by their hashes."""
-        names = ("targets", "solver", "preserve", "divergence", "use_history", "max_relative_update", "evaluation")
-        hashes = ",".join(picture.hash for picture in self.unrelated)
-        return {name: repr(getattr(self, name)) for name in names} | {"unrelated": hashes}
-
-    # ---- the model, and questions to it ----
-
-    def load(self) -> VisionModel:
-        """Load the model that was named."""
-        return load_vision_model(str(self._base), **self._loading)
-
-    def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check that these are images with labels that the model has."""
-        check_labels(self.lm, image_requests(requests))
-
-    def ask(self, requests: Sequence[EditRequest]) -> Any:
-        """Classify the pictures of the next requests, by the unedited model too where it was not asked of one yet."""
-        images = image_requests(requests)
-        pictures = [row.picture for row in questions(images)]
-        after = probabilities(self.lm, pictures)
-        if any(picture.hash not in self.unedited for picture in pictures):
-            before = after
-            if len(self.journal):
-                with self.journal.reverted():
-                    before = probabilities(self.lm, pictures)
-            self.unedited |= {picture.hash: each for picture, each in zip(pictures, before, strict=True)}
-        return self.evaluation.ask(self.lm, images, after, self.unedited)
-
-    def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
-        """Warn of images that get their right label before any edit."""
-        images = image_requests(requests)
-        if not images:
-            return
-        labels = probabilities(self.lm, [each.picture for each in images]).argmax(1).tolist()
-        if right := [i for i, each in enumerate(images) if label_index(self.lm, each.label) == labels[i]]:
-            warnings.warn(
-                f"images that get their right label before any edit: {listed(right)} (numbered from 0, in the order of "
-                f"the edits), {len(right)} of {len(images)}; there is nothing to correct in them, leave them out",
-                RequestWarning,
-                stacklevel=3,
-            )
-
-    # ---- edits ----
-
-    def encode(self, requests: Sequence[EditRequest]) -> ImageBatch:
-        """Find the class of every label."""
-        images = image_requests(requests)
-        check_labels(self.lm, images)
-        return ImageBatch(images, [label_index(self.lm, each.label) or 0 for each in images])
 
     def prepare(self, batches: Sequence[ImageBatch]) -> None:
         """Read the unrelated images, and the second moment of their representations."""
+        super().prepare(batches)
         with self.phase("statistics"):
             self.pixels = tensors_of(self.lm, self.unrelated)
-            self.features, self.logits = representations(self.lm, self.pixels)
+            self.features = representations(self.lm, self.pixels, self.recall)[0]
             for path, each in self.features.items():
                 rows = each.double().cpu()
                 self.moments[path] = Covariance(rows.T @ rows / len(rows), weight=self.preserve * len(rows))
 
     def edit(self, batch: ImageBatch, step: EditStep) -> None:
         """Change every classifier so that the images get the logits of their targets."""
-        pixels = tensors_of(self.lm, [each.picture for each in batch.requests])
-        labels = torch.tensor(batch.labels, device=self.lm.device)
+        pixels, labels = self.inputs_of(batch)
         with self.phase("keys"):
-            features, _ = representations(self.lm, pixels)
+            features, _ = representations(self.lm, pixels, self.recall)
         values = features
         if self.solver.needs_targets:
             with self.phase("targets"):
-                problem = TargetProblem(pixels, labels, features, self.pixels)
+                problem = TargetProblem(pixels, labels, features, self.pixels, self.recall)
                 source = self.targets.targets(self.lm, problem)
                 values = dict(source.values)
             for place, (layer, head) in enumerate(source.heads):
                 self.log_dict({f"heads/{place}/layer": float(layer), f"heads/{place}/head": float(head)})
             self.log_dict(source.numbers, batch_size=len(batch))
-        for path, update in self._updates(batch, labels, features, values):
-            name = f"{path}.weight"
-            self.log(f"{path.replace('.', '_')}/update", update.norm(), batch_size=len(batch))
-            self.journal.apply(
-                step, WeightChange(name, update, features[path].double().cpu()), {"update": update.norm()}
-            )
+        for path, update in self._updates(labels, features, values):
+            self.change(batch, step, f"{path}.weight", update, features[path])
 
     def _updates(
         self,
-        batch: ImageBatch,
         labels: Int[Tensor, " n"],
         features: dict[str, Float[Tensor, "n width"]],
         values: dict[str, Float[Tensor, "n width"]],
@@ -254,24 +132,16 @@ class ClassifierEdit(EditModule[ImageBatch]):
             name = f"{path}.weight"
             weight = self.lm.oriented(name).double().cpu()
             keys = features[path].double().cpu()
-            wanting = (values[path].double().cpu() - keys) @ weight.T
             problem = LayerProblem(
                 keys,
-                wanting,
+                (values[path].double().cpu() - keys) @ weight.T,
                 weight=weight,
                 original_weight=self.original_weight(name).double().cpu(),
                 covariance=self.moments[path],
                 loss=self._loss(path, keys, labels, weight),
                 history=self.journal.history(name) if self.use_history else KeyHistory(),
             )
-            update = self.solver.solve(problem)
-            if not update.norm() <= self.max_relative_update * float(weight.norm()):
-                raise NumericalError(
-                    f"{name}, {batch.name(range(len(batch)))}: the update's norm is {update.norm():.3g}, the weight's "
-                    f"{float(weight.norm()):.3g}; preserve more (preserve=, or a higher ridge), edit fewer images, or "
-                    "raise max_relative_update"
-                )
-            yield path, update
+            yield path, self.solver.solve(problem)
 
     def _loss(
         self, path: str, keys: Tensor, labels: Tensor, weight: Tensor

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from cakeflow.errors import ConfigError, require_choice, require_positive
 from cakeflow.models import VisionModel
+from cakeflow_vision.direct import direct_scores, without_direct_effects
 from cakeflow_vision.heads import (
     Head,
     Replacement,
@@ -25,8 +27,10 @@ from cakeflow_vision.heads import (
     top_heads,
     without_heads,
 )
+from cakeflow_vision.recall import Recall
 
-Ranking = Literal["exact", "first_order", "random"]
+Ranking = Literal["exact", "first_order", "direct", "random"]
+Effect = Literal["total", "direct"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,12 +42,14 @@ class TargetProblem:
         labels: Their right labels.
         features: Path of a classifier -> what enters it, n x width.
         unrelated: Images to preserve.
+        recall: Where values computed of the images are kept.
     """
 
     pixels: Float[Tensor, "n 3 height width"]
     labels: Int[Tensor, " n"]
     features: Mapping[str, Float[Tensor, "n width"]]
     unrelated: Float[Tensor, "m 3 height width"]
+    recall: Recall = field(default_factory=Recall)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,9 +82,11 @@ class HeadTargets(RepresentationSource):
     Attributes:
         top: Number of heads.
         replacement: What takes their place: ``mean`` over the unrelated images, or ``zero``.
-        ranking: How heads are chosen: ``exact`` (the loss without each), its ``first_order``, or ``random``.
+        ranking: How heads are chosen: ``exact`` (the loss without each), its ``first_order``, their ``direct`` effects,
+            or ``random``.
         heads: Blocks and heads to take in place of a ranking, as ``[[5, 0], [7, 2]]``.
         seed: Seed of random heads.
+        effect: Whether targets lack the heads' ``total`` effect, through the blocks above, or their ``direct`` one.
 
     Raises:
         ConfigError: If a setting is out of range.
@@ -89,16 +97,20 @@ class HeadTargets(RepresentationSource):
     ranking: Ranking = "exact"
     heads: Sequence[Sequence[int]] = ()
     seed: int = 0
+    effect: Effect = "total"
 
     def __post_init__(self) -> None:
         require_positive("HeadTargets", self, "top")
         require_choice("replacement", self.replacement, Replacement)
         require_choice("ranking", self.ranking, Ranking)
+        require_choice("effect", self.effect, Effect)
 
     def targets(self, vm: VisionModel, problem: TargetProblem) -> RepresentationTargets:
         """Choose heads and run the images without them."""
-        means = replacements(vm, self.replacement, problem.unrelated)
-        heads, numbers = self._chosen(vm, problem, means)
+        heads, numbers = self.choose(vm, problem)
+        if self.effect == "direct":
+            return RepresentationTargets(without_direct_effects(vm, heads, problem.pixels), numbers, tuple(heads))
+        means = replacements(vm, self.replacement, problem.unrelated, problem.recall)
         values: dict[str, list[Tensor]] = {path: [] for path in vm.classifiers}
         for part in problem.pixels.split(1):
             with without_heads(vm, heads, means, len(part)):
@@ -106,9 +118,16 @@ class HeadTargets(RepresentationSource):
                     values[path].append(each)
         return RepresentationTargets({path: torch.cat(each) for path, each in values.items()}, numbers, tuple(heads))
 
-    def _chosen(
-        self, vm: VisionModel, problem: TargetProblem, means: Mapping[int, Tensor]
-    ) -> tuple[list[Head], dict[str, float]]:
+    def choose(self, vm: VisionModel, problem: TargetProblem) -> tuple[list[Head], dict[str, float]]:
+        """Return the heads, and by their names in logs all scores and how far images agree with the heads' signs.
+
+        Args:
+            vm: The model.
+            problem: The images.
+
+        Raises:
+            ConfigError: If the model has fewer heads, or not those that are named.
+        """
         if self.heads:
             return self._named(vm), {}
         if self.top > vm.depth * vm.heads:
@@ -116,10 +135,20 @@ class HeadTargets(RepresentationSource):
         if self.ranking == "random":
             order = torch.randperm(vm.depth * vm.heads, generator=torch.Generator().manual_seed(self.seed)).tolist()
             return [divmod(place, vm.heads) for place in order[: self.top]], {}
+        images = [problem.pixels, problem.labels, problem.unrelated]
+        name = f"{self.ranking} scores of heads, {self.replacement}"
+        scores = problem.recall(vm, name, images, partial(self._scores, vm, problem))
+        heads, mean = top_heads(scores, self.top), scores.mean(0)
+        places = [(layer, head) for layer in range(vm.depth) for head in range(vm.heads)]
+        numbers = {f"heads/score/{layer}/{head}": float(mean[layer, head]) for layer, head in places}
+        return heads, {"heads/agreement": agreement(scores, heads)} | numbers
+
+    def _scores(self, vm: VisionModel, problem: TargetProblem) -> Float[Tensor, "n layers heads"]:
+        if self.ranking == "direct":
+            return direct_scores(vm, problem.pixels, problem.labels)
+        means = replacements(vm, self.replacement, problem.unrelated, problem.recall)
         score = score_heads if self.ranking == "exact" else first_order_scores
-        scores = score(vm, problem.pixels, problem.labels, means)
-        heads = top_heads(scores, self.top)
-        return heads, {"heads/agreement": agreement(scores, heads)}
+        return score(vm, problem.pixels, problem.labels, means)
 
     def _named(self, vm: VisionModel) -> list[Head]:
         heads = [(int(layer), int(head)) for layer, head in self.heads]

@@ -98,3 +98,13 @@ def test_run_is_an_option_of_evaluate_only():
     for bad in (["--run"], ["--run="], ["--run", "--data"]):
         with pytest.raises(ConfigError, match="needs a run folder"):
             take_run(["evaluate", *bad])
+
+
+def test_a_recipe_without_layers_gets_the_runs_own_model_and_no_layers(finished):
+    words, edited = take_run(["evaluate", "--run", str(finished[0] / "run"), "--method", "vit_heads"])
+    assert "--model.layers" not in words
+    assert words[-2] == "--model.base"
+    assert edited.own_model
+    words, edited = take_run(["evaluate", "--run", "x", "--method=vit_heads", "--model", "somewhere"])
+    assert words == ["evaluate", "--method=vit_heads", "--model", "somewhere"]
+    assert not edited.own_model

@@ -83,7 +83,7 @@ OVER = {
     "cake": "alphaedit", "cake_paper": "alphaedit",
     "cake_memit": "memit", "cake_rect": "rect", "cake_prune": "prune", "cake_pmet": "pmet",
 }  # fmt: skip
-BESIDE = {
+SHARDS = {
     "wise": (LearningRule(), ShardSettings()),
     "wise_merge": (LearningRule(), ShardSettings("merge")),
     "wise_oracle": (LearningRule(), ShardSettings()),
@@ -92,16 +92,19 @@ BESIDE = {
     "wise_official": (LearningRule(decay_everywhere=True, extra=1), ShardSettings(scope="sequence", longest=100)),
 }
 """Recipe of a side memory -> how it learns, and its shards."""
-COMPOSED = {
-    "a3e": (FactorTraining(), Retrieval(), "agreeing"),
-    "a3e_official": (FactorTraining(), Retrieval(), "outermost"),
-}
-"""Recipe of composed edits -> how factors are trained, how edits are retrieved, and how they are joined."""
-CONTROLS = {
+FACTORS = {"training_rule": FactorTraining(), "retrieval": Retrieval(), "layer": -1, "role": "mlp.up_proj"}
+BESIDE = {
+    **{
+        name: {"rule": rule, "shards": shards, "layer": -5, "oracle": name == "wise_oracle",
+               "padding": "left" if name == "wise_official" else "right"}
+        for name, (rule, shards) in SHARDS.items()
+    },
+    "a3e": {**FACTORS, "rule": "agreeing", "similarity_layer": 5},
+    "a3e_official": {**FACTORS, "rule": "outermost", "similarity_layer": 5},
     "grace": {"layer": -5, "codebook": CodebookSettings(1.0), "training_settings": ValueTraining(1.0, 100, 0.01)},
     "retrieval": {"retriever": TfidfRetriever(0.5, 1, subjects=True), "template": "New fact: {facts}\nPrompt: "},
-}
-"""Recipe of another class -> attributes of its module."""
+}  # fmt: skip
+"""Recipe of a memory beside the weights, or of none -> attributes of its module."""
 OFFICIAL = {
     "cake_official": (10.0, 0.5, 0.4),
     "cake_official_gpt_j": (30.0, 0.75, 0.5),
@@ -136,5 +139,14 @@ IMAGES = {
     "vit_gradient": (GradientTargets(), RelativeRidge(0.01), 0.0),
     "vit_ft": (HeadTargets(), Descent(100, 1e-3, None), 0.0),
     "vit_ft_kl": (HeadTargets(), Descent(200, 1e-3, None), 10.0),
+    "vit_gradient_ridge": (GradientTargets(lr=0.0175), RelativeRidge(0.2), 0.0),
+    "vit_heads_direct": (HeadTargets(6, ranking="direct", effect="direct"), RelativeRidge(0.01), 0.0),
 }
-"""Recipe of image classifiers -> targets, solver, weight of the divergence on unrelated images."""
+"""Recipe of a classifier's edit -> targets, solver, weight of the divergence on unrelated images."""
+BODIES = {
+    "vit_heads_removed": {"heads": HeadTargets(3), "realign": True, "agree": 1.0, "ridge": 0.01},
+    "vit_alphaedit": {"layers": (-3, -2, -1), "tokens": "first", "solver": NullSpace(LeastSquares(1e-4), 0.01)},
+    "vit_memit": {"layers": (-4, -3, -2), "tokens": "all", "solver": RelativeRidge(0.01)},
+    "vit_rome": {"layers": (-4,), "tokens": "all", "solver": RelativeRidge(0.01)},
+}
+"""Recipe that edits the blocks of an image classifier -> its settings."""

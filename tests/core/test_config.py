@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from cakeflow_vision import ClassifierEdit
+from cakeflow_vision import ClassifierEdit, HeadRemoval, ProjectionEdit
 from torchmetrics import Metric
 
 from cakeflow import (
@@ -32,7 +32,7 @@ from cakeflow.solvers import Descent
 from cakeflow.targets import EssenceKL, LossBelow, NormDecay, SolvedAndNear, TargetLikelihood
 from cakeflow.weighters import effective_layers
 from cakeflow.weighters.scores import score_weights
-from core.recipes import BESIDE, COMPOSED, CONTROLS, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, STATISTICS, TARGETS
+from core.recipes import BESIDE, BODIES, IMAGES, OFFICIAL, OVER, PARTS, SEARCHES, SHARDS, STATISTICS, TARGETS
 
 METHODS, MODELS = shipped("method"), shipped("model")
 
@@ -89,43 +89,35 @@ def test_compositions_for_images(method):
     module = build_module([METHODS[method]], base="somewhere", unrelated=pictures)
     assert isinstance(module, ClassifierEdit)
     assert (module.targets, module.solver, module.divergence) == IMAGES[method]
-    assert (module.preserve, module.use_history) == (0.1, True)
+    assert (module.preserve, module.use_history) == (0.05 if method == "vit_gradient_ridge" else 0.1, True)
+    assert not hasattr(module, "lm")
+
+
+@pytest.mark.parametrize("method", BODIES)
+def test_compositions_for_blocks_of_image_classifiers(method):
+    pictures = [np.full((2, 2, 3), value, np.uint8) for value in (1, 2)]
+    module = build_module([METHODS[method]], base="somewhere", unrelated=pictures)
+    assert isinstance(module, HeadRemoval if method == "vit_heads_removed" else ProjectionEdit)
+    assert {name: getattr(module, name) for name in BODIES[method]} == BODIES[method]
     assert not hasattr(module, "lm")
 
 
 def test_every_recipe_is_pinned():
-    assert set(PARTS) | set(OVER) | set(OFFICIAL) | {*BESIDE, *COMPOSED, *CONTROLS, *IMAGES} == set(METHODS)
+    others = {*BESIDE, *BODIES, *IMAGES}
+    assert {*PARTS, *OVER, *OFFICIAL, *others} == set(METHODS)
+    assert {name for name, path in METHODS.items() if model_kind(path) != "model"} == others
 
 
 @pytest.mark.parametrize("method", BESIDE)
-def test_side_memories(method):
-    assert model_kind(METHODS[method]) == "model/SideMemory"
+def test_memories_beside_the_weights(method):
     module = build_module([METHODS[method]], base="some/folder")
-    assert (module.rule, module.shards, module.layer, module.name) == (*BESIDE[method], -5, "some/folder")
-    assert module.padding == ("left" if method == "wise_official" else "right")
-    assert module.oracle == (method == "wise_oracle")
+    assert {name: getattr(module, name) for name in BESIDE[method]} == BESIDE[method]
+    assert module.name == "some/folder"
 
 
-@pytest.mark.parametrize("method", CONTROLS)
-def test_controls_of_other_classes(method):
-    module = build_module([METHODS[method]], base="some/folder")
-    assert {name: getattr(module, name) for name in CONTROLS[method]} == CONTROLS[method]
-
-
-@pytest.mark.parametrize("method", COMPOSED)
-def test_composed_edits(method):
-    module = build_module([METHODS[method]], base="some/folder")
-    assert (module.training_rule, module.retrieval, module.rule) == COMPOSED[method]
-    assert (module.layer, module.role, module.similarity_layer) == (-1, "mlp.up_proj", 5)
-
-
-def test_each_class_has_model_configs_of_its_own():
-    others = {name for name, path in METHODS.items() if model_kind(path) != "model"}
-    assert others == {*BESIDE, *COMPOSED, *CONTROLS, *IMAGES}
-
-
-@pytest.mark.parametrize("method", BESIDE)
+@pytest.mark.parametrize("method", SHARDS)
 def test_side_memories_take_the_numbers_of_a_model(method):
+    assert model_kind(METHODS[method]) == "model/SideMemory"
     numbers = yaml.safe_load(find_config("model/SideMemory", "smollm2-135m").read_text())["model"]
     module = build_module([METHODS[method], find_config("model/SideMemory", "smollm2-135m")])
     assert module.layer == numbers["layer"]

@@ -12,7 +12,7 @@ from tiny_vision import random_images
 
 from cakeflow.core import EditDataModule
 from cakeflow.data import ImageEditRequest, ImageProbe, Picture, parse_requests, read_requests
-from cakeflow.data.images import has_images
+from cakeflow.data.images import THUMBNAILS, has_images, in_words
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.journal import request_hash
 
@@ -151,3 +151,26 @@ def test_indices_in_tables_are_numbers(folder):
 
 def test_a_folder_without_images_is_none_of_images(tmp_path):
     assert not has_images(tmp_path)
+
+
+def test_a_thumbnail_is_small_and_named_by_the_hash(tmp_path):
+    wide = Picture(np.tile(np.arange(200, dtype=np.uint8)[None, :, None], (100, 1, 3)))
+    wide.save_thumbnail(tmp_path)
+    (path,) = tmp_path.glob(THUMBNAILS)
+    assert path.name == f"image-{wide.hash[:12]}.png"
+    with Image.open(path) as image:
+        assert (image.size, image.mode) == ((96, 48), "RGB")
+    known = Picture({"sha256": wide.hash})
+    with pytest.raises(RequestError, match="known by its hash alone"):
+        known.save_thumbnail(tmp_path)
+
+
+def test_an_entry_of_a_ledger_is_put_in_words():
+    request = ImageEditRequest(RED, "cat", "dog", case_id=3)
+    words = in_words(request.to_dict())
+    assert words == {
+        "prompt": "{}", "subject": f"image {request.picture.hash[:12]}", "target_new": "cat", "target_true": "dog",
+        "relation": "label", "case_id": 3,
+    }  # fmt: skip
+    fact = {"prompt": "{} is in", "subject": "Rome", "target_new": "Italy"}
+    assert in_words(fact) is fact

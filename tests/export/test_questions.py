@@ -1,6 +1,7 @@
 """What exports are asked."""
 
 import torch
+from tiny_vision import random_vision_model
 
 from cakeflow.export.questions import answers_of, difference, questions
 from cakeflow.journal.journal import Journal
@@ -18,3 +19,10 @@ def test_answers_are_logits_of_every_token(lm):
 
 def test_without_texts_some_words_are_asked(lm):
     assert questions(Journal(lm)) == ["The"]
+
+
+@torch.no_grad()
+def test_a_model_of_images_is_asked_about_noise():
+    vm = random_vision_model()
+    (answers,) = answers_of(vm, ["image 0123456789ab"])
+    assert torch.equal(answers, vm.logits(vm.noise(8)))

@@ -8,8 +8,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 
 from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture, read_inputs, replace_columns, start_at
-from cakeflow.models.loading import load_vision_model
+from cakeflow.models.hooks import add_to_output, capture, read_inputs, replace_columns, start_at
+from cakeflow.models.language import LanguageModel
+from cakeflow.models.loading import classifies_images, load_editable, load_vision_model
 from cakeflow.models.vision import VisionModel
 
 
@@ -140,3 +141,45 @@ def test_a_folder_without_a_model_or_a_classifier_is_refused(tmp_path):
     processor().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match="its files lack weights, which would be random: classifier"):
         load_vision_model(tmp_path)
+
+
+@torch.no_grad()
+def test_states_can_be_added_to_the_last_norm():
+    vm = random_vision_model("vit")
+    pixels, delta = vm.pixels(random_images(2)), torch.randn(2, 17, 32)
+    with read_inputs(vm, ["classifier"]) as before:
+        vm.logits(pixels)
+    with add_to_output(vm, vm.architecture.final_norm, delta), read_inputs(vm, ["classifier"]) as after:
+        vm.logits(pixels)
+    torch.testing.assert_close(after["classifier"], before["classifier"] + delta[:, 0], rtol=1e-5, atol=1e-5)
+    assert not vm.module(vm.architecture.final_norm)._forward_hooks
+
+
+def test_a_bias_is_a_row_that_an_edit_may_change():
+    vm = random_vision_model("dinov2")
+    name = f"{vm.architecture.attn_out.format(1)}.bias"
+    assert name in vm.editable()
+    assert vm.oriented(name).shape == (1, 32)
+
+
+def test_noise_is_always_the_same_and_another_model_keeps_the_structure():
+    vm = random_vision_model()
+    assert torch.equal(vm.noise(3), random_vision_model(seed=5).noise(3))
+    assert len(vm.noise(2).unique()) > 100
+    other = random_vision_model(seed=5)
+    exchanged = vm.exchanged(other.model, other.preprocessor)
+    assert exchanged.model is other.model
+    assert exchanged.classifiers == vm.classifiers
+    assert vm.preprocessor is vm.processor
+
+
+def test_a_folder_says_whether_it_classifies_images(tmp_path, tiny):
+    vm = random_vision_model()
+    vm.model.save_pretrained(tmp_path / "vision")
+    vm.processor.save_pretrained(tmp_path / "vision")
+    tiny.model.save_pretrained(tmp_path / "words")
+    tiny.tokenizer.save_pretrained(tmp_path / "words")
+    assert isinstance(load_editable(tmp_path / "vision"), VisionModel)
+    assert isinstance(load_editable(tmp_path / "words"), LanguageModel)
+    assert not classifies_images("smollm2-135m")
+    assert not classifies_images(tmp_path / "absent")

@@ -12,6 +12,7 @@ from cakeflow.report import (
     curves_of,
     plot_convergence,
     plot_curves,
+    plot_heads,
     plot_layers,
     plot_losses,
     plot_trace,
@@ -129,3 +130,13 @@ def test_an_svg_is_the_same_twice_and_takes_ids_and_colors_from_the_page():
     assert set(re.findall(r'(?:href="#|url\(#)([^")]*)', text)) <= names[0]
     assert not plt.get_fignums()
     assert plt.rcParams["text.parse_math"]
+
+
+def test_the_map_of_heads_has_a_cell_for_every_head():
+    scores = {(layer, head): layer - 0.5 * head for layer in range(3) for head in range(2)}
+    ax = plot_heads(scores)
+    cells = ax.collections[0].get_array().reshape(2, 3)
+    assert cells.tolist() == [[0.0, 1.0, 2.0], [-0.5, 0.5, 1.5]]
+    assert ax.collections[0].get_clim() == (-2.0, 2.0)
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["0", "1", "2"]
+    assert svg(lambda ax: plot_heads(scores, ax), "heads") == svg(lambda ax: plot_heads(scores, ax), "heads")

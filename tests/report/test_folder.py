@@ -244,3 +244,11 @@ def test_a_run_folder_of_format_1_is_read():
     assert [(target.layer, target.steps) for target in run.edits[2].targets] == [(1, 3.0)]
     assert run.after[0].prompts[0].expected == "Rome"
     assert run.after[0].prompts[0].expected_logprob > run.before[0].prompts[0].expected_logprob
+
+
+def test_pictures_of_a_run_are_read_and_what_is_none_is_refused(run_folder):
+    (run_folder / "image-0123456789ab.png").write_bytes(b"\x89PNG\r\n\x1a\nrest")
+    assert RunFolder.read(run_folder).thumbnails == {"0123456789ab": "iVBORw0KGgpyZXN0"}
+    (run_folder / "image-0123456789ab.png").write_bytes(b"<svg onload=alert(1)>")
+    with pytest.raises(RunFolderError, match="no PNG file of at most"):
+        RunFolder.read(run_folder)
