@@ -15,7 +15,7 @@ to follow; perplexity of that sentence.
 A row has, over all edits so far: efficacy and generalization as shares of the target's tokens, teacher-forced (WISE's
 Rel. and Gen.), and word for word in free answers of twelve tokens; locality as the share of unrelated questions whose
 free answer is the unedited model's to the letter, which is stricter than WISE's Loc. (tokens, teacher-forced). For
-memories that route: the share of questions that are routed right, and the area under the curve of distances of edited
+memories that route: the same under an oracle, the share of questions that are routed right, and the area under the curve of distances of edited
 questions and paraphrases against unrelated ones. At the end of a stream: bytes of the changes, seconds per edit,
 whether one edit can be undone, and whether a rollback gives the unedited hash. Rows are kept in ``sidememory.json``
 under ``--out`` as they are measured; a stream that was interrupted begins again. ``--try`` adds arms that are arguments
@@ -51,10 +51,9 @@ PLAIN: dict[str, Any] = {"chat": False, "rounds": 0, "targets": "short"}
 """Weight edits: no questions in chats, no further walks, the shorter search."""
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "wise": ("wise", {}),
-    "wise, oracle": ("wise_oracle", {}),
     "wise, always routed": ("wise_always", {}),
     "wise, no margin": ("wise", {"rule": {"margin": None}}),
-    "wise_merge": ("wise_merge", {}),
+    "wise_merge": ("wise_merge", {"shards": {"join_every": 20}}),
     "wise_official": ("wise_official", {}),
     "grace": ("grace", {"layer": 25, "codebook": {"eps": 5.0}}),
     "retrieval": ("retrieval", {}),
@@ -77,6 +76,8 @@ ROUTES = {
     "routing/accuracy": "questions routed right",
     "routing/auc": "area under the curve",
     "routing/own": "edits answered by their own shard",
+    "oracle/rel": "Rel. under an oracle",
+    "oracle/gen": "Gen. under an oracle",
 }
 CURVES = {name: SHOWN[name] for name in ("rel", "gen", "rel/free", "gen/free", "loc")}
 COST = {
@@ -170,6 +171,18 @@ def routing(module: Any, records: Sequence[EditRequest]) -> Row:
     return {f"routing/{name}": value for name, value in routing_numbers(module.routes(records)).items()}
 
 
+def under_oracle(module: Any, records: Sequence[EditRequest]) -> Row:
+    """What the memory holds, apart from how it is reached: every question about an edit goes to its own shard."""
+    if getattr(module, "oracle", True):
+        return {}
+    module.oracle = True
+    try:
+        row, _ = measured(module, records, ())
+    finally:
+        module.oracle = False
+    return {f"oracle/{name}": row[name] for name in ("rel", "gen", "rel/free", "gen/free") if name in row}
+
+
 def costs(editor: Editor, original: str, seconds: float, edits: int) -> Row:
     """What a finished stream cost; the model is unedited when this returns."""
     changes = [change for step in editor.journal for change in step.changes]
@@ -206,7 +219,7 @@ def run(arm: str, stream: Stream, lm: LanguageModel, before: Sequence[str], save
         seconds, done = seconds + time.perf_counter() - start, point
         records = stream.records[:point]
         row, _ = measured(editor.module, records, before[: len(_questions(records))])
-        row |= routing(editor.module, records)
+        row |= routing(editor.module, records) | under_oracle(editor.module, records)
         save(point, row)
         if point == stream.points[-1]:
             save(point, row | costs(editor, original, seconds, point))
