@@ -124,7 +124,8 @@ class Flow:
         )  # fmt: skip
         self.settings = ShardSettings(
             "retrieve" if self.h["retrieve"] else "merge", "sequence", self.h["act_ratio"], self.h["save_freq"],
-            self.h["merge_freq"], self.h["merge_alg"], self.h["densities"], 100, activation=activation_name(self.lm),
+            self.h["merge_freq"], self.h["merge_alg"], self.h["densities"], 100,
+            activation=activation_name(self.lm), unjoined=False,
         )  # fmt: skip
 
     @property

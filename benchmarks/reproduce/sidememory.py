@@ -15,11 +15,11 @@ to follow; perplexity of that sentence.
 A row has, over all edits so far: efficacy and generalization as shares of the target's tokens, teacher-forced (WISE's
 Rel. and Gen.), and word for word in free answers of twelve tokens; locality as the share of unrelated questions whose
 free answer is the unedited model's to the letter, which is stricter than WISE's Loc. (tokens, teacher-forced). For
-memories that route: the same under an oracle, the share of questions that are routed right, and the area under the curve of distances of edited
-questions and paraphrases against unrelated ones. At the end of a stream: bytes of the changes, seconds per edit,
-whether one edit can be undone, and whether a rollback gives the unedited hash. Rows are kept in ``sidememory.json``
-under ``--out`` as they are measured; a stream that was interrupted begins again. ``--try`` adds arms that are arguments
-over ``wise``: constants are chosen by it, on records that are not reported on.
+memories that route: the same under an oracle, the share of questions that are routed right, and the area under the
+curve of distances of edited questions and paraphrases against unrelated ones. At the end of a stream: bytes of the
+changes, seconds per edit, whether one edit can be undone, and whether a rollback gives the unedited hash. Rows are kept
+in ``sidememory.json`` under ``--out`` as they are measured; a stream that was interrupted begins again. ``--try`` adds
+arms that are arguments over ``wise``: constants are chosen by it, on records that are not reported on.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ from cakeflow import Editor, EditRequest, Evaluation
 from cakeflow.data import parse_requests
 from cakeflow.errors import EditError
 from cakeflow.metrics import KINDS
-from cakeflow.models import LanguageModel, load_model
 from cakeflow.report import save_plot
 from cakeflow.storage import write_text
 
+MODEL = "smollm2-135m"
 PLAIN: dict[str, Any] = {"chat": False, "rounds": 0, "targets": "short"}
 """Weight edits: no questions in chats, no further walks, the shorter search."""
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -55,7 +55,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "wise, no margin": ("wise", {"rule": {"margin": None}}),
     "wise_merge": ("wise_merge", {"shards": {"join_every": 20}}),
     "wise_official": ("wise_official", {}),
-    "grace": ("grace", {"layer": 25, "codebook": {"eps": 5.0}}),
+    "grace": ("grace", {}),
     "retrieval": ("retrieval", {}),
     "memit_seq": ("memit_seq", PLAIN),
     "alphaedit": ("alphaedit", PLAIN),
@@ -198,21 +198,14 @@ def costs(editor: Editor, original: str, seconds: float, edits: int) -> Row:
     return row
 
 
-def run(arm: str, stream: Stream, lm: LanguageModel, before: Sequence[str], save: Callable[[int, Row], None]) -> None:
+def run(arm: str, stream: Stream, before: Sequence[str], save: Callable[[int, Row], None]) -> None:
     """Edit one stream, and measure it at its points."""
     recipe, setting = ARMS.get(arm) or ("wise", json.loads(arm))
     if recipe.startswith("wise"):
         setting = {**setting, "irrelevant": list(stream.irrelevant)}
-    editor = Editor.from_pretrained(
-        lm.model,
-        recipe,
-        tokenizer=lm.tokenizer,
-        config="smollm2-135m",
-        evaluation=Evaluation(answer_tokens=12),
-        trainer={"logger": False},
-        **setting,
-    )
-    original, seconds, done = lm.fingerprint(), 0.0, 0
+    evaluation = Evaluation(answer_tokens=12)
+    editor = Editor.from_pretrained(MODEL, recipe, evaluation=evaluation, trainer={"logger": False}, **setting)
+    original, seconds, done = editor.module.lm.fingerprint(), 0.0, 0
     for point in stream.points:
         start = time.perf_counter()
         editor.fit(list(stream.records[done:point]), evaluate=False)
@@ -234,10 +227,9 @@ def _line(row: Row) -> str:
     return "  ".join(f"{name} {row[name]:.3f}" for name in (*SHOWN, *ROUTES, "seconds", "bytes") if name in row)
 
 
-def unedited(records: Sequence[EditRequest], lm: LanguageModel) -> tuple[Row, list[str]]:
+def unedited(records: Sequence[EditRequest]) -> tuple[Row, list[str]]:
     """Metrics and free answers of the model as it is."""
-    editor = Editor.from_pretrained(lm.model, "memit", tokenizer=lm.tokenizer, config="smollm2-135m",
-                                    evaluation=Evaluation(answer_tokens=12))  # fmt: skip
+    editor = Editor.from_pretrained(MODEL, "memit", evaluation=Evaluation(answer_tokens=12))
     return measured(editor.module, records, ())
 
 
@@ -290,16 +282,16 @@ def cells_of(group: Sequence[Row]) -> dict[str, str]:
 
 def run_arms(stream: Stream, arms: Sequence[str], rows: dict[str, Row], keep: Callable[[str, Row], None]) -> None:
     """Run the arms of one stream whose rows are missing; the unedited model comes first."""
-    lm, before = load_model("smollm2-135m"), None
+    before: list[str] | None = None
     for arm in arms:
         name = f"{stream.table}, seed {stream.seed}, {arm}"
         if all(f"{name}, {point}" in rows for point in stream.points):
             continue
         if before is None:
             for point in stream.points:
-                row, before = unedited(stream.records[:point], lm)
+                row, before = unedited(stream.records[:point])
                 keep(f"{stream.table}, seed {stream.seed}, unedited, {point}", row)
-        run(arm, stream, lm, before or [], lambda point, row, name=name: keep(f"{name}, {point}", row))
+        run(arm, stream, before or [], lambda point, row, name=name: keep(f"{name}, {point}", row))
 
 
 def main() -> None:

@@ -39,6 +39,8 @@ class ShardSettings:
         longest: Beyond so many tokens the largest distance counts, not the mean; None for never.
         control: How rows are routed.
         activation: Name of an activation; empty for that of the model's MLPs.
+        unjoined: Whether, with ``merge``, finished shards answer before they are joined. WISE's code says no: there the
+            facts of a finished shard are not answered until ``join_every`` edits are reached.
 
     Raises:
         ConfigError: If a number is out of its range.
@@ -54,6 +56,7 @@ class ShardSettings:
     longest: int | None = None
     control: Control = "distance"
     activation: str = ""
+    unjoined: bool = True
 
     def __post_init__(self) -> None:
         if not (self.ratio > 0 and self.save_every > 0 and 0 < self.density <= 1):
@@ -172,20 +175,18 @@ class ShardedProjection(RoutedModule):
         return result
 
     def own(self, fact: int) -> int:
-        """Return the number of the shard that learned a fact, by its place in the order of learning; 0 for none.
-
-        With ``merge`` a finished shard answers only once it is joined.
-        """
+        """Return the number of the shard that learned a fact, by its place in the order of learning; 0 for none."""
         settings, edits = self.settings, int(self.edits)
         shard, per_join = fact // settings.save_every, settings.join_every // settings.save_every
         if not 0 <= fact < edits:
             return 0
         if shard == edits // settings.save_every:
             return 1
-        joins = edits // settings.join_every
-        if settings.rule == "merge":
-            return 2 if shard < joins * per_join else 0
-        return 2 + (shard // per_join if shard < joins * per_join else joins + shard - joins * per_join)
+        joins, merge = edits // settings.join_every, settings.rule == "merge"
+        if shard < joins * per_join:
+            return 2 if merge else 2 + shard // per_join
+        place = 2 + (min(joins, 1) if merge else joins) + shard - joins * per_join
+        return place if place - 1 in self.candidates() else 0
 
     def measured(self) -> Measured:
         """Return for each row of the last pass the distance that decided, and the threshold it was compared with.
@@ -201,7 +202,7 @@ class ShardedProjection(RoutedModule):
         place = torch.where(self.decision > 0, self.decision - 1, largest)
         distance = self.distances.gather(0, place[None])[0]
         least = (self.settings.ratio * self.least)[self.candidates()]
-        if self.settings.rule == "merge":  # one threshold for both
+        if self.settings.rule == "merge":  # one threshold for all
             least = least[:1].expand(len(self.distances))
         return Measured(distance, least.to(distance.device)[place], "above")
 
@@ -212,7 +213,7 @@ class ShardedProjection(RoutedModule):
 
     def candidates(self) -> list[int]:
         """Return the places of the shards that can answer."""
-        if self.settings.rule == "retrieve":
+        if self.settings.rule == "retrieve" or self.settings.unjoined:
             return list(range(len(self.shards)))
         return [0, 1] if self.joined else [0]
 
@@ -221,15 +222,13 @@ class ShardedProjection(RoutedModule):
         if self.settings.control != "distance":
             return torch.full(distances.shape[1:], int(self.settings.control == "always"), device=distances.device)
         least = (self.settings.ratio * self.least).tolist()
-        writing = distances[0]
-        if self.settings.rule == "merge" and self.joined:
-            merged = distances[1]
-            chosen = torch.where(merged > writing, 2, 1)
-            return torch.where((merged < least[0]) & (writing < least[0]), 0, chosen)
-        chosen, top = (writing >= least[0]).long(), writing
+        merge = self.settings.rule == "merge"  # one threshold for all, which may be met
+        top: Tensor = distances[0]
+        chosen: Tensor = (top >= least[0]).long()
         for number, place in enumerate(self.candidates()[1:], 2):
-            better = (distances[number - 1] > top) & (distances[number - 1] > least[place])
-            chosen, top = torch.where(better, number, chosen), torch.where(better, distances[number - 1], top)
+            distance = distances[number - 1]
+            better = (distance > top) & (distance >= least[0] if merge else distance > least[place])
+            chosen, top = torch.where(better, number, chosen), torch.where(better, distance, top)
         return chosen
 
 

@@ -125,6 +125,11 @@ def test_side_memories_take_the_numbers_of_a_model(method):
     assert module.rule.decay_everywhere == (method == "wise_official")
 
 
+def test_a_codebook_takes_the_numbers_of_a_model():
+    module = build_module([METHODS["grace"], find_config(model_kind(METHODS["grace"]), "smollm2-135m")])
+    assert (module.layer, module.codebook.eps) == (25, 5.0)
+
+
 @pytest.mark.parametrize(
     ("method", "model", "n_eff"),
     [

@@ -88,10 +88,22 @@ def test_merge_weighs_the_earlier_join_and_keeps_the_threshold(lm):
     for number, weight in enumerate(weights):
         memory = learned(lm, around(lm, settings), weight, least=4.0 - number)
         lm.put(place(lm), memory.put_away())
-        assert lm.module(SITE).candidates() == ([0] if number == 0 else [0, 1])
+        assert lm.module(SITE).candidates() == [[0, 1], [0, 1], [0, 1, 2], [0, 1]][number]
     first = join(base, weights[:2], [0.5, 0.5])
     torch.testing.assert_close(lm.module(SITE).shards[1].detach(), join(base, [*weights[2:], first], [0.2, 0.2, 0.6]))
     assert float(lm.module(SITE).least[0]) == 1.0
+
+
+def test_a_finished_shard_answers_before_it_is_joined(lm):
+    """In WISE's code its facts are gone until the next join: with its constants from edit 500 to edit 1,000."""
+    for unjoined in (True, False):
+        settings = replace(SETTINGS, rule="merge", save_every=1, join_every=2, unjoined=unjoined)
+        memory = learned(lm, around(lm, settings), far(lm), least=0.0).put_away()
+        assert memory.candidates() == ([0, 1] if unjoined else [0])
+        assert memory.own(0) == (2 if unjoined else 0)
+        distances = torch.tensor([[0.0], [5.0]])[: len(memory.candidates())]
+        assert memory.decide(distances + 1).tolist() == [2 if unjoined else 1]
+        lm.put(place(lm), memory.base)
 
 
 @given(st.integers(1, 40), st.integers(1, 9), st.integers(0, 10**6))
@@ -128,7 +140,7 @@ def test_changes_come_back_from_their_tensors(lm, dense):
     [
         ("retrieve", 1, [1, 0]), ("retrieve", 2, [2, 2, 0]), ("retrieve", 3, [2, 2, 1]),
         ("retrieve", 4, [2, 2, 2, 2]), ("retrieve", 7, [2, 2, 2, 2, 3, 3, 1]),
-        ("merge", 3, [0, 0, 1]), ("merge", 4, [2, 2, 2, 2]), ("merge", 6, [2, 2, 2, 2, 0, 0]),
+        ("merge", 3, [2, 2, 1]), ("merge", 4, [2, 2, 2, 2]), ("merge", 7, [2, 2, 2, 2, 3, 3, 1]),
     ],
 )  # fmt: skip
 def test_a_fact_knows_its_shard(lm, rule, edits, own):
