@@ -13,7 +13,7 @@ answers of the train file. Batches end where something is measured. ``hallucinat
 to follow; perplexity of that sentence.
 
 A row has, over all edits so far: efficacy and generalization as shares of the target's tokens, teacher-forced (WISE's
-Rel. and Gen.), and word for word in free answers of twelve tokens; locality as the share of unrelated questions whose
+Rel. and Gen.), and in free answers of twelve tokens, exact and by containment (``wild``); locality as the share of unrelated questions whose
 free answer is the unedited model's to the letter, which is stricter than WISE's Loc. (tokens, teacher-forced). For
 memories that route: the same under an oracle, the share of questions that are routed right, and the area under the
 curve of distances of edited questions and paraphrases against unrelated ones. At the end of a stream: bytes of the
@@ -46,7 +46,7 @@ from cakeflow.metrics import KINDS
 from cakeflow.report import save_plot
 from cakeflow.storage import write_text
 
-MODEL = "smollm2-135m"
+MODEL, ASKED = "smollm2-135m", Evaluation("wild", answer_tokens=12)
 PLAIN: dict[str, Any] = {"chat": False, "rounds": 0, "targets": "short"}
 """Weight edits: no questions in chats, no further walks, the shorter search."""
 ARMS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -65,8 +65,10 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 SHOWN = {
     "rel": "Rel., tokens",
     "gen": "Gen., tokens",
-    "rel/free": "edits, free answers",
-    "gen/free": "paraphrases, free answers",
+    "rel/free": "edits, free answers, exact",
+    "gen/free": "paraphrases, exact",
+    "rel/contained": "edits, target in the answer",
+    "gen/contained": "paraphrases, target in the answer",
     "loc": "unrelated answers kept",
     "ppl": "perplexity, mean",
     "ppl/median": "perplexity, median",
@@ -79,7 +81,7 @@ ROUTES = {
     "oracle/rel": "Rel. under an oracle",
     "oracle/gen": "Gen. under an oracle",
 }
-CURVES = {name: SHOWN[name] for name in ("rel", "gen", "rel/free", "gen/free", "loc")}
+CURVES = {name: SHOWN[name] for name in ("rel", "gen", "rel/contained", "gen/contained", "loc")}
 COST = {
     "bytes": "MB of changes",
     "seconds": "seconds per edit",
@@ -151,6 +153,8 @@ def measured(module: Any, records: Sequence[EditRequest], before: Sequence[str])
         "gen": scores.tokens[kind["paraphrase"]],
         "rel/free": scores.answered[kind["rewrite"]],
         "gen/free": scores.answered[kind["paraphrase"]],
+        "rel/contained": scores.contained[kind["rewrite"]],
+        "gen/contained": scores.contained[kind["paraphrase"]],
         "loc": torch.tensor(same, dtype=torch.float32)[kind["neighborhood"]],
     }
     row: Row = {name: float(each.float().mean()) for name, each in values.items() if len(each)}
@@ -180,7 +184,7 @@ def under_oracle(module: Any, records: Sequence[EditRequest]) -> Row:
         row, _ = measured(module, records, ())
     finally:
         module.oracle = False
-    return {f"oracle/{name}": row[name] for name in ("rel", "gen", "rel/free", "gen/free") if name in row}
+    return {f"oracle/{name}": row[name] for name in ("rel", "gen", "rel/contained", "gen/contained") if name in row}
 
 
 def costs(editor: Editor, original: str, seconds: float, edits: int) -> Row:
@@ -203,8 +207,7 @@ def run(arm: str, stream: Stream, before: Sequence[str], save: Callable[[int, Ro
     recipe, setting = ARMS.get(arm) or ("wise", json.loads(arm))
     if recipe.startswith("wise"):
         setting = {**setting, "irrelevant": list(stream.irrelevant)}
-    evaluation = Evaluation(answer_tokens=12)
-    editor = Editor.from_pretrained(MODEL, recipe, evaluation=evaluation, trainer={"logger": False}, **setting)
+    editor = Editor.from_pretrained(MODEL, recipe, evaluation=ASKED, trainer={"logger": False}, **setting)
     original, seconds, done = editor.module.lm.fingerprint(), 0.0, 0
     for point in stream.points:
         start = time.perf_counter()
@@ -229,7 +232,7 @@ def _line(row: Row) -> str:
 
 def unedited(records: Sequence[EditRequest]) -> tuple[Row, list[str]]:
     """Metrics and free answers of the model as it is."""
-    editor = Editor.from_pretrained(MODEL, "memit", evaluation=Evaluation(answer_tokens=12))
+    editor = Editor.from_pretrained(MODEL, "memit", evaluation=ASKED)
     return measured(editor.module, records, ())
 
 
