@@ -13,13 +13,14 @@ answers of the train file. Batches end where something is measured. ``hallucinat
 to follow; perplexity of that sentence.
 
 A row has, over all edits so far: efficacy and generalization as shares of the target's tokens, teacher-forced (WISE's
-Rel. and Gen.), and in free answers of twelve tokens, exact and by containment (``wild``); locality as the share of unrelated questions whose
-free answer is the unedited model's to the letter, which is stricter than WISE's Loc. (tokens, teacher-forced). For
-memories that route: the same under an oracle, the share of questions that are routed right, and the area under the
-curve of distances of edited questions and paraphrases against unrelated ones. At the end of a stream: bytes of the
-changes, seconds per edit, whether one edit can be undone, and whether a rollback gives the unedited hash. Rows are kept
-in ``sidememory.json`` under ``--out`` as they are measured; a stream that was interrupted begins again. ``--try`` adds
-arms that are arguments over ``wise``: constants are chosen by it, on records that are not reported on.
+Rel. and Gen.), and in free answers of twelve tokens, exact and by containment (``wild``); locality as the share of
+unrelated questions whose free answer is the unedited model's to the letter, which is stricter than WISE's Loc.
+(tokens, teacher-forced). For memories that route: the same under an oracle, the share of questions that are routed
+right, and the area under the curve of distances of edited questions and paraphrases against unrelated ones. At the
+end of a stream: bytes of the changes, seconds per edit, whether one edit can be undone, and whether a rollback gives
+the unedited hash. Rows are kept in ``sidememory.json`` under ``--out`` as they are measured; a stream that was
+interrupted begins again. ``--try`` adds arms that are arguments over ``wise``: constants are chosen by it, on records
+that are not reported on.
 """
 
 from __future__ import annotations
