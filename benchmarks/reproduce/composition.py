@@ -153,14 +153,14 @@ class Asker:
     def __init__(self, arm: Arm, module: Any, tokens: int) -> None:
         if arm.oracle and not isinstance(module, FactorMemory):
             raise SystemExit(f"{arm.method}: only composed edits can be named by an oracle")
-        self.lm, self.arm, self.tokens = module.lm, arm, tokens
+        self.lm, self.arm, self.tokens, self.question = module.lm, arm, tokens, module.question
         self.memory = module.memory() if isinstance(module, FactorMemory) else None
 
     def __call__(self, prompts: Sequence[str], edits: Sequence[int]) -> list[str]:
         """Answers to prompts that need some edits."""
         named = self.memory.oracle(edits) if self.memory is not None and self.arm.oracle else nullcontext()
         with named:
-            return written(self.lm, prompts, self.tokens, commas=self.arm.commas)
+            return written(self.lm, [*map(self.question, prompts)], self.tokens, commas=self.arm.commas)
 
     def retrieved(self, item: TaskItem) -> tuple[float, float]:
         """Part of the needed edits that the prompt retrieves, and part of the retrieved that is needed."""

@@ -155,8 +155,8 @@ class FactsInContext(EditModule[EditBatch]):
     A control that every edit has to beat: facts in the context (IKE, arXiv 2305.12740, without its demonstrations),
     found by a retriever. A batch is committed to the journal without any change. Questions of evaluations and of
     ``OutcomeCheck`` are asked with the facts in force that the retriever takes; ``Editor.ask`` and ``editor.model``
-    are the model itself, which knows nothing of them, and an export is refused. Of facts with one prompt the last one
-    counts; what is undone or rolled back is not put before a question any more.
+    are the model itself, which knows nothing of them, and an export is refused. Of facts with one prompt and relation
+    the last one counts; what is undone or rolled back is not put before a question any more.
 
     Args:
         base: Name or folder of a model, or a ``LanguageModel``.
@@ -218,7 +218,7 @@ class FactsInContext(EditModule[EditBatch]):
         """Change nothing: the journal notes which facts are taken back."""
 
     def facts(self) -> dict[str, EditRequest]:
-        """Return the facts in force by their SHA-256, of those with one prompt the last.
+        """Return the facts in force by their SHA-256, of those with one prompt and relation the last.
 
         Raises:
             ConfigError: If the journal was loaded from a run that has hashes of them only.
@@ -229,7 +229,10 @@ class FactsInContext(EditModule[EditBatch]):
                 "the run has hashes of its facts only (record_texts=False), so that none can be put before a question; "
                 "edit them again"
             )
-        last = {step.requests[i].text: (step.hashes[i], step.requests[i]) for step, i in pairs}
+        last = {}
+        for step, i in pairs:
+            request = step.requests[i]
+            last[request.text, request.relation] = step.hashes[i], request
         return dict(last.values())
 
     def question(self, prompt: str) -> str:

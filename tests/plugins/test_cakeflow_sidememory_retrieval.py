@@ -14,7 +14,7 @@ from cakeflow.callbacks import OutcomeCheck
 from cakeflow.cli.runs import run_verify
 from cakeflow.core import build_module, find_config
 from cakeflow.data import Probe
-from cakeflow.errors import ConfigError, ExportError
+from cakeflow.errors import ConfigError, ExportError, RequestWarning
 from cakeflow.evaluation import Evaluation, score_targets
 from cakeflow.export import apply_delta
 from cakeflow.journal import replay, verify
@@ -165,6 +165,14 @@ def test_the_last_fact_about_a_prompt_counts(lm):
     editor.fit(FACTS[1:2], evaluate=False)
     editor.fit([EditRequest("{} plays", "Ann", "golf", "chess")], evaluate=False)
     assert editor.module.question("Ann plays") == "New fact: Ann plays golf.\nPrompt: Ann plays"
+
+
+def test_several_answers_of_one_question_stand_together(lm):
+    editor = editor_of(lm, retriever=TfidfRetriever(top=2))
+    answers = [EditRequest("{} plays", "Ann", target, "chess", relation=target) for target in ("golf", "tennis")]
+    with pytest.warns(RequestWarning, match="contradict an earlier one in other words"):
+        editor.fit(answers, evaluate=False)
+    assert editor.module.question("Ann plays") == "New fact: Ann plays tennis. Ann plays golf.\nPrompt: Ann plays"
 
 
 def test_a_run_is_replayed_and_loaded(workplace):
