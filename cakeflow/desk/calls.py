@@ -46,7 +46,7 @@ class Nothing(Schema):
 
 
 class Calls:
-    """What the page can ask for; whatever needs the model becomes a job of the worker.
+    """Calls of the page; whatever needs the model becomes a job of the worker.
 
     Attributes:
         state: The session as it was behind the last job: other threads read nothing else of it.

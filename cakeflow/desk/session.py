@@ -109,7 +109,7 @@ class Session:
         }
 
     def look(self, sentence: str, answer: str, subject: str = "") -> dict[str, Any]:
-        """What an edit would be, without making it.
+        """Describe an edit without making it.
 
         Args:
             sentence: The sentence up to where its answer begins.

@@ -150,7 +150,7 @@ def _write_model(journal: Journal, manifest: Manifest) -> Callable[[Path], None]
 
 
 def _task(lm: EditableModel) -> str:
-    """What a model is for, in the words of the hub."""
+    """Return the purpose of a model, in the words of the hub."""
     return "image-classification" if isinstance(lm, VisionModel) else "text-generation"
 
 

@@ -83,7 +83,7 @@ class EditableModel(ABC):
     @property
     @abstractmethod
     def preprocessor(self) -> Any:
-        """What makes its inputs, and is saved beside it: a tokenizer or an image processor."""
+        """The maker of its inputs, saved beside it: a tokenizer or an image processor."""
 
     @abstractmethod
     def exchanged(self, model: Any, preprocessor: Any) -> Self:

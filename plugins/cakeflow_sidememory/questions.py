@@ -1,4 +1,4 @@
-"""What edit modules with a routed memory share: questions, routed by the memory or by an oracle, and their routes."""
+"""The common part of edit modules with a routed memory: questions, routed by it or by an oracle, and their routes."""
 
 from __future__ import annotations
 

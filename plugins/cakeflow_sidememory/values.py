@@ -39,7 +39,7 @@ class ValueTraining:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """What a fact leaves in a codebook.
+    """The part of a codebook that a fact leaves.
 
     Attributes:
         key: Input of the projection at the last token of the prompt.

@@ -1,4 +1,4 @@
-"""What a model computed from images, kept under hashes of both, so that nothing is computed twice."""
+"""Results of a model on images, kept under hashes of both, so that nothing is computed twice."""
 
 from __future__ import annotations
 
