@@ -13,8 +13,8 @@ small-demo: setup
 demo-vision: setup .venv/vision  ## correct 16 mistakes of an image classifier, with a page of pictures
 	$(BIN)/python benchmarks/reproduce/vision_demo.py
 
-test: setup  ## the whole suite
-	$(BIN)/python -m pytest
+test: setup  ## the whole suite, a process per core
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 docs: .venv/docs  ## run every command of the pages, and build them into site/; no network but for the packages
 	$(BIN)/python tests/pages.py
