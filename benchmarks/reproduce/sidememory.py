@@ -12,15 +12,14 @@ r"""Editing memory against editing weights: WISE's tables in small, controls bes
 answers of the train file. Batches end where something is measured. ``hallucination``: passages and the sentence that is
 to follow; perplexity of that sentence.
 
-A row has, over all edits so far: efficacy and generalization as shares of the target's tokens, teacher-forced (WISE's
-Rel. and Gen.), and in free answers of twelve tokens, exact and by containment (``wild``); locality as the share of
-unrelated questions whose free answer is the unedited model's to the letter, which is stricter than WISE's Loc.
-(tokens, teacher-forced). For memories that route: the same under an oracle, the share of questions that are routed
-right, and the area under the curve of distances of edited questions and paraphrases against unrelated ones. At the
-end of a stream: bytes of the changes, seconds per edit, whether one edit can be undone, and whether a rollback gives
-the unedited hash. Rows are kept in ``sidememory.json`` under ``--out`` as they are measured; a stream that was
-interrupted begins again. ``--try`` adds arms that are arguments over ``wise``: constants are chosen by it, on records
-that are not reported on.
+A row has, over all edits so far: WISE's Rel., Gen. and Loc. (shares of tokens, teacher-forced; of unrelated questions
+those that are predicted as by the unedited model), and free answers of twelve tokens, exact and by containment
+(``wild``). For memories that route: the same under an oracle, the share of questions that are routed right, and the
+area under the curve of distances of edited questions and paraphrases against unrelated ones. At the end of a stream:
+bytes of the changes, seconds per edit, whether one edit can be undone, and whether a rollback gives the unedited
+hash. Rows are kept in ``sidememory.json`` under ``--out`` as they are measured; a stream that was interrupted begins
+again. ``--try`` adds arms that are arguments over ``wise``: constants are chosen by it, on records that are not
+reported on.
 """
 
 from __future__ import annotations
@@ -41,9 +40,11 @@ from cakeflow_sidememory import routing_numbers
 from sweep import Row, interval, write_table
 
 from cakeflow import Editor, EditRequest, Evaluation
-from cakeflow.data import parse_requests
+from cakeflow.data import join_texts, parse_requests
 from cakeflow.errors import EditError
+from cakeflow.forward import encode_texts
 from cakeflow.metrics import KINDS
+from cakeflow.models import prompt_lengths
 from cakeflow.report import save_plot
 from cakeflow.storage import write_text
 
@@ -66,11 +67,11 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
 SHOWN = {
     "rel": "Rel., tokens",
     "gen": "Gen., tokens",
+    "loc": "Loc., tokens",
     "rel/free": "edits, free answers, exact",
     "gen/free": "paraphrases, exact",
     "rel/contained": "edits, target in the answer",
     "gen/contained": "paraphrases, target in the answer",
-    "loc": "unrelated answers kept",
     "ppl": "perplexity, mean",
     "ppl/median": "perplexity, median",
     "ppl/clipped": "perplexity, clipped at 100",
@@ -134,7 +135,13 @@ def hallucination(args: argparse.Namespace) -> list[Stream]:
                 "prompt": entry["prompt"].strip().replace(entry["subject"], "{}", 1),
                 "subject": entry["subject"],
                 "target_new": entry["target_new"].strip(),
-                "probes": [{"kind": "neighborhood", "prompt": entry["locality_prompt"], "expected": "yes"}],
+                "probes": [
+                    {
+                        "kind": "neighborhood",
+                        "prompt": entry["locality_prompt"],
+                        "expected": entry["locality_ground_truth"] or ".",
+                    }
+                ],
             }
             for entry in random.Random(seed).sample(entries, args.points[-1])
         ]
@@ -142,21 +149,36 @@ def hallucination(args: argparse.Namespace) -> list[Stream]:
     return streams
 
 
-def measured(module: Any, records: Sequence[EditRequest], before: Sequence[str]) -> tuple[Row, list[str]]:
-    """Metrics of the edits so far, with each record's outcomes, and all free answers."""
+def unrelated_predictions(module: Any, records: Sequence[EditRequest]) -> list[list[int]]:
+    """The most likely token at each place of the right answers to unrelated questions, as in WISE's Loc."""
+    lm, predictions = module.lm, []
+    for record in records:
+        for probe in (each for each in record.probes if each.kind == "neighborhood"):
+            prompt = module.question(probe.prompt)
+            asked, whole = encode_texts(lm.tokenizer, [prompt, join_texts(prompt, probe.expected or "")])
+            ids = torch.tensor([whole], device=lm.device)
+            with torch.no_grad(), prompt_lengths(lm.model, torch.tensor([len(asked)])):
+                logits = lm(input_ids=ids, use_cache=False).logits[0]
+            predictions.append(logits[len(asked) - 1 : -1].argmax(-1).tolist())
+    return predictions
+
+
+def measured(
+    module: Any, records: Sequence[EditRequest], before: Sequence[Sequence[int]]
+) -> tuple[Row, list[list[int]]]:
+    """Metrics of the edits so far, with each record's outcomes, and the predictions at unrelated questions."""
     module.answers = []
-    answers = module.ask(records)
-    scores, texts = answers.scores, list(answers.answers)
+    scores, others = module.ask(records).scores, unrelated_predictions(module, records)
     kind = {name: scores.kind == number for number, name in enumerate(KINDS)}
-    same = [now == then for now, then in zip(texts, before, strict=True)] if before else [True] * len(texts)
+    same = [[now == then for now, then in zip(*pair, strict=True)] for pair in zip(others, before, strict=False)]
     values = {
         "rel": scores.tokens[kind["rewrite"]],
         "gen": scores.tokens[kind["paraphrase"]],
+        "loc": torch.tensor([sum(each) / len(each) for each in same]),
         "rel/free": scores.answered[kind["rewrite"]],
         "gen/free": scores.answered[kind["paraphrase"]],
         "rel/contained": scores.contained[kind["rewrite"]],
         "gen/contained": scores.contained[kind["paraphrase"]],
-        "loc": torch.tensor(same, dtype=torch.float32)[kind["neighborhood"]],
     }
     row: Row = {name: float(each.float().mean()) for name, each in values.items() if len(each)}
     row["records"] = {name: [round(float(v), 3) for v in each] for name, each in values.items()}
@@ -166,7 +188,7 @@ def measured(module: Any, records: Sequence[EditRequest], before: Sequence[str])
         "ppl/median": float(perplexity.median()),
         "ppl/clipped": float(perplexity.clamp(max=100).mean()),
     }
-    return row, texts
+    return row, others
 
 
 def routing(module: Any, records: Sequence[EditRequest]) -> Row:
@@ -203,7 +225,7 @@ def costs(editor: Editor, original: str, seconds: float, edits: int) -> Row:
     return row
 
 
-def run(arm: str, stream: Stream, before: Sequence[str], save: Callable[[int, Row], None]) -> None:
+def run(arm: str, stream: Stream, before: Sequence[Sequence[int]], save: Callable[[int, Row], None]) -> None:
     """Edit one stream, and measure it at its points."""
     recipe, setting = ARMS.get(arm) or ("wise", json.loads(arm))
     if recipe.startswith("wise"):
@@ -215,7 +237,7 @@ def run(arm: str, stream: Stream, before: Sequence[str], save: Callable[[int, Ro
         editor.fit(list(stream.records[done:point]), evaluate=False)
         seconds, done = seconds + time.perf_counter() - start, point
         records = stream.records[:point]
-        row, _ = measured(editor.module, records, before[: len(_questions(records))])
+        row, _ = measured(editor.module, records, before)
         row |= routing(editor.module, records) | under_oracle(editor.module, records)
         save(point, row)
         if point == stream.points[-1]:
@@ -223,16 +245,12 @@ def run(arm: str, stream: Stream, before: Sequence[str], save: Callable[[int, Ro
         print(f"{arm}, seed {stream.seed}, {point} edits: {_line(row)}", flush=True)
 
 
-def _questions(records: Sequence[EditRequest]) -> list[str]:
-    return [text for record in records for text in (record.text, *(probe.prompt for probe in record.probes))]
-
-
 def _line(row: Row) -> str:
     return "  ".join(f"{name} {row[name]:.3f}" for name in (*SHOWN, *ROUTES, "seconds", "bytes") if name in row)
 
 
-def unedited(records: Sequence[EditRequest]) -> tuple[Row, list[str]]:
-    """Metrics and free answers of the model as it is."""
+def unedited(records: Sequence[EditRequest]) -> tuple[Row, list[list[int]]]:
+    """Metrics and predictions of the model as it is."""
     editor = Editor.from_pretrained(MODEL, "memit", evaluation=ASKED)
     return measured(editor.module, records, ())
 
@@ -286,7 +304,7 @@ def cells_of(group: Sequence[Row]) -> dict[str, str]:
 
 def run_arms(stream: Stream, arms: Sequence[str], rows: dict[str, Row], keep: Callable[[str, Row], None]) -> None:
     """Run the arms of one stream whose rows are missing; the unedited model comes first."""
-    before: list[str] | None = None
+    before: list[list[int]] | None = None
     for arm in arms:
         name = f"{stream.table}, seed {stream.seed}, {arm}"
         if all(f"{name}, {point}" in rows for point in stream.points):
