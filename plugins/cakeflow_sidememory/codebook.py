@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -104,6 +105,8 @@ class CodebookSettings:
 
     def __post_init__(self) -> None:
         require_positive("CodebookSettings", self, "eps")
+        if not self.eps < inf:
+            raise ConfigError("CodebookSettings.eps is infinite, so that one ball would hold every text; set a number")
 
 
 class Codebook(RoutedModule):

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from cakeflow.errors import ConfigError, Fault, RequestError, require_choice, require_positive
+from cakeflow.errors import ConfigError, Fault, RequestError, require_choice, require_count, require_positive
 from cakeflow.forward import Row, pad, plan
 from cakeflow.models import LanguageModel, Site, capture, frozen, inject, logits_at, start_at
 from cakeflow_sidememory.neurons import Selection, neuron_scores, require_neurons, select_neurons
@@ -62,11 +63,14 @@ class FactorTraining:
 
     def __post_init__(self) -> None:
         require_choice("FactorTraining.select", self.select, Selection)
-        require_positive("FactorTraining", self, "steps", "lr", "halve_every", "blocks", "share", "max_tokens")
-        if not (self.share <= 1 and self.others >= 0 and self.last >= 0):
+        for name in ("steps", "halve_every", "blocks", "max_tokens"):
+            require_count(f"FactorTraining.{name}", getattr(self, name), 1)
+        require_count("FactorTraining.seed", self.seed)
+        require_positive("FactorTraining", self, "lr", "share")
+        if not (self.lr < inf and self.share <= 1 and 0 <= self.others < inf and 0 <= self.last < inf):
             raise ConfigError(
-                f"FactorTraining: share={self.share}, others={self.others}, last={self.last}: share must be at most 1, "
-                "the weights of the losses at least 0"
+                f"FactorTraining: lr={self.lr}, share={self.share}, others={self.others}, last={self.last}: share must "
+                "be at most 1, the weights of the losses at least 0, and none of them infinite"
             )
 
     @property

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ConfigError, NumericalError, require_count
 from cakeflow.models import LanguageModel, Site, capture, frozen, is_transposed, logits_at, patch, start_at
 from cakeflow_sidememory.distance import Activation, row_distances, token_distances
 from cakeflow_sidememory.objective import OTHERS_BELOW, OWN_ABOVE, Margin, likelihood_loss, violation
@@ -78,10 +79,12 @@ class LearningRule:
     replay: bool = False
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.steps < 1 or self.decay < 0 or (self.clamp is not None and self.clamp <= 0):
+        require_count("LearningRule.steps", self.steps, 1)
+        require_count("LearningRule.extra", self.extra)
+        if not (0 < self.lr < inf and 0 <= self.decay < inf and (self.clamp is None or 0 < self.clamp < inf)):
             raise ConfigError(
-                f"lr={self.lr}, steps={self.steps}, decay={self.decay}, clamp={self.clamp}: lr, steps and clamp must "
-                "be above 0, decay at least 0"
+                f"lr={self.lr}, decay={self.decay}, clamp={self.clamp}: lr and clamp must be above 0, decay at "
+                "least 0, and none of them infinite"
             )
 
 

@@ -161,3 +161,8 @@ def test_settings(lm):
     named = editor_of(lm, oracle=True).module.settings()
     assert (named["layer"], named["codebook"], named["oracle"]) == (3, {"eps": 1e-3}, True)
     assert named["training"] == {"lr": 0.3, "steps": 25, "enough": 0.0}
+
+
+def test_a_ball_has_an_end():
+    with pytest.raises(ConfigError, match=r"eps is infinite"):
+        CodebookSettings(float("inf"))
