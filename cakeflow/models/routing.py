@@ -156,7 +156,8 @@ class RoutedModule(nn.Module):
         if output is None or output.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
             raise ConfigError(
                 f"nothing can be decided: {path} did not run on these rows. Run the whole model, or take the module "
-                "that reads it back (rollback) before parts of the model are run"
+                "that reads it back (rollback) before parts of the model are run; in torch.compile, set "
+                "torch._dynamo.config.skip_nnmodule_hook_guards to False"
             )
         return output.reshape(*rows.shape, output.shape[-1])
 

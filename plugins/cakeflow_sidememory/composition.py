@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cakeflow.errors import ConfigError, listed, require_choice, require_count
 from cakeflow.forward import Row, pad, plan
-from cakeflow.models import LanguageModel, Site, capture
+from cakeflow.models import LanguageModel, Site, capture, prompt_lengths
 from cakeflow_sidememory.factors import Factors, cosines, require_rows
 
 Part = Literal["subject", "relation", "answer"]
@@ -146,7 +146,8 @@ def _outputs(lm: LanguageModel, rows: Sequence[Row], site: Site, max_tokens: int
     outputs: dict[int, Tensor] = {}
     for group in plan([len(row.ids) for row in rows], max_tokens):
         ids = pad([rows[i].ids for i in group], lm.device)
-        with capture(lm, [site], stop=True) as states:
+        prompts = torch.tensor([rows[i].target for i in group])
+        with prompt_lengths(lm.model, prompts), capture(lm, [site], stop=True) as states:
             lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         outputs |= {i: state[: len(rows[i].ids)] for i, state in zip(group, states[site], strict=True)}
     return [outputs[i] for i in range(len(rows))]

@@ -26,7 +26,7 @@ from torch.nn.functional import cross_entropy, normalize
 
 from cakeflow.errors import ConfigError, Fault, RequestError, require_choice, require_count, require_positive
 from cakeflow.forward import Row, pad, plan
-from cakeflow.models import LanguageModel, Site, capture, frozen, inject, logits_at, start_at
+from cakeflow.models import LanguageModel, Site, capture, frozen, inject, logits_at, prompt_lengths, start_at
 from cakeflow_sidememory.neurons import Selection, neuron_scores, require_neurons, select_neurons
 
 
@@ -160,6 +160,7 @@ class _Scene(NamedTuple):
     read_row: Int[Tensor, " read"]
     read_column: Int[Tensor, " read"]
     label: Int[Tensor, " read"]
+    prompts: Int[Tensor, " n"]
 
 
 def cosines(inputs: Float[Tensor, "*tokens width"], directions: Float[Tensor, "n width"]) -> Float[Tensor, "*tokens n"]:
@@ -256,6 +257,7 @@ class FactorLoss:
             start_at(lm, self.site.layer, scene.hidden),
             inject(lm, self.site, delta, scene.column, scene.row),
             logits_at(lm, scene.read_row, scene.read_column),
+            prompt_lengths(lm.model, scene.prompts),
             lm.running(),
         ):
             output = lm.model(input_ids=scene.ids, attention_mask=torch.ones_like(scene.ids), use_cache=False)
@@ -268,7 +270,9 @@ def _scene(lm: LanguageModel, rows: Sequence[Row], site: Site) -> _Scene:
     """Run the blocks below the projection once."""
     ids = pad([row.ids for row in rows], lm.device)
     below = Site(max(site.layer - 1, 0))
-    with capture(lm, [below]) as states, capture(lm, [site], side="in", stop=True) as inputs:
+    prompts = torch.tensor([each.target for each in rows])
+    named = prompt_lengths(lm.model, prompts)
+    with named, capture(lm, [below]) as states, capture(lm, [site], side="in", stop=True) as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     places = [(i, t) for i, row in enumerate(rows) for t in range(row.target - 1, len(row.ids))]
     row, column = torch.tensor(places, device=lm.device).T
@@ -276,7 +280,8 @@ def _scene(lm: LanguageModel, rows: Sequence[Row], site: Site) -> _Scene:
     ends = torch.tensor([len(each.ids) - 1 for each in rows], device=lm.device)
     units = normalize(inputs[site].to(torch.promote_types(inputs[site].dtype, torch.float32)), dim=-1)
     last = units[torch.arange(len(rows), device=lm.device), ends]
-    return _Scene(ids, states[below], row, column, units[row, column], last, *torch.tensor(reads, device=lm.device).T)
+    read_row, read_column, label = torch.tensor(reads, device=lm.device).T
+    return _Scene(ids, states[below], row, column, units[row, column], last, read_row, read_column, label, prompts)
 
 
 @dataclass(frozen=True, eq=False)

@@ -82,6 +82,8 @@ class SideMemory(RoutedEdit):
             raise ConfigError(
                 "replay=True: a run does not replay earlier edits yet; leave it out, or call learn with them"
             )
+        if oracle and shards is not None and shards.scope == "token":
+            raise ConfigError("oracle=True: decisions on single tokens cannot be forced; set shards.scope to prompt")
         require_choice("padding", padding, Padding)
         require_count("seed", seed)
         if irrelevant is not None and not _are_texts(irrelevant):
@@ -93,6 +95,8 @@ class SideMemory(RoutedEdit):
         self.shards, self.contexts, self.irrelevant, self.seed = shards, contexts, irrelevant, seed
         super().__init__(base, evaluation, metrics, {}, record_texts=record_texts, private=private)
         self.oracle = oracle
+        if isinstance(base, LanguageModel):
+            self.check_model()
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments that decide the outcome."""

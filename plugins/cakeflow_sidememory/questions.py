@@ -7,16 +7,30 @@ from typing import Any
 
 from cakeflow.core import EditModule
 from cakeflow.data import EditRequest
+from cakeflow.errors import ConfigError
 from cakeflow.evaluation import prompt_contexts, scored_prompts
 from cakeflow.forward import TextBatch, encode_texts
 from cakeflow.journal import Journal, request_hash
-from cakeflow.models import Site, forced_decisions
+from cakeflow.models import LanguageModel, Site, forced_decisions
 from cakeflow_sidememory.routes import GivesDistances, Route, own_answer, routes
 
 
 def learned(journal: Journal) -> list[str]:
     """Return the SHA-256 of each fact of the batches in force, in the order of learning."""
     return [name for step in journal for name in step.hashes]
+
+
+def require_block(lm: LanguageModel, layer: int) -> None:
+    """Check that a model has a block; negative numbers count from the last.
+
+    Raises:
+        ConfigError: If it has not.
+    """
+    if not -lm.depth <= layer < lm.depth:
+        raise ConfigError(
+            f"layer {layer} is not in the model, which has blocks 0 to {lm.depth - 1}, or {-lm.depth} to -1 "
+            "from its end"
+        )
 
 
 class RoutedEdit(EditModule[TextBatch]):
@@ -40,6 +54,14 @@ class RoutedEdit(EditModule[TextBatch]):
     def site(self) -> Site:
         """The projection."""
         return Site(self.layer % self.lm.depth, self.role)
+
+    def check_model(self) -> None:
+        """Check that the model has the block.
+
+        Raises:
+            ConfigError: If it has not.
+        """
+        require_block(self.lm, self.layer)
 
     @property
     def protocol(self) -> str:

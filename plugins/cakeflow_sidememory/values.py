@@ -78,7 +78,8 @@ def learn_entry(lm: LanguageModel, site: Site, row: Row, training: ValueTraining
     ids = torch.tensor([row.ids], device=lm.device)
     last = torch.tensor([row.target - 1], device=lm.device)
     below = [Site(site.layer - 1)] if site.layer else []
-    with torch.no_grad(), capture(lm, below) as states, capture(lm, [site], side="in") as inputs:
+    named = prompt_lengths(lm.model, last + 1)
+    with named, torch.no_grad(), capture(lm, below) as states, capture(lm, [site], side="in") as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     key = inputs[site][0, row.target - 1].detach()
     value = _own_output(lm.module(site), key).requires_grad_()

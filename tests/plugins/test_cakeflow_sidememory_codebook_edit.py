@@ -166,3 +166,12 @@ def test_settings(lm):
 def test_a_ball_has_an_end():
     with pytest.raises(ConfigError, match=r"eps is infinite"):
         CodebookSettings(float("inf"))
+
+
+@pytest.mark.filterwarnings("ignore:records that repeat an earlier one")
+def test_a_fact_that_is_learned_again_answers_by_its_last_entry(lm):
+    editor = editor_of(lm)
+    editor.fit([FACTS[0], FACTS[1], FACTS[0]], 1, evaluate=False)
+    assert [(row.decision, row.own) for row in editor.module.routes(FACTS[:2])] == [(3, 3), (2, 2)]
+    editor.rollback(1)
+    assert [(row.decision, row.own) for row in editor.module.routes(FACTS[:2])] == [(1, 1), (2, 2)]
