@@ -85,6 +85,11 @@ class RoutedModule(nn.Module):
     tokens of a pass, or on each token. It may look at the module's own inputs, and at what other modules said earlier
     in the pass (``output_of``).
 
+    A pass does not say where a prompt ends. So without a cache every pass decides anew on all of its text; a prompt
+    that is read in parts (``prefill_chunk_size``) is decided on the first of them; and with assisted decoding the
+    guessed tokens have a say, unless ``prompt_lengths`` names the prompt. A decision belongs to a row of a cache:
+    whoever exchanges the rows of different prompts there has to decide on them anew.
+
     Attributes:
         scope: What a decision holds for.
         reads: Paths of the modules whose outputs decide.
