@@ -16,6 +16,7 @@ from cakeflow.evaluation.scoring import (
     PromptScores,
     ScoredPrompt,
     check_records,
+    prompt_contexts,
     score_reads,
     score_records,
     score_targets,
@@ -25,5 +26,5 @@ from cakeflow.evaluation.scoring import (
 __all__ = [
     "Answers", "CallableJudge", "Containment", "Evaluation", "ExactMatch", "Judge", "JudgedAnswer", "ModelJudge",
     "OnSubject", "PromptScores", "Protocol", "ScoredPrompt", "agreement", "check_records", "free_prompts",
-    "official_token_reads", "score_reads", "score_records", "score_targets", "scored_prompts",
+    "official_token_reads", "prompt_contexts", "score_reads", "score_records", "score_targets", "scored_prompts",
 ]  # fmt: skip

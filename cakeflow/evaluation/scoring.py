@@ -217,7 +217,7 @@ def score_records(
         reads = _joint(lm, pairs)
     _require_readable(lm, reads, pairs)
     scores, hits = score_reads(lm, reads, max_tokens, max_bytes)
-    count = len(prompts)
+    count = len(rivals)
     rival = torch.full((count,), torch.nan)
     rival[torch.tensor(with_rival, dtype=torch.long)] = scores[count : count + len(with_rival)]
     tokens = hits[-count:] if protocol == "official" else hits[:count]
@@ -230,6 +230,36 @@ def score_records(
         record=torch.tensor(record),
         kind=torch.tensor(kind),
     )
+
+
+def prompt_contexts(
+    lm: LanguageModel, records: Sequence[EditRequest], protocol: Protocol = "clean"
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yield each prompt of some records with the tokens of it that a model reads before a continuation.
+
+    A prompt has several of these where its end becomes a part of the continuation's first token.
+
+    Args:
+        lm: The model.
+        records: The records, probes included.
+        protocol: Tokenisation of the continuations.
+    """
+    pairs, reads = _reads(lm, records, protocol)
+    yield from dict.fromkeys((pair.prompt, each[0][0]) for pair, each in zip(pairs, reads, strict=True) if each)
+
+
+def _reads(
+    lm: LanguageModel, records: Sequence[EditRequest], protocol: Protocol
+) -> tuple[list[ScoredContinuation], list[list[Read]]]:
+    """Return all that is scored of some records: continuations, and what is read of each."""
+    pairs = _continuations(records)
+    if protocol != "official":
+        return pairs, _joint(lm, pairs)
+    _, kinds, prompts, expected, _ = zip(*scored_prompts(records), strict=True)
+    texts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
+    singly = official_token_reads(lm.tokenizer, prompts, expected, [KINDS[each] == "neighborhood" for each in kinds])
+    reads = [*official_reads(lm.tokenizer, texts, targets), *singly]
+    return pairs + pairs[: len(prompts)], reads
 
 
 def scored_prompts(records: Sequence[EditRequest]) -> Iterator[ScoredPrompt]:

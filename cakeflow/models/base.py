@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from typing_extensions import Self
 
-from cakeflow.errors import ArchitectureError, NumericalError, listed
+from cakeflow.errors import ArchitectureError, ConfigError, NumericalError, listed
 from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
 from cakeflow.models.products import fast_products
 from cakeflow.models.routing import RoutedModule, Scope, routed
@@ -148,14 +148,29 @@ class EditableModel(ABC):
 
         Raises:
             ArchitectureError: If there is no such place, or no module that the new one reads.
+            ConfigError: If it decides on whole texts and another one on prompts, or the other way round: an answer is
+                scored with its text or without, not both.
         """
         for path in module.reads if isinstance(module, RoutedModule) else ():
             self.module(path)
+        self._require_one_scope(place, module)
         if isinstance(earlier := self.module(place), RoutedModule):
             earlier.detach()
         self.model.set_submodule(place, module)
         for each in routed(self.model):  # anew: one may read the place that has another module now
             each.attach(self.model)
+
+    def _require_one_scope(self, place: str, module: nn.Module) -> None:
+        """Check that a module decides on prompts, or on whole texts, as the others do."""
+        named = [(path, each) for path, each in self.model.named_modules() if isinstance(each, RoutedModule)]
+        for path, other in named:
+            if isinstance(module, RoutedModule) and path != place and {module.scope, other.scope} == {
+                "sequence", "prompt"
+            }:  # fmt: skip
+                raise ConfigError(
+                    f"{place} decides with scope={module.scope}, and {path} with scope={other.scope}; give both one "
+                    "scope, or take the other memory back first"
+                )
 
     @property
     def scope(self) -> Scope | None:
@@ -184,6 +199,11 @@ class EditableModel(ABC):
         name = place if isinstance(place, str) else self.weight_name(place)
         path, _, attribute = name.rpartition(".")
         module = self.module(path if isinstance(place, str) else place)
+        if isinstance(module, RoutedModule):
+            raise ArchitectureError(
+                f"a {type(module).__name__} is in the place of {path}: its weight is not to be edited; take the memory "
+                "back first (rollback), or edit another projection"
+            )
         weight = getattr(module, attribute, None)
         if type(weight) is not nn.Parameter or weight.dtype not in EDITABLE:  # subclasses hold packed or split numbers
             raise ArchitectureError(

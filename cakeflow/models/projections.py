@@ -12,6 +12,7 @@ from cakeflow.errors import ArchitectureError, NumericalError, listed
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.routing import RoutedModule
 
 ROUNDED = 0.02
 """Largest relative difference that rounding makes: TF32 and bfloat16 stay below."""
@@ -31,13 +32,15 @@ def check_projections(lm: LanguageModel, sites: Sequence[Site]) -> None:
 
     Raises:
         ArchitectureError: If a weight cannot be edited or belongs to several modules, a module scales, rounds or adds
-            to what its weight gives, blocks pass on several states for each token, or a token sees later ones.
+            to what its weight gives, blocks pass on several states for each token, a token sees later ones, or a
+            memory routes texts.
         NumericalError: If the numbers that meet a projection are not finite.
     """
     for site in sites:
         _require_own(lm, site)
     if not sites:
         return
+    _require_no_routes(lm)
     ids = torch.linspace(0, len(lm.embedding) - 1, TOKENS, device=lm.device).long()[None]
     blocks = [Site(layer) for layer in sorted({site.layer for site in sites})]
     with (
@@ -65,6 +68,14 @@ def _require_own(lm: LanguageModel, site: Site) -> None:
         raise ArchitectureError(
             f"{names[0]} is also {listed(names[1:], 3)}: an edit of one layer would change them all; such layers "
             "cannot be edited"
+        )
+
+
+def _require_no_routes(lm: LanguageModel) -> None:
+    if paths := [path for path, module in lm.model.named_modules() if isinstance(module, RoutedModule)]:
+        raise ArchitectureError(
+            f"{listed(paths)}: a memory routes whole texts there, and an edit of weights measures parts of them; edit "
+            "the weights first, or take the memory back (rollback)"
         )
 
 

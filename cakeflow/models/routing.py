@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
+from transformers import Cache
 
 from cakeflow.errors import ConfigError, ShapeError
 
@@ -84,6 +85,11 @@ class RoutedModule(nn.Module):
     tokens of a pass, or on each token. It may look at the module's own inputs, and at what other modules said earlier
     in the pass (``output_of``).
 
+    A pass does not say where a prompt ends. So without a cache every pass decides anew on all of its text; a prompt
+    that is read in parts (``prefill_chunk_size``) is decided on the first of them; and with assisted decoding the
+    guessed tokens have a say, unless ``prompt_lengths`` names the prompt. A decision belongs to a row of a cache:
+    whoever exchanges the rows of different prompts there has to decide on them anew.
+
     Attributes:
         scope: What a decision holds for.
         reads: Paths of the modules whose outputs decide.
@@ -109,10 +115,10 @@ class RoutedModule(nn.Module):
             self._listener.handles.append(module.register_forward_hook(partial(self._read, path)))
 
     def detach(self) -> None:
-        """Listen no more."""
+        """Listen no more; what was named for the passes of a ``with`` body holds if it is attached again in there."""
         for handle in self._listener.handles:
             handle.remove()
-        self._listener = _Listener()
+        self._listener = _Listener(lengths=self._listener.lengths, forced=self._listener.forced)
 
     def rows_of(self, inputs: Tensor) -> Rows:
         """Return what is known of the rows of these inputs; outside of a model's pass, that all tokens decide.
@@ -155,7 +161,8 @@ class RoutedModule(nn.Module):
         if output is None or output.shape[:-1].numel() != rows.shape[0] * rows.shape[1]:
             raise ConfigError(
                 f"nothing can be decided: {path} did not run on these rows. Run the whole model, or take the module "
-                "that reads it back (rollback) before parts of the model are run"
+                "that reads it back (rollback) before parts of the model are run; in torch.compile, set "
+                "torch._dynamo.config.skip_nnmodule_hook_guards to False"
             )
         return output.reshape(*rows.shape, output.shape[-1])
 
@@ -178,17 +185,21 @@ class RoutedModule(nn.Module):
         self._listener.rows, self._listener.outputs = None, {}
         if tokens is None:
             return
-        shape, mask = (int(tokens.shape[0]), int(tokens.shape[1])), call.get("attention_mask")
-        past = call.get("past_key_values")
-        held = getattr(past, MEMORY, {}).get(self._name(root)) if past is not None and self.scope == "prompt" else None
+        shape, past = (int(tokens.shape[0]), int(tokens.shape[1])), call.get("past_key_values")
+        held = getattr(past, MEMORY, {}).get(self._name(root)) if past is not None and self._holds else None
         if past is not None and held is not None and not past.get_seq_length():
             held = None  # a cache that was emptied
         if self._listener.lengths is not None:
             places = torch.arange(shape[1], device=tokens.device)
             deciding: Tensor | None = places[None] < self._listener.lengths.to(tokens.device)[:, None]
         else:
-            deciding = mask[:, -shape[1] :].bool() if mask is not None and mask.dim() == 2 else None
+            deciding = _shown(call.get("attention_mask"), shape, past)
         self._listener.rows = Rows(shape, deciding, held, self._forced(call.get("input_ids"), deciding))
+
+    @property
+    def _holds(self) -> bool:
+        """True if a decision holds for what follows on the same cache: that about a prompt, or a named one."""
+        return self.scope == "prompt" or self._listener.forced is not None
 
     def _forced(self, ids: Tensor | None, deciding: Tensor | None) -> Tensor | None:
         """Return the decisions that are named for the texts of a pass."""
@@ -201,8 +212,10 @@ class RoutedModule(nn.Module):
     def _after(self, root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         self._listener.rows, self._listener.outputs = None, {}
         past = getattr(output, "past_key_values", None)
+        if isinstance(output, tuple):  # return_dict=False
+            past = next((each for each in output if isinstance(each, Cache)), None)
         past = {**_by_name(root, args), **kwargs}.get("past_key_values") if past is None else past
-        if past is not None and self.scope == "prompt" and self.decision is not None:
+        if past is not None and self._holds and self.decision is not None:
             setattr(past, MEMORY, {**getattr(past, MEMORY, {}), self._name(root): self.decision})
 
     def _read(self, path: str, _module: nn.Module, _args: Any, output: Any) -> None:
@@ -217,6 +230,33 @@ class RoutedModule(nn.Module):
 def _by_name(root: nn.Module, args: tuple[Any, ...]) -> dict[str, Any]:
     """Return positional arguments of a model's forward pass by their names."""
     return dict(inspect.signature(root.forward).bind_partial(*args).arguments) if args else {}
+
+
+def _shown(mask: Any, shape: tuple[int, int], past: Any) -> Bool[Tensor, "rows time"] | None:
+    """Return the tokens of a pass that an attention mask shows; None if it does not say.
+
+    A static cache comes with the mask of every query, or with one for each kind of layer. There a token is shown if it
+    may attend to itself.
+
+    Args:
+        mask: rows x (cached and new tokens), rows x 1 x queries x keys, or several of these by kind of layer.
+        shape: Rows and new tokens.
+        past: The cache, if there is one.
+    """
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values()), None))
+    rows, width = shape
+    if mask is None or mask.dim() not in (2, 4):
+        return None
+    if mask.dim() == 2:
+        last: Tensor = mask[:, -width:].bool()
+        return last
+    static = past is not None and getattr(past, "is_compileable", False)
+    first = int(past.get_seq_length()) if static else mask.shape[-1] - width
+    itself: Tensor = mask[:, 0, :, first : first + width].diagonal(dim1=-2, dim2=-1)
+    if itself.shape[-1] != width:
+        return None
+    return (itself if itself.dtype == torch.bool else itself >= 0).expand(rows, width)
 
 
 def _longest_beginning(decisions: Mapping[tuple[int, ...], Tensor], text: tuple[int, ...]) -> Tensor:
@@ -239,14 +279,8 @@ def prompt_lengths(root: nn.Module, lengths: Int[Tensor, " rows"]) -> Iterator[N
         root: The model.
         lengths: Tokens of each row's prompt.
     """
-    modules = routed(root)
-    for module in modules:
-        module._listener.lengths = lengths
-    try:
+    with _named(root, "lengths", lengths):
         yield
-    finally:
-        for module in modules:
-            module._listener.lengths = None
 
 
 @contextmanager
@@ -265,11 +299,19 @@ def forced_decisions(root: nn.Module, decisions: Mapping[tuple[int, ...], int | 
     modules = routed(root)
     if any(module.scope == "token" for module in modules):
         raise ConfigError("scope token: decisions on single tokens cannot be forced; set scope to prompt or sequence")
-    tensors = {text: torch.as_tensor(decision) for text, decision in decisions.items()}
+    with _named(root, "forced", {text: torch.as_tensor(decision) for text, decision in decisions.items()}):
+        yield
+
+
+@contextmanager
+def _named(root: nn.Module, name: str, value: Any) -> Iterator[None]:
+    """Give the listeners of all routed modules a value for a while; on exit each has its own again."""
+    modules = routed(root)
+    earlier = [getattr(module._listener, name) for module in modules]
     for module in modules:
-        module._listener.forced = tensors
+        setattr(module._listener, name, value)
     try:
         yield
     finally:
-        for module in modules:
-            module._listener.forced = None
+        for module, own in zip(modules, earlier, strict=True):
+            setattr(module._listener, name, own)

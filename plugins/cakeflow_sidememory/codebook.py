@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float, Int
@@ -104,6 +105,8 @@ class CodebookSettings:
 
     def __post_init__(self) -> None:
         require_positive("CodebookSettings", self, "eps")
+        if not self.eps < inf:
+            raise ConfigError("CodebookSettings.eps is infinite, so that one ball would hold every text; set a number")
 
 
 class Codebook(RoutedModule):
@@ -232,7 +235,8 @@ class Codebook(RoutedModule):
         is_center = self.owner == torch.arange(len(self.owner), device=self.owner.device)
         self.distances, center = every.masked_fill(~is_center, float("inf")).min(1)
         self._thresholds = self.radius[center].to(self.distances)
-        nearest = every.masked_fill(self.owner != center[:, None], float("inf")).argmin(1)
+        of_ball = every.masked_fill(self.owner != center[:, None], float("inf"))
+        nearest = of_ball.shape[1] - 1 - of_ball.flip(1).argmin(1)  # of equal keys that of the later fact
         return torch.where(self.distances <= self._thresholds, nearest + 1, 0)
 
     def own(self, fact: int) -> int:

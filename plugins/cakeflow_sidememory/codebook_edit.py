@@ -94,6 +94,9 @@ class CodebookMemory(RoutedEdit):
         metrics: Further metrics of every evaluation.
         record_texts: Whether the ledger has the texts of the requests.
         private: Whether only their owner can read the run folders that are made.
+
+    Raises:
+        ConfigError: If the model has no such block.
     """
 
     def __init__(
@@ -112,6 +115,8 @@ class CodebookMemory(RoutedEdit):
         super().__init__(base, evaluation, metrics, {}, record_texts=record_texts, private=private)
         self.layer, self.role, self.oracle = layer, role, oracle
         self.codebook, self.training_settings = codebook, training
+        if isinstance(base, LanguageModel):
+            self.check_model()
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments that decide the outcome."""

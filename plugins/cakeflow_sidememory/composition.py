@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cakeflow.errors import ConfigError, listed, require_choice
+from cakeflow.errors import ConfigError, listed, require_choice, require_count
 from cakeflow.forward import Row, pad, plan
-from cakeflow.models import LanguageModel, Site, capture
+from cakeflow.models import LanguageModel, Site, capture, prompt_lengths
 from cakeflow_sidememory.factors import Factors, cosines, require_rows
 
 Part = Literal["subject", "relation", "answer"]
@@ -77,11 +77,9 @@ class Retrieval:
 
     def __post_init__(self) -> None:
         require_choice("Retrieval.part", self.part, Part)
-        if not (-1 <= self.threshold <= 1 and self.top > 0):
-            raise ConfigError(
-                f"Retrieval: threshold={self.threshold}, top={self.top}: threshold is a cosine, from -1 to 1, and top "
-                "must be at least 1"
-            )
+        require_count("Retrieval.top", self.top, 1)
+        if not -1 <= self.threshold <= 1:
+            raise ConfigError(f"Retrieval.threshold is a cosine, from -1 to 1, got {self.threshold}")
 
     def decide(self, similarity: Float[Tensor, "questions n"]) -> Bool[Tensor, "questions n"]:
         """Return the edits that each question retrieves; none is an answer too.
@@ -148,7 +146,8 @@ def _outputs(lm: LanguageModel, rows: Sequence[Row], site: Site, max_tokens: int
     outputs: dict[int, Tensor] = {}
     for group in plan([len(row.ids) for row in rows], max_tokens):
         ids = pad([rows[i].ids for i in group], lm.device)
-        with capture(lm, [site], stop=True) as states:
+        prompts = torch.tensor([rows[i].target for i in group])
+        with prompt_lengths(lm.model, prompts), capture(lm, [site], stop=True) as states:
             lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         outputs |= {i: state[: len(rows[i].ids)] for i, state in zip(group, states[site], strict=True)}
     return [outputs[i] for i in range(len(rows))]

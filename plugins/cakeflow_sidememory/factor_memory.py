@@ -24,6 +24,7 @@ from cakeflow_sidememory.composed import ComposedProjection, ComposedSettings
 from cakeflow_sidememory.composition import Retrieval, Rule, read_representations
 from cakeflow_sidememory.factors import FactorTraining, TrainedFactors, initial_directions, train_factors
 from cakeflow_sidememory.neurons import require_neurons, require_share
+from cakeflow_sidememory.questions import require_block
 
 
 @final
@@ -52,7 +53,7 @@ class FactorMemory(EditModule[TextBatch]):
         private: Whether only their owner can read the run folders that are made.
 
     Raises:
-        ConfigError: If ``rule`` names no rule.
+        ConfigError: If ``rule`` names no rule, or the model has no such block.
     """
 
     def __init__(
@@ -73,12 +74,22 @@ class FactorMemory(EditModule[TextBatch]):
         self.layer, self.role, self.similarity_layer = layer, role, similarity_layer
         self.training_rule, self.retrieval, self.rule = training, retrieval, rule
         super().__init__(base, evaluation, metrics, {}, record_texts=record_texts, private=private)
+        if isinstance(base, LanguageModel):
+            self.check_model()
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments that decide the outcome."""
         plain = {name: getattr(self, name) for name in ("layer", "role", "similarity_layer", "rule")}
         parts = {"training": asdict(self.training_rule), "retrieval": asdict(self.retrieval)}
         return {**plain, **parts, "evaluation": repr(self.evaluation)}
+
+    def check_model(self) -> None:
+        """Check that the model has the block.
+
+        Raises:
+            ConfigError: If it has not.
+        """
+        require_block(self.lm, self.layer)
 
     @property
     def site(self) -> Site:

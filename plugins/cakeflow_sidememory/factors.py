@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import numpy as np
@@ -23,9 +24,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
 
-from cakeflow.errors import ConfigError, Fault, RequestError, require_choice, require_positive
+from cakeflow.errors import ConfigError, Fault, RequestError, require_choice, require_count, require_positive
 from cakeflow.forward import Row, pad, plan
-from cakeflow.models import LanguageModel, Site, capture, frozen, inject, logits_at, start_at
+from cakeflow.models import LanguageModel, Site, capture, frozen, inject, logits_at, prompt_lengths, start_at
 from cakeflow_sidememory.neurons import Selection, neuron_scores, require_neurons, select_neurons
 
 
@@ -62,11 +63,14 @@ class FactorTraining:
 
     def __post_init__(self) -> None:
         require_choice("FactorTraining.select", self.select, Selection)
-        require_positive("FactorTraining", self, "steps", "lr", "halve_every", "blocks", "share", "max_tokens")
-        if not (self.share <= 1 and self.others >= 0 and self.last >= 0):
+        for name in ("steps", "halve_every", "blocks", "max_tokens"):
+            require_count(f"FactorTraining.{name}", getattr(self, name), 1)
+        require_count("FactorTraining.seed", self.seed)
+        require_positive("FactorTraining", self, "lr", "share")
+        if not (self.lr < inf and self.share <= 1 and 0 <= self.others < inf and 0 <= self.last < inf):
             raise ConfigError(
-                f"FactorTraining: share={self.share}, others={self.others}, last={self.last}: share must be at most 1, "
-                "the weights of the losses at least 0"
+                f"FactorTraining: lr={self.lr}, share={self.share}, others={self.others}, last={self.last}: share must "
+                "be at most 1, the weights of the losses at least 0, and none of them infinite"
             )
 
     @property
@@ -156,6 +160,7 @@ class _Scene(NamedTuple):
     read_row: Int[Tensor, " read"]
     read_column: Int[Tensor, " read"]
     label: Int[Tensor, " read"]
+    prompts: Int[Tensor, " n"]
 
 
 def cosines(inputs: Float[Tensor, "*tokens width"], directions: Float[Tensor, "n width"]) -> Float[Tensor, "*tokens n"]:
@@ -252,6 +257,7 @@ class FactorLoss:
             start_at(lm, self.site.layer, scene.hidden),
             inject(lm, self.site, delta, scene.column, scene.row),
             logits_at(lm, scene.read_row, scene.read_column),
+            prompt_lengths(lm.model, scene.prompts),
             lm.running(),
         ):
             output = lm.model(input_ids=scene.ids, attention_mask=torch.ones_like(scene.ids), use_cache=False)
@@ -264,7 +270,9 @@ def _scene(lm: LanguageModel, rows: Sequence[Row], site: Site) -> _Scene:
     """Run the blocks below the projection once."""
     ids = pad([row.ids for row in rows], lm.device)
     below = Site(max(site.layer - 1, 0))
-    with capture(lm, [below]) as states, capture(lm, [site], side="in", stop=True) as inputs:
+    prompts = torch.tensor([each.target for each in rows])
+    named = prompt_lengths(lm.model, prompts)
+    with named, capture(lm, [below]) as states, capture(lm, [site], side="in", stop=True) as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     places = [(i, t) for i, row in enumerate(rows) for t in range(row.target - 1, len(row.ids))]
     row, column = torch.tensor(places, device=lm.device).T
@@ -272,7 +280,8 @@ def _scene(lm: LanguageModel, rows: Sequence[Row], site: Site) -> _Scene:
     ends = torch.tensor([len(each.ids) - 1 for each in rows], device=lm.device)
     units = normalize(inputs[site].to(torch.promote_types(inputs[site].dtype, torch.float32)), dim=-1)
     last = units[torch.arange(len(rows), device=lm.device), ends]
-    return _Scene(ids, states[below], row, column, units[row, column], last, *torch.tensor(reads, device=lm.device).T)
+    read_row, read_column, label = torch.tensor(reads, device=lm.device).T
+    return _Scene(ids, states[below], row, column, units[row, column], last, read_row, read_column, label, prompts)
 
 
 @dataclass(frozen=True, eq=False)

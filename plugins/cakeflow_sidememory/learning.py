@@ -6,13 +6,24 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from cakeflow.errors import ConfigError, NumericalError
-from cakeflow.models import LanguageModel, Site, capture, frozen, is_transposed, logits_at, patch, start_at
+from cakeflow.errors import ConfigError, NumericalError, require_count
+from cakeflow.models import (
+    LanguageModel,
+    Site,
+    capture,
+    frozen,
+    is_transposed,
+    logits_at,
+    patch,
+    prompt_lengths,
+    start_at,
+)
 from cakeflow_sidememory.distance import Activation, row_distances, token_distances
 from cakeflow_sidememory.objective import OTHERS_BELOW, OWN_ABOVE, Margin, likelihood_loss, violation
 
@@ -42,6 +53,12 @@ class EditRows:
     def edited(self) -> int:
         """Number of rows with the target."""
         return len(self.ids) - 1
+
+    @property
+    def prompts(self) -> Int[Tensor, " rows"]:
+        """Number of tokens before the target of each row without padding on the left; all of the irrelevant text."""
+        labelled = self.labels != -100
+        return torch.where(labelled.any(1), labelled.int().argmax(1), self.mask.sum(1))
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -78,10 +95,12 @@ class LearningRule:
     replay: bool = False
 
     def __post_init__(self) -> None:
-        if self.lr <= 0 or self.steps < 1 or self.decay < 0 or (self.clamp is not None and self.clamp <= 0):
+        require_count("LearningRule.steps", self.steps, 1)
+        require_count("LearningRule.extra", self.extra)
+        if not (0 < self.lr < inf and 0 <= self.decay < inf and (self.clamp is None or 0 < self.clamp < inf)):
             raise ConfigError(
-                f"lr={self.lr}, steps={self.steps}, decay={self.decay}, clamp={self.clamp}: lr, steps and clamp must "
-                "be above 0, decay at least 0"
+                f"lr={self.lr}, decay={self.decay}, clamp={self.clamp}: lr and clamp must be above 0, decay at "
+                "least 0, and none of them infinite"
             )
 
 
@@ -131,8 +150,11 @@ class LearningProblem:
 
     def call(self, rows: EditRows) -> Tensor:
         """Run the model on the texts, without positions: padding on the left shifts them, as WISE's code has it."""
-        mask = rows.mask.long() if bool(rows.mask[:, 0].all()) else additive_mask(rows.mask, self.lm.dtype)
-        logits: Tensor = self.lm(input_ids=rows.ids, attention_mask=mask, use_cache=False).logits
+        right = bool(rows.mask[:, 0].all())
+        mask = rows.mask.long() if right else additive_mask(rows.mask, self.lm.dtype)
+        named = prompt_lengths(self.lm.model, rows.prompts) if right else nullcontext()
+        with named:  # to other memories of the model
+            logits: Tensor = self.lm(input_ids=rows.ids, attention_mask=mask, use_cache=False).logits
         return logits
 
     def answer(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "rows time d_out"]:

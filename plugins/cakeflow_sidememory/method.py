@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from cakeflow.data import Contexts, EditRequest, builtin_facts
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice, require_count
 from cakeflow.evaluation import Evaluation
 from cakeflow.forward import TextBatch, encode_batch, encode_texts
 from cakeflow.journal import EditStep
@@ -82,12 +82,21 @@ class SideMemory(RoutedEdit):
             raise ConfigError(
                 "replay=True: a run does not replay earlier edits yet; leave it out, or call learn with them"
             )
-        if irrelevant is not None and not any(irrelevant):
-            raise ConfigError("irrelevant has no text; leave it out for sentences of the built-in facts")
+        if oracle and shards is not None and shards.scope == "token":
+            raise ConfigError("oracle=True: decisions on single tokens cannot be forced; set shards.scope to prompt")
+        require_choice("padding", padding, Padding)
+        require_count("seed", seed)
+        if irrelevant is not None and not _are_texts(irrelevant):
+            raise ConfigError(
+                "irrelevant has no text, or one that is blank; give a list of texts, or leave it out for sentences of "
+                "the built-in facts"
+            )
         self.layer, self.role, self.rule, self.density, self.padding = layer, role, rule, density, padding
         self.shards, self.contexts, self.irrelevant, self.seed = shards, contexts, irrelevant, seed
         super().__init__(base, evaluation, metrics, {}, record_texts=record_texts, private=private)
         self.oracle = oracle
+        if isinstance(base, LanguageModel):
+            self.check_model()
 
     def settings(self) -> dict[str, Any]:
         """Return all arguments that decide the outcome."""
@@ -167,7 +176,7 @@ class SideMemory(RoutedEdit):
 
     def mask(self, memory: ShardedProjection, shard: int) -> Bool[Tensor, "d_out d_in"]:
         """Draw the entries that a shard may change."""
-        generator = torch.Generator().manual_seed(1_000_003 * self.seed + shard)
+        generator = torch.Generator().manual_seed((1_000_003 * self.seed + shard) % 2**63)
         weight = memory.shards[0]
         return (torch.rand(weight.shape, generator=generator) < self.density).to(weight.device)
 
@@ -178,6 +187,12 @@ class SideMemory(RoutedEdit):
         (ids,) = encode_texts(self.lm.tokenizer, [text])
         filler = self.lm.tokenizer.eos_token_id or 0
         return on(self.lm.device, edit_rows(batch.rows[fact], ids, self.padding, filler, scope))
+
+
+def _are_texts(values: Sequence[object]) -> bool:
+    """Return whether these are one or more texts, none of them blank; a single text is no list of them."""
+    texts = not isinstance(values, str) and all(isinstance(each, str) and each.strip() for each in values)
+    return texts and len(values) > 0
 
 
 def _summary(learned: Sequence[Learned]) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from jaxtyping import Float
@@ -24,7 +25,7 @@ class Margin:
         gamma: Least difference of both.
 
     Raises:
-        ConfigError: If a bound is negative.
+        ConfigError: If a bound is negative, or no finite number.
     """
 
     alpha: float = 5.0
@@ -32,10 +33,8 @@ class Margin:
     gamma: float = 10.0
 
     def __post_init__(self) -> None:
-        if min(self.alpha, self.beta, self.gamma) < 0:
-            raise ConfigError(
-                f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}: bounds of distances must be at least 0"
-            )
+        if not all(0 <= bound < inf for bound in (self.alpha, self.beta, self.gamma)):
+            raise ConfigError(f"alpha={self.alpha}, beta={self.beta}, gamma={self.gamma}: bounds must be at least 0")
 
     def __call__(self, edited: Float[Tensor, " rows"], irrelevant: Float[Tensor, " others"]) -> Tensor:
         """Return the sum of the three mean violations, those of the difference over all pairs of rows."""

@@ -94,7 +94,9 @@ class Route(NamedTuple):
         return self.distance if self.side == "above" else -self.distance
 
 
-def routes(lm: LanguageModel, records: Sequence[EditRequest], facts: Sequence[str] = ()) -> list[Route]:
+def routes(
+    lm: LanguageModel, records: Sequence[EditRequest], facts: Sequence[str] = (), place: str | None = None
+) -> list[Route]:
     """Return the routes of all prompts of some records, of each routed module that gives distances.
 
     A prompt is routed by itself, as before a free answer. In the scope ``sequence`` the route of a prompt with an
@@ -104,13 +106,14 @@ def routes(lm: LanguageModel, records: Sequence[EditRequest], facts: Sequence[st
         lm: The model with its memory.
         records: The records, probes included.
         facts: SHA-256 of each fact in the order in which the memory learned them (``learned``).
+        place: Path of one of these modules; all of them by default.
 
     Raises:
         ConfigError: If no module of the model gives distances, or one decides on each token.
         NumericalError: If a threshold is no number.
         RequestError: If a prompt has no token, or one that the model cannot read.
     """
-    modules = _modules(lm)
+    modules = _modules(lm, place)
     check_records(lm, records)
     prompts = list(scored_prompts(records))
     rows = encode_texts(lm.tokenizer, [each.prompt for each in prompts])
@@ -122,15 +125,15 @@ def routes(lm: LanguageModel, records: Sequence[EditRequest], facts: Sequence[st
         mask = torch.arange(ids.shape[1], device=lm.device)[None] < lengths[:, None]
         with torch.no_grad():
             lm(input_ids=ids, attention_mask=mask.long(), use_cache=False)
-        for place, module in modules.items():
-            parts, sides[place] = _last_pass(module)
-            numbers |= {(place, i): part for i, part in zip(group, parts, strict=True)}
+        for path, module in modules.items():
+            parts, sides[path] = _last_pass(module)
+            numbers |= {(path, i): part for i, part in zip(group, parts, strict=True)}
     last = {name: number for number, name in enumerate(facts)}
     hashes = [request_hash(record) for record in records]
     return [
-        Route(each.record, KINDS[each.kind], each.prompt, place, *_checked(*numbers[place, i][:2], place),
-              sides[place], numbers[place, i][2], own_answer(each, hashes, last, module))
-        for place, module in modules.items()
+        Route(each.record, KINDS[each.kind], each.prompt, path, *_checked(*numbers[path, i][:2], path),
+              sides[path], numbers[path, i][2], own_answer(each, hashes, last, module))
+        for path, module in modules.items()
         for i, each in enumerate(prompts)
     ]  # fmt: skip
 
@@ -159,11 +162,12 @@ def own_answer(
     return module.own(facts[name]) if name in facts else None
 
 
-def _modules(lm: LanguageModel) -> dict[str, GivesDistances]:
-    """Return the routed modules that give distances, by their paths."""
+def _modules(lm: LanguageModel, place: str | None) -> dict[str, GivesDistances]:
+    """Return the routed modules that give distances, by their paths; only the one at a place that is named."""
     names = {id(module): name for name, module in lm.model.named_modules()}
     every: list[object] = [*routed(lm.model)]
     modules = {names[id(each)]: each for each in every if isinstance(each, GivesDistances)}
+    modules = {path: each for path, each in modules.items() if place in (None, path)}
     if not modules:
         raise ConfigError("no module of this model gives routes: edit with a side memory first")
     for place, module in modules.items():

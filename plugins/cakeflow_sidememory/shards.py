@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice, require_count
 from cakeflow.models import RoutedModule, Scope, is_transposed
 from cakeflow_sidememory.distance import activation_of, row_distances, token_distances
 from cakeflow_sidememory.joins import Join, join
@@ -43,7 +44,7 @@ class ShardSettings:
             facts of a finished shard are not answered until ``join_every`` edits are reached.
 
     Raises:
-        ConfigError: If a number is out of its range.
+        ConfigError: If a number is out of its range, or a word none of its choices.
     """
 
     rule: Rule = "retrieve"
@@ -59,10 +60,15 @@ class ShardSettings:
     unjoined: bool = True
 
     def __post_init__(self) -> None:
-        if not (self.ratio > 0 and self.save_every > 0 and 0 < self.density <= 1):
+        choices = {"rule": Rule, "scope": Scope, "join": Join, "control": Control}
+        for name, choice in choices.items():
+            require_choice(f"ShardSettings.{name}", getattr(self, name), choice)
+        for name in ("save_every", "join_every", *(("longest",) if self.longest is not None else ())):
+            require_count(f"ShardSettings.{name}", getattr(self, name), 1)
+        if not (0 < self.ratio < inf and 0 < self.density <= 1):
             raise ConfigError(
-                f"ratio={self.ratio}, save_every={self.save_every}, density={self.density}: ratio and save_every must "
-                "be above 0, density above 0 and at most 1"
+                f"ratio={self.ratio}, density={self.density}: ratio must be above 0 and finite, density above 0 and at "
+                "most 1"
             )
         if self.join_every < self.save_every or self.join_every % self.save_every:
             raise ConfigError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from cakeflow.errors import ConfigError, NumericalError, require_positive
+from cakeflow.errors import ConfigError, NumericalError, require_count, require_positive
 from cakeflow.forward import Row
 from cakeflow.models import LanguageModel, Site, capture, frozen, logits_at, patch, prompt_lengths, start_at
 
@@ -32,8 +33,11 @@ class ValueTraining:
     enough: float = 0.0
 
     def __post_init__(self) -> None:
-        require_positive("ValueTraining", self, "lr", "steps")
-        if not self.enough >= 0:
+        require_count("ValueTraining.steps", self.steps, 1)
+        require_positive("ValueTraining", self, "lr")
+        if not self.lr < inf:
+            raise ConfigError("ValueTraining.lr is infinite; set a number")
+        if not 0 <= self.enough < inf:
             raise ConfigError(f"ValueTraining.enough must be at least 0, got {self.enough}")
 
 
@@ -74,7 +78,8 @@ def learn_entry(lm: LanguageModel, site: Site, row: Row, training: ValueTraining
     ids = torch.tensor([row.ids], device=lm.device)
     last = torch.tensor([row.target - 1], device=lm.device)
     below = [Site(site.layer - 1)] if site.layer else []
-    with torch.no_grad(), capture(lm, below) as states, capture(lm, [site], side="in") as inputs:
+    named = prompt_lengths(lm.model, last + 1)
+    with named, torch.no_grad(), capture(lm, below) as states, capture(lm, [site], side="in") as inputs:
         lm(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
     key = inputs[site][0, row.target - 1].detach()
     value = _own_output(lm.module(site), key).requires_grad_()

@@ -154,13 +154,16 @@ def score_by(lm, decided, pairs):
 
 
 @BOTH
-def test_a_decision_holds_while_an_answer_is_written(lm, kind):
+@pytest.mark.parametrize(("cache", "attention"), [(None, "sdpa"), ("static", "sdpa"), ("static", "eager")])
+def test_a_decision_holds_while_an_answer_is_written(lm, kind, cache, attention):
+    """With a static cache, ``generate`` gives the mask of every query."""
+    lm.model.set_attn_implementation(attention)
     module = routed(lm, kind)
     ids, mask = ids_of(lm, TEXTS, "left")
     expected = decisions(lm, TEXTS)
     seen = []
     handle = module.register_forward_hook(lambda *_: seen.append(module.decision.tolist()))
-    lm.model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=6, do_sample=False, pad_token_id=0)
+    lm.model.generate(ids, attention_mask=mask, max_new_tokens=6, pad_token_id=0, cache_implementation=cache)
     handle.remove()
     assert len(seen) == 6
     assert all(decision == expected for decision in seen)
@@ -208,6 +211,16 @@ def test_a_cache_of_other_rows_is_refused(lm, kind):
     cache.batch_repeat_interleave(2)
     with pytest.raises(ShapeError, match="4 rows go on from a cache whose 2 rows were routed"):
         lm(input_ids=torch.ones(4, 1, dtype=torch.long), past_key_values=cache)
+
+
+@BOTH
+def test_a_decision_holds_in_outputs_without_names(lm, kind):
+    module = routed(lm, kind)
+    ids, mask = ids_of(lm, TEXTS[:1])
+    cache = lm(input_ids=ids, attention_mask=mask, use_cache=True, return_dict=False)[1]
+    expected = module.decision.tolist()
+    lm(input_ids=ids[:, -1:], past_key_values=cache, return_dict=False)
+    assert module.decision.tolist() == expected == decisions(lm, TEXTS[:1])
 
 
 def test_a_new_prompt_of_one_token_is_decided_anew(lm):
@@ -346,6 +359,19 @@ def test_forced_decisions_hold_while_an_answer_is_written(lm, decision):
     module.always = None
     with forced_decisions(lm.model, {tokens(lm, text): decision for text in TEXTS}):
         assert continuations(lm, TEXTS, 5) == expected
+
+
+def test_forced_decisions_outlast_what_happens_in_the_body(lm):
+    module = routed(lm)
+    path, own = lm.architecture.path(SITE), decisions(lm, TEXTS)
+    with forced_decisions(lm.model, {(): 1}):
+        with forced_decisions(lm.model, {(): 0}):
+            assert decisions(lm, TEXTS) == [0] * len(TEXTS)
+        assert decisions(lm, TEXTS) == [1] * len(TEXTS)
+        lm.put(path, module.base)
+        lm.put(path, module)
+        assert decisions(lm, TEXTS) == [1] * len(TEXTS)
+    assert decisions(lm, TEXTS) == own
 
 
 def test_decisions_on_tokens_are_not_forced(lm):

@@ -161,3 +161,17 @@ def test_settings(lm):
     named = editor_of(lm, oracle=True).module.settings()
     assert (named["layer"], named["codebook"], named["oracle"]) == (3, {"eps": 1e-3}, True)
     assert named["training"] == {"lr": 0.3, "steps": 25, "enough": 0.0}
+
+
+def test_a_ball_has_an_end():
+    with pytest.raises(ConfigError, match=r"eps is infinite"):
+        CodebookSettings(float("inf"))
+
+
+@pytest.mark.filterwarnings("ignore:records that repeat an earlier one")
+def test_a_fact_that_is_learned_again_answers_by_its_last_entry(lm):
+    editor = editor_of(lm)
+    editor.fit([FACTS[0], FACTS[1], FACTS[0]], 1, evaluate=False)
+    assert [(row.decision, row.own) for row in editor.module.routes(FACTS[:2])] == [(3, 3), (2, 2)]
+    editor.rollback(1)
+    assert [(row.decision, row.own) for row in editor.module.routes(FACTS[:2])] == [(1, 1), (2, 2)]

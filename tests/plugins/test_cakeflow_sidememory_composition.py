@@ -128,7 +128,7 @@ def test_neither_order_nor_rounding_decides_among_equal_edits(values, top, rando
 def test_fewer_edits_than_asked_and_bad_settings_are_refused():
     with pytest.raises(ConfigError, match="top=4 edits cannot be retrieved, as 3 are stored"):
         Retrieval().choose(torch.ones(3))
-    for settings in ({"top": 0}, {"threshold": 1.5}, {"part": "key"}):
+    for settings in ({"top": 0}, {"top": True}, {"threshold": 1.5}, {"part": "key"}):
         with pytest.raises(ConfigError, match="Retrieval"):
             Retrieval(**settings)
 

@@ -151,7 +151,10 @@ def test_factors_are_joined_and_parted():
     ("settings", "message"),
     [
         ({"select": "most"}, "select must be one of"),
-        ({"steps": 0}, "steps must be above 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1"),
+        ({"steps": 2.5}, "steps must be a whole number"),
+        ({"seed": -1}, "seed must be a whole number"),
+        ({"lr": float("inf")}, "lr=inf"),
         ({"share": 1.5}, r"share=1\.5"),
         ({"last": -1.0}, r"last=-1\.0"),
     ],

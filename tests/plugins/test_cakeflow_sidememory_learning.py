@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cakeflow_sidememory import LearningProblem, LearningRule, Margin, learn, original_weight
+from cakeflow_sidememory import LearningProblem, LearningRule, Margin, SideMemory, learn, original_weight
 from cakeflow_sidememory.distance import activation_name, activation_of
 from cakeflow_sidememory.rows import edit_rows
 from torch.func import functional_call
 
-from cakeflow.errors import NumericalError
+from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.forward import encode_texts
 from cakeflow.forward.tokens import Row
 from cakeflow.models import Site
@@ -116,3 +116,25 @@ def test_a_loss_that_is_not_finite_is_an_error(lm):
     weight = torch.full_like(original_weight(lm, SITE), torch.nan)
     with pytest.raises(NumericalError, match="the loss of the side memory is nan at step 0; set lr lower"):
         learn(problem_of(lm), weight, everything(lm), RULE)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LearningRule(lr=float("nan")), "lr=nan"),
+        (lambda: LearningRule(decay=float("nan")), "decay=nan"),
+        (lambda: LearningRule(clamp=float("nan")), "clamp=nan"),
+        (lambda: LearningRule(steps=2.5), "steps must be a whole number"),
+        (lambda: LearningRule(extra=-1), "extra must be a whole number"),
+        (lambda: Margin(beta=float("nan")), "beta=nan"),
+        (lambda: Margin(gamma=float("inf")), "gamma=inf"),
+        (lambda: SideMemory("model", irrelevant=["a", " "]), "irrelevant has no text, or one that is blank"),
+        (lambda: SideMemory("model", irrelevant="a text"), "irrelevant has no text"),
+        (lambda: SideMemory("model", irrelevant=[]), "irrelevant has no text"),
+        (lambda: SideMemory("model", padding="middle"), "padding must be one of right, left"),
+        (lambda: SideMemory("model", seed=-1), "seed must be a whole number"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(make, message):
+    with pytest.raises(ConfigError, match=message):
+        make()

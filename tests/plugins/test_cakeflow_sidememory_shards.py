@@ -178,3 +178,22 @@ def test_a_shard_of_another_model_or_without_a_threshold_is_refused(lm):
             ShardChange.from_tensors(place(lm), {**tensors, "least": least})
     with pytest.raises(ConfigError, match="was not asked anything yet"):
         memory.measured()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rule": "retreive"}, "rule must be one of retrieve, merge.*did you mean 'retrieve'"),
+        ({"scope": "row"}, "scope must be one of sequence, prompt, token"),
+        ({"join": "tie"}, "join must be one of ties"),
+        ({"control": "nver"}, "control must be one of distance, always, never"),
+        ({"save_every": 1.5, "join_every": 3}, "save_every must be a whole number"),
+        ({"save_every": True}, "save_every must be a whole number"),
+        ({"longest": 0}, "longest must be a whole number of at least 1"),
+        ({"ratio": float("nan")}, "ratio=nan"),
+        ({"ratio": float("inf")}, "ratio=inf"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        ShardSettings(**settings)

@@ -81,7 +81,7 @@ def test_it_ends_when_the_loss_is_low_enough(lm):
 
 
 def test_bad_training(lm):
-    with pytest.raises(ConfigError, match=r"ValueTraining\.steps must be above 0, got 0"):
+    with pytest.raises(ConfigError, match=r"ValueTraining\.steps must be a whole number of at least 1, got 0"):
         ValueTraining(steps=0)
     with pytest.raises(ConfigError, match=r"ValueTraining\.enough must be at least 0, got -1"):
         ValueTraining(enough=-1)
