@@ -40,7 +40,7 @@ from cakeflow_sidememory import routing_numbers
 from sweep import Row, interval, write_table
 
 from cakeflow import Editor, EditRequest, Evaluation
-from cakeflow.data import join_texts, parse_requests
+from cakeflow.data import join, parse_requests
 from cakeflow.errors import EditError
 from cakeflow.forward import encode_texts
 from cakeflow.metrics import KINDS
@@ -155,7 +155,7 @@ def unrelated_predictions(module: Any, records: Sequence[EditRequest]) -> list[l
     for record in records:
         for probe in (each for each in record.probes if each.kind == "neighborhood"):
             prompt = module.question(probe.prompt)
-            asked, whole = encode_texts(lm.tokenizer, [prompt, join_texts(prompt, probe.expected or "")])
+            asked, whole = encode_texts(lm.tokenizer, [prompt, join(prompt, probe.expected or "")])
             ids = torch.tensor([whole], device=lm.device)
             with torch.no_grad(), prompt_lengths(lm.model, torch.tensor([len(asked)])):
                 logits = lm(input_ids=ids, use_cache=False).logits[0]
