@@ -25,7 +25,7 @@ from cakeflow.cli.evaluate import EditedModel, take_run
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import MODULE_DEFAULTS, find_config, model_kind, own_errors, read_config, shipped
+from cakeflow.core.config import MODULE_DEFAULTS, find_config, method_of, model_kind, own_errors, read_config, shipped
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
@@ -157,6 +157,7 @@ class EditCLI(LightningCLI):
         with own_errors(), only_known_classes():
             check_settings(self._get(self.config, "trainer"))
             super().instantiate_classes()
+            self.model.method = method_of(self._parser(self.subcommand), self._plain_config[self.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Return a Trainer with a progress bar and, unless the user configures a logger, a run folder."""
