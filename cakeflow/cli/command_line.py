@@ -358,11 +358,12 @@ def _run(words: list[str]) -> Any:
     if words[0] != "plugins":  # which shows those that cannot be used
         load_plugins()  # a run folder may hold changes of a plugin's kind
     if words[0] in COMMANDS:
-        command = COMMANDS[words[0]]
-        _refuse_trust_in_files(words[1:])
+        command, (rest, trusted) = COMMANDS[words[0]], take_options(words[1:])
+        rest += [f"--loading.{name}=true" for name in trusted]
+        _refuse_trust_in_files(rest)
         with only_known_classes():
             return auto_cli(
-                command, args=with_flags(words[1:], command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser
+                command, args=with_flags(rest, command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser
             )
     rest, trusted = take_options(["--help" if word == "--help_all" else word for word in words])
     rest, edited = take_run(rest)

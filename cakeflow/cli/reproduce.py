@@ -113,12 +113,10 @@ def show_reproduction(result: Reproduction) -> None:
         for line in lines:
             say(f"{title}: {line}")
     places = {place.place for batch in result.batches for place in batch.places}
-    what = f"{len(result.batches)} batches in {len(places)} places"
-    if result.equal:
-        say(f"{result.run}: {what}: the same SHA-256, and the same numbers and outcomes")
-    else:
-        weights = "the same SHA-256, but other numbers" if result.same_weights else "other weights"
-        say(f"{result.run}: {what}: {weights}; {len(result.apart)} batches differ")
+    what = f"{len(result.batches)} batches in {len(places) or 'no'} places of the model"
+    weights = ("the same SHA-256" if places else "nothing to change there") if result.same_weights else "other weights"
+    rest = "all numbers and outcomes as recorded" if result.equal else f"{len(result.apart)} batches differ"
+    say(f"{result.run}: {what}: {weights}, {rest}")
     say(f"all of it: {Path(result.folder) / RESULT}")
 
 

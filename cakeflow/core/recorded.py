@@ -18,7 +18,8 @@ from cakeflow.journal.changes import kind_of
 from cakeflow.journal.ledger import Entry, bodies, taken_back
 from cakeflow.journal.schema import FORMAT, BatchBody, EndBody, EvaluationBody, ModelBody, PolicyBody, RunBody
 from cakeflow.journal.steps import request_hash
-from cakeflow.journal.store import LEDGER
+from cakeflow.journal.store import FROM_A_COPY, LEDGER
+from cakeflow.storage.hashing import file_hash
 
 FOR_TEXTS = "name the data that the run was started with: --data SOURCE"
 
@@ -61,15 +62,13 @@ class RecordedRun:
         path = _ledger(run)
         entries = list(ledger.read_entries(path))
         base, start, own = _parts(path, entries)
-        for body in bodies(own, BatchBody):
-            for change in body.changes:
-                kind_of(change.kind)
         record = cls(path, entries, base, start, own, _requests(path, start, bodies(own, BatchBody), data))
         if base.earlier and not record.has_tensors:
             raise ResumeError(
                 f"{path} goes on from {base.earlier} batches of an earlier run, whose tensors are not beside it; give "
                 "the whole run folder"
             )
+        record._check_batches()
         return record
 
     @property
@@ -87,6 +86,18 @@ class RecordedRun:
     def evaluations(self) -> dict[str, EvaluationBody]:
         """Stage -> the run's last measurement there, up to its end."""
         return {body.stage: body for body in bodies(_run_of(self.entries), EvaluationBody)}
+
+    def _check_batches(self) -> None:
+        """Check that the kinds of all changes are known here and, if the tensors are there, that they are unchanged."""
+        for body in bodies(self.entries, BatchBody):
+            for change in body.changes:
+                kind_of(change.kind)
+            for name, expected in body.files.items() if self.has_tensors else ():
+                if file_hash(self.path.parent / Path(name).name) != expected:
+                    raise LedgerError(
+                        f"{self.path}: {name} was changed after it was written; {FROM_A_COPY}, or give a copy of the "
+                        "ledger alone: then no size of a weight's difference is known"
+                    )
 
     @property
     def notes(self) -> list[str]:

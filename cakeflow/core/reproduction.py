@@ -12,12 +12,12 @@ from typing import Any
 import lightning as L
 import torch
 
-from cakeflow.core.sizes import Sizes
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.run import run_fit
+from cakeflow.core.sizes import Sizes
 from cakeflow.errors import ConfigError, ResumeError, listed
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import Arithmetic, BatchBody, FactBody, RunBody
