@@ -145,7 +145,8 @@ def _details(batch: BatchResult) -> Iterator[dict[str, str]]:
         if place.recorded != place.repeated:
             size = f"{_most([place.update])} of the update, {_most([place.weight])} of the weight"
             yield _detail(batch.batch, place.place, place.recorded[:12], place.repeated[:12], size)
-    yield from (_of_number(str(batch.batch), each) for each in batch.numbers[:FEW])
+    distinct = {(each.recorded, each.repeated): each for each in reversed(batch.numbers)}  # a layer's has two names
+    yield from (_of_number(str(batch.batch), each) for each in [*reversed(distinct.values())][:FEW])
     for fact in batch.facts:
         yield _detail(batch.batch, fact.prompt or fact.fact[:12], fact.recorded, fact.repeated, "")
     for fault in batch.faults:
