@@ -2,6 +2,8 @@
 
 import copy
 import hashlib
+import json
+import re
 import shutil
 
 import numpy as np
@@ -9,6 +11,8 @@ import pytest
 from bodies import body, forge, raw
 from tiny_runs import StopAfter, content, editor_of, finished_run
 
+from cakeflow import LeastSquares
+from cakeflow.core.config import build_module, find_config, model_kind, shipped
 from cakeflow.core.recorded import RecordedRun
 from cakeflow.data.images import ImageEditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError, RunFolderError
@@ -172,6 +176,31 @@ def test_a_kind_of_change_that_no_plugin_here_has_is_refused(run):
     spoil(run, lambda entries: of_kind(entries, "batch")[0]["changes"][0].update(kind="Foreign"))
     with pytest.raises(LedgerError, match=r"'Foreign'.*import the plugin"):
         RecordedRun.read(run)
+
+
+@pytest.mark.parametrize("name", [name for name in shipped("method") if not name.startswith(("vit", "cake_official_"))])
+def test_a_method_on_record_makes_the_same_module(name):
+    path = find_config("method", name)
+    kind = model_kind(path)
+    numbers = [shipped(kind)["smollm2-135m"]] if "smollm2-135m" in shipped(kind) else []
+    module = build_module([path, *numbers], base="smollm2-135m")
+    again = build_module([json.loads(json.dumps(module.method))], base="smollm2-135m")
+    assert type(again) is type(module)
+    assert again.settings() == module.settings()
+    assert again.method == module.method
+
+
+def test_no_token_and_no_model_get_into_the_record():
+    secret = {"model_kwargs": {"token": "secret"}, "base": "somewhere"}
+    module = build_module([find_config("method", "memit")], layers=[1], **secret)
+    assert module._loading["token"] == "secret"
+    assert not {"secret", "somewhere"} & set(re.findall(r"\w+", str(module.method)))
+
+
+def test_a_module_of_objects_has_no_method_on_record(lm):
+    recipe = find_config("method", "memit")
+    assert build_module([recipe], base=lm, layers=[1]).method["init_args"]["layers"] == [1]
+    assert build_module([recipe], base=lm, layers=[1], solver=LeastSquares(0.5)).method == {}
 
 
 def test_a_run_that_goes_on_from_another_needs_its_folder(run, tmp_path):

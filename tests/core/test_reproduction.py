@@ -4,17 +4,20 @@ import copy
 import json
 import math
 import shutil
+import warnings
 
 import lightning as L
 import pytest
 import torch
 from bodies import forge, raw
 from tiny_runs import LAYERS, content, editor_of, module_of, name_of
+from tiny_vision import random_images, random_vision_model
 
-from cakeflow import LeastSquares
+from cakeflow import Editor, LeastSquares
 from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.reproduction import RESULT, NumberResult, Reproduction, compare, computed_as, reproduce
 from cakeflow.data import builtin_facts
+from cakeflow.data.images import ImageEditRequest
 from cakeflow.errors import ConfigError, ResumeError
 from cakeflow.journal.schema import Arithmetic
 from cakeflow.journal.store import JournalStore
@@ -272,6 +275,23 @@ def test_a_number_that_one_side_lacks_differs_without_bound():
     assert NumberResult(name="x", recorded=2.0, repeated=1.0).relative == 0.5
 
 
+def test_images_come_from_the_data_and_their_edits_out_again(tmp_path):
+    def editor():
+        vm = random_vision_model()
+        parts = {"processor": vm.processor, "unrelated": random_images(24, 9)}
+        return Editor.from_pretrained(vm.model, "vit_gradient", trainer={"enable_progress_bar": False}, **parts)
+
+    images = [ImageEditRequest(image, label) for label, image in enumerate(random_images(4))]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some of the labels are right already
+        editor().fit(images, 2, run_dir=tmp_path / "run")
+        with pytest.raises(ConfigError, match=r"hashes of pictures and no pixels \(image"):
+            editor().reproduce(tmp_path / "run", run_dir=tmp_path / "again")
+        result = editor().reproduce(tmp_path / "run", images[::-1], run_dir=tmp_path / "again")
+    assert result.equal
+    assert len(result.batches) == 2
+
+
 @pytest.mark.real
 @pytest.mark.slow
 def test_the_real_model_gives_the_same_bits(real_editor, smollm2, tmp_path):
@@ -280,3 +300,4 @@ def test_the_real_model_gives_the_same_bits(real_editor, smollm2, tmp_path):
     editor.rollback()
     again = real_editor("cake", targets={"steps": 3}, trainer={"logger": None})
     assert again.reproduce(tmp_path / "run", run_dir=tmp_path / "again").equal
+    again.rollback()
