@@ -115,7 +115,8 @@ def show_reproduction(result: Reproduction) -> None:
     places = {place.place for batch in result.batches for place in batch.places}
     what = f"{len(result.batches)} batches in {len(places) or 'no'} places of the model"
     weights = ("the same SHA-256" if places else "nothing to change there") if result.same_weights else "other weights"
-    rest = "all numbers and outcomes as recorded" if result.equal else f"{len(result.apart)} batches differ"
+    apart = f"{len(result.apart)} batches and {len(result.metrics)} metrics differ"
+    rest = "all numbers and outcomes as recorded" if result.equal else apart
     say(f"{result.run}: {what}: {weights}, {rest}")
     say(f"all of it: {Path(result.folder) / RESULT}")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from cakeflow.errors import ConfigError, ResumeError, listed
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import Arithmetic, BatchBody, FactBody, RunBody
 from cakeflow.journal.steps import with_completions
-from cakeflow.journal.store import differences
+from cakeflow.journal.store import LEDGER, differences
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.typed import SHA256, Count, Number, Schema
 
@@ -151,10 +153,10 @@ def reproduce(run: RecordedRun, module: EditModule, trainer: L.Trainer) -> Repro
     module.setup()
     _require_model(run, module)
     with computed_as(run.start.arithmetic):
-        if run.base.earlier and not (folder / "journal").exists():
+        if run.base.earlier and not (folder / "journal" / LEDGER).exists():
             _apply_earlier(run, module)
         data = EditDataModule(run.requests, run.start.batch_size, conflicts="keep")
-        run_fit(trainer, module, data, evaluate=bool(run.evaluations))
+        run_fit(trainer, module, data, evaluate=bool(run.evaluations), goes_on=partial(_command, run))
     result = compare(run, RecordedRun.read(folder, run.requests), folder)
     write_text(folder / RESULT, result.model_dump_json(indent=1))
     return result
@@ -201,6 +203,11 @@ def computed_as(how: Arithmetic | None) -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+def _command(run: RecordedRun, folder: Path) -> str:
+    """The command that goes on with an interrupted repetition."""
+    return shlex.join(["cakeflow", "reproduce", str(run.path), "--run_dir", str(folder)])
 
 
 def _home(run: RecordedRun) -> Path:

@@ -84,14 +84,14 @@ def test_a_tampered_number_and_a_tampered_setting_are_reported_with_their_sizes(
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert "0.75 (layer0/update)" in printed
-    assert "the same SHA-256, 1 batches differ" in printed
+    assert "the same SHA-256, 1 batches and 0 metrics differ" in printed
     spoil("run", lambda body: body["method"]["init_args"]["targets"]["init_args"].update(lr=0.05))
     with pytest.raises(SystemExit) as stop:
         main(["reproduce", "run"])
     assert stop.value.code == 1
     printed = capsys.readouterr().out
     assert "settings: targets was GradientSearch" in printed
-    assert "other weights, 2 batches differ" in printed
+    assert "other weights, 2 batches and " in printed
     assert "of the update" in printed
 
 

@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 from bodies import forge, raw
-from tiny_runs import LAYERS, content, editor_of, module_of, name_of
+from tiny_runs import LAYERS, StopAfter, content, editor_of, module_of, name_of
 from tiny_vision import random_images, random_vision_model
 
 from cakeflow import Editor, LeastSquares
@@ -236,6 +236,14 @@ def test_a_folder_inside_the_run_and_none_are_refused(lm, finished, quiet):
     with pytest.raises(ConfigError, match="got None"):
         reproduce(RecordedRun.read(finished), module_of(lm), L.Trainer(**quiet))
     assert content(finished) == before
+
+
+def test_an_interrupted_repetition_names_the_command_that_goes_on(lm, finished, tmp_path, caplog):
+    with pytest.raises(KeyboardInterrupt):
+        editor_of(lm, {"callbacks": [StopAfter(1)]}).reproduce(finished, run_dir=tmp_path / "again")
+    path = finished / "journal/ledger.jsonl"
+    assert f"go on with: cakeflow reproduce {path} --run_dir {tmp_path / 'again'}" in caplog.text
+    assert not (tmp_path / "again" / RESULT).exists()
 
 
 def test_an_interrupted_repetition_goes_on_in_its_folder(lm, finished, repeated, tmp_path):
