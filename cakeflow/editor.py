@@ -27,6 +27,8 @@ from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.loggers import names_folder, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.progress import as_list, with_progress_bar
+from cakeflow.core.recorded import RecordedRun
+from cakeflow.core.reproduction import Reproduction, reproduce
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
 from cakeflow.core.trainer import check_settings, check_trainer, quiet
@@ -311,6 +313,13 @@ class Editor:
         targets, after = [step.requests[i].target_new for step, i in facts], self.ask(prompts)
         names = ("prompt", "target", "before", "after")
         return [dict(zip(names, row, strict=True)) for row in zip(prompts, targets, before, after, strict=True)]
+
+    def reproduce(self, run: str | Path, data: Any = None, *, run_dir: str | Path | None = None) -> Reproduction:
+        """Search and solve a finished run anew on the unedited model, and compare it with its record.
+
+        See ``core.reproduction.reproduce``; ``data`` names the requests where the ledger has their hashes only.
+        """
+        return reproduce(RecordedRun.read(Path(run), data), self.module, self.trainer(run_dir))
 
     def reverted(self) -> AbstractContextManager[None]:
         """The unedited model for a while: ``with editor.reverted(): ...``."""

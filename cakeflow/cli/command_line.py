@@ -25,7 +25,15 @@ from cakeflow.cli.evaluate import EditedModel, take_run, values_of
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import find_config, model_kind, module_defaults, own_errors, read_config, shipped
+from cakeflow.core.config import (
+    find_config,
+    method_of,
+    model_kind,
+    module_defaults,
+    own_errors,
+    read_config,
+    shipped,
+)
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
@@ -158,6 +166,7 @@ class EditCLI(LightningCLI):
         with own_errors(), only_known_classes():
             check_settings(self._get(self.config, "trainer"))
             super().instantiate_classes()
+            self.model.method = method_of(self._parser(self.subcommand), self._plain_config[self.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Return a Trainer with a progress bar and, unless the user configures a logger, a run folder."""
@@ -358,11 +367,12 @@ def _run(words: list[str]) -> Any:
     if words[0] != "plugins":  # which shows those that cannot be used
         load_plugins()  # a run folder may hold changes of a plugin's kind
     if words[0] in COMMANDS:
-        command = COMMANDS[words[0]]
-        _refuse_trust_in_files(words[1:])
+        command, (rest, trusted) = COMMANDS[words[0]], take_options(words[1:])
+        rest += [f"--loading.{name}=true" for name in trusted]
+        _refuse_trust_in_files(rest)
         with only_known_classes():
             return auto_cli(
-                command, args=with_flags(words[1:], command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser
+                command, args=with_flags(rest, command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser
             )
     rest, trusted = take_options(["--help" if word == "--help_all" else word for word in words])
     rest, edited = take_run(rest)

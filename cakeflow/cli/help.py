@@ -23,29 +23,30 @@ the new fact, and what it says otherwise stays as it was.
 usage: cakeflow COMMAND [options]
 
 edit and measure:
-  edit      Edit facts given as sentences
-  desk      Open a local page to edit facts by hand
-  fit       Edit facts in a model
-  evaluate  Measure how a model answers requests
+  edit       Edit facts given as sentences
+  desk       Open a local page to edit facts by hand
+  fit        Edit facts in a model
+  evaluate   Measure how a model answers requests
 look at runs:
-  report    Write a report of a run as one HTML page that works offline
-  compare   Compare runs
-  diff      Compare two runs
-  log       Show the ledger of a run
-  verify    Verify that nothing in a run folder was changed
-  replay    Repeat a run from the unedited model
-  rollback  Take back the last batches of a run
-  undo      Take back single facts of a run
+  report     Write a report of a run as one HTML page that works offline
+  compare    Compare runs
+  diff       Compare two runs
+  log        Show the ledger of a run
+  verify     Verify that nothing in a run folder was changed
+  replay     Repeat a run from the unedited model
+  reproduce  Search and solve a run anew
+  rollback   Take back the last batches of a run
+  undo       Take back single facts of a run
 take the edited model along:
-  export    Export the edited model of a run
-  apply     Apply a delta to the model that it was made from
+  export     Export the edited model of a run
+  apply      Apply a delta to the model that it was made from
 prepare a model:
-  tune      Find layers
-  trace     Measure by causal tracing which layers recall facts
-  facts     Write the facts that a model states by itself to a file
+  tune       Find layers
+  trace      Measure by causal tracing which layers recall facts
+  facts      Write the facts that a model states by itself to a file
 more:
-  recipes   List the shipped methods
-  plugins   List the installed plugins with their kind and package
+  recipes    List the shipped methods
+  plugins    List the installed plugins with their kind and package
 
 examples:
   cakeflow edit "LeBron James plays the sport of" "tennis"

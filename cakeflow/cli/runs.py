@@ -14,6 +14,7 @@ from cakeflow.cli.diff import run_diff
 from cakeflow.cli.edit import run_edit, run_undo
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.recipes import run_recipes
+from cakeflow.cli.reproduce import run_reproduce
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.cli.tune import run_tune
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
@@ -198,6 +199,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "log": run_log,
     "verify": run_verify,
     "replay": run_replay,
+    "reproduce": run_reproduce,
     "rollback": run_rollback,
     "undo": run_undo,
     "export": run_export,

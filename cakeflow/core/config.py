@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib.resources import files
+from importlib import resources
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -22,10 +22,13 @@ from cakeflow.storage.yaml_text import read_yaml
 MODULE_DEFAULTS = {"model": {"class_path": "cakeflow.core.locate_then_edit.LocateThenEdit"}}
 """Defaults of every parser that builds an edit module."""
 
+OF_THE_MODEL = ("base", "model_kwargs")
+"""Arguments of an edit module that say which model is edited and how it is loaded; a token may be among them."""
+
 
 def shipped(kind: str) -> dict[str, Path]:
     """Return the shipped configs of a kind (``method``, ``model``, ``targets``, ``data``): name -> file."""
-    folder = Path(str(files("cakeflow_configs"))) / kind
+    folder = Path(str(resources.files("cakeflow_configs"))) / kind
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -83,12 +86,24 @@ def module_defaults(methods: Sequence[str]) -> dict[str, Any]:
     return {"model": {"class_path": kind}} if kind else MODULE_DEFAULTS
 
 
-def build_module(configs: list[Path], **values: Any) -> EditModule:
+def method_of(parser: Any, config: Any) -> dict[str, Any]:
+    """Return the method of a parsed config as data: class and arguments, without the model and how it was loaded.
+
+    Args:
+        parser: The parser of the config.
+        config: What it parsed; the method stands under ``model``.
+    """
+    method: dict[str, Any] = read_yaml(parser.dump(config, skip_none=False))["model"]
+    arguments = method.get("init_args") or {}
+    return {**method, "init_args": {name: each for name, each in arguments.items() if name not in OF_THE_MODEL}}
+
+
+def build_module(configs: Sequence[Path | Mapping[str, Any]], **values: Any) -> EditModule:
     """Build an edit module from config files and arguments; later files override earlier ones, arguments override all.
 
     Args:
         configs: YAML files with a ``model:`` section, as for ``cakeflow fit --config``. Its ``class_path`` names the
-            class of the module, ``LocateThenEdit`` by default.
+            class of the module, ``LocateThenEdit`` by default. Or the section itself, as ``method_of`` gave it.
         values: Arguments of that class. A mapping is merged into the configured part of that name.
 
     Raises:
@@ -100,18 +115,7 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
     parser = ConfigParser(exit_on_error=False)
     parser.add_subclass_arguments(EditModule, "model", required=False)
     parser.add_argument("--config", action="config")
-    try:
-        with only_known_classes():  # without the defaults of the classes, which they have themselves
-            config = parser.parse_object(MODULE_DEFAULTS, defaults=False)
-            config = parser.parse_args([f"--config={path}" for path in configs], config, defaults=False)
-            refuse_trust(config)
-            parser.parser_mode = "text"
-            config = parser.parse_object({"model": {"init_args": plain}}, config, defaults=False)
-    except EditError:
-        raise
-    except Exception as error:
-        reason = plain_message(str(error), (), class_names())
-        raise ConfigError(f"configuration {', '.join(path.name for path in configs)}: {reason}") from error
+    config = _parsed(parser, configs, plain)
 
     def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
         if unknown := sorted(set(objects) - set(signature(kind).parameters)):
@@ -123,7 +127,31 @@ def build_module(configs: list[Path], **values: Any) -> EditModule:
         return kind(*args, **{**kwargs, **objects})
 
     with own_errors(), only_known_classes():
-        return parser.instantiate(config, instantiators=[(make, EditModule, True)]).model  # type: ignore[no-any-return]
+        module: EditModule = parser.instantiate(config, instantiators=[(make, EditModule, True)]).model
+        parser.parser_mode = "plain_yaml"  # or it writes parts as texts
+        module.method = method_of(parser, config) if objects.keys() <= {"base"} else {}
+    return module
+
+
+def _parsed(parser: ConfigParser, configs: Sequence[Path | Mapping[str, Any]], plain: Mapping[str, Any]) -> Any:
+    """Merge config files, sections on record and arguments, in this order."""
+    files = [path for path in configs if isinstance(path, Path)]
+    sections = [dict(part) for part in configs if not isinstance(part, Path)]
+    try:
+        with only_known_classes():  # without the defaults of the classes, which they have themselves
+            config = parser.parse_object(MODULE_DEFAULTS, defaults=False)
+            config = parser.parse_args([f"--config={path}" for path in files], config, defaults=False)
+            parser.parser_mode = "text"
+            for section in sections:
+                config = parser.parse_object({"model": section}, config, defaults=False)
+            refuse_trust(config)
+            return parser.parse_object({"model": {"init_args": plain}}, config, defaults=False)
+    except EditError:
+        raise
+    except Exception as error:
+        reason = plain_message(str(error), (), class_names())
+        names = ", ".join([*(path.name for path in files), *["on record" for _ in sections]])
+        raise ConfigError(f"configuration {names}: {reason}") from error
 
 
 @contextmanager

@@ -73,6 +73,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         complete: Whether all batches of the last run were edited.
         first_step: Number of batches in the journal before the last run.
         further: Metrics that callbacks add to the evaluation that is running.
+        method: The config that the module was built from, without the model; empty if it was built of objects.
         outcome: What became of the last run, where the model was asked freely (``callbacks.OutcomeCheck``).
 
     Args:
@@ -114,6 +115,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self.convergence: dict[str, list[MomentPoint]] = {}
         self.first_step = 0
         self.further: dict[str, float] = {}
+        self.method: dict[str, Any] = {}
         self.outcome: Outcome | None = None
         self._memory: PeakMemory | None = None
         self._home: torch.device | None = None
@@ -384,5 +386,6 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
             arithmetic=arithmetic(self.lm, trainer),
             format=FORMAT,
             loading=recorded(self._loading, self.lm),
+            method=self.method,
             **circumstances().to_dict(),
         )

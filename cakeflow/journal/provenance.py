@@ -6,6 +6,7 @@ import getpass
 import os
 import platform
 from importlib.metadata import version
+from pathlib import Path
 
 import torch
 
@@ -18,7 +19,26 @@ PACKAGES = ("cakeflow", "torch", "transformers", "lightning")
 def circumstances() -> Circumstances:
     """Who runs this, where, and with what; it may differ when a run goes on."""
     versions = {name: version(name) for name in PACKAGES} | {"python": platform.python_version()}
-    return Circumstances(who=who(), versions=versions, threads=torch.get_num_threads())
+    return Circumstances(who=who(), versions=versions, threads=torch.get_num_threads(), machine=machine())
+
+
+def machine() -> dict[str, str]:
+    """What decides the last bits of sums beside versions: system, processor, the vectors that torch uses, the GPU."""
+    gpu = {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": processor(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        **gpu,
+    }
+
+
+def processor() -> str:
+    """Name of the processor's model, where the system tells it."""
+    description = Path("/proc/cpuinfo")
+    lines = description.read_text(encoding="utf-8", errors="replace").splitlines() if description.exists() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return visible(next(names, platform.processor()))
 
 
 def who() -> str:

@@ -48,11 +48,12 @@ class ModelBody(Schema):
 
 
 class Circumstances(Schema):
-    """User and machine, versions of packages, and number of threads."""
+    """User, versions of packages, number of threads, and the machine: system, processor, its vectors and the GPU."""
 
     who: str
     versions: dict[str, str]
     threads: Count
+    machine: dict[str, str] = Field(default_factory=dict)
 
 
 class Arithmetic(Schema):
@@ -85,6 +86,7 @@ class RunBody(Circumstances):
         arithmetic: How it is computed; None in format 1.
         format: Format of the entries that follow.
         loading: Options that the model was loaded with, such as its revision, and the hub's commit; never a token.
+        method: The config that the method was built from, without the model; empty if Python built it of objects.
     """
 
     model: str
@@ -95,6 +97,7 @@ class RunBody(Circumstances):
     arithmetic: Arithmetic | None = None
     format: Literal[1, 2] = 1
     loading: dict[str, str] = Field(default_factory=dict)
+    method: dict[str, Json] = Field(default_factory=dict)
 
 
 class EvaluationBody(Schema):

@@ -35,7 +35,7 @@ from cakeflow.storage.tensors import read_tensors
 from cakeflow.storage.typed import Schema
 
 LEDGER = "ledger.jsonl"
-INCIDENTAL = ("earlier", "format", *Circumstances.model_fields)
+INCIDENTAL = ("earlier", "format", "method", *Circumstances.model_fields)
 """Fields of the first entries that may differ when a run goes on."""
 FROM_A_COPY = "take it from a copy"
 
@@ -85,14 +85,14 @@ class JournalStore:
         self.ledger.append(body)
 
     def _require_same(self, recorded: Any, now: Any) -> None:
-        if lines := _differences(recorded, now):
+        if lines := differences(recorded, now):
             raise ResumeError(
                 f"{self.folder} holds a run that differs from this one: {'; '.join(lines)}; restore that, or start "
                 "a run of its own in another folder"
             )
 
     def _warn_of_versions(self, recorded: Mapping[str, str], now: Mapping[str, str]) -> None:
-        if lines := _differences(recorded, now):
+        if lines := differences(recorded, now):
             warnings.warn(
                 f"{self.folder} holds a run of other versions: {'; '.join(lines)}; the weights may differ in the last "
                 "bits from those of a run without interruption",
@@ -232,12 +232,18 @@ class JournalStore:
         return f"{self.folder / LEDGER}, entry {entry.number}"
 
 
-def _differences(recorded: Any, now: Any, name: str = "") -> list[str]:
-    """The differences between two bodies, in words."""
+def differences(recorded: Any, now: Any, name: str = "") -> list[str]:
+    """Return the differences between two bodies, or parts of them, in words: ``NAME was X, is Y``.
+
+    Args:
+        recorded: Plain data, as it was.
+        now: The same as it is.
+        name: What they are called in the words.
+    """
     if isinstance(recorded, dict) and isinstance(now, dict):
         names = {**recorded, **now}
         pairs = [(f"{name}.{part}" if name else part, recorded.get(part), now.get(part)) for part in names]
-        return [line for label, one, other in pairs for line in _differences(one, other, label)]
+        return [line for label, one, other in pairs for line in differences(one, other, label)]
     if recorded == now:
         return []
     signs = enumerate(zip(str(recorded), str(now), strict=False))

@@ -3,10 +3,12 @@
 import os
 import platform
 import pwd
+from pathlib import Path
 
 import pytest
+import torch
 
-from cakeflow.journal.provenance import circumstances, who
+from cakeflow.journal.provenance import circumstances, machine, processor, who
 
 ACCOUNT = pwd.getpwuid(os.geteuid()).pw_name
 NAMES = ("LOGNAME", "USER", "LNAME", "USERNAME")
@@ -40,3 +42,17 @@ def test_an_account_without_a_name_has_a_number(monkeypatch):
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     assert who() == f"uid {os.geteuid()}@{platform.node()}"
+
+
+def test_the_machine_is_that_of_the_system(monkeypatch):
+    assert circumstances().machine == machine()
+    assert machine()["system"] == f"{platform.system()} {platform.machine()}"
+    assert machine()["vectors"] == torch.backends.cpu.get_cpu_capability()
+    assert ("gpu" in machine()) == torch.cuda.is_available()
+    monkeypatch.setattr(
+        Path, "read_text", lambda *_, **__: "flags\t: avx\nmodel name\t: Fast: One\x1b\nmodel name : Two"
+    )
+    monkeypatch.setattr(Path, "exists", lambda _: True)
+    assert processor() == "Fast: One\\u001b"
+    monkeypatch.setattr(Path, "exists", lambda _: False)
+    assert processor() == platform.processor()
