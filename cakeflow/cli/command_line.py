@@ -314,12 +314,8 @@ def expand_names(words: Sequence[str]) -> list[str]:
         else:
             rest.append(word)
     folders = {"model": model_kind(find_config("method", names["method"]))} if "method" in names else {}
-    options = [
-        option
-        for kind in CONFIG_KINDS
-        if kind in names
-        for option in _as_options(kind, names[kind], folders.get(kind, kind))
-    ]
+    given = [kind for kind in CONFIG_KINDS if kind in names]
+    options = [option for kind in given for option in _as_options(kind, names[kind], folders.get(kind, kind))]
     return [*words[:1], *options, *rest]
 
 
