@@ -116,7 +116,9 @@ def kinds(folder):
 
 
 @pytest.mark.parametrize(
-    ("settings", "edits"), [({"callbacks": [StopAfterFirst()]}, 2), ({"max_time": {"seconds": 0}}, 0)], ids=str
+    ("settings", "edits"),
+    [({"callbacks": [StopAfterFirst()]}, 2), ({"max_time": {"seconds": 0}}, 0)],
+    ids=["callback", "time"],
 )
 def test_a_stopped_run_is_not_complete_and_goes_on(lm, requests, tmp_path, settings, edits):
     other, whole = copy.deepcopy(lm), copy.deepcopy(lm)
