@@ -56,9 +56,9 @@ class EditRows:
 
     @property
     def prompts(self) -> Int[Tensor, " rows"]:
-        """Number of tokens before the target of each row without padding on the left; all of the irrelevant text."""
-        labelled = self.labels != -100
-        return torch.where(labelled.any(1), labelled.int().argmax(1), self.mask.sum(1))
+        """Number of tokens before the target of each row without padding on the left; all of a text without any."""
+        first = (self.labels != -100).int().argmax(1)
+        return torch.where(first > 0, first, self.mask.sum(1))
 
     @cached_property
     def places(self) -> tuple[Tensor, Tensor, Tensor]:
