@@ -12,7 +12,6 @@ from typing import Any, final
 import torch
 from torchmetrics import Metric
 
-from cakeflow.core import EditModule
 from cakeflow.data import Contexts, EditRequest
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation import Evaluation
@@ -24,11 +23,11 @@ from cakeflow_sidememory.composed import ComposedProjection, ComposedSettings
 from cakeflow_sidememory.composition import Retrieval, Rule, read_representations
 from cakeflow_sidememory.factors import FactorTraining, TrainedFactors, initial_directions, train_factors
 from cakeflow_sidememory.neurons import require_neurons, require_share
-from cakeflow_sidememory.questions import require_block
+from cakeflow_sidememory.questions import MemoryEdit
 
 
 @final
-class FactorMemory(EditModule[TextBatch]):
+class FactorMemory(MemoryEdit):
     """Keeps each fact as a small change of one projection's output; those that a question needs answer it together.
 
     A3E (NeurIPS 2025): several edits may be answers of one question, where edits of weights would contradict each
@@ -82,19 +81,6 @@ class FactorMemory(EditModule[TextBatch]):
         plain = {name: getattr(self, name) for name in ("layer", "role", "similarity_layer", "rule")}
         parts = {"training": asdict(self.training_rule), "retrieval": asdict(self.retrieval)}
         return {**plain, **parts, "evaluation": repr(self.evaluation)}
-
-    def check_model(self) -> None:
-        """Check that the model has the block.
-
-        Raises:
-            ConfigError: If it has not.
-        """
-        require_block(self.lm, self.layer)
-
-    @property
-    def site(self) -> Site:
-        """The projection."""
-        return Site(self.layer % self.lm.depth, self.role)
 
     @property
     def place(self) -> str:

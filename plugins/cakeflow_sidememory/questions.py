@@ -33,22 +33,16 @@ def require_block(lm: LanguageModel, layer: int) -> None:
         )
 
 
-class RoutedEdit(EditModule[TextBatch]):
-    """The base of edit modules that put a routed memory in the place of one projection.
+class MemoryEdit(EditModule[TextBatch]):
+    """The base of edit modules that put a module in the place of one projection.
 
     Attributes:
         layer: Block of the projection; negative numbers count from the last.
         role: The projection, by its role or its path in the block.
-        oracle: Whether evaluations send a question of a fact in force, its prompt or a paraphrase, to that fact's own
-            answer, and every other question to the unedited projection. Nobody knows that of a question in use: it
-            measures what a memory holds apart from how it is found, and nothing else is routed so, neither free
-            answers of callbacks nor ``Editor.ask``, nor another memory of the model.
-            Where two questions have one prompt, the edited one counts, and of two facts the later one.
     """
 
     layer: int
     role: str
-    oracle: bool = False
 
     @property
     def site(self) -> Site:
@@ -62,6 +56,20 @@ class RoutedEdit(EditModule[TextBatch]):
             ConfigError: If it has not.
         """
         require_block(self.lm, self.layer)
+
+
+class RoutedEdit(MemoryEdit):
+    """The base of edit modules whose memory routes questions by distance.
+
+    Attributes:
+        oracle: Whether evaluations send a question of a fact in force, its prompt or a paraphrase, to that fact's own
+            answer, and every other question to the unedited projection. Nobody knows that of a question in use: it
+            measures what a memory holds apart from how it is found, and nothing else is routed so, neither free
+            answers of callbacks nor ``Editor.ask``, nor another memory of the model.
+            Where two questions have one prompt, the edited one counts, and of two facts the later one.
+    """
+
+    oracle: bool = False
 
     @property
     def protocol(self) -> str:

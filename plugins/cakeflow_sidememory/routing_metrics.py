@@ -19,8 +19,8 @@ from cakeflow.storage import write_text
 from cakeflow_sidememory.routes import Route
 
 
-class RoutingAccuracy(Metric):
-    """Share of questions that go where they should: edits and paraphrases to the memory, all others to the model."""
+class _Share(Metric):
+    """A share of questions: those that count, and all."""
 
     is_differentiable = False
     higher_is_better = True
@@ -33,6 +33,14 @@ class RoutingAccuracy(Metric):
         for name in ("total", "count"):
             self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
+    def compute(self) -> Tensor:
+        """Return the share; nan without questions."""
+        return self.total / self.count
+
+
+class RoutingAccuracy(_Share):
+    """Share of questions that go where they should: edits and paraphrases to the memory, all others to the model."""
+
     def update(self, in_scope: Bool[Tensor, " n"], decision: Int[Tensor, " n"]) -> None:
         """Add questions.
 
@@ -42,10 +50,6 @@ class RoutingAccuracy(Metric):
         """
         self.total += ((decision > 0) == in_scope).sum()
         self.count += len(in_scope)
-
-    def compute(self) -> Tensor:
-        """Return the share; nan without questions."""
-        return self.total / self.count
 
 
 class RoutingAUC(Metric):
@@ -84,19 +88,8 @@ class RoutingAUC(Metric):
         return binary_auroc(ranks, labels.long())
 
 
-class OwnAnswers(Metric):
+class OwnAnswers(_Share):
     """Share of edited prompts that get the answer that learned them: their own shard, entry or fact."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("total", "count"):
-            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, decision: Int[Tensor, " n"], own: Int[Tensor, " n"]) -> None:
         """Add edited prompts.
@@ -107,10 +100,6 @@ class OwnAnswers(Metric):
         """
         self.total += ((decision == own) & (own > 0)).sum()
         self.count += len(own)
-
-    def compute(self) -> Tensor:
-        """Return the share; nan without prompts."""
-        return self.total / self.count
 
 
 def routing_numbers(rows: Sequence[Route]) -> dict[str, float]:
