@@ -19,6 +19,7 @@ from cakeflow_sidememory import (
     LearningProblem,
     LearningRule,
     Margin,
+    Rehearsal,
     ShardChange,
     ShardedProjection,
     ShardEnd,
@@ -98,7 +99,7 @@ class Flow:
         tensors: Its tensors.
         folder: The tiny models.
         name: The flow.
-        groups: Per finished group the edits that replay draws from.
+        groups: Per finished group the edits that rehearsal draws from.
         current: Those of the present group.
     """
 
@@ -106,8 +107,8 @@ class Flow:
     tensors: Mapping[str, Tensor]
     folder: Path
     name: str
-    groups: list[list[LearningProblem]] = field(default_factory=list)
-    current: list[LearningProblem] = field(default_factory=list)
+    groups: list[list[Rehearsal]] = field(default_factory=list)
+    current: list[Rehearsal] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         setup, self.flow = self.info["_setup"], self.info[self.name]
@@ -150,7 +151,7 @@ class Flow:
             if f"{self.name}/mask/{number}" in self.tensors:
                 mask = self.oriented(f"mask/{number}").bool()
             problem = self.problem(edit)
-            self.current.append(problem)
+            self.current.append(problem.rehearsal)
             replayed = [self.current[index] for index in edit["replayed"]]
             memory = self.memory
             learned = learn(problem, memory.shards[0].detach(), mask, self.rule, self.groups, replayed)
@@ -207,8 +208,8 @@ class Flow:
             for ours, theirs in ((learned.distances, "in_scope"), (learned.irrelevant, "out_scope")):
                 yield "distance", max(abs(a - b) for a, b in zip(ours[i], step[theirs], strict=True))
             if "replay_neg" in step:
-                yield "replay", abs(learned.replayed[i][0] - step["replay_neg"][0])
-                yield "replay", abs(learned.replayed[i][1] - step["replay_pos"][0])
+                yield "replay", abs(learned.rehearsals[i][0] - step["replay_neg"][0])
+                yield "replay", abs(learned.rehearsals[i][1] - step["replay_pos"][0])
 
     def route_errors(self, name: str) -> Iterator[tuple[str, float]]:
         """Yield the errors of the routes of all probes."""

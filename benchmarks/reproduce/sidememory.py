@@ -55,6 +55,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "wise": ("wise", {}),
     "wise, always routed": ("wise_always", {}),
     "wise, no margin": ("wise", {"rule": {"margin": None}}),
+    "wise, rehearsal": ("wise", {"rule": {"rehearsal": True}}),
     "wise_merge": ("wise_merge", {"shards": {"join_every": 20}}),
     "wise_official": ("wise_official", {}),
     "grace": ("grace", {}),

@@ -8,7 +8,15 @@ from cakeflow_sidememory.composition import Retrieval
 from cakeflow_sidememory.factor_memory import FactorMemory
 from cakeflow_sidememory.factors import FactorTraining
 from cakeflow_sidememory.joins import join
-from cakeflow_sidememory.learning import EditRows, Learned, LearningProblem, LearningRule, learn, original_weight
+from cakeflow_sidememory.learning import (
+    EditRows,
+    Learned,
+    LearningProblem,
+    LearningRule,
+    Rehearsal,
+    learn,
+    original_weight,
+)
 from cakeflow_sidememory.method import SideMemory
 from cakeflow_sidememory.objective import Margin
 from cakeflow_sidememory.retrieval import FactsInContext, Match, Retriever, TfidfRetriever
@@ -20,7 +28,7 @@ from cakeflow_sidememory.values import Entry, ValueTraining, learn_entry
 __all__ = [
     "Balls", "Codebook", "CodebookChange", "CodebookMemory", "CodebookSettings", "ComposedProjection",
     "ComposedSettings", "EditRows", "Entry", "FactorChange", "FactorMemory", "FactorTraining", "FactsInContext",
-    "Learned", "LearningProblem", "LearningRule", "Margin", "Match", "Measured", "OwnAnswers", "Retrieval", "Retriever",
+    "Learned", "LearningProblem", "LearningRule", "Margin", "Match", "Measured", "OwnAnswers", "Rehearsal", "Retrieval", "Retriever",
     "Route", "RouteCheck", "RoutingAUC", "RoutingAccuracy", "ShardChange", "ShardEnd", "ShardSettings",
     "ShardedProjection", "SideMemory", "TfidfRetriever", "ValueTraining", "fold", "join", "learn", "learn_entry",
     "original_weight", "routes", "routing_numbers",

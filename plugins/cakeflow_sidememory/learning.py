@@ -79,7 +79,8 @@ class LearningRule:
         decay_everywhere: Whether entries outside of the mask decay as well, as in WISE's code.
         clamp: Most change of an entry; None for no limit.
         extra: Added to the number of a target's tokens in its mean loss; 1 in WISE's code.
-        replay: Whether earlier edits are replayed.
+        rehearsal: Whether earlier edits are rehearsed (WISE, App. B.3, replay): those of other shards are to stay below
+            a distance of 5, one of the own shard above 20. It is for texts that go to the most excited of some shards.
 
     Raises:
         ConfigError: If a number is out of its range.
@@ -92,7 +93,7 @@ class LearningRule:
     decay_everywhere: bool = False
     clamp: float | None = 1.0
     extra: int = 0
-    replay: bool = False
+    rehearsal: bool = False
 
     def __post_init__(self) -> None:
         require_count("LearningRule.steps", self.steps, 1)
@@ -115,7 +116,7 @@ class Learned:
         margins: Margin loss at each step.
         distances: Distance of each edited row at each step.
         irrelevant: Distance of what is out of scope at each step.
-        replayed: Replay losses at each step: of earlier groups, and of the current one.
+        rehearsals: Losses of rehearsed edits at each step: of other shards, and of the current one.
     """
 
     weight: Float[Tensor, "d_out d_in"]
@@ -124,7 +125,44 @@ class Learned:
     margins: list[float] = field(default_factory=list)
     distances: list[list[float]] = field(default_factory=list)
     irrelevant: list[list[float]] = field(default_factory=list)
-    replayed: list[tuple[float, float]] = field(default_factory=list)
+    rehearsals: list[tuple[float, float]] = field(default_factory=list)
+
+
+def side_answer(
+    inputs: Float[Tensor, "*tokens d_in"], main: Float[Tensor, "*tokens d_out"], change: Float[Tensor, "d_out d_in"]
+) -> Float[Tensor, "*tokens d_out"]:
+    """Return what a projection says that differs from another one by a change of its weight.
+
+    Without a change it is that other answer, to the bit. Two products with equal weights may differ in their last bits,
+    by how their memory is aligned; a distance of such errors has a gradient of length 1, where that of none is 0.
+    """
+    return main + torch.nn.functional.linear(inputs, change.to(inputs.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Rehearsal:
+    """A learned edit as later ones rehearse it: the tokens by which the router's threshold of its rows is taken.
+
+    Attributes:
+        inputs: What enters the projection at each of these tokens.
+        main: What the unedited projection answers there.
+        rows: Row of each token.
+        base: Weight of the projection.
+        activation: Activation of the MLPs.
+    """
+
+    inputs: Float[Tensor, "tokens d_in"]
+    main: Float[Tensor, "tokens d_out"]
+    rows: Int[Tensor, " tokens"]
+    base: Float[Tensor, "d_out d_in"]
+    activation: Activation
+
+    def distances(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, " rows"]:
+        """Return the mean distance of each row if the projection has this weight."""
+        answer = side_answer(self.inputs, self.main, weight - self.base)
+        distances = token_distances(answer, self.main, self.activation)
+        counts = torch.bincount(self.rows)
+        return distances.new_zeros(len(counts)).index_add(0, self.rows, distances) / counts.clamp_min(1)
 
 
 class LearningProblem:
@@ -140,13 +178,14 @@ class LearningProblem:
     def __init__(self, lm: LanguageModel, site: Site, rows: EditRows, activation: Activation) -> None:
         self.lm, self.site, self.rows, self.activation = lm, site, rows, activation
         module = lm.module(site)
-        self.bias = getattr(getattr(module, "base", module), "bias", None)
+        bias = getattr(getattr(module, "base", module), "bias", None)
         below = [Site(site.layer - 1)] if site.layer else []
         with torch.no_grad(), capture(lm, [*below, site], side="out") as outputs, capture(lm, [site], side="in") as ins:
             self.call(rows)
         self.hidden = outputs[below[0]].detach() if below else None
         self.inputs: Float[Tensor, "rows time d_in"] = ins[site].detach()
-        self.main = self.answer(original_weight(lm, site)).detach()
+        self.base = original_weight(lm, site).to(self.inputs.dtype)
+        self.main = torch.nn.functional.linear(self.inputs, self.base, bias).detach()
 
     def call(self, rows: EditRows) -> Tensor:
         """Run the model on the texts, without positions: padding on the left shifts them, as WISE's code has it."""
@@ -159,11 +198,18 @@ class LearningProblem:
 
     def answer(self, weight: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "rows time d_out"]:
         """Return what a projection with this weight says at every token."""
-        return torch.nn.functional.linear(self.inputs, weight.to(self.inputs.dtype), self.bias)
+        return side_answer(self.inputs, self.main, weight - self.base)
 
     def distances(self, answer: Tensor) -> Float[Tensor, "rows time"]:
         """Return the distance of an answer to the projection's at every token."""
         return token_distances(answer, self.main, self.activation)
+
+    @cached_property
+    def rehearsal(self) -> Rehearsal:
+        """The edit as later ones rehearse it."""
+        counted = (self.rows.counted if self.rows.plain is None else self.rows.plain)[: self.rows.edited]
+        rows, times = counted.nonzero(as_tuple=True)
+        return Rehearsal(self.inputs[rows, times], self.main[rows, times], rows, self.base, self.activation)
 
     @cached_property
     def edited(self) -> tuple[EditRows, Tensor | None]:
@@ -224,8 +270,8 @@ def learn(
     weight: Float[Tensor, "d_out d_in"],
     mask: Bool[Tensor, "d_out d_in"],
     rule: LearningRule,
-    others: Sequence[Sequence[LearningProblem]] = (),
-    own: Sequence[LearningProblem] = (),
+    others: Sequence[Sequence[Rehearsal]] = (),
+    own: Sequence[Rehearsal] = (),
 ) -> Learned:
     """Return a side memory that learned one edit.
 
@@ -234,8 +280,8 @@ def learn(
         weight: The side memory before it.
         mask: True at the entries that may change.
         rule: Learning rate, steps and bounds.
-        others: Per earlier group its edits, which are replayed in turn.
-        own: For each step the edit of the current group that is replayed.
+        others: Per other shard its edits, which are rehearsed in turn.
+        own: For each step the edit of this shard that is rehearsed.
 
     Raises:
         NumericalError: If the loss is not finite.
@@ -261,7 +307,7 @@ def learn(
 
 
 def _with(learned: Learned, weight: Tensor, activation: float) -> Learned:
-    lists = (learned.losses, learned.margins, learned.distances, learned.irrelevant, learned.replayed)
+    lists = (learned.losses, learned.margins, learned.distances, learned.irrelevant, learned.rehearsals)
     return Learned(weight, activation, *lists)
 
 
@@ -278,8 +324,8 @@ def _loss(
     leaf: Tensor,
     rule: LearningRule,
     log: Learned,
-    others: Sequence[LearningProblem],
-    own: Sequence[LearningProblem],
+    others: Sequence[Rehearsal],
+    own: Sequence[Rehearsal],
     step: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the loss and the distances for the router's threshold; the parts are noted."""
@@ -292,14 +338,10 @@ def _loss(
     log.distances.append(edited.detach().tolist())
     log.irrelevant.append(outer.detach().tolist())
     loss = fit + margin
-    if rule.replay and (others or own):
-        below = [violation(_replayed(each, leaf) - OTHERS_BELOW) for each in others]
-        above = [violation(OWN_ABOVE - _replayed(each, leaf)) for each in own[step : step + 1]]
+    if rule.rehearsal and (others or own):
+        below = [violation(each.distances(leaf) - OTHERS_BELOW) for each in others]
+        above = [violation(OWN_ABOVE - each.distances(leaf)) for each in own[step : step + 1]]
         parts = [torch.stack(each).mean() if each else loss.new_zeros(()) for each in (below, above)]
-        log.replayed.append((float(parts[0].detach()), float(parts[1].detach())))
+        log.rehearsals.append((float(parts[0].detach()), float(parts[1].detach())))
         loss = loss + parts[0] + parts[1]
     return loss, noted
-
-
-def _replayed(problem: LearningProblem, leaf: Tensor) -> Tensor:
-    return scope_distances(problem.rows, problem.distances(problem.answer(leaf)))[2]

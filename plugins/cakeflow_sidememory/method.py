@@ -22,8 +22,9 @@ from cakeflow.journal import EditStep
 from cakeflow.models import LanguageModel, Scope
 from cakeflow_sidememory.changes import ShardChange, ShardEnd
 from cakeflow_sidememory.distance import activation_name, activation_of
-from cakeflow_sidememory.learning import EditRows, Learned, LearningProblem, LearningRule, learn
+from cakeflow_sidememory.learning import EditRows, Learned, LearningProblem, LearningRule, Rehearsal, learn
 from cakeflow_sidememory.questions import RoutedEdit
+from cakeflow_sidememory.rehearsals import Rehearsals
 from cakeflow_sidememory.rows import Padding, edit_rows, on, sampled_contexts
 from cakeflow_sidememory.shards import ShardedProjection, ShardSettings
 
@@ -78,9 +79,9 @@ class SideMemory(RoutedEdit):
     ) -> None:
         if not 0 < density <= 1:
             raise ConfigError(f"density={density}: the share of entries that may change is above 0 and at most 1")
-        if rule.replay:
+        if rule.rehearsal and shards is not None and shards.rule != "retrieve":
             raise ConfigError(
-                "replay=True: a run does not replay earlier edits yet; leave it out, or call learn with them"
+                f"rehearsal=True keeps shards apart, but shards.rule is {shards.rule!r}; set it to retrieve"
             )
         if oracle and shards is not None and shards.scope == "token":
             raise ConfigError("oracle=True: decisions on single tokens cannot be forced; set shards.scope to prompt")
@@ -119,6 +120,7 @@ class SideMemory(RoutedEdit):
         if not isinstance(self.lm.module(self.site), ShardedProjection):
             self.lm.weight(self.site)
         self.memory()
+        self._rehearsals = Rehearsals(self._recorded)
         parts = {"contexts": repr(self.contexts), "irrelevant": repr(self._texts)}
         self.inputs |= {name: hashlib.sha256(text.encode()).hexdigest() for name, text in parts.items()}
 
@@ -164,7 +166,7 @@ class SideMemory(RoutedEdit):
         for number, fact in enumerate(facts):
             rows = self._rows(batch, fact, done + number, scope)
             problem = LearningProblem(self.lm, self.site, rows, activation)
-            learned = learn(problem, weight, mask, self.rule)
+            learned = learn(problem, weight, mask, self.rule, *self._rehearsal(problem, done + number))
             weight, least = learned.weight, min(least, learned.activation)
             results.append(learned)
         partial = None if self.rule.decay_everywhere else mask
@@ -179,6 +181,25 @@ class SideMemory(RoutedEdit):
         generator = torch.Generator().manual_seed((1_000_003 * self.seed + shard) % 2**63)
         weight = memory.shards[0]
         return (torch.rand(weight.shape, generator=generator) < self.density).to(weight.device)
+
+    def _rehearsal(self, problem: LearningProblem, number: int) -> tuple[list[list[Rehearsal]], list[Rehearsal]]:
+        """Return the edits that are rehearsed while one is learned: of other shards, and of its own for each step."""
+        if not self.rule.rehearsal:
+            return [], []
+        self._rehearsals.keep(number, problem.rehearsal)
+        return self._rehearsals.draw(number, self.memory().settings, self.rule.steps, self.seed)
+
+    def _recorded(self, number: int) -> Rehearsal:
+        """Return an edit of the journal, which this run did not learn itself."""
+        requests = [request for step in self.journal for request in step.requests]
+        if len(requests) < sum(len(step.hashes) for step in self.journal):
+            raise ConfigError(
+                "rehearsal=True needs the texts of earlier facts, which this run does not record; set record_texts to "
+                "true, or rehearsal to false"
+            )
+        settings = self.memory().settings
+        rows = self._rows(self.encode([requests[number]]), 0, number, settings.scope)
+        return LearningProblem(self.lm, self.site, rows, activation_of(settings.activation)).rehearsal
 
     def _rows(self, batch: TextBatch, fact: int, number: int, scope: Scope) -> EditRows:
         subject = batch.requests[fact].subject

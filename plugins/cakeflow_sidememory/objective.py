@@ -12,7 +12,7 @@ from torch import Tensor
 from cakeflow.errors import ConfigError
 
 OTHERS_BELOW, OWN_ABOVE = 5.0, 20.0
-"""Bounds of replayed edits, literals of WISE's code: of earlier groups below, of the current one above."""
+"""Bounds of rehearsed edits, literals of WISE's code: those of other shards below, of the current one above."""
 
 
 @dataclass(frozen=True)

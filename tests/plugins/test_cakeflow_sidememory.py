@@ -330,10 +330,6 @@ def test_a_config_names_it(workplace):
     [
         (lambda: SideMemory("model", density=0), "density=0"),
         (lambda: SideMemory("model", irrelevant=[""]), "irrelevant has no text"),
-        (
-            lambda: SideMemory("model", rule=LearningRule(replay=True)),
-            "replay=True: a run does not replay earlier edits",
-        ),
         (lambda: LearningRule(lr=0), "lr=0"),
         (lambda: LearningRule(clamp=0), "clamp=0"),
         (lambda: Margin(alpha=-1), "alpha=-1"),
