@@ -28,8 +28,8 @@ from cakeflow_sidememory.values import Entry, ValueTraining, learn_entry
 __all__ = [
     "Balls", "Codebook", "CodebookChange", "CodebookMemory", "CodebookSettings", "ComposedProjection",
     "ComposedSettings", "EditRows", "Entry", "FactorChange", "FactorMemory", "FactorTraining", "FactsInContext",
-    "Learned", "LearningProblem", "LearningRule", "Margin", "Match", "Measured", "OwnAnswers", "Rehearsal", "Retrieval", "Retriever",
-    "Route", "RouteCheck", "RoutingAUC", "RoutingAccuracy", "ShardChange", "ShardEnd", "ShardSettings",
-    "ShardedProjection", "SideMemory", "TfidfRetriever", "ValueTraining", "fold", "join", "learn", "learn_entry",
-    "original_weight", "routes", "routing_numbers",
+    "Learned", "LearningProblem", "LearningRule", "Margin", "Match", "Measured", "OwnAnswers", "Rehearsal",
+    "Retrieval", "Retriever", "Route", "RouteCheck", "RoutingAUC", "RoutingAccuracy", "ShardChange", "ShardEnd",
+    "ShardSettings", "ShardedProjection", "SideMemory", "TfidfRetriever", "ValueTraining", "fold", "join", "learn",
+    "learn_entry", "original_weight", "routes", "routing_numbers",
 ]  # fmt: skip
