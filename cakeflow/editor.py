@@ -39,6 +39,7 @@ from cakeflow.errors import ConfigError
 from cakeflow.evaluation.evaluation import Evaluation
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.export.formats import export
+from cakeflow.export.hub import export_to_hub
 from cakeflow.export.manifest import Format
 from cakeflow.export.options import ExportOptions
 from cakeflow.journal.journal import Journal
@@ -335,6 +336,10 @@ class Editor:
         See ``cakeflow.export.export``; ``options`` are the fields of ``ExportOptions``.
         """
         return export(self.journal, folder, format, overwrite=overwrite, options=ExportOptions(**options))
+
+    def push_to_hub(self, repo: str, format: Format = "model", **options: Any) -> str:
+        """Export and upload the edited model; return the commit's address. See ``cakeflow.export.export_to_hub``."""
+        return export_to_hub(self.journal, repo, format, **options)
 
     def trainer(self, run_dir: str | Path | None = None, *, checks: bool = False) -> L.Trainer:
         """The Trainer that was given to this editor, or one with the arguments that were.

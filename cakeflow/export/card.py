@@ -6,9 +6,9 @@ import json
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from pathlib import Path
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from cakeflow.errors import visible
 from cakeflow.export.manifest import MANIFEST, Manifest, utc
@@ -16,39 +16,84 @@ from cakeflow.journal.ledger import Entry, bodies, requests_in_force
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import BatchBody, EndBody, EvaluationBody, RollbackBody, RunBody
 from cakeflow.journal.store import LEDGER
+from cakeflow.models.loading import HUB_IDS
 
 MOST_EDITS = 50
 """Edits that are listed at most."""
+LIBRARIES = {"model": "transformers", "lora": "peft", "delta": "cakeflow", "memory": "cakeflow", "gguf": "llama.cpp"}
+"""Format -> what loads it."""
+USES = {
+    "model": "AutoModelForCausalLM.from_pretrained(FOLDER)  # transformers",
+    "lora": "AutoPeftModelForCausalLM.from_pretrained(FOLDER)  # peft",
+    "delta": "cakeflow apply FOLDER BASE EDITED",
+    "memory": "cakeflow.export.apply_memory(cakeflow.models.load_model(BASE), FOLDER)",
+    "gguf": "ollama create NAME --file FOLDER/Modelfile",
+}
+"""Format -> how it is used."""
 
 
-def model_card(manifest: Manifest, entries: Sequence[Entry], task: str = "text-generation") -> str:
-    """Return the model card.
+def model_card(manifest: Manifest, entries: Sequence[Entry], task: str = "text-generation", base: str = "") -> str:
+    """Return the card of an export in any format.
 
     Args:
-        manifest: Manifest of the model.
+        manifest: Its manifest.
         entries: Entries of the run's ledger, without batches that were rolled back; empty if there is no ledger.
         task: What the model is for, in the hub's words (``pipeline_tag``).
+        base: Hub id of the base model, if its name in the manifest is none.
 
     Returns:
         Markdown after a YAML header, as the Hugging Face hub reads it.
     """
     runs = bodies(entries, RunBody)
-    parts = [_header(manifest, task), _identity(manifest, entries), *_warning(entries), *_rollbacks(manifest)]
+    parts = [_header(manifest, entries, task, base), _identity(manifest, entries), _use(manifest, task)]
+    parts += [*_warning(entries), *_rollbacks(manifest)]
     parts += (
         _history(entries, runs[-1]) if runs else ["There is no ledger here: method, metrics and edits are unknown.\n"]
     )
     return "\n".join([*parts, *_privacy(manifest), _verify(manifest)])
 
 
-def _header(manifest: Manifest, task: str) -> str:
-    header: dict[str, Any] = {
-        "library_name": "transformers",
-        "pipeline_tag": task,
-        "tags": ["knowledge-editing", "cakeflow"],
-    }
-    if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", manifest.model, re.ASCII):  # the hub accepts nothing else
-        header |= {"base_model": manifest.model, "base_model_relation": "finetune"}
-    return f"---\n{yaml.safe_dump(header)}---\n"
+def _header(manifest: Manifest, entries: Sequence[Entry], task: str, base: str) -> str:
+    """Return the card's data as the hub reads them; a base model only if its name can be one of the hub's."""
+    name = base or HUB_IDS.get(manifest.model, manifest.model)
+    known = bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)) and not Path(name).exists()
+    data = ModelCardData(
+        base_model=name if known else None,
+        base_model_relation=("finetune" if manifest.format in ("model", "gguf") else "adapter") if known else None,
+        library_name=LIBRARIES[manifest.format],
+        pipeline_tag=task,
+        tags=["knowledge-editing", "cakeflow"],
+        model_name=f"{name.split('/')[-1]}, edited" if known else "edited model",
+        eval_results=_results(entries, task),
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def _results(entries: Sequence[Entry], task: str) -> list[EvalResult] | None:
+    """Return the last metrics of the edited model, for the hub's tables; None if there are none."""
+    after = [body for body in bodies(entries, EvaluationBody) if body.stage == "after"]
+    plain = re.compile(r"[\w./+ -]+", re.ASCII)
+    if not after or not plain.fullmatch(after[-1].protocol):
+        return None
+    return [
+        EvalResult(
+            task_type=task,
+            dataset_type="edit-requests",
+            dataset_name=f"{after[-1].edits} edited facts, protocol {after[-1].protocol}",
+            metric_type=name,
+            metric_value=value,
+        )
+        for name, value in after[-1].metrics.items()
+        if math.isfinite(value) and plain.fullmatch(name)
+    ] or None
+
+
+def _use(manifest: Manifest, task: str) -> str:
+    """Return how the export is loaded."""
+    text = USES[manifest.format]
+    if task != "text-generation":
+        text = text.replace("ForCausalLM", "ForImageClassification")
+    return f"## How to use\n\n{_block([text])}"
 
 
 def _identity(manifest: Manifest, entries: Sequence[Entry]) -> str:
@@ -60,6 +105,9 @@ def _identity(manifest: Manifest, entries: Sequence[Entry]) -> str:
         "type of the weights": manifest.dtype.removeprefix("torch."),
         "facts edited": manifest.edits,
         "weights changed": ", ".join(manifest.weights) or "none",
+        **(
+            {"modules put in place": ", ".join(change.place for change in manifest.changes)} if manifest.changes else {}
+        ),
         "last hash of the ledger": manifest.ledger or "no ledger",
         **_occasion(entries),
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),

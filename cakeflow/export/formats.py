@@ -23,6 +23,7 @@ from cakeflow.export.options import ExportOptions
 from cakeflow.export.questions import questions
 from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
+from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import BatchBody
 from cakeflow.models.base import EditableModel
 from cakeflow.models.vision import VisionModel
@@ -49,9 +50,9 @@ def export(
 
     Args:
         journal: Journal of the edited model.
-        folder: The export's folder; its ``manifest.json`` says what it was made from.
-        format: ``model`` is everything, in the Hugging Face format, with a model card; loaded, it gives the same
-            logits, bit for bit. ``delta`` is the edited weights as they are, for ``apply_delta``. ``lora`` is an
+        folder: The export's folder; its ``manifest.json`` says what it was made from, ``README.md`` is its card.
+        format: ``model`` is everything, in the Hugging Face format; loaded, it gives the same logits, bit for bit.
+            ``delta`` is the edited weights as they are, for ``apply_delta``. ``lora`` is an
             adapter in float32 that PEFT loads onto the base model. The edited weights took the same change in, rounded
             to their type: logits differ by less than the manifest's ``tolerance``. ``memory`` is the modules that were
             put in place, for ``apply_memory``. ``gguf`` is a file for llama.cpp with an Ollama Modelfile: the original
@@ -80,7 +81,8 @@ def export(
     if format in ("delta", "lora") and not manifest.weights:
         raise ExportError(f"there is no {format} to write: no weight differs from the base; edit first")
     (manifest, fill), texts = FORMATS[format](journal, manifest, options), questions(journal)
-    return _put(place, manifest, fill, lambda fresh: CHECKS[format](journal, fresh, texts), overwrite=overwrite)
+    card = model_card(manifest, _entries(journal), _task(journal.model), options.base)
+    return _put(place, manifest, card, fill, lambda fresh: CHECKS[format](journal, fresh, texts), overwrite=overwrite)
 
 
 def export_applied(lm: EditableModel, applied: Manifest, folder: str | Path, *, overwrite: bool = False) -> Path:
@@ -99,9 +101,9 @@ def export_applied(lm: EditableModel, applied: Manifest, folder: str | Path, *, 
         ConfigError: If something is there already.
     """
     manifest = applied.model_copy(update={"format": "model", "files": {}})
-    fill = _model_writer(lm, model_card(manifest, (), _task(lm)))
+    fill, card = _model_writer(lm), model_card(manifest, (), _task(lm))
     place = require_place(folder, overwrite=overwrite)
-    return _put(place, manifest, fill, lambda fresh: check_model(lm, fresh, ["The"]), overwrite=overwrite)
+    return _put(place, manifest, card, fill, lambda fresh: check_model(lm, fresh, ["The"]), overwrite=overwrite)
 
 
 def _require_fit(journal: Journal, format: str) -> None:
@@ -123,13 +125,15 @@ def _require_fit(journal: Journal, format: str) -> None:
 def _put(
     place: Path,
     manifest: Manifest,
-    fill: Callable[[Path], None],
+    card: str,
+    fill: Fill,
     check: Callable[[Path], None],
     *,
     overwrite: bool,
 ) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
+        (fresh / CARD).write_text(card, encoding="utf-8")
         files = {
             each.relative_to(fresh).as_posix(): file_hash(each)
             for each in sorted(fresh.rglob("*"))
@@ -142,11 +146,11 @@ def _put(
     return place
 
 
-def _write_model(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    entries = journal.store.ledger.entries if journal.store else ()
+def _entries(journal: Journal) -> list[Entry]:
+    """Return the entries of a run's ledger without batches that were rolled back; none if there is no ledger."""
     numbers = {step.number for step in journal}
-    in_force = [each for each in entries if not isinstance(each.body, BatchBody) or each.body.batch in numbers]
-    return _model_writer(journal.model, model_card(manifest, in_force, _task(journal.model)))
+    entries = journal.store.ledger.entries if journal.store else ()
+    return [each for each in entries if not isinstance(each.body, BatchBody) or each.body.batch in numbers]
 
 
 def _task(lm: EditableModel) -> str:
@@ -154,7 +158,7 @@ def _task(lm: EditableModel) -> str:
     return "image-classification" if isinstance(lm, VisionModel) else "text-generation"
 
 
-def _model_writer(lm: EditableModel, card: str) -> Callable[[Path], None]:
+def _model_writer(lm: EditableModel) -> Fill:
     def write(folder: Path) -> None:
         model = cast(PreTrainedModel, lm.model)
         with _as_it_was(model):
@@ -166,7 +170,6 @@ def _model_writer(lm: EditableModel, card: str) -> Callable[[Path], None]:
             settings = model.generation_config
             settings.to_json_file(folder / GENERATION_CONFIG_NAME, use_diff=True, keys_to_pop=["compile_config"])
         lm.preprocessor.save_pretrained(folder)
-        (folder / CARD).write_text(card, encoding="utf-8")
 
     return write
 
@@ -207,7 +210,7 @@ def _write_delta(journal: Journal, manifest: Manifest) -> Callable[[Path], None]
 
 
 FORMATS: dict[str, Callable[[Journal, Manifest, ExportOptions], tuple[Manifest, Fill]]] = {
-    "model": lambda journal, manifest, _: (manifest, _write_model(journal, manifest)),
+    "model": lambda journal, manifest, _: (manifest, _model_writer(journal.model)),
     "delta": lambda journal, manifest, _: (manifest, _write_delta(journal, manifest)),
     "lora": write_lora,
     "memory": lambda journal, manifest, _: (manifest, write_memory(journal, manifest)),

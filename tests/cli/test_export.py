@@ -4,12 +4,13 @@ import copy
 
 import pytest
 import torch
+from huggingface_hub import HfApi
 from safetensors.torch import load_file
 from tiny_runs import content, editor_of
 
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.errors import ConfigError, ExportError, PolicyError, RunFolderError
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 
 
 @pytest.fixture
@@ -79,3 +80,29 @@ def test_both_pass_a_policy(one, tmp_path, rules, exported, applied):
             with pytest.raises(PolicyError, match="nothing was changed"):
                 attempt(out)
             assert not out.exists()
+
+
+def test_what_comes_behind_the_export_is_checked_before_it(one, tmp_path, monkeypatch):
+    run = one[1].journal.store.folder.parent
+    with pytest.raises(ConfigError, match=r"push_to_hub='a/b/c'"):
+        run_export(run, tmp_path / "out", "delta", push_to_hub="a/b/c")
+    with pytest.raises(ConfigError, match=r"none\.pem|cakeflow\[sign\]"):
+        run_export(run, tmp_path / "out", "delta", sign=tmp_path / "none.pem")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_exported_and_uploaded_with_the_token(one, tmp_path, monkeypatch, capsys):
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda api, repo, **options: calls.append((api.token, repo, options)))
+    monkeypatch.setattr(HfApi, "upload_folder", lambda *_, **sent: f"https://hub/{sent['repo_id']}")
+    run = one[1].journal.store.folder.parent
+    run_export(run, tmp_path / "out", "delta", push_to_hub="owner/name", loading=Loading(token="hf_secret"))
+    assert calls == [("hf_secret", "owner/name", {"private": True, "exist_ok": True})]
+    assert "uploaded: https://hub/owner/name" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_a_delta_without_the_signature_is_not_applied(one, tmp_path):
+    delta = run_export(one[1].journal.store.folder.parent, tmp_path / "delta", "delta")
+    with pytest.raises(ExportError, match=r"has no model\.sig"):
+        run_apply(delta, str(one[0]), tmp_path / "model", key=tmp_path / "own.pub")
+    assert not (tmp_path / "model").exists()

@@ -43,7 +43,7 @@ def test_the_card_tells_all_and_takes_no_text_for_markup(lm, requests, tmp_path)
         assert "\u202e" not in line
         assert "\x1b" not in line
     fences = [line for line in text.splitlines() if line.startswith("```")]
-    assert fences == ["```", "```", "``````", "``````"]
+    assert fences == ["```"] * 4 + ["``````"] * 2
     assert len([line for line in text.splitlines() if line == "---"]) == 2
     shown = [json.loads(line) for line in text.splitlines() if line.startswith('{"')]
     assert [entry["target_new"] for entry in shown] == [first.target_new, *(r.target_new for r in requests[1:4])]
@@ -141,7 +141,7 @@ def test_any_ledger_gives_a_card_without_markup_of_its_own(model, settings, name
     assert (f"| {rate:.4g} |" in card) == (abs(rate) <= LARGEST)
     outside = re.sub(r"^(`{3,})$.*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
     headings = [line for line in outside.splitlines() if line.startswith("#")]
-    assert headings[1:] == ["## Method", "## Metrics", "## Edits", "## How to verify"]
+    assert headings[1:] == ["## How to use", "## Method", "## Metrics", "## Edits", "## How to verify"]
     assert "<script>" not in outside
     assert "\x1b" not in card
 
