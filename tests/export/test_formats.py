@@ -41,7 +41,7 @@ def test_a_model_loads_and_gives_the_same_logits(case, ids, tmp_path):
 def test_a_delta_gives_the_same_bits(case, tmp_path):
     base, editor = case
     editor.export(tmp_path / "out", "delta")
-    assert sorted(content(tmp_path / "out")) == ["delta.safetensors", "manifest.json"]
+    assert sorted(content(tmp_path / "out")) == ["README.md", "delta.safetensors", "manifest.json"]
     fresh = load_model(base)
     manifest = apply_delta(fresh, tmp_path / "out")
     assert fresh.fingerprint() == editor.module.lm.fingerprint()
@@ -143,7 +143,7 @@ def state_of(lm):
 
 def test_any_flipped_byte_of_a_delta_is_noticed(delta):
     folder, lm = delta
-    for path in folder.iterdir():
+    for path in (folder / "delta.safetensors", folder / "manifest.json"):  # the card is for people
         whole = path.read_bytes()
         for place in {0, 9, len(whole) // 3, len(whole) // 2, len(whole) - 1}:
             data = bytearray(whole)

@@ -60,7 +60,7 @@ def test_a_new_file_gives_the_same_logits(llama, dtype, requests, quiet, ids, tm
     before = editor.module.lm.fingerprint()
     editor.export(tmp_path / "out", "gguf")
     assert editor.module.lm.fingerprint() == before
-    assert sorted(content(tmp_path / "out")) == ["Modelfile", "manifest.json", "model.gguf"]
+    assert sorted(content(tmp_path / "out")) == ["Modelfile", "README.md", "manifest.json", "model.gguf"]
     loaded = as_read(tmp_path / "out", dtype)
     assert torch.equal(logits(loaded, ids), logits(editor.model, ids))
     manifest = Manifest.read(tmp_path / "out")
