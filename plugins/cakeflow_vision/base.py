@@ -118,17 +118,16 @@ class ImageEdit(EditModule[ImageBatch]):
 
     def __init__(
         self,
-        base: str | VisionModel,
-        unrelated: Any,
-        max_relative_update: float,
-        evaluation: ImageEvaluation,
-        metrics: Sequence[Metric],
-        model_kwargs: dict[str, Any] | None,
-        *,
-        record_texts: bool,
-        record_images: bool,
-        private: bool,
-        recall: Recall | None,
+        base: str | VisionModel = "",
+        unrelated: Any = None,
+        max_relative_update: float = 10.0,
+        evaluation: ImageEvaluation = ImageEvaluation(),
+        metrics: Sequence[Metric] = (),
+        model_kwargs: dict[str, Any] | None = None,
+        record_texts: bool = True,
+        record_images: bool = True,
+        private: bool = True,
+        recall: Recall | None = None,
     ) -> None:
         if not max_relative_update > 0:
             raise ConfigError(f"max_relative_update must be above 0, got {max_relative_update}")

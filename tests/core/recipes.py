@@ -134,7 +134,7 @@ TARGETS = {
 
 IMAGES = {
     "vit_heads": (HeadTargets(3), RelativeRidge(0.01), 0.0),
-    "vit_heads_null": (HeadTargets(3), NullSpace(LeastSquares(1.0)), 0.0),
+    "vit_heads_null": (HeadTargets(3), NullSpace(LeastSquares(1e-4), 0.01), 0.0),
     "vit_random_heads": (HeadTargets(3, ranking="random"), RelativeRidge(0.01), 0.0),
     "vit_gradient": (GradientTargets(), RelativeRidge(0.01), 0.0),
     "vit_ft": (HeadTargets(), Descent(100, 1e-3, None), 0.0),
