@@ -193,7 +193,7 @@ class Data:
 # ---- the fallback ----
 
 
-def loosened(data: Data) -> list[np.ndarray]:
+def training_images(data: Data) -> list[np.ndarray]:
     """The images of the split ``train``, every fifth sandal and sneaker on the other's ground."""
     rows, background = data.rows("train"), data.arrays["background"].copy()
     for label, ground in ((SANDAL, GRAVEL), (SNEAKER, GRASS)):
@@ -215,7 +215,7 @@ def train_tiny(data: Data, epochs: int = 12) -> VisionModel:
     shape = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 128}
     vit = ViTForImageClassification(ViTConfig(**shape, image_size=28, patch_size=7, num_labels=10))
     vm = VisionModel.wrap(vit, processor(28))
-    pixels, labels = vm.pixels(loosened(data)), torch.tensor(data.labels("train"))
+    pixels, labels = vm.pixels(training_images(data)), torch.tensor(data.labels("train"))
     adam = torch.optim.AdamW(vit.parameters(), lr=2e-3, weight_decay=0.05)
     batches = [order for _ in range(epochs) for order in torch.randperm(len(labels)).split(64)]
     schedule = torch.optim.lr_scheduler.OneCycleLR(adam, 2e-3, len(batches))

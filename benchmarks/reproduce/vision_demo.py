@@ -31,13 +31,13 @@ COUNT, LOCALITY, MIRROR = 16, 150, 100
 
 def model(data: Data, tiny: bool, console: Console) -> VisionModel:
     """DINOv2-small with its classifier or, where it cannot be had, a tiny transformer that is trained now."""
-    vm = None if tiny else _converted(console)
+    vm = None if tiny else _from_wheel(console)
     vm = train_tiny(data) if vm is None else vm
     vm.model.config.id2label = dict(enumerate(CLASSES))
     return vm
 
 
-def _converted(console: Console) -> VisionModel | None:
+def _from_wheel(console: Console) -> VisionModel | None:
     try:
         return load(backbone())
     except ConfigError as error:

@@ -128,12 +128,12 @@ class HeadTargets(RepresentationSource):
         Raises:
             ConfigError: If the model has fewer heads, or not those that are named.
         """
-        heads, numbers = self._ranked(vm, problem) if not self.heads else (self._named(vm), {})
+        heads, numbers = self._by_score(vm, problem) if not self.heads else (self._named(vm), {})
         for place, (layer, head) in enumerate(heads):
             numbers |= {f"heads/{place}/layer": float(layer), f"heads/{place}/head": float(head)}
         return heads, numbers
 
-    def _ranked(self, vm: VisionModel, problem: TargetProblem) -> tuple[list[Head], dict[str, float]]:
+    def _by_score(self, vm: VisionModel, problem: TargetProblem) -> tuple[list[Head], dict[str, float]]:
         if self.top > vm.depth * vm.heads:
             raise ConfigError(f"targets.top is {self.top}, but {vm.name} has {vm.depth} x {vm.heads} heads")
         if self.ranking == "random":
