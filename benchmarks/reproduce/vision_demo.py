@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from cakeflow_vision import probabilities
-from fashion import Data, backbone, load, train_tiny
+from fashion import CLASSES, SANDAL, SNEAKER, Data, backbone, load, train_tiny
 from rich.console import Console
 
 from cakeflow import Editor
@@ -26,18 +26,23 @@ from cakeflow.models import VisionModel
 from cakeflow.report import RunFolder, metrics_table, render_page
 from cakeflow.storage import write_text
 
-COUNT, SANDAL, SNEAKER = 16, 5, 7
-LOCALITY, MIRROR = 150, 100
+COUNT, LOCALITY, MIRROR = 16, 150, 100
 
 
 def model(data: Data, tiny: bool, console: Console) -> VisionModel:
     """DINOv2-small with its classifier or, where it cannot be had, a tiny transformer that is trained now."""
-    if not tiny:
-        try:
-            return load(backbone())
-        except ConfigError as error:
-            console.print(f"{error}\nIn its place a tiny vision transformer is trained on the same data, for a minute.")
-    return train_tiny(data)
+    vm = None if tiny else _from_wheel(console)
+    vm = train_tiny(data) if vm is None else vm
+    vm.model.config.id2label = dict(enumerate(CLASSES))
+    return vm
+
+
+def _from_wheel(console: Console) -> VisionModel | None:
+    try:
+        return load(backbone())
+    except ConfigError as error:
+        console.print(f"{error}\nIn its place a tiny vision transformer is trained on the same data, for a minute.")
+        return None
 
 
 def mistakes(vm: VisionModel, data: Data) -> list[ImageEditRequest]:
@@ -47,7 +52,8 @@ def mistakes(vm: VisionModel, data: Data) -> list[ImageEditRequest]:
         return [Picture(image) for image in data.images(split)[:limit]]
 
     edit, group = pictures("edit"), pictures("group_a")
-    wrong = [row for row, label in enumerate(probabilities(vm, edit).argmax(1)) if int(label) != SANDAL][:COUNT]
+    given = probabilities(vm, edit).argmax(1).tolist()
+    wrong = [row for row, label in enumerate(given) if label != SANDAL][:COUNT]
     same = [row for row, label in enumerate(probabilities(vm, group).argmax(1)) if int(label) != SANDAL]
     if not wrong:
         raise ConfigError("the model makes no mistake here; there is nothing to correct")
@@ -57,7 +63,9 @@ def mistakes(vm: VisionModel, data: Data) -> list[ImageEditRequest]:
     probes += [ImageProbe("locality", picture, label, "unrelated") for picture, label in local]
     probes += [ImageProbe("mirror", each, SNEAKER, "sneakers on grass") for each in pictures("group_b", MIRROR)]
     return [
-        ImageEditRequest(edit[row], SANDAL, group="edited", probes=probes[place :: len(wrong)])
+        ImageEditRequest(
+            edit[row], CLASSES[SANDAL], CLASSES[given[row]], group="edited", probes=probes[place :: len(wrong)]
+        )
         for place, row in enumerate(wrong)
     ]
 

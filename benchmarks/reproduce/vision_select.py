@@ -17,13 +17,12 @@ from pathlib import Path
 
 import torch
 from cakeflow_vision import GradientTargets, RelativeRidge, TargetProblem, representations
-from fashion import Data, backbone, load
+from fashion import GRASS, SANDAL, SNEAKER, Data, backbone, load
 from torch import Tensor
 
 from cakeflow.models import VisionModel
 from cakeflow.solvers import Covariance, LayerProblem
 
-SANDAL, SNEAKER, GRASS = 5, 7, 0
 COUNT, MIRROR = 16, 120
 GRID = {"weight": (20, 40), "share": (0.01, 0.1, 0.2, 0.3, 0.5), "lr": (0.01, 0.015, 0.0175, 0.02, 0.03, 0.05)}
 HEAD = "classifier"
@@ -32,9 +31,7 @@ HEAD = "classifier"
 def features(vm: VisionModel, data: Data) -> tuple[Tensor, Tensor, Tensor]:
     """Representations of the splits ``edit`` and ``unrelated``, and of sneakers of ``train`` on grass."""
     sneakers = [row for row in data.rows("train") if data.arrays["labels"][row] == SNEAKER][:MIRROR]
-    data.arrays["background"] = data.arrays["background"].copy()
-    data.arrays["background"][sneakers] = GRASS
-    parts = (data.images("edit"), data.images("unrelated"), [data.compose(row) for row in sneakers])
+    parts = (data.images("edit"), data.images("unrelated"), [data.compose(row, GRASS) for row in sneakers])
     edit, unrelated, mirror = (representations(vm, vm.pixels(images))[0][HEAD] for images in parts)
     return edit, unrelated, mirror
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import resources
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from cakeflow.core.config_errors import plain_message
+from cakeflow.core.config_errors import arguments_of, plain_message
 from cakeflow.core.config_parser import ConfigParser, class_names, only_known_classes, refuse_trust
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError, EditError, did_you_mean
@@ -118,8 +117,8 @@ def build_module(configs: Sequence[Path | Mapping[str, Any]], **values: Any) -> 
     config = _parsed(parser, configs, plain)
 
     def make(kind: type[EditModule], *args: Any, **kwargs: Any) -> EditModule:
-        if unknown := sorted(set(objects) - set(signature(kind).parameters)):
-            names = signature(kind).parameters
+        names = arguments_of(kind)
+        if unknown := sorted(set(objects) - set(names)):
             raise ConfigError(
                 f"{kind.__name__} has no argument {unknown[0]!r}{did_you_mean(unknown[0], names)}\nit has "
                 f"{', '.join(names)}"

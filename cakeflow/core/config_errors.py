@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Collection, Mapping
-from inspect import signature
+from inspect import Parameter, signature
 
 from cakeflow.errors import did_you_mean
 
@@ -12,6 +12,32 @@ _KEY = re.compile(r'Parser key "(.+?)":')
 _CLASS = re.compile(r"Problem with given class_path '(?:.+\.)?(\w+)'")
 _UNION = re.compile(r"Subtypes: \[(.*)\]\n(?:.*\n)*?\s*Given value: (.*)")
 _NAMES = {"NoneType": "null", "str": "a text", "int": "an integer", "float": "a number", "bool": "true or false"}
+
+
+def arguments_of(kind: type) -> dict[str, Parameter]:
+    """Return what a class can be given, by name; what it hands on to its base as ``**`` is among them.
+
+    Args:
+        kind: The class.
+
+    Example:
+        >>> class Base:
+        ...     def __init__(self, size=1): ...
+        >>> class Part(Base):
+        ...     def __init__(self, name, **common): ...
+        >>> list(arguments_of(Part))
+        ['name', 'size']
+    """
+    arguments: dict[str, Parameter] = {}
+    for each in kind.__mro__[:-1]:
+        if "__init__" not in vars(each):
+            continue
+        own = [*signature(vars(each)["__init__"]).parameters.values()][1:]
+        named = [part for part in own if part.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD)]
+        arguments = {**arguments, **{part.name: part for part in named if part.name not in arguments}}
+        if not any(part.kind is Parameter.VAR_KEYWORD for part in own):
+            break
+    return arguments
 
 
 def plain_message(message: str, options: Collection[str], classes: Mapping[str, type]) -> str:
@@ -50,7 +76,7 @@ def _unknown_key(match: re.Match[str], _: str, __: str, options: Collection[str]
 
 def _unknown_setting(match: re.Match[str], where: str, message: str, _: object, classes: Mapping[str, type]) -> str:
     owners = _CLASS.findall(message[: match.start()])
-    names = signature(classes[owners[-1]]).parameters if owners and owners[-1] in classes else ()
+    names = arguments_of(classes[owners[-1]]) if owners and owners[-1] in classes else ()
     owner = f"{where} ({owners[-1]})" if owners else where
     near = did_you_mean(match[1], names) or (f"; it has {', '.join(names)}" if names else "")
     return f"{owner} has no setting {match[1]!r}{near}"

@@ -37,6 +37,7 @@ METRICS = {
     "specificity": ("Specificity", "prompts about other subjects with their answer unchanged"),
     "editscore": ("EditScore", "harmonic mean of the three"),
 }
+"""The metrics at the top of the page: name -> title and description."""
 IMAGE_METRICS = {
     "sr": ("SR", "edited images with their right label"),
     "gr": ("GR", "held-out images of the same error with their right label"),
@@ -53,7 +54,19 @@ KIND_NAMES = {
     "mirror": "mirror",
 }
 """Kind of a prompt or picture -> its name on the page."""
-"""The metrics at the top of the page: name -> title and description."""
+FILTERS = {
+    "rewrite": ("prompt fails", "prompt, failures first"),
+    "paraphrase": ("a paraphrase fails", "paraphrases, failures first"),
+    "neighborhood": ("a neighbor fails", "neighbors, failures first"),
+}
+"""Kind of a prompt -> the choice of edits where one fails, and their order by it."""
+IMAGE_FILTERS = {
+    "rewrite": ("the edited image fails", "edited image, failures first"),
+    "generalization": ("one of the same error fails", "same error, failures first"),
+    "locality": ("an unrelated one fails", "unrelated, failures first"),
+    "mirror": ("one of the mirror fails", "mirror, failures first"),
+}
+"""The same of a run of images."""
 PER_LAYER = {
     "share": "part of the remaining residual that the layer takes",
     "drift": "distance of the layer's effect at the value site from its share",
@@ -97,7 +110,8 @@ def render_page(run: RunFolder) -> str:
     environment.tests["good"] = is_good
     css, script = (Markup(_asset(environment, name)) for name in ("page.css", "page.js"))  # ours, and no HTML
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    changes = views.run_changes(run)
+    changes, edits = views.run_changes(run), views.edit_views(run)
+    images = any(view.picture for view in edits)
     text = environment.get_template("page.html").render(
         run=run,
         info=run.info,
@@ -109,11 +123,13 @@ def render_page(run: RunFolder) -> str:
         changes=changes,
         health=views.health(run),
         metrics=METRICS,
-        tiles=IMAGE_METRICS if "sr" in changes else METRICS,
-        names=KIND_NAMES,
+        images=images,
+        tiles=IMAGE_METRICS if images else METRICS,
+        filters=IMAGE_FILTERS if images else FILTERS,
+        names=KIND_NAMES | ({"rewrite": "edited image"} if images else {}),
         heads=_heads(run),
         relations=views.relations(run),
-        edits=views.edit_views(run),
+        edits=edits,
         phases=_phases(run),
         moments=_moments(run),
         **_layers(run),

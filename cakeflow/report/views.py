@@ -23,6 +23,8 @@ EDITING = ("targets", "keys", "allocate", "solve")
 """Phases of every edit batch; the others come once per run or per evaluation."""
 PLAIN = {"": FORMS[""]}
 """The form of the metrics that the table of relations has."""
+WORDS = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS}
+"""Metrics of prompts, which mean nothing for pictures."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +65,13 @@ def metric_changes(
 
 
 def run_changes(run: RunFolder) -> dict[str, Change]:
-    """Return the change of every metric of a run."""
+    """Return the change of every metric of a run; of images, SR has the interval of the edited images' own answers."""
     logged = {stage: run.metrics(stage) for stage in ("before", "after")}
-    return metric_changes(run.before or (), run.after or (), logged) | answer_changes(run.answers)
+    changes = metric_changes(run.before or (), run.after or (), logged) | answer_changes(run.answers)
+    if "sr" not in changes:
+        return changes
+    own = {name: changes.pop(name) for name in list(changes) if name in WORDS}
+    return {**changes, "sr": own.get("efficacy_exact", changes["sr"])}
 
 
 def answer_changes(answers: Sequence[FreeAnswer]) -> dict[str, Change]:

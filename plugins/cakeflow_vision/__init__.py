@@ -17,12 +17,18 @@ from cakeflow_vision.projections import ProjectionEdit, ValueSearch
 from cakeflow_vision.recall import Recall
 from cakeflow_vision.removal import HeadRemoval
 from cakeflow_vision.solvers import RelativeRidge
-from cakeflow_vision.targets import GradientTargets, HeadTargets, RepresentationSource, TargetProblem
+from cakeflow_vision.targets import (
+    GradientTargets,
+    HeadTargets,
+    RepresentationSource,
+    RepresentationTargets,
+    TargetProblem,
+)
 
 __all__ = [
     "ClassifierEdit", "EditSuccess", "GradientTargets", "GroupGeneralization", "HeadRemoval", "HeadTargets",
     "ImageEdit", "ImageEvaluation", "LabelLocality", "MirrorAccuracy", "ProjectionEdit", "Recall", "RelativeRidge",
-    "RepresentationSource", "TargetProblem", "ValueSearch", "WorstGroup", "direct_scores", "first_order_scores",
-    "probabilities", "replacements", "representations", "score_heads", "top_heads", "unrelated_pictures",
-    "without_direct_effects", "without_heads",
+    "RepresentationSource", "RepresentationTargets", "TargetProblem", "ValueSearch", "WorstGroup", "direct_scores",
+    "first_order_scores", "probabilities", "replacements", "representations", "score_heads", "top_heads",
+    "unrelated_pictures", "without_direct_effects", "without_heads",
 ]  # fmt: skip

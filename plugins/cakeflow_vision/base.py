@@ -118,17 +118,16 @@ class ImageEdit(EditModule[ImageBatch]):
 
     def __init__(
         self,
-        base: str | VisionModel,
-        unrelated: Any,
-        max_relative_update: float,
-        evaluation: ImageEvaluation,
-        metrics: Sequence[Metric],
-        model_kwargs: dict[str, Any] | None,
-        *,
-        record_texts: bool,
-        record_images: bool,
-        private: bool,
-        recall: Recall | None,
+        base: str | VisionModel = "",
+        unrelated: Any = None,
+        max_relative_update: float = 10.0,
+        evaluation: ImageEvaluation = ImageEvaluation(),
+        metrics: Sequence[Metric] = (),
+        model_kwargs: dict[str, Any] | None = None,
+        record_texts: bool = True,
+        record_images: bool = True,
+        private: bool = True,
+        recall: Recall | None = None,
     ) -> None:
         if not max_relative_update > 0:
             raise ConfigError(f"max_relative_update must be above 0, got {max_relative_update}")
@@ -154,8 +153,13 @@ class ImageEdit(EditModule[ImageBatch]):
     # ---- questions to the model ----
 
     def check(self, requests: Sequence[EditRequest]) -> None:
-        """Check that these are images with labels that the model has."""
-        check_labels(self.lm, image_requests(requests))
+        """Check that these are images with labels that the model has, and that none is to be preserved as well."""
+        images = image_requests(requests)
+        check_labels(self.lm, images)
+        preserved = {picture.hash for picture in self.unrelated}
+        remedy = "is among the unrelated images, which keep the label that they get now; leave it out of unrelated"
+        if both := [i for i, each in enumerate(images) if each.picture.hash in preserved]:
+            raise RequestError([Fault(i, "image", images[i].subject, remedy) for i in both])
 
     def ask(self, requests: Sequence[EditRequest]) -> Any:
         """Classify the pictures of the next requests, by the unedited model too where it was not asked of one yet."""
@@ -199,8 +203,8 @@ class ImageEdit(EditModule[ImageBatch]):
 
     def encode(self, requests: Sequence[EditRequest]) -> ImageBatch:
         """Find the class of every label."""
+        self.check(requests)
         images = image_requests(requests)
-        check_labels(self.lm, images)
         return ImageBatch(images, [label_index(self.lm, each.label) or 0 for each in images])
 
     def inputs_of(self, batch: ImageBatch) -> tuple[Tensor, Tensor]:

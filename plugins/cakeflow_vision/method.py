@@ -10,16 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from torchmetrics import Metric
 
 from cakeflow.errors import ConfigError
 from cakeflow.journal import EditStep
 from cakeflow.models import VisionModel
 from cakeflow.solvers import Covariance, KeyHistory, LayerProblem, Solver, Update
 from cakeflow_vision.base import ImageBatch, ImageEdit
-from cakeflow_vision.evaluation import ImageEvaluation, tensors_of
+from cakeflow_vision.evaluation import tensors_of
 from cakeflow_vision.heads import representations
-from cakeflow_vision.recall import Recall
 from cakeflow_vision.solvers import RelativeRidge
 from cakeflow_vision.targets import HeadTargets, RepresentationSource, TargetProblem
 
@@ -37,19 +35,11 @@ class ClassifierEdit(ImageEdit):
         base: Name or folder of an image classifier, or a ``VisionModel``.
         targets: Source of target representations.
         solver: The change of the classifier's weight; one that needs no targets descends the loss of the right labels.
-        unrelated: Images to preserve: a folder, a file, or a list (``unrelated_pictures``).
         preserve: Weight of each unrelated image in the solve, where an edited one counts 1.
         divergence: Weight of the divergence from the unedited model on unrelated images, for a solver that descends a
             loss.
         history: Whether the images of earlier batches are preserved as well.
-        max_relative_update: Largest update of a classifier by one batch, in norms of its weight.
-        evaluation: Settings of the evaluation.
-        metrics: Further metrics of every evaluation.
-        model_kwargs: Further arguments of ``load_vision_model``.
-        record_texts: Whether the ledger has names and labels of the images; it never has pixels.
-        record_images: Whether the run folder has the edited images made small, as PNG files.
-        private: Whether only their owner can read the run folders that are made.
-        recall: What was computed of images before, which edits of one model may share.
+        common: Further arguments, those of ``ImageEdit``: ``unrelated`` and what follows it.
 
     Raises:
         ConfigError: If no model is named, there are no unrelated images, or a weight is below 0.
@@ -63,33 +53,14 @@ class ClassifierEdit(ImageEdit):
         base: str | VisionModel = "",
         targets: RepresentationSource = HeadTargets(),
         solver: Solver = RelativeRidge(),
-        unrelated: Any = None,
         preserve: float = 0.1,
         divergence: float = 0.0,
         history: bool = True,
-        max_relative_update: float = 10.0,
-        evaluation: ImageEvaluation = ImageEvaluation(),
-        metrics: Sequence[Metric] = (),
-        model_kwargs: dict[str, Any] | None = None,
-        record_texts: bool = True,
-        record_images: bool = True,
-        private: bool = True,
-        recall: Recall | None = None,
+        **common: Any,
     ) -> None:
         if preserve < 0 or divergence < 0:
             raise ConfigError(f"preserve={preserve}, divergence={divergence}: weights must be 0 or more")
-        super().__init__(
-            base,
-            unrelated,
-            max_relative_update,
-            evaluation,
-            metrics,
-            model_kwargs,
-            record_texts=record_texts,
-            record_images=record_images,
-            private=private,
-            recall=recall,
-        )
+        super().__init__(base, **common)
         self.targets, self.solver = targets, solver
         self.preserve, self.divergence, self.use_history = preserve, divergence, history
         self.moments: dict[str, Covariance] = {}
@@ -115,8 +86,6 @@ class ClassifierEdit(ImageEdit):
                 problem = TargetProblem(pixels, labels, features, self.pixels, self.recall)
                 source = self.targets.targets(self.lm, problem)
                 values = dict(source.values)
-            for place, (layer, head) in enumerate(source.heads):
-                self.log_dict({f"heads/{place}/layer": float(layer), f"heads/{place}/head": float(head)})
             self.log_dict(source.numbers, batch_size=len(batch))
         for path, update in self._updates(labels, features, values):
             self.change(batch, step, f"{path}.weight", update, features[path])

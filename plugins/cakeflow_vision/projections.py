@@ -10,16 +10,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torchmetrics import Metric
 
 from cakeflow.errors import ConfigError, require_choice, require_positive
 from cakeflow.journal import EditStep
 from cakeflow.models import Site, VisionModel, capture, frozen, inject
 from cakeflow.solvers import Covariance, KeyHistory, LayerProblem, LeastSquares, NullSpace, Solver
 from cakeflow_vision.base import ImageBatch, ImageEdit
-from cakeflow_vision.evaluation import ImageEvaluation, tensors_of
+from cakeflow_vision.evaluation import tensors_of
 from cakeflow_vision.heads import IMAGES
-from cakeflow_vision.recall import Recall
 
 Tokens = Literal["first", "all"]
 """Tokens whose keys unrelated images are preserved by: the class token, or every token."""
@@ -99,18 +97,10 @@ class ProjectionEdit(ImageEdit):
         layers: Blocks from the lowest up; negative ones count from the last.
         solver: The change of a projection's weight.
         search: The search for the outputs.
-        unrelated: Images to preserve: a folder, a file, or a list (``unrelated_pictures``).
         tokens: Tokens of unrelated images whose keys are preserved: the ``first`` (the class token) or ``all``.
         preserve: Weight of each unrelated image in the solve, where an edited one counts 1.
         history: Whether the images of earlier batches are preserved as well.
-        max_relative_update: Largest update of a weight by one batch, in norms of the weight.
-        evaluation: Settings of the evaluation.
-        metrics: Further metrics of every evaluation.
-        model_kwargs: Further arguments of ``load_vision_model``.
-        record_texts: Whether the ledger has names and labels of the images; it never has pixels.
-        record_images: Whether the run folder has the edited images made small, as PNG files.
-        private: Whether only their owner can read the run folders that are made.
-        recall: What was computed of images before, which edits of one model may share.
+        common: Further arguments, those of ``ImageEdit``: ``unrelated`` and what follows it.
 
     Raises:
         ConfigError: If no model is named, there are no unrelated images, or a setting is out of range.
@@ -125,36 +115,17 @@ class ProjectionEdit(ImageEdit):
         layers: Sequence[int] = (-3, -2, -1),
         solver: Solver = NullSpace(LeastSquares(1e-4)),
         search: ValueSearch = ValueSearch(),
-        unrelated: Any = None,
         tokens: Tokens = "all",
         preserve: float = 0.1,
         history: bool = True,
-        max_relative_update: float = 10.0,
-        evaluation: ImageEvaluation = ImageEvaluation(),
-        metrics: Sequence[Metric] = (),
-        model_kwargs: dict[str, Any] | None = None,
-        record_texts: bool = True,
-        record_images: bool = True,
-        private: bool = True,
-        recall: Recall | None = None,
+        **common: Any,
     ) -> None:
         require_choice("tokens", tokens, Tokens)
         if preserve < 0:
             raise ConfigError(f"preserve={preserve}: a weight must be 0 or more")
         if not layers:
             raise ConfigError("layers names no block to edit; give some, such as layers: [-3, -2, -1]")
-        super().__init__(
-            base,
-            unrelated,
-            max_relative_update,
-            evaluation,
-            metrics,
-            model_kwargs,
-            record_texts=record_texts,
-            record_images=record_images,
-            private=private,
-            recall=recall,
-        )
+        super().__init__(base, **common)
         self.layers, self.solver, self.search = tuple(layers), solver, search
         self.tokens, self.preserve, self.use_history = tokens, preserve, history
         self.moments: dict[int, Covariance] = {}

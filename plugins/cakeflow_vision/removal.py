@@ -7,16 +7,14 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 
 from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.journal import EditStep, WeightChange
 from cakeflow.models import Site, VisionModel
 from cakeflow.solvers import Covariance, LayerProblem, LeastSquares, Update
 from cakeflow_vision.base import ImageBatch, ImageEdit
-from cakeflow_vision.evaluation import ImageEvaluation, tensors_of
+from cakeflow_vision.evaluation import tensors_of
 from cakeflow_vision.heads import Head, columns_of, replacements, representations
-from cakeflow_vision.recall import Recall
 from cakeflow_vision.targets import HeadTargets, TargetProblem
 
 
@@ -32,18 +30,10 @@ class HeadRemoval(ImageEdit):
     Args:
         base: Name or folder of an image classifier, or a ``VisionModel``.
         heads: How heads are chosen, and what takes their place.
-        unrelated: Images to preserve: a folder, a file, or a list (``unrelated_pictures``).
         realign: Whether the classifier is aligned.
         agree: Weight of each edited image in that, where an unrelated one counts 1.
         ridge: mu, in parts of the mean second moment of all unrelated images.
-        max_relative_update: Largest update of a weight by one batch, in norms of the weight.
-        evaluation: Settings of the evaluation.
-        metrics: Further metrics of every evaluation.
-        model_kwargs: Further arguments of ``load_vision_model``.
-        record_texts: Whether the ledger has names and labels of the images; it never has pixels.
-        record_images: Whether the run folder has the edited images made small, as PNG files.
-        private: Whether only their owner can read the run folders that are made.
-        recall: What was computed of images before, which edits of one model may share.
+        common: Further arguments, those of ``ImageEdit``: ``unrelated`` and what follows it.
 
     Raises:
         ConfigError: If no model is named, there are no unrelated images, or a weight is out of range.
@@ -56,33 +46,14 @@ class HeadRemoval(ImageEdit):
         self,
         base: str | VisionModel = "",
         heads: HeadTargets = HeadTargets(),
-        unrelated: Any = None,
         realign: bool = True,
         agree: float = 1.0,
         ridge: float = 0.01,
-        max_relative_update: float = 10.0,
-        evaluation: ImageEvaluation = ImageEvaluation(),
-        metrics: Sequence[Metric] = (),
-        model_kwargs: dict[str, Any] | None = None,
-        record_texts: bool = True,
-        record_images: bool = True,
-        private: bool = True,
-        recall: Recall | None = None,
+        **common: Any,
     ) -> None:
         if agree < 0 or not ridge > 0:
             raise ConfigError(f"agree={agree}, ridge={ridge}: agree must be 0 or more, ridge above 0")
-        super().__init__(
-            base,
-            unrelated,
-            max_relative_update,
-            evaluation,
-            metrics,
-            model_kwargs,
-            record_texts=record_texts,
-            record_images=record_images,
-            private=private,
-            recall=recall,
-        )
+        super().__init__(base, **common)
         self.heads, self.realign, self.agree, self.ridge = heads, realign, agree, ridge
 
     def prepare(self, batches: Sequence[ImageBatch]) -> None:
@@ -99,8 +70,6 @@ class HeadRemoval(ImageEdit):
             features, _ = representations(self.lm, pixels, self.recall)
             problem = TargetProblem(pixels, labels, features, self.pixels, self.recall)
             heads, numbers = self.heads.choose(self.lm, problem)
-        for place, (layer, head) in enumerate(heads):
-            self.log_dict({f"heads/{place}/layer": float(layer), f"heads/{place}/head": float(head)})
         self.log_dict(numbers, batch_size=len(batch))
         means = replacements(self.lm, self.heads.replacement, self.pixels, self.recall)
         for layer in sorted({layer for layer, _ in heads}):

@@ -119,7 +119,7 @@ class HeadTargets(RepresentationSource):
         return RepresentationTargets({path: torch.cat(each) for path, each in values.items()}, numbers, tuple(heads))
 
     def choose(self, vm: VisionModel, problem: TargetProblem) -> tuple[list[Head], dict[str, float]]:
-        """Return the heads, and by their names in logs all scores and how far images agree with the heads' signs.
+        """Return the heads, and by their names in logs these, all scores and how far images agree with their signs.
 
         Args:
             vm: The model.
@@ -128,8 +128,12 @@ class HeadTargets(RepresentationSource):
         Raises:
             ConfigError: If the model has fewer heads, or not those that are named.
         """
-        if self.heads:
-            return self._named(vm), {}
+        heads, numbers = self._by_score(vm, problem) if not self.heads else (self._named(vm), {})
+        for place, (layer, head) in enumerate(heads):
+            numbers |= {f"heads/{place}/layer": float(layer), f"heads/{place}/head": float(head)}
+        return heads, numbers
+
+    def _by_score(self, vm: VisionModel, problem: TargetProblem) -> tuple[list[Head], dict[str, float]]:
         if self.top > vm.depth * vm.heads:
             raise ConfigError(f"targets.top is {self.top}, but {vm.name} has {vm.depth} x {vm.heads} heads")
         if self.ranking == "random":

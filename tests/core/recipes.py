@@ -134,11 +134,11 @@ TARGETS = {
 
 IMAGES = {
     "vit_heads": (HeadTargets(3), RelativeRidge(0.01), 0.0),
-    "vit_heads_null": (HeadTargets(3), NullSpace(LeastSquares(1.0)), 0.0),
+    "vit_heads_null": (HeadTargets(3), NullSpace(LeastSquares(1e-4), 0.01), 0.0),
     "vit_random_heads": (HeadTargets(3, ranking="random"), RelativeRidge(0.01), 0.0),
     "vit_gradient": (GradientTargets(), RelativeRidge(0.01), 0.0),
     "vit_ft": (HeadTargets(), Descent(100, 1e-3, None), 0.0),
-    "vit_ft_kl": (HeadTargets(), Descent(200, 1e-3, None), 10.0),
+    "vit_ft_kl": (HeadTargets(), Descent(300, 1e-3, None), 10.0),
     "vit_gradient_ridge": (GradientTargets(lr=0.0175), RelativeRidge(0.2), 0.0),
     "vit_heads_direct": (HeadTargets(6, ranking="direct", effect="direct"), RelativeRidge(0.01), 0.0),
 }

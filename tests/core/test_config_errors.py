@@ -6,7 +6,7 @@ import pytest
 
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import build_module, find_config, shipped
-from cakeflow.core.config_errors import plain_message
+from cakeflow.core.config_errors import arguments_of, plain_message
 from cakeflow.errors import ConfigError
 
 METHOD = f"--config={shipped('method')['cake']}"
@@ -79,3 +79,22 @@ def test_python_says_it_in_the_same_words(tmp_path):
 
 def test_a_complaint_that_is_not_known_stays_as_it_is():
     assert plain_message("of another kind\n  with lines", (), {}) == "of another kind\n  with lines"
+
+
+def test_arguments_are_those_of_the_bases_that_they_are_handed_on_to():
+    class Base:
+        def __init__(self, size=1, *, name=""): ...
+
+    class Middle(Base):
+        pass
+
+    class Part(Middle):
+        def __init__(self, name, **common): ...
+
+    class Closed(Part):
+        def __init__(self, depth): ...
+
+    assert list(arguments_of(Part)) == ["name", "size"]
+    assert list(arguments_of(Closed)) == ["depth"]
+    assert list(arguments_of(Middle)) == ["size", "name"]
+    assert arguments_of(object) == {}

@@ -11,6 +11,7 @@ from cakeflow_vision import (
     GradientTargets,
     HeadTargets,
     ImageEvaluation,
+    Recall,
     RelativeRidge,
     unrelated_pictures,
 )
@@ -207,6 +208,29 @@ def test_facts_in_words_and_missing_parts_are_refused():
         ClassifierEdit(vm, unrelated=random_images(2), preserve=-1)
     with pytest.raises(RequestError, match="entry 1, unrelated"):
         unrelated_pictures([random_images(1)[0], np.zeros(3)])
+
+
+def test_an_image_that_is_edited_and_preserved_is_refused():
+    vm = random_vision_model()
+    original, requests = bits(vm), mistakes(vm, 3)
+    others = [*random_images(4, 9), requests[1].picture.pixels()]
+    with pytest.raises(RequestError, match=r"entry 1, image = .* is among the unrelated images, .* leave it out"):
+        editor_of(vm, unrelated=others).fit(requests)
+    assert same(bits(vm), original)
+
+
+def test_as_few_unrelated_images_as_one_are_enough():
+    vm = random_vision_model()
+    result = editor_of(vm, unrelated=random_images(1, 9), max_relative_update=100).fit(mistakes(vm, 2))
+    assert result.after["sr"] == 1.0
+
+
+def test_an_argument_of_the_base_that_is_misspelt_is_named():
+    vm = random_vision_model()
+    with pytest.raises(ConfigError, match=r"no argument 'recal'; did you mean 'recall'"):
+        editor_of(vm, recal=Recall())
+    with pytest.raises(ConfigError, match=r"no setting 'record_image'; did you mean 'record_images'"):
+        editor_of(vm, record_image=False)
 
 
 def test_an_update_that_is_too_large_leaves_the_model_as_it_was():

@@ -114,8 +114,10 @@ def test_the_commands_take_a_run_of_images(place, capsys):
     assert len(pictures) == 4
     page = run_command(["report", run]).read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "sr" in page
     assert "GradientTargets" in page
+    assert all(word in page for word in (">sr</th>", "edited image 0 →", "one of the mirror fails"))
+    words_of_prompts = ("efficacy", "Free answers", "EditScore", "neighbor", 'href="#moments"', "<dt>Layers</dt>")
+    assert not [word for word in words_of_prompts if f"{word}" in page.partition("<script")[0]]
     out = run_command(["export", run, str(place / "out")])
     assert same(load_editable(out), journal.model)
     delta = run_command(["export", run, str(place / "delta"), "--format", "delta"])
@@ -176,7 +178,7 @@ def test_a_run_that_was_stopped_goes_on_with_the_same_bits(place):
     second.fit(str(place / "wrong.csv"), 2, run_dir=place / "part")
     whole = run_command(["replay", str(place / "whole")])
     assert same(second.module.lm, whole.model)
-    other = Editor.from_pretrained(place / "model", "vit_gradient", **{**settings, "unrelated": random_images(8)})
+    other = Editor.from_pretrained(place / "model", "vit_gradient", **{**settings, "unrelated": random_images(8, 4)})
     with pytest.raises(ResumeError):
         other.fit(str(place / "wrong.csv"), 2, run_dir=place / "part")
 
