@@ -133,18 +133,20 @@ def _faults(index: int, entry: Any) -> Iterator[Fault]:
             yield Fault(index, f"requested_rewrite.{name}", rewrite.get(name), NO_TEXT)
     if isinstance(rewrite.get("prompt"), str) and rewrite["prompt"].count("{}") != 1:
         yield Fault(index, "requested_rewrite.prompt", rewrite["prompt"], "needs exactly one {} for the subject")
-    for name, least in (("postive_list", 1), ("para_add_prompts", 0)):
-        texts = entry.get(name, [])
-        if not (isinstance(texts, list) and len(texts) >= least and all(map(_is_text, texts))):
-            yield Fault(
-                index, name, texts, f"must be a list of at least {least} texts, each of them valid and not blank"
-            )
-    pairs = entry.get("neighborhood_prompts", [])
-    if not (isinstance(pairs, list) and all(_is_pair(pair) for pair in pairs)):
-        yield Fault(index, "neighborhood_prompts", pairs, "must be a list of [prompt, answer]")
+    yield from _list_faults(index, entry)
     if not isinstance(entry.get("case_id"), int | str | None) or not isinstance(rewrite.get("relation_id"), str | None):
         names = entry.get("case_id"), rewrite.get("relation_id")
         yield Fault(index, "case_id, relation_id", names, "must be a number or a text, and a text")
+
+
+def _list_faults(index: int, entry: dict[str, Any]) -> Iterator[Fault]:
+    for name, least in (("postive_list", 1), ("para_add_prompts", 0)):
+        texts = entry.get(name, [])
+        if not (isinstance(texts, list) and len(texts) >= least and all(map(_is_text, texts))):
+            yield Fault(index, name, texts, f"must be a list of at least {least} valid texts, none blank")
+    pairs = entry.get("neighborhood_prompts", [])
+    if not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
+        yield Fault(index, "neighborhood_prompts", pairs, "must be a list of [prompt, answer]")
 
 
 def _is_text(value: Any) -> bool:
