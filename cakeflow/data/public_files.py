@@ -6,6 +6,7 @@ and ConflictEdit and RoundEdit ("Unveiling the Pitfalls of Knowledge Editing", I
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ TOPICS = {
     "Forgetfulness": "forgetfulness",
 }
 """KnowEdit's name of a group of questions -> topic."""
+_NAME = re.compile(r"\w[\w .-]*")
 DEEPEST = 4
 """Most lists around the right answers of a question."""
 
@@ -90,7 +92,9 @@ def _shape_faults(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         yield from _faults_of_mquake(entry)
     for side in ("portability", "locality"):
         for name, group in entry[side].items() if isinstance(entry.get(side), Mapping) else ():
-            if not _is_group(group):
+            if not _NAME.fullmatch(str(name)):
+                yield side, name, "the name of a group becomes that of a metric; use letters, digits, '_', '.' and '-'"
+            elif not _is_group(group):
                 yield f"{side}.{name}", group, "give a list of {prompt, ground_truth}, or both as lists of valid texts"
 
 

@@ -185,6 +185,8 @@ def test_broken_records_are_named(record, words):
         ({**MQUAKE, "new_answer": ["Lima"]}, "new_answer"),
         ({**MQUAKE, "new_answer_alias": "Lima"}, "new_answer_alias"),
         ({**KNOWEDIT, "portability": {"Reasoning": 5}}, "portability.Reasoning"),
+        ({**KNOWEDIT, "portability": {"=a\x1b[2J": []}}, "portability"),
+        ({**KNOWEDIT, "portability": {"a\ud800": []}}, "portability"),
         ({**KNOWEDIT, "portability": {"Reasoning": [5]}}, "portability.Reasoning"),
         ({**KNOWEDIT, "locality": {"a": {"prompt": "text", "ground_truth": ["b"]}}}, "locality.a"),
         ({**KNOWEDIT, "locality": {"a": {"prompt": ["\ud800"], "ground_truth": ["b"]}}}, "locality.a"),
