@@ -226,9 +226,18 @@ def smollm2() -> LanguageModel:
     return load_model("smollm2-135m")
 
 
+@pytest.fixture(scope="session")
+def real_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of all tests of SmolLM2: what is measured of it, second moments above all, is measured once."""
+    return tmp_path_factory.mktemp("real_cache")
+
+
 @pytest.fixture
-def real_editor(smollm2: LanguageModel, tmp_path: Path) -> Iterator[Callable[..., Editor]]:
+def real_editor(
+    smollm2: LanguageModel, real_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Editor]]:
     """Makes editors of the shared SmolLM2 with few second moments, from the built-in reference texts; undone after."""
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(real_cache))
     editors: list[Editor] = []
     corpus = tmp_path / "references.txt"
     corpus.write_text("\n".join(dict.fromkeys(str(fact.reference) for fact in builtin_facts())), encoding="utf-8")

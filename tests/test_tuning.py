@@ -1,6 +1,8 @@
 """The search for a model's numbers: its order and budget on a formula, and whole on a tiny model."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -55,8 +57,7 @@ def test_a_spent_budget_ends_the_search_with_the_best_so_far():
     assert left_out == ["layers", "steps", "null_threshold", "cov_weight"]
 
 
-@pytest.fixture
-def facts(lm):
+def facts_of(lm):
     """Facts that the tiny model states, with another name as the new target."""
     names = ("Ann", "Bob", "Lund", "Zoe", "Rome", "Max", "Oslo", "Kim", "Paris", "Tom")
     prompts = ("The sea of {} is", "{} plays the", "The city of {} lies in")
@@ -75,6 +76,12 @@ def facts(lm):
     ]
 
 
+@pytest.fixture
+def facts(lm):
+    """``facts_of`` the tiny model."""
+    return facts_of(lm)
+
+
 def test_facts_that_the_model_does_not_state_are_left_out(lm, facts):
     wrong = EditRequest(prompt="The sea of {} is", subject="Bonn", target_new="blue", target_true="qqq")
     assert wrong not in stated_facts(lm, [*facts, wrong])
@@ -91,62 +98,69 @@ def test_numbers_that_allow_no_choice_are_refused(lm, tmp_path, edits, count):
         tune(lm, "tiny", tmp_path / "trials.jsonl", edits=edits, facts=count)
 
 
-@pytest.fixture
-def search(lm, facts, tmp_path):
-    """Makes a search on the tiny model with 4 facts a trial, and the trials that it names."""
-
-    def run(edits=40):
-        trials = []
-        result = tune(
-            lm,
-            str(tmp_path / "model"),
-            tmp_path / "trials.jsonl",
-            data=facts,
-            edits=edits,
-            facts=4,
-            tokens=640,
-            notify=trials.append,
-        )
-        return result, trials
-
-    return run
+def searched(lm, folder, edits=40):
+    """Searches on the tiny model with 4 facts a trial; the result, and the trials that it names."""
+    trials = []
+    result = tune(
+        lm,
+        str(folder / "model"),
+        folder / "trials.jsonl",
+        data=facts_of(lm),
+        edits=edits,
+        facts=4,
+        tokens=640,
+        notify=trials.append,
+    )
+    return result, trials
 
 
-def test_a_search_keeps_to_its_budget_and_leaves_the_model_as_it_was(lm, search):
+@pytest.fixture(scope="module")
+def done(_models, tmp_path_factory):
+    """A search of 40 edits, its trials, the folder with the model and their file, and hashes before and behind it."""
+    folder, lm = tmp_path_factory.mktemp("search"), copy.deepcopy(_models["gpt2"])
+    lm.model.save_pretrained(folder / "model")
+    lm.tokenizer.save_pretrained(folder / "model")
     before = lm.fingerprint()
-    result, trials = search(edits=40)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CAKEFLOW_CACHE", str(folder / "cache"))
+        return *searched(lm, folder), folder, (before, lm.fingerprint())
+
+
+def test_a_search_keeps_to_its_budget_and_leaves_the_model_as_it_was(done):
+    result, trials, _, hashes = done
     assert sum(trial.edits for trial in trials) <= 40
     assert len(result.trials) == 8
     assert len(result.checks) == 2
     assert result.left_out
-    assert lm.fingerprint() == before
+    assert hashes[0] == hashes[1]
     highest = max(trial.score for trial in result.trials if trial.name.startswith("lr"))
     assert any(trial.name == f"lr {result.numbers.lr}" and trial.score == highest for trial in result.trials)
 
 
-def test_an_interrupted_search_goes_on_where_it_was(search, monkeypatch):
-    whole, trials = search(edits=32)
+def test_an_interrupted_search_goes_on_where_it_was(done, lm, tmp_path, monkeypatch):
+    whole, trials, folder, _ = done
+    shutil.copy(folder / "trials.jsonl", tmp_path)
 
     def refuse(*_):
         raise AssertionError("a trial of the file was made again")
 
     monkeypatch.setattr(Trials, "_measured", refuse)
-    again, same = search(edits=32)
+    again, same = searched(lm, tmp_path)
     assert same == trials
     assert again.numbers == whole.numbers
 
 
-def test_a_file_that_is_none_of_trials_is_refused(search, tmp_path):
+def test_a_file_that_is_none_of_trials_is_refused(lm, tmp_path):
     (tmp_path / "trials.jsonl").write_text(json.dumps({"key": 1}) + "\n")
     with pytest.raises(ConfigError, match=r"trials\.jsonl, line 1.*delete the file"):
-        search()
+        searched(lm, tmp_path)
 
 
-def test_the_config_has_the_numbers_and_every_trial(search, workplace):
-    result, _ = search(edits=32)
-    (workplace / "mine.yaml").write_text(text := result.config())
+def test_the_config_has_the_numbers_and_every_trial(done, tmp_path):
+    result = done[0]
+    (tmp_path / "mine.yaml").write_text(text := result.config())
     assert sum(line.startswith("#   alphaedit") for line in text.splitlines()) == len(result.trials) + 2
-    module = build_module([workplace / "mine.yaml"])
+    module = build_module([tmp_path / "mine.yaml"])
     assert module.layers == list(result.numbers.layers)
     assert module.targets.lr == result.numbers.lr
     assert module.statistics.null_threshold == result.numbers.null_threshold
@@ -154,8 +168,8 @@ def test_the_config_has_the_numbers_and_every_trial(search, workplace):
     assert yaml.safe_load(text)["model"]["scores"].keys() == set(result.numbers.layers)
 
 
-def test_a_name_cannot_write_into_the_config(search):
-    result, _ = search(edits=16)
+def test_a_name_cannot_write_into_the_config(done):
+    result = done[0]
     name = "mine\nmodel: {base: other}\x85layers: [1]"
     config = replace(result, base=name, reason=name).config()
     assert yaml.safe_load(config)["model"]["base"] == name
@@ -163,10 +177,10 @@ def test_a_name_cannot_write_into_the_config(search):
     assert len(config.split("\n")) == len(replace(result, base="mine").config().split("\n"))
 
 
-def test_a_batch_that_cannot_be_solved_is_a_trial_without_a_score(search, monkeypatch):
+def test_a_batch_that_cannot_be_solved_is_a_trial_without_a_score(lm, tmp_path, monkeypatch):
     for name, values in {"lr": (0.1,), "layers": (0,), "steps": (25,), "null_threshold": (1e-30,)}.items():
         monkeypatch.setitem(VALUES, name, values)
-    result, trials = search(edits=16)
+    result, trials = searched(lm, tmp_path, edits=16)
     failed = next(trial for trial in trials if trial.name == "null_threshold 1e-30")
     assert "nothing could change" in failed.fault
     assert failed.score == 0

@@ -5,13 +5,13 @@ from cakeflow.core.checkpoint import SafeCheckpointIO, with_safe_checkpoints
 from cakeflow.core.config import build_module, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.locate_then_edit import LocateThenEdit
-from cakeflow.core.memory import Footprint
+from cakeflow.core.memory import Footprint, TokenCost
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
 
 __all__ = [
     "EditCallback", "EditDataModule", "EditModule", "EvaluationResult", "FitResult", "Footprint", "LayerEdit",
-    "LocateThenEdit", "SafeCheckpointIO", "Statistics", "build_module", "find_config", "run_evaluate", "run_fit",
-    "shipped", "with_safe_checkpoints",
+    "LocateThenEdit", "SafeCheckpointIO", "Statistics", "TokenCost", "build_module", "find_config", "run_evaluate",
+    "run_fit", "shipped", "with_safe_checkpoints",
 ]  # fmt: skip

@@ -8,6 +8,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache
 
 from cakeflow.errors import ConfigError
-from cakeflow.forward.packing import GIB, pass_bytes
+from cakeflow.forward.packing import GIB, pass_bytes, require_bytes
 from cakeflow.forward.tokens import Row, TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture, frozen, inject
@@ -39,10 +40,10 @@ STATUS, RESET = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class TokenCost:
-    """Bytes per token during the target search.
+    """Bytes per token in a pass with gradients, such as those of the target search.
 
     Attributes:
-        graph: Tensors that the blocks above the value site save for the backward pass.
+        graph: Tensors that the blocks above the value site, or all of them, save for the backward pass.
         cache: Attention keys and values of those blocks.
         through: Largest temporary tensors of a block in a pass without gradients.
         hidden: One hidden state.
@@ -56,16 +57,17 @@ class TokenCost:
     logits: int
 
     @classmethod
-    def above(cls, lm: LanguageModel, site: Site, tokens: int = 8) -> TokenCost:
+    def above(cls, lm: LanguageModel, site: Site | None, tokens: int = 8) -> TokenCost:
         """Count the bytes by running a few tokens.
 
         Args:
             lm: The model, or one of the same shape on the meta device.
-            site: The topmost edited projection.
+            site: The topmost edited projection; None for gradients by the embeddings.
             tokens: Number of tokens to run.
         """
-        embeds = lm.embedding.new_zeros(1, tokens, lm.embedding.shape[1])
+        embeds = lm.embedding.new_zeros(1, tokens, lm.embedding.shape[1]).requires_grad_(site is None)
         delta = lm.embedding.new_zeros(1, lm.width).requires_grad_()
+        place = torch.zeros(1, dtype=torch.long, device=lm.device)
         cache, saved = DynamicCache() if lm.places_tokens else None, {}
         own = {parameter.untyped_storage()._cdata for parameter in lm.model.parameters()}
 
@@ -79,11 +81,11 @@ class TokenCost:
             frozen(lm),
             torch.enable_grad(),
             saved_tensors_hooks(save, lambda tensor: tensor),
-            inject(lm, Site(site.layer), delta, torch.zeros(1, dtype=torch.long, device=lm.device)),
+            nullcontext() if site is None else inject(lm, Site(site.layer), delta, place),
             capture(lm, [Site(lm.depth - 1)], stop=True),
         ):
             lm(inputs_embeds=embeds, past_key_values=cache, use_cache=cache is not None)
-        above: list[Any] = cache.layers[site.layer + 1 :] if cache else []
+        above: list[Any] = cache.layers[0 if site is None else site.layer + 1 :] if cache else []
         size = lm.embedding.element_size()
         return cls(
             graph=sum(storage.nbytes() for storage in saved.values()) // tokens,
@@ -97,6 +99,29 @@ class TokenCost:
         """Return the bytes of a row's suffix in a pass with gradients."""
         suffix, reads = (1, 1) if essence else (_suffix(row), len(row.ids) - row.target)
         return suffix * self.graph + (row.fact + suffix) * self.cache + reads * self.logits
+
+    def most_tokens(
+        self, rows: Sequence[tuple[int, int]], max_bytes: float | None, most: int, work: str = "", further: int = 0
+    ) -> int:
+        """Return how many tokens of some rows fit in a pass with gradients.
+
+        Args:
+            rows: For each row its tokens, and how many of its logits are read.
+            max_bytes: Most bytes; None for no limit.
+            most: Most tokens in any case.
+            work: What the pass is for, for the error; without it nothing is refused, and one row may exceed the limit.
+            further: Bytes that each token takes beside the graph.
+
+        Raises:
+            ConfigError: If the largest row does not fit by itself.
+        """
+        if max_bytes is None or not rows:
+            return most
+        needed = [tokens * (self.graph + self.through + further) + reads * self.logits for tokens, reads in rows]
+        if work:
+            require_bytes(max_bytes, max(needed), work)
+        dearest = max(each / tokens for each, (tokens, _) in zip(needed, rows, strict=True))
+        return max(1, min(most, int(max_bytes / dearest)))
 
     def of_search(self, rows: Sequence[Row]) -> int:
         """Return the bytes held per fact during the target search: prefixes, suffixes, the essence before the edit."""

@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import numpy as np
 from jaxtyping import UInt8
 
+from cakeflow.data.files import exists, lines
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, Fault, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError, has_surrogate
 from cakeflow.storage.atomic import write_whole
 
 ImageProbeKind = Literal["generalization", "locality", "mirror"]
@@ -26,6 +27,8 @@ FIELDS = ("image", "label", "label_true", "group", "probes", "case_id")
 """Fields of an image request in a file."""
 THUMBNAILS = "image-*.png"
 """Files of a run folder that are the edited pictures made small; the star is the first digits of their hash."""
+LONGEST_INDEX = 18
+"""Most digits of the index of a class; more are a name."""
 SIDE = 96
 """Longest side of a thumbnail in pixels."""
 PIXELS = "give a path, an uint8 array of height x width x 3, or a PIL image"
@@ -65,7 +68,9 @@ class Picture:
         if not recorded:
             try:
                 self.hash = _hash(_read(source))
-            except (OSError, ValueError, TypeError, SyntaxError, Warning) as error:  # Pillow's, for damaged files
+            except ConfigError:  # Pillow is not there
+                raise
+            except Exception as error:  # for damaged files, Pillow's decoders raise errors of many types
                 self.fault = str(error) or type(error).__name__
 
     def __eq__(self, other: object) -> bool:
@@ -130,6 +135,8 @@ def _read(source: Any) -> UInt8[np.ndarray, "height width 3"]:
         if source.dtype != np.uint8 or source.ndim != 3 or source.shape[2] != 3 or not source.size:
             raise ValueError(f"is an array of type {source.dtype} and shape {source.shape}; {PIXELS}")
         return source
+    if isinstance(source, (str, Path)) and exists(Path(source)) and not Path(source).is_file():  # a pipe would wait
+        raise ValueError("is no file; give the path of an image")
     if isinstance(source, (str, Path, io.BytesIO)):
         image, bomb = _pillow("Image"), _pillow("Image").DecompressionBombWarning
         with warnings.catch_warnings():
@@ -259,15 +266,23 @@ def _faults(request: ImageEditRequest) -> Iterator[tuple[str, object, str]]:
     yield from _label_faults("label", request.label)
     if request.label_true is not None:
         yield from _label_faults("label_true", request.label_true)
-    if request.group is not None and not isinstance(request.group, str):
-        yield "group", request.group, "must be a name, or left out"
+    yield from _group_faults("group", request.group)
     for probe in request.image_probes:
         yield from _probe_faults(probe)
 
 
 def _label_faults(name: str, label: object) -> Iterator[tuple[str, object, str]]:
-    if isinstance(label, bool) or not isinstance(label, (int, str)):
+    if (
+        isinstance(label, bool)
+        or not isinstance(label, (int, str))
+        or (isinstance(label, str) and has_surrogate(label))
+    ):
         yield name, label, "must be the index or the name of a class"
+
+
+def _group_faults(name: str, group: object) -> Iterator[tuple[str, object, str]]:
+    if group is not None and (not isinstance(group, str) or has_surrogate(group)):
+        yield name, group, "must be a name, or left out"
 
 
 def _probe_faults(probe: ImageProbe) -> Iterator[tuple[str, object, str]]:
@@ -277,6 +292,7 @@ def _probe_faults(probe: ImageProbe) -> Iterator[tuple[str, object, str]]:
         yield "probes.image", probe.picture.name or None, probe.picture.fault
     if probe.label is not None or probe.kind != "locality":
         yield from _label_faults("probes.label", probe.label)
+    yield from _group_faults("probes.group", probe.group)
 
 
 def image_request(entry: Mapping[str, Any]) -> ImageEditRequest:
@@ -296,7 +312,7 @@ def image_request(entry: Mapping[str, Any]) -> ImageEditRequest:
 
 def _label(value: Any) -> Any:
     """Return a label; an index that a CSV file or numpy gives becomes an integer."""
-    if isinstance(value, str) and value.isdecimal():
+    if isinstance(value, str) and value.isdecimal() and len(value) <= LONGEST_INDEX:
         return int(value)
     return int(value) if isinstance(value, np.integer) else value
 
@@ -314,7 +330,8 @@ def with_folder(entries: Iterable[Any], folder: Path) -> Iterator[Any]:
     """Yield entries of a file; the paths of pictures are taken from the file's folder."""
     for entry in entries:
         if isinstance(entry, Mapping) and isinstance(entry.get("image"), str):
-            probes = [*with_folder(entry.get("probes") or (), folder)]
+            probes = entry.get("probes")
+            probes = [*with_folder(probes, folder)] if isinstance(probes, (list, tuple)) else probes
             entry = {**entry, "image": folder / entry["image"], **({"probes": probes} if probes else {})}
         yield entry
 
@@ -323,12 +340,12 @@ def read_image_table(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the entries of a CSV file with a header that has the fields ``image`` and ``label``.
 
     Raises:
-        ConfigError: If the file cannot be read, or the header lacks a field or has unknown ones.
+        ConfigError: If the file cannot be read as text.
+        RequestError: If the header lacks a field or has unknown ones.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        rows = list(csv.DictReader(lines(path, str(path))))
+    except csv.Error as error:
         raise ConfigError(f"{str(path)!r} cannot be read as a table: {error}; give a CSV file in UTF-8") from error
     header = [name for name in (rows[0] if rows else {}) if name is not None]
     unknown = sorted(set(header) - (set(FIELDS) - {"probes"}))

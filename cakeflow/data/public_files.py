@@ -6,11 +6,13 @@ and ConflictEdit and RoundEdit ("Unveiling the Pitfalls of Knowledge Editing", I
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from cakeflow.data.text import occurrences
+from cakeflow.errors import Fault, has_surrogate
 
 TOPICS = {
     "reasoning": "reasoning",
@@ -21,6 +23,9 @@ TOPICS = {
     "Forgetfulness": "forgetfulness",
 }
 """KnowEdit's name of a group of questions -> topic."""
+_NAME = re.compile(r"\w[\w .-]*")
+DEEPEST = 4
+"""Most lists around the right answers of a question."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,67 @@ def unfold(entry: Mapping[str, Any]) -> list[Any]:
     return [entry]
 
 
+def shape_faults(entry: Mapping[str, Any], index: int) -> list[Fault]:
+    """Return what keeps an entry of a public file from being read; nothing for entries of other schemas.
+
+    Args:
+        entry: The entry; texts, subjects and targets of its edits are checked as those of any request.
+        index: Position of the entry in its list.
+    """
+    return [Fault(index, *fault) for fault in _shape_faults(entry)]
+
+
+def _shape_faults(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Yield field, value and remedy of each fault."""
+    if "postive_list" in entry and isinstance(entry.get("requested_rewrite"), Mapping):
+        yield from _faults_of_peak(entry)
+    if "triples" in entry and not _is_list_of(Mapping, entry.get("edits")):
+        yield "edits", entry["edits"], "give a list of {relation, subject, object, new_object}"
+    if entry.get("questions") and entry.get("new_answer"):
+        yield from _faults_of_mquake(entry)
+    for side in ("portability", "locality"):
+        for name, group in entry[side].items() if isinstance(entry.get(side), Mapping) else ():
+            if not _NAME.fullmatch(str(name)):
+                yield side, name, "the name of a group becomes that of a metric; use letters, digits, '_', '.' and '-'"
+            elif not _is_group(group):
+                yield f"{side}.{name}", group, "give a list of {prompt, ground_truth}, or both as lists of valid texts"
+
+
+def _faults_of_peak(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    prompts, pairs = entry.get("para_add_prompts"), entry.get("neighborhood_prompts")
+    if not _is_list_of(str, prompts):
+        yield "para_add_prompts", prompts, "give a list of valid texts"
+    if not (_is_list_of((list, tuple), pairs) and all(len(pair) == 2 for pair in pairs or ())):
+        yield "neighborhood_prompts", pairs, "give a list of [prompt, answer]"
+
+
+def _faults_of_mquake(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    for name in ("questions", "new_answer_alias"):
+        if not _is_list_of(str, entry.get(name)):
+            yield name, entry[name], "give a list of valid texts"
+    if not _is_list_of(str, [entry["new_answer"]]):
+        yield "new_answer", entry["new_answer"], "give a valid text"
+
+
+def _is_list_of(kind: Any, value: Any) -> bool:
+    """True for None, and for a list of one kind; texts in it must be valid Unicode."""
+    if value is None:
+        return True
+    parts = value if isinstance(value, (list, tuple)) else [None]
+    return all(isinstance(each, kind) and not (isinstance(each, str) and has_surrogate(each)) for each in parts)
+
+
+def _is_group(group: Any) -> bool:
+    """True for questions in one of KnowEdit's forms; what a question lacks is left out when it is read."""
+    if isinstance(group, Mapping):
+        columns = [group.get(name) for name in ("prompt", "ground_truth")]
+        if not all(each is None or isinstance(each, (list, tuple)) for each in columns):
+            return False
+    elif not _is_list_of(Mapping, group):
+        return False
+    return not any(has_surrogate(text) for pair in _questions(group) for part in pair for text in _texts(part))
+
+
 def consequences(entries: Sequence[Any]) -> list[Consequence]:
     """Return the questions of KnowEdit's and MQuAKE's records, as they are in their files.
 
@@ -103,11 +169,12 @@ def _questions(group: Any) -> list[tuple[Any, Any]]:
     return [(each.get("prompt"), each.get("ground_truth")) for each in group or () if isinstance(each, Mapping)]
 
 
-def _texts(value: Any) -> tuple[str, ...]:
+def _texts(value: Any, levels: int = DEEPEST) -> tuple[str, ...]:
     """Return the texts in a value: one, a list, or a list of lists."""
     if isinstance(value, str):
         return (value,) if value.strip() else ()
-    return tuple(text for each in value for text in _texts(each)) if isinstance(value, (list, tuple)) else ()
+    parts = value if isinstance(value, (list, tuple)) and levels else ()
+    return tuple(text for each in parts for text in _texts(each, levels - 1))
 
 
 def _rewrite(entry: Mapping[str, Any], rewrite: Any) -> dict[str, Any]:
@@ -130,7 +197,7 @@ def _added(entry: Mapping[str, Any]) -> dict[str, Any]:
     """Return a record of PEAK, whose neighborhood prompts have answers of their own."""
     pairs = entry.get("neighborhood_prompts") or ()
     probes = [{"kind": "paraphrase", "prompt": text} for text in entry.get("para_add_prompts") or ()]
-    probes += [{"kind": "neighborhood", "prompt": pair[0], "expected": pair[1]} for pair in pairs if len(pair) == 2]
+    probes += [{"kind": "neighborhood", "prompt": prompt, "expected": answer} for prompt, answer in pairs]
     return {**_rewrite(entry, entry["requested_rewrite"]), "probes": probes}
 
 

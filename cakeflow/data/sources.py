@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import MOST_ENTRIES, SOURCES, Parts, exists, lines, parse_json, read_text
 from cakeflow.data.images import has_images, read_image_folder, read_image_table, with_folder
-from cakeflow.data.public_files import Consequence, consequences, unfold
+from cakeflow.data.public_files import Consequence, consequences, shape_faults, unfold
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
 from cakeflow.errors import ConfigError, Fault, RequestError
@@ -72,11 +72,12 @@ def read_entries(source: Any, split: str | None = None, *, raw: bool = False) ->
 
     Raises:
         ConfigError: If there is no such source or split, it cannot be reached or read, or has too many entries.
-        RequestError: Naming the broken line of a file.
+        RequestError: Naming the broken line of a file, or every record of a public file that is not of its shape.
     """
     entries = _whole(source, split)
     if raw:
         return entries
+    _require_shapes(entries)
     return [each for entry in entries for each in (unfold(entry) if isinstance(entry, Mapping) else [entry])]
 
 
@@ -89,15 +90,23 @@ def read_consequences(source: Any, split: str | None = None) -> list[Consequence
 
     Raises:
         ConfigError: If the source cannot be read, or no record has such a question.
-        RequestError: Naming the broken line of a file.
+        RequestError: As ``read_entries``.
     """
-    questions = consequences(_whole(source, split))
+    entries = _whole(source, split)
+    _require_shapes(entries)
+    questions = consequences(entries)
     if not questions:
         raise ConfigError(
             f"{_label(source)} has no questions that follow from its facts: KnowEdit's records have portability and "
             "locality, MQuAKE's have questions and new_answer"
         )
     return questions
+
+
+def _require_shapes(entries: Sequence[Any]) -> None:
+    faults = [fault for i, each in enumerate(entries) if isinstance(each, Mapping) for fault in shape_faults(each, i)]
+    if faults:
+        raise RequestError(faults)
 
 
 def _whole(source: Any, split: str | None) -> list[Any]:

@@ -12,6 +12,7 @@ from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import require_run_folder
 from cakeflow.core.run import FitResult, go_on_from, write_files
 from cakeflow.core.undo import require_last
+from cakeflow.data.files import read_text
 from cakeflow.data.proposals import propose
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
@@ -26,8 +27,9 @@ from cakeflow.journal.schema import EndBody, FreeAnswer, PolicyBody, RunBody
 from cakeflow.journal.steps import EditStep, facts_in_force, hashes_on_record
 from cakeflow.journal.store import LEDGER
 from cakeflow.storage.atomic import pass_on_rights, write_text
+from cakeflow.storage.folders import require_inside
 from cakeflow.storage.locks import locked
-from cakeflow.storage.typed import parse_as
+from cakeflow.storage.typed import parse_lines
 
 ANSWERS = "answers.jsonl"
 MOST_ASKED = 40
@@ -293,11 +295,10 @@ def _name(answer: FreeAnswer) -> tuple[str, str, str]:
 
 
 def _read_answers(path: Path) -> dict[tuple[str, str, str], FreeAnswer]:
-    if not path.is_file():
+    if not require_inside(path, path.parent).is_file():
         return {}
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
     remedy = "delete the file to do without earlier answers"
-    answers = [parse_as(FreeAnswer, line, f"{path}, line {n}", RunFolderError, remedy) for n, line in lines]
+    answers = parse_lines(FreeAnswer, read_text(path), path, RunFolderError, remedy)
     return {_name(each): each for each in answers}
 
 

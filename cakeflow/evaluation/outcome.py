@@ -20,7 +20,7 @@ from cakeflow.metrics.text import AnswerRate
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key
-from cakeflow.storage.typed import parse_as
+from cakeflow.storage.typed import parse_lines
 from cakeflow.tracing.facts import first_name
 
 TOKENS = 12
@@ -277,8 +277,7 @@ def familiar_facts(
 def _cached(path: Any) -> list[FreeAnswer] | None:
     """Return the answers in a file of the cache; None if there is none, or it is damaged: it costs seconds only."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [parse_as(FreeAnswer, line, str(path), ConfigError, "") for line in lines]
+        return parse_lines(FreeAnswer, path.read_text(encoding="utf-8"), path, ConfigError, "")
     except (OSError, UnicodeDecodeError, ConfigError):
         return None
 

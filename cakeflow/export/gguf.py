@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from cakeflow.errors import ExportError
-from cakeflow.export.gguf_file import EXACT, Packed, open_gguf, packed, stored, write_swapped
+from cakeflow.export.gguf_file import EXACT, Packed, architecture_in, open_gguf, packed, stored, write_swapped
 from cakeflow.export.gguf_layout import architecture_code, layout_of, measured_layout, tensor_name
 from cakeflow.export.gguf_words import REMEDY, add_tokenizer, require_known
 from cakeflow.export.manifest import Manifest
@@ -94,7 +94,7 @@ def modelfile(lm: LanguageModel) -> str:
 def _swapped(journal: Journal, lm: LanguageModel, source: Path, manifest: Manifest, options: ExportOptions) -> Draft:
     """The original file with the edited tensors in it."""
     reader = open_gguf(source)
-    architecture = str(reader.fields["general.architecture"].contents())
+    architecture = architecture_in(reader, source)
     entries = {each.name: each for each in reader.tensors}
     tensors, values = {}, {}
     for name in manifest.weights:

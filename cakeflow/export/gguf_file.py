@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,7 @@ from gguf.quants import QuantError, dequantize, quantize
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.errors import ExportError
+from cakeflow.errors import ExportError, visible
 
 EXACT = {torch.float16: "F16", torch.bfloat16: "BF16"}
 """Type of a weight -> the narrowest type in a file that holds it; all others are stored as F32."""
@@ -68,24 +70,57 @@ def packed(name: str, tensor: Float[Tensor, ...], kind: str) -> Packed:
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Open a file.
+    """Open a copy of a file that nobody else has: one that is cut while it is mapped would end the process (SIGBUS).
+
+    The copy lies in the folder for temporary files (``TMPDIR``) as long as the reader lives.
 
     Raises:
-        ExportError: If it is no GGUF file in this machine's byte order.
+        ExportError: If it is no GGUF file in this machine's byte order, or there is no room for the copy.
     """
     try:
-        reader = GGUFReader(path)
-    except (OSError, ValueError, IndexError, KeyError) as error:
+        with TemporaryFile() as copy:
+            with path.open("rb") as file:
+                shutil.copyfileobj(file, copy, 1 << 22)
+            copy.flush()
+            reader = GGUFReader(copy)  # type: ignore[arg-type]  # numpy maps an open file as well
+    except (OSError, ValueError, LookupError, TypeError, MemoryError) as error:
         raise ExportError(f"{path} is no GGUF file that can be read: {error}") from error
     if reader.byte_order != "I" or not reader.tensors:
         raise ExportError(f"{path} has no tensors, or another byte order; name the file that the model came from")
     return reader
 
 
+def architecture_in(reader: GGUFReader, path: Path) -> str:
+    """Return the name of the architecture in a file.
+
+    Args:
+        reader: The file.
+        path: Its path, for errors.
+
+    Raises:
+        ExportError: If it names none.
+    """
+    try:
+        return str(reader.fields["general.architecture"].contents())
+    except (LookupError, ValueError, TypeError) as error:
+        raise ExportError(f"{path} names no architecture; name the file that the model came from") from error
+
+
 def stored(entry: Any) -> Float[Tensor, ...]:
-    """Return the numbers of a reader's tensor, float32, in the layout of the file."""
+    """Return the numbers of a reader's tensor, float32, in the layout of the file.
+
+    Raises:
+        ExportError: If the ``gguf`` package cannot read its type.
+    """
     shape = [int(each) for each in reversed(entry.shape)]
-    return torch.from_numpy(np.array(dequantize(entry.data, entry.tensor_type), dtype=np.float32)).reshape(shape)
+    try:
+        numbers = np.array(dequantize(entry.data, entry.tensor_type), dtype=np.float32)
+        return torch.from_numpy(numbers).reshape(shape)
+    except (NotImplementedError, QuantError, ValueError, RuntimeError) as error:
+        raise ExportError(
+            f"{visible(entry.name)} ({entry.tensor_type.name}) cannot be read: {error or 'no such quantizer'}; convert "
+            "the file to Q8_0 or F16 first"
+        ) from error
 
 
 def write_swapped(reader: GGUFReader, path: Path, tensors: Mapping[str, Packed]) -> None:

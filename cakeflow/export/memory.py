@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
 
-from cakeflow.errors import ExportError
+from cakeflow.errors import EditError, ExportError
 from cakeflow.export.delta import require_base, require_finite
 from cakeflow.export.manifest import FROM_A_COPY, REMEDY, Manifest
 from cakeflow.journal.changes import kind_of
@@ -48,23 +49,33 @@ def apply_memory(model: EditableModel, folder: str | Path, policies: Sequence[Po
     manifest = Manifest.read(folder)
     tensors = _read(folder, manifest)
     require_base(model, manifest, folder, policies)
-    try:
+    with _own_errors(folder):
         changes = [
             kind_of(change.kind).from_tensors(change.place, _of(index, tensors))
             for index, change in enumerate(manifest.changes)
         ]
-    except KeyError as error:
-        raise ExportError(f"{folder / MEMORY} has no tensor {error}; {REMEDY}") from error
-    originals = {change.place: (change, change.read(model)) for change in reversed(changes)}
+        originals = {change.place: (change, change.read(model)) for change in reversed(changes)}
     with uninterrupted():
         try:
-            for change in changes:
-                change.apply(model)
+            with _own_errors(folder):
+                for change in changes:
+                    change.apply(model)
         except BaseException:
             for change, content in originals.values():
                 change.undo(model, content)
             raise
     return manifest
+
+
+@contextmanager
+def _own_errors(folder: Path) -> Iterator[None]:
+    """Say of an export that was forged that its tensors do not fit, whatever torch raises for them."""
+    try:
+        yield
+    except EditError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise ExportError(f"{folder / MEMORY} does not fit its manifest or this model ({error}); {REMEDY}") from error
 
 
 def _of(index: int, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

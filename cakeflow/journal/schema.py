@@ -5,14 +5,17 @@ Files have format 2; ``format1.upgraded`` reads format 1 (cakeflow 0.1), which n
 
 from __future__ import annotations
 
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import AliasChoices, Field, JsonValue
 
+from cakeflow.models.loading import RECORDED
 from cakeflow.storage.typed import SHA256, Count, Json, Number, Schema, Share
 
 FORMAT: Final = 2
 """Version of what is written to a run folder."""
+LoadingOption = Annotated[str, Field(pattern=f"^({'|'.join([*RECORDED, 'commit'])})$")]
+"""How a ledger may say that its model was loaded: whoever reads another's ledger gives trust and tokens anew."""
 
 
 # ---- the ledger: one entry per line, its body by kind ----
@@ -96,7 +99,7 @@ class RunBody(Circumstances):
     data: str
     arithmetic: Arithmetic | None = None
     format: Literal[1, 2] = 1
-    loading: dict[str, str] = Field(default_factory=dict)
+    loading: dict[LoadingOption, str] = Field(default_factory=dict)
     method: dict[str, Json] = Field(default_factory=dict)
 
 

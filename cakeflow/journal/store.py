@@ -198,7 +198,7 @@ class JournalStore:
             return _step(body, tensors)
         except LedgerError:  # a ValueError too, with a remedy of its own: the kind of a change is not known
             raise
-        except (KeyError, TypeError, ValueError, RuntimeError, RequestError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, RuntimeError, RequestError) as error:
             raise LedgerError(
                 f"{self._where(entry)}: the batch does not fit its file ({error}); {FROM_A_COPY}"
             ) from error

@@ -151,6 +151,8 @@ class EditableModel(ABC):
             ConfigError: If it decides on whole texts and another one on prompts, or the other way round: an answer is
                 scored with its text or without, not both.
         """
+        if not place:
+            raise ArchitectureError("the whole model has no place that another module could take; name one inside it")
         for path in module.reads if isinstance(module, RoutedModule) else ():
             self.module(path)
         self._require_one_scope(place, module)

@@ -39,7 +39,7 @@ HUB = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force
 
 
 RECORDED = ("revision", "subfolder", "variant", "code_revision", "attn_implementation")
-"""Arguments of ``load_model`` that a ledger names; never a token, and trust is given anew by every command."""
+"""Arguments of ``load_model`` that a ledger names and that are taken from one; never a token, nor trust."""
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,16 @@ def load_vision_model(base: str | Path, *, dtype: str = "auto", **kwargs: Any) -
         kwargs: Further arguments of that function.
 
     Raises:
-        ConfigError: If there is no such model, it has no classifier or no processor, or it cannot be loaded.
+        ConfigError: If there is no such model, it has no classifier or no processor, or it cannot be loaded; if its
+            attention is code of the hub that nobody trusts.
         ArchitectureError: If it is no plain vision transformer.
     """
     trust = bool(kwargs.setdefault("trust_remote_code", False))
+    if "/" in str(kwargs.get("attn_implementation")) and not trust:
+        raise ConfigError(
+            f"attention {kwargs['attn_implementation']!r} is code of the hub; load the model with 'sdpa', or say that "
+            "you trust it: trust_remote_code"
+        )
     where = {key: kwargs[key] for key in HUB if key in kwargs}
     try:
         processor = AutoImageProcessor.from_pretrained(str(base), backend="pil", trust_remote_code=trust, **where)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import io
 import math
 import re
 import reprlib
@@ -33,7 +34,7 @@ from cakeflow.journal.schema import (
     TargetBody,
 )
 from cakeflow.storage.folders import require_inside
-from cakeflow.storage.typed import LARGEST, Count, S, parse_as, read_as
+from cakeflow.storage.typed import LARGEST, Count, S, parse_as, parse_lines, read_as
 
 
 class EditedRequest(RequestTexts):
@@ -165,11 +166,7 @@ def _info(folder: Path) -> RunInfo:
 def _lines(kind: type[S], path: Path) -> list[S] | None:
     if not path.is_file():
         return None
-    return [
-        parse_as(kind, line, f"{path}, line {number}", RunFolderError, REMEDY)
-        for number, line in enumerate(_text(path).split("\n"), 1)
-        if line.strip()
-    ]
+    return parse_lines(kind, _text(path), path, RunFolderError, REMEDY)
 
 
 def _thumbnails(folder: Path) -> Iterator[tuple[str, str]]:
@@ -229,7 +226,7 @@ def _log(path: Path) -> list[dict[str, float]]:
 
 
 def _rows(path: Path) -> Iterator[dict[str, str]]:
-    reader = csv.DictReader(_text(path).splitlines())
+    reader = csv.DictReader(io.StringIO(_text(path), newline=""))
     try:
         if beyond := [name for name in reader.fieldnames or () if re.match(r"layer\d{5}", name)]:
             raise RunFolderError(f"{path}, column {reprlib.repr(beyond[0])}: no model has such a layer; {REMEDY}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -15,6 +16,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
+from cakeflow.errors import visible
 from cakeflow.evaluation.outcome import by_prompt, is_good
 from cakeflow.forward.packing import GIB
 from cakeflow.report import views
@@ -67,6 +69,9 @@ IMAGE_FILTERS = {
     "mirror": ("one of the mirror fails", "mirror, failures first"),
 }
 """The same of a run of images."""
+"""The metrics at the top of the page: name -> title and description."""
+MISLEADING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+"""Control characters and marks of the writing direction, with which a text can look like another one."""
 PER_LAYER = {
     "share": "part of the remaining residual that the layer takes",
     "drift": "distance of the layer's effect at the value site from its share",
@@ -103,6 +108,7 @@ def render_page(run: RunFolder) -> str:
         loader=PackageLoader("cakeflow.report", "assets"),
         autoescape=True,
         undefined=StrictUndefined,
+        finalize=_readable,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -136,6 +142,11 @@ def render_page(run: RunFolder) -> str:
         **_figures(run),
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates, which no file can
+
+
+def _readable(value: Any) -> Any:
+    """Return a text of the run as what is in it, whatever it would like to look like."""
+    return MISLEADING.sub(lambda match: visible(match[0]), value) if type(value) is str else value
 
 
 def _asset(environment: Environment, name: str) -> str:

@@ -70,9 +70,9 @@ def make_private(folder: Path) -> None:
 
 
 def pass_on_rights(folder: Path, paths: Iterable[Path]) -> None:
-    """Give files and folders the rights of the folder that they are in; files cannot be executed."""
+    """Give files and folders the rights of the folder that they are in; files cannot be executed, links are left."""
     mode = folder.stat().st_mode & 0o777
-    for path in paths:
+    for path in (each for each in paths if not each.is_symlink()):
         with suppress(OSError):
             path.chmod(mode if path.is_dir() else mode & 0o666)
 

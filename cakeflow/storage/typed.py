@@ -93,6 +93,23 @@ def parse_as(kind: type[S], text: str | bytes, where: str, error: type[EditError
     return read_as(kind, data, where, error, remedy)
 
 
+def parse_lines(kind: type[S], text: str, path: object, error: type[EditError], remedy: str) -> list[S]:
+    """Return a text with a JSON object a line as ours; lines end at line feeds only, as JSON has other ends in texts.
+
+    Args:
+        kind: The type.
+        text: Content of the file.
+        path: The file, for messages.
+        error: Type of the error to raise.
+        remedy: Advice at the end of the message.
+
+    Raises:
+        EditError: ``error``, naming line, field, value and the expected type.
+    """
+    lines = enumerate(text.split("\n"), 1)
+    return [parse_as(kind, line, f"{path}, line {number}", error, remedy) for number, line in lines if line.strip()]
+
+
 def _number(text: str) -> float:
     if not abs(value := float(text)) <= LARGEST:
         raise ValueError(f"{text[:40]} is beyond {LARGEST:.0e}, which no run could have measured")

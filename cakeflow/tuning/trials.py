@@ -11,6 +11,7 @@ from typing import Any
 
 from cakeflow.callbacks import OutcomeCheck
 from cakeflow.data.contexts import Contexts
+from cakeflow.data.files import read_text
 from cakeflow.data.request import EditRequest
 from cakeflow.editor import Editor
 from cakeflow.errors import ConfigError, NumericalError
@@ -18,7 +19,7 @@ from cakeflow.journal.steps import request_hash
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import content_key
-from cakeflow.storage.typed import Count, Number, Schema, parse_as
+from cakeflow.storage.typed import Count, Number, Schema, parse_lines
 
 SHARES = ("learned", "generalization", "specificity")
 """Metrics that a trial is judged by: free answers, paraphrases and neighbors."""
@@ -106,9 +107,8 @@ class Trials:
         self.made: dict[str, Trial] = {}
         if path.exists():
             remedy = "delete the file, and the trials are made again"
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-                trial = parse_as(Trial, line, f"{path}, line {number}", ConfigError, remedy)
-                self.stored[trial.key] = trial
+            trials = parse_lines(Trial, read_text(path), path, ConfigError, remedy)
+            self.stored = {trial.key: trial for trial in trials}
 
     def key(self, numbers: Numbers, facts: Sequence[EditRequest], recipe: str) -> str:
         """Return the hash of everything that decides a trial."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cakeflow.core import TokenCost
 from cakeflow.errors import ConfigError, NumericalError, require_positive
 from cakeflow.forward import Row, pad, plan
-from cakeflow.models import LanguageModel, Role, Site, capture, logits_at
+from cakeflow.models import LanguageModel, Role, Site, capture, frozen, logits_at
 from cakeflow.tracing import Attribution, CausalTrace, noise_of
 
 MAX_TOKENS = 2048
@@ -27,14 +28,26 @@ class Saliency(Attribution):
 
     Attributes:
         role: Output of the layer: ``block``, ``mlp_out`` or ``attn_out``.
+        max_bytes: Most bytes beyond the model, where they allow fewer tokens than ``MAX_TOKENS``; changes no result. A
+            run gives it its ``memory_budget``.
     """
 
     role: Role = "block"
+    max_bytes: float | None = field(default=None, repr=False, compare=False)
+
+    def within(self, max_bytes: float | None) -> Saliency:
+        """Return the measure within a limit of memory; a limit of its own stays where that is lower."""
+        limits = [each for each in (self.max_bytes, max_bytes) if each is not None]
+        return replace(self, max_bytes=min(limits, default=None))
 
     def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
-        """Return the gradients' norms."""
+        """Return the gradients' norms.
+
+        Raises:
+            ConfigError: If the longest prompt does not fit ``max_bytes``.
+        """
         sites, scores = [Site(layer, self.role) for layer in layers], torch.zeros(len(rows), len(layers)).double()
-        for group in plan([row.target for row in rows], MAX_TOKENS):
+        for group in plan([row.target for row in rows], most_tokens(lm, rows, len(layers), self.max_bytes)):
             chosen = [rows[i] for i in group]
             _, gradients = states(lm, chosen, sites, embeddings(lm, chosen), "log_probability")
             scores[group] = gradients.norm(dim=-1).cpu()
@@ -51,7 +64,8 @@ class IntegratedGradients(Attribution):
 
     Attributes:
         steps: Points on the line, the clean end included.
-        trace: Settings of the state (``role``) and of the noise (``noise``, ``draws``, ``seed``).
+        trace: Settings of the state (``role``), of the noise (``noise``, ``draws``, ``seed``) and of memory
+            (``max_bytes``).
     """
 
     steps: int = 5
@@ -62,11 +76,20 @@ class IntegratedGradients(Attribution):
         if self.trace.window != 1 or self.trace.tokens != "subject":
             raise ConfigError("IntegratedGradients scores single layers at the subject's last token")
 
+    def within(self, max_bytes: float | None) -> IntegratedGradients:
+        """Give ``trace`` a limit of memory."""
+        return replace(self, trace=self.trace.within(max_bytes))
+
     def attribute(self, lm: LanguageModel, rows: Sequence[Row], layers: Sequence[int]) -> Float[Tensor, "n l"]:
-        """Return the first-order effects, mean over the noise draws."""
+        """Return the first-order effects, mean over the noise draws.
+
+        Raises:
+            ConfigError: If the longest prompt does not fit ``trace.max_bytes``.
+        """
         sites, scores = [Site(layer, self.trace.role) for layer in layers], torch.zeros(len(rows), len(layers)).double()
         scale = self.trace.noise_scale(lm, rows)
-        for group in plan([row.target for row in rows], MAX_TOKENS):
+        most = most_tokens(lm, rows, len(layers), self.trace.max_bytes, self.trace.draws)
+        for group in plan([row.target for row in rows], most):
             chosen = [rows[i] for i in group]
             noise = noise_of(lm, chosen, scale, self.trace).to(lm.device, lm.dtype)
             effects = [self._effects(lm, chosen, sites, noise[:, draw]) for draw in range(self.trace.draws)]
@@ -82,6 +105,27 @@ class IntegratedGradients(Attribution):
             reached, gradients = states(lm, rows, sites, clean + (1 - step / self.steps) * noise, "probability")
             total = total + gradients / self.steps
         return ((reached - corrupted) * total).sum(-1)
+
+
+def most_tokens(lm: LanguageModel, rows: Sequence[Row], layers: int, max_bytes: float | None, draws: int = 0) -> int:
+    """Return how many tokens of prompts fit in a pass with gradients by all states of some layers.
+
+    Args:
+        lm: The model.
+        rows: The facts; a token is predicted at the end of each prompt.
+        layers: Number of layers.
+        max_bytes: Most bytes beyond the model; None for no limit.
+        draws: Number of noise draws that are kept beside.
+
+    Raises:
+        ConfigError: If the longest prompt does not fit.
+    """
+    if max_bytes is None:
+        return MAX_TOKENS
+    cost = TokenCost.above(lm, None)
+    sizes = [(row.target, 1) for row in rows]
+    further = (2 * layers + 4 + 2 * draws) * cost.hidden  # states and gradients, inputs, noise
+    return cost.most_tokens(sizes, max_bytes, MAX_TOKENS, "gradients by the states of a prompt", further)
 
 
 def embeddings(lm: LanguageModel, rows: Sequence[Row]) -> Float[Tensor, "n time width"]:
@@ -112,8 +156,8 @@ def states(
         for each in zip(*((row.subject, row.target - 1, row.ids[row.target]) for row in rows), strict=True)
     )
     mask = torch.ones(inputs.shape[:2], dtype=torch.long, device=lm.device)
-    with torch.enable_grad(), capture(lm, sites) as captured, logits_at(lm, every, last):
-        inputs = inputs.detach().requires_grad_()  # a graph from the bottom, though the model's weights may be frozen
+    with frozen(lm), torch.enable_grad(), capture(lm, sites) as captured, logits_at(lm, every, last):
+        inputs = inputs.detach().requires_grad_()  # a graph from the bottom, though the model's weights are frozen
         logits = lm(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits[0]
         value = logits.double().log_softmax(-1)[every, answer]
         value = value.exp() if metric == "probability" else value

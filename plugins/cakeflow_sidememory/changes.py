@@ -16,7 +16,7 @@ from cakeflow.journal import ModuleChange
 from cakeflow_sidememory.composed import ComposedProjection, ComposedSettings
 from cakeflow_sidememory.factors import Factors
 from cakeflow_sidememory.shards import ShardedProjection, ShardSettings, plain_weight
-from cakeflow_sidememory.stored import decoded, encoded
+from cakeflow_sidememory.stored import REMEDY, counts, decoded, encoded, numbers
 
 
 def packed(mask: Bool[Tensor, "d_out d_in"]) -> UInt8[Tensor, " bytes"]:
@@ -100,17 +100,17 @@ class ShardChange(ModuleChange):
         """Return the change with these tensors.
 
         Raises:
-            LedgerError: If the threshold is missing or no number, so that nothing could be routed by it.
+            LedgerError: If the threshold is missing or no number, so that nothing could be routed by it, or the others
+                are not of the kind, or not finite.
         """
         settings = decoded(tensors["settings"], ShardSettings)
+        (values,), (bits, edits) = numbers(place, tensors, values=1), counts(place, tensors, bits=1, edits=1)
         least = float(tensors["least"][0]) if tensors["least"].numel() else float("nan")
         if math.isnan(least):
-            raise LedgerError(
-                f"the shard at {place} has no threshold, but {tensors['least'].tolist()}; take it from a copy, or edit "
-                "again"
-            )
-        edits = int(tensors["edits"][0])
-        return cls(place, settings, tensors["values"], tensors["bits"], least, edits)
+            raise LedgerError(f"the shard at {place} has no threshold, but {tensors['least'].tolist()}; {REMEDY}")
+        if edits.numel() != 1 or int(edits[0]) < 0 or bits.dtype != torch.uint8:
+            raise LedgerError(f"the shard at {place} has {edits.tolist()} facts and a mask of {bits.dtype}; {REMEDY}")
+        return cls(place, settings, values, bits, least, int(edits[0]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,8 +173,14 @@ class FactorChange(ModuleChange):
 
     @classmethod
     def from_tensors(cls, place: str, tensors: Mapping[str, Tensor]) -> FactorChange:
-        """Return the change with these tensors."""
-        direction, output, neurons = (tensors[name] for name in ("direction", "output", "neurons"))
-        factors = Factors(direction, output, neurons, float(tensors["scale"][0]))
-        settings = decoded(tensors["settings"], ComposedSettings.of)
-        return cls(place, settings, factors, tensors["states"], tensors["facts"])
+        """Return the change with these tensors.
+
+        Raises:
+            LedgerError: If they are not of the kind, or not finite.
+        """
+        direction, output, states, scale = numbers(place, tensors, direction=2, output=2, states=2, scale=1)
+        neurons, facts = counts(place, tensors, neurons=2, facts=1)
+        if scale.numel() != 1 or neurons.dtype != torch.bool or neurons.shape != output.shape:
+            raise LedgerError(f"the factors at {place} have no scale, or neurons of another shape; {REMEDY}")
+        factors = Factors(direction, output, neurons, float(scale[0]))
+        return cls(place, decoded(tensors["settings"], ComposedSettings), factors, states, facts)

@@ -19,6 +19,7 @@ from cakeflow.journal import EditStep, ModuleChange
 from cakeflow.models import LanguageModel
 from cakeflow_sidememory.codebook import Codebook, CodebookSettings, rows_of_table, table
 from cakeflow_sidememory.questions import RoutedEdit
+from cakeflow_sidememory.stored import REMEDY, counts, numbers
 from cakeflow_sidememory.values import ValueTraining, learn_entry
 
 
@@ -61,14 +62,16 @@ class CodebookChange(ModuleChange):
         """Return the change with these tensors.
 
         Raises:
-            LedgerError: If the radius is missing or no number above 0, or there is not one value and label per key.
+            LedgerError: If the radius is missing or no number above 0, there is not one value and label per key, or
+                they are not finite.
         """
-        keys, values, labels, radius = (tensors[name] for name in ("keys", "values", "labels", "eps"))
-        eps = float(radius[0]) if radius.numel() == 1 else float("nan")
+        (keys, values), (labels,) = numbers(place, tensors, keys=2, values=2), counts(place, tensors, labels=2)
+        radius = tensors["eps"].flatten()
+        eps = float(radius[0]) if len(radius) == 1 else float("nan")
         if not eps > 0 or not len(keys) == len(values) == len(labels):
             raise LedgerError(
                 f"the codebook at {place} has the radius {radius.tolist()}, {len(keys)} keys, {len(values)} values and "
-                f"{len(labels)} labels: one radius above 0, one of each per fact; take it from a copy, or edit again"
+                f"{len(labels)} labels: one radius above 0, one of each per fact; {REMEDY}"
             )
         return cls(place, eps, keys, values, tuple(rows_of_table(labels)))
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -36,11 +35,6 @@ class ComposedSettings:
 
     def __post_init__(self) -> None:
         require_choice("rule", self.rule, Rule)
-
-    @classmethod
-    def of(cls, near: str, retrieval: Mapping[str, Any], rule: Rule) -> ComposedSettings:
-        """Return settings whose fields were written as JSON."""
-        return cls(near, Retrieval(**retrieval), rule)
 
 
 class ComposedProjection(RoutedModule):

@@ -16,7 +16,7 @@ from cakeflow.evaluation import ScoredPrompt, check_records, scored_prompts
 from cakeflow.forward import encode_texts, pad, plan
 from cakeflow.journal import request_hash
 from cakeflow.metrics import KINDS
-from cakeflow.models import LanguageModel, Scope, routed
+from cakeflow.models import LanguageModel, Scope, logits_at, routed
 
 MAX_TOKENS = 4096
 """Most tokens of the prompts that are routed in one pass."""
@@ -119,11 +119,12 @@ def routes(
     rows = encode_texts(lm.tokenizer, [each.prompt for each in prompts])
     numbers: dict[tuple[str, int], tuple[float, float, int]] = {}
     sides: dict[str, Side] = {}
+    no_row = torch.empty(0, dtype=torch.long, device=lm.device)
     for group in plan([len(row) for row in rows], MAX_TOKENS):
         ids = pad([rows[i] for i in group], lm.device)
         lengths = torch.tensor([len(rows[i]) for i in group], device=lm.device)
         mask = torch.arange(ids.shape[1], device=lm.device)[None] < lengths[:, None]
-        with torch.no_grad():
+        with torch.no_grad(), logits_at(lm, no_row, no_row):  # all logits would take most of the memory
             lm(input_ids=ids, attention_mask=mask.long(), use_cache=False)
         for path, module in modules.items():
             parts, sides[path] = _last_pass(module)

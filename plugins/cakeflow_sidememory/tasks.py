@@ -24,13 +24,14 @@ from typing import Any, Literal
 import regex
 
 from cakeflow.data import EditRequest, read_entries
-from cakeflow.errors import ConfigError, Fault, RequestError, require_choice
+from cakeflow.errors import ConfigError, Fault, RequestError, has_surrogate, require_choice, require_count
 from cakeflow.forward import Row, encode_prompts, predict
 from cakeflow.models import LanguageModel
 
 Task = Literal["MAC", "IMAC", "MQC", "IMQC"]
 PAIR = 'The answers of the questions "{}", "{}" are'
 """Prompt of two questions."""
+NO_TEXT = "must be a valid text that is not blank"
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Question:
     answers: tuple[str, ...]
     paraphrases: tuple[str, ...] = ()
     unrelated: tuple[str, ...] = ()
-    case_id: int | None = None
+    case_id: int | str | None = None
     relation: str = ""
 
     @property
@@ -128,23 +129,32 @@ def _faults(index: int, entry: Any) -> Iterator[Fault]:
         yield Fault(index, "requested_rewrite", rewrite, "must be an object with prompt and subject")
         return
     for name in ("prompt", "subject"):
-        if not isinstance(rewrite.get(name), str) or not rewrite[name].strip():
-            yield Fault(index, f"requested_rewrite.{name}", rewrite.get(name), "must be a text that is not blank")
+        if not _is_text(rewrite.get(name)):
+            yield Fault(index, f"requested_rewrite.{name}", rewrite.get(name), NO_TEXT)
     if isinstance(rewrite.get("prompt"), str) and rewrite["prompt"].count("{}") != 1:
         yield Fault(index, "requested_rewrite.prompt", rewrite["prompt"], "needs exactly one {} for the subject")
+    yield from _list_faults(index, entry)
+    if not isinstance(entry.get("case_id"), int | str | None) or not isinstance(rewrite.get("relation_id"), str | None):
+        names = entry.get("case_id"), rewrite.get("relation_id")
+        yield Fault(index, "case_id, relation_id", names, "must be a number or a text, and a text")
+
+
+def _list_faults(index: int, entry: dict[str, Any]) -> Iterator[Fault]:
     for name, least in (("postive_list", 1), ("para_add_prompts", 0)):
         texts = entry.get(name, [])
-        if not (
-            isinstance(texts, list) and len(texts) >= least and all(isinstance(t, str) and t.strip() for t in texts)
-        ):
-            yield Fault(index, name, texts, f"must be a list of at least {least} texts, none of them blank")
+        if not (isinstance(texts, list) and len(texts) >= least and all(map(_is_text, texts))):
+            yield Fault(index, name, texts, f"must be a list of at least {least} valid texts, none blank")
     pairs = entry.get("neighborhood_prompts", [])
-    if not (isinstance(pairs, list) and all(_is_pair(pair) for pair in pairs)):
+    if not (isinstance(pairs, list) and all(map(_is_pair, pairs))):
         yield Fault(index, "neighborhood_prompts", pairs, "must be a list of [prompt, answer]")
 
 
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip()) and not has_surrogate(value)
+
+
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(text, str) for text in value)
+    return isinstance(value, list) and len(value) == 2 and all(map(_is_text, value))
 
 
 def _question(entry: dict[str, Any]) -> Question:
@@ -185,10 +195,11 @@ def choose_answers(
         The questions that are left, each with ``count`` answers.
 
     Raises:
-        ConfigError: If ``count`` is below 1, or no question has as many.
+        ConfigError: If ``count`` is no whole number from 1 on, or no question has as many.
     """
-    if count < 1:
-        raise ConfigError(f"count={count}: each question needs at least one answer to edit")
+    require_count("count", count, 1)
+    if not questions:
+        raise ConfigError("there are no questions to choose answers of; give those of a file (read_questions)")
     written = [replace(each, answers=_written(each.answers, is_solid)) for each in questions]
     prompts, answers = zip(*((each.text, answer) for each in written for answer in each.answers), strict=True)
     rows = encode_prompts(lm.tokenizer, prompts, answers)

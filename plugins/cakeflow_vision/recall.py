@@ -10,7 +10,15 @@ from torch import Tensor
 
 from cakeflow.errors import ConfigError
 from cakeflow.models import VisionModel
-from cakeflow.storage import content_key, read_tensors, require_writable, tensor_hash, write_tensors
+from cakeflow.storage import (
+    content_key,
+    fault_in,
+    read_tensors,
+    require_writable,
+    tensor_hash,
+    tensor_hashes,
+    write_tensors,
+)
 
 T = TypeVar("T", bound="Tensor | Mapping[str, Tensor] | Mapping[int, Tensor]")
 
@@ -67,7 +75,8 @@ class Recall:
             else:
                 self._values[key] = value = compute()
                 if path is not None:
-                    write_tensors(require_writable(path.parent) / path.name, _named(value))
+                    tensors = _named(value)
+                    write_tensors(require_writable(path.parent) / path.name, tensors, tensor_hashes(tensors))
         return cast(T, self._values[key])
 
 
@@ -79,8 +88,11 @@ def _named(value: Tensor | Mapping[str, Tensor] | Mapping[int, Tensor]) -> dict[
 
 
 def _read(path: Path, vm: VisionModel) -> Any:
-    tensors = read_tensors(path, str(path), ConfigError, "delete it, and it is computed again").tensors
-    ready = {name: each.to(vm.device) for name, each in tensors.items()}
+    remedy = "delete it, and it is computed again"
+    file = read_tensors(path, str(path), ConfigError, remedy)
+    if fault := fault_in(file, {}):
+        raise ConfigError(f"{path} is damaged ({fault}); {remedy}")
+    ready = {name: each.to(vm.device) for name, each in file.tensors.items()}
     if set(ready) == {"value"}:
         return ready["value"]
     pairs = ((name.partition(" "), each) for name, each in ready.items())

@@ -129,6 +129,19 @@ def test_no_class_of_a_stranger_is_built_and_no_trust_is_taken_from_a_record(cap
     assert "config" in refused(["reproduce", "run"], capsys)
 
 
+@pytest.mark.parametrize("command", ["reproduce", "replay", "rollback", "export"])
+def test_python_of_a_model_does_not_run_because_a_ledger_says_so(there, command, capsys):
+    """Nor is any other argument of transformers taken from it."""
+    own = {"AutoConfig": "modeling_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.Own"}
+    config = json.loads(Path("toy/config.json").read_text())
+    Path("toy/config.json").write_text(json.dumps(config | {"auto_map": own, "model_type": "own"}))
+    Path("toy/modeling_own.py").write_text(f"open({str(there / 'ran')!r}, 'w').close()\n")
+    spoil("run", lambda body: body.update(loading={"trust_remote_code": "yes"}))
+    words = {"rollback": ["rollback", "run"], "export": ["export", "run", "out"]}.get(command, [command, "run"])
+    assert "loading.trust_remote_code" in refused(words, capsys)
+    assert not Path("ran").exists()
+
+
 def test_a_class_that_is_imported_on_the_command_line_is_built(there, monkeypatch, capsys):
     (there / "laboratory.py").write_text(
         "from dataclasses import dataclass\nfrom cakeflow.solvers import LeastSquares, Solver\n\n\n"

@@ -19,6 +19,7 @@ from cakeflow import Contexts, LocateThenEdit
 from cakeflow.core.memory import Footprint, TokenCost
 from cakeflow.core.statistics import Statistics
 from cakeflow.errors import ConfigError
+from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models import Site
@@ -50,6 +51,32 @@ def test_a_token_costs_the_same_in_every_block(tiny):
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     assert caches[-2] == 2 * heads * config.hidden_size // config.num_attention_heads * 8
     assert caches[-1] == 0
+
+
+def test_all_of_a_model_keeps_more_than_what_is_above_its_first_block(tiny):
+    whole, above = (TokenCost.above(tiny, site) for site in (None, Site(0, "mlp_out")))
+    assert 1 < whole.graph / above.graph < 1.5 * tiny.depth / (tiny.depth - 1)
+
+
+def test_as_many_tokens_run_together_as_fit(tiny):
+    cost = TokenCost.above(tiny, None)
+    row = 10 * (cost.graph + cost.through) + cost.logits
+    assert cost.most_tokens([(10, 1)] * 9, None, 500) == 500
+    assert cost.most_tokens([(10, 1)] * 9, 3 * row, 500) == 30
+    assert cost.most_tokens([(10, 1)] * 9, 3 * row, 20) == 20
+    assert cost.most_tokens([(10, 1), (20, 20)], row, 500) < 10
+    assert cost.most_tokens([(10, 1)], row, 500, further=cost.graph) < 10
+    assert cost.most_tokens([(10, 1)], -1.0, 500) == 1
+    assert cost.most_tokens([], row, 500, "reading") == 500
+    with pytest.raises(ConfigError, match=r"memory_budget is .* but reading takes about"):
+        cost.most_tokens([(10, 1)], row - 1, 500, "reading")
+
+
+def test_the_loss_of_a_batch_keeps_to_the_budget(tiny, batch):
+    module = LocateThenEdit(tiny, [1, 2], contexts=CONTEXTS)
+    assert module._loss_tokens(Site(1, "mlp_out"), batch) == WeightLoss.max_tokens
+    module.max_bytes = 2 * TokenCost.above(tiny, Site(1, "mlp_out")).graph * max(len(r[0].ids) for r in batch.rows)
+    assert module._loss_tokens(Site(1, "mlp_out"), batch) < 2 * max(len(rows[0].ids) for rows in batch.rows)
 
 
 def test_shapes_suffice(tiny, batch):

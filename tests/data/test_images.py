@@ -1,8 +1,12 @@
 """Image requests: read from every source, checked before a model runs, pixels as hashes."""
 
 import csv
+import gzip
 import io
 import json
+import os
+import struct
+import zlib
 
 import datasets
 import numpy as np
@@ -25,6 +29,14 @@ def folder(tmp_path):
         (tmp_path / label).mkdir()
         Image.fromarray(pixels).save(tmp_path / label / "1.png")
     return tmp_path
+
+
+def png(width, height):
+    """The file of an image that claims a size, with a few bytes of pixels."""
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(bytes(99)))]
+    parts = [struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+             for kind, data in chunks]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def summary(requests):
@@ -85,6 +97,9 @@ def test_the_ledgers_words_have_neither_pixels_nor_folders(folder):
         (Image.new("P", (4, 4)), "mode P"),
         (7, "is a int; give a path"),
         ({"bytes": b"no image"}, "cannot identify image file"),
+        ({"bytes": png(12_000, 12_000)}, "could be decompression bomb"),
+        ({"bytes": png(60_000, 60_000)}, "could be decompression bomb"),
+        ({"path": "/"}, "is no file; give the path of an image"),
     ],
 )
 def test_what_is_no_image_is_a_fault_of_its_entry(source, message):
@@ -103,7 +118,11 @@ def test_what_is_no_image_is_a_fault_of_its_entry(source, message):
         ({"image": RED, "label": 1, "probes": [{"kind": "mirror", "image": RED}]}, "probes.label = None"),
         ({"image": RED, "label": 1, "probes": [{"kind": "mirror"}]}, "give a list of {kind, image, label}"),
         ({"image": RED, "label": 1, "probes": [{"kind": "locality", "image": 3}]}, "probes.image"),
+        ({"image": RED, "label": 1, "probes": 3}, "give a list of {kind, image, label}"),
         ({"image": RED, "label": 1, "group": 3}, "group = 3"),
+        ({"image": RED, "label": 1, "group": "\ud800"}, "group = .*must be a name"),
+        ({"image": RED, "label": "\ud800"}, "label = .*must be the index or the name"),
+        ({"image": RED, "label": 1, "probes": [{"kind": "locality", "image": RED, "group": 1}]}, "probes.group = 1"),
         ({"image": RED, "label": 1, "label_true": 1}, "equals target_true; there is nothing to edit"),
     ],
 )
@@ -139,11 +158,36 @@ def test_tables_say_what_their_header_lacks(tmp_path):
     (tmp_path / "list.csv").write_text("file,label\na.png,1\n")
     with pytest.raises(RequestError, match="has the columns file, label; a table of images needs image and label"):
         read_requests(tmp_path / "list.csv")
-    with pytest.raises(ConfigError, match="cannot be read as a table"):
+    with pytest.raises(ConfigError, match="no file or folder"):
         read_requests(tmp_path / "none.csv")
+    (tmp_path / "long.csv").write_text(f"image,label\n{'a' * 200_000},1\n")
+    with pytest.raises(ConfigError, match="cannot be read as a table: field larger than field limit"):
+        read_requests(tmp_path / "long.csv")
+
+
+def test_tables_are_read_as_spreadsheets_write_them_and_within_the_bounds_of_all_files(folder):
+    text = "image,label,case_id\ncat/1.png,3,7\n"
+    (folder / "list.csv").write_text(text, encoding="utf-8-sig")
+    (folder / "list.csv.gz").write_bytes(gzip.compress(text.encode()))
+    for name in ("list.csv", "list.csv.gz"):
+        assert [each.label for each in read_requests(folder / name)] == [3]
+    (folder / "bomb.csv.gz").write_bytes(gzip.compress(b"image,label\n" + b"x" * (1 << 27)))
+    with pytest.raises(ConfigError, match="unpacks to 200 times its size"):
+        read_requests(folder / "bomb.csv.gz")
+
+
+def test_a_pipe_is_no_image_and_keeps_nobody_waiting(folder):
+    os.mkfifo(folder / "pipe.png")
+    (folder / "list.jsonl").write_text(json.dumps({"image": "pipe.png", "label": 1, "probes": 3}))
+    with pytest.raises(RequestError, match=r"give a list of {kind, image, label}"):
+        read_requests(folder / "list.jsonl")
+    with pytest.raises(RequestError, match="is no file; give the path"):
+        parse_requests([{"image": folder / "pipe.png", "label": 1}])
 
 
 def test_indices_in_tables_are_numbers(folder):
+    (folder / "list.csv").write_text(f"image,label\ncat/1.png,{'9' * 5000}\n")
+    assert read_requests(folder / "list.csv")[0].label == "9" * 5000  # no index of a class
     (folder / "list.csv").write_text("image,label,label_true,group\ncat/1.png,3,1,\n")
     (request,) = read_requests(folder / "list.csv")
     assert (request.label, request.label_true, request.group) == (3, "1", None)

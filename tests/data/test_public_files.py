@@ -164,11 +164,46 @@ def test_a_record_whose_targets_are_equal_loses_the_true_one():
         ({**ROUND, "edit": {}}, "missing"),
         ({**KNOWEDIT, "subject": "Zoe"}, "the subject does not occur either"),
         ({**PEAK, "neighborhood_prompts": [[3, "Iran"]]}, "probes.prompt = 3: must be a string"),
+        ({**PEAK, "neighborhood_prompts": [{"a": 1, "b": 2}]}, "neighborhood_prompts = .*list of .prompt, answer"),
+        ({**PEAK, "neighborhood_prompts": [["Ann is"]]}, "neighborhood_prompts = .*list of .prompt, answer"),
+        ({**PEAK, "para_add_prompts": 5}, "para_add_prompts = 5: give a list of valid texts"),
+        ({**PEAK, "para_add_prompts": "text"}, "para_add_prompts = 'text': give a list"),
+        ({**CONFLICT, "edits": [5]}, "edits = .*give a list of {relation"),
     ],
 )
 def test_broken_records_are_named(record, words):
     with pytest.raises(RequestError, match=f"entry 0, .*{words}"):
         read_requests([record])
+
+
+@pytest.mark.parametrize(
+    ("record", "field"),
+    [
+        ({**MQUAKE, "questions": 5}, "questions"),
+        ({**MQUAKE, "questions": "text"}, "questions"),
+        ({**MQUAKE, "questions": ["a\ud800"]}, "questions"),
+        ({**MQUAKE, "new_answer": ["Lima"]}, "new_answer"),
+        ({**MQUAKE, "new_answer_alias": "Lima"}, "new_answer_alias"),
+        ({**KNOWEDIT, "portability": {"Reasoning": 5}}, "portability.Reasoning"),
+        ({**KNOWEDIT, "portability": {"=a\x1b[2J": []}}, "portability"),
+        ({**KNOWEDIT, "portability": {"a\ud800": []}}, "portability"),
+        ({**KNOWEDIT, "portability": {"Reasoning": [5]}}, "portability.Reasoning"),
+        ({**KNOWEDIT, "locality": {"a": {"prompt": "text", "ground_truth": ["b"]}}}, "locality.a"),
+        ({**KNOWEDIT, "locality": {"a": {"prompt": ["\ud800"], "ground_truth": ["b"]}}}, "locality.a"),
+    ],
+)
+def test_questions_of_another_shape_are_named_and_never_read_letter_by_letter(record, field):
+    for read in (read_requests, read_consequences):
+        with pytest.raises(RequestError, match=rf"entry 1, {field} = "):
+            read([KNOWEDIT, record])
+
+
+def test_answers_nested_deeper_than_any_file_has_them_are_left_out():
+    deep = ["Lima"]
+    for _ in range(2000):
+        deep = [deep]
+    record = {**KNOWEDIT, "locality": {}, "portability": {"Reasoning": [{"prompt": "q", "ground_truth": deep}]}}
+    assert consequences([record]) == []
 
 
 @pytest.mark.parametrize("entry", [3, None, {"prompt": "{} is"}, {"requested_rewrite": {"prompt": "{} is"}}])

@@ -15,6 +15,7 @@ from cakeflow.errors import (
     RequestError,
     RequestWarning,
     ResumeError,
+    RunFolderError,
 )
 from cakeflow.journal import Policy, read_entries, replay, verify
 from cakeflow.report import RunFolder, render_page
@@ -280,3 +281,17 @@ def test_warnings_of_ours_are_collected_once():
             warnings.warn("mind this", RequestWarning, stacklevel=1)
         warnings.warn("of others", UserWarning, stacklevel=1)
     assert messages == ["mind this"]
+
+
+@pytest.mark.checks
+def test_answers_with_ends_of_lines_of_other_sorts_are_read_again_and_links_are_not_followed(opened, tmp_path):
+    with opened() as session:
+        session.apply(FACT[0], f"{FACT[1]}\u2028 or\x85polo", "LeBron James")
+        names = [*session.answers]
+    with opened() as session:
+        assert [*session.answers] == names
+    (tmp_path / "own.txt").write_text("mine")
+    (tmp_path / "run" / "answers.jsonl").unlink()
+    (tmp_path / "run" / "answers.jsonl").symlink_to(tmp_path / "own.txt")
+    with pytest.raises(RunFolderError, match="leads out of"), opened():
+        pass

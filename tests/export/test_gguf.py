@@ -189,7 +189,7 @@ def test_a_modelfile_stops_where_the_model_does(llama, requests, quiet):
 
 @pytest.mark.real
 def test_the_real_file_keeps_everything_but_the_edits(real_editor, tmp_path):
-    editor = real_editor("memit")
+    editor = real_editor("memit", layers=[8, 9], targets={"steps": 2})
     request = {"prompt": "{} is a city in the country of", "subject": "Lyon", "target_new": "Germany"}
     editor.fit([request], evaluate=False)
     base = gguf_source("smollm2-135m")

@@ -1,12 +1,16 @@
 """Tensors in the types of GGUF."""
 
+import os
+from contextlib import suppress
+
 import numpy as np
 import pytest
 import torch
+from gguf import GGUFWriter
 from gguf.quants import dequantize
 
 from cakeflow.errors import ExportError
-from cakeflow.export.gguf_file import open_gguf, packed
+from cakeflow.export.gguf_file import architecture_in, open_gguf, packed, stored
 
 
 @pytest.mark.parametrize(
@@ -46,3 +50,40 @@ def test_other_files_are_refused(tmp_path):
         (tmp_path / "a.gguf").write_bytes(data)
         with pytest.raises(ExportError, match="no GGUF file"):
             open_gguf(tmp_path / "a.gguf")
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A file with one tensor, and what it holds."""
+    writer = GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_down.weight", np.arange(128, dtype=np.float32).reshape(4, 32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "a.gguf"
+
+
+def test_a_file_that_is_cut_while_it_is_open_ends_no_process(written):
+    reader = open_gguf(written)
+    os.truncate(written, 10)
+    assert stored(reader.tensors[0]).flatten().tolist() == list(range(128))
+    assert architecture_in(reader, written) == "llama"
+
+
+def test_damaged_files_are_errors_of_ours(written):
+    """Whatever byte is another one: read, or refused by name."""
+    good = written.read_bytes()
+    for place in range(len(good) - 512):
+        written.write_bytes(good[:place] + b"\xa0" + good[place + 1 :])
+        with suppress(ExportError):
+            reader = open_gguf(written)
+            architecture_in(reader, written)
+            for entry in reader.tensors:
+                stored(entry)
+    written.write_bytes(good.replace(b"llama", b"l\xa0ama"))
+    with pytest.raises(ExportError, match="names no architecture; name the file"):
+        architecture_in(open_gguf(written), written)
+    written.write_bytes(good.replace(b"general.architecture", b"general.architectura"))
+    with pytest.raises(ExportError, match="names no architecture"):
+        architecture_in(open_gguf(written), written)

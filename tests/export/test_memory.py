@@ -1,17 +1,20 @@
 """Modules that edits put in place leave a run and come back into the unedited model."""
 
 import copy
+import json
 
 import pytest
 import torch
 from toy_changes import Scaled, Scaling
 
 from cakeflow import EditRequest
-from cakeflow.errors import ExportError, PolicyError
+from cakeflow.errors import EditError, ExportError, PolicyError
 from cakeflow.export import apply_memory
 from cakeflow.export.formats import export
 from cakeflow.journal import Policy
 from cakeflow.journal.journal import Journal
+
+from .forgery import sealed_text
 
 PLACE = "transformer.h.1.mlp"
 
@@ -66,6 +69,27 @@ def test_a_changed_memory_is_refused_and_leaves_the_model_alone(scaled, tmp_path
         apply_memory(base, tmp_path / "out")
     assert torch.equal(logits(base), before)
     assert not any(isinstance(module, Scaling) for module in base.model.modules())
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ({"place": ""}, "the whole model has no place"),
+        ({"place": "transformer.h.9"}, "no module 'transformer.h.9'"),
+        ({"kind": "WeightChange"}, "does not fit its manifest or this model .*right"),
+    ],
+)
+def test_a_forged_memory_is_one_error_and_leaves_the_model_alone(scaled, tmp_path, damage, message):
+    base, journal = scaled
+    folder = export(journal, tmp_path / "out", "memory")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["changes"] = [{**each, **damage} for each in manifest["changes"]]
+    (folder / "manifest.json").write_text(sealed_text(manifest))
+    before, modules = logits(base), [*base.model.modules()]
+    with pytest.raises(EditError, match=message):
+        apply_memory(base, folder)
+    assert torch.equal(logits(base), before)
+    assert all(one is other for one, other in zip(base.model.modules(), modules, strict=True))
 
 
 @pytest.mark.parametrize("format", ["model", "delta", "lora"])

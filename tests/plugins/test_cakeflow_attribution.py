@@ -2,9 +2,12 @@
 
 import pytest
 import torch
-from cakeflow_attribution import IntegratedGradients, Noisy, Saliency, Shuffled
+from cakeflow_attribution import IntegratedGradients, Noisy, Saliency, Shuffled, gradients
+from cakeflow_attribution.gradients import states
+from torch.autograd.graph import saved_tensors_hooks
 
 from cakeflow import Contexts
+from cakeflow.core import TokenCost
 from cakeflow.core.config import build_module
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.forward.tokens import encode_batch
@@ -65,7 +68,7 @@ def test_integrated_gradients_are_traces_to_first_order(tiny, rows, role, tmp_pa
 def test_more_steps_converge(tiny, rows):
     few, more, most = (
         IntegratedGradients(steps=steps, trace=CausalTrace(draws=1, noise=0.5)).attribute(tiny, rows, LAYERS)
-        for steps in (2, 32, 64)
+        for steps in (2, 16, 32)
     )
     assert (more - most).norm() < 0.1 * (few - most).norm()
 
@@ -78,6 +81,42 @@ def test_facts_do_not_influence_each_other_and_the_model_stays(tiny, rows, attri
         torch.testing.assert_close(attribution.attribute(tiny, [row], LAYERS)[0], scores, rtol=1e-9, atol=1e-15)
     assert tiny.fingerprint() == before
     assert all(parameter.grad is None for parameter in tiny.model.parameters())
+
+
+def test_fewer_tokens_run_together_within_a_limit_and_the_scores_stay(tiny, rows, attribution, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(gradients, "states", lambda lm, rows, *rest: sizes.append(len(rows)) or states(lm, rows, *rest))
+    free = attribution.attribute(tiny, rows, LAYERS)
+    together = max(sizes)
+    assert together > 2
+    cost = TokenCost.above(tiny, None)
+    longest = max(row.target for row in rows)
+    room = longest * (cost.graph + cost.through + 30 * cost.hidden) + cost.logits
+    sizes.clear()
+    narrow = attribution.within(room).within(None).within(2 * room)
+    torch.testing.assert_close(narrow.attribute(tiny, rows, LAYERS), free, rtol=1e-9, atol=1e-15)
+    assert max(sizes) < together
+    assert narrow == attribution.within(None)
+    assert repr(narrow) == repr(attribution)
+    with pytest.raises(ConfigError, match=r"memory_budget is .* but gradients by the states of a prompt takes about"):
+        attribution.within(1000).attribute(tiny, rows, LAYERS)
+
+
+def test_the_estimate_covers_what_a_pass_keeps(tiny, rows):
+    """Every tensor that autograd keeps in the largest pass, counted."""
+    cost, kept = TokenCost.above(tiny, None), {}
+    own = {each.untyped_storage()._cdata for each in tiny.model.parameters()}
+
+    def save(tensor):
+        if (storage := tensor.untyped_storage())._cdata not in own:
+            kept[storage._cdata] = storage
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        sites = [Site(layer) for layer in LAYERS]
+        states(tiny, rows, sites, gradients.embeddings(tiny, rows), "log_probability")
+    tokens = len(rows) * max(row.target for row in rows)
+    assert sum(each.nbytes() for each in kept.values()) <= tokens * cost.graph + len(rows) * cost.logits
 
 
 def test_a_weighter_measures_global_scores_once_on_what_the_model_knows(tiny, rows, requests, attribution, monkeypatch):

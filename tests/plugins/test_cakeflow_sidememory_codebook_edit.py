@@ -150,6 +150,11 @@ def test_damaged_and_foreign_changes_are_refused(lm):
     ):  # fmt: skip
         with pytest.raises(LedgerError, match=f"the codebook at {change.place} has the radius"):
             CodebookChange.from_tensors(change.place, {**tensors, name: damaged})
+    for name in ("keys", "values"):  # they are buffers, which nobody looks at when a module is put in place
+        with pytest.raises(LedgerError, match=f"{name} are not finite numbers"):
+            CodebookChange.from_tensors(change.place, {**tensors, name: tensors[name] * torch.nan})
+    with pytest.raises(LedgerError, match="labels are not whole numbers"):
+        CodebookChange.from_tensors(change.place, {**tensors, "labels": tensors["labels"].double()})
     with pytest.raises(ShapeError, match="belongs to the model that it was made for"):
         change.build(torch.nn.Linear(3, 3))
     with pytest.raises(ConfigError, match=r"the codebook there has the settings .*eps=0.001.*not .*eps=5.0"):

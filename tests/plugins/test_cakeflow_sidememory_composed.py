@@ -13,7 +13,7 @@ from cakeflow_sidememory.shards import ShardSettings
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cakeflow.errors import ConfigError, ShapeError
+from cakeflow.errors import ConfigError, LedgerError, ShapeError
 from cakeflow.evaluation import score_targets
 from cakeflow.forward import continuations, encode
 from cakeflow.models import Site
@@ -224,6 +224,22 @@ def test_changes_come_back_from_their_tensors_and_stand_on_each_other(lm):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     both = replace(change, facts=torch.tensor([4, 5, 6])).build(change.build(plain))
     assert (len(both), both.facts.tolist(), both.base) == (6, [1, 2, 3, 4, 5, 6], plain)
+
+
+def test_factors_of_another_kind_are_refused_when_they_are_read(lm):
+    change = change_of(lm)
+    tensors = change.tensors()
+    for damage, message in (
+        ({"scale": torch.tensor([torch.nan]).double()}, "scale are not finite numbers"),
+        ({"scale": torch.ones(2).double()}, "have no scale"),
+        ({"states": tensors["states"] * torch.inf}, "states are not finite numbers"),
+        ({"direction": tensors["direction"][0]}, "direction are not finite numbers in 2 dimensions"),
+        ({"neurons": tensors["neurons"].long()}, "neurons of another shape"),
+        ({"neurons": tensors["neurons"][:, :1]}, "neurons of another shape"),
+        ({"facts": tensors["facts"].double()}, "facts are not whole numbers"),
+    ):
+        with pytest.raises(LedgerError, match=f"{message}.*; take it from a copy"):
+            FactorChange.from_tensors(change.place, {**tensors, **damage})
 
 
 def narrow(factors, scale=2.0, width=3):

@@ -176,6 +176,11 @@ def test_a_shard_of_another_model_or_without_a_threshold_is_refused(lm):
     for least in (torch.tensor([float("nan")]), torch.empty(0)):
         with pytest.raises(LedgerError, match=r"has no threshold, but .*take it from a copy, or edit again"):
             ShardChange.from_tensors(place(lm), {**tensors, "least": least})
+    for damage in ({"edits": torch.tensor([-1])}, {"edits": torch.empty(0).long()}, {"bits": torch.zeros(3).long()}):
+        with pytest.raises(LedgerError, match=r"has .* facts and a mask of .*take it from a copy"):
+            ShardChange.from_tensors(place(lm), {**tensors, **damage})
+    with pytest.raises(LedgerError, match="values are not finite numbers"):
+        ShardChange.from_tensors(place(lm), {**tensors, "values": tensors["values"] / 0})
     with pytest.raises(ConfigError, match="was not asked anything yet"):
         memory.measured()
 

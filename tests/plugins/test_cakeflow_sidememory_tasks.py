@@ -50,6 +50,7 @@ def test_faulty_records_are_named_together(tmp_path):
         {**RECORD, "requested_rewrite": {"prompt": "no slot", "subject": " "}},
         {**RECORD, "neighborhood_prompts": [["only a prompt"]]},
         {"case_id": 3},
+        {**RECORD, "case_id": {}, "postive_list": ["a\ud800"], "para_add_prompts": ["\ud800"]},
         RECORD,
     ]
     with pytest.raises(RequestError) as error:
@@ -60,6 +61,9 @@ def test_faulty_records_are_named_together(tmp_path):
         (1, "requested_rewrite.prompt"),
         (2, "neighborhood_prompts"),
         (3, "requested_rewrite"),
+        (4, "postive_list"),
+        (4, "para_add_prompts"),
+        (4, "case_id, relation_id"),
     ]
     with pytest.raises(RequestError, match="has no record"):
         read_questions(written(tmp_path))
@@ -83,8 +87,10 @@ def test_questions_with_too_few_answers_are_left_out(lm):
     assert [each.subject for each in chosen] == ["Turkey"]
     with pytest.raises(ConfigError, match="none of 1 questions has 3 answers"):
         choose_answers(lm, [TURKEY], 3)
-    with pytest.raises(ConfigError, match="count=0"):
+    with pytest.raises(ConfigError, match="count must be a whole number of at least 1, got 0"):
         choose_answers(lm, [TURKEY], 0)
+    with pytest.raises(ConfigError, match="there are no questions"):
+        choose_answers(lm, [])
 
 
 def test_answers_may_be_written_solid(lm):

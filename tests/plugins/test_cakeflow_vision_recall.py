@@ -9,6 +9,7 @@ from tiny_vision import random_images, random_vision_model
 
 from cakeflow.data import Picture
 from cakeflow.errors import ConfigError
+from cakeflow.storage import tensor_hashes, write_tensors
 
 
 def test_a_value_is_computed_once_for_a_model_and_its_images():
@@ -77,6 +78,11 @@ def test_another_process_reads_values_from_a_folder(tmp_path):
     assert all(torch.equal(again[layer], each) for layer, each in means.items())
     same = later(vm, "representations", [pixels], never, classifiers=False)
     assert all(torch.equal(same[path], each) for path, each in features.items())
+    for tensors, metadata in (({"value": scores}, {}), ({"value": scores / 0}, tensor_hashes({"value": scores / 0}))):
+        for path in (tmp_path / "kept").glob("*.safetensors"):
+            write_tensors(path, tensors, metadata)
+        with pytest.raises(ConfigError, match=r"is damaged \(value .*; delete it, and it is computed again"):
+            Recall(tmp_path / "kept")(vm, "scores", [pixels, labels], never)
     for path in (tmp_path / "kept").glob("*.safetensors"):
         path.write_bytes(b"damaged")
     with pytest.raises(ConfigError, match="delete it, and it is computed again"):

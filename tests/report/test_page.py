@@ -22,6 +22,7 @@ SECTIONS = (
     "metrics", "answers", "relations", "edits", "layers", "targets", "moments", "ability", "cost", "config", "versions",
 )  # fmt: skip
 HOSTILE = "<script>document.title='owned'</script><img src=x onerror=alert(1)> & \"q\" 'a' $x_1$ {{ 7*7 }} \ud800"
+HOSTILE += " \x1b[2J \u202eeulb\u202c"
 
 
 @pytest.fixture
@@ -155,7 +156,10 @@ def test_everything_from_the_run_is_escaped(make_run):
     table = (folder / "metrics.csv").read_text()
     (folder / "metrics.csv").write_text(table.replace("cloze", "<script>x<_script>$y").replace("drift", "<b>$z"))
     (folder / "config.yaml").write_text("model: </pre><script>alert(1)</script>\n")
-    page = Page(render_page(RunFolder.read(folder)))
+    html = render_page(RunFolder.read(folder))
+    assert not re.findall(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", html)
+    assert r"\u202eeulb\u202c" in html
+    page = Page(html)
     clean = Page(render_page(RunFolder.read(make_run("clean"))))
     assert page.tags.count("script") == clean.tags.count("script") == 1
     assert page.tags.count("img") == page.tags.count("b") - clean.tags.count("b") == 0

@@ -188,3 +188,16 @@ def test_no_signal_is_lost_when_the_handler_of_another_raises():
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGTERM, usual)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no modes")
+def test_rights_are_passed_on_inside_the_folder_only(tmp_path):
+    folder, own = tmp_path / "run", tmp_path / "own.txt"
+    folder.mkdir(mode=0o700)
+    own.write_text("mine")
+    own.chmod(0o644)
+    (folder / "a.txt").write_text("a")
+    (folder / "link").symlink_to(own)
+    atomic.pass_on_rights(folder, folder.iterdir())
+    assert (folder / "a.txt").stat().st_mode & 0o777 == 0o600
+    assert own.stat().st_mode & 0o777 == 0o644

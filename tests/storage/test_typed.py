@@ -8,7 +8,7 @@ from hypothesis import given
 from strategies import JSON
 
 from cakeflow.errors import LedgerError, RunFolderError
-from cakeflow.storage.typed import DEEPEST, LARGEST, Json, Number, Schema, parse_as, plain, read_as
+from cakeflow.storage.typed import DEEPEST, LARGEST, Json, Number, Schema, parse_as, parse_lines, plain, read_as
 
 
 class Anything(Schema):
@@ -88,3 +88,12 @@ def test_what_is_no_number_is_nan(text):
     assert math.isnan(parse_as(Measured, f'{{"loss": {text}}}', "file", RunFolderError, "look").loss)
     assert math.isnan(Measured(loss=2 * LARGEST).loss)
     assert Measured(loss=math.inf).to_dict() == {"loss": None}
+
+
+def test_lines_end_at_line_feeds_only():
+    """What else a text may be broken at, ``splitlines`` would break a JSON object at."""
+    shelves = [Shelf(books=[], name=f"one{mark}two") for mark in ("\u2028", "\u2029", "\x85", "\x0b", "\r")]
+    text = "".join(f"{each.model_dump_json()}\n" for each in shelves)
+    assert parse_lines(Shelf, f"\n{text}\n", "file", LedgerError, "look") == shelves
+    with pytest.raises(LedgerError, match=r"^file, line 6: .*; look$"):
+        parse_lines(Shelf, text + "{", "file", LedgerError, "look")
