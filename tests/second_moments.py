@@ -56,5 +56,3 @@ def rewritten(path, **changes):
     tensors = {**load_file(path), **changes}
     tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
     write_tensors(path, tensors, tensor_hashes(tensors))
-
-

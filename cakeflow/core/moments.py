@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -77,11 +78,14 @@ class Plan(Schema):
         points = [-(-self.windows // 2**power) for power in range(1, 64) if self.windows >= least * 2**power]
         return sorted({len(self), *(end for point in points if (end := -(-point // self.rows)) < len(self))})
 
-    def stretches(self, part: int = 1, parts: int = 1) -> list[range]:
-        """Return the blocks of one of several equal parts, parted again where the curve has points."""
-        start, stop = (len(self) * number // parts for number in (part - 1, part))
-        cuts = [start, *(end for end in self.ends() if start < end < stop), stop]
-        return [range(low, high) for low, high in zip(cuts, cuts[1:], strict=False) if low < high]
+    def blocks(self, number: int = 1, count: int = 1) -> range:
+        """Return the blocks of one of ``count`` parts of about equal size, from 1 on."""
+        return range(len(self) * (number - 1) // count, len(self) * number // count)
+
+    def stretches(self, blocks: range) -> list[range]:
+        """Return some blocks, parted where the curve has points."""
+        cuts = [blocks.start, *(end for end in self.ends() if blocks.start < end < blocks.stop), blocks.stop]
+        return [range(low, high) for low, high in pairwise(cuts)]
 
     def check(self) -> None:
         """Check that the sums have room for all blocks.

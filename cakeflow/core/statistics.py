@@ -26,7 +26,7 @@ from cakeflow.storage.tensors import fault_in
 
 log = logging.getLogger(__name__)
 FORMAT = 4
-"""Format of the files; part of the cache key. 2: eigenvectors as rows. 3: with a hash of every tensor. 4: exact sums."""
+"""Format of the files; part of the cache key. 2: eigenvectors as rows. 3: a hash of every tensor. 4: exact sums."""
 
 
 @dataclass(frozen=True)

@@ -224,5 +224,3 @@ def test_statistics_stay_as_they_were_read(lm, settings, cache):
 def test_bad_settings(name):
     with pytest.raises(ConfigError, match=rf"statistics\.{name} must be above 0"):
         Statistics(**{name: 0})
-
-
