@@ -171,6 +171,7 @@ def main() -> int:
     args_of.add_argument("--window", type=int, default=512)
     args_of.add_argument("--rows", type=int, default=8, help="windows in a forward pass")
     args_of.add_argument("--documents", type=int, nargs="+", help="numbers of documents whose memory is measured")
+    args_of.add_argument("--sums", action="store_true", help="nothing but exact_sum")
     args = args_of.parse_args()
     if args.documents:
         for count in args.documents:
@@ -184,6 +185,9 @@ def main() -> int:
         windows = torch.tensor(stream[: len(stream) // args.window * args.window]).unflatten(0, (-1, args.window))
         print(f"{windows.numel()} tokens in windows of {windows.shape[1]}, layers {LAYERS}")
         settings = Statistics(path, args.tokens, args.window, batch_tokens=args.rows * args.window)
+        sums = {"exact_sum": exact(lm, windows[: args.rows], max(args.repeats, 3))}
+        if args.sums:
+            return report(sums, args.json)
         # a pass that keeps nothing has nothing to compare
         result = alternate(
             lambda _number: one_pass(lm, settings),
@@ -192,8 +196,7 @@ def main() -> int:
             args.repeats,
             0.0,
         )
-        figures = {"forward": replace(result, notes={"tokens per second": windows.numel() / result.ours})}
-        figures["exact_sum"] = exact(lm, windows[: args.rows], max(args.repeats, 3))
+        figures = {"forward": replace(result, notes={"tokens per second": windows.numel() / result.ours}), **sums}
         ways = {
             "layer_stats": (lambda _number: per_layer(lm, windows, args.rows, stop=True), args.repeats),
             "full_forward": (lambda _number: per_layer(lm, windows, args.rows, stop=False), 1),
