@@ -2,6 +2,7 @@
 
 import copy
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -137,3 +138,42 @@ def test_who_comes_second_waits_and_finds_what_the_first_one_collected(lm, setti
     threads[0].join()
     assert len(calls) == len(threads) == 1
     assert torch.equal(first[MLP[1]].moment, second[0][MLP[1]].moment)
+
+
+def test_a_partial_pass_over_other_blocks_is_not_used(lm, settings, tmp_path, monkeypatch):
+    stopped(lm, settings, tmp_path / "broken", 1, monkeypatch)
+    other = replace(settings, batch_tokens=40)
+    expected = other.collect(lm, at(1, 3), tmp_path / "whole")
+    resumed = other.collect(lm, at(1, 3), tmp_path / "broken")
+    assert all(torch.equal(resumed[site].moment, expected[site].moment) for site in at(1, 3))
+
+
+def test_keys_that_are_too_large_for_the_sums_are_named(lm, settings, cache):
+    with torch.no_grad():
+        lm.model.transformer.h[1].mlp.c_fc.weight.mul_(1e9)
+    with pytest.raises(StatisticsError, match=r"layer-1-mlp_out: the second moment has a sum of squares of .* limit"):
+        settings.collect(lm, at(1))
+    assert not list(cache.rglob("layer-*"))
+
+
+def plan(**changes):
+    numbers = {"key": "0" * 64, "windows": 100, "rows": 7, "length": 20, "threshold": 0.02, "widths": {"a": 192}}
+    return module.Plan(**{**numbers, **changes})
+
+
+def test_more_blocks_than_the_sums_have_room_for_are_refused():
+    plan(windows=2**17, rows=1).check()
+    with pytest.raises(StatisticsError, match=r"of 131073 blocks, .*raise statistics.batch_tokens to at least 40"):
+        plan(windows=2**17 + 1, rows=1).check()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 15])
+def test_parts_of_a_plan_have_every_block_once_and_are_cut_at_the_points_of_the_curve(count):
+    assert len(plan()) == 15
+    assert plan().ends() == [2, 4, 8, 15]  # 13, 25 and 50 windows; fewer have fewer keys than they are wide
+    parts = [plan().blocks(number, count) for number in range(1, count + 1)]
+    assert [block for part in parts for block in part] == [*range(15)]
+    stretches = [each for part in parts for each in plan().stretches(part)]
+    assert {2, 4, 8, 15} <= {each.stop for each in stretches}
+    assert [block for each in stretches for block in each] == [*range(15)]
+    assert sum(plan().tokens(each.stop) - plan().tokens(each.start) for each in stretches) == 100 * 20
