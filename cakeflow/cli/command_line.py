@@ -23,7 +23,7 @@ from rich.markup import escape
 from cakeflow.cli.console import LogHandler, plain_warnings
 from cakeflow.cli.evaluate import EditedModel, take_run, values_of
 from cakeflow.cli.result import require_clean, show_fit
-from cakeflow.cli.runs import COMMANDS
+from cakeflow.cli.runs import COMMANDS, FURTHER
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import (
     find_config,
@@ -206,7 +206,7 @@ class EditCLI(LightningCLI):
 
 
 class _CommandParser(ConfigParser):
-    """Parser of the plain commands: ``runs`` and ``texts`` are lists of words, and some options have a second name."""
+    """Parser of the plain commands: ``runs``, ``parts`` and ``texts`` are lists, some options have a second name."""
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
         """Add the arguments of a command; the fields of its options are on the page of ``Loading`` and the like."""
@@ -217,8 +217,9 @@ class _CommandParser(ConfigParser):
         return names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
-        if args == ("runs",):
-            kwargs = {"nargs": "+", "type": Path, "metavar": "RUN", "help": kwargs["help"]}
+        if args in (("runs",), ("parts",)):
+            metavar = {"runs": "RUN", "parts": "FOLDER"}[args[0]]
+            kwargs = {"nargs": "+", "type": Path, "metavar": metavar, "help": kwargs["help"]}
         if args == ("texts",):
             kwargs = {"nargs": "*", "type": str, "metavar": "SENTENCE ANSWER", "help": kwargs["help"]}
         args = {("--n",): ("-n", "--n"), ("--from_run",): ("--from_run", "--from")}.get(args, args)
@@ -363,12 +364,14 @@ def _run(words: list[str]) -> Any:
     if words[0] != "plugins":  # which shows those that cannot be used
         load_plugins()  # a run folder may hold changes of a plugin's kind
     if words[0] in COMMANDS:
-        command, (rest, trusted) = COMMANDS[words[0]], take_options(words[1:])
+        length = 2 if " ".join(words[:2]) in FURTHER else 1
+        name = " ".join(words[:length])
+        command, (rest, trusted) = {**COMMANDS, **FURTHER}[name], take_options(words[length:])
         rest += [f"--loading.{name}=true" for name in trusted]
         _refuse_trust_in_files(rest)
         with only_known_classes():
             return auto_cli(
-                command, args=with_flags(rest, command), prog=f"cakeflow {words[0]}", parser_class=_CommandParser
+                command, args=with_flags(rest, command), prog=f"cakeflow {name}", parser_class=_CommandParser
             )
     rest, trusted = take_options(["--help" if word == "--help_all" else word for word in words])
     rest, edited = take_run(rest)

@@ -42,6 +42,7 @@ take the edited model along:
   apply      Apply a delta to the model that it was made from
 prepare a model:
   tune       Find layers
+  statistics Collect second moments ahead of a run
   trace      Measure by causal tracing which layers recall facts
   facts      Write the facts that a model states by itself to a file
 more:

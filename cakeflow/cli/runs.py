@@ -15,6 +15,7 @@ from cakeflow.cli.edit import run_edit, run_undo
 from cakeflow.cli.export import run_apply, run_export
 from cakeflow.cli.recipes import run_recipes
 from cakeflow.cli.reproduce import run_reproduce
+from cakeflow.cli.statistics import run_merge, run_statistics
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.cli.tune import run_tune
 from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
@@ -188,6 +189,7 @@ def run_rollback(
 COMMANDS: dict[str, Callable[..., Any]] = {
     "edit": run_edit,
     "desk": run_desk,
+    "statistics": run_statistics,
     "trace": run_trace,
     "facts": run_facts,
     "tune": run_tune,
@@ -206,3 +208,5 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "apply": run_apply,
 }
 """Command -> function; its docstring is the help text."""
+FURTHER: dict[str, Callable[..., Any]] = {"statistics merge": run_merge}
+"""Two words -> function, beside the command of the first one."""

@@ -233,10 +233,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         """Choose layers with their scores and the facts' tokens, estimate memory, and collect second moments."""
         self.paths = ResidualPaths(self.lm)
         with self.phase("trace"):
-            if not self.layers:
-                proposal = locate(self.lm, max_bytes=self.max_bytes)
-                self._choose_layers(proposal.layers, proposal.scores)
-                self.check_model()
+            self.find_layers()
             self.weighter = self.weighter.within(self.max_bytes).prepare(self.lm, self.layers)
         texts = TextBatch.join(batches)
         count, before = len(texts), earlier_requests(self.journal, texts.requests) if self.repairs else []
@@ -259,6 +256,14 @@ class LocateThenEdit(EditModule[TextBatch]):
                 self.inputs["corpus"] = tensor_hash(windows)
                 self.convergence = {str(site.layer): points_of(covariance) for site, covariance in collected.items()}
             self.inputs |= inputs_of(self.contexts, self.layers, self.weighter, self.covariances)
+
+    def find_layers(self) -> list[int]:
+        """Return the layers; with ``auto`` a trace of the unedited model finds them, and their scores."""
+        if not self.layers:
+            proposal = locate(self.lm, max_bytes=self.max_bytes)
+            self._choose_layers(proposal.layers, proposal.scores)
+            self.check_model()
+        return self.layers
 
     def with_tokens(self, texts: TextBatch) -> FactBatch:
         """Facts with the token at which each is written; the unedited model decides where it is not named."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources import files
-from itertools import cycle
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -57,15 +59,53 @@ def token_stream(lm: LanguageModel, documents: Iterable[Iterable[str]], tokens: 
     Raises:
         ConfigError: If a text has a token that the model cannot read.
     """
-    stream: list[int] = []
+    return [*chain.from_iterable(_pieces(lm, documents, tokens))]
+
+
+def window_rows(
+    lm: LanguageModel, documents: Iterable[Iterable[str]], tokens: int, window: int
+) -> tuple[Int[Tensor, "windows window"], int]:
+    """Return the first tokens of some documents as rows, each with the special tokens in front, and their number.
+
+    The rows lie in a temporary file, which the system maps and deletes, so that memory does not grow with the corpus.
+
+    Args:
+        lm: The model.
+        documents: As for ``token_stream``.
+        tokens: Most tokens, special ones not counted; those that do not fill a row are left out.
+        window: Length of a row.
+
+    Raises:
+        ConfigError: If a text has a token that the model cannot read.
+    """
+    body, count = window - len(lm.front), 0
+    rest = torch.tensor([], dtype=torch.long)
+    with tempfile.TemporaryFile() as file:
+        for piece in _pieces(lm, documents, tokens):
+            count += len(piece)
+            rest = torch.cat([rest, torch.tensor(piece, dtype=torch.long)])
+            number = len(rest) // body
+            rows, rest = rest[: number * body].view(number, body), rest[number * body :].clone()
+            front = torch.tensor(lm.front, dtype=torch.long).expand(number, -1)
+            file.write(torch.cat([front, rows], 1).numpy().tobytes())
+        file.flush()
+        if count < body:  # an empty file cannot be mapped
+            return torch.empty(0, window, dtype=torch.long), count
+        # "c": writable in memory only, as torch asks for
+        return torch.from_numpy(np.memmap(file, np.int64, mode="c", shape=(count // body, window))), count
+
+
+def _pieces(lm: LanguageModel, documents: Iterable[Iterable[str]], tokens: int) -> Iterator[list[int]]:
+    """Yield the tokens of one document after the other, as many as are needed."""
     for document in documents:
         parts = [document] if isinstance(document, str) else document
-        stream += _first_tokens(lm, parts, tokens - len(stream))
-        if len(stream) >= tokens:
+        piece = _first_tokens(lm, parts, tokens)
+        if remedy := unreadable_token(lm, piece):
+            raise ConfigError(f"the corpus {remedy}")
+        yield piece
+        tokens -= len(piece)
+        if tokens <= 0:
             break
-    if remedy := unreadable_token(lm, stream):
-        raise ConfigError(f"the corpus {remedy}")
-    return stream
 
 
 def _first_tokens(lm: LanguageModel, parts: Iterable[str], tokens: int) -> list[int]:

@@ -69,7 +69,6 @@ IMAGE_FILTERS = {
     "mirror": ("one of the mirror fails", "mirror, failures first"),
 }
 """The same of a run of images."""
-"""The metrics at the top of the page: name -> title and description."""
 MISLEADING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 """Control characters and marks of the writing direction, with which a text can look like another one."""
 PER_LAYER = {

@@ -4,6 +4,7 @@ from cakeflow.solvers.base import Solver
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.solvers.descent import Descent
 from cakeflow.solvers.equality import EqualityConstrained
+from cakeflow.solvers.exact_sum import ExactSum
 from cakeflow.solvers.from_scratch import FromScratch
 from cakeflow.solvers.history import GramFactor, KeyHistory
 from cakeflow.solvers.least_squares import LeastSquares
@@ -12,6 +13,6 @@ from cakeflow.solvers.planned import PlannedHistory
 from cakeflow.solvers.problem import LayerProblem, Update
 
 __all__ = [
-    "Covariance", "Descent", "EqualityConstrained", "FromScratch", "GramFactor", "KeyHistory", "LayerProblem",
-    "LeastSquares", "NullSpace", "PlannedHistory", "Solver", "Update",
+    "Covariance", "Descent", "EqualityConstrained", "ExactSum", "FromScratch", "GramFactor", "KeyHistory",
+    "LayerProblem", "LeastSquares", "NullSpace", "PlannedHistory", "Solver", "Update",
 ]  # fmt: skip

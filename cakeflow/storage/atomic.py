@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import signal
@@ -54,11 +55,30 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically."""
+    """Write a safetensors file atomically; equal tensors and texts give equal bytes."""
     # safetensors refuses tensors that share memory, so each is copied
     ready = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     notes = dict(metadata or {}) if ready or metadata else None  # safetensors cannot read a file of neither
-    write_whole(path, lambda temporary: save_file(ready, temporary, notes))
+
+    def write(temporary: Path) -> None:
+        save_file(ready, temporary, notes)
+        _sort_header(temporary)
+
+    write_whole(path, write)
+
+
+def _sort_header(path: Path) -> None:
+    """Sort the texts in the header of a safetensors file, which each process writes in an order of its own."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" not in header:
+            return
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        if len(text) <= size:  # or the texts have signs that JSON can write in several ways
+            file.seek(8)
+            file.write(text.ljust(size))
 
 
 def make_private(folder: Path) -> None:

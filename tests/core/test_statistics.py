@@ -1,25 +1,16 @@
-"""Second moments: one pass equals direct outer products, is kept by content and goes on after an interrupt."""
-
-import copy
-import threading
+"""Second moments: one pass equals direct outer products, and is kept by content."""
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from second_moments import MLP, TEXT, at, direct, passes, rewritten
 from tokenizers.processors import TemplateProcessing
 
-import cakeflow.core.statistics as module
 from cakeflow import Statistics
 from cakeflow.core.statistics import points_of
 from cakeflow.errors import ConfigError, StatisticsError
-from cakeflow.models.architecture import Site
-from cakeflow.models.hooks import capture
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.hashing import tensor_hashes
-
-SENTENCE = "the sea was calm and every small boat came home before night while the old town slept under rain"
-WORDS = SENTENCE.split()
-TEXT = " ".join(WORDS[(7 * i + i * i // 3) % len(WORDS)] for i in range(400))
 
 
 @pytest.fixture
@@ -32,33 +23,6 @@ def corpus(tmp_path):
 @pytest.fixture
 def settings(corpus):
     return Statistics(corpus, tokens=500, window=20, batch_tokens=60)
-
-
-MLP = {layer: Site(layer, "mlp_out") for layer in range(4)}
-
-
-def at(*layers):
-    """The MLP output projections of layers."""
-    return [MLP[layer] for layer in layers]
-
-
-def passes(lm):
-    """Count forward passes of the real model."""
-    count = []
-    lm.model.register_forward_pre_hook(lambda *_a: count.append(1))
-    return count
-
-
-@torch.no_grad()
-def direct(lm, layer, tokens=500, window=20):
-    ids = lm.tokenizer(TEXT)["input_ids"][:tokens]
-    total, n = 0, 0
-    for start in range(0, len(ids) - window + 1, window):
-        with capture(lm, [Site(layer, "mlp_out")], side="in") as seen:
-            lm.model(input_ids=torch.tensor([ids[start : start + window]]), use_cache=False)
-        for key in seen[Site(layer, "mlp_out")][0]:
-            total, n = total + torch.outer(key, key), n + 1
-    return total / n
 
 
 def test_one_pass_equals_direct_outer_products(tiny, settings):
@@ -104,7 +68,7 @@ def test_the_weight_of_the_covariance_is_not_part_of_the_key(lm, corpus, setting
 
 def change_weights(lm, corpus):
     with torch.no_grad():
-        lm.weight(Site(0, "mlp_out"))[0, 0] += 1
+        lm.weight(MLP[0])[0, 0] += 1
     return Statistics(corpus, 500, 20)
 
 
@@ -146,51 +110,10 @@ def test_what_decides_the_values_decides_the_key(lm, corpus, settings, change):
 def test_weights_above_the_last_layer_do_not_matter(lm, settings):
     settings.collect(lm, at(1, 2))
     with torch.no_grad():
-        lm.weight(Site(3, "mlp_out"))[0, 0] += 1
+        lm.weight(MLP[3])[0, 0] += 1
     count = passes(lm)
     settings.collect(lm, at(1, 2))
     assert not count
-
-
-def interrupt_after(lm, passes_done, error):
-    count = []
-
-    def hook(*_args):
-        count.append(1)
-        if len(count) == passes_done + 1:
-            raise error
-
-    return lm.model.register_forward_pre_hook(hook)
-
-
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny, settings, tmp_path, monkeypatch, error):
-    monkeypatch.setattr(module, "SAVE_EVERY", 0)
-    wanted = settings.collect(tiny, at(1, 3), tmp_path / "whole")
-    count = passes(tiny)
-    handle = interrupt_after(tiny, 5, error)
-    with pytest.raises(error):
-        settings.collect(tiny, at(1, 3), tmp_path / "broken")
-    handle.remove()
-    assert [path.name for path in (tmp_path / "broken").rglob("*.safetensors")] == ["partial.safetensors"]
-    count.clear()
-    found = settings.collect(tiny, at(1, 3), tmp_path / "broken")
-    assert len(count) == -(-(500 // 20) // 3) - 5  # went on, did not start again
-    for layer in (1, 3):
-        assert torch.equal(found[MLP[layer]].moment, wanted[MLP[layer]].moment)
-        assert torch.equal(found[MLP[layer]].eigen[0], wanted[MLP[layer]].eigen[0])
-        assert torch.equal(found[MLP[layer]].curve, wanted[MLP[layer]].curve)
-    assert not list((tmp_path / "broken").rglob("partial*"))
-
-
-def test_a_partial_pass_over_other_layers_is_not_used(lm, settings, monkeypatch):
-    monkeypatch.setattr(module, "SAVE_EVERY", 0)
-    handle = interrupt_after(lm, 5, RuntimeError)
-    with pytest.raises(RuntimeError):
-        settings.collect(lm, at(1, 3))
-    handle.remove()
-    found = settings.collect(lm, at(2, 3))
-    torch.testing.assert_close(found[MLP[3]].moment, direct(lm, 3), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(("early", "late"), [([3], [1, 3]), ([1, 3], [3])])
@@ -281,81 +204,6 @@ def test_without_a_source_the_model_samples_its_own(lm):
     assert float(found[MLP[0]].moment.diagonal().min()) > 0
 
 
-def stopped(lm, settings, folder, moment, monkeypatch):
-    """Partial sums of layers 1 and 3, left by a pass that was stopped at the first or second eigenbasis."""
-    finish, count = module._finish, []
-
-    def stop(*args):
-        count.append(1)
-        if len(count) == moment:
-            raise KeyboardInterrupt
-        finish(*args)
-
-    monkeypatch.setattr(module, "SAVE_EVERY", 0)
-    monkeypatch.setattr(module, "_finish", stop)
-    with pytest.raises(KeyboardInterrupt):
-        settings.collect(lm, at(1, 3), folder)
-    monkeypatch.setattr(module, "_finish", finish)
-    return next(folder.rglob("partial.safetensors"))
-
-
-@pytest.mark.parametrize("moment", [1, 2])
-def test_a_pass_that_was_stopped_before_its_eigenbases_goes_on_from_its_sums(
-    tiny, settings, tmp_path, monkeypatch, moment
-):
-    expected = settings.collect(tiny, at(1, 3), tmp_path / "whole")
-    partial = stopped(tiny, settings, tmp_path / "broken", moment, monkeypatch)
-    assert len(list(partial.parent.glob("layer-*"))) == moment - 1
-    count = passes(tiny)
-    resumed = settings.collect(tiny, at(1, 3), tmp_path / "broken")
-    assert not count
-    assert not partial.exists()
-    for site in at(1, 3):
-        assert torch.equal(resumed[site].moment, expected[site].moment)
-        assert torch.equal(resumed[site].curve, expected[site].curve)
-
-
-def rewritten(path, **changes):
-    """Other tensors in a file, with the hashes that fit them."""
-    tensors = {**load_file(path), **changes}
-    tensors = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    write_tensors(path, tensors, tensor_hashes(tensors))
-
-
-NAN = torch.full((192, 192), float("nan"), dtype=torch.float64)
-PARTIAL_FAULTS = {
-    "sum/layer-1-mlp_out is not finite": {"sum/layer-1-mlp_out": NAN},
-    r"no sum/layer-1-mlp_out of shape \(192, 192\)": {"sum/layer-1-mlp_out": torch.ones(3, 3)},
-    r"no earlier/layer-3-mlp_out of shape \(192, 192\)": {"earlier/layer-3-mlp_out": None},
-    "sums of 1000000 windows out of 25": {"done": torch.tensor(10**6)},
-    "sums of -3 windows out of 25": {"done": torch.tensor(-3)},
-    "sums of 0 windows out of 25": {"done": torch.tensor(0)},
-    r"no done of shape \(\)": {"done": torch.ones(2)},
-    r"no curve/layer-3-mlp_out of shape \(0, 4\)": {"curve/layer-3-mlp_out": None},
-}
-
-
-@pytest.mark.parametrize("fault", PARTIAL_FAULTS)
-def test_partial_sums_that_cannot_be_are_named_and_stay(lm, settings, tmp_path, monkeypatch, fault):
-    partial = stopped(lm, settings, tmp_path, 1, monkeypatch)
-    rewritten(partial, **PARTIAL_FAULTS[fault])
-    before = partial.read_bytes()
-    with pytest.raises(StatisticsError, match=rf"partial.safetensors is damaged \({fault}\); delete it"):
-        settings.collect(lm, at(1, 3), tmp_path)
-    assert partial.read_bytes() == before
-
-
-@pytest.mark.parametrize("file", ["layer-1-mlp_out", "partial"])
-def test_every_flipped_byte_of_the_cache_is_noticed(lm, settings, tmp_path, monkeypatch, file):
-    partial = stopped(lm, settings, tmp_path, 2, monkeypatch)
-    path = partial.with_stem(file)
-    whole = path.read_bytes()
-    for place in range(0, len(whole), len(whole) // 40):
-        path.write_bytes(whole[:place] + bytes([whole[place] ^ 64]) + whole[place + 1 :])
-        with pytest.raises(StatisticsError, match=rf"{file}.safetensors is damaged"):
-            settings.collect(lm, at(1, 3), tmp_path)
-
-
 @pytest.mark.parametrize("name", ["moment", "eigenvalues", "eigenvectors", "curve"])
 def test_statistics_that_are_not_finite_are_not_used(lm, settings, cache, name):
     settings.collect(lm, at(1))
@@ -376,24 +224,3 @@ def test_statistics_stay_as_they_were_read(lm, settings, cache):
 def test_bad_settings(name):
     with pytest.raises(ConfigError, match=rf"statistics\.{name} must be above 0"):
         Statistics(**{name: 0})
-
-
-def test_who_comes_second_waits_and_finds_what_the_first_one_collected(lm, settings, tmp_path, monkeypatch):
-    """As two first runs of a sweep do; else each would write over the partial sums of the other."""
-    usual, calls, other, second = module._collect, [], copy.deepcopy(lm), []
-
-    def collect(*arguments):
-        calls.append(arguments)
-        thread = threading.Thread(target=lambda: second.append(settings.collect(other, at(1), tmp_path)))
-        thread.start()
-        thread.join(0.3)
-        assert thread.is_alive()
-        usual(*arguments)
-        threads.append(thread)
-
-    threads = []
-    monkeypatch.setattr(module, "_collect", collect)
-    first = settings.collect(lm, at(1), tmp_path)
-    threads[0].join()
-    assert len(calls) == len(threads) == 1
-    assert torch.equal(first[MLP[1]].moment, second[0][MLP[1]].moment)

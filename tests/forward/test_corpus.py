@@ -1,5 +1,8 @@
 """Texts as tokens, and the model's own samples."""
 
+import tracemalloc
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -16,9 +19,11 @@ from cakeflow.forward.corpus import (
     names,
     sampled_corpus,
     token_stream,
+    window_rows,
 )
 from cakeflow.forward.generation import continuations
 from cakeflow.models import Site
+from cakeflow.testing import tiny_model
 
 TEXTS = ["First document.\nIt has two lines.", "Zweites Dokument, größer.", "third"]
 
@@ -175,3 +180,45 @@ def test_no_more_of_a_text_is_read_than_its_tokens_need(tiny):
 
     assert len(token_stream(tiny, [parts()], 1000)) == 1000
     assert sum(taken) < 100
+
+
+def test_rows_are_those_of_the_stream_with_the_front_of_the_tokenizer(tiny):
+    texts = [*TEXTS, "", "x", *TEXTS]
+    stream = token_stream(tiny, texts, 150)
+    rows, count = window_rows(tiny, texts, 150, 12)
+    body = 12 - len(tiny.front)
+    assert count == len(stream)
+    expected = [[*tiny.front, *stream[i : i + body]] for i in range(0, count - body + 1, body)]
+    assert rows.tolist() == expected
+    rows[0, 0] = 5  # of this process alone
+    none, few = window_rows(tiny, ["x"], 150, 12)
+    assert none.shape == (0, 12)
+    assert few == 1
+
+
+def test_memory_does_not_grow_with_the_number_of_documents():
+    lm = tiny_model()
+    peaks = []
+    for count in (1_000, 10_000):
+        documents = ("".join(f" {(i + 7 * j) % 50:03d}" for j in range(16)) for i in range(count))
+        tracemalloc.start()
+        rows, tokens = window_rows(lm, documents, 10**9, 128)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        assert tokens == 64 * count
+        assert len(rows) == 64 * count // 128
+    assert peaks[1] < peaks[0] + 100_000, peaks  # bytes; as a list the tokens would take 5 million
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux says how much memory no file backs")
+def test_rows_lie_in_a_file():
+    def anonymous():
+        text = Path("/proc/self/status").read_text()
+        return int(text.partition("RssAnon:")[2].split()[0]) * 1024
+
+    lm, before = tiny_model(), anonymous()
+    rows, _ = window_rows(lm, [" 123" * 1_000] * 800, 10**9, 128)
+    assert int(rows.sum()) > 0
+    size = 8 * rows.numel()
+    assert size > 25_000_000
+    assert anonymous() - before < size / 2

@@ -60,6 +60,18 @@ def test_tensors_round_trip_with_views_and_metadata(tmp_path):
         assert handle.metadata() == {"note": "x"}
 
 
+def test_equal_tensors_and_texts_give_equal_bytes(tmp_path):
+    """safetensors writes the texts in an order that differs from write to write."""
+    texts = {f"ключ-{i}": f'a "quoted"\n\x01 text {i}' for i in range(30)}
+    files = [tmp_path / f"{i}.safetensors" for i in range(4)]
+    for path in files:
+        atomic.write_tensors(path, {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float64)}, texts)
+    assert len({path.read_bytes() for path in files}) == 1
+    assert torch.equal(load_file(files[0])["b"], torch.ones(3))
+    with safe_open(files[0], "pt") as handle:
+        assert handle.metadata() == texts
+
+
 def test_lines_are_added_whole_or_not_at_all(tmp_path):
     path = tmp_path / "lines"
     atomic.append_line(path, b"one")
