@@ -267,7 +267,7 @@ class Editor:
         Raises:
             ConfigError: If it is to be a chat, and the tokenizer has no chat template; if ``tokens`` is no whole number
                 from 1 on.
-            RequestError: Naming every prompt that is no valid text.
+            RequestError: Naming every prompt that is no valid text, or longer than the model.
         """
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         answers = [text.strip() for text in free_answers(self.module.lm, texts, tokens, chat, self.module.max_bytes)]

@@ -194,13 +194,17 @@ def free_answers(
     Raises:
         ConfigError: If it is to be a chat, and the tokenizer has no chat template; if ``tokens`` is no whole number
             from 1 on.
-        RequestError: Naming every prompt that is no valid text.
+        RequestError: Naming every prompt that is no valid text, or longer than the model.
     """
     require_count("tokens", tokens, 1)
     faults = [each for each in enumerate(prompts) if not isinstance(each[1], str) or has_surrogate(each[1])]
     if faults:
         raise RequestError([Fault(place, "prompt", prompt, "give a valid Unicode text") for place, prompt in faults])
     texts = [lm.user_turn(prompt) for prompt in prompts] if chat else list(prompts)
+    lengths = map(len, encode_texts(lm.tokenizer, texts))
+    remedy = f"shorten it: with the first token of an answer it is longer than the model's {lm.longest} positions"
+    if longer := [place for place, length in enumerate(lengths) if length >= lm.longest]:
+        raise RequestError([Fault(place, "prompt", prompts[place], remedy) for place in longer])
     answers = continuations(lm, texts, tokens, max_bytes=max_bytes)
     cut = cut or (str if chat else until_stop)
     return list(map(cut, answers))

@@ -150,6 +150,14 @@ def test_an_answer_has_a_whole_number_of_tokens(lm, tokens):
         free_answers(lm, ["Ann lives in"], tokens)
 
 
+def test_a_prompt_longer_than_the_model_has_no_silent_answer(tiny):
+    words = f"entry 1, prompt = .*longer than the model's {tiny.longest} positions"
+    with pytest.raises(RequestError, match=words) as error:
+        free_answers(tiny, [" in", " in" * tiny.longest], 2)
+    assert "entry 0" not in str(error.value)
+    assert free_answers(tiny, [" in" * (tiny.longest // 2)], 2)
+
+
 def test_questions_are_put_before_they_are_asked(tiny):
     question = FreeAnswer(topic="fact", form="completion", prompt="of Lund", expected="a")
     assert ask(tiny, [question], question="The first letter ".__add__) == free_answers(
