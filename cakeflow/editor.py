@@ -31,7 +31,7 @@ from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.reproduction import Reproduction, reproduce
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
-from cakeflow.core.trainer import check_settings, check_trainer, quiet
+from cakeflow.core.trainer import check_settings, check_trainer, quiet, with_ranks
 from cakeflow.core.undo import facts_about, undo_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import FactToken
@@ -125,6 +125,7 @@ class Editor:
         min_arrival: float | None = None,
         on_low_arrival: Outcome | None = None,
         dequantize: bool | None = None,
+        tile: int | None = None,
         fact_token: FactToken | None = None,
         chat: bool | None = None,
         rounds: int | None = None,
@@ -168,6 +169,7 @@ class Editor:
             min_arrival: Least part of each fact's searched change that has to arrive.
             on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
             dequantize: Whether quantized projections of these layers are replaced by plain ones.
+            tile: Most facts that are searched together: what is spread over ranks.
             fact_token: Token at which a fact is written.
             chat: Whether every fact is written as a question in a chat too.
             rounds: Most further walks over the facts of a batch that did not take.
@@ -346,7 +348,7 @@ class Editor:
         Raises:
             ConfigError: If the Trainer has a logger with a folder of its own.
         """
-        arguments = {} if isinstance(self._trainer, L.Trainer) else {**TRAINER_DEFAULTS, **self._trainer}
+        arguments = {} if isinstance(self._trainer, L.Trainer) else with_ranks({**TRAINER_DEFAULTS, **self._trainer})
         if run_dir is not None and (not arguments or names_folder(arguments.get("logger"))):
             raise ConfigError(
                 f"run_dir={str(run_dir)!r}, but the Trainer's logger has a folder of its own; leave out one of them"

@@ -10,14 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
+from cakeflow import ranks
 from cakeflow.allocators.base import Allocator, ShareAllocator
 from cakeflow.allocators.sequential import Sequential
 from cakeflow.core.config import shipped
-from cakeflow.core.contracts import (
-    Outcome,
-    checked_facts,
-    warn_blocked,
-)
+from cakeflow.core.contracts import Outcome, checked_facts, warn_blocked
 from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import PASS_TOKENS, Footprint
 from cakeflow.core.module import EditModule
@@ -56,9 +53,11 @@ from cakeflow.weighters.static import Uniform
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
     "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
-    "fact_token", "chat", "rounds", "repairs", "reread_keys", "end_of_text",
+    "fact_token", "chat", "rounds", "repairs", "reread_keys", "end_of_text", "tile",
 )  # fmt: skip
-"""Attributes of a module that decide the outcome of its edits, beside the model."""
+"""Attributes of a module that decide the outcome of its edits, beside the model; ``tile`` where it is set."""
+TILE = 8
+"""Facts that are searched together on several ranks, where ``tile`` is not set."""
 
 
 @final
@@ -112,6 +111,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         end_of_text: Whether the end-of-text token is taught with the target, as its last token, so that an answer ends
             there (LocFT); the other papers do without.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
+        tile: Most facts whose target values are searched, and whose keys are read, together: what is spread over ranks.
+            It decides the last bits, so a run that goes on with another number of ranks needs the same one. None has
+            no such limit in one process, and is 8 on several ranks.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.
@@ -150,9 +152,11 @@ class LocateThenEdit(EditModule[TextBatch]):
         reread_keys: int = 0,
         end_of_text: bool = False,
         dequantize: bool = False,
+        tile: int | None = None,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
         require_choice("fact_token", fact_token, FactToken)
+        require_count("tile", 1 if tile is None else tile, 1)
         for label, most in (("rounds", rounds), ("repairs", repairs)):
             require_count(label, most)
             if most and not solver.needs_targets:
@@ -178,10 +182,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.memory_budget, self.max_relative_update = memory_budget, max_relative_update
         require_positive("model", self, "memory_budget", "max_relative_update")
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
-        self.dequantize = dequantize
-        self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
+        self.dequantize, self.min_arrival, self.on_low_arrival = dequantize, min_arrival, on_low_arrival
         self.fact_token, self.chat, self.end_of_text = fact_token, chat, end_of_text
-        self.rounds, self.repairs = rounds, repairs
+        self.rounds, self.repairs, self.tile = rounds, repairs, tile
         self.facts: dict[int, FactBatch] = {}
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -194,7 +197,11 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     def used_settings(self) -> dict[str, Any]:
         """The settings with the chosen layers and the sampled contexts."""
-        return {name: described(getattr(self, name)) for name in SETTINGS}
+        return {name: described(getattr(self, name)) for name in SETTINGS if name != "tile" or self.tile}
+
+    def use_ranks(self) -> None:
+        """Search in tiles, which are shared out."""
+        self._settings["tile"] = self.tile = self.tile or TILE
 
     def check_model(self) -> None:
         """Check that the model has the layers, and that their weights can be edited.
@@ -253,12 +260,18 @@ class LocateThenEdit(EditModule[TextBatch]):
         with self.phase("statistics"):
             missing = [Site(layer, self.site) for layer in self.layers if layer not in self.covariances]
             if missing:
-                windows = self.statistics.windows(self.lm, max(map(self.lm.key_width, missing)))
-                collected = self.statistics.collect(self.lm, missing, max_bytes=self.max_bytes, windows=windows)
+                if ranks.world_size() > 1:  # the others wait, and read what the first one leaves in the cache
+                    ranks.on_first(lambda: bool(self._collect(missing)))
+                windows, collected = self._collect(missing)
                 self.covariances |= {site.layer: covariance for site, covariance in collected.items()}
                 self.inputs["corpus"] = tensor_hash(windows)
                 self.convergence = {str(site.layer): points_of(covariance) for site, covariance in collected.items()}
             self.inputs |= inputs_of(self.contexts, self.layers, self.weighter, self.covariances)
+
+    def _collect(self, sites: Sequence[Site]) -> tuple[Tensor, dict[Site, Covariance]]:
+        """Return the corpus and the second moments of its keys, from the cache as far as they are there."""
+        windows = self.statistics.windows(self.lm, max(map(self.lm.key_width, sites)))
+        return windows, self.statistics.collect(self.lm, sites, max_bytes=self.max_bytes, windows=windows)
 
     def with_tokens(self, texts: TextBatch) -> FactBatch:
         """Facts with the token at which each is written; the unedited model decides where it is not named."""

@@ -316,6 +316,7 @@ class Questions:
         metrics: Metrics of every evaluation.
         answers: The answers of every request in the last evaluation.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
+        first: Number of the first request that ``ask`` gets, among those of the evaluation.
     """
 
     lm: LanguageModel
@@ -323,6 +324,7 @@ class Questions:
     metrics: MetricCollection
     answers: list[EvaluatedRequest]
     max_bytes: float | None = None
+    first: int = 0
     _base: Any
     _loading: dict[str, Any]
     _requested: set[str]
@@ -359,7 +361,12 @@ class Questions:
 
     def ask(self, requests: Sequence[EditRequest]) -> Any:
         """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
-        return self.evaluation.ask(self.lm, requests, len(self.answers), self.max_bytes)
+        return self.evaluation.ask(self.lm, requests, self.first, self.max_bytes)
+
+    def ask_from(self, first: int, requests: Sequence[EditRequest]) -> Any:
+        """Ask the model about the requests of an evaluation from number ``first`` on."""
+        self.first = first
+        return self.ask(requests)
 
     def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
         """Warn of requests whose target the model gives already."""
