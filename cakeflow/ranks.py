@@ -205,21 +205,21 @@ def require_shared(folder: Path, what: str) -> None:
     """
     if world_size() == 1:
         return
-    mark = Path(on_first(lambda: str(_leave_mark(folder))))
-    sights = _exchange(f"a look at the {what}", mark.exists())
+    mark = folder / on_first(lambda: _leave_mark(folder))
+    looks = _exchange(f"a look at the {what}", (str(folder), mark.exists()))
     on_first(lambda: mark.unlink(missing_ok=True))
-    if blind := [str(place) for place, sight in enumerate(sights) if not sight]:
+    if blind := [place for place, (_, sight) in enumerate(looks) if not sight]:
         raise RanksError(
-            f"the {what} {folder} of rank 0 is not that of rank {listed(blind)}: the ranks share no such folder; name "
+            f"the {what} {looks[0][0]} of rank 0 is not that of rank {listed(blind)}: the ranks share no such folder; name "
             "one on a file system that all of them see"
         )
 
 
-def _leave_mark(folder: Path) -> Path:
+def _leave_mark(folder: Path) -> str:
     make_folder(folder)
-    mark = folder / f".cakeflow-{secrets.token_hex(8)}"
-    mark.touch()
-    return mark.resolve()
+    name = f".cakeflow-{secrets.token_hex(8)}"
+    (folder / name).touch()
+    return name
 
 
 def _difference(first: object, other: object, rank: int) -> str:
