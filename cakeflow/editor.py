@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cakeflow import ranks
 from cakeflow.allocators.base import Allocator
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
@@ -31,6 +32,7 @@ from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.reproduction import Reproduction, reproduce
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
+from cakeflow.core.strategy import together
 from cakeflow.core.trainer import check_settings, check_trainer, quiet, with_ranks
 from cakeflow.core.undo import facts_about, undo_facts
 from cakeflow.data.contexts import Contexts
@@ -69,7 +71,7 @@ OVERRIDES = set(signature(LocateThenEdit).parameters) - {"base", "architecture"}
 
 
 class Editor:
-    """Edits facts in a language model.
+    """Edits facts in a language model; with a Trainer of several ranks every one of them makes all calls.
 
     Args:
         module: The edit method with its model.
@@ -286,7 +288,8 @@ class Editor:
 
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` edit batches (default: all), or one by its number; bit for bit."""
-        self.journal.rollback(steps, batch=batch)
+        with together(self.module):
+            self.journal.rollback(steps, batch=batch)
 
     def undo(self, name: str) -> list[dict[str, str]]:
         """Take back single facts, also from inside a batch; later batches and the batch's other facts stay.
@@ -307,7 +310,7 @@ class Editor:
 
     def take_back(self, facts: Sequence[tuple[EditStep, int]]) -> list[dict[str, str]]:
         """Take back facts, each by its batch in the journal and its place there; returns and raises as ``undo``."""
-        edited = {**TRAINER_DEFAULTS, **({} if isinstance(self._trainer, L.Trainer) else self._trainer)}
+        edited = with_ranks({**TRAINER_DEFAULTS, **({} if isinstance(self._trainer, L.Trainer) else self._trainer)})
         arguments = {**edited, "logger": False, "callbacks": [], "enable_progress_bar": False}
         prompts = [step.requests[i].text for step, i in facts]
         before = self.ask(prompts)
@@ -336,7 +339,9 @@ class Editor:
 
         See ``cakeflow.export.export``; ``options`` are the fields of ``ExportOptions``.
         """
-        return export(self.journal, folder, format, overwrite=overwrite, options=ExportOptions(**options))
+        words = {"overwrite": overwrite, "options": ExportOptions(**options)}
+        with together(self.module):
+            return ranks.on_first(lambda: export(self.journal, folder, format, **words))
 
     def trainer(self, run_dir: str | Path | None = None, *, checks: bool = False) -> L.Trainer:
         """The Trainer that was given to this editor, or one with the arguments that were.

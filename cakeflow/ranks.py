@@ -210,8 +210,8 @@ def require_shared(folder: Path, what: str) -> None:
     on_first(lambda: mark.unlink(missing_ok=True))
     if blind := [place for place, (_, sight) in enumerate(looks) if not sight]:
         raise RanksError(
-            f"the {what} {looks[0][0]} of rank 0 is not that of rank {listed(blind)}: the ranks share no such folder; name "
-            "one on a file system that all of them see"
+            f"the {what} {looks[0][0]} of rank 0 is not that of rank {listed(blind)}: the ranks share no such folder; "
+            "name one on a file system that all of them see"
         )
 
 

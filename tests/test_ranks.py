@@ -74,7 +74,7 @@ def test_parts_come_back_in_order_on_every_rank(count, tmp_path):
     assert first == [[([n**2] * 2, str(n)) for n in range(size)] for size in (7, 1, 0)]
     assert all(other == (first, workers, rounds) for other in others)
     assert len(set(workers)) == count
-    assert sum(rounds, []) == [0, 1, 2, 3]
+    assert [part for each in rounds for part in each] == [0, 1, 2, 3]
     assert len(rounds[0]) == count
 
 
@@ -121,12 +121,12 @@ def test_errors_travel_whole(error, tmp_path):
 
 
 def test_an_error_that_cannot_be_sent_comes_as_its_words(tmp_path):
-    class Local(Exception):
+    class LocalError(Exception):
         """A class that no other process can import."""
 
     def run(part):
         if part:
-            raise Local("no way")
+            raise LocalError("no way")
 
     def work(rank):
         try:
@@ -135,8 +135,8 @@ def test_an_error_that_cannot_be_sent_comes_as_its_words(tmp_path):
             raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
     first, second = outcomes(2, work, tmp_path)
-    assert str(first) == "RanksError: Local: no way"
-    assert str(second) == "Local: no way"
+    assert str(first) == "RanksError: LocalError: no way"
+    assert str(second) == "LocalError: no way"
 
 
 def test_a_difference_is_named_on_every_rank(tmp_path):
@@ -169,11 +169,10 @@ def test_an_error_of_one_rank_is_heard_by_the_others_wherever_they_are(tmp_path)
             ranks.spread([1], square)
             ranks.barrier("never")
         except NumericalError as error:
-            assert ranks.rejoin(error)
-            return str(error), ranks.on_first(lambda: "on together")
+            return str(error), ranks.rejoin(error), ranks.on_first(lambda: "on together")
         return None
 
-    assert results(3, work, tmp_path) == [("alone", "on together")] * 3
+    assert results(3, work, tmp_path) == [("alone", True, "on together")] * 3
 
 
 @pytest.mark.parametrize("victim", [0, 1])
@@ -182,11 +181,10 @@ def test_a_rank_that_dies_is_missed_at_once(victim, tmp_path):
         ranks.barrier()
         if rank == victim:
             os.kill(os.getpid(), signal.SIGKILL)
-        try:
+        with pytest.raises(RanksError, match="lost another one at the end") as caught:
             ranks.barrier("the end")
-        except RanksError as error:
-            assert not ranks.rejoin(error)
-            raise
+        if not ranks.rejoin(caught.value):
+            raise caught.value
 
     errors = outcomes(3, work, tmp_path)
     assert errors.pop(victim) is None

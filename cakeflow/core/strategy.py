@@ -55,9 +55,9 @@ class RankStrategy(DDPStrategy):
         strategy_registry.register(NAME, cls, description="edits on several ranks, each with the whole model")
 
 
-def is_joint(trainer: L.Trainer | None) -> bool:
-    """Return whether a Trainer runs on several ranks."""
-    return trainer is not None and isinstance(trainer.strategy, RankStrategy) and trainer.world_size > 1
+def is_joint(trainer: Any) -> bool:
+    """Return whether a Trainer runs on several ranks; False for none."""
+    return isinstance(getattr(trainer, "strategy", None), RankStrategy) and trainer.world_size > 1
 
 
 def join(trainer: L.Trainer) -> AbstractContextManager[None]:
@@ -72,9 +72,9 @@ def join(trainer: L.Trainer) -> AbstractContextManager[None]:
     return ranks.together()
 
 
-def together(trainer: L.Trainer | None) -> AbstractContextManager[None]:
-    """Have the ranks of a Trainer that has run work together in the body, which all of them run."""
-    return ranks.together() if is_joint(trainer) else nullcontext()
+def together(module: Any) -> AbstractContextManager[None]:
+    """Have the ranks that ran a module last work together in the body, which all of them run."""
+    return ranks.together() if is_joint(module._trainer) else nullcontext()
 
 
 def jointly(trainer: L.Trainer, run: Callable[[], R]) -> R:
