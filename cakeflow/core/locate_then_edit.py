@@ -111,9 +111,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         end_of_text: Whether the end-of-text token is taught with the target, as its last token, so that an answer ends
             there (LocFT); the other papers do without.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
-        tile: Most facts whose target values are searched, and whose keys are read, together: what is spread over ranks.
-            It decides the last bits, so a run that goes on with another number of ranks needs the same one. None has
-            no such limit in one process, and is 8 on several ranks.
+        tile: Most facts that are searched, and whose keys are read, together: what is spread over ranks. It decides the
+            last bits. None has no such limit in one process, and is 8 on several ranks.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.

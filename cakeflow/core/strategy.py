@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -60,16 +61,20 @@ def is_joint(trainer: Any) -> bool:
     return isinstance(getattr(trainer, "strategy", None), RankStrategy) and trainer.world_size > 1
 
 
-def join(trainer: L.Trainer) -> AbstractContextManager[None]:
+@contextmanager
+def join(trainer: L.Trainer) -> Iterator[None]:
     """Have a Trainer's ranks work together in the body; nothing but the body for one process.
 
     The processes are there already. Each of them is to see every batch, so Lightning splits no data among them.
     """
     if not is_joint(trainer):
-        return nullcontext()
+        yield
+        return
     trainer.strategy.setup_environment()
     trainer._accelerator_connector.use_distributed_sampler = False
-    return ranks.together()
+    with ranks.together():
+        warnings.filterwarnings("ignore", message=".*It is recommended to use .self.log")  # all log the same numbers
+        yield
 
 
 def together(module: Any) -> AbstractContextManager[None]:

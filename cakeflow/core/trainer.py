@@ -44,8 +44,6 @@ EXPECTED_WARNINGS = (
     ".isinstance.treespec, LeafSpec",
     "Experiment logs directory",  # the journal is there already; of a resumed run every row is logged again
     "[A-Z]+ available but not used",  # the user chose another device
-    "It is recommended to use .self.log",  # every rank has the same number
-    "Using .DistributedSampler. with the dataloaders",  # there is none: every rank sees every batch
 )
 """Parts of the warnings by which Lightning rightly points out that this is no training."""
 TRAINING_WORDS = ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero")

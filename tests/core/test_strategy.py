@@ -9,6 +9,7 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from many_ranks import in_ranks
 from stops import STOPS
 from tiny_runs import editor_of, module_of
@@ -198,15 +199,15 @@ def test_what_follows_a_run_is_done_on_all_ranks(lm, requests, tmp_path):
 
 def test_a_trainer_of_ones_own_runs_on_ranks(lm, requests, tmp_path, quiet):
     def work(rank):
-        trainer = L.Trainer(**{**quiet, "logger": True}, devices=2, strategy="cakeflow")
+        trainer = L.Trainer(**{**quiet, "logger": CSVLogger("logs", "run")}, devices=2, strategy="cakeflow")
         module = module_of(copy.deepcopy(lm), tile=1)
         trainer.fit(module, datamodule=EditDataModule(requests[:3], 2))
-        return trainer.log_dir, len(module.journal), weights(module.lm), trainer.callback_metrics["target/taken"]
+        return trainer.log_dir, len(module.journal), weights(module.lm), float(trainer.callback_metrics["target/taken"])
 
     first, second = results(2, work, tmp_path)
     assert first == second
     assert first[1] == 2
-    assert [path.name for path in tmp_path.glob("*/*")] == ["version_0"]
+    assert [path.name for path in tmp_path.glob("logs/run/*")] == ["version_0"]
 
 
 def test_what_cannot_run_on_ranks_is_refused(lm, quiet, monkeypatch):
