@@ -147,7 +147,7 @@ class Evaluation:
         return f"{self.protocol}-{VERSIONS[self.protocol]}{answers}{texts}"
 
     def metrics(self, further: Sequence[Metric] = ()) -> MetricCollection:
-        """Return every metric that these settings allow, by its name in tables and logs.
+        """Return every metric that these settings allow, by its name in tables and logs, each over what it is given.
 
         Args:
             further: Further metrics, named by their class.
@@ -172,7 +172,11 @@ class Evaluation:
                     f"there is a metric {name!r} already; give {type(metric).__name__} another class name"
                 )
             metrics[name] = metric
-        return MetricCollection(metrics, compute_groups=False)
+        collection = MetricCollection(metrics, compute_groups=False)
+        for each in collection.modules():
+            if isinstance(each, Metric):
+                each.distributed_available_fn = None  # every rank has all answers: there is nothing to add up
+        return collection
 
     def ask(
         self,

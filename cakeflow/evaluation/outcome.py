@@ -230,7 +230,7 @@ def rates(answers: Sequence[FreeAnswer], stage: str) -> dict[str, float]:
     """Return the metrics of a stage, ``before`` or ``after``, by name; none without answers."""
     values = {}
     for name, chosen in by_metric(answers).items():
-        metric = AnswerRate()
+        metric = AnswerRate(sync_on_compute=False)
         metric.update([getattr(each, stage) or "" for each in chosen], [each.expected for each in chosen])
         values[name] = float(metric.compute())
     return values

@@ -1,8 +1,11 @@
 """The same edit on one, two and three ranks: equal bits, one journal, and nobody waits for a rank that is gone."""
 
 import copy
+import json
 import os
 import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -364,3 +367,26 @@ def test_a_run_goes_on_with_the_tile_that_it_had(lm, requests, tmp_path):
             requests[:FACTS], SIZE, evaluate=False, run_dir=tmp_path / "run"
         )
     assert go_on(lm, requests, tmp_path / "run", 1) == [hashes]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node=2"]], ids=["own", "torchrun"]
+)
+def test_the_command_starts_ranks(launcher, lm, workplace):
+    (workplace / "facts.json").write_text(json.dumps([{"prompt": "{} is", "subject": "Ann", "target_new": "here"}] * 1))
+    options = ["--method", "memit", "--model", "model", "--model.layers", "[1]", "--data", "facts.json",
+               "--model.statistics.tokens", "256", "--model.statistics.source", "corpus.txt", "--model.tile", "1",
+               "--trainer.accelerator", "cpu", "--model.targets.steps", "2"]  # fmt: skip
+    (workplace / "corpus.txt").write_text("In the town of Lyon people speak. " * 200)
+    for count in (1, 2):
+        words = [*(launcher if count == 2 else []), "-m", "cakeflow", "fit", *options, "--run_dir", f"run-{count}"]
+        ended = subprocess.run(
+            [sys.executable, *words, "--trainer.devices", str(count)], capture_output=True, text=True, timeout=240
+        )
+        assert ended.returncode == 0, ended.stderr
+        assert ended.stdout.count("Edited") <= 1
+    found = [bodies(ledger(workplace / f"run-{count}"), BatchBody)[0] for count in (1, 2)]
+    assert [change.after for change in found[0].changes] == [change.after for change in found[1].changes]
+    assert {path.name for path in workplace.iterdir()} >= {"run-1", "run-2"}
+    assert not (workplace / "runs").exists()
