@@ -2,8 +2,8 @@
 
     python benchmarks/bench_ranks.py [--ranks 2] [--facts 8] [--tile 2] [--steps 5] [--json FILE]
 
-The same tiles are searched, records scored and facts traced by one process and by ranks that exchange results over gloo;
-nothing is edited. ``wall`` is seconds until every rank has all results, the exchange included. ``cpu`` is processor
+The same tiles are searched, records scored and facts traced by one process and by ranks that exchange results over
+gloo; nothing is edited. ``wall`` is seconds until every rank has all results, exchanges included. ``cpu`` is processor
 seconds of the busiest rank, which other programs on the machine hardly change. ``speedup`` is one process over several.
 Every process is a fork of one that has loaded the model.
 """
@@ -55,8 +55,9 @@ def timed(count: int, jobs: dict[str, Callable[[], Any]]) -> dict[str, list[dict
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / str(rank) for rank in range(count)]
         children = [_forked(rank, count, port, jobs, path) for rank, path in enumerate(paths)]
-        if any([os.waitpid(child, 0)[1] for child in children]):
-            raise SystemExit("a rank failed")
+        statuses = [os.waitpid(child, 0)[1] for child in children]
+        if any(statuses):
+            raise SystemExit(f"a rank failed: {statuses}")
         ended = [json.loads(path.read_text()) for path in paths]
     return {name: [each[name] for each in ended] for name in jobs}
 
