@@ -339,7 +339,7 @@ class Editor:
 
         See ``cakeflow.export.export``; ``options`` are the fields of ``ExportOptions``.
         """
-        words = {"overwrite": overwrite, "options": ExportOptions(**options)}
+        words: dict[str, Any] = {"overwrite": overwrite, "options": ExportOptions(**options)}
         with together(self.module):
             return ranks.on_first(lambda: export(self.journal, folder, format, **words))
 

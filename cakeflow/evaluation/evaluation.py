@@ -367,7 +367,7 @@ class Questions:
         """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
         return self.evaluation.ask(self.lm, requests, self.first, self.max_bytes)
 
-    def ask_from(self, first: int, requests: Sequence[EditRequest]) -> Any:
+    def _ask_from(self, first: int, requests: Sequence[EditRequest]) -> Any:
         """Ask the model about the requests of an evaluation from number ``first`` on."""
         self.first = first
         return self.ask(requests)
