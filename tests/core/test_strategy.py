@@ -19,6 +19,7 @@ from tiny_runs import editor_of, module_of
 
 from cakeflow import Contexts, EditDataModule, EditModule, Editor, GradientSearch, LeastSquares, Scores
 from cakeflow.callbacks import NeutralText, OutcomeCheck
+from cakeflow.cli.command_line import run_command
 from cakeflow.core.strategy import RankStrategy, check_ranks
 from cakeflow.errors import ConfigError, NumericalError, RanksError, ResumeError
 from cakeflow.journal.audit import verify
@@ -201,6 +202,18 @@ def test_what_follows_a_run_is_done_on_all_ranks(lm, requests, tmp_path):
 
     expected = work(1)
     assert results(2, lambda _: work(2), tmp_path) == [expected] * 2
+
+
+def test_the_command_evaluates_a_run_on_ranks(lm, requests, workplace):
+    editor_of(lm, {**QUIET}).fit(requests[:5], 2, evaluate=False, run_dir="run")
+
+    def work(count):
+        options = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--data.eval_batch_size", "2"]
+        found = run_command(["evaluate", "--run", "run", "--model", "model", "--trainer.devices", f"{count}", *options])
+        return found.metrics, [each.to_dict() for each in found.requests]
+
+    expected = work(1)
+    assert results(2, lambda _: work(2), workplace) == [expected] * 2
 
 
 def test_a_trainer_of_ones_own_runs_on_ranks(lm, requests, tmp_path, quiet):
