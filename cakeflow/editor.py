@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cakeflow import ranks
 from cakeflow.allocators.base import Allocator
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
@@ -31,7 +32,8 @@ from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.reproduction import Reproduction, reproduce
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
-from cakeflow.core.trainer import check_settings, check_trainer, quiet
+from cakeflow.core.strategy import together
+from cakeflow.core.trainer import check_settings, check_trainer, quiet, with_ranks
 from cakeflow.core.undo import facts_about, undo_facts
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.request import FactToken
@@ -70,7 +72,7 @@ OVERRIDES = set(signature(LocateThenEdit).parameters) - {"base", "architecture"}
 
 
 class Editor:
-    """Edits facts in a language model.
+    """Edits facts in a language model; with a Trainer of several ranks every one of them makes all calls.
 
     Args:
         module: The edit method with its model.
@@ -126,6 +128,7 @@ class Editor:
         min_arrival: float | None = None,
         on_low_arrival: Outcome | None = None,
         dequantize: bool | None = None,
+        tile: int | None = None,
         fact_token: FactToken | None = None,
         chat: bool | None = None,
         rounds: int | None = None,
@@ -169,6 +172,7 @@ class Editor:
             min_arrival: Least part of each fact's searched change that has to arrive.
             on_low_arrival: ``warn`` of facts below it, or undo the batch with an ``error``.
             dequantize: Whether quantized projections of these layers are replaced by plain ones.
+            tile: Most facts that are searched together: what is spread over ranks.
             fact_token: Token at which a fact is written.
             chat: Whether every fact is written as a question in a chat too.
             rounds: Most further walks over the facts of a batch that did not take.
@@ -285,7 +289,8 @@ class Editor:
 
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` edit batches (default: all), or one by its number; bit for bit."""
-        self.journal.rollback(steps, batch=batch)
+        with together(self.module):
+            self.journal.rollback(steps, batch=batch)
 
     def undo(self, name: str) -> list[dict[str, str]]:
         """Take back single facts, also from inside a batch; later batches and the batch's other facts stay.
@@ -306,7 +311,7 @@ class Editor:
 
     def take_back(self, facts: Sequence[tuple[EditStep, int]]) -> list[dict[str, str]]:
         """Take back facts, each by its batch in the journal and its place there; returns and raises as ``undo``."""
-        edited = {**TRAINER_DEFAULTS, **({} if isinstance(self._trainer, L.Trainer) else self._trainer)}
+        edited = with_ranks({**TRAINER_DEFAULTS, **({} if isinstance(self._trainer, L.Trainer) else self._trainer)})
         arguments = {**edited, "logger": False, "callbacks": [], "enable_progress_bar": False}
         prompts = [step.requests[i].text for step, i in facts]
         before = self.ask(prompts)
@@ -335,7 +340,9 @@ class Editor:
 
         See ``cakeflow.export.export``; ``options`` are the fields of ``ExportOptions``.
         """
-        return export(self.journal, folder, format, overwrite=overwrite, options=ExportOptions(**options))
+        words: dict[str, Any] = {"overwrite": overwrite, "options": ExportOptions(**options)}
+        with together(self.module):
+            return ranks.on_first(lambda: export(self.journal, folder, format, **words))
 
     def push_to_hub(self, repo: str, format: Format = "model", **options: Any) -> str:
         """Export and upload the edited model; return the commit's address. See ``cakeflow.export.export_to_hub``."""
@@ -351,7 +358,7 @@ class Editor:
         Raises:
             ConfigError: If the Trainer has a logger with a folder of its own.
         """
-        arguments = {} if isinstance(self._trainer, L.Trainer) else {**TRAINER_DEFAULTS, **self._trainer}
+        arguments = {} if isinstance(self._trainer, L.Trainer) else with_ranks({**TRAINER_DEFAULTS, **self._trainer})
         if run_dir is not None and (not arguments or names_folder(arguments.get("logger"))):
             raise ConfigError(
                 f"run_dir={str(run_dir)!r}, but the Trainer's logger has a folder of its own; leave out one of them"

@@ -122,6 +122,9 @@ class RequestError(EditError, ValueError):
         self.faults = tuple(faults)
         super().__init__(with_faults(f"{len(faults)} problem(s) in the requests; nothing was changed:", self.faults))
 
+    def __reduce__(self) -> tuple[type[RequestError], tuple[tuple[Fault, ...]]]:
+        return type(self), (self.faults,)  # to another process
+
 
 class ArchitectureError(EditError, ValueError):
     """A model whose blocks, projections or output head cannot be located."""
@@ -157,6 +160,10 @@ class LockedError(EditError, RuntimeError):
 
 class ResumeError(EditError, ValueError):
     """A run that cannot be resumed, because its model, data or settings differ."""
+
+
+class RanksError(EditError, RuntimeError):
+    """Ranks that differ in model, settings or files, or one that was lost."""
 
 
 class ModelChangedError(EditError, RuntimeError):

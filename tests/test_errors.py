@@ -14,6 +14,7 @@ from cakeflow.errors import (
     NumericalError,
     PluginError,
     PolicyError,
+    RanksError,
     RequestError,
     did_you_mean,
     require_choice,
@@ -24,7 +25,7 @@ KINDS = [kind for kind in vars(errors).values() if isinstance(kind, type) and is
 FAMILY = [kind for kind in KINDS if not issubclass(kind, Warning)]
 PYTHON = {
     NumericalError: ArithmeticError, PluginError: ImportError, PolicyError: PermissionError,
-    ModelChangedError: RuntimeError, LockedError: RuntimeError,
+    ModelChangedError: RuntimeError, LockedError: RuntimeError, RanksError: RuntimeError,
 }  # fmt: skip
 
 

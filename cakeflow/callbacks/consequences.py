@@ -56,5 +56,6 @@ class ConsequenceCheck(PeriodicCallback):
         metrics: dict[str, AnyAnswerRate] = {}
         for each in self.questions:
             answers = [next(texts) for _ in each.prompts]
-            metrics.setdefault(each.topic, AnyAnswerRate()).update([answers], [each.answers])
+            metric = metrics.setdefault(each.topic, AnyAnswerRate(sync_on_compute=False))
+            metric.update([answers], [each.answers])
         return {topic: float(metric.compute()) for topic, metric in metrics.items()}

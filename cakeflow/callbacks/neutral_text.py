@@ -65,7 +65,8 @@ class NeutralText(PeriodicCallback):
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:
         """Return perplexity, divergence and overlaps of the model as it is now."""
-        perplexity, shift = Perplexity(), prediction_shift()
+        own: dict[str, Any] = {"sync_on_compute": False}
+        perplexity, shift = Perplexity(**own), prediction_shift()
         for ids in self._windows.split(self._rows(module)):
             now = self._predictions(module, ids)
             perplexity.update(now, ids[:, 1:].cpu())

@@ -51,7 +51,7 @@ class Retention(PeriodicCallback):
         judged = ~hits.isnan()  # the form "probability" needs a true target
         if not judged.any():
             return {}
-        metric = retention.Retention()
+        metric = retention.Retention(sync_on_compute=False)
         metric.update(hits[judged], batch[judged])
         self.curves.append(metric.by_batch().tolist())
         return {"mean": float(metric.compute()), "first": self.curves[-1][0]}

@@ -41,7 +41,8 @@ from cakeflow.core.loggers import names_folder, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.progress import with_progress_bar
 from cakeflow.core.run import EvaluationResult, FitResult, go_on_from, run_evaluate, run_fit
-from cakeflow.core.trainer import check_settings, quiet
+from cakeflow.core.strategy import jointly
+from cakeflow.core.trainer import check_settings, quiet, with_ranks
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_checks
 from cakeflow.errors import ConfigError, EditError, did_you_mean
 from cakeflow.plugins import load_plugins
@@ -176,6 +177,7 @@ class EditCLI(LightningCLI):
             config["logger"] = default_logger(run_dir)
         elif run_dir is not None and names_folder(config["logger"]):
             raise ConfigError("--run_dir and trainer.logger both name a folder; leave out one of them")
+        config["strategy"] = with_ranks(config).get("strategy", "auto")
         config["callbacks"] = with_progress_bar(with_checks(config.get("callbacks")), config.get("enable_progress_bar"))
         with quiet():
             trainer = super().instantiate_trainer(**kwargs)
@@ -190,19 +192,20 @@ class EditCLI(LightningCLI):
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit the facts, and print metrics, times, answers and the verdict."""
         if (start := self._get(self.config_init, "from_run")) is not None:
-            go_on_from(start, model, run_folder(self.trainer))
+            jointly(self.trainer, lambda: go_on_from(start, model, run_folder(self.trainer)))
         self.result = result = run_fit(self.trainer, model, datamodule, goes_on=self.resuming)
-        show_fit(result, len(datamodule.requests))
+        if self.trainer.is_global_zero:
+            show_fit(result, len(datamodule.requests))
         if self._get(self.config_init, "strict"):
             require_clean(result)
 
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Evaluate the model as it is, or as a run edited it, and print the metrics."""
-        if self.edited is not None:
-            self.edited.load_into(model, run_folder(self.trainer))
-            datamodule = self.edited.data(vars(self._get(self.config, "data"))) if self.edited.own_data else datamodule
+        if (edited := self.edited) is not None:
+            jointly(self.trainer, lambda: edited.load_into(model, run_folder(self.trainer)))
+            datamodule = edited.data(vars(self._get(self.config, "data"))) if edited.own_data else datamodule
         self.result = result = run_evaluate(self.trainer, model, datamodule, "now")
-        Console().print(metrics_table({"now": result.metrics}, result.protocol))
+        Console(quiet=not self.trainer.is_global_zero).print(metrics_table({"now": result.metrics}, result.protocol))
 
 
 class _CommandParser(ConfigParser):

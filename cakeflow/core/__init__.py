@@ -9,9 +9,10 @@ from cakeflow.core.memory import Footprint, TokenCost
 from cakeflow.core.module import EditModule
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
+from cakeflow.core.strategy import RankStrategy
 
 __all__ = [
     "EditCallback", "EditDataModule", "EditModule", "EvaluationResult", "FitResult", "Footprint", "LayerEdit",
-    "LocateThenEdit", "SafeCheckpointIO", "Statistics", "TokenCost", "build_module", "find_config", "run_evaluate",
-    "run_fit", "shipped", "with_safe_checkpoints",
+    "LocateThenEdit", "RankStrategy", "SafeCheckpointIO", "Statistics", "TokenCost", "build_module", "find_config",
+    "run_evaluate", "run_fit", "shipped", "with_safe_checkpoints",
 ]  # fmt: skip

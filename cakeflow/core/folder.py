@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import islice
 from pathlib import Path
 
 import lightning as L
 from lightning.pytorch.loggers import CSVLogger
 
+from cakeflow import ranks
 from cakeflow.errors import ConfigError, listed
 from cakeflow.journal.ledger import read_entries
 from cakeflow.journal.schema import EndBody, EvaluatedRequest
@@ -26,7 +28,7 @@ class RunLogger(CSVLogger):
     def version(self) -> int | str:
         """Number or name of the folder."""
         if self._version is None:
-            self._version = claim_folder(Path(self.root_dir), "version_")
+            self._version = ranks.on_first(lambda: claim_folder(Path(self.root_dir), "version_"))
         return self._version
 
 
@@ -39,6 +41,8 @@ def run_folder(trainer: L.Trainer) -> Path | None:
 def writing(trainer: L.Trainer) -> Iterator[Path | None]:
     """Keep a Trainer's run folder to this thread while the body runs; yields the folder, None if there is none.
 
+    Of several ranks the first one holds it for all of them.
+
     Raises:
         LockedError: If another process is writing it.
         RunFolderError: If symbolic links lead out of it.
@@ -47,10 +51,16 @@ def writing(trainer: L.Trainer) -> Iterator[Path | None]:
     if folder is None:
         yield None
         return
+    with ExitStack() as locks:
+        ranks.on_first(lambda: _enter(locks, folder))
+        yield folder
+
+
+def _enter(locks: ExitStack, folder: Path) -> None:
+    """Lock a run folder until ``locks`` is closed."""
     for each in folder.rglob("*"):
         require_inside(each, folder)
-    with locked(folder / "journal" / LEDGER):
-        yield folder
+    locks.enter_context(locked(folder / "journal" / LEDGER))
 
 
 def require_run_folder(folder: Path) -> None:
@@ -59,6 +69,10 @@ def require_run_folder(folder: Path) -> None:
     Raises:
         ConfigError: If the folder holds other files.
     """
+    ranks.on_first(lambda: _require_run_folder(folder))
+
+
+def _require_run_folder(folder: Path) -> None:
     if folder.is_file():
         raise ConfigError(f"run folder {folder} is a file; choose another one")
     if not (folder / "journal" / LEDGER).exists() and not _is_evaluation(folder):
@@ -68,6 +82,19 @@ def require_run_folder(folder: Path) -> None:
                 f"run folder {folder} holds files that no run wrote ({listed(files, 3)}); choose a new folder, so that "
                 "nothing there is written over"
             )
+
+
+def check_run_folder(trainer: L.Trainer) -> None:
+    """Check a Trainer's run folder; an evaluation logs nothing where a finished run is.
+
+    Raises:
+        ConfigError: If the folder holds other files.
+    """
+    if (folder := run_folder(trainer)) is not None:
+        require_run_folder(folder)
+        if not trainer.training and is_finished(folder):
+            trainer.loggers = []
+            warnings.warn(f"{folder} holds a finished run, which stays as it is: nothing is logged there", stacklevel=3)
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -90,4 +117,6 @@ def _is_evaluation(folder: Path) -> bool:
 def is_finished(folder: Path) -> bool:
     """True if a folder holds a run that has ended; what the ledger says of it has hashes of the folder's files."""
     path = folder / "journal" / LEDGER
-    return path.exists() and any(isinstance(entry.body, EndBody) for entry in read_entries(path))
+    return ranks.on_first(
+        lambda: path.exists() and any(isinstance(entry.body, EndBody) for entry in read_entries(path))
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -12,13 +13,40 @@ import torch
 from torch import Tensor
 
 from cakeflow.data.contexts import Contexts
-from cakeflow.journal.schema import Arithmetic
+from cakeflow.data.request import EditRequest
+from cakeflow.journal.provenance import circumstances
+from cakeflow.journal.schema import FORMAT, Arithmetic, RunBody
+from cakeflow.journal.steps import request_hash
 from cakeflow.models.base import EditableModel
+from cakeflow.models.loading import recorded
 from cakeflow.models.products import has_fast_products
 from cakeflow.solvers.covariance import Covariance
 from cakeflow.storage.cache import content_key
 from cakeflow.storage.hashing import tensor_hash, tensor_hashes
 from cakeflow.weighters.base import Weighter
+
+
+def run_body(module: Any, data: Any, trainer: L.Trainer) -> RunBody:
+    """Return what the ledger says of a run that begins: everything that decides its outcome, and who runs it on what.
+
+    Args:
+        module: The edit module with its model.
+        data: The run's ``EditDataModule``, or None.
+        trainer: The run's Trainer.
+    """
+    requests: Sequence[EditRequest] = data.requests if data else ()
+    return RunBody(
+        model=module.name,
+        settings=module.settings(),
+        edits=len(requests),
+        batch_size=data.batch_size if data else None,
+        data=hashlib.sha256("".join(map(request_hash, requests)).encode()).hexdigest(),
+        arithmetic=arithmetic(module.lm, trainer),
+        format=FORMAT,
+        loading=recorded(module._loading, module.lm),
+        method=module.method,
+        **circumstances().to_dict(),
+    )
 
 
 def arithmetic(lm: EditableModel, trainer: L.Trainer) -> Arithmetic:

@@ -13,11 +13,7 @@ from torchmetrics import Metric
 from cakeflow.allocators.base import Allocator, ShareAllocator
 from cakeflow.allocators.sequential import Sequential
 from cakeflow.core.config import shipped
-from cakeflow.core.contracts import (
-    Outcome,
-    checked_facts,
-    warn_blocked,
-)
+from cakeflow.core.contracts import Outcome, checked_facts, warn_blocked
 from cakeflow.core.identity import described, inputs_of
 from cakeflow.core.memory import PASS_TOKENS, Footprint, TokenCost
 from cakeflow.core.module import EditModule
@@ -56,9 +52,11 @@ from cakeflow.weighters.static import Uniform
 SETTINGS = (
     "layers", "site", "seed", "use_history", "weighter", "allocator", "solver", "targets", "statistics", "contexts",
     "evaluation", "memory_budget", "max_relative_update", "min_arrival", "on_low_arrival",
-    "fact_token", "chat", "rounds", "repairs", "reread_keys", "end_of_text",
+    "fact_token", "chat", "rounds", "repairs", "reread_keys", "end_of_text", "tile",
 )  # fmt: skip
-"""Attributes of a module that decide the outcome of its edits, beside the model."""
+"""Attributes of a module that decide the outcome of its edits, beside the model; ``tile`` where it is set."""
+TILE = 8
+"""Facts that are searched together on several ranks, where ``tile`` is not set."""
 
 
 @final
@@ -112,6 +110,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         end_of_text: Whether the end-of-text token is taught with the target, as its last token, so that an answer ends
             there (LocFT); the other papers do without.
         dequantize: Whether quantized projections of these layers, and no others, are replaced by plain ones in place.
+        tile: Most facts that are searched, and whose keys are read, together: what is spread over ranks. It decides the
+            last bits. None has no such limit in one process, and is 8 on several ranks.
 
     Raises:
         ConfigError: If the layers are not ascending or not in the model, or a limit is not above 0.
@@ -150,9 +150,11 @@ class LocateThenEdit(EditModule[TextBatch]):
         reread_keys: int = 0,
         end_of_text: bool = False,
         dequantize: bool = False,
+        tile: int | None = None,
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
         require_choice("fact_token", fact_token, FactToken)
+        require_count("tile", 1 if tile is None else tile, 1)
         for label, most in (("rounds", rounds), ("repairs", repairs)):
             require_count(label, most)
             if most and not solver.needs_targets:
@@ -178,10 +180,9 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.memory_budget, self.max_relative_update = memory_budget, max_relative_update
         require_positive("model", self, "memory_budget", "max_relative_update")
         self.max_bytes = None if memory_budget is None else memory_budget * GIB
-        self.dequantize = dequantize
-        self.min_arrival, self.on_low_arrival = min_arrival, on_low_arrival
+        self.dequantize, self.min_arrival, self.on_low_arrival = dequantize, min_arrival, on_low_arrival
         self.fact_token, self.chat, self.end_of_text = fact_token, chat, end_of_text
-        self.rounds, self.repairs = rounds, repairs
+        self.rounds, self.repairs, self.tile = rounds, repairs, tile
         self.facts: dict[int, FactBatch] = {}
         self.footprints: dict[int, Footprint] = {}
         self._settings = self.used_settings()
@@ -194,7 +195,11 @@ class LocateThenEdit(EditModule[TextBatch]):
 
     def used_settings(self) -> dict[str, Any]:
         """The settings with the chosen layers and the sampled contexts."""
-        return {name: described(getattr(self, name)) for name in SETTINGS}
+        return {name: described(getattr(self, name)) for name in SETTINGS if name != "tile" or self.tile}
+
+    def use_ranks(self) -> None:
+        """Search in tiles, which are shared out."""
+        self._settings["tile"] = self.tile = self.tile or TILE
 
     def check_model(self) -> None:
         """Check that the model has the layers, and that their weights can be edited.

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Generic, final
 
@@ -20,13 +20,15 @@ from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self, TypeVar
 
+from cakeflow import ranks
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.folder import is_finished, require_run_folder, run_folder
-from cakeflow.core.identity import arithmetic
+from cakeflow.core.folder import check_run_folder, require_run_folder, run_folder
+from cakeflow.core.identity import run_body
 from cakeflow.core.loggers import with_run_folder
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
+from cakeflow.core.strategy import check_ranks, join, require_same_run
 from cakeflow.core.trainer import check_trainer, float32_by_default
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, EditError, NotTakenWarning, NumericalError, PolicyError
@@ -37,12 +39,10 @@ from cakeflow.forward.tokens import EditBatch
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.policy import Policy
-from cakeflow.journal.provenance import circumstances
-from cakeflow.journal.schema import FORMAT, EvaluatedRequest, EvaluationBody, MomentPoint, RunBody
+from cakeflow.journal.schema import EvaluatedRequest, EvaluationBody, MomentPoint
 from cakeflow.journal.steps import EditStep, request_hash
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import recorded
 from cakeflow.storage.atomic import make_private
 
 B = TypeVar("B", bound=EditBatch, default=Any)
@@ -120,6 +120,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self._memory: PeakMemory | None = None
         self._home: torch.device | None = None
         self._finished = self.complete = False
+        self._due: list[Sequence[EditRequest]] = []
         if isinstance(base, EditableModel):
             self.adopt(base)
             self._home = base.device
@@ -168,6 +169,10 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     def check_model(self) -> None:
         """Check that the settings fit the model, once it is loaded."""
 
+    def use_ranks(self) -> None:
+        """Make ready for a run on several ranks; ``ConfigError`` unless the method says how."""
+        raise ConfigError(f"{type(self).__name__} edits in one process only: set devices=1")
+
     @final
     def adopt(self, lm: Any) -> None:
         """Take a model that was loaded."""
@@ -186,14 +191,10 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         Loggers begin after it, so the run folder is checked here too.
         """
         check_trainer(self.trainer, edits=self.trainer.state.fn == TrainerFn.FITTING)
+        check_ranks(self, self.trainer)
         with_safe_checkpoints(with_run_folder(self.trainer))
-        if (folder := run_folder(self.trainer)) is not None:
-            require_run_folder(folder)
-            if not self.trainer.training and is_finished(folder):
-                self.trainer.loggers = []
-                warnings.warn(
-                    f"{folder} holds a finished run, which stays as it is: nothing is logged there", stacklevel=2
-                )
+        with join(self.trainer):
+            check_run_folder(self.trainer)
         return [] if any(isinstance(each, RestoreState) for each in self.trainer.callbacks) else [RestoreState()]  # type: ignore[attr-defined]
 
     @final
@@ -205,6 +206,8 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         if stage == "fit":
             self.obey(self.trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(self.trainer) if stage == "fit" else None
+        if stage is not None:
+            require_same_run(self, self.trainer.datamodule, self.trainer, folder)  # type: ignore[attr-defined]
         if folder and not (self.journal.store and self.journal.store.folder == folder / "journal"):
             self.open_journal(folder, self.trainer.datamodule, self.trainer)  # type: ignore[attr-defined]
 
@@ -222,14 +225,22 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
             self.warn_of_known(edited)
         with self.journal.reverted():
             self.prepare(batches)
+        ranks.agree(self.inputs, "what batches are solved with")
         self.journal.inputs = dict(self.inputs)
 
     @final
-    def training_step(self, batch: B, _: int) -> None:
+    def training_step(self, batch: B, _: int) -> Tensor | None:
         """Edit one batch: all of it, or, if anything fails, nothing; one that an interrupted run did is repeated.
 
         Behind it, facts that do not take are edited again as a batch of their own, where the method does so.
+
+        Returns:
+            None; on several ranks, where Lightning refuses that, a loss that is 0.
         """
+        self._edit_and_repair(batch)
+        return None if ranks.world_size() == 1 else torch.zeros((), requires_grad=True)
+
+    def _edit_and_repair(self, batch: B) -> None:
         with float32_by_default():
             if batch.undo:
                 hashes = [request_hash(batch.requests[place]) for place in batch.undo.places]
@@ -274,19 +285,29 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     def on_validation_epoch_start(self) -> None:
         """Start an evaluation."""
         self.metrics.reset()
-        self.answers, self.further = [], {}
+        self.answers, self.further, self._due = [], {}, []
 
     @final
     def validation_step(self, batch: EditBatch, _: int) -> None:
-        """Ask the model about some requests."""
+        """Ask the model about some requests; several ranks about a batch each, and all of them get all answers."""
+        self._due.append(batch.requests)
+        if len(self._due) >= ranks.world_size():
+            self._ask_due()
+
+    def _ask_due(self) -> None:
+        if not self._due:
+            return
+        firsts = accumulate(map(len, self._due), initial=len(self.answers))
+        due, self._due = list(zip(firsts, self._due, strict=False)), []
         with float32_by_default(), self.phase("evaluation"):
-            answers = self.ask(batch.requests)
-            self.answers += answers.rows(first=len(self.answers))
-            fields = answers.fields().items()
-            self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})
+            for answers in ranks.spread(due, lambda part: self._ask_from(*part)):
+                self.answers += answers.rows(first=len(self.answers))
+                fields = answers.fields().items()
+                self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})
 
     def on_validation_epoch_end(self) -> None:
         """Log every metric under the stage's name, and the number of edits it follows; not in a sanity check."""
+        self._ask_due()
         if self.trainer.sanity_checking:
             return
         self.log("edits", float(self.journal.edits))
@@ -369,23 +390,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
             ResumeError: If the folder holds a run that differs, or a finished one.
         """
         require_run_folder(folder)
-        run = self.run_body(data, trainer)
-        for part in (folder, folder / "journal") if self.private else ():
+        run = run_body(self, data, trainer)
+        for part in (folder, folder / "journal") if self.private and ranks.is_first() else ():
             make_private(part)
         self.journal.open(self.journal.store_at(folder / "journal"), run)
-
-    def run_body(self, data: Any, trainer: L.Trainer) -> RunBody:
-        """What the ledger says of a run that begins: everything that decides its outcome, and who runs it on what."""
-        requests: Sequence[EditRequest] = data.requests if data else ()
-        return RunBody(
-            model=self.name,
-            settings=self.settings(),
-            edits=len(requests),
-            batch_size=data.batch_size if data else None,
-            data=hashlib.sha256("".join(map(request_hash, requests)).encode()).hexdigest(),
-            arithmetic=arithmetic(self.lm, trainer),
-            format=FORMAT,
-            loading=recorded(self._loading, self.lm),
-            method=self.method,
-            **circumstances().to_dict(),
-        )

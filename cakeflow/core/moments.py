@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -19,6 +20,7 @@ from einops import rearrange
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from cakeflow import ranks
 from cakeflow.errors import NumericalError, StatisticsError
 from cakeflow.forward.corpus import PADDING
 from cakeflow.forward.progress import progress_bar
@@ -27,7 +29,7 @@ from cakeflow.models.hooks import capture
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.products import gram
 from cakeflow.solvers.covariance import Covariance, rank_below
-from cakeflow.solvers.exact_sum import MOST_TERMS, ExactSum
+from cakeflow.solvers.exact_sum import MOST_TERMS, ExactSum, require_room
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.hashing import tensor_hashes
 from cakeflow.storage.tensors import TensorFile, fault_in, read_tensors
@@ -300,6 +302,8 @@ class Course:
 def pass_over(corpus: Corpus, home: Path) -> None:
     """Collect second moments in one pass over all blocks; an interrupted one is resumed.
 
+    Ranks share the blocks between two points of the curve, and the first one writes.
+
     Args:
         corpus: The blocks.
         home: Folder of the files.
@@ -307,19 +311,49 @@ def pass_over(corpus: Corpus, home: Path) -> None:
     Raises:
         StatisticsError: If a sum is not finite or too large, or what an interrupted pass left is damaged.
     """
-    plan, partial = corpus.plan, home / "partial.safetensors"
-    course = Course.resume(partial, plan, corpus.lm.device)
+    plan, path = corpus.plan, home / "partial.safetensors"
+    course = Course.resume(path, plan, corpus.lm.device)
     saved = time.monotonic()
     with progress_bar(plan.tokens(len(plan)), "second moments", "token", initial=plan.tokens(course.done)) as bar:
-        for number in range(course.done, len(plan)):
-            sums_of(corpus, [number], course.sums)
-            course.reach(number + 1)
-            bar.update(plan.tokens(number + 1) - plan.tokens(number))
-            if time.monotonic() - saved > SAVE_EVERY:
-                course.save(partial)
+        for blocks in _rounds(plan, course.done):
+            _add_blocks(corpus, blocks, course.sums)
+            ranks.on_first(partial(course.reach, blocks.stop))
+            bar.update(plan.tokens(blocks.stop) - plan.tokens(blocks.start))
+            if ranks.is_first() and time.monotonic() - saved > SAVE_EVERY:
+                course.save(path)
                 saved = time.monotonic()
-    course.finish(home)
-    partial.unlink(missing_ok=True)
+    ranks.on_first(partial(course.finish, home))
+    ranks.on_first(partial(path.unlink, missing_ok=True))
+
+
+def _rounds(plan: Plan, done: int) -> Iterator[range]:
+    """Yield the blocks that are summed at a time: one, or with several ranks all up to the curve's next point."""
+    for stretch in plan.stretches(range(done, len(plan))):
+        size = 1 if ranks.world_size() == 1 else max(1, len(stretch))
+        yield from (range(at, min(at + size, stretch.stop)) for at in range(stretch.start, stretch.stop, size))
+
+
+def _add_blocks(corpus: Corpus, blocks: range, sums: Sums) -> None:
+    """Add the sums over some blocks in place; of several ranks each runs its part, and the first has the result."""
+    size = ranks.world_size()
+    if size == 1:
+        sums_of(corpus, blocks, sums)
+        return
+    own = {label: ExactSum.zeros(width, corpus.lm.device) for label, width in corpus.plan.widths.items()}
+
+    def run(part: range) -> dict[str, int]:
+        return {label: each.largest for label, each in sums_of(corpus, part, own).items()}
+
+    largest = ranks.spread([blocks[place::size] for place in range(size)], run)
+    for label, each in own.items():
+        try:
+            require_room(sum(part[label] for part in largest))
+        except NumericalError as error:
+            raise _unusable(label, error) from error
+        ranks.add_up(each.words, f"second moments of {label}")
+        each.count = len(blocks)
+    if ranks.is_first():
+        combine([own], sums)
 
 
 def label_of(site: Site) -> str:

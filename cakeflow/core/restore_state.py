@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import nn
 
 from cakeflow.core.folder import writing
+from cakeflow.core.strategy import join
 from cakeflow.models.base import EditableModel
 
 
@@ -19,8 +20,8 @@ class RestoreState(L.Callback):
     """Restores what ``Trainer.fit`` changes: training flags, gradients, random states and the SIGINT handler.
 
     Data loaders draw seeds, ``fit`` drops gradients, a failed validation leaves the model in evaluation mode, and after
-    an interrupt Lightning ignores all later ones. During a run the model is in evaluation mode, and no other process
-    writes the run folder. Every ``EditModule`` adds this callback to its Trainer.
+    an interrupt Lightning ignores all later ones. During a run its ranks work together, the model is in evaluation
+    mode, and no other process writes the run folder. Every ``EditModule`` adds this callback to its Trainer.
     """
 
     def __init__(self) -> None:
@@ -28,6 +29,7 @@ class RestoreState(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Store the state, before anything else of a run."""
+        self._state.enter_context(join(trainer))
         lm = getattr(pl_module, "lm", None)  # a model named by a string is loaded later
         if isinstance(lm, EditableModel):
             self._state.enter_context(lm.evaluating())

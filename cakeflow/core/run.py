@@ -12,11 +12,13 @@ from pathlib import Path
 
 import lightning as L
 
+from cakeflow import ranks
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder, writing
 from cakeflow.core.loggers import log_files, log_settings, with_run_folder
 from cakeflow.core.module import EditModule
+from cakeflow.core.strategy import check_ranks, jointly, require_same_run
 from cakeflow.core.trainer import check_trainer, quiet
 from cakeflow.data.images import THUMBNAILS
 from cakeflow.errors import ConfigError, PolicyError
@@ -101,6 +103,7 @@ def run_fit(
     there, which takes no search and no solve.
 
     A run that was stopped, by a callback or ``max_time``, is not marked as complete: the same command goes on with it.
+    On several ranks every one of them calls this, and gets the same result; the first alone writes files.
 
     Args:
         trainer: The Trainer.
@@ -115,8 +118,21 @@ def run_fit(
         ModelChangedError: If somebody else changed the model since its journal did.
         ResumeError: If the folder holds a run that differs, or a finished one.
         LockedError: If another process writes this folder.
+        RanksError: If ranks differ in model, settings, data or folders, or one was lost.
     """
     _check_start(trainer)
+    check_ranks(module, trainer)
+    return jointly(trainer, lambda: _attach_and_fit(trainer, module, data, goes_on, evaluate=evaluate))
+
+
+def _attach_and_fit(
+    trainer: L.Trainer,
+    module: EditModule,
+    data: EditDataModule,
+    goes_on: Callable[[Path], str],
+    *,
+    evaluate: bool,
+) -> FitResult:
     with_safe_checkpoints(with_run_folder(trainer))
     for record in (module.timings, module.peaks, module.metrics_at):
         record.clear()
@@ -158,6 +174,7 @@ def _fit(
     *,
     evaluate: bool,
 ) -> FitResult:
+    require_same_run(module, data, trainer, folder)
     if folder is not None:  # before any logger writes: a folder that is refused stays as it is
         module.open_journal(folder, data, trainer)
         facts = {"model": module.name, "edits": len(data.requests), "batch_size": data.batch_size}
@@ -178,10 +195,11 @@ def _fit(
     if not module.complete:
         _warn_of_rest(edits, len(data.requests), goes_on(folder) if folder else "")
     if folder is not None:
-        write_files(folder, module, edits, {"before": before, "after": after})
+        ranks.on_first(lambda: write_files(folder, module, edits, {"before": before, "after": after}))
         if module.complete:
-            module.journal.close({name: file_hash(folder / name) for name in _files(folder)})
-        log_files(trainer, folder)
+            names = ranks.on_first(lambda: {name: file_hash(folder / name) for name in _files(folder)})
+            module.journal.close(names)
+        ranks.on_first(lambda: log_files(trainer, folder))
     return FitResult(
         before=before,
         after=after,
@@ -206,7 +224,12 @@ def _check_start(trainer: L.Trainer) -> None:
 
 
 def run_evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> EvaluationResult:
-    """Score the requests through the Trainer and log the metrics as ``stage/...``."""
+    """Score the requests through the Trainer and log the metrics as ``stage/...``; called on every rank."""
+    check_ranks(module, trainer)
+    return jointly(trainer, lambda: _evaluate(trainer, module, data, stage))
+
+
+def _evaluate(trainer: L.Trainer, module: EditModule, data: EditDataModule, stage: str) -> EvaluationResult:
     module.stage = stage
     with quiet(), _interruptible():
         trainer.validate(module, datamodule=data, verbose=False)
@@ -267,7 +290,7 @@ def _files(folder: Path) -> list[str]:
 def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:
     folder = run_folder(trainer)
     if folder is not None:
-        _write_lines(folder / f"{stage}.jsonl", module.answers)
+        ranks.on_first(lambda: _write_lines(folder / f"{stage}.jsonl", module.answers))
 
 
 def _write_lines(path: Path, answers: Sequence[Schema]) -> None:
@@ -281,7 +304,7 @@ def _advice_on_resuming(module: EditModule, folder: Path | None, goes_on: Callab
     try:
         yield
     except BaseException as error:
-        if folder is not None and not isinstance(error, PolicyError):
+        if folder is not None and not isinstance(error, PolicyError) and ranks.is_first():
             count, words = len(module.journal), goes_on(folder)
             log.warning("stopped: %d batches are done and stored; go on with: %s", count, words)
         raise

@@ -11,6 +11,7 @@ from pathlib import Path
 from jaxtyping import Int
 from torch import Tensor
 
+from cakeflow import ranks
 from cakeflow.core.moments import At, Corpus, Plan, curve_shape, damaged, label_of, pass_over, read_moments
 from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import StatisticsError, require_choice, require_positive
@@ -93,10 +94,12 @@ class Statistics:
         corpus = self.corpus(lm, sites, windows)
         home = home_of(corpus.plan.key, folder)
         paths = {site: home / f"{label_of(site)}.safetensors" for site in sites}
-        complete = all(path.exists() for path in paths.values())
+        complete = ranks.on_first(lambda: all(path.exists() for path in paths.values()))
         if not complete:
-            require_writable(home)
-        with nullcontext() if complete else locked(home, wait=True):  # a second process finds what this one collected
+            ranks.on_first(lambda: require_writable(home))
+        first = ranks.is_first() and not complete
+        with locked(home, wait=True) if first else nullcontext():  # a second process finds what this one collected
+            ranks.barrier("the cache of second moments")
             loaded = {site: self._load(path, lm.key_width(site)) for site, path in paths.items() if path.exists()}
             absent = [site for site in sites if site not in loaded]
             log.info("second moments: %s, %d of %d layers to collect", home, len(absent), len(sites))

@@ -13,8 +13,10 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from cakeflow.core.strategy import NAME, RankStrategy
 from cakeflow.errors import ConfigError
 
 FIRST_FACTS = "to edit the first facts only, set data.limit"
@@ -74,7 +76,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Args:
         settings: Arguments of a Trainer; what a config has in the place of an object is left for ``check_trainer``.
     """
-    defaults = signature(L.Trainer).parameters
+    settings, defaults = with_ranks(settings), signature(L.Trainer).parameters
     chosen = {
         name: settings[name]
         for name in (*PLACE, *SETTINGS)
@@ -87,6 +89,19 @@ def check_settings(settings: Mapping[str, Any]) -> None:
         with quiet():
             trainer = L.Trainer(accelerator=accelerator, **copied, **bare)  # type: ignore[arg-type]
         check_trainer(trainer, edits=False)
+
+
+def with_ranks(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a Trainer's arguments with our strategy in the place of plain DDP, the default for several devices.
+
+    Args:
+        settings: Arguments of a Trainer.
+    """
+    strategy = settings.get("strategy") or "auto"
+    devices, nodes = settings.get("devices") or 1, settings.get("num_nodes") or 1
+    count = len(devices) if isinstance(devices, (list, tuple)) else int(devices) if str(devices).isdigit() else 1
+    several = strategy == "auto" and (count > 1 or nodes > 1)
+    return {**settings, "strategy": NAME} if strategy == "ddp" or several else dict(settings)
 
 
 def _is_node(value: object) -> bool:
@@ -111,18 +126,30 @@ def check_trainer(trainer: L.Trainer, *, edits: bool) -> None:
 
 
 def _faults_of_place(trainer: L.Trainer) -> Iterator[str]:
-    """Yield why a Trainer does not run one process, on one device, with the weights as they are."""
-    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+    """Yield why a Trainer does not run one process on one device, or our ranks, with the weights as they are."""
+    strategy = trainer.strategy
+    if reason := _fault_of_strategy(strategy):
         yield (
-            f"strategy {type(trainer.strategy).__name__} over devices = {trainer.num_devices}, num_nodes = "
-            f"{trainer.num_nodes}: each would edit or measure a part only; use devices=1 and strategy='auto' (a model "
-            "too large for one device: model_kwargs={'device_map': 'auto'})"
+            f"strategy {type(strategy).__name__} over devices = {trainer.num_devices}, num_nodes = "
+            f"{trainer.num_nodes}: {reason}; use strategy={NAME!r}, which has the whole model on every device, or "
+            "devices=1 and strategy='auto' (a model too large for one device: model_kwargs={'device_map': 'auto'})"
         )
     if type(trainer.precision_plugin) is not Precision:
         yield (
             f"precision = {trainer.precision!r} would cast the model's weights or its passes; load the model in the "
             "type that you want, dtype='bfloat16' for example, and leave precision out"
         )
+
+
+def _fault_of_strategy(strategy: object) -> str:
+    """Return why a strategy cannot edit; empty if it can."""
+    if isinstance(getattr(strategy, "launcher", None), _MultiProcessingLauncher):
+        return "processes that are started from a function end with it, and the models that they edited with them"
+    if isinstance(strategy, (SingleDeviceStrategy, RankStrategy)):
+        return ""
+    if isinstance(strategy, DDPStrategy):
+        return "it wraps the model to average gradients, of which there are none, and deals the requests out"
+    return "it holds parts of weights, or weights in a form of its own, which an edit cannot read and write"
 
 
 def _faults_of_settings(trainer: L.Trainer) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,6 +38,7 @@ from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.schema import FactBody, Reason, TargetBody
 from cakeflow.journal.steps import EditStep, importance_at
 from cakeflow.models.architecture import Site
+from cakeflow.ranks import spread
 from cakeflow.solvers.problem import LayerProblem, Update
 from cakeflow.targets.base import Targets
 from cakeflow.weighters.base import effective_layers
@@ -159,7 +160,7 @@ class Walk:
 
     def reader(self) -> FactReader:
         """A reader of the batch's keys and values that begins at the bottom."""
-        return FactReader(self.module.lm, self.batch, self.footprint.pass_tokens)
+        return FactReader(self.module.lm, self.batch, self.footprint.pass_tokens, self.module.tile)
 
     @property
     def is_first(self) -> bool:
@@ -178,32 +179,24 @@ class Walk:
             yield LayerContext(site, value_site, index, weights[..., active], linear_map, batch.name)
 
     def search(self, value_site: Site, facts: Sequence[int]) -> None:
-        """Search the target values of some facts, in parts that fit into memory."""
+        """Search the target values of some facts, in parts that fit into memory and are spread over the ranks."""
         module, layer, batch = self.module, value_site.layer, self.batch.part(facts)
         bar = progress_bar(len(batch), f"target values, layer {layer}", "fact")
         with module.phase("targets"), bar:
             stream = FactReader(module.lm, batch, self.footprint.pass_tokens).prompts
             path = module.paths.ahead(stream, Site(layer, module.site)) if module.writes_blocks else ResidualPath()
             part_of = module.targets.at(module.site) if isinstance(path, NormPath) else module.targets
-            most = self.footprint.suffix_tokens
-            size = len(batch) if module.targets.one_by_one else self.footprint.facts
+            most, fitting = self.footprint.suffix_tokens, self.footprint.facts
+            size = len(batch) if module.targets.one_by_one else min(fitting, module.tile or fitting)
             parts = checked_parts(batch, size, strict=module.max_bytes is not None)
-            targets = Targets.join(
-                [
-                    part_of.search(
-                        module.lm,
-                        batch.part(part),
-                        layer,
-                        max_tokens=most,
-                        progress=counting_steps(bar),
-                        **self.importance(layer),
-                    )
-                    if module.solver.needs_targets
-                    else part_of.measure(module.lm, batch.part(part), layer, max_tokens=most)
-                    for part in parts
-                ],
-                parts,
-            )
+
+            def run(part: Sequence[int]) -> Targets:
+                if not module.solver.needs_targets:
+                    return part_of.measure(module.lm, batch.part(part), layer, max_tokens=most)
+                options: dict[str, Any] = {"progress": counting_steps(bar), **self.importance(layer)}
+                return part_of.search(module.lm, batch.part(part), layer, max_tokens=most, **options)
+
+            targets = Targets.join(spread(parts, run), parts).to(module.lm.device)
             if isinstance(path, NormPath):
                 reached = path.output + path.reached(targets.values - targets.initial)
                 targets = replace(targets, values=reached, initial=path.output)

@@ -10,6 +10,7 @@ from typing import Any
 
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import require_run_folder
+from cakeflow.core.identity import run_body
 from cakeflow.core.run import FitResult, go_on_from, write_files
 from cakeflow.core.undo import require_last
 from cakeflow.data.files import read_text
@@ -352,7 +353,7 @@ def _require_policies(folder: Path, entries: Sequence[Entry], editor: Editor) ->
 
 def _note_start(editor: Editor, entries: Sequence[Entry]) -> None:
     """Note in the ledger who goes on, and with what, if that has changed."""
-    run, store = editor.module.run_body(None, editor.trainer()), editor.journal.store
+    run, store = run_body(editor.module, None, editor.trainer()), editor.journal.store
     last = bodies(entries, RunBody)[-1:]
     if store is not None and [each.to_dict() for each in last] != [run.to_dict()]:
         store.note(run)

@@ -147,7 +147,7 @@ class Evaluation:
         return f"{self.protocol}-{VERSIONS[self.protocol]}{answers}{texts}"
 
     def metrics(self, further: Sequence[Metric] = ()) -> MetricCollection:
-        """Return every metric that these settings allow, by its name in tables and logs.
+        """Return every metric that these settings allow, by its name in tables and logs, each over what it is given.
 
         Args:
             further: Further metrics, named by their class.
@@ -172,7 +172,11 @@ class Evaluation:
                     f"there is a metric {name!r} already; give {type(metric).__name__} another class name"
                 )
             metrics[name] = metric
-        return MetricCollection(metrics, compute_groups=False)
+        collection = MetricCollection(metrics, compute_groups=False)
+        for each in collection.modules():
+            if isinstance(each, Metric):
+                each.distributed_available_fn = None  # every rank has all answers: there is nothing to add up
+        return collection
 
     def ask(
         self,
@@ -316,6 +320,7 @@ class Questions:
         metrics: Metrics of every evaluation.
         answers: The answers of every request in the last evaluation.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
+        first: Number of the first request that ``ask`` gets, among those of the evaluation.
     """
 
     lm: LanguageModel
@@ -323,6 +328,7 @@ class Questions:
     metrics: MetricCollection
     answers: list[EvaluatedRequest]
     max_bytes: float | None = None
+    first: int = 0
     _base: Any
     _loading: dict[str, Any]
     _requested: set[str]
@@ -359,7 +365,12 @@ class Questions:
 
     def ask(self, requests: Sequence[EditRequest]) -> Any:
         """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
-        return self.evaluation.ask(self.lm, requests, len(self.answers), self.max_bytes)
+        return self.evaluation.ask(self.lm, requests, self.first, self.max_bytes)
+
+    def _ask_from(self, first: int, requests: Sequence[EditRequest]) -> Any:
+        """Ask the model about the requests of an evaluation from number ``first`` on."""
+        self.first = first
+        return self.ask(requests)
 
     def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
         """Warn of requests whose target the model gives already."""

@@ -18,6 +18,7 @@ from cakeflow.forward.tokens import encode_texts
 from cakeflow.journal.schema import FreeAnswer
 from cakeflow.metrics.text import AnswerRate
 from cakeflow.models.language import LanguageModel
+from cakeflow.ranks import spread
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key
 from cakeflow.storage.typed import parse_lines
@@ -150,7 +151,7 @@ def ask(
     max_bytes: float | None = None,
     question: Callable[[str], str] = str,
 ) -> list[str]:
-    """Return the model's free greedy answer to every question.
+    """Return the model's free greedy answer to every question; those of one form and length are a part for a rank.
 
     Args:
         lm: The model.
@@ -164,12 +165,14 @@ def ask(
     names = encode_texts(lm.tokenizer, [question.expected for question in questions])
     lengths = [_length(question, name) for question, name in zip(questions, names, strict=True)]
     kinds = [(question.form, length) for question, length in zip(questions, lengths, strict=True)]
-    answers: dict[int, str] = {}
-    for form, length in dict.fromkeys(kinds):
-        part = [place for place, kind in enumerate(kinds) if kind == (form, length)]
+
+    def run(kind: tuple[str, int]) -> dict[int, str]:
+        part = [place for place, each in enumerate(kinds) if each == kind]
         prompts = [question(questions[place].prompt) for place in part]
-        texts = free_answers(lm, prompts, length, form == "chat", max_bytes)
-        answers |= zip(part, texts, strict=True)
+        form, length = kind
+        return dict(zip(part, free_answers(lm, prompts, length, form == "chat", max_bytes), strict=True))
+
+    answers = {place: text for each in spread([*dict.fromkeys(kinds)], run) for place, text in each.items()}
     return [answers[place] for place in range(len(questions))]
 
 
@@ -234,7 +237,7 @@ def rates(answers: Sequence[FreeAnswer], stage: str) -> dict[str, float]:
     """Return the metrics of a stage, ``before`` or ``after``, by name; none without answers."""
     values = {}
     for name, chosen in by_metric(answers).items():
-        metric = AnswerRate()
+        metric = AnswerRate(sync_on_compute=False)
         metric.update([getattr(each, stage) or "" for each in chosen], [each.expected for each in chosen])
         values[name] = float(metric.compute())
     return values

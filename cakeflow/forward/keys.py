@@ -21,6 +21,7 @@ from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import calls, capture, inject, patch, start_at
 from cakeflow.models.language import LanguageModel
+from cakeflow.ranks import spread
 
 
 @dataclass
@@ -185,6 +186,42 @@ class PromptStream:
         return keys[key_site][rows, chunk.last], value
 
 
+@dataclass(frozen=True, eq=False)
+class _Others:
+    """The contexts of some facts but for their first ones; the rank that reads them climbs them on.
+
+    Attributes:
+        stream: Their rows.
+        owners: For each row the place of its fact among these.
+        weights: Weight of each row.
+        count: Number n of facts.
+    """
+
+    stream: PromptStream
+    owners: Int[Tensor, " rows"]
+    weights: Float[Tensor, " rows"]
+    count: int
+
+    @classmethod
+    def of(cls, lm: LanguageModel, batch: TextBatch, facts: Sequence[int], max_tokens: int) -> _Others:
+        """Collect the rows of the facts at some places of a batch."""
+        rows = [row.ids[: row.fact + 1] for i in facts for row in batch.rows[i][1:]]
+        owners = [place for place, i in enumerate(facts) for _ in batch.rows[i][1:]]
+        weights = _column(lm, (each for i in facts for each in batch.weights[i][1:]))
+        stream = PromptStream(lm, rows, max_tokens)
+        return cls(stream, torch.tensor(owners, dtype=torch.long, device=lm.device), weights, len(facts))
+
+    def mean(self, site: Site) -> Float[Tensor, "n d_in"]:
+        """Return the part of the facts' mean keys that these contexts have."""
+        if not self.stream.size:
+            return self.weights.new_zeros(self.count, self.stream.lm.key_width(site))
+        return self.stream.mix(site, self.owners, self.weights, self.count)
+
+
+def _column(lm: LanguageModel, values: Iterable[float]) -> Float[Tensor, " rows"]:
+    return torch.tensor(list(values), dtype=torch.float64, device=lm.device)
+
+
 class FactReader:
     """Reader of the mean key of each fact over its contexts, and of its present value in the first of them.
 
@@ -192,19 +229,16 @@ class FactReader:
         lm: The model.
         batch: n facts.
         max_tokens: Most tokens in one forward pass.
+        tile: Most facts whose further contexts are read together, by one rank; all of them by default.
     """
 
-    def __init__(self, lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192) -> None:
+    def __init__(self, lm: LanguageModel, batch: TextBatch, max_tokens: int = 8192, tile: int | None = None) -> None:
         self.prompts = PromptStream(lm, [rows[0].ids[: rows[0].fact + 1] for rows in batch.rows], max_tokens)
-        self.weights = self._column(weights[0] for weights in batch.weights)
-        others = [row.ids[: row.fact + 1] for rows in batch.rows for row in rows[1:]]
-        self.others = PromptStream(lm, others, max_tokens) if others else None
-        self._other_weights = self._column(each for weights in batch.weights for each in weights[1:])
-        owners = [i for i, rows in enumerate(batch.rows) for _ in rows[1:]]
-        self._owners = torch.tensor(owners, dtype=torch.long, device=lm.device)
-
-    def _column(self, values: Iterable[float]) -> Float[Tensor, " rows"]:
-        return torch.tensor(list(values), dtype=torch.float64, device=self.prompts.lm.device)
+        self.weights = _column(lm, (weights[0] for weights in batch.weights))
+        size = tile or max(1, len(batch))
+        tiles = [range(start, min(start + size, len(batch))) for start in range(0, len(batch), size)]
+        bare = all(len(rows) == 1 for rows in batch.rows)
+        self.others = [] if bare else [_Others.of(lm, batch, facts, max_tokens) for facts in tiles]
 
     def read(
         self, site: Site, value_site: Site
@@ -230,8 +264,8 @@ class FactReader:
     def _mean(self, site: Site, keys: Float[Tensor, "n d_in"]) -> Float[Tensor, "n d_in"]:
         """Return the mean keys over the contexts; ``keys`` are those in the first one."""
         mean = keys * self.weights[:, None]
-        if self.others is not None:
-            mean = mean + self.others.mix(site, self._owners, self._other_weights, len(keys))
+        if self.others:
+            mean = mean + torch.cat(spread(self.others, lambda each: each.mean(site))).to(mean.device)
         return mean
 
     def values(self, site: Site, value_site: Site) -> Float[Tensor, "n d_out"]:

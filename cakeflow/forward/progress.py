@@ -9,12 +9,14 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from cakeflow.ranks import is_first
+
 DELAY = 2.0
 """Seconds after which a bar appears: a phase that is done by then needs none."""
 
 
 def progress_bar(total: int, title: str, unit: str, *, initial: int = 0, enabled: bool = True) -> Any:
-    """Return a bar of tqdm over a phase; none where stderr is a file, which it would fill.
+    """Return a bar of tqdm over a phase; none where stderr is a file, and on the first rank only.
 
     Args:
         total: Number of units in the phase.
@@ -23,7 +25,7 @@ def progress_bar(total: int, title: str, unit: str, *, initial: int = 0, enabled
         initial: Number of units that were done earlier.
         enabled: Whether there is to be a bar at all.
     """
-    visible = enabled and (sys.stderr.isatty() or "ipykernel" in sys.modules)
+    visible = enabled and is_first() and (sys.stderr.isatty() or "ipykernel" in sys.modules)
     options = {"total": total, "desc": title, "unit": unit, "initial": initial, "delay": DELAY}
     # miniters: a step without a fact that is done is shown as well
     return tqdm(**options, miniters=0, leave=False, dynamic_ncols=True, disable=not visible)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import overload
 
 from torch import Tensor
 
+from cakeflow import ranks
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, LedgerError, ResumeError
 from cakeflow.journal.changes import Change
@@ -108,8 +109,7 @@ class Journal(Sequence[EditStep]):
         With ``undone``, hashes of facts of the batch ``of``, it takes these back. ``PolicyError``: a policy forbids it.
         """
         self.memory.require_ready("a batch", busy=self.pending is not None)
-        if self.policies.rules:
-            self.policies.require(requests)
+        ranks.on_first(lambda: self.policies.require(requests))
         known, number = set(self.places.originals), self._count
         step = EditStep(tuple(requests), inputs=self.inputs | self.policies.inputs, undone=(*undone,), undoes=of)
         self.pending = step
@@ -117,9 +117,9 @@ class Journal(Sequence[EditStep]):
             yield step
             with uninterrupted():
                 self._commit(step, number, known)
-        except BaseException:
+        except BaseException as error:
             if step.number < 0:
-                with uninterrupted():
+                with nullcontext() if ranks.rejoin(error) else ranks.alone(), uninterrupted():
                     self._settle(step, number, known)
             raise
         finally:
@@ -179,8 +179,7 @@ class Journal(Sequence[EditStep]):
         Raises:
             ResumeError: If that batch has other requests or inputs, or does not lead to the recorded weights.
         """
-        if self.policies.rules:
-            self.policies.require(requests)
+        ranks.on_first(lambda: self.policies.require(requests))
         inputs, hashes = self.inputs | self.policies.inputs, tuple(map(request_hash, requests))
         step = self.store.next_step(hashes, inputs) if self.store else None
         if step is not None:
@@ -348,6 +347,7 @@ class Journal(Sequence[EditStep]):
         step.after.update({place: self.hash(place) for place in step.places})
         self.histories.add(step, self.steps)
         sys.audit("cakeflow.journal", "remembered")
+        ranks.agree(step.after, "weights after the batch")  # the last that can fail on another rank than the first
         if self.store:
             fresh = {place: self.original(place) for place in step.places if place not in known}
             self.store.commit(step, number, fresh)

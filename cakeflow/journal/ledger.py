@@ -16,6 +16,7 @@ from cakeflow.errors import LedgerError
 from cakeflow.journal.force import out_of_force
 from cakeflow.journal.format1 import upgraded
 from cakeflow.journal.schema import BODIES, FORMAT, BatchBody, Line, RollbackBody
+from cakeflow.ranks import is_first, on_first
 from cakeflow.storage.atomic import append_line, truncate, unfinished
 from cakeflow.storage.locks import locked
 from cakeflow.storage.typed import Json, S, Schema, parse_as, read_as
@@ -50,7 +51,7 @@ class Ledger:
 
     Every entry is added under a lock, and only if the file is as this ledger saw it last: what another process wrote is
     never cut back. The line of an append that did not end was never acknowledged: it is left out, and cut off when the
-    next entry is added.
+    next entry is added. Of several ranks the first one reads and writes the file, and all have its entries.
 
     Args:
         path: The file; the first entry creates it.
@@ -62,7 +63,7 @@ class Ledger:
 
     def __init__(self, path: Path, place: Place = "layer {}".format) -> None:
         self.path = path
-        lines = whole_lines(path) if path.exists() else []
+        lines = on_first(lambda: whole_lines(path) if path.exists() else [])
         self.entries = list(_checked(lines, path, place))
         self._size = sum(len(line) + 1 for line in lines)
         self._last = lines[-1] + b"\n" if lines else b""
@@ -80,6 +81,16 @@ class Ledger:
             LedgerError: If the file is not as this ledger saw it last.
             LockedError: If another process is writing it.
         """
+        entry = on_first(lambda: self._append(body))
+        self.take(entry)
+        return entry
+
+    def take(self, entry: Entry) -> None:
+        """Have an entry that the first rank wrote."""
+        if not is_first():
+            self.entries[entry.number :] = [entry]
+
+    def _append(self, body: Schema) -> Entry:
         with locked(self.path):
             self.settle()
             self.require_unchanged()
@@ -92,6 +103,11 @@ class Ledger:
             append_line(self.path, text)
             self.settle()
         return self.entries[-1]
+
+    def settled(self) -> Entry | None:
+        """Return the last entry on disk."""
+        self.settle()
+        return self.entries[-1] if self.entries else None
 
     def settle(self) -> None:
         """Take in the last append if it reached the disk: an exception may have come before it was noted here."""

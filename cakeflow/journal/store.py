@@ -27,6 +27,7 @@ from cakeflow.journal.schema import (
     RunBody,
 )
 from cakeflow.journal.steps import AppliedChange, EditStep
+from cakeflow.ranks import on_first
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.folders import require_inside
 from cakeflow.storage.hashing import file_hash
@@ -41,7 +42,7 @@ FROM_A_COPY = "take it from a copy"
 
 
 class JournalStore:
-    """The folder of one journal; what it was given is on disk when a method returns.
+    """The folder of one journal; what it was given is on disk when a method returns. Of several ranks the first has it.
 
     If the folder holds an interrupted run, its entries are ``recorded``: what comes is compared with them rather than
     written again, until they are used up.
@@ -128,9 +129,13 @@ class JournalStore:
             LockedError: If another process is writing it.
         """
         self._require_all_repeated()
+        self.ledger.take(on_first(lambda: self._commit_locked(step, number, originals)))
+
+    def _commit_locked(self, step: EditStep, number: int, originals: Mapping[str, Mapping[str, Tensor]]) -> Entry:
         with locked(self.ledger.path):
             self.ledger.require_unchanged()  # before files of the same names are written
             self._commit(step, number, originals)
+        return self.ledger.entries[-1]
 
     def _commit(self, step: EditStep, number: int, originals: Mapping[str, Mapping[str, Tensor]]) -> None:
         names = [f"batch-{number:05d}.safetensors"]
@@ -161,15 +166,20 @@ class JournalStore:
 
     def has_batch(self, number: int) -> bool:
         """True if the ledger ends with this batch: it is committed, whatever came after that."""
-        self.ledger.settle()
-        last = self.ledger.entries[-1].body if self.ledger.entries else None
+        last = self._last_body()
         return isinstance(last, BatchBody) and last.batch == number
 
     def has_rollback(self, batches: Sequence[int]) -> bool:
         """True if the ledger ends with the rollback of these batches."""
-        self.ledger.settle()
-        last = self.ledger.entries[-1].body if self.ledger.entries else None
+        last = self._last_body()
         return isinstance(last, RollbackBody) and last.batches == list(batches)
+
+    def _last_body(self) -> Schema | None:
+        """What the ledger on disk ends with."""
+        if (entry := on_first(self.ledger.settled)) is None:
+            return None
+        self.ledger.take(entry)
+        return entry.body
 
     def _pass_evaluations(self) -> None:
         """Leave out recorded evaluations that do not take place now."""
@@ -190,6 +200,9 @@ class JournalStore:
         Raises:
             LedgerError: If a file is not the one that was written, or its content does not fit the entry.
         """
+        return on_first(lambda: self._read_step(entry))
+
+    def _read_step(self, entry: Entry) -> EditStep:
         body = entry.body
         if not isinstance(body, BatchBody):
             raise LedgerError(f"{self._where(entry)} is a {entry.kind}, not a batch; {FROM_A_COPY}")

@@ -85,7 +85,8 @@ class TopOverlap(Metric):
 def prediction_shift() -> MetricCollection:
     """Return the divergence in nats and the overlaps, for log-probabilities before (``p``) and after (``q``).
 
-    ``kl`` is torchmetrics' own, KL(before | after); ``top1``, ``top5`` and ``top10`` are overlaps.
+    ``kl`` is torchmetrics' own, KL(before | after); ``top1``, ``top5`` and ``top10`` are overlaps; of each rank alone.
     """
-    metrics: dict[str, Metric | MetricCollection] = {"kl": KLDivergence(log_prob=True)}
-    return MetricCollection(metrics | {f"top{k}": TopOverlap(k) for k in TOPS}, compute_groups=False)
+    metrics: dict[str, Metric | MetricCollection] = {"kl": KLDivergence(log_prob=True, sync_on_compute=False)}
+    metrics |= {f"top{k}": TopOverlap(k, sync_on_compute=False) for k in TOPS}
+    return MetricCollection(metrics, compute_groups=False)

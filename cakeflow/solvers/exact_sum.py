@@ -80,6 +80,11 @@ class ExactSum:
         self.words.add_(other.words.to(self.words.device))
         self._close(other.count)
 
+    @property
+    def largest(self) -> int:
+        """The largest first word, which is one of the diagonal's."""
+        return int(self.words[:-1].diagonal().amax())
+
     def value(self) -> Float[Tensor, "d d"]:
         """Return the sum in float64, symmetric to the bit."""
         result = torch.empty(len(self), len(self), dtype=torch.float64, device=self.words.device)
@@ -109,9 +114,17 @@ class ExactSum:
 
     def _close(self, terms: int) -> None:
         self.count += terms
-        largest = int(self.words[:-1].diagonal().amax())
-        if not 0 <= largest < LIMIT:
-            raise NumericalError(_excess(largest / 2**HIGH))
+        require_room(self.largest)
+
+
+def require_room(largest: int) -> None:
+    """Check that a sum with this largest first word, or with several that are added up, is none too many.
+
+    Raises:
+        NumericalError: If it is.
+    """
+    if not 0 <= largest < LIMIT:
+        raise NumericalError(_excess(largest / 2**HIGH))
 
 
 def _excess(largest: float) -> str:

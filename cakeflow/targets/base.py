@@ -62,6 +62,10 @@ class Targets:
         rows = torch.tensor(facts, device=self.values.device)
         return Targets(*(None if each is None else each[rows] for each in _parts(self)))  # type: ignore[arg-type]
 
+    def to(self, device: torch.device) -> Targets:
+        """Return the targets on a device."""
+        return Targets(*(None if each is None else each.to(device) for each in _parts(self)))  # type: ignore[arg-type]
+
     def updated(self, facts: Sequence[int], newer: Targets) -> Targets:
         """Take over newer targets for the facts at some places."""
         rows, pairs = torch.tensor(facts, device=self.values.device), zip(_parts(self), _parts(newer), strict=True)

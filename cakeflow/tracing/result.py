@@ -17,6 +17,7 @@ from torch import Tensor
 from cakeflow.errors import ConfigError
 from cakeflow.forward.tokens import Row
 from cakeflow.models.language import LanguageModel
+from cakeflow.ranks import on_first
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key, require_writable
 from cakeflow.storage.locks import locked
@@ -88,9 +89,13 @@ class TraceCache:
 
     @classmethod
     def of(cls, lm: LanguageModel, settings: dict[str, Any], folder: Path | None) -> TraceCache:
-        """Open the cache of a model (weights and tokenizer) and of the settings that decide the numbers."""
+        """Open the cache of a model (weights and tokenizer) and of the settings that decide the numbers.
+
+        Of several ranks the first one reads and writes the file.
+        """
         key = content_key(lm.fingerprint(), str(lm.dtype), settings)
-        return cls((folder or cache_folder() / "traces") / f"{key[:16]}.jsonl")
+        path = (folder or cache_folder() / "traces") / f"{key[:16]}.jsonl"
+        return on_first(lambda: cls(path))
 
     @staticmethod
     def _name(row: Row) -> str:
@@ -105,12 +110,15 @@ class TraceCache:
 
     def add(self, rows: Sequence[Row], effects: Sequence[Effect]) -> None:
         """Store the effects of some facts, in memory and on disk."""
+        self._effects |= dict(zip(map(self._name, rows), effects, strict=True))
+        on_first(lambda: self._write(rows, effects))
+
+    def _write(self, rows: Sequence[Row], effects: Sequence[Effect]) -> None:
         require_writable(self._path.parent)
         with locked(self._path, wait=True), self._path.open("a", encoding="utf-8") as handle:
             handle.write("\n" if self._torn else "")
             self._torn = False
             for row, effect in zip(rows, effects, strict=True):
-                self._effects[self._name(row)] = effect
                 entry = {"fact": self._name(row), **asdict(effect)}
                 handle.write(json.dumps(entry | {"hash": content_key(entry)}) + "\n")
 

@@ -20,6 +20,7 @@ from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import Row
 from cakeflow.models.architecture import ROLES, Role, Site
 from cakeflow.models.language import LanguageModel
+from cakeflow.ranks import in_rounds, spread
 from cakeflow.tracing.attribution import Attribution
 from cakeflow.tracing.result import LAST_SUBJECT, PLACES, Effect, Trace, TraceCache, place_of
 from cakeflow.tracing.runs import TraceRuns
@@ -100,10 +101,13 @@ class CausalTrace(Attribution):
         missing = [row for row in dict.fromkeys(rows) if row not in cache]
         with progress_bar(len(missing), "causal trace", "fact") as bar:
             lengths = [self._tokens(row, layers) for row in missing]
-            for group in plan(lengths, self._most_tokens(lm, missing, layers)):
-                chosen = [missing[i] for i in group]
-                cache.add(chosen, self._effects(lm, chosen, layers, noise))
-                bar.update(len(chosen))
+            groups = [[missing[i] for i in group] for group in plan(lengths, self._most_tokens(lm, missing, layers))]
+            for some in in_rounds(groups):
+                for chosen, effects in zip(
+                    some, spread(some, lambda rows: self._effects(lm, rows, layers, noise)), strict=True
+                ):
+                    cache.add(chosen, effects)
+                    bar.update(len(chosen))
         return Trace.of([cache[row] for row in rows], settings)
 
     def within(self, max_bytes: float | None) -> CausalTrace:

@@ -247,7 +247,7 @@ class FactsInContext(EditModule[EditBatch]):
 
     def ask(self, requests: Sequence[EditRequest]) -> Any:
         """Ask the model about the next requests of an evaluation, with facts before their prompts."""
-        return self.evaluation.ask(self.lm, requests, len(self.answers), self.max_bytes, self.question)
+        return self.evaluation.ask(self.lm, requests, self.first, self.max_bytes, self.question)
 
     def routes(self, requests: Sequence[EditRequest]) -> list[Route]:
         """Return for all prompts of some requests the similarity to the nearest fact, and whether it is taken.

@@ -9,21 +9,25 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.plugins import HalfPrecision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from tiny_runs import StopAfter, content, editor_of, module_of, state
 
 from cakeflow import EditDataModule, Editor
 from cakeflow.cli.command_line import run_command
-from cakeflow.core.trainer import TRAINING_WORDS, check_settings
+from cakeflow.core.strategy import RankStrategy
+from cakeflow.core.trainer import TRAINING_WORDS, check_settings, with_ranks
 from cakeflow.core.trainer import quiet as silence  # a fixture is called quiet as well
 from cakeflow.errors import ConfigError, NotTakenWarning
 from cakeflow.journal.ledger import read_entries
 
 REFUSED = {
-    "devices": ({"devices": 2}, r"DDPStrategy over devices = 2, num_nodes = 1.*devices=1"),
-    "nodes": ({"num_nodes": 2}, "over devices = 1, num_nodes = 2"),
-    "strategy": ({"strategy": "ddp"}, "DDPStrategy.*device_map"),
-    "strategy object": ({"strategy": DDPStrategy()}, "DDPStrategy"),
+    "spawn": (
+        {"strategy": "ddp_spawn", "devices": 2},
+        r"DDPStrategy over devices = 2, num_nodes = 1: processes that are started.*strategy='cakeflow'.*devices=1",
+    ),
+    "fork": ({"strategy": "ddp_fork", "devices": 2}, "started from a function.*device_map"),
+    "strategy object": ({"strategy": DDPStrategy()}, "DDPStrategy.*it wraps the model.*strategy='cakeflow'"),
+    "shards": ({"strategy": ModelParallelStrategy(), "devices": 2}, "ModelParallelStrategy.*it holds parts of weights"),
     "bf16-true": ({"precision": "bf16-true"}, "precision = 'bf16-true'.*dtype='bfloat16'"),
     "16-true": ({"precision": "16-true"}, "precision = '16-true'"),
     "64-true": ({"precision": "64-true"}, "precision = '64-true'"),
@@ -72,8 +76,36 @@ def test_a_trainer_object_is_checked_too(name, lm, requests, quiet):
 
 
 @pytest.mark.parametrize(
+    ("settings", "strategy"),
+    [
+        ({"devices": 2}, "cakeflow"),
+        ({"devices": "2"}, "cakeflow"),
+        ({"devices": [0, 1], "strategy": "auto"}, "cakeflow"),
+        ({"num_nodes": 2}, "cakeflow"),
+        ({"strategy": "ddp"}, "cakeflow"),
+        ({"strategy": "ddp_spawn", "devices": 2}, "ddp_spawn"),
+        ({"devices": 1}, None),
+        ({"devices": "auto", "strategy": None}, None),
+    ],
+)
+def test_several_devices_and_ddp_mean_our_strategy(settings, strategy, quiet):
+    assert with_ranks({**quiet, **settings}).get("strategy") == strategy
+    if strategy == "cakeflow" and settings.get("devices") != [0, 1]:  # a CPU has no such devices
+        check_settings({**quiet, **settings})
+
+
+@pytest.mark.parametrize("settings", [{"devices": 2}, {"num_nodes": 2}, {"strategy": "ddp"}], ids=str)
+def test_a_trainer_object_keeps_its_strategy(settings, lm, quiet):
+    with pytest.raises(ConfigError, match=r"it wraps the model.*strategy='cakeflow'"):
+        Editor(module_of(lm), L.Trainer(**{**quiet, **settings}))
+    trainer = L.Trainer(**{**quiet, **settings, "strategy": "cakeflow"})
+    assert isinstance(trainer.strategy, RankStrategy)
+    Editor(module_of(lm), trainer)
+
+
+@pytest.mark.parametrize(
     "options",
-    [["--trainer.devices", "2"], ["--trainer.precision", "bf16-true"], ["--trainer.limit_train_batches", "1"]],
+    [["--trainer.strategy", "ddp_spawn"], ["--trainer.precision", "bf16-true"], ["--trainer.limit_train_batches", "1"]],
     ids=str,
 )
 @pytest.mark.parametrize("command", ["fit", "evaluate"])

@@ -88,7 +88,7 @@ def test_weights_of_the_mean(lm, batch):
     bare = encode_batch(lm, batch.requests, Contexts())
     reader, anchor = FactReader(lm, bare), Site(3)
     keys, *_ = reader.read(Site(3, "mlp_out"), anchor)
-    assert reader.others is None
+    assert reader.others == []
     with torch.no_grad(), capture(lm, [Site(3, "mlp_out")], side="in") as seen:
         lm.model(input_ids=torch.tensor([bare.rows[2][0].ids]), use_cache=False)
     torch.testing.assert_close(keys[2], seen[Site(3, "mlp_out")][0, bare.rows[2][0].subject], rtol=0, atol=1e-12)

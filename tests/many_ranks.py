@@ -1,0 +1,84 @@
+"""Several ranks on this machine: processes that are forked with the variables that torchrun sets, over gloo."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+PATIENCE = 60.0
+"""Seconds within which every rank has ended once one of them has died."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of one rank.
+
+    Attributes:
+        status: 0, 1 after an error, or the negative number of the signal that killed it.
+        result: What it returned, or the error.
+    """
+
+    status: int
+    result: Any
+
+
+def in_ranks(count: int, work: Callable[[int], Any], folder: Path) -> list[Ended]:
+    """Run a function of the rank's number in so many processes; what is not done after ``PATIENCE`` is a failure."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [_forked(rank, count, port, work, folder) for rank in range(count)]
+    statuses, end = dict[int, int](), time.monotonic() + PATIENCE * 2
+    while len(statuses) < count:
+        for child in set(children) - set(statuses):
+            process, status = os.waitpid(child, os.WNOHANG)
+            if process:
+                code = statuses[child] = os.waitstatus_to_exitcode(status)
+                end = min(end, time.monotonic() + PATIENCE) if code else end
+        if time.monotonic() > end:
+            for child in set(children) - set(statuses):
+                os.kill(child, signal.SIGKILL)
+            raise AssertionError(f"ranks hang: {statuses}")
+        time.sleep(0.01)
+    paths = [folder / f"rank-{rank}" for rank in range(count)]
+    results = [ForkingPickler.loads(path.read_bytes()) if path.exists() else None for path in paths]
+    for path in paths:
+        path.unlink(missing_ok=True)
+    return [Ended(statuses[child], result) for child, result in zip(children, results, strict=True)]
+
+
+def _forked(rank: int, count: int, port: int, work: Callable[[int], Any], folder: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    status = 1
+    try:
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+        os.environ |= {name: str(value) for name, value in own.items()}
+        os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
+        torch.set_num_threads(1)
+        try:
+            result = work(rank)
+            status = 0
+        except BaseException as error:
+            result = error
+            traceback.print_exc()
+        (folder / f"rank-{rank}").write_bytes(bytes(ForkingPickler.dumps(result)))
+    finally:
+        os._exit(status)
+
+
+def start_gloo() -> None:
+    """Join the other ranks, as Lightning does it."""
+    dist.init_process_group("gloo")
