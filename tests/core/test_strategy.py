@@ -183,8 +183,7 @@ def test_fewer_requests_than_ranks(lm, requests, tmp_path):
         editor = edits(copy.deepcopy(lm), "memit", count)
         return outcome(editor, editor.fit(requests[:2], 1, run_dir=tmp_path / f"run-{count}"))
 
-    expected = work(1)
-    assert results(3, lambda _: work(3), tmp_path) == [expected] * 3
+    assert results(3, lambda _: work(3), tmp_path) == [work(1)] * 3
 
 
 def test_what_follows_a_run_is_done_on_all_ranks(lm, requests, tmp_path):
@@ -200,8 +199,7 @@ def test_what_follows_a_run_is_done_on_all_ranks(lm, requests, tmp_path):
         kinds = [entry.kind for entry in ledger(folder)]
         return found, kinds, sorted(path.name for path in (tmp_path / f"export-{count}").iterdir())
 
-    expected = work(1)
-    assert results(2, lambda _: work(2), tmp_path) == [expected] * 2
+    assert results(2, lambda _: work(2), tmp_path) == [work(1)] * 2
 
 
 def test_the_command_evaluates_a_run_on_ranks(lm, requests, workplace):
@@ -212,8 +210,7 @@ def test_the_command_evaluates_a_run_on_ranks(lm, requests, workplace):
         found = run_command(["evaluate", "--run", "run", "--model", "model", "--trainer.devices", f"{count}", *options])
         return found.metrics, [each.to_dict() for each in found.requests]
 
-    expected = work(1)
-    assert results(2, lambda _: work(2), workplace) == [expected] * 2
+    assert results(2, lambda _: work(2), workplace) == [work(1)] * 2
 
 
 def test_a_trainer_of_ones_own_runs_on_ranks(lm, requests, tmp_path, quiet):
