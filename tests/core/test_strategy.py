@@ -71,7 +71,7 @@ def edits(lm, method, count, **parts):
 
 def outcome(editor, result):
     """What a run leads to, without times."""
-    numbers = [(body.numbers, body.targets, body.facts) for body in bodies(ledger(result.folder), BatchBody)]
+    numbers = [(each.numbers, each.targets, each.facts) for each in bodies(ledger(result.folder), BatchBody)]
     return str((weights(editor.module.lm), result.before, result.after, result.protocol, numbers))
 
 
@@ -183,8 +183,7 @@ def test_fewer_requests_than_ranks(lm, requests, tmp_path):
         editor = edits(copy.deepcopy(lm), "memit", count)
         return outcome(editor, editor.fit(requests[:2], 1, run_dir=tmp_path / f"run-{count}"))
 
-    expected = work(1)
-    assert results(3, lambda _: work(3), tmp_path) == [expected] * 3
+    assert results(3, lambda _: work(3), tmp_path) == [work(1)] * 3
 
 
 def test_what_follows_a_run_is_done_on_all_ranks(lm, requests, tmp_path):
@@ -200,20 +199,18 @@ def test_what_follows_a_run_is_done_on_all_ranks(lm, requests, tmp_path):
         kinds = [entry.kind for entry in ledger(folder)]
         return found, kinds, sorted(path.name for path in (tmp_path / f"export-{count}").iterdir())
 
-    expected = work(1)
-    assert results(2, lambda _: work(2), tmp_path) == [expected] * 2
+    assert results(2, lambda _: work(2), tmp_path) == [work(1)] * 2
 
 
 def test_the_command_evaluates_a_run_on_ranks(lm, requests, workplace):
-    editor_of(lm, {**QUIET}).fit(requests[:5], 2, evaluate=False, run_dir="run")
+    editor_of(lm, QUIET).fit(requests[:5], 2, evaluate=False, run_dir="run")
 
     def work(count):
         options = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--data.eval_batch_size", "2"]
         found = run_command(["evaluate", "--run", "run", "--model", "model", "--trainer.devices", f"{count}", *options])
         return found.metrics, [each.to_dict() for each in found.requests]
 
-    expected = work(1)
-    assert results(2, lambda _: work(2), workplace) == [expected] * 2
+    assert results(2, lambda _: work(2), workplace) == [work(1)] * 2
 
 
 def test_a_trainer_of_ones_own_runs_on_ranks(lm, requests, tmp_path, quiet):
@@ -288,8 +285,7 @@ def test_ranks_that_differ_learn_it_before_anything_is_written(name, words, lm, 
 
 # ---- ranks that die ----
 
-FACTS, SIZE = 6, 2
-"""Requests of the runs that are killed, and of a batch."""
+FACTS, SIZE = 6, 2  # requests of the runs that are killed, and of a batch
 
 
 def killed_run(lm, requests, folder, victim, place, count=2):
@@ -338,9 +334,8 @@ def check_killed(lm, requests, folder, victim, place, count, hashes):
         assert "lost another one" in str(error)
     if (folder / "journal" / "ledger.jsonl").exists():
         assert [fault for fault in verify(folder).faults if "cut off" not in fault] == []
-        journal = Journal(copy.deepcopy(lm))
-        if any(body for body in bodies(ledger(folder), BatchBody)):
-            journal.load(folder / "journal")
+        if bodies(ledger(folder), BatchBody):
+            Journal(copy.deepcopy(lm)).load(folder / "journal")
     assert go_on(lm, requests, folder, count) == [hashes] * count
     assert verify(folder).faults == []
 
@@ -378,10 +373,9 @@ def test_every_moment_of_every_rank(lm, requests, tmp_path):
 def test_a_run_goes_on_with_the_tile_that_it_had(lm, requests, tmp_path):
     (first, _), hashes = moments(lm, requests, tmp_path / "whole")
     killed_run(lm, requests, tmp_path / "run", 0, second(first, "committed"))
+    editor = editor_of(copy.deepcopy(lm), QUIET, contexts=CONTEXTS)
     with pytest.raises(ResumeError, match=r"settings\.tile was 1, is None"):
-        editor_of(copy.deepcopy(lm), QUIET, contexts=CONTEXTS).fit(
-            requests[:FACTS], SIZE, evaluate=False, run_dir=tmp_path / "run"
-        )
+        editor.fit(requests[:FACTS], SIZE, evaluate=False, run_dir=tmp_path / "run")
     assert go_on(lm, requests, tmp_path / "run", 1) == [hashes]
 
 
@@ -390,7 +384,7 @@ def test_a_run_goes_on_with_the_tile_that_it_had(lm, requests, tmp_path):
     "launcher", [[], ["-m", "torch.distributed.run", "--nproc_per_node=2"]], ids=["own", "torchrun"]
 )
 def test_the_command_starts_ranks(launcher, lm, workplace):
-    (workplace / "facts.json").write_text(json.dumps([{"prompt": "{} is", "subject": "Ann", "target_new": "here"}] * 1))
+    (workplace / "facts.json").write_text(json.dumps([{"prompt": "{} is", "subject": "Ann", "target_new": "here"}]))
     options = ["--method", "memit", "--model", "model", "--model.layers", "[1]", "--data", "facts.json",
                "--model.statistics.tokens", "256", "--model.statistics.source", "corpus.txt", "--model.tile", "1",
                "--trainer.accelerator", "cpu", "--model.targets.steps", "2"]  # fmt: skip
@@ -401,8 +395,6 @@ def test_the_command_starts_ranks(launcher, lm, workplace):
             [sys.executable, *words, "--trainer.devices", str(count)], capture_output=True, text=True, timeout=240
         )
         assert ended.returncode == 0, ended.stderr
-        assert ended.stdout.count("Edited") <= 1
     found = [bodies(ledger(workplace / f"run-{count}"), BatchBody)[0] for count in (1, 2)]
     assert [change.after for change in found[0].changes] == [change.after for change in found[1].changes]
-    assert {path.name for path in workplace.iterdir()} >= {"run-1", "run-2"}
     assert not (workplace / "runs").exists()
