@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
 from cakeflow.metrics import KINDS, Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
+from cakeflow.storage.cache import content_key
 
 COLUMNS = {
     "expected_logprob": "expected",
@@ -316,9 +317,11 @@ class Questions:
         metrics: Metrics of every evaluation.
         answers: The answers of every request in the last evaluation.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
+        recall: Answers of unedited models, by all that decides them; modules of one model may share it. None keeps none.
     """
 
     lm: LanguageModel
+    recall: MutableMapping[str, Any] | None = None
     evaluation: Evaluation
     metrics: MetricCollection
     answers: list[EvaluatedRequest]
@@ -360,6 +363,20 @@ class Questions:
     def ask(self, requests: Sequence[EditRequest]) -> Any:
         """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
         return self.evaluation.ask(self.lm, requests, len(self.answers), self.max_bytes)
+
+    def recalled(self, requests: Sequence[EditRequest], fingerprint: str) -> Any:
+        """Return ``ask(requests)``, from ``recall`` where a module of the same unedited model asked the same.
+
+        Args:
+            requests: The requests.
+            fingerprint: SHA-256 of the model if it is unedited, else empty.
+        """
+        if self.recall is None or not fingerprint:
+            return self.ask(requests)
+        key = content_key(fingerprint, self.protocol, len(self.answers), list(map(repr, requests)))
+        if key not in self.recall:
+            self.recall[key] = self.ask(requests)
+        return self.recall[key]
 
     def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
         """Warn of requests whose target the model gives already."""
