@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -81,21 +82,22 @@ def show_plan(estimates: Sequence[Estimate], rows: Rows) -> None:
     """
     lines = [
         {
-            "arm": each.arm.name,
-            "facts in a batch": str(each.arm.batch_size),
-            "minutes, about": number(each.seconds / 60, ".1f"),
-            "GiB beyond the model": number(each.bytes / GIB, ".2f"),
+            "data": f"{each.arm.data}, {each.arm.size}, seed {each.arm.seed}",
+            "method": each.arm.method,
+            "batch": str(each.arm.batch_size),
+            "minutes": number(each.seconds / 60, ".1f"),
+            "GiB": number(each.bytes / GIB, ".2f"),
             "measured": "yes" if each.arm.name in rows.stored else "no",
         }
         for each in estimates
     ]
-    Console().print(rows_table(lines, "Plan"))
+    Console().print(rows_table(lines, "Plan: about so many minutes, GiB beyond the model"))
     rest = [each for each in estimates if each.arm.name not in rows.stored]
     sizes = [each.bytes for each in rest if each.bytes == each.bytes]
     say(
-        f"{len(rest)} of {len(estimates)} runs to measure: {sum(each.seconds for each in rest) / 3600:.1f} hours on this "
-        f"machine, within a factor of about 3; the model takes {estimates[0].model / GIB:.2f} GiB, edits up to "
-        f"{number(max(sizes, default=float('nan')) / GIB, '.2f')} GiB more"
+        f"{len(rest)} of {len(estimates)} runs to measure: {sum(each.seconds for each in rest) / 60:.0f} minutes on "
+        f"this machine and its threads, to a factor of 3; the model takes {estimates[0].model / GIB:.2f} GiB, "
+        f"edits up to {number(max(sizes, default=math.nan) / GIB, '.2f')} GiB more"
     )
 
 

@@ -317,7 +317,7 @@ class Questions:
         metrics: Metrics of every evaluation.
         answers: The answers of every request in the last evaluation.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
-        recall: Answers of unedited models, by all that decides them; modules of one model may share it. None keeps none.
+        recall: Answers of unedited models, which modules of one model may share; None keeps none.
     """
 
     lm: LanguageModel

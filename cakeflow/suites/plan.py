@@ -173,4 +173,3 @@ def _contexts(module: EditModule) -> Contexts:
     if isinstance(contexts, Contexts):
         return contexts
     return Contexts((("{}",), ("Therefore, if we choose a specific value of it. {}",) * (CONTEXTS - 1)))
-

@@ -28,7 +28,7 @@ from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import content_key
 from cakeflow.storage.hashing import file_hash
 from cakeflow.storage.locks import locked
-from cakeflow.storage.typed import SHA256, Count, Json, Number, Schema, parse_as
+from cakeflow.storage.typed import Count, Json, Number, Schema, parse_as
 from cakeflow.suites.suite import Arm
 
 ROWS, RUNS = "rows.jsonl", "runs"

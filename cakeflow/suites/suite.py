@@ -14,7 +14,15 @@ from pydantic import Field
 
 from cakeflow.callbacks.outcome import OutcomeCheck
 from cakeflow.callbacks.periodic import PeriodicCallback
-from cakeflow.core.config import build_callbacks, build_module, configs_of, find_config, model_kind, read_config, shipped
+from cakeflow.core.config import (
+    build_callbacks,
+    build_module,
+    configs_of,
+    find_config,
+    model_kind,
+    read_config,
+    shipped,
+)
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
 from cakeflow.data.review import check_fields
@@ -169,7 +177,9 @@ class Arm:
         try:
             data = EditDataModule(**values, limit=self.size, batch_size=self.batch_size)
         except TypeError as error:
-            raise ConfigError(f"data set {self.data!r} of the suite: {error}; give arguments of EditDataModule") from error
+            raise ConfigError(
+                f"data set {self.data!r} of the suite: {error}; give arguments of EditDataModule"
+            ) from error
         if len(data.requests) < self.size:
             raise ConfigError(
                 f"data set {self.data!r} has {len(data.requests)} facts that can be edited together, and {self.size} "

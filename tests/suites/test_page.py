@@ -5,13 +5,12 @@ import re
 from pathlib import Path
 
 import pytest
+from report.reading import Page
+from tiny_suites import facts
 
 from cakeflow.report.intervals import estimate
 from cakeflow.suites import Rows, arms_of, read_suite, render_suite, tables_of, to_markdown
 from cakeflow.suites.page import facts_of
-
-from ..report.reading import Page
-from .conftest import facts
 
 OUT = Path("out")
 HOSTILE = "<script>document.title='owned'</script>"
@@ -58,7 +57,10 @@ def test_it_is_one_document_that_loads_nothing(made):
     links = {value for tag, name, value in page.attributes if (tag, name) == ("a", "href")}
     assert links == {"#main", "#table-1", "#repeat", "#rows"}
     assert [each for each in page.attributes if each[1] in ("src", "srcset", "data", "action")] == []
-    assert set(re.findall(r"https?://[^\"'\s<]+", html)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert set(re.findall(r"https?://[^\"'\s<]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
     assert html.count("<svg") == 2
 
 

@@ -4,14 +4,13 @@ import json
 import re
 
 import pytest
+from tiny_suites import SUITE, facts
 
 from cakeflow.core.config import shipped
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.suites import Suite, arms_of, read_suite
 from cakeflow.suites.suite import by_cell
-
-from .conftest import SUITE, facts
 
 
 def test_the_small_suite_has_every_recipe_of_language_models():

@@ -62,7 +62,7 @@ def test_numbers_without_records_are_means_over_seeds_without_interval(write):
 
 
 def test_free_answers_have_intervals_and_differences(write):
-    arms, lines = table(write())
+    _, lines = table(write())
     values = []
     for method in ("memit_seq", "single"):
         rows = map(json.loads, (OUT / f"runs/own/4/seed0/{method}/answers.jsonl").read_text().splitlines())
