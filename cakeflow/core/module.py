@@ -280,7 +280,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     def validation_step(self, batch: EditBatch, _: int) -> None:
         """Ask the model about some requests."""
         with float32_by_default(), self.phase("evaluation"):
-            answers = self.recalled(batch.requests, "" if len(self.journal) else self.journal.base.fingerprint)
+            answers = self.answers_of(batch.requests, "" if len(self.journal) else self.journal.base.fingerprint)
             self.answers += answers.rows(first=len(self.answers))
             fields = answers.fields().items()
             self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})

@@ -317,11 +317,11 @@ class Questions:
         metrics: Metrics of every evaluation.
         answers: The answers of every request in the last evaluation.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
-        recall: Answers of unedited models, which modules of one model may share; None keeps none.
+        unedited: Answers of unedited models, which modules of one model may share; None keeps none.
     """
 
     lm: LanguageModel
-    recall: MutableMapping[str, Any] | None = None
+    unedited: MutableMapping[str, Any] | None = None
     evaluation: Evaluation
     metrics: MetricCollection
     answers: list[EvaluatedRequest]
@@ -364,19 +364,19 @@ class Questions:
         """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
         return self.evaluation.ask(self.lm, requests, len(self.answers), self.max_bytes)
 
-    def recalled(self, requests: Sequence[EditRequest], fingerprint: str) -> Any:
-        """Return ``ask(requests)``, from ``recall`` where a module of the same unedited model asked the same.
+    def answers_of(self, requests: Sequence[EditRequest], fingerprint: str) -> Any:
+        """Return ``ask(requests)``, from ``unedited`` where a module of the same unedited model asked the same.
 
         Args:
             requests: The requests.
             fingerprint: SHA-256 of the model if it is unedited, else empty.
         """
-        if self.recall is None or not fingerprint:
+        if self.unedited is None or not fingerprint:
             return self.ask(requests)
         key = content_key(fingerprint, self.protocol, len(self.answers), list(map(repr, requests)))
-        if key not in self.recall:
-            self.recall[key] = self.ask(requests)
-        return self.recall[key]
+        if key not in self.unedited:
+            self.unedited[key] = self.ask(requests)
+        return self.unedited[key]
 
     def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
         """Warn of requests whose target the model gives already."""

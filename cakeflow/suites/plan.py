@@ -1,4 +1,4 @@
-"""What a suite would take, from shapes alone: time by counting operations, memory as the edits estimate it."""
+"""The time and memory of a suite from shapes alone: operations are counted, memory is what the edits estimate."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTEXTS = 6
 
 @dataclass(frozen=True)
 class Estimate:
-    """What one arm would take.
+    """Time and memory of one arm.
 
     Attributes:
         arm: The arm.
@@ -57,7 +57,8 @@ class Estimate:
 
 def rate() -> float:
     """Return the multiply-adds per second of a float32 matrix product on the device that runs would take."""
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else torch.device("cpu")
+    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = device or torch.device("cpu")
     square = torch.ones(SIDE, SIDE, device=device)
     multiply = product if device.type == "cpu" and has_fast_products() else torch.matmul
     best = math.inf

@@ -106,7 +106,7 @@ class Rows:
     def __init__(self, folder: Path, notify: Callable[[Arm, Row], Any] = lambda arm, row: None) -> None:
         self.folder, self.path, self.notify = folder, folder / ROWS, notify
         self.stored: dict[str, Row] = {}
-        self._recall: dict[str, Any] = {}
+        self._unedited: dict[str, Any] = {}
         remedy = "delete the line, and its arm is read from its run folder or measured again"
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         for number, line in enumerate(lines, 1):
@@ -170,7 +170,7 @@ class Rows:
     def _run(self, arm: Arm, folder: Path) -> None:
         trainer = {"callbacks": arm.callbacks(), "enable_progress_bar": False}
         editor = Editor(arm.module(), trainer)
-        editor.module.recall = self._recall  # every arm asks the same unedited model the same
+        editor.module.unedited = self._unedited  # every arm asks the same unedited model the same
         run_fit(editor.trainer(folder), editor.module, arm.requests, goes_on=python_call)
 
     def _check_model(self, model: str) -> None:

@@ -17,7 +17,7 @@ from cakeflow.suites.rows import RUNS, Row
 from cakeflow.suites.suite import Arm, by_cell
 
 Key = tuple[object, ...]
-"""What says that values of two arms are about the same questions."""
+"""The questions that values are about."""
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,10 @@ class Line:
     def verdict(self) -> str:
         """Where it is better or worse than the baseline beyond the interval of the paired difference, in words."""
         parts = []
-        for word, beyond in (("better", lambda each: each.low > 0), ("worse", lambda each: each.high < 0)):
-            names = [f"{name} {estimate(name, each, '+')}" for name, each in self.differences.items() if beyond(each)]
+        better = {name: each for name, each in self.differences.items() if each.low > 0}
+        worse = {name: each for name, each in self.differences.items() if each.high < 0}
+        for word, beyond in (("better", better), ("worse", worse)):
+            names = [f"{name} {estimate(name, each, '+')}" for name, each in beyond.items()]
             parts += [f"{word}: {', '.join(names)}"] if names else []
         compared = any(not math.isnan(each.low) for each in self.differences.values())
         return "; ".join(parts) or ("no difference beyond the intervals" if compared else "")
@@ -93,7 +95,7 @@ def tables_of(arms: Sequence[Arm], rows: Sequence[Row], folder: Path) -> list[Ta
     tables = []
     for data, size, methods in by_cell(arms):
         first: _Values | None = None
-        lines = []
+        lines: list[Line] = []
         for method, parts in methods.items():
             own = [by_name[arm.name] for arm in parts]
             values = _Values.of([RunFolder.read(folder / RUNS / row.arm) for row in own if not row.fault])

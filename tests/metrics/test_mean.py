@@ -20,7 +20,7 @@ class Numbers(Mean):
 numbers = st.lists(st.floats(-1e6, 1e6), max_size=8)
 
 
-@given(st.lists(numbers, max_size=4))
+@given(st.lists(numbers, min_size=1, max_size=4))
 def test_it_is_the_mean_of_all_items_in_any_batches(batches):
     metric, flat = Numbers(), [each for batch in batches for each in batch]
     for place, batch in enumerate(batches):

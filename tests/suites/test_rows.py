@@ -9,8 +9,11 @@ import pytest
 from lightning.pytorch.callbacks import Callback
 from tiny_runs import content
 
+from cakeflow import Editor
 from cakeflow.core.config import build_callbacks
+from cakeflow.core.run import run_fit
 from cakeflow.errors import ConfigError, LockedError, ResumeError
+from cakeflow.evaluation.evaluation import Questions
 from cakeflow.journal.audit import verify
 from cakeflow.report import RunFolder
 from cakeflow.storage.locks import locked
@@ -62,6 +65,23 @@ class Stop(Callback):
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
         if batch_idx == 1:
             raise KeyboardInterrupt
+
+
+def test_the_unedited_model_is_asked_once_and_says_what_it_says_alone(write, monkeypatch):
+    arms, unedited, ask = arms_of(read_suite(write())), [], Questions.ask
+
+    def counted(module, requests):
+        unedited.extend([] if len(module.journal) else [module])
+        return ask(module, requests)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Questions, "ask", counted)
+        Rows(OUT).measure(arms)
+    assert len(unedited) == 1
+    editor = Editor(arms[1].module(), {"callbacks": arms[1].callbacks(), "enable_progress_bar": False})
+    run_fit(editor.trainer("alone"), editor.module, arms[1].requests)
+    for name in ("before.jsonl", "after.jsonl", "answers.jsonl"):
+        assert Path("alone", name).read_bytes() == (OUT / "runs" / arms[1].name / name).read_bytes()
 
 
 def test_an_interrupted_suite_goes_on_where_it_stopped(write, monkeypatch):
