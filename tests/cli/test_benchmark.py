@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import random_model
 from tiny_suites import NUMBERS, write_suite
 
 from cakeflow.cli.command_line import run_command as main
@@ -83,9 +84,13 @@ def test_an_interrupt_leaves_rows_and_the_command_goes_on(write, capsys, monkeyp
     assert "2 of 3 runs to measure" in " ".join(capsys.readouterr().out.split())
 
 
-def test_the_paper_suite_runs_on_a_tiny_model(write, capsys):
+def test_the_paper_suite_runs_on_a_tiny_model(write, lm, capsys):
     write()
-    words = ["benchmark", "--suite", "paper", "--model", "toy", "--model_config", "numbers.yaml", "--sizes", "[3]"]
+    config = {**lm.model.config.to_dict(), "n_positions": 512}  # questions of a choice are long
+    wide = random_model(config.pop("model_type"), lm.tokenizer, **config)
+    wide.model.save_pretrained("wide")
+    lm.tokenizer.save_pretrained("wide")
+    words = ["benchmark", "--suite", "paper", "--model", "wide", "--model_config", "numbers.yaml", "--sizes", "[3]"]
     rows = main([*words, "--methods", "[alphaedit, retrieval, ultraedit]", "--out", "out"])
     assert len(rows) == 4 * 3  # seeds
     assert [row.fault for row in rows] == [""] * 12
