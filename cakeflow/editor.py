@@ -20,7 +20,7 @@ from cakeflow import ranks
 from cakeflow.allocators.base import Allocator
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import build_module, find_config, model_kind, shipped
+from cakeflow.core.config import build_module, configs_of, find_config, model_kind
 from cakeflow.core.contracts import Outcome
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import RunLogger
@@ -186,17 +186,9 @@ class Editor:
             TypeError: If the default method has no such argument.
         """
         values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None} | further
-        configs = [find_config("method", method)]
-        kind = model_kind(configs[0])
-        if further and kind == "model":  # every argument of the default method is named above
+        if further and model_kind(find_config("method", method)) == "model":  # the default method's are named above
             raise TypeError(f"Editor.from_pretrained() got an unexpected keyword argument {next(iter(further))!r}")
-        config = config or (str(model) if str(model) in shipped(kind) else None)
-        if config is not None:
-            configs.append(find_config(kind, config))
-        elif kind == "model" and not layers:
-            names = ", ".join(shipped(kind))
-            raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
-                              f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip
+        configs = configs_of(method, str(model), config, bool(layers))
         if isinstance(targets, str):
             configs.append(find_config("targets", values.pop("targets")))
         if not isinstance(model, str | Path):

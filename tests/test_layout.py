@@ -57,7 +57,7 @@ def dotted(node):
 ROOMS = (
     "errors", "storage", "ranks", "data", "solvers", "models", "forward", "allocators", "metrics", "journal", "targets",
     "tracing", "evaluation", "export", "weighters", "plugins", "core", "callbacks", "report", "editor", "desk",
-    "tuning", "cli", "testing", "__init__", "__main__",
+    "tuning", "suites", "cli", "testing", "__init__", "__main__",
 )  # fmt: skip
 """From the ground up: a room imports from lower ones only."""
 PARTICIPLES = {"found", "told", "wanted", "asked", "kept", "given", "known", "shown", "seen", "held", "said"}

@@ -12,7 +12,7 @@ from cakeflow.data.sources import Source, read_consequences
 from cakeflow.errors import ConfigError
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import WILD_TOKENS
-from cakeflow.metrics.consequences import AnyAnswerRate
+from cakeflow.metrics.text import AnswerRate
 
 
 class ConsequenceCheck(PeriodicCallback):
@@ -53,9 +53,9 @@ class ConsequenceCheck(PeriodicCallback):
         """Return the share of questions of each topic that are answered rightly."""
         prompts = [prompt for each in self.questions for prompt in each.prompts]
         texts = iter(free_answers(module.lm, prompts, WILD_TOKENS, self.chat, module.max_bytes))
-        metrics: dict[str, AnyAnswerRate] = {}
+        metrics: dict[str, AnswerRate] = {}
         for each in self.questions:
             answers = [next(texts) for _ in each.prompts]
-            metric = metrics.setdefault(each.topic, AnyAnswerRate(sync_on_compute=False))
+            metric = metrics.setdefault(each.topic, AnswerRate(sync_on_compute=False))
             metric.update([answers], [each.answers])
         return {topic: float(metric.compute()) for topic, metric in metrics.items()}

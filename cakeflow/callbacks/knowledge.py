@@ -30,6 +30,7 @@ class KnowledgeCheck(PeriodicCallback):
     """
 
     name = "knowledge"
+    needs = dict.fromkeys(("old", "new", "uncertain", "masked"), ("target_true",))
 
     def __init__(self, limit: int | None = 100, every: int | None = None) -> None:
         super().__init__(every)

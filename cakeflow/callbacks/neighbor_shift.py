@@ -35,6 +35,7 @@ class NeighborShift(PeriodicCallback):
     """
 
     name = "neighbors"
+    needs = dict.fromkeys(("kl", "top1", "top5", "top10"), ("neighborhood",))
 
     def __init__(self, limit: int | None = 200, every: int | None = None) -> None:
         super().__init__(every)

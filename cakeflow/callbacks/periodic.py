@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import lightning as L
 import torch
@@ -18,6 +19,7 @@ class PeriodicCallback(L.Callback):
 
     Attributes:
         rows: The logged rows, of all runs so far.
+        needs: Number -> fields that a fact must have to be measured (``cakeflow.data.review``).
 
     Args:
         every: Number of batches between measurements; None measures at both ends of a run only.
@@ -27,6 +29,7 @@ class PeriodicCallback(L.Callback):
     """
 
     name = "milestone"
+    needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def __init__(self, every: int | None = 1) -> None:
         if every is not None:

@@ -25,15 +25,7 @@ from cakeflow.cli.evaluate import EditedModel, take_run, values_of
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS, FURTHER
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import (
-    find_config,
-    method_of,
-    model_kind,
-    module_defaults,
-    own_errors,
-    read_config,
-    shipped,
-)
+from cakeflow.core.config import find_config, method_of, model_kind, module_defaults, own_errors, read_config, shipped
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder

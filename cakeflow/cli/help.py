@@ -46,6 +46,7 @@ prepare a model:
   trace      Measure by causal tracing which layers recall facts
   facts      Write the facts that a model states by itself to a file
 more:
+  benchmark  Measure many methods on the same facts
   recipes    List the shipped methods
   plugins    List the installed plugins with their kind and package
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from cakeflow.cli.benchmark import run_benchmark
 from cakeflow.cli.console import say
 from cakeflow.cli.desk import run_desk
 from cakeflow.cli.diff import run_diff
@@ -193,6 +194,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "trace": run_trace,
     "facts": run_facts,
     "tune": run_tune,
+    "benchmark": run_benchmark,
     "recipes": run_recipes,
     "plugins": run_plugins,
     "report": run_report,

@@ -2,7 +2,7 @@
 
 from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.core.checkpoint import SafeCheckpointIO, with_safe_checkpoints
-from cakeflow.core.config import build_module, find_config, shipped
+from cakeflow.core.config import build_callbacks, build_module, configs_of, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.memory import Footprint, TokenCost
@@ -13,6 +13,6 @@ from cakeflow.core.strategy import RankStrategy
 
 __all__ = [
     "EditCallback", "EditDataModule", "EditModule", "EvaluationResult", "FitResult", "Footprint", "LayerEdit",
-    "LocateThenEdit", "RankStrategy", "SafeCheckpointIO", "Statistics", "TokenCost", "build_module", "find_config",
-    "run_evaluate", "run_fit", "shipped", "with_safe_checkpoints",
+    "LocateThenEdit", "RankStrategy", "SafeCheckpointIO", "Statistics", "TokenCost", "build_callbacks", "build_module",
+    "configs_of", "find_config", "run_evaluate", "run_fit", "shipped", "with_safe_checkpoints",
 ]  # fmt: skip

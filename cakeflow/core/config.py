@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import Callback
 
 from cakeflow.core.config_errors import arguments_of, plain_message
 from cakeflow.core.config_parser import ConfigParser, class_names, only_known_classes, refuse_trust
@@ -85,6 +86,32 @@ def module_defaults(methods: Sequence[str]) -> dict[str, Any]:
     return {"model": {"class_path": kind}} if kind else MODULE_DEFAULTS
 
 
+def configs_of(
+    method: str | Path, model: str, config: str | Path | None = None, has_layers: bool = False
+) -> list[Path]:
+    """Return the config files of a method for a model: the recipe, and the model's numbers where there are some.
+
+    Args:
+        method: A shipped recipe or a YAML file.
+        model: Name of the model; a shipped config of this name has its numbers.
+        config: The numbers instead: a shipped name or a YAML file.
+        has_layers: Whether the layers to edit come from elsewhere, so that numbers are not needed.
+
+    Raises:
+        ConfigError: If a name is unknown, or the method needs layers and nothing names them.
+    """
+    recipe = find_config("method", method)
+    kind = model_kind(recipe)
+    config = config or (model if model in shipped(kind) else None)
+    if config is not None:
+        return [recipe, find_config(kind, config)]
+    if kind == "model" and not has_layers:
+        names = ", ".join(shipped(kind))
+        raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
+                          f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip
+    return [recipe]
+
+
 def method_of(parser: Any, config: Any) -> dict[str, Any]:
     """Return the method of a parsed config as data: class and arguments, without the model and how it was loaded.
 
@@ -130,6 +157,29 @@ def build_module(configs: Sequence[Path | Mapping[str, Any]], **values: Any) -> 
         parser.parser_mode = "plain_yaml"  # or it writes parts as texts
         module.method = method_of(parser, config) if objects.keys() <= {"base"} else {}
     return module
+
+
+def build_callbacks(parts: Sequence[Mapping[str, Any]]) -> list[Callback]:
+    """Build callbacks from config data.
+
+    Args:
+        parts: For each its ``class_path``, the class or its short name, and perhaps ``init_args``.
+
+    Raises:
+        ConfigError: If a class is unknown, or an argument does not fit it.
+    """
+    load_plugins()
+    parser = ConfigParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback])
+    try:
+        with own_errors(), only_known_classes():
+            config = parser.parse_object({"callbacks": [dict(part) for part in parts]})
+            callbacks: list[Callback] = parser.instantiate(config).callbacks
+    except EditError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"callbacks: {plain_message(str(error), (), class_names())}") from error
+    return callbacks
 
 
 def _parsed(parser: ConfigParser, configs: Sequence[Path | Mapping[str, Any]], plain: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ from cakeflow.allocators.sequential import Sequential
 from cakeflow.core.config import shipped
 from cakeflow.core.contracts import Outcome, checked_facts, warn_blocked
 from cakeflow.core.identity import described, inputs_of
-from cakeflow.core.memory import PASS_TOKENS, Footprint, TokenCost
+from cakeflow.core.memory import PASS_TOKENS, Footprint, loss_tokens
 from cakeflow.core.module import EditModule
 from cakeflow.core.reread import checked_interval, renew_keys
 from cakeflow.core.statistics import Statistics, points_of
@@ -365,7 +365,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         name = self.lm.weight_name(site)
         history = self.journal.history(name) if self.use_history else KeyHistory()
         changes = self.journal.changes if self.use_history else []
-        loss = WeightLoss(self.lm, batch, site, self._loss_tokens(site, batch))
+        loss = WeightLoss(self.lm, batch, site, loss_tokens(self.lm, site, batch, self.max_bytes))
         return LayerProblem(
             keys,
             residual,
@@ -378,15 +378,6 @@ class LocateThenEdit(EditModule[TextBatch]):
             tokens=loss.tokens,
             earlier=[each.update for each in changes if isinstance(each, WeightChange) and each.place == name],
         )
-
-    def _loss_tokens(self, site: Site, batch: TextBatch) -> int:
-        """Return how many tokens of a batch a pass of its loss may have: for solvers that descend on it."""
-        if self.max_bytes is None:
-            return WeightLoss.max_tokens
-        cost, rows = TokenCost.above(self.lm, site), [rows[0] for rows in batch.rows]
-        kept = sum(len(row.ids) for row in rows) * cost.hidden
-        sizes = [(len(row.ids), len(row.ids) - row.target) for row in rows]
-        return cost.most_tokens(sizes, self.max_bytes - kept, WeightLoss.max_tokens)
 
     # ---- after the last batch ----
 

@@ -21,6 +21,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from transformers import DynamicCache
 
 from cakeflow.errors import ConfigError
+from cakeflow.forward.loss import WeightLoss
 from cakeflow.forward.packing import GIB, pass_bytes, require_bytes
 from cakeflow.forward.tokens import Row, TextBatch
 from cakeflow.models.architecture import Site
@@ -229,6 +230,23 @@ def _default_bytes(lm: LanguageModel) -> float:
 
 def _suffix(row: Row) -> int:
     return len(row.ids) - 1 - row.fact
+
+
+def loss_tokens(lm: LanguageModel, site: Site, batch: TextBatch, max_bytes: float | None) -> int:
+    """Return how many tokens of a batch a pass of its loss may have: for solvers that descend on it.
+
+    Args:
+        lm: The model.
+        site: The projection whose weight is changed.
+        batch: The facts.
+        max_bytes: Most bytes beyond the model; None for no limit.
+    """
+    if max_bytes is None:
+        return WeightLoss.max_tokens
+    cost, rows = TokenCost.above(lm, site), [rows[0] for rows in batch.rows]
+    kept = sum(len(row.ids) for row in rows) * cost.hidden
+    sizes = [(len(row.ids), len(row.ids) - row.target) for row in rows]
+    return cost.most_tokens(sizes, max_bytes - kept, WeightLoss.max_tokens)
 
 
 def _per_token(cost: TokenCost, batch: TextBatch) -> Iterator[float]:

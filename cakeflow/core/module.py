@@ -300,7 +300,8 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         firsts = accumulate(map(len, self._due), initial=len(self.answers))
         due, self._due = list(zip(firsts, self._due, strict=False)), []
         with float32_by_default(), self.phase("evaluation"):
-            for answers in ranks.spread(due, lambda part: self._ask_from(*part)):
+            unedited = "" if len(self.journal) else self.journal.base.fingerprint
+            for answers in ranks.spread(due, lambda part: self.answers_of(*part, unedited)):
                 self.answers += answers.rows(first=len(self.answers))
                 fields = answers.fields().items()
                 self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})

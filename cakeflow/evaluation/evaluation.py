@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from cakeflow.journal.schema import EvaluatedRequest, Generation, PromptAnswer
 from cakeflow.metrics import KINDS, Consistency, EditScore, Efficacy, Fluency, Generalization, Specificity
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
+from cakeflow.storage.cache import content_key
 
 COLUMNS = {
     "expected_logprob": "expected",
@@ -321,9 +322,11 @@ class Questions:
         answers: The answers of every request in the last evaluation.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
         first: Number of the first request that ``ask`` gets, among those of the evaluation.
+        unedited: Answers of unedited models, which modules of one model may share; None keeps none.
     """
 
     lm: LanguageModel
+    unedited: MutableMapping[str, Any] | None = None
     evaluation: Evaluation
     metrics: MetricCollection
     answers: list[EvaluatedRequest]
@@ -367,10 +370,21 @@ class Questions:
         """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
         return self.evaluation.ask(self.lm, requests, self.first, self.max_bytes)
 
-    def _ask_from(self, first: int, requests: Sequence[EditRequest]) -> Any:
-        """Ask the model about the requests of an evaluation from number ``first`` on."""
+    def answers_of(self, first: int, requests: Sequence[EditRequest], fingerprint: str) -> Any:
+        """Return ``ask(requests)``, from ``unedited`` where a module of the same unedited model asked the same.
+
+        Args:
+            first: Number of the first request in the evaluation.
+            requests: The requests.
+            fingerprint: SHA-256 of the model if it is unedited, else empty.
+        """
         self.first = first
-        return self.ask(requests)
+        if self.unedited is None or not fingerprint:
+            return self.ask(requests)
+        key = content_key(fingerprint, self.protocol, first, list(map(repr, requests)))
+        if key not in self.unedited:
+            self.unedited[key] = self.ask(requests)
+        return self.unedited[key]
 
     def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
         """Warn of requests whose target the model gives already."""

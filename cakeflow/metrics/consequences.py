@@ -1,8 +1,7 @@
-"""Metrics of what follows from edits: questions with several right answers, and lists of true objects."""
+"""Metrics of what follows from edits: lists of true objects."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,49 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torchmetrics import Metric
 
-from cakeflow.data.text import states
 from cakeflow.errors import ShapeError
-
-
-class AnyAnswerRate(Metric):
-    """Share of questions of which one wording is answered with one of the right names (MQuAKE, section 5.1).
-
-    Args:
-        kwargs: Arguments of ``torchmetrics.Metric``.
-
-    Example:
-        >>> metric = AnyAnswerRate()
-        >>> metric.update([["I do not know", "It is the USA"], ["Peru"]], [["America", "USA"], ["Chile"]])
-        >>> metric.compute()
-        tensor(0.5000)
-    """
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-    right: Tensor
-    questions: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("right", torch.tensor(0), dist_reduce_fx="sum")
-        self.add_state("questions", torch.tensor(0), dist_reduce_fx="sum")
-
-    def update(self, answers: Sequence[Sequence[str]], expected: Sequence[Sequence[str]]) -> None:
-        """Add questions: the answers to the wordings of each, and the names that are right."""
-        for texts, names in zip(answers, expected, strict=True):
-            self.right += any(states(text, name) for text in texts for name in names)
-            self.questions += 1
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the share, in [0, 1]; nan without a question."""
-        return self.right / self.questions
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values."""
-        return self._plot(val, ax)
 
 
 class ObjectShift(Metric):

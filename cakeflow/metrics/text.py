@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torchmetrics import Metric
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.files import read_text
 from cakeflow.data.text import states
 from cakeflow.errors import ConfigError
+from cakeflow.metrics.mean import Mean
 
 if TYPE_CHECKING:
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -51,36 +48,7 @@ def fluency(text: str) -> float:
     return float(np.mean([weight * ngram_entropy(text, n) for n, weight in WEIGHTS.items()]))
 
 
-class _TextMean(Metric):
-    """Mean over records of one number each; records without texts do not count."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    total: Tensor
-    records: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
-        self.add_state("records", torch.tensor(0), dist_reduce_fx="sum")
-
-    def _add(self, values: Iterator[float]) -> None:
-        for value in values:
-            self.total += value
-            self.records += 1
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the mean over records; nan without any."""
-        return self.total / self.records
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values."""
-        return self._plot(val, ax)
-
-
-class Fluency(_TextMean):
+class Fluency(Mean):
     """Mean entropy of word n-grams of free texts about the subjects; repetition lowers it (GE).
 
     Example:
@@ -90,14 +58,15 @@ class Fluency(_TextMean):
         1.695
     """
 
+    plot_upper_bound = None
     needs = ("generation",)
 
     def update(self, texts: Sequence[Sequence[str]]) -> None:
         """Add the free texts of some records, prompts included."""
-        self._add(float(np.mean([fluency(text) for text in each])) for each in texts if each)
+        self.add(float(np.mean([fluency(text) for text in each])) for each in texts if each)
 
 
-class Consistency(_TextMean):
+class Consistency(Mean):
     """Cosine of the TF-IDF vectors of generated texts about a subject and of texts about its new target (RS).
 
     Args:
@@ -117,7 +86,6 @@ class Consistency(_TextMean):
         True
     """
 
-    plot_upper_bound = 1.0
     needs = ("generation", "reference")
 
     def __init__(
@@ -146,7 +114,7 @@ class Consistency(_TextMean):
         Records without texts or without a reference are ignored.
         """
         pairs = zip(texts, references, strict=True)
-        self._add(self._similarity(" ".join(each), reference) for each, reference in pairs if each and reference)
+        self.add(self._similarity(" ".join(each), reference) for each, reference in pairs if each and reference)
 
     def _similarity(self, text: str, reference: str) -> float:
         """Compute the cosine of two texts; 0 if one has no word of the vocabulary."""
@@ -154,23 +122,30 @@ class Consistency(_TextMean):
         return float(first.multiply(second).sum())
 
 
-class AnswerRate(_TextMean):
-    """Share of free answers that contain an expected name as whole words.
+class AnswerRate(Mean):
+    """Share of questions whose free answer contains an expected name as whole words.
 
-    Teacher forcing flatters an editor ("The Mirage of Model Editing", 2025); this judges what a reader would see.
+    Teacher forcing flatters an editor ("The Mirage of Model Editing", 2025); this judges what a reader would see. Of a
+    question in several wordings, or with several right names, one of each is enough (MQuAKE, section 5.1).
 
     Example:
         >>> metric = AnswerRate()
         >>> metric.update([" Lyon, a city in France", " the city of Paris"], ["Lyon", "Rome"])
+        >>> metric.update([["I do not know", "It is the USA"], ["Peru"]], [["America", "USA"], ["Chile"]])
         >>> metric.compute()
         tensor(0.5000)
     """
 
-    plot_upper_bound = 1.0
+    def update(self, answers: Sequence[str | Sequence[str]], expected: Sequence[str | Sequence[str]]) -> None:
+        """Add questions: the answer to each, or those to its wordings, and the name or names that are right."""
+        self.add(
+            any(states(text, name) for text in _listed(texts) for name in _listed(names))
+            for texts, names in zip(answers, expected, strict=True)
+        )
 
-    def update(self, answers: Sequence[str], expected: Sequence[str]) -> None:
-        """Add answers, and the name that each should contain."""
-        self._add(float(states(answer, name)) for answer, name in zip(answers, expected, strict=True))
+
+def _listed(texts: str | Sequence[str]) -> Sequence[str]:
+    return [texts] if isinstance(texts, str) else texts
 
 
 def _vectorizer(vocabulary: Any = None) -> TfidfVectorizer:

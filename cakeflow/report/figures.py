@@ -265,16 +265,17 @@ STYLE: dict[str, Any] = FILE_STYLE | {
 """Settings of matplotlib for ``svg``."""
 
 
-def svg(draw: Callable[[Axes], object], name: str) -> str:
+def svg(draw: Callable[[Axes], object], name: str, height: float = 2.6) -> str:
     """Return a plot as an ``<svg>`` element in a page's colors and fonts: the same text for the same plot.
 
     Args:
         draw: Function that draws the plot into axes.
         name: Prefix of every id in the element, so that several can stand in one page.
+        height: Height in inches.
     """
     buffer = io.StringIO()
     with plt.rc_context(STYLE):  # type: ignore[arg-type]
-        figure = plt.figure(figsize=(4.4, 2.6), layout="tight")
+        figure = plt.figure(figsize=(4.4, height), layout="tight")
         try:
             draw(figure.gca())
             figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})

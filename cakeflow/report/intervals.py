@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from cakeflow.data.public_files import TOPICS
 from cakeflow.evaluation.outcome import METRICS
 from cakeflow.journal.schema import EvaluatedRequest
 
@@ -31,9 +32,15 @@ FORMS = {
     "_judged": "judged",
 }
 """Ending of a metric's name -> field of ``PromptAnswer`` (see ``cakeflow.metrics.preference``)."""
+ALONG = (
+    *(f"knowledge/{name}" for name in ("old", "new", "uncertain", "negated", "masked")),
+    *(f"{name}/top{k}" for name in ("neighbors", "neutral") for k in (1, 5, 10)),
+    *(f"consequences/{topic}" for topic in (*sorted(set(TOPICS.values())), "multi_hop")),
+)
+"""Shares that callbacks log."""
 IMAGES = ("sr", "gr", "gr_official", "lr", "lr_sensitive", "mirror", "worst_group")
 """Metrics of runs of images."""
-SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS} | {*METRICS.values(), *IMAGES}
+SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS} | {*METRICS.values(), *ALONG, *IMAGES}
 """Metrics that are shares, printed in percent; those of plugins may have any unit."""
 UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 

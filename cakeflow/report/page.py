@@ -12,7 +12,7 @@ from pathlib import PurePath
 from statistics import median
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
@@ -103,28 +103,18 @@ def render_page(run: RunFolder) -> str:
     Returns:
         HTML; the same for the same folder.
     """
-    environment = Environment(
-        loader=PackageLoader("cakeflow.report", "assets"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_readable,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {"number": number, "estimate": estimate, "by_prompt": by_prompt}
+    environment = page_environment()
+    environment.filters["by_prompt"] = by_prompt
     environment.tests["good"] = is_good
-    css, script = (Markup(_asset(environment, name)) for name in ("page.css", "page.js"))  # ours, and no HTML
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     changes, edits = views.run_changes(run), views.edit_views(run)
     images = any(view.picture for view in edits)
-    text = environment.get_template("page.html").render(
+    return rendered(
+        environment,
+        "page.html",
         run=run,
         info=run.info,
         model=PurePath(run.info.model.source).name,
         method=views.method(run),
-        css=css,
-        script=script,
-        digest=digest,
         changes=changes,
         health=views.health(run),
         metrics=METRICS,
@@ -140,6 +130,37 @@ def render_page(run: RunFolder) -> str:
         **_layers(run),
         **_figures(run),
     )
+
+
+def page_environment(package: str = "cakeflow.report") -> Environment:
+    """Return what renders templates of a package's ``assets``; everything that is put in is escaped.
+
+    Args:
+        package: The package; the parts of this one can be imported in its templates.
+    """
+    environment = Environment(
+        loader=ChoiceLoader([PackageLoader(each, "assets") for each in dict.fromkeys((package, "cakeflow.report"))]),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_readable,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"number": number, "estimate": estimate}
+    return environment
+
+
+def rendered(environment: Environment, template: str, **values: Any) -> str:
+    """Return a page, with its style and its own script, which is the only one that a browser may execute.
+
+    Args:
+        environment: From ``page_environment``.
+        template: Name of the template.
+        values: What it shows.
+    """
+    css, script = (Markup(_asset(environment, name)) for name in ("page.css", "page.js"))  # ours, and no HTML
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = environment.get_template(template).render(css=css, script=script, digest=digest, **values)
     return text.encode("utf-8", "replace").decode("utf-8")  # JSON may hold lone surrogates, which no file can
 
 

@@ -8,17 +8,14 @@ difference, so that "AlexanderStadler" is "Alexander Stadler".
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import regex
-import torch
-from jaxtyping import Float
-from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.functional.text.rouge import rouge_score
 
 from cakeflow.errors import ConfigError
+from cakeflow.metrics import Mean
 
 _BETWEEN = r"(?:[\s\p{P}\p{S}]|\band\b)*?"  # as few as possible: an answer may begin with one
 """Signs and words that may stand between two answers."""
@@ -116,37 +113,7 @@ def _require_groups(texts: Sequence[Any], expected: Sequence[Groups]) -> None:
             raise ConfigError(f"text {i} has the answers {groups!r}; give a list of answers for each of its questions")
 
 
-class _Mean(Metric):
-    """Mean over questions of one number each."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-    total: Tensor
-    questions: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("questions", torch.tensor(0), dist_reduce_fx="sum")
-
-    def _add(self, values: Iterator[float]) -> None:
-        for value in values:
-            self.total += value
-            self.questions += 1
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the mean over questions; nan without any."""
-        return self.total / self.questions
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values."""
-        return self._plot(val, ax)
-
-
-class SequenceSuccess(_Mean):
+class SequenceSuccess(Mean):
     """SR-S: share of questions whose answer has all edited answers in their places and none wrong before them.
 
     See ``gives_in_place``; an answer that is repeated before all have come is one in a wrong place.
@@ -161,10 +128,10 @@ class SequenceSuccess(_Mean):
     def update(self, texts: Sequence[str], expected: Sequence[Groups]) -> None:
         """Add texts, and for each the answers that its prompt's questions have."""
         _require_groups(texts, expected)
-        self._add(float(gives_in_place(text, groups)) for text, groups in zip(texts, expected, strict=True))
+        self.add(float(gives_in_place(text, groups)) for text, groups in zip(texts, expected, strict=True))
 
 
-class AnswerCoverage(_Mean):
+class AnswerCoverage(Mean):
     """SR-1: share of the edited answers of a question that occur in its answer at all, in the mean over questions.
 
     Example:
@@ -177,10 +144,10 @@ class AnswerCoverage(_Mean):
     def update(self, texts: Sequence[str], expected: Sequence[Groups]) -> None:
         """Add texts, and for each the answers that its prompt's questions have."""
         _require_groups(texts, expected)
-        self._add(share_given(text, groups) for text, groups in zip(texts, expected, strict=True))
+        self.add(share_given(text, groups) for text, groups in zip(texts, expected, strict=True))
 
 
-class ParaphraseSuccess(_Mean):
+class ParaphraseSuccess(Mean):
     """GSR: SR-S on paraphrases; the mean over a question's paraphrases, then over questions that have any.
 
     Example:
@@ -194,10 +161,10 @@ class ParaphraseSuccess(_Mean):
         """Add for each question the texts behind its paraphrases, and its answers."""
         _require_groups(texts, expected)
         pairs = [(each, groups) for each, groups in zip(texts, expected, strict=True) if each]
-        self._add(sum(gives_in_place(text, groups) for text in each) / len(each) for each, groups in pairs)
+        self.add(sum(gives_in_place(text, groups) for text in each) / len(each) for each, groups in pairs)
 
 
-class AnswerStability(_Mean):
+class AnswerStability(Mean):
     """LSR: Rouge-L F1 of the answers to unrelated questions before and after the edits, in the mean.
 
     Example:
@@ -215,4 +182,4 @@ class AnswerStability(_Mean):
         """
         if len(before) != len(after):
             raise ConfigError(f"{len(before)} answers before and {len(after)} after; give both for each question")
-        self._add(same_words(*pair) for pair in zip(before, after, strict=True))
+        self.add(same_words(*pair) for pair in zip(before, after, strict=True))

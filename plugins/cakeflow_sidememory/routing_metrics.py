@@ -15,30 +15,12 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_auroc
 
 from cakeflow.errors import ConfigError
+from cakeflow.metrics import Mean
 from cakeflow.storage import write_text
 from cakeflow_sidememory.routes import Route
 
 
-class _Share(Metric):
-    """A share of questions: those that count, and all."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    total: Tensor
-    count: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        for name in ("total", "count"):
-            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
-
-    def compute(self) -> Tensor:
-        """Return the share; nan without questions."""
-        return self.total / self.count
-
-
-class RoutingAccuracy(_Share):
+class RoutingAccuracy(Mean):
     """Share of questions that go where they should: edits and paraphrases to the memory, all others to the model."""
 
     def update(self, in_scope: Bool[Tensor, " n"], decision: Int[Tensor, " n"]) -> None:
@@ -48,8 +30,7 @@ class RoutingAccuracy(_Share):
             in_scope: True for edits and paraphrases.
             decision: Number of the answer, 0 for the model itself.
         """
-        self.total += ((decision > 0) == in_scope).sum()
-        self.count += len(in_scope)
+        self.add((decision > 0) == in_scope)
 
 
 class RoutingAUC(Metric):
@@ -88,7 +69,7 @@ class RoutingAUC(Metric):
         return binary_auroc(ranks, labels.long())
 
 
-class OwnAnswers(_Share):
+class OwnAnswers(Mean):
     """Share of edited prompts that get the answer that learned them: their own shard, entry or fact."""
 
     def update(self, decision: Int[Tensor, " n"], own: Int[Tensor, " n"]) -> None:
@@ -98,8 +79,7 @@ class OwnAnswers(_Share):
             decision: Number of the answer.
             own: Number of their own.
         """
-        self.total += ((decision == own) & (own > 0)).sum()
-        self.count += len(own)
+        self.add((decision == own) & (own > 0))
 
 
 def routing_numbers(rows: Sequence[Route]) -> dict[str, float]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from cakeflow.errors import require_choice
+from cakeflow.metrics import Mean
 
 KINDS = ("rewrite", "generalization", "locality", "mirror")
 """Kinds of pictures, by their number: the edited ones, and those of the probes."""
@@ -17,36 +18,7 @@ Counting = Literal["clean", "official"]
 """Held-out pictures alone, or the group with the edited ones in it and one less, as in Where-to-Edit's code."""
 
 
-class _Share(Metric):
-    """A share of pictures; nan where there is none to judge."""
-
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-    good: Tensor
-    total: Tensor
-
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("good", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-
-    def _add(self, good: Tensor) -> None:
-        self.good += good.double().sum()
-        self.total += len(good)
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the share."""
-        return self.good / self.total
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values."""
-        return self._plot(val, ax)
-
-
-class EditSuccess(_Share):
+class EditSuccess(Mean):
     """SR: the share of edited pictures that get their right label.
 
     Example:
@@ -58,10 +30,10 @@ class EditSuccess(_Share):
 
     def update(self, kind: Int[Tensor, " n"], right: Bool[Tensor, " n"]) -> None:
         """Add n pictures: their kind, and whether each gets its right label."""
-        self._add(right[kind == 0])
+        self.add(right[kind == 0])
 
 
-class GroupGeneralization(_Share):
+class GroupGeneralization(Mean):
     """GR: the share of pictures with the same error as the edited ones that get their right label.
 
     Args:
@@ -78,14 +50,14 @@ class GroupGeneralization(_Share):
     def update(self, kind: Int[Tensor, " n"], right: Bool[Tensor, " n"]) -> None:
         """Add n pictures."""
         official = self.counting == "official"
-        self._add(right[(kind == 1) | (kind == 0)] if official else right[kind == 1])
+        self.add(right[(kind == 1) | (kind == 0)] if official else right[kind == 1])
 
     def compute(self) -> Float[Tensor, ""]:
         """Return the share."""
-        return (self.good - (1 if self.counting == "official" else 0)) / self.total
+        return ((self.total - (1 if self.counting == "official" else 0)) / self.items).float()
 
 
-class LabelLocality(_Share):
+class LabelLocality(Mean):
     """LR: the share of locality pictures that get the label that the unedited model gives, right or wrong.
 
     Args:
@@ -107,15 +79,15 @@ class LabelLocality(_Share):
     ) -> None:
         """Add n pictures: whether each keeps its label, its margin before, and whether it was right then."""
         chosen = kind == 2
-        self._add(agrees[chosen if self.sensitive is None else chosen & right_before & (margin < self.sensitive)])
+        self.add(agrees[chosen if self.sensitive is None else chosen & right_before & (margin < self.sensitive)])
 
 
-class MirrorAccuracy(_Share):
+class MirrorAccuracy(Mean):
     """Share of pictures of the group with the opposite error that get their right label."""
 
     def update(self, kind: Int[Tensor, " n"], right: Bool[Tensor, " n"]) -> None:
         """Add n pictures."""
-        self._add(right[kind == 3])
+        self.add(right[kind == 3])
 
 
 class WorstGroup(Metric):

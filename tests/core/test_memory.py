@@ -16,7 +16,7 @@ from conftest import fit_tiny
 from transformers import AutoModelForCausalLM
 
 from cakeflow import Contexts, LocateThenEdit
-from cakeflow.core.memory import Footprint, TokenCost
+from cakeflow.core.memory import Footprint, TokenCost, loss_tokens
 from cakeflow.core.statistics import Statistics
 from cakeflow.errors import ConfigError
 from cakeflow.forward.loss import WeightLoss
@@ -74,9 +74,11 @@ def test_as_many_tokens_run_together_as_fit(tiny):
 
 def test_the_loss_of_a_batch_keeps_to_the_budget(tiny, batch):
     module = LocateThenEdit(tiny, [1, 2], contexts=CONTEXTS)
-    assert module._loss_tokens(Site(1, "mlp_out"), batch) == WeightLoss.max_tokens
+    assert loss_tokens(module.lm, Site(1, "mlp_out"), batch, module.max_bytes) == WeightLoss.max_tokens
     module.max_bytes = 2 * TokenCost.above(tiny, Site(1, "mlp_out")).graph * max(len(r[0].ids) for r in batch.rows)
-    assert module._loss_tokens(Site(1, "mlp_out"), batch) < 2 * max(len(rows[0].ids) for rows in batch.rows)
+    assert loss_tokens(module.lm, Site(1, "mlp_out"), batch, module.max_bytes) < 2 * max(
+        len(rows[0].ids) for rows in batch.rows
+    )
 
 
 def test_shapes_suffice(tiny, batch):
@@ -208,7 +210,7 @@ def test_a_run_reports_its_peaks(tiny, requests, quiet):
 def test_freed_memory_is_given_back():
     code = """
 import psutil, torch
-from cakeflow.core.memory import give_back
+from cakeflow.core.memory import give_back, loss_tokens
 tensors = [torch.ones(25_000) for _ in range(2000)]
 last = tensors.pop()  # above all that is freed
 tensors.clear()

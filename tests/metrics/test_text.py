@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
-from cakeflow.metrics import Consistency, Fluency
+from cakeflow.metrics import AnswerRate, Consistency, Fluency
 from cakeflow.metrics.text import fluency, ngram_entropy
 
 words = st.lists(st.sampled_from(["rome", "sea", "lund", "is"]), max_size=12).map(" ".join)
@@ -114,3 +114,18 @@ def test_bad_files(tmp_path):
     np.save(tmp_path / "idf.npy", np.array([{}], dtype=object), allow_pickle=True)
     with pytest.raises(ConfigError, match="no idf vector with its words"):
         Consistency(idf=tmp_path / "idf.npy", vocabulary=tmp_path / "vocab.json")
+
+
+def test_one_wording_and_one_name_are_enough():
+    metric = AnswerRate()
+    metric.update([["no", "It is the U.S."], ["Romeo"]], [["America", "US"], ["Rome"]])
+    metric.update([[" Lima."]], [["Lima"]])
+    assert float(metric.compute()) == pytest.approx(2 / 3)
+
+
+def test_plain_answers_and_lists_of_them_are_one_metric():
+    plain, lists = AnswerRate(), AnswerRate()
+    answers, expected = [" Rome, of course", "Lund", ""], ["Rome", "Oslo", "Kim"]
+    plain.update(answers, expected)
+    lists.update([[each] for each in answers], [[each] for each in expected])
+    assert float(plain.compute()) == float(lists.compute()) == pytest.approx(1 / 3)

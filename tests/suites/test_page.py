@@ -1,0 +1,109 @@
+"""The page of a suite: what stands in it, that it loads nothing, and that names from outside stay text."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from report.reading import Page
+from tiny_suites import facts
+
+from cakeflow.report.intervals import estimate
+from cakeflow.suites import Rows, arms_of, read_suite, render_suite, tables_of, to_markdown
+from cakeflow.suites.page import facts_of
+
+OUT = Path("out")
+HOSTILE = "<script>document.title='owned'</script>"
+
+
+@pytest.fixture
+def made(write):
+    """Suite, tables and page of two methods."""
+
+    def made(**changes):
+        suite = read_suite(write(**changes))
+        arms = arms_of(suite)
+        tables = tables_of(arms, Rows(OUT).measure(arms), OUT)
+        return suite, tables, render_suite("mine", suite, tables, ["benchmark", "--suite", "mine suite.yaml"], OUT)
+
+    return made
+
+
+def test_every_number_and_hash_of_the_rows_is_on_the_page(made):
+    suite, (table,), html = made()
+    page = Page(html)
+    text = " ".join(page.texts["table-1"].split())
+    for line in table.lines:
+        for name in suite.metrics:
+            assert estimate(name, line.metrics[name]) in text
+        for name in suite.metrics if line is not table.lines[0] else ():
+            assert estimate(name, line.differences[name], "+") in text
+        assert line.verdict in text
+        for row in line.rows:
+            for part in (row.arm, row.head[:12], row.settings["facts"][:12], row.protocol):
+                assert part in page.texts["rows"]
+            assert f"cakeflow reproduce out/runs/{row.arm}" in page.texts["repeat"]
+    assert "cakeflow benchmark --suite 'mine suite.yaml'" in page.texts["repeat"]
+    assert table.lines[0].rows[0].fingerprint in html
+    assert table.lines[0].rows[0].machine["processor"] in html
+
+
+def test_it_is_one_document_that_loads_nothing(made):
+    _, _, html = made()
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    for tag in ("h1", "main", "header", "nav", "footer", "title"):
+        assert page.tags.count(tag) == 1, tag
+    links = {value for tag, name, value in page.attributes if (tag, name) == ("a", "href")}
+    assert links == {"#main", "#table-1", "#repeat", "#rows"}
+    assert [each for each in page.attributes if each[1] in ("src", "srcset", "data", "action")] == []
+    assert set(re.findall(r"https?://[^\"'\s<]+", html)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    assert html.count("<svg") == 2
+
+
+def test_it_is_the_same_for_the_same_rows(made):
+    suite, tables, html = made()
+    assert render_suite("mine", suite, tables, ["benchmark", "--suite", "mine suite.yaml"], OUT) == html
+
+
+def test_names_from_outside_are_shown_and_not_run(made, tmp_path):
+    (tmp_path / "facts.json").write_text(json.dumps(facts(target_new=HOSTILE)))
+    _, _, html = made(data={"a<b>": {"source": "facts.json"}})
+    assert HOSTILE not in html
+    assert "a&lt;b&gt;" in html
+    assert html.count("<script>") == 1
+
+
+def test_a_fault_stands_in_place_of_numbers(made):
+    methods = {"memit_seq": {}, "strict": {"method": "memit", "max_relative_update": 1e-9}}
+    suite, tables, html = made(methods=methods)
+    assert "NumericalError" in Page(html).texts["table-1"]
+    assert "NumericalError" in to_markdown(suite, tables)
+
+
+def test_markdown_has_the_same_numbers(made):
+    suite, (table,), _ = made()
+    lines = to_markdown(suite, [table]).splitlines()
+    assert lines[0] == "## own, 4 facts"
+    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
+    assert [cell.strip().replace("\\", "") for cell in cells[0]] == [
+        "method", *suite.metrics, "seconds per fact", "against memit_seq"
+    ]  # fmt: skip
+    assert {len(each) for each in cells} == {len(suite.metrics) + 3}
+    for line, each in zip(table.lines, cells[2:], strict=True):
+        shown = [cell.strip().replace("\\", "") for cell in each]
+        assert shown[: 1 + len(suite.metrics)] == [
+            line.method, *(estimate(name, line.metrics[name]) for name in suite.metrics)
+        ]  # fmt: skip
+
+
+def test_facts_name_everything_that_differs_between_rows(made):
+    _, (table,), _ = made()
+    row = table.lines[0].rows[0]
+    other = row.model_copy(update={"machine": {"system": "Plan 9"}, "threads": 7})
+    facts = facts_of([row, other, row])
+    assert facts["Model (SHA-256)"] == row.fingerprint
+    assert facts["Machine"].split("; ")[1:] == ["Plan 9, 7 threads"]
