@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -283,11 +282,14 @@ class Course:
         return cls(plan, done, {label: ExactSum(each.to(device), done) for label, each in sums.items()}, earlier, curve)
 
     def finish(self, home: Path) -> None:
-        """Write the second moment of each site with its eigenbasis, and how it settled."""
+        """Write the second moment of each site with its eigenbasis, and how it settled; ranks make some sites each."""
         with progress_bar(len(self.plan.widths), "eigenbases", "layer") as bar:
-            for label in self.plan.widths:
+
+            def run(label: str) -> None:
                 self._finish(home / f"{label}.safetensors", label)
                 bar.update()
+
+            ranks.spread([*self.plan.widths], run)
 
     def _finish(self, path: Path, label: str) -> None:
         moment = self.moment(label)
@@ -302,7 +304,7 @@ class Course:
 def pass_over(corpus: Corpus, home: Path) -> None:
     """Collect second moments in one pass over all blocks; an interrupted one is resumed.
 
-    Ranks share the blocks between two points of the curve, and the first one writes.
+    Ranks share the blocks between two points of the curve, and the eigenbases.
 
     Args:
         corpus: The blocks.
@@ -317,13 +319,13 @@ def pass_over(corpus: Corpus, home: Path) -> None:
     with progress_bar(plan.tokens(len(plan)), "second moments", "token", initial=plan.tokens(course.done)) as bar:
         for blocks in _rounds(plan, course.done):
             _add_blocks(corpus, blocks, course.sums)
-            ranks.on_first(partial(course.reach, blocks.stop))
+            course.reach(blocks.stop)
             bar.update(plan.tokens(blocks.stop) - plan.tokens(blocks.start))
             if ranks.is_first() and time.monotonic() - saved > SAVE_EVERY:
                 course.save(path)
                 saved = time.monotonic()
-    ranks.on_first(partial(course.finish, home))
-    ranks.on_first(partial(path.unlink, missing_ok=True))
+    course.finish(home)
+    ranks.on_first(lambda: path.unlink(missing_ok=True))
 
 
 def _rounds(plan: Plan, done: int) -> Iterator[range]:
@@ -334,7 +336,7 @@ def _rounds(plan: Plan, done: int) -> Iterator[range]:
 
 
 def _add_blocks(corpus: Corpus, blocks: range, sums: Sums) -> None:
-    """Add the sums over some blocks in place; of several ranks each runs its part, and the first has the result."""
+    """Add the sums over some blocks in place; of several ranks each runs its part, and all have the result."""
     size = ranks.world_size()
     if size == 1:
         sums_of(corpus, blocks, sums)
@@ -352,8 +354,7 @@ def _add_blocks(corpus: Corpus, blocks: range, sums: Sums) -> None:
             raise _unusable(label, error) from error
         ranks.add_up(each.words, f"second moments of {label}")
         each.count = len(blocks)
-    if ranks.is_first():
-        combine([own], sums)
+    combine([own], sums)
 
 
 def label_of(site: Site) -> str:

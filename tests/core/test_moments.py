@@ -6,12 +6,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from many_ranks import in_ranks, start_gloo
 from second_moments import MLP, TEXT, at, direct, interrupt_after, passes, rewritten
 
 import cakeflow.core.moments as module
 import cakeflow.core.statistics as statistics
-from cakeflow import Statistics
+from cakeflow import Statistics, ranks
 from cakeflow.errors import StatisticsError
+from cakeflow.storage import tensor_hash
 
 
 @pytest.fixture
@@ -177,3 +179,60 @@ def test_parts_of_a_plan_have_every_block_once_and_are_cut_at_the_points_of_the_
     assert {2, 4, 8, 15} <= {each.stop for each in stretches}
     assert [block for each in stretches for block in each] == [*range(15)]
     assert sum(plan().tokens(each.stop) - plan().tokens(each.start) for each in stretches) == 100 * 20
+
+
+def contents(folder):
+    """Name -> bytes of all files of second moments."""
+    return {path.name: path.read_bytes() for path in folder.rglob("*.safetensors")}
+
+
+def on_ranks(count, settings, lm, folder, tmp_path):
+    """Collect on so many ranks; each returns the hashes of its second moments, and the number of ranks."""
+
+    def work(rank):
+        start_gloo()
+        with ranks.together():
+            found = settings.collect(lm, at(1, 3), folder)
+            return {site.layer: tensor_hash(each.moment) for site, each in found.items()}, ranks.world_size()
+
+    return in_ranks(count, work, tmp_path)
+
+
+def test_ranks_share_the_blocks_and_leave_the_same_files(lm, settings, tmp_path):
+    one = settings.collect(lm, at(1, 3), tmp_path / "one")
+    hashes = {site.layer: tensor_hash(each.moment) for site, each in one.items()}
+    for count in (2, 3):
+        ended = on_ranks(count, settings, lm, tmp_path / str(count), tmp_path)
+        assert [(each.status, each.result) for each in ended] == [(0, (hashes, count))] * count
+        assert contents(tmp_path / str(count)) == contents(tmp_path / "one")
+
+
+def test_more_ranks_than_blocks(lm, settings, tmp_path):
+    few = replace(settings, batch_tokens=10**6)
+    one = few.collect(lm, at(1, 3), tmp_path / "one")
+    assert len(few.corpus(lm, at(1, 3)).plan) < 3
+    (first, *_) = on_ranks(3, few, lm, tmp_path / "three", tmp_path)
+    assert first.result[0] == {site.layer: tensor_hash(each.moment) for site, each in one.items()}
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+
+
+def test_ranks_go_on_with_what_one_process_left(lm, settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "SAVE_EVERY", 0)
+    settings.collect(lm, at(1, 3), tmp_path / "whole")
+    handle = interrupt_after(lm, 4, RuntimeError)
+    with pytest.raises(RuntimeError):
+        settings.collect(lm, at(1, 3), tmp_path / "broken")
+    handle.remove()
+    ended = on_ranks(2, settings, lm, tmp_path / "broken", tmp_path)
+    assert [each.status for each in ended] == [0, 0]
+    assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_an_overflow_on_any_rank_is_an_error_on_all(lm, settings, tmp_path, monkeypatch):
+    gram = module.gram
+    monkeypatch.setattr(module, "gram", lambda keys: gram(keys) * (float("inf") if ranks.rank() == 1 else 1.0))
+    ended = on_ranks(2, settings, lm, tmp_path / "two", tmp_path)
+    assert [each.status for each in ended] == [1, 1]
+    assert all(isinstance(each.result, StatisticsError) for each in ended)
+    assert all("the second moment is not finite" in str(each.result) for each in ended)
+    assert not contents(tmp_path / "two")
