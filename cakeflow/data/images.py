@@ -269,6 +269,8 @@ def _faults(request: ImageEditRequest) -> Iterator[tuple[str, object, str]]:
     yield from _group_faults("group", request.group)
     for probe in request.image_probes:
         yield from _probe_faults(probe)
+        if probe.picture.hash and probe.picture.hash == request.picture.hash:
+            yield "probes.image", probe.picture.name or None, "is the edited image, which shows nothing further"
 
 
 def _label_faults(name: str, label: object) -> Iterator[tuple[str, object, str]]:

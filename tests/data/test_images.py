@@ -20,7 +20,7 @@ from cakeflow.data.images import THUMBNAILS, has_images, in_words
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.journal import request_hash
 
-RED, BLUE = (np.full((4, 5, 3), 0, np.uint8) + np.array(c, np.uint8) for c in ([255, 0, 0], [0, 0, 255]))
+RED, BLUE, GREEN = (np.full((4, 5, 3), 0, np.uint8) + np.array(c, np.uint8) for c in np.eye(3)[[0, 2, 1]] * 255)
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_folder_csv_jsonl_and_data_set_give_the_same_requests(folder):
 
 
 def test_a_request_goes_through_its_json_and_keeps_its_hash():
-    probes = [ImageProbe("generalization", Picture(BLUE), 3, "a"), ImageProbe("locality", Picture(RED))]
+    probes = [ImageProbe("generalization", Picture(BLUE), 3, "a"), ImageProbe("locality", Picture(GREEN))]
     request = ImageEditRequest(RED, 2, 1, "a", probes, case_id=7)
     (again,) = parse_requests([json.loads(json.dumps(request.to_dict()))])
     assert request_hash(again) == request_hash(request)
@@ -118,11 +118,15 @@ def test_what_is_no_image_is_a_fault_of_its_entry(source, message):
         ({"image": RED, "label": 1, "probes": [{"kind": "mirror", "image": RED}]}, "probes.label = None"),
         ({"image": RED, "label": 1, "probes": [{"kind": "mirror"}]}, "give a list of {kind, image, label}"),
         ({"image": RED, "label": 1, "probes": [{"kind": "locality", "image": 3}]}, "probes.image"),
+        (
+            {"image": RED, "label": 1, "probes": [{"kind": "generalization", "image": RED, "label": 1}]},
+            "nothing further",
+        ),
         ({"image": RED, "label": 1, "probes": 3}, "give a list of {kind, image, label}"),
         ({"image": RED, "label": 1, "group": 3}, "group = 3"),
         ({"image": RED, "label": 1, "group": "\ud800"}, "group = .*must be a name"),
         ({"image": RED, "label": "\ud800"}, "label = .*must be the index or the name"),
-        ({"image": RED, "label": 1, "probes": [{"kind": "locality", "image": RED, "group": 1}]}, "probes.group = 1"),
+        ({"image": RED, "label": 1, "probes": [{"kind": "locality", "image": BLUE, "group": 1}]}, "probes.group = 1"),
         ({"image": RED, "label": 1, "label_true": 1}, "equals target_true; there is nothing to edit"),
     ],
 )
