@@ -3,9 +3,9 @@
     python benchmarks/bench_growth.py [--facts 1 10 100 1000] [--history 0 1000 10000] [--steps 2] [--json FILE]
 
 Each batch of SmolLM2-135M is edited by ``--method`` in a process of its own, with ``--steps`` steps a target value and
-no evaluation: seconds and peak GiB beyond the model by phase. Each history is of random keys as wide as SmolLM2's; its
-row has the seconds of a batch of 100 keys, first when nothing is cached (cold) and then in a run (warm), and the bytes
-that the history holds.
+no evaluation: seconds and peak GiB beyond the model by phase, and seconds for the hashes of a batch, of the edited
+weights before and after it. Each history is of random keys as wide as SmolLM2's; its row has the seconds of a batch of
+100 keys, first when nothing is cached (cold) and then in a run (warm), and the bytes that the history holds.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def edit(method: str, count: int, steps: int) -> dict[str, float]:
     timings, peaks = editor.module.timings, editor.module.peaks
     seconds = {f"{phase}, s": timings[phase] for phase in PHASES}
     gib = {f"{phase}, GiB": peaks[phase] / GIB for phase in PHASES}
+    start, journal = time.perf_counter(), editor.journal
+    journal.memory.check()
+    for place in journal[-1].places:
+        journal.hash(place)
+    seconds["hashes, s"] = time.perf_counter() - start
     return {**seconds, **gib, "s per fact": sum(seconds.values()) / count, "peak, GiB": max(gib.values())}
 
 
