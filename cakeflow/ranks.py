@@ -71,6 +71,11 @@ def rank() -> int:
     return 0 if _state.get() == "apart" else dist.get_rank()
 
 
+def are_joined() -> bool:
+    """Return whether this is one of several ranks in ``together``, also while it does something alone."""
+    return _state.get() != "apart"
+
+
 def is_first() -> bool:
     """Return whether this is rank 0, which alone writes files and shows progress."""
     return rank() == 0

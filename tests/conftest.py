@@ -34,6 +34,10 @@ from cakeflow.models.loading import load_model
 from cakeflow.tracing import Fact
 from cakeflow.tracing.facts import trace_row
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # of a shell's background job; what tests start has to hear it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 GOLDEN = Path(__file__).parent / "golden"
 ARCHITECTURES = ("gpt2", "llama")
 FACTS = [

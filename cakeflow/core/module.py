@@ -301,7 +301,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         due, self._due = list(zip(firsts, self._due, strict=False)), []
         with float32_by_default(), self.phase("evaluation"):
             unedited = "" if len(self.journal) else self.journal.base.fingerprint
-            for answers in ranks.spread(due, lambda part: self.answers_of(*part, unedited)):
+            for answers in ranks.spread(due, lambda part: self._answers_of(*part, unedited)):
                 self.answers += answers.rows(first=len(self.answers))
                 fields = answers.fields().items()
                 self.metrics.update(**{n: v.to(self.device) if isinstance(v, Tensor) else v for n, v in fields})

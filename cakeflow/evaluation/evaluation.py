@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.metric import jit_distributed_available
 
+from cakeflow import ranks
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import check_fields
 from cakeflow.data.text import occurrences, until_stop
@@ -176,7 +178,7 @@ class Evaluation:
         collection = MetricCollection(metrics, compute_groups=False)
         for each in collection.modules():
             if isinstance(each, Metric):
-                each.distributed_available_fn = None  # every rank has all answers: there is nothing to add up
+                each.distributed_available_fn = _are_apart
         return collection
 
     def ask(
@@ -264,6 +266,11 @@ def check_texts(rows: Sequence[EvaluatedRequest]) -> None:
             f"the model wrote nothing after any of {len(texts)} prompts, so its texts say nothing of an edit; look at "
             "the end-of-text token of its generation config, or set evaluation.texts_every to 0"
         )
+
+
+def _are_apart() -> bool:
+    """Return whether there are processes with answers of their own; ranks that work together have all of them."""
+    return not ranks.are_joined() and bool(jit_distributed_available())
 
 
 def warn_of_known(lm: LanguageModel, requests: Sequence[EditRequest], max_bytes: float | None = None) -> None:
@@ -370,7 +377,7 @@ class Questions:
         """Ask the model about the next requests of an evaluation; returns their ``evaluation.Answers``."""
         return self.evaluation.ask(self.lm, requests, self.first, self.max_bytes)
 
-    def answers_of(self, first: int, requests: Sequence[EditRequest], fingerprint: str) -> Any:
+    def _answers_of(self, first: int, requests: Sequence[EditRequest], fingerprint: str) -> Any:
         """Return ``ask(requests)``, from ``unedited`` where a module of the same unedited model asked the same.
 
         Args:

@@ -43,8 +43,7 @@ class Journal(Sequence[EditStep]):
         memory: Hashes of the model in memory.
         policies: The policies that it obeys.
         histories: Keys of its batches by place.
-        inputs: Name -> SHA-256 of what batches are solved with from now on; with the policies' hash,
-            ``EditStep.inputs``.
+        inputs: Name -> SHA-256 of what batches are solved with; with the policies' hash, ``EditStep.inputs``.
 
     Args:
         model: The model.
@@ -109,7 +108,8 @@ class Journal(Sequence[EditStep]):
         With ``undone``, hashes of facts of the batch ``of``, it takes these back. ``PolicyError``: a policy forbids it.
         """
         self.memory.require_ready("a batch", busy=self.pending is not None)
-        ranks.on_first(lambda: self.policies.require(requests))
+        if self.policies.rules:
+            ranks.on_first(lambda: self.policies.require(requests))
         known, number = set(self.places.originals), self._count
         step = EditStep(tuple(requests), inputs=self.inputs | self.policies.inputs, undone=(*undone,), undoes=of)
         self.pending = step
@@ -179,7 +179,8 @@ class Journal(Sequence[EditStep]):
         Raises:
             ResumeError: If that batch has other requests or inputs, or does not lead to the recorded weights.
         """
-        ranks.on_first(lambda: self.policies.require(requests))
+        if self.policies.rules:
+            ranks.on_first(lambda: self.policies.require(requests))
         inputs, hashes = self.inputs | self.policies.inputs, tuple(map(request_hash, requests))
         step = self.store.next_step(hashes, inputs) if self.store else None
         if step is not None:

@@ -54,10 +54,12 @@ def read_tensors(
     if expected is not None and hashlib.sha256(data).hexdigest() != expected:
         raise error(f"{where} was changed after it was written; {remedy}")
     try:
-        tensors = load(data)
+        loaded = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, AssertionError, LookupError, TypeError, ValueError, RuntimeError) as fault:
         raise error(f"{where} holds no tensors: {fault}; {remedy}") from fault
+    # Copied to where torch allocates: the last bits of a product depend on how its factors are aligned in memory.
+    tensors = {name: loaded.pop(name).clone() for name in [*loaded]}
     return TensorFile(tensors, dict(header.get("__metadata__") or {}))
 
 

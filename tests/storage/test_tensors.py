@@ -90,3 +90,11 @@ def test_faults_are_named(path):
     endless = {"a": torch.tensor([torch.inf])}
     write_tensors(path, endless, tensor_hashes(endless))
     assert fault_in(read(path), {}) == "a is not finite"
+
+
+def test_what_is_read_is_aligned_as_what_torch_allocates(tmp_path):
+    """A product of tensors that lie elsewhere has other last bits, so that a repeated run would differ by chance."""
+    for size in range(1, 40):
+        write_tensors(tmp_path / "file", {f"{i}": torch.ones(size + i, dtype=torch.float64) for i in range(5)})
+        tensors = read_tensors(tmp_path / "file", "the file", StatisticsError, "").tensors
+        assert [each.data_ptr() % 64 for each in tensors.values()] == [0] * 5
