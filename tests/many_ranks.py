@@ -9,6 +9,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 PATIENCE = 60.0
 """Seconds within which every rank has ended once one of them has died."""
+_ports = count()
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,22 @@ class Ended:
     result: Any
 
 
-def in_ranks(count: int, work: Callable[[int], Any], folder: Path) -> list[Ended]:
+def free_port() -> int:
+    """Return a port that no other worker of the tests takes meanwhile, nor the system for a connection of its own."""
+    start = 20_000 + 1_000 * int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:])
+    for port in (start + next(_ports) % 1_000 for _ in range(1_000)):
+        with socket.socket() as one:
+            if one.connect_ex(("127.0.0.1", port)):
+                return port
+    raise AssertionError("no port is free")
+
+
+def in_ranks(size: int, work: Callable[[int], Any], folder: Path) -> list[Ended]:
     """Run a function of the rank's number in so many processes; what is not done after ``PATIENCE`` is a failure."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    children = [_forked(rank, count, port, work, folder) for rank in range(count)]
+    port = free_port()
+    children = [_forked(rank, size, port, work, folder) for rank in range(size)]
     statuses, end = dict[int, int](), time.monotonic() + PATIENCE * 2
-    while len(statuses) < count:
+    while len(statuses) < size:
         for child in set(children) - set(statuses):
             process, status = os.waitpid(child, os.WNOHANG)
             if process:
@@ -51,20 +61,20 @@ def in_ranks(count: int, work: Callable[[int], Any], folder: Path) -> list[Ended
                 os.kill(child, signal.SIGKILL)
             raise AssertionError(f"ranks hang: {statuses}")
         time.sleep(0.01)
-    paths = [folder / f"rank-{rank}" for rank in range(count)]
+    paths = [folder / f"rank-{rank}" for rank in range(size)]
     results = [ForkingPickler.loads(path.read_bytes()) if path.exists() else None for path in paths]
     for path in paths:
         path.unlink(missing_ok=True)
     return [Ended(statuses[child], result) for child, result in zip(children, results, strict=True)]
 
 
-def _forked(rank: int, count: int, port: int, work: Callable[[int], Any], folder: Path) -> int:
+def _forked(rank: int, size: int, port: int, work: Callable[[int], Any], folder: Path) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
     try:
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
+        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in own.items()}
         os.environ |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "tests"}
         torch.set_num_threads(1)

@@ -13,7 +13,7 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from many_ranks import in_ranks
+from many_ranks import free_port, in_ranks
 from stops import STOPS
 from tiny_runs import editor_of, module_of
 
@@ -391,9 +391,9 @@ def test_the_command_starts_ranks(launcher, lm, workplace):
     (workplace / "corpus.txt").write_text("In the town of Lyon people speak. " * 200)
     for count in (1, 2):
         words = [*(launcher if count == 2 else []), "-m", "cakeflow", "fit", *options, "--run_dir", f"run-{count}"]
-        ended = subprocess.run(
-            [sys.executable, *words, "--trainer.devices", str(count)], capture_output=True, text=True, timeout=240
-        )
+        words += ["--trainer.devices", str(count)]
+        own = {**os.environ, "MASTER_PORT": str(free_port())}
+        ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240, env=own)
         assert ended.returncode == 0, ended.stderr
     found = [bodies(ledger(workplace / f"run-{count}"), BatchBody)[0] for count in (1, 2)]
     assert [change.after for change in found[0].changes] == [change.after for change in found[1].changes]

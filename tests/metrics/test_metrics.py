@@ -1,11 +1,10 @@
 """Two processes that see half the records each agree with one that sees all."""
 
-import socket
-
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from many_ranks import free_port
 from torchmetrics import MetricCollection
 
 from cakeflow.data import builtin_facts
@@ -36,9 +35,7 @@ def work(rank, port, queue):
 
 
 def test_two_processes_agree_with_one():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["cakeflow.testing"])  # one import for both
     queue = context.SimpleQueue()
