@@ -16,7 +16,6 @@ from cakeflow.journal.ledger import Entry, bodies, requests_in_force
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import BatchBody, EndBody, EvaluationBody, RollbackBody, RunBody
 from cakeflow.journal.store import LEDGER
-from cakeflow.models.loading import HUB_IDS
 
 MOST_EDITS = 50
 """Edits that are listed at most."""
@@ -55,7 +54,7 @@ def model_card(manifest: Manifest, entries: Sequence[Entry], task: str = "text-g
 
 def _header(manifest: Manifest, entries: Sequence[Entry], task: str, base: str) -> str:
     """Return the card's data as the hub reads them; a base model only if its name can be one of the hub's."""
-    name = base or HUB_IDS.get(manifest.model, manifest.model)
+    name = base or manifest.model
     known = bool(re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name, re.ASCII)) and not Path(name).exists()
     data = ModelCardData(
         base_model=name if known else None,

@@ -81,7 +81,7 @@ def export(
     if format in ("delta", "lora") and not manifest.weights:
         raise ExportError(f"there is no {format} to write: no weight differs from the base; edit first")
     (manifest, fill), texts = FORMATS[format](journal, manifest, options), questions(journal)
-    card = model_card(manifest, _entries(journal), _task(journal.model), options.base)
+    card = model_card(manifest, _entries(journal), _task(journal.model), options.base_of(manifest.model))
     return _put(place, manifest, card, fill, lambda fresh: CHECKS[format](journal, fresh, texts), overwrite=overwrite)
 
 
@@ -101,7 +101,7 @@ def export_applied(lm: EditableModel, applied: Manifest, folder: str | Path, *, 
         ConfigError: If something is there already.
     """
     manifest = applied.model_copy(update={"format": "model", "files": {}})
-    fill, card = _model_writer(lm), model_card(manifest, (), _task(lm))
+    fill, card = _model_writer(lm), model_card(manifest, (), _task(lm), ExportOptions().base_of(manifest.model))
     place = require_place(folder, overwrite=overwrite)
     return _put(place, manifest, card, fill, lambda fresh: check_model(lm, fresh, ["The"]), overwrite=overwrite)
 

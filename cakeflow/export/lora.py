@@ -19,7 +19,6 @@ from cakeflow.export.options import SERVED_RANKS, ExportOptions
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.journal import Journal
 from cakeflow.models.architecture import is_transposed
-from cakeflow.models.loading import HUB_IDS
 from cakeflow.storage.atomic import write_tensors
 
 TENSORS = "adapter_model.safetensors"
@@ -94,7 +93,7 @@ def _base(model: str, options: ExportOptions) -> str:
     Raises:
         ExportError: If it is a GGUF file, which PEFT cannot load.
     """
-    name = options.base or HUB_IDS.get(model, model)
+    name = options.base_of(model)
     if name.endswith(".gguf"):
         raise ExportError(f"PEFT finds no base model in a GGUF file ({name}); name its hub id or folder: base=...")
     return str(Path(name).resolve()) if Path(name).is_dir() else name

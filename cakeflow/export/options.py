@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from cakeflow.errors import ConfigError
+from cakeflow.models.loading import HUB_IDS
 
 OverRank = Literal["error", "truncate", "split"]
 """What becomes of an adapter of too large a rank."""
@@ -32,6 +33,10 @@ class ExportOptions:
     max_rank: int | None = None
     over_rank: OverRank = "error"
     base: str = ""
+
+    def base_of(self, model: str) -> str:
+        """Return the name by which others find a base model of this name."""
+        return self.base or HUB_IDS.get(model, model)
 
     def __post_init__(self) -> None:
         if self.max_rank is not None and self.max_rank not in SERVED_RANKS:

@@ -237,8 +237,6 @@ class Policies:
         Raises:
             PolicyError: If a policy does not allow it.
         """
-        if not self.rules:
-            return
         edited = hashes_on_record(self._journal.steps)
         again = 0 if new else len(requests) - len({*map(request_hash, requests)} - edited)
         self.refuse(self.answers(requests, unknown, len(edited) - len(self._earlier & edited) - again))
