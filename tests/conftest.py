@@ -69,6 +69,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", line)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """The argument's name for bytes: what ``gzip`` packs holds the hour, and processes must collect equal tests."""
+    return argname if isinstance(val, bytes) else None
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # the libraries and the tests themselves; looking for garbage in them takes a seventh of the time
 
