@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from cakeflow import ranks
 from cakeflow.allocators.base import Allocator
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
@@ -32,7 +31,7 @@ from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.reproduction import Reproduction, reproduce
 from cakeflow.core.run import EvaluationResult, FitResult, run_evaluate, run_fit
 from cakeflow.core.statistics import Statistics
-from cakeflow.core.strategy import together
+from cakeflow.core.strategy import on_whole_model, together
 from cakeflow.core.trainer import check_settings, check_trainer, quiet, with_ranks
 from cakeflow.core.undo import facts_about, undo_facts
 from cakeflow.data.contexts import Contexts
@@ -333,12 +332,11 @@ class Editor:
         See ``cakeflow.export.export``; ``options`` are the fields of ``ExportOptions``.
         """
         words: dict[str, Any] = {"overwrite": overwrite, "options": ExportOptions(**options)}
-        with together(self.module):
-            return ranks.on_first(lambda: export(self.journal, folder, format, **words))
+        return on_whole_model(self.module, lambda journal: export(journal, folder, format, **words))
 
     def push_to_hub(self, repo: str, format: Format = "model", **options: Any) -> str:
         """Export and upload the edited model; return the commit's address. See ``cakeflow.export.export_to_hub``."""
-        return export_to_hub(self.journal, repo, format, **options)
+        return on_whole_model(self.module, lambda journal: export_to_hub(journal, repo, format, **options))
 
     def trainer(self, run_dir: str | Path | None = None, *, checks: bool = False) -> L.Trainer:
         """The Trainer that was given to this editor, or one with the arguments that were.

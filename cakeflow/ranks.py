@@ -27,22 +27,32 @@ from cakeflow.storage.atomic import make_folder, uninterrupted
 
 P = TypeVar("P")
 R = TypeVar("R")
-_state: ContextVar[Literal["apart", "together", "part"]] = ContextVar("ranks", default="apart")
+State = Literal["apart", "together", "lockstep", "part"]
+_state: ContextVar[State] = ContextVar("ranks", default="apart")
 FAILED = "a failure"
 """Name of the exchange of ranks that failed."""
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def together(*, lockstep: bool = False) -> Iterator[None]:
     """Have the ranks work together in the body, which all of them run; one process is a rank by itself.
 
     Of the warnings that all of them have reason for, the first rank's are shown.
+
+    Args:
+        lockstep: Whether no work is dealt out: every rank runs every part, as those with parts of one model must.
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    with _being("together" if several else "apart"), warnings.catch_warnings():
+    state: State = "lockstep" if lockstep else "together"
+    with _being(state if several else "apart"), warnings.catch_warnings():
         if not is_first():
             warnings.simplefilter("ignore", UserWarning)
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # of weights that could not be gathered, perhaps
+            if lockstep and not rejoin(error):
+                raise _lost("a pass", error) from error
+            raise
 
 
 @contextmanager
@@ -53,7 +63,7 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def _being(state: Literal["apart", "together", "part"]) -> Iterator[None]:
+def _being(state: State) -> Iterator[None]:
     token = _state.set(state)
     try:
         yield
@@ -62,8 +72,12 @@ def _being(state: Literal["apart", "together", "part"]) -> Iterator[None]:
 
 
 def world_size() -> int:
-    """Return the number of ranks that work together here; 1 in one process, and in what a rank does alone."""
+    """Return to how many ranks work is dealt out; 1 in one process, in lockstep, and in what one rank does alone."""
     return dist.get_world_size() if _state.get() == "together" else 1
+
+
+def _exchanges() -> bool:
+    return _state.get() in ("together", "lockstep")
 
 
 def rank() -> int:
@@ -136,7 +150,7 @@ def on_first(run: Callable[[], R]) -> R:
         BaseException: What it raised, on every rank.
         RanksError: If a rank was lost, or is elsewhere.
     """
-    if world_size() == 1:
+    if not _exchanges():
         return run()
     result: Any = None
     failure: BaseException | None = None
@@ -163,7 +177,7 @@ def agree(value: object, what: str) -> None:
     Raises:
         RanksError: On every rank, if they differ.
     """
-    if world_size() == 1:
+    if not _exchanges():
         return
     values = _exchange(f"the comparison of {what}", value)
     for other, each in enumerate(values):
@@ -194,7 +208,7 @@ def add_up(numbers: Tensor, what: str) -> None:
 
 def barrier(name: str = "a barrier") -> None:
     """Wait until every rank is here."""
-    if world_size() > 1:
+    if _exchanges():
         _exchange(name, None)
 
 
@@ -206,7 +220,7 @@ def rejoin(error: BaseException) -> bool:
     Args:
         error: What this rank raises.
     """
-    if world_size() == 1:
+    if not _exchanges():
         return True
     try:
         while not _all_failed(_gather(FAILED, _portable(error))):
@@ -226,7 +240,7 @@ def require_shared(folder: Path, what: str) -> None:
     Raises:
         RanksError: On every rank, if it is not.
     """
-    if world_size() == 1:
+    if not _exchanges():
         return
     mark = folder / on_first(lambda: _leave_mark(folder))
     looks = _exchange(f"a look at the {what}", (str(folder), mark.exists()))
@@ -282,12 +296,16 @@ def _gather(name: str, value: object) -> list[tuple[str, Any]]:
         with uninterrupted():
             dist.all_gather_object(gathered, (name, value))
     except RuntimeError as error:
-        reason = (str(error).splitlines() or ["no reason"])[0]
-        raise RanksError(
-            f"rank {dist.get_rank()} lost another one at {name} ({reason}); what was acknowledged is stored: give the "
-            "same command again, with any number of ranks"
-        ) from error
+        raise _lost(name, error) from error
     return gathered
+
+
+def _lost(name: str, error: Exception) -> RanksError:
+    reason = (str(error).splitlines() or ["no reason"])[0]
+    return RanksError(
+        f"rank {dist.get_rank()} lost another one at {name} ({reason}); what was acknowledged is stored: give the "
+        "same command again, with any number of ranks"
+    )
 
 
 def _all_failed(gathered: Sequence[tuple[str, Any]]) -> bool:

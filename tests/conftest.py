@@ -74,6 +74,10 @@ def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     return argname if isinstance(val, bytes) else None
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    assert " at 0x" not in item.nodeid, f"{item.nodeid} has an address in its name, which differs between processes"
+
+
 def pytest_collection_finish() -> None:
     gc.freeze()  # the libraries and the tests themselves; looking for garbage in them takes a seventh of the time
 
@@ -139,6 +143,16 @@ def _models(golden: Path) -> dict[str, LanguageModel]:
         )
         for arch in ARCHITECTURES
     }
+
+
+@pytest.fixture(autouse=True)
+def _environment() -> Iterator[None]:
+    """No test leaves variables of ranks behind: processes that later ones start would wait for others."""
+    yield
+    names = [name for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK") if name in os.environ]
+    for name in names:
+        del os.environ[name]
+    assert not names
 
 
 @pytest.fixture(params=ARCHITECTURES)

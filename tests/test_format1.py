@@ -46,7 +46,7 @@ def test_a_flipped_byte_is_noticed(run):
 
 def test_its_edits_lead_to_the_weights_of_then():
     journal = replay(FIXTURE / "run", str(FIXTURE / "model"))
-    assert {place: journal.hash(place) for place in journal.places.originals} == AFTER
+    assert {place: journal.places.hash(place) for place in journal.places.originals} == AFTER
     assert [step.number for step in journal] == [1]
     assert [request.subject for request in journal[0].requests] == ["Cleo", "Dan"]
     assert len(journal.history("transformer.h.0.mlp.c_proj.weight")) == 2

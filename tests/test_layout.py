@@ -341,7 +341,7 @@ def test_every_test_file_has_a_module():
         "parity",
         "families",
         "other_trees",
-        "sharded",
+        "dispatched",
         "template",
         "malformed",
         "poisoned",

@@ -72,7 +72,7 @@ def run_statistics(
     module = editor.module
     if not isinstance(module, LocateThenEdit):
         raise ConfigError(f"{method!r} is a {type(module).__name__}, which collects nothing; name a recipe of layers")
-    if not module.lm.sharded:
+    if not module.lm.dispatched:
         module.to(L.Fabric(accelerator=accelerator, devices=1).device)
     sites = [Site(layer, module.site) for layer in module.find_layers()]
     corpus = module.statistics.corpus(module.lm, sites)

@@ -51,12 +51,15 @@ def run_body(module: Any, data: Any, trainer: L.Trainer) -> RunBody:
 
 def arithmetic(lm: EditableModel, trainer: L.Trainer) -> Arithmetic:
     """Return how a Trainer's run of a model is computed."""
-    device = lm.device if lm.sharded else trainer.strategy.root_device
+    device = lm.device if lm.dispatched else trainer.strategy.root_device
+    parts = getattr(trainer.strategy, "sizes", (1, 1))[1]  # sums of products in another order
     return Arithmetic(
         device=device.type,
         precision=str(trainer.precision),
         attention=lm.attention,
-        products=torch.get_float32_matmul_precision() + (", oneDNN" if has_fast_products() else ""),
+        products=torch.get_float32_matmul_precision()
+        + (", oneDNN" if has_fast_products() else "")
+        + (f", tensor parallel {parts}" if parts > 1 else ""),
         threads=torch.get_num_threads(),
     )
 
@@ -64,11 +67,16 @@ def arithmetic(lm: EditableModel, trainer: L.Trainer) -> Arithmetic:
 def inputs_of(
     contexts: Contexts | None, layers: Sequence[int], weighter: Weighter, covariances: Mapping[int, Covariance]
 ) -> dict[str, str]:
-    """Name -> SHA-256 of the contexts, the layers with what was measured of them, and their second moments."""
+    """Name -> SHA-256 of the contexts, the layers with what was measured of them, and their second moments.
+
+    Eigenvectors from a file are named as well: other threads or libraries leave other last bits in them.
+    """
+    known = {f"basis/{layer}": covariances[layer].basis for layer in layers}
     return {
         "contexts": content_key(*(((),) if contexts is None else (contexts.groups, *contexts.chats))),
         "weighter": content_key(list(layers), described(weighter)),
         **tensor_hashes({f"moment/{layer}": covariances[layer].moment for layer in layers}),
+        **tensor_hashes({name: basis for name, basis in known.items() if basis is not None}),
     }
 
 

@@ -183,8 +183,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.dequantize, self.min_arrival, self.on_low_arrival = dequantize, min_arrival, on_low_arrival
         self.fact_token, self.chat, self.end_of_text = fact_token, chat, end_of_text
         self.rounds, self.repairs, self.tile = rounds, repairs, tile
-        self.facts: dict[int, FactBatch] = {}
-        self.footprints: dict[int, Footprint] = {}
+        self.facts, self.footprints = dict[int, FactBatch](), dict[int, Footprint]()
         self._settings = self.used_settings()
         if isinstance(base, LanguageModel):
             self.check_model()
@@ -197,9 +196,12 @@ class LocateThenEdit(EditModule[TextBatch]):
         """The settings with the chosen layers and the sampled contexts."""
         return {name: described(getattr(self, name)) for name in SETTINGS if name != "tile" or self.tile}
 
-    def use_ranks(self) -> None:
-        """Search in tiles, which are shared out."""
-        self._settings["tile"] = self.tile = self.tile or TILE
+    def use_ranks(self, *, lockstep: bool) -> None:
+        """Search in tiles, which are shared out, unless no work is."""
+        if lockstep and not self.solver.needs_targets:
+            raise ConfigError(f"{type(self.solver).__name__} descends on a whole weight, and the model is sharded")
+        if not lockstep:
+            self._settings["tile"] = self.tile = self.tile or TILE
 
     def check_model(self) -> None:
         """Check that the model has the layers, and that their weights can be edited.

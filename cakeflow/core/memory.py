@@ -27,6 +27,7 @@ from cakeflow.forward.tokens import Row, TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import capture, frozen, inject
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.shards import local
 
 PASS_TOKENS = 8192
 """Most tokens in a forward pass without gradients."""
@@ -70,11 +71,11 @@ class TokenCost:
         delta = lm.embedding.new_zeros(1, lm.width).requires_grad_()
         place = torch.zeros(1, dtype=torch.long, device=lm.device)
         cache, saved = DynamicCache() if lm.places_tokens else None, {}
-        own = {parameter.untyped_storage()._cdata for parameter in lm.model.parameters()}
+        own, sharded = _storages(lm), lm.sharded
 
         def save(tensor: Tensor) -> Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
+            if storage._cdata not in (_storages(lm) if sharded else own):  # of a sharded model, some are gathered now
                 saved[storage._cdata] = storage  # a reference keeps it alive: no other storage gets its address
             return tensor
 
@@ -215,6 +216,10 @@ class Footprint:
             f"memory_budget is {max_bytes / GIB:.3g} GiB, but {worst} takes about {self.peak / GIB:.3g} GiB beyond the "
             f"model; {remedy}, or raise memory_budget"
         )
+
+
+def _storages(lm: LanguageModel) -> set[int]:
+    return {local(parameter).untyped_storage()._cdata for parameter in lm.model.parameters()}
 
 
 def _stored(weight: Tensor) -> int:

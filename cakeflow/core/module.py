@@ -169,8 +169,8 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     def check_model(self) -> None:
         """Check that the settings fit the model, once it is loaded."""
 
-    def use_ranks(self) -> None:
-        """Make ready for a run on several ranks; ``ConfigError`` unless the method says how."""
+    def use_ranks(self, *, lockstep: bool) -> None:
+        """Make ready for several ranks, with a model each or (``lockstep``) one; ``ConfigError`` unless it says how."""
         raise ConfigError(f"{type(self).__name__} edits in one process only: set devices=1")
 
     @final
@@ -178,7 +178,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         """Take a model that was loaded."""
         self.lm, self.journal = lm, Journal(lm, texts=self.record_texts)
         self.journal.policies.name = self.name
-        if lm.sharded:  # out of the sight of Lightning, which moves every submodule to one device
+        if lm.dispatched:  # out of the sight of Lightning, which moves every submodule to one device
             self.__dict__["model"] = lm.model
         else:
             self.model = lm.model
@@ -238,7 +238,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
             None; on several ranks, where Lightning refuses that, a loss that is 0.
         """
         self._edit_and_repair(batch)
-        return None if ranks.world_size() == 1 else torch.zeros((), requires_grad=True)
+        return torch.zeros((), requires_grad=True) if ranks.are_joined() else None
 
     def _edit_and_repair(self, batch: B) -> None:
         with float32_by_default():

@@ -13,7 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from cakeflow.core.strategy import NAME, RankStrategy
@@ -76,11 +76,15 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     Args:
         settings: Arguments of a Trainer; what a config has in the place of an object is left for ``check_trainer``.
     """
+    later = ("devices", "num_nodes") if _is_node(settings.get("strategy")) else ()  # it says what they are for
     settings, defaults = with_ranks(settings), signature(L.Trainer).parameters
     chosen = {
         name: settings[name]
         for name in (*PLACE, *SETTINGS)
-        if name in settings and settings[name] not in (None, defaults[name].default) and not _is_node(settings[name])
+        if name not in later
+        and name in settings
+        and settings[name] not in (None, defaults[name].default)
+        and not _is_node(settings[name])
     }
     if chosen.keys() - {"devices"} or chosen.get("devices", 1) != 1:
         accelerator = settings.get("accelerator", "auto")
@@ -92,7 +96,9 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def with_ranks(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a Trainer's arguments with our strategy in the place of plain DDP, the default for several devices.
+    """Return a Trainer's arguments with our strategy in the place of Lightning's, the default for several devices.
+
+    Plain DDP becomes ranks with a model each, ``ModelParallelStrategy`` ranks that share one.
 
     Args:
         settings: Arguments of a Trainer.
@@ -101,6 +107,10 @@ def with_ranks(settings: Mapping[str, Any]) -> dict[str, Any]:
     devices, nodes = settings.get("devices") or 1, settings.get("num_nodes") or 1
     count = len(devices) if isinstance(devices, (list, tuple)) else int(devices) if str(devices).isdigit() else 1
     several = strategy == "auto" and (count > 1 or nodes > 1)
+    if isinstance(strategy, ModelParallelStrategy):
+        rows, columns = strategy._data_parallel_size, strategy._tensor_parallel_size
+        sizes = nodes if rows == "auto" else rows, count if columns == "auto" else columns
+        return {**settings, "strategy": RankStrategy(*sizes)}
     return {**settings, "strategy": NAME} if strategy == "ddp" or several else dict(settings)
 
 
@@ -132,7 +142,8 @@ def _faults_of_place(trainer: L.Trainer) -> Iterator[str]:
         yield (
             f"strategy {type(strategy).__name__} over devices = {trainer.num_devices}, num_nodes = "
             f"{trainer.num_nodes}: {reason}; use strategy={NAME!r}, which has the whole model on every device, or "
-            "devices=1 and strategy='auto' (a model too large for one device: model_kwargs={'device_map': 'auto'})"
+            "devices=1 and strategy='auto' (a model too large for one device: model_kwargs={'device_map': 'auto'}, or "
+            "cakeflow.core.RankStrategy(data_parallel_size=RANKS))"
         )
     if type(trainer.precision_plugin) is not Precision:
         yield (
@@ -149,7 +160,7 @@ def _fault_of_strategy(strategy: object) -> str:
         return ""
     if isinstance(strategy, DDPStrategy):
         return "it wraps the model to average gradients, of which there are none, and deals the requests out"
-    return "it holds parts of weights, or weights in a form of its own, which an edit cannot read and write"
+    return "it holds weights in a form of its own, which an edit cannot read and write"
 
 
 def _faults_of_settings(trainer: L.Trainer) -> Iterator[str]:

@@ -43,7 +43,7 @@ def check_model(lm: EditableModel, folder: Path, texts: Sequence[str]) -> None:
             raise _unlike(f"{name} is another one", "export a delta")
     # the same numbers elsewhere in memory may give other last bits, so both are asked with the same tensors
     loaded.model.load_state_dict(state, assign=True)
-    if not lm.sharded:
+    if not lm.dispatched:
         loaded.model.to(lm.device)
     if not all(map(torch.equal, answers_of(loaded, texts), answers_of(lm, texts))):
         raise _unlike("logits differ", "export a delta")
@@ -51,7 +51,7 @@ def check_model(lm: EditableModel, folder: Path, texts: Sequence[str]) -> None:
 
 def _loaded(lm: EditableModel, folder: Path) -> EditableModel:
     options: dict[str, Any] = {"attn_implementation": lm.attention} if lm.attention else {}
-    if lm.sharded and hasattr(lm.model, "hf_device_map"):
+    if lm.dispatched and hasattr(lm.model, "hf_device_map"):
         options["device_map"] = lm.model.hf_device_map
     read: Any = type(lm.model)
     try:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cakeflow.errors import ArchitectureError
@@ -18,6 +18,7 @@ from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import inject
 from cakeflow.models.language import LanguageModel
+from cakeflow.models.shards import gathered
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,6 +74,7 @@ class _Linearization:
     changes: list[Float[Tensor, "rows d_out"]]
     covector: Float[Tensor, "rows d_out"]
     gradients: Sequence[Float[Tensor, "rows d_out"]]
+    blocks: Sequence[nn.Module]
 
     @classmethod
     @torch.enable_grad()
@@ -89,8 +91,10 @@ class _Linearization:
             with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
                 output = take(suffixes.output(lm, sites[-1], *changes), suffixes.changed_column[:, None])[:, 0]
                 covector = torch.zeros_like(output, requires_grad=True)
-                gradients = torch.autograd.grad(output, zeros, covector, create_graph=True)
-            linearization = cls(suffixes.fact, output, zeros, covector, gradients)
+                blocks = [lm.module(Site(layer)) for layer in range(sites[0].layer, sites[-1].layer + 1)]
+                with gathered(blocks):
+                    gradients = torch.autograd.grad(output, zeros, covector, create_graph=True)
+            linearization = cls(suffixes.fact, output, zeros, covector, gradients, blocks)
             consistent = linearization._products_agree()
         except torch.OutOfMemoryError:
             raise
@@ -111,18 +115,23 @@ class _Linearization:
 
     def vjp(self, covector: Tensor) -> Sequence[Tensor]:
         """Compute ``M_j^T covector`` of every site: one backward pass."""
-        return torch.autograd.grad(self.output, self.changes, covector.to(self.output), retain_graph=True)
+        with gathered(self.blocks):
+            return torch.autograd.grad(self.output, self.changes, covector.to(self.output), retain_graph=True)
 
     def jvp(self, tangents: Sequence[Tensor]) -> Tensor:
         """Compute ``sum_j M_j tangent_j`` by a backward pass through the backward pass, linear in its covector."""
         ready = [tangent.to(self.output) for tangent in tangents]
-        return torch.autograd.grad(self.gradients, self.covector, ready, retain_graph=True)[0]
+        with gathered(self.blocks):
+            return torch.autograd.grad(self.gradients, self.covector, ready, retain_graph=True)[0]
 
 
 def _no_forward_mode(lm: LanguageModel, reason: str) -> ArchitectureError:
+    remedy = (
+        "shard it by data_parallel_size alone" if lm.sharded else "load it with attn_implementation='eager'"
+    )  # the sums of tensor parallelism are not differentiated twice
     return ArchitectureError(
         f"{type(lm.model).__name__}: the exact allocation needs forward-mode derivatives, which an operation of this "
-        f"model lacks ({reason}); load it with attn_implementation='eager' or allocate by Sequential"
+        f"model lacks ({reason}); {remedy} or allocate by Sequential"
     )
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from cakeflow.errors import LedgerError, NumericalError, ShapeError
 from cakeflow.models.base import EditableModel
+from cakeflow.models.shards import whole, write
 from cakeflow.solvers.problem import Update
 from cakeflow.storage.hashing import tensor_hash
 
@@ -129,9 +130,9 @@ class WeightChange(Change):
             ShapeError: If the update is not of the weight's shape.
             NumericalError: If the weight is not finite afterwards.
         """
-        weight = model.weight(self.place)
+        weight = whole(model.weight(self.place).detach())
         if weight.dtype in (torch.float16, torch.bfloat16) and self.place not in model.masters:
-            model.masters[self.place] = weight.detach().float()
+            model.masters[self.place] = weight.float()
         master = model.masters.get(self.place, weight)
         oriented = model.oriented(self.place, master)
         if oriented.shape != self.update.shape:
@@ -141,8 +142,8 @@ class WeightChange(Change):
             )
         for rows, part in self.update.to(weight.device).rows():
             oriented[rows] = oriented[rows].double() + part
-        weight.copy_(master)
-        if not torch.isfinite(weight).all():
+        write(model.weight(self.place), master)
+        if not torch.isfinite(master.to(weight.dtype)).all():
             raise NumericalError(
                 f"{self.place}: the edited weight is not finite in {weight.dtype}; set ridge higher or load the model "
                 "in float32"
@@ -158,13 +159,13 @@ class WeightChange(Change):
 
     def read(self, model: EditableModel) -> tuple[Tensor, Tensor | None]:
         """The weight on the CPU, as the module has it, and its master."""
-        return model.weight(self.place).detach().cpu().clone(), model.masters.get(self.place)
+        return whole(model.weight(self.place).detach()).cpu().clone(), model.masters.get(self.place)
 
     @torch.no_grad()
     def undo(self, model: EditableModel, content: tuple[Tensor, Tensor | None]) -> None:
         """Copy the weight back: W + D - D is not W in floating point."""
         weight, master = content
-        model.weight(self.place).copy_(weight)
+        write(model.weight(self.place), weight)
         model.masters.pop(self.place, None)
         if master is not None:
             model.masters[self.place] = master
@@ -205,7 +206,7 @@ class WeightChange(Change):
 
     def hash(self, model: EditableModel) -> str:
         """SHA-256 of the weight."""
-        return tensor_hash(model.weight(self.place))
+        return tensor_hash(whole(model.weight(self.place).detach()))
 
 
 class ModuleChange(Change):

@@ -94,10 +94,6 @@ class Journal(Sequence[EditStep]):
         """The model's tensors at all edited places, by their names in its state dict."""
         return self.places.state()
 
-    def hash(self, place: str) -> str:
-        """SHA-256 of the content of an edited place."""
-        return self.places.hash(place)
-
     # ---- making a batch ----
 
     @contextmanager
@@ -218,7 +214,7 @@ class Journal(Sequence[EditStep]):
             self._become(rest, places, rehash=rehash)
             sys.audit("cakeflow.journal", "rollback")
             if self.store and removed:
-                hashes = {place: self.hash(place) for place in sorted(places)}
+                hashes = self.places.hashes(sorted(places))
                 self.store.rollback([step.number for step in removed], hashes)
         except BaseException:
             if not (self.store and self.store.has_rollback([step.number for step in removed])):
@@ -316,6 +312,14 @@ class Journal(Sequence[EditStep]):
             raise
         self.store = store
 
+    def copied_to(self, model: EditableModel) -> Journal:
+        """Return a journal of another copy of the unedited model, which gets the same batches."""
+        other = Journal(model, texts=self.texts)
+        other.policies, other.store = self.policies, self.store
+        for step in self.steps:
+            other._replay(step)
+        return other
+
     def store_at(self, folder: Path) -> JournalStore:
         """A folder for this journal; by a layer's number, format 1 meant the down projection of its MLP."""
         return JournalStore(
@@ -336,16 +340,16 @@ class Journal(Sequence[EditStep]):
         store.append(self.base.model_copy(update={"earlier": len(self.steps)}))
         known: set[str] = set()
         for step in self.steps:
-            fresh = [place for place in step.places if place not in known]
-            store.commit(step, step.number, {place: self.original(place) for place in fresh})
-            known |= set(fresh)
+            fresh = {place: self.original(place) for place in step.places if place not in known}
+            store.commit(step, step.number, fresh)
+            known.update(fresh)
 
     # ---- the parts ----
 
     def _commit(self, step: EditStep, number: int, known: set[str]) -> None:
         """Complete a batch; whatever can fail comes before the ledger's line."""
         sys.audit("cakeflow.journal", "commit")
-        step.after.update({place: self.hash(place) for place in step.places})
+        step.after.update(self.places.hashes(step.places))
         self.histories.add(step, self.steps)
         sys.audit("cakeflow.journal", "remembered")
         ranks.agree(step.after, "weights after the batch")  # the last that can fail on another rank than the first
@@ -367,13 +371,8 @@ class Journal(Sequence[EditStep]):
         if self.store and self.store.has_batch(number):
             self._note(step, number)
         else:
-            self.steps = [each for each in self.steps if each is not step]
-            self._undo(step, known)
-
-    def _undo(self, step: EditStep, known: set[str]) -> None:
-        """Undo what an uncommitted batch has done so far."""
-        self._become(self.steps, set(step.places))
-        self.places.forget_all_but(known)
+            self._become([each for each in self.steps if each is not step], set(step.places))
+            self.places.forget_all_but(known)
 
     def _replay(self, step: EditStep) -> None:
         """Repeat a recorded batch, or nothing of it."""
@@ -386,7 +385,8 @@ class Journal(Sequence[EditStep]):
             self.histories.add(step, self.steps)
         except BaseException:
             with uninterrupted():
-                self._undo(step, known)
+                self._become(self.steps, set(step.places))
+                self.places.forget_all_but(known)
             raise
         self.steps.append(step)
         self.memory.record(step.after)

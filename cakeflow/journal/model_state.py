@@ -12,6 +12,7 @@ from torch import Tensor
 from cakeflow.errors import ConfigError, ModelChangedError, listed
 from cakeflow.journal.changes import Change
 from cakeflow.models.base import EditableModel
+from cakeflow.models.shards import local
 from cakeflow.storage.hashing import tensor_hashes
 
 
@@ -69,8 +70,9 @@ class ModelState:
         self.check()
         if not (record or self._others):
             return
-        tensors: dict[str, Tensor] = self._model.model.state_dict()
-        tied = {each.data_ptr() for change in self._edited.values() for each in change.state(self._model).values()}
+        tensors: dict[str, Tensor] = {name: local(each) for name, each in self._model.model.state_dict().items()}
+        states = [change.state(self._model).values() for change in self._edited.values()]
+        tied = {local(each).data_ptr() for state in states for each in state}
         inside = {name for name, tensor in tensors.items() if tensor.is_meta or tensor.data_ptr() in tied}
         inside |= {name for name in self._others for place in self._edited if f"{name}.".startswith(f"{place}.")}
         others = tensor_hashes({name: tensor for name, tensor in tensors.items() if name not in inside})

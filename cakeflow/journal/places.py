@@ -11,6 +11,7 @@ from cakeflow.errors import ConfigError, ResumeError
 from cakeflow.journal.changes import Change
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.base import EditableModel
+from cakeflow.models.shards import whole
 
 DIFFERENT = "do not come out as recorded: another machine, library or number of threads; edit again there"
 
@@ -58,7 +59,8 @@ class EditedPlaces:
 
     def state(self) -> dict[str, Tensor]:
         """The model's tensors at all edited places, by their names in its state dict."""
-        return {name: each for change in self.first.values() for name, each in change.state(self.model).items()}
+        states = [change.state(self.model) for change in self.first.values()]
+        return {name: whole(each) for state in states for name, each in state.items()}
 
     def hash(self, place: str) -> str:
         """SHA-256 of the content of an edited place."""

@@ -12,6 +12,7 @@ from typing import Any, get_args
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from typing_extensions import Self
 
@@ -19,6 +20,7 @@ from cakeflow.errors import ArchitectureError, ConfigError, NumericalError, list
 from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
 from cakeflow.models.products import fast_products
 from cakeflow.models.routing import RoutedModule, Scope, routed
+from cakeflow.models.shards import is_sharded, let_go, whole
 
 EDITABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types of weights whose numbers mean themselves, without a scale beside them."""
@@ -107,7 +109,10 @@ class EditableModel(ABC):
     def running(self) -> Iterator[None]:
         """Run the model: in evaluation mode, and with the faster matrix products."""
         with self.evaluating(), fast_products(self.model):
-            yield
+            try:
+                yield
+            finally:
+                let_go(self.model)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -123,6 +128,11 @@ class EditableModel(ABC):
 
     @property
     def sharded(self) -> bool:
+        """True if weights are sharded over ranks, which then run every pass together (``models.shards``)."""
+        return is_sharded(self.model)
+
+    @property
+    def dispatched(self) -> bool:
         """True if the model is spread over several devices (``device_map``); its blocks then stay where they are."""
         return len({parameter.device for parameter in self.model.parameters()}) > 1
 
@@ -196,7 +206,7 @@ class EditableModel(ABC):
         """A weight that an edit may change, by its name or site, in the layout the module has.
 
         Raises:
-            ArchitectureError: If it is quantized, sharded over processes, computed, offloaded, or not there.
+            ArchitectureError: If it is quantized, sharded in another way than ours, computed, offloaded, or not there.
         """
         name = place if isinstance(place, str) else self.weight_name(place)
         path, _, attribute = name.rpartition(".")
@@ -206,8 +216,9 @@ class EditableModel(ABC):
                 f"a {type(module).__name__} is in the place of {path}: its weight is not to be edited; take the memory "
                 "back first (rollback), or edit another projection"
             )
-        weight = getattr(module, attribute, None)
-        if type(weight) is not nn.Parameter or weight.dtype not in EDITABLE:  # subclasses hold packed or split numbers
+        weight: Any = getattr(module, attribute, None)
+        plain = type(weight) in (nn.Parameter, DTensor)  # subclasses hold packed or split numbers
+        if not plain or weight.dtype not in EDITABLE:
             raise ArchitectureError(
                 f"{path}: {type(module).__name__} has no floating-point {attribute} to edit, but {_kind(weight)}; if "
                 "it is quantized, load this layer dequantized, or have the edited layers dequantized: dequantize=True"
@@ -217,17 +228,17 @@ class EditableModel(ABC):
                 f"{name} is offloaded, so that a change would be lost; make room for its block in device_map or "
                 "max_memory, or load the model in bfloat16"
             )
-        return weight
+        return weight  # type: ignore[no-any-return]
 
     def oriented(self, place: Site | str, tensor: Tensor | None = None) -> Float[Tensor, "d_out d_in"]:
-        """A weight as d_out x d_in, whatever layout its module has; a bias as 1 x d_out.
+        """A whole weight as d_out x d_in, whatever layout its module has; a bias as 1 x d_out.
 
         Args:
             place: Name or site of the weight.
             tensor: A tensor in that weight's layout, such as its original; the weight itself by default.
         """
         name = place if isinstance(place, str) else self.weight_name(place)
-        value = self.weight(name).detach() if tensor is None else tensor
+        value = whole(self.weight(name).detach()) if tensor is None else tensor
         if value.dim() == 1:
             return value[None]
         return value.T if is_transposed(self.module(name.rpartition(".")[0])) else value
@@ -276,7 +287,7 @@ class EditableModel(ABC):
                         f"{name} is offloaded and cannot be read; make room for it in device_map or max_memory"
                     )
                 digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-                digest.update(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
+                digest.update(whole(tensor.detach()).cpu().reshape(-1).contiguous().view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from cakeflow.models.architecture import Site
 from cakeflow.models.base import EditableModel
+from cakeflow.models.shards import whole
 
 
 class _StopError(Exception):
@@ -76,7 +77,7 @@ def capture(
 
     def record(site: Site) -> Callable[..., None]:
         def hook(_module: nn.Module, *values: Any) -> None:  # (args) before the module runs, (args, output) after
-            value = _first(values[-1], shapes.get(site.layer))
+            value = whole(_first(values[-1], shapes.get(site.layer)))  # a rank has a part of a split layer's key
             clone = side == "out" and not value.requires_grad  # Falcon adds to it in place
             tensors[site] = (value.clone() if clone else value).to(lm.device)
             if stop and site == sites[-1]:

@@ -18,6 +18,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cakeflow.models.shards import local
+
 LEAST_ROWS = 8
 """Rows of inputs from which oneDNN is faster."""
 
@@ -96,7 +98,7 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     try:
         for module in model.modules() if has_fast_products() else ():
             is_own = type(module) in (nn.Linear, Conv1D) and "forward" not in module.__dict__
-            if is_own and _serves(module.weight):
+            if is_own and _serves(local(module.weight)):  # a sharded weight is whole while its block runs
                 module.forward = partial(_forward, module)
                 changed.append(module)
         yield

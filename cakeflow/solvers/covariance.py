@@ -35,6 +35,9 @@ class Covariance:
         curve: How C settled while it was collected, None if that is not known. Each point, at about twice as many
             tokens as the one before, has the tokens, the change of C since the point before over C (Frobenius norms),
             a threshold, and the number of eigenvalues of C below it.
+
+    Attributes:
+        basis: The eigenvectors that were given, whose last bits depend on where they were computed; None if none were.
     """
 
     def __init__(
@@ -47,6 +50,7 @@ class Covariance:
     ) -> None:
         self._spectrum, self.curve = _Spectrum(moment.double()), curve
         self.weight, self.threshold, self.device = weight, threshold, moment.device
+        self.basis = None if eigen is None else eigen[1]
         if eigen is not None:  # columns contiguous, as eigh leaves them: products with some of them are then fastest
             self._spectrum.__dict__["eigen"] = eigen[0], eigen[1].T.contiguous().T
 

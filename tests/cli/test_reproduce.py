@@ -31,6 +31,7 @@ def work(tmp_path_factory):
     (folder / "facts.json").write_text(json.dumps(FACTS))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["cakeflow"])
+        patch.setenv("CAKEFLOW_CACHE", str(folder / "cache"))  # the user's may have been filled by other threads
         patch.chdir(folder)
         main(["fit", "--method=memit_seq", "--model=toy", "--data=facts.json", "--run_dir=run", *QUICK, *EDIT])
     return folder

@@ -14,70 +14,19 @@ import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from many_ranks import free_port, in_ranks
+from rank_runs import CONTEXTS, QUIET, edits, errors, ledger, outcome, ranks_of, results, weights
 from stops import STOPS
 from tiny_runs import editor_of, module_of
 
-from cakeflow import Contexts, EditDataModule, EditModule, Editor, GradientSearch, LeastSquares, Scores
+from cakeflow import EditDataModule, EditModule, GradientSearch, LeastSquares, Scores
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.cli.command_line import run_command
 from cakeflow.core.strategy import RankStrategy, check_ranks
 from cakeflow.errors import ConfigError, NumericalError, RanksError, ResumeError
 from cakeflow.journal.audit import verify
 from cakeflow.journal.journal import Journal
-from cakeflow.journal.ledger import bodies, read_entries
+from cakeflow.journal.ledger import bodies
 from cakeflow.journal.schema import BatchBody
-from cakeflow.models import Site
-from cakeflow.storage.hashing import tensor_hash
-
-CONTEXTS = Contexts((("{}",), ("I say. {}", "He said. {}")))
-QUIET = {"enable_progress_bar": False, "accelerator": "cpu"}
-
-
-def weights(lm):
-    """Hash of every parameter."""
-    return {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
-
-
-def ranks_of(count):
-    """Arguments of a Trainer; one process has none of ours."""
-    return {**QUIET, **({"devices": count} if count > 1 else {})}
-
-
-def results(count, work, folder):
-    """What every rank returned, or the one process."""
-    if count == 1:
-        return [work(0)]
-    ended = in_ranks(count, work, folder)
-    assert [each.status for each in ended] == [0] * count, [each.result for each in ended]
-    return [each.result for each in ended]
-
-
-def errors(count, work, folder):
-    """The error of every rank that was not killed."""
-    ended = in_ranks(count, work, folder)
-    assert all(each.status for each in ended)
-    return [each.result for each in ended if each.status == 1]
-
-
-def edits(lm, method, count, **parts):
-    """An editor with a recipe, which needs neither statistics nor a trace."""
-    width = lm.oriented(Site(0, "mlp_out")).shape[1]
-    moment = torch.diag(torch.linspace(0.001, 0.04, width, dtype=torch.float64))
-    layers = [1, 3]
-    given = {"layers": layers, "contexts": CONTEXTS, "moments": dict.fromkeys(layers, moment), "tile": 2}
-    given |= {"scores": {1: 0.1, 3: 0.2}, "targets": {"steps": 3, "lr": 0.3}, **parts}
-    return Editor.from_pretrained(lm.model, method, tokenizer=lm.tokenizer, trainer=ranks_of(count), **given)
-
-
-def outcome(editor, result):
-    """What a run leads to, without times."""
-    numbers = [(each.numbers, each.targets, each.facts) for each in bodies(ledger(result.folder), BatchBody)]
-    return str((weights(editor.module.lm), result.before, result.after, result.protocol, numbers))
-
-
-def ledger(folder):
-    return list(read_entries(folder / "journal" / "ledger.jsonl"))
-
 
 CORPUS = {"source": "corpus.txt", "tokens": 256, "window": 32}
 RECIPES = {
@@ -232,8 +181,8 @@ def test_what_cannot_run_on_ranks_is_refused(lm, quiet, monkeypatch):
     check_ranks(module, trainer)
     assert module.settings()["tile"] == module.tile == 8
     with pytest.raises(ConfigError, match="LocateThenEdit edits in one process only: set devices=1"):
-        EditModule.use_ranks(module)
-    monkeypatch.setattr(type(lm), "sharded", True)
+        EditModule.use_ranks(module, lockstep=False)
+    monkeypatch.setattr(type(lm), "dispatched", True)
     with pytest.raises(ConfigError, match="spread over devices by device_map, and the Trainer has 2 ranks"):
         check_ranks(module, trainer)
 

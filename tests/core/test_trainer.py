@@ -27,7 +27,6 @@ REFUSED = {
     ),
     "fork": ({"strategy": "ddp_fork", "devices": 2}, "started from a function.*device_map"),
     "strategy object": ({"strategy": DDPStrategy()}, "DDPStrategy.*it wraps the model.*strategy='cakeflow'"),
-    "shards": ({"strategy": ModelParallelStrategy(), "devices": 2}, "ModelParallelStrategy.*it holds parts of weights"),
     "bf16-true": ({"precision": "bf16-true"}, "precision = 'bf16-true'.*dtype='bfloat16'"),
     "16-true": ({"precision": "16-true"}, "precision = '16-true'"),
     "64-true": ({"precision": "64-true"}, "precision = '64-true'"),
@@ -67,7 +66,7 @@ def test_a_trainer_object_is_checked_too(name, lm, requests, quiet):
     trainer, module = L.Trainer(**{**quiet, **copy.deepcopy(settings)}), module_of(lm)
     with pytest.raises(ConfigError, match=words):
         Editor(module, trainer)
-    if trainer.world_size == 1:  # several processes would start before the module is asked
+    if trainer.strategy.launcher is None:  # another would start processes, and set their variables, before that
         for run in (trainer.fit, trainer.validate):
             with pytest.raises(ConfigError, match=words):
                 run(module, datamodule=EditDataModule(requests[:2], 1))
@@ -92,6 +91,22 @@ def test_several_devices_and_ddp_mean_our_strategy(settings, strategy, quiet):
     assert with_ranks({**quiet, **settings}).get("strategy") == strategy
     if strategy == "cakeflow" and settings.get("devices") != [0, 1]:  # a CPU has no such devices
         check_settings({**quiet, **settings})
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "sizes"),
+    [
+        (ModelParallelStrategy(2, 1), {"devices": 2}, (2, 1)),
+        (ModelParallelStrategy(), {"devices": 4}, (1, 4)),
+        (ModelParallelStrategy("auto", 2), {"devices": 2, "num_nodes": 3}, (3, 2)),
+    ],
+)
+def test_model_parallel_means_ranks_that_share_a_model(strategy, settings, sizes, lm, quiet):
+    ours = with_ranks({**settings, "strategy": strategy})["strategy"]
+    assert (type(ours), ours.sizes, ours.lockstep) == (RankStrategy, sizes, True)
+    trainer = L.Trainer(**{**quiet, "devices": 2, "strategy": ModelParallelStrategy(2, 1)})
+    with pytest.raises(ConfigError, match=r"ModelParallelStrategy .*weights in a form of its own.*RankStrategy"):
+        Editor(module_of(lm), trainer)
 
 
 @pytest.mark.parametrize("settings", [{"devices": 2}, {"num_nodes": 2}, {"strategy": "ddp"}], ids=str)

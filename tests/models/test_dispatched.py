@@ -35,7 +35,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("parts", PARTS.values(), ids=PARTS)
-def test_a_sharded_model_is_edited_where_its_weights_live(tiny, requests, quiet, parts):
+def test_a_dispatched_model_is_edited_where_its_weights_live(tiny, requests, quiet, parts):
     parts = {"targets": GradientSearch(steps=3), **parts}
     alone = copy.deepcopy(tiny)
     fit_tiny(alone, LAYERS, requests[:4], quiet, 1.0, **parts)
@@ -53,7 +53,7 @@ def test_a_sharded_model_is_edited_where_its_weights_live(tiny, requests, quiet,
     assert all(torch.equal(tiny.weight(Site(layer, "mlp_out")), old) for layer, old in zip(LAYERS, before, strict=True))
 
 
-def test_a_sharded_model_is_measured_like_any_other(tiny, requests, quiet):
+def test_a_dispatched_model_is_measured_like_any_other(tiny, requests, quiet):
     """Statistics, sampled contexts, metrics, generation and a trace, over three devices and over one."""
     found = []
     for lm in (copy.deepcopy(tiny), tiny):
