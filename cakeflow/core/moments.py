@@ -221,9 +221,10 @@ class Course:
         The last point is noted by ``finish``, with the eigenbasis.
         """
         self.done = end
-        for label in self.plan.widths if end in self.plan.ends()[:-1] else ():
-            moment = self.moment(label)
-            self._note(label, moment, rank_below(moment.float(), self.plan.threshold))
+        moments = {label: self.moment(label) for label in self.plan.widths if end in self.plan.ends()[:-1]}
+        counts = ranks.spread([*moments.values()], lambda each: rank_below(each.float(), self.plan.threshold))
+        for (label, moment), null in zip(moments.items(), counts, strict=True):
+            self._note(label, moment, null)
 
     def moment(self, label: str) -> Float[Tensor, "d_in d_in"]:
         """Return C so far, on the CPU."""
