@@ -19,7 +19,9 @@ import numpy.typing as npt
 import torch
 import yaml
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 
+from cakeflow import ranks
 from cakeflow.errors import ConfigError, Fault
 from cakeflow.evaluation import score_reads
 from cakeflow.models import LanguageModel
@@ -164,6 +166,9 @@ def score_tasks(
 ) -> dict[str, float]:
     """Score a model on tasks that ``load_tasks`` read, in at most ``max_bytes`` beyond it; see ``general_ability``.
 
+    Several ranks share the items in lm-eval's own way. Accuracies are those of one process; standard errors by
+    resampling are of the same items in another order.
+
     Raises:
         ConfigError: If the longest text does not fit ``max_bytes``.
     """
@@ -176,6 +181,11 @@ def score_tasks(
     with _quiet(), lm.running():
         harness = _harness(lm, max_bytes)
         results = evaluate(harness, dict(tasks), limit=limit, bootstrap_iters=DRAWS)
+    finite = all(harness.gather_object(harness.finite))
+    return ranks.on_first(lambda: _numbers(results, tasks, finite=finite))  # lm-eval has the results on one rank
+
+
+def _numbers(results: Mapping[str, Any], tasks: Mapping[str, Any], *, finite: bool) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name, row in {**results["results"], **results.get("groups", {})}.items():
         numbers |= {f"{name}/{metric}": value for metric, value in _plain(row).items()}
@@ -183,7 +193,7 @@ def score_tasks(
         for metric, rule in task.aggregation().items():
             if isinstance(rule, Agreement):
                 numbers[f"{name}/{metric}_stderr"] = rule.error([sample[metric] for sample in results["samples"][name]])
-    return numbers if harness.finite else dict.fromkeys(numbers, math.nan)
+    return numbers if finite else dict.fromkeys(numbers, math.nan)
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, float]:
@@ -202,9 +212,29 @@ def _harness(lm: LanguageModel, max_bytes: float | None) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Scored(HFLM):  # type: ignore[misc]
-        """Scorer of answers by ``score_reads``: only their own tokens are projected to the vocabulary."""
+        """Scorer of answers by ``score_reads``: only their own tokens are projected to the vocabulary.
+
+        Ranks are ours, and exchange what lm-eval has them exchange.
+        """
 
         finite = True
+
+        @property
+        def rank(self) -> int:
+            return ranks.rank() if self.world_size > 1 else 0  # in lockstep each rank scores all items
+
+        @property
+        def world_size(self) -> int:
+            return ranks.world_size()
+
+        def all_gather(self, tensor: Tensor) -> Tensor:
+            return torch.stack(self.gather_object(tensor))
+
+        def gather_object(self, obj: Any, dst: int = 0) -> list[Any]:
+            return ranks.spread(range(self.world_size), lambda _: obj)
+
+        def barrier(self) -> None:
+            ranks.barrier("lm-eval")
 
         def _loglikelihood_tokens(
             self, requests: list[tuple[Any, list[int], list[int]]], **_: object

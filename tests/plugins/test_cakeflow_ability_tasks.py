@@ -27,13 +27,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from many_ranks import start_gloo
+from rank_runs import results
 from sklearn.metrics import f1_score, matthews_corrcoef
 from tasks import FILES, write, write_all
 
 from cakeflow.cli.command_line import run_command
 from cakeflow.errors import ConfigError
+from cakeflow.evaluation import score_reads
 from cakeflow.forward.generation import continuations
 from cakeflow.models.architecture import Site
+from cakeflow.ranks import together
 
 mpl.use("Agg")
 
@@ -143,6 +147,34 @@ def test_long_texts_lose_their_beginning_as_in_lm_eval(lm, tmp_path):
     entry = {"sentence": "once upon a time " * lm.longest, "label": 0}
     write(tmp_path, "cola", [entry, {**entry, "label": 1}])
     assert general_ability(lm, tmp_path, ["cola"])["cola/acc"] == 0.5
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_ranks_share_the_items(count, lm, data, tmp_path, monkeypatch):
+    """Three items of each task: as many as ranks, and fewer on one of them."""
+    sizes = []
+
+    def counted(lm, reads, **options):
+        sizes.append(len(reads))
+        return score_reads(lm, reads, **options)
+
+    monkeypatch.setattr("cakeflow_ability.tasks.score_reads", counted)
+    expected, whole = score_tasks(lm, load_tasks(data, TASKS)), sum(sizes)
+
+    def work(_):
+        start_gloo()
+        sizes.clear()
+        with together():
+            return score_tasks(lm, load_tasks(data, TASKS)), sum(sizes)
+
+    ended = results(count, work, tmp_path)
+    alone = {name: value for name, value in expected.items() if not name.endswith("_stderr")}
+    for numbers, size in ended:
+        assert numbers.keys() == expected.keys()
+        assert {name: numbers[name] for name in alone} == pytest.approx(alone, abs=1e-12)
+        assert numbers == ended[0][0]
+        assert size < whole
+    assert sum(size for _, size in ended) >= whole
 
 
 def test_limit_takes_the_first_items(lm, data):
