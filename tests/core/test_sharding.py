@@ -8,9 +8,11 @@ from datetime import timedelta
 import lightning as L
 import numpy as np
 import pytest
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from many_ranks import in_ranks
 from rank_runs import CONTEXTS, QUIET, edits, errors, ledger, outcome, results, weights
+from safetensors.torch import load_file
 from stops import STOPS
 from tiny_runs import editor_of, module_of
 
@@ -117,23 +119,30 @@ def test_exact_allocations_are_refused_where_sums_are_not_differentiated_twice(_
         assert "shard it by data_parallel_size alone or allocate by Sequential" in str(error)
 
 
-def test_a_sharded_model_is_exported_whole(lm, requests, tmp_path):
+@pytest.mark.parametrize(("arch", "sizes"), [("gpt2", SHARDED), ("llama", SPLIT)])
+def test_a_sharded_model_is_exported_whole(arch, sizes, _models, requests, tmp_path):  # noqa: PT019
+    lm, forms = _models[arch], ("model", "delta", "lora")
     lm.model.name_or_path = "model"
 
     def work(sizes, name):
         editor = edits(copy.deepcopy(lm), "memit", 1, over(sizes))
         editor.fit(requests[:5], 3, run_dir=tmp_path / f"run-{name}")
-        for form in ("model", "delta", "lora"):
+        for form in forms:
             editor.export(tmp_path / f"{form}-{name}", form)
         return editor.module.lm.sharded
 
     assert not work((), "whole")
-    assert results(2, lambda _: work(SHARDED, "sharded"), tmp_path) == [True, True]
-    for form in ("model", "delta", "lora"):
-        files = {path.name: path.read_bytes() for path in (tmp_path / f"{form}-whole").glob("*.safetensors")}
-        assert files
-        for name, content in files.items():
-            assert (tmp_path / f"{form}-sharded" / name).read_bytes() == content
+    assert results(2, lambda _: work(sizes, "ranks"), tmp_path) == [True, True]
+    for form in forms:
+        names = {path.name for path in (tmp_path / f"{form}-whole").glob("*.safetensors")}
+        assert names
+        for name in names:
+            one, other = (tmp_path / f"{form}-{ranks}" / name for ranks in ("whole", "ranks"))
+            assert sizes == SPLIT or one.read_bytes() == other.read_bytes()
+            tensors, repeated = load_file(one), load_file(other)
+            assert tensors.keys() == repeated.keys()
+            for key, each in tensors.items() if form != "lora" else ():  # whose factors are those of a decomposition
+                assert torch.allclose(each.double(), repeated[key].double(), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("place", [3, 9])
