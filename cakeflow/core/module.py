@@ -29,7 +29,7 @@ from cakeflow.core.loggers import with_run_folder
 from cakeflow.core.memory import PeakMemory
 from cakeflow.core.restore_state import RestoreState
 from cakeflow.core.strategy import check_ranks, join, require_same_run
-from cakeflow.core.trainer import check_trainer, float32_by_default
+from cakeflow.core.trainer import check_trainer, end_on_sigterm, float32_by_default
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError, EditError, NotTakenWarning, NumericalError, PolicyError
 from cakeflow.evaluation.evaluation import Evaluation, Questions
@@ -192,6 +192,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         """
         check_trainer(self.trainer, edits=self.trainer.state.fn == TrainerFn.FITTING)
         check_ranks(self, self.trainer)
+        end_on_sigterm(self.trainer)
         with_safe_checkpoints(with_run_folder(self.trainer))
         with join(self.trainer):
             check_run_folder(self.trainer)

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from copy import deepcopy
 from inspect import signature
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -133,6 +133,20 @@ def check_trainer(trainer: L.Trainer, *, edits: bool) -> None:
         raise ConfigError(f"the Trainer does not fit: {'; '.join(faults)}")
     if edits and trainer.max_epochs != 1:
         raise ConfigError(f"max_epochs is {trainer.max_epochs}; an edit is applied once: use max_epochs=1")
+
+
+def end_on_sigterm(trainer: L.Trainer) -> None:
+    """Have SIGTERM end a Trainer's run as Ctrl-C does, with whole batches, and exit status 143.
+
+    By Lightning's own handler a run would end behind its batch with status 0, as if it were done, one that evaluates or
+    stands in its last batch not at all, and several ranks might hang: the handler has them exchange a tensor wherever
+    they are.
+    """
+    trainer._signal_connector._sigterm_notifier_fn = _terminated  # type: ignore[method-assign]
+
+
+def _terminated(signum: int, _: object) -> NoReturn:
+    raise SystemExit(128 + signum)
 
 
 def _faults_of_place(trainer: L.Trainer) -> Iterator[str]:

@@ -251,6 +251,22 @@ def killed_run(lm, requests, folder, victim, place, count=2):
     return [each.result for rank, each in enumerate(ended) if rank != victim]
 
 
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("place", [2, 9, 16])
+def test_sigterm_to_one_rank_ends_all(place, victim, lm, requests, tmp_path):
+    """At whatever moment; a signal while something is stored is heard behind it."""
+
+    def work(rank):
+        editor = editor_of(copy.deepcopy(lm), ranks_of(2), tile=1, contexts=CONTEXTS)
+        with STOPS.at(place if rank == victim else -1, signal.SIGTERM):
+            editor.fit(requests[:FACTS], SIZE, evaluate=False, run_dir=tmp_path / "run")
+
+    for each in errors(2, work, tmp_path):
+        assert isinstance(each, RanksError) or (isinstance(each, SystemExit) and each.code == 143), each
+    assert verify(tmp_path / "run").faults == []
+    assert go_on(lm, requests, tmp_path / "run", 2) == [moments(lm, requests, tmp_path / "whole")[1]] * 2
+
+
 def moments(lm, requests, folder):
     """The moments of each rank in a run of two that nobody disturbs, and the hashes that it leads to."""
 

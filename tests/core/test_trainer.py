@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.plugins import HalfPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from stops import STOPS
 from tiny_runs import StopAfter, content, editor_of, module_of, state
 
 from cakeflow import EditDataModule, Editor
@@ -138,6 +139,25 @@ def test_neutral_settings_pass_and_change_nothing(lm, requests, quiet):
     plain, neutral = editor_of(lm, quiet), editor_of(other, {**quiet, **NEUTRAL})
     assert plain.fit(requests[:4], 2).after == pytest.approx(neutral.fit(requests[:4], 2).after, nan_ok=True)
     assert state(lm, plain.module) == state(other, neutral.module)
+
+
+def test_sigterm_ends_a_run_with_whole_batches_and_status_143(lm, requests, tmp_path):
+    """At every moment of its only batch, where Lightning would go on; then the run goes on to the same weights."""
+    before, expected = signal.getsignal(signal.SIGTERM), copy.deepcopy(lm)
+    with STOPS.at(-1, None):
+        editor_of(expected).fit(requests[:2], run_dir=tmp_path / "whole")
+    moments = [place for place, event in enumerate(STOPS.seen) if event[0] == "cakeflow.journal"]
+    assert len(moments) >= 6
+    for place in moments:
+        folder, stopped, again = tmp_path / str(place), copy.deepcopy(lm), copy.deepcopy(lm)
+        with STOPS.at(place, signal.SIGTERM), pytest.raises(SystemExit) as caught:
+            editor_of(stopped).fit(requests[:2], run_dir=folder)
+        assert caught.value.code == 143
+        assert signal.getsignal(signal.SIGTERM) == before
+        assert not any(each.kind == "end" for each in read_entries(folder / "journal" / "ledger.jsonl"))
+        assert len(editor_of(again).fit(requests[:2], run_dir=folder).journal) == 1
+        weights = expected.model.state_dict()
+        assert all(torch.equal(each, weights[name]) for name, each in again.model.state_dict().items())
 
 
 def test_a_strategy_object_serves_the_run_after_the_check(lm, requests, quiet):
