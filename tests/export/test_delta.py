@@ -136,6 +136,22 @@ def test_forged_factors_change_nothing(factors):
     ):
         forge(good, **layout)
         refused(lm, folder, words)
+    weight = lm.model.get_parameter(name)
+    others = {key: each for key, each in good.items() if not key.startswith(name)}
+    for numbers, words in (
+        ([0, weight.numel()], "ascending numbers below"),
+        ([-1, 3], "ascending numbers below"),
+        ([3, 3], "ascending numbers below"),
+        ([3, 2], "ascending numbers below"),
+        ([2, 3, 4], "3 places for 2 entries"),
+        ([2, 3], "not the weight that the manifest names"),
+    ):
+        places = torch.tensor(numbers, dtype=torch.int32)
+        parts = {f"{name}/places": places, f"{name}/values": torch.ones(2)}
+        size = sum(each.nbytes for each in parts.values())
+        stated = {"layout": "sparse", "ranks": [], "entries": 2, "bytes": size, "saved": weight.nbytes - size}
+        forge({**others, **parts}, **stated)
+        refused(lm, folder, words)
     forge(good)
     apply_delta(lm, folder)
 

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from gguf.quants import dequantize
 from tiny_runs import LAYERS, content, editor_of, name_of
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -14,7 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from cakeflow.errors import ExportError
 from cakeflow.export import Manifest, gguf
 from cakeflow.export.gguf import FILE, modelfile
+from cakeflow.export.gguf_layout import tensor_name
+from cakeflow.export.gguf_words import add_tokenizer
 from cakeflow.journal import WeightChange
+from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import gguf_source, load_model
 from cakeflow.solvers import Update
 
@@ -199,6 +202,42 @@ def test_a_number_that_the_file_states_wrongly_is_noticed(llama, requests, quiet
     monkeypatch.setattr(gguf, "_add_numbers", lambda writer, architecture, _: write(writer, architecture, wrong))
     with pytest.raises(ExportError, match=r"does not load|is another one|logits differ"):
         editor.export(tmp_path / "out", "gguf")
+
+
+@pytest.fixture
+def tokenizer(_models):
+    return _models["llama"].tokenizer
+
+
+def starcoder2_file(path, tokenizer):
+    """A random StarCoder2 as a GGUF file: other names, biases everywhere, layer norms."""
+    name, heads = "starcoder2", {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(name, vocab_size=len(tokenizer), **WIDTH, **heads)
+    model, writer = AutoModelForCausalLM.from_config(config).float(), GGUFWriter(path, name)
+    for key, entry in gguf.NUMBERS.items():
+        writer.add_uint32(f"{name}.{key}", getattr(config, entry))
+    writer.add_layer_norm_eps(config.norm_epsilon)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    add_tokenizer(writer, LanguageModel.wrap(model, tokenizer))
+    for each, tensor in model.state_dict().items():
+        if each not in model.all_tied_weights_keys:
+            writer.add_tensor(tensor_name(name, 4, each), tensor.numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+
+
+def test_a_file_of_another_architecture_has_its_tensors_swapped(tokenizer, requests, quiet, ids, tmp_path):
+    base = tmp_path / "base.gguf"
+    starcoder2_file(base, tokenizer)
+    editor = edited(str(base), requests, quiet)
+    editor.export(tmp_path / "out", "gguf", source=str(base))
+    assert torch.equal(logits(as_read(tmp_path / "out", torch.float32), ids), logits(editor.model, ids))
+    editor.save_pretrained(tmp_path / "whole")
+    again = edited(tmp_path / "whole", requests, quiet)
+    with pytest.raises(ExportError, match="cannot have the layout of starcoder2"):
+        again.export(tmp_path / "new", "gguf")
 
 
 @pytest.fixture
