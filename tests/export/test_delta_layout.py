@@ -1,10 +1,15 @@
 """Layouts of an edited weight: the same bits again, in the fewest bytes, and nothing else."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 
 from cakeflow.export.delta_layout import Layout, packed, summary, unpacked
 from cakeflow.solvers import Update
@@ -114,6 +119,33 @@ def test_products_are_added_up_in_one_order():
     size = sum(each.nbytes for each in factors.values())
     alone = Layout(layout="factors", ranks=[7], bytes=size, saved=original.nbytes - size)
     assert np.array_equal(unpacked(original, alone, factors).numpy().view(np.int32), expected.view(np.int32))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from cakeflow.export.delta_layout import Layout, unpacked
+from cakeflow.storage.hashing import tensor_hash
+from safetensors.torch import load_file
+parts = load_file(sys.argv[1])
+print(tensor_hash(unpacked(parts.pop("original"), Layout(**json.loads(sys.argv[2])), parts)))
+"""
+
+
+@pytest.mark.parametrize("vectors", ["default", "avx2", "avx512"])
+def test_the_bits_do_not_depend_on_the_processor(tmp_path, vectors):
+    """Another process, in which torch takes other vectors and two threads; a matrix product may differ there."""
+    original, updates = weight_of(torch.float32, shape=(96, 700)), drawn([8, 8], shape=(96, 700))
+    edited = edited_by(original, updates)
+    layout, parts = packed(original, edited, updates)
+    assert layout.layout == "factors"
+    save_file({"original": original, **parts}, tmp_path / "parts.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(tmp_path / "parts.safetensors"), layout.model_dump_json()],
+        capture_output=True, text=True, check=True,
+        env=os.environ | {"ATEN_CPU_CAPABILITY": vectors, "OMP_NUM_THREADS": "2"},
+    )  # fmt: skip
+    assert done.stdout.strip() == tensor_hash(edited)
 
 
 def test_a_last_bit_that_another_library_gave_is_kept():
