@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 import sys
 import warnings
 from argparse import SUPPRESS
@@ -46,7 +45,7 @@ from cakeflow.core.run import EvaluationResult, FitResult, go_on_from, run_evalu
 from cakeflow.core.strategy import jointly
 from cakeflow.core.trainer import check_settings, quiet, with_ranks
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_checks
-from cakeflow.errors import ConfigError, EditError, did_you_mean
+from cakeflow.errors import ConfigError, EditError, command_line, did_you_mean
 from cakeflow.models.loading import Loading
 from cakeflow.plugins import load_plugins
 from cakeflow.report import metrics_table
@@ -192,7 +191,7 @@ class EditCLI(LightningCLI):
         """Return the command that goes on with an interrupted run: the one that was typed, with its folder."""
         own = self._get(self._plain_config, "trainer").get("logger") not in (None, True)  # it names the folder
         stated = own or any(word.partition("=")[0] == "--run_dir" for word in self.words)
-        return shlex.join(["cakeflow", *without_token(self.words), *(() if stated else ("--run_dir", str(folder)))])
+        return command_line([*without_token(self.words), *(() if stated else ("--run_dir", str(folder)))])
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit the facts, and print metrics, times, answers and the verdict."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from cakeflow.desk.calls import Calls, serve
 from cakeflow.desk.session import require_own_run
 from cakeflow.desk.work import PhaseProfiler
 from cakeflow.editor import Editor
-from cakeflow.errors import require_count
+from cakeflow.errors import command_line, require_count
 from cakeflow.journal.audit import loading_of, name_of_base
 from cakeflow.models.loading import Loading
 
@@ -79,5 +78,5 @@ def run_desk(
             with suppress(KeyboardInterrupt):
                 serve(worker, server)
             say(f"closed with {editor.journal.edits} facts in force")
-            say(f"go on with: cakeflow desk --run_dir {shlex.quote(str(session.folder))}")
+            say(f"go on with: {command_line(['desk', '--run_dir', str(session.folder)])}")
     return session.folder
