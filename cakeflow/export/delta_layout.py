@@ -103,7 +103,7 @@ def unpacked(
     """Return the edited weight, the same bits on any machine.
 
     Args:
-        original: The weight before any edit.
+        original: The weight before any edit; of any shape where the delta holds it whole.
         layout: How the delta holds it.
         parts: Its tensors by part.
 
@@ -125,10 +125,10 @@ def unpacked(
 
 def _require_parts(original: Tensor, layout: Layout, parts: Mapping[str, Tensor]) -> None:
     """Check names, types, shapes and sizes, which decide about memory and time, before any tensor is used."""
-    (d_out, d_in), rank, kind = original.shape, sum(layout.ranks), layout.layout
+    d_out, d_in, rank, kind = original.shape[0], original.shape[-1], sum(layout.ranks), layout.layout
     if (kind == "factors") != bool(layout.ranks) or (kind == "dense" and layout.entries):
         raise ValueError(f"{kind} with ranks {layout.ranks[:5]} and {layout.entries} entries")
-    shapes: dict[str, tuple[int, ...]] = {"": (d_out, d_in)} if kind == "dense" else {}
+    shapes: dict[str, tuple[int, ...]] = {"": tuple(original.shape)} if kind == "dense" else {}
     shapes |= {"left": (rank, d_out), "right": (rank, d_in)} if layout.ranks else {}
     shapes |= {"values": (layout.entries,)} if layout.entries else {}
     others = {part: tuple(each.shape) for part, each in parts.items() if part != "places"}

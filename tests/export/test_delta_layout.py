@@ -77,6 +77,13 @@ def test_one_fact_in_float64_is_a_factor_too():
     assert (layout.layout, layout.ranks, layout.entries) == ("factors", [1, 1], 0)
 
 
+def test_a_bias_is_one_row_and_whole_as_it_stands():
+    original = torch.randn(48)
+    layout, parts = packed(original[None], original[None] + 1, [Update(torch.ones(1, 48, dtype=torch.float64))])
+    assert layout == Layout(layout="dense", bytes=192, saved=0)
+    assert same_bits(unpacked(original, layout, {"": parts[""][0]}), original + 1)
+
+
 def test_more_facts_than_pay_are_the_weight_itself():
     original, updates = weight_of(torch.float32), drawn([40, 40])
     edited = edited_by(original, updates)
