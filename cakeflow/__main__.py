@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 
 import cakeflow
 from cakeflow.cli.help import page_for
@@ -16,6 +17,8 @@ def main(args: Sequence[str] | None = None) -> None:
         args: Words after the program's name; by default those of the process.
     """
     words = sys.argv[1:] if args is None else args
+    if isinstance(sys.stdout, TextIOWrapper):  # in a file it may have an encoding without some signs, as cp1252
+        sys.stdout.reconfigure(errors="backslashreplace")
     if text := f"cakeflow {cakeflow.__version__}" if [*words] == ["--version"] else page_for(words):
         sys.stdout.write(f"{text}\n")
     else:

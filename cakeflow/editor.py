@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from cakeflow.allocators.base import Allocator
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import build_module, configs_of, find_config, model_kind
+from cakeflow.core.config import build_module, configs_of, find_config, load_with, model_kind
 from cakeflow.core.contracts import Outcome
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import RunLogger
@@ -194,7 +194,8 @@ class Editor:
             values["base"] = _wrapped(model, tokenizer, processor, architecture)
         else:
             values |= {"base": str(model)} | ({"architecture": architecture} if architecture else {})
-        return cls(build_module(configs, **values), trainer)
+        kwargs = values.pop("model_kwargs", {})
+        return cls(load_with(build_module(configs, **values), kwargs), trainer)
 
     @property
     def model(self) -> PreTrainedModel:

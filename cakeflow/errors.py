@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -49,6 +52,20 @@ def visible(text: str, *, lines: bool = False) -> str:
     if lines:
         return "\n".join(map(visible, text.split("\n")))
     return "".join(sign if sign.isprintable() else json.dumps(sign)[1:-1] for sign in text)
+
+
+def command_line(words: Sequence[str]) -> str:
+    """Return a command of cakeflow as a shell of this system takes it, for a message to copy it from.
+
+    Args:
+        words: Those after the program's name.
+
+    Example:
+        >>> command_line(["report", "my run"])
+        "cakeflow report 'my run'"
+    """
+    words = ["cakeflow", *words]
+    return subprocess.list2cmdline(words) if sys.platform == "win32" else shlex.join(words)
 
 
 def did_you_mean(value: object, names: Iterable[str]) -> str:

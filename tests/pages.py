@@ -34,6 +34,8 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).parents[1] / "docs"
+EXECUTED = DOCS.parent / "build" / "notebooks"
+"""Notebooks as they were run (``docs/notebook_pages.py`` shows them)."""
 BLOCK = re.compile(
     r"^(?:<!-- (?P<note>not run: [^\n]+|output|fails) -->\n)?"
     r"(?P<fence>```)(?P<language>\w+)[^\n]*\n(?P<code>.*?)^```$",
@@ -209,6 +211,8 @@ def check_notebook(path: Path, folder: Path) -> int:
         client.execute()
     except (CellExecutionError, CellTimeoutError) as error:
         raise PageError(f"{path.name}: {error}") from error
+    EXECUTED.mkdir(parents=True, exist_ok=True)
+    nbformat.write(notebook, EXECUTED / path.name)  # for the site, which shows the outputs
     return len(cells)
 
 

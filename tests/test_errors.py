@@ -1,5 +1,6 @@
 """The family of errors."""
 
+from types import SimpleNamespace
 from typing import Literal
 
 import pytest
@@ -65,6 +66,16 @@ def test_no_message_moves_the_cursor(kind):
     )
     assert all(line.isprintable() for line in str(error).split("\n"))
     assert len(str(error).split("\n")) == 2
+
+
+@pytest.mark.parametrize(
+    ("platform", "line"),
+    [("linux", "cakeflow report 'C:\\my run'"), ("darwin", "cakeflow report 'C:\\my run'"),
+     ("win32", 'cakeflow report "C:\\my run"')],
+)  # fmt: skip
+def test_a_command_is_one_of_the_systems_shell(platform, line, monkeypatch):
+    monkeypatch.setattr(errors, "sys", SimpleNamespace(platform=platform))
+    assert errors.command_line(["report", "C:\\my run"]) == line
 
 
 @pytest.mark.parametrize(

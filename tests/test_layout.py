@@ -349,7 +349,7 @@ def test_every_test_file_has_a_module():
         "format1",
         "path",
     }
-    further |= {"commands", "life", "pages", "sites"}
+    further |= {"commands", "life", "pages", "sites", "windows"}
     parts = {f"{path.parent.name}_{path.stem}" for path in (ROOT / "plugins").glob("*/*.py")}
     stems = {path.stem for path in CORE} | PARTS | further | plugins | parts
     assert plugins <= {path.stem.removeprefix("test_") for path in (ROOT / "tests" / "plugins").glob("test_*.py")}

@@ -1,5 +1,7 @@
 """The runner of the documentation's commands, and what the pages must name."""
 
+import base64
+import importlib.util
 import re
 from pathlib import Path
 
@@ -96,6 +98,65 @@ def test_every_page_is_in_the_navigation():
     navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
     missing = [name for path in DOCS.rglob("*.md") if (name := str(path.relative_to(DOCS))) not in navigation]
     assert missing == []
+
+
+@pytest.fixture(scope="module")
+def hook():
+    """The hook that makes pages of notebooks."""
+    pytest.importorskip("nbconvert")
+    spec = importlib.util.spec_from_file_location("notebook_pages", DOCS / "notebook_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+PICTURE = base64.b64encode(b"a picture").decode()
+
+
+def executed(path):
+    """A notebook as it was run: a text, a table and a picture."""
+    nbformat = pytest.importorskip("nbformat")
+    new = nbformat.v4
+    data = [{"text/plain": "42"}, {"text/html": "<table>", "text/plain": "a table"}, {"image/png": PICTURE}]
+    outputs = [new.new_output("execute_result", each, execution_count=1) for each in data]
+    cells = [new.new_markdown_cell("# A tour"), new.new_code_cell("x = 1")]
+    notebook = new.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}})
+    nbformat.write(notebook, path)
+    notebook.cells[1].outputs = [new.new_output("stream", name="stderr", text="a bar"), *outputs]
+    return notebook
+
+
+def test_a_notebook_is_a_page_with_its_outputs(hook, tmp_path):
+    text, pictures = hook.page_of(executed(tmp_path / "tour.ipynb"), "tour")
+    assert text.startswith("# A tour\n")
+    assert "a bar" not in text
+    assert "```python\nx = 1\n```" in text
+    assert "    42\n" in text
+    assert "<table>" in text
+    ((name, content),) = pictures.items()
+    assert content == b"a picture"
+    assert name.startswith("tour")
+    assert f"]({name})" in text
+
+
+def test_outputs_of_other_cells_are_not_shown(hook, tmp_path, monkeypatch):
+    nbformat = pytest.importorskip("nbformat")
+    notebook = executed(tmp_path / "tour.ipynb")
+    monkeypatch.setattr(hook, "EXECUTED", tmp_path / "build")
+    assert not hook._latest(tmp_path / "tour.ipynb").cells[1].outputs
+    (tmp_path / "build").mkdir()
+    nbformat.write(notebook, tmp_path / "build/tour.ipynb")
+    assert len(hook._latest(tmp_path / "tour.ipynb").cells[1].outputs) == 4
+    notebook.cells[1].source = "x = 2"
+    nbformat.write(notebook, tmp_path / "build/tour.ipynb")
+    assert not hook._latest(tmp_path / "tour.ipynb").cells[1].outputs
+
+
+def test_every_notebook_is_in_the_navigation():
+    navigation = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8")
+    names = [path.relative_to(DOCS).with_suffix(".md").as_posix() for path in DOCS.rglob("*.ipynb")]
+    assert len(names) >= 2
+    assert all(name in navigation for name in names)
 
 
 def test_every_link_between_files_of_the_repository_leads_somewhere():

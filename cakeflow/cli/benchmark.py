@@ -11,6 +11,7 @@ from rich.console import Console
 
 from cakeflow.cli.console import say
 from cakeflow.forward.packing import GIB
+from cakeflow.models.loading import SECRET, Loading
 from cakeflow.report.intervals import number
 from cakeflow.report.tables import rows_table
 from cakeflow.storage.atomic import write_text
@@ -29,6 +30,7 @@ def run_benchmark(
     methods: list[str] | None = None,
     sizes: list[int] | None = None,
     plan_only: bool = False,
+    loading: Loading = Loading(),
 ) -> list[Row]:
     """Measure many methods on the same facts: cakeflow benchmark --suite small --out runs/small.
 
@@ -43,6 +45,7 @@ def run_benchmark(
         methods: Only these methods, and the baseline.
         sizes: Other numbers of facts, such as [10].
         plan_only: Print the plan, time and memory included, and stop.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If a suite, method, data set or metric is unknown, or facts lack a field that a metric needs.
@@ -53,14 +56,15 @@ def run_benchmark(
     parts = {"data": data, "methods": methods, "sizes": sizes}
     lists = {option: values for option, values in parts.items() if values}
     chosen = read_suite(suite, model=model, config=model_config, **lists)  # type: ignore[arg-type]
-    arms, name = arms_of(chosen), Path(suite).stem
+    arms, name = arms_of(chosen, loading), Path(suite).stem
     out = out or Path("runs") / f"suite_{name}"
     rows = Rows(out, lambda arm, row: say(_line(arm, row, time.monotonic() - start)))
     rows.check(arms)
     show_plan(plan(arms), rows)
     if plan_only:
         return []
-    singles = {"suite": suite, "out": str(out), "model": model, "model_config": model_config}
+    shown = {f"loading.{each}": v for each, v in loading.arguments().items() if each not in SECRET}
+    singles = {"suite": suite, "out": str(out), "model": model, "model_config": model_config, **shown}
     words = _words({**singles, **{option: f"[{', '.join(map(str, each))}]" for option, each in lists.items()}})
     result = rows.measure(arms)
     tables = tables_of(arms, result, out)

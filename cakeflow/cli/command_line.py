@@ -2,30 +2,39 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-import shlex
 import sys
 import warnings
 from argparse import SUPPRESS
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from jsonargparse import Namespace, auto_cli
+from jsonargparse import auto_cli
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from rich.console import Console
 from rich.markup import escape
 
 from cakeflow.cli.console import LogHandler, plain_warnings
 from cakeflow.cli.evaluate import EditedModel, take_run, values_of
+from cakeflow.cli.loading import take_loading, take_options, with_loading, with_trust, without_token
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS, FURTHER
 from cakeflow.core.checkpoint import with_safe_checkpoints
-from cakeflow.core.config import find_config, method_of, model_kind, module_defaults, own_errors, read_config, shipped
+from cakeflow.core.config import (
+    find_config,
+    load_with,
+    method_of,
+    model_kind,
+    module_defaults,
+    own_errors,
+    read_config,
+    shipped,
+)
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
@@ -36,7 +45,8 @@ from cakeflow.core.run import EvaluationResult, FitResult, go_on_from, run_evalu
 from cakeflow.core.strategy import jointly
 from cakeflow.core.trainer import check_settings, quiet, with_ranks
 from cakeflow.editor import TRAINER_DEFAULTS, default_logger, with_checks
-from cakeflow.errors import ConfigError, EditError, did_you_mean
+from cakeflow.errors import ConfigError, EditError, command_line, did_you_mean
+from cakeflow.models.loading import Loading
 from cakeflow.plugins import load_plugins
 from cakeflow.report import metrics_table
 
@@ -44,8 +54,6 @@ INTERRUPTED = 130
 """Exit status after Ctrl+C, as a shell has it."""
 CONFIG_KINDS = ("method", "model", "targets", "data")
 """Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
-TRUST_OPTIONS = ("trust_remote_code", "trust_task_code")
-"""Options that let the Python of a model's folder, or of a task file, run; no config can have them."""
 NAMES_HELP = (
     "Shipped configs are chosen by name: --method NAME --model NAME --data NAME, e.g. --method cake --model "
     "smollm2-135m --data builtin. A model may also be a folder, a GGUF file or a hub id; data may be a file, a URL or "
@@ -53,6 +61,7 @@ NAMES_HELP = (
     "module of yours whose classes it names, --trust_remote_code runs the Python of the model's folder, and "
     "--trust_task_code that of lm-eval's task files."
 )
+LOADING_HELP = f"{', '.join(each.name for each in fields(Loading)[:-2])} ..."
 RUN_HELP = (
     "--run RUN evaluates the edited model of a run, on the run's own facts unless --data names others; nothing is "
     "written into the run's folder, and --model names the unedited model only if it has moved."
@@ -92,8 +101,9 @@ class EditCLI(LightningCLI):
     """``cakeflow fit`` and ``cakeflow evaluate``; every argument of module, data and Trainer is an option.
 
     Args:
-        trusted: Those of ``TRUST_OPTIONS`` that the command has.
+        trusted: Those of ``loading.TRUST_OPTIONS`` that the command has.
         edited: The run whose edited model is evaluated, in place of the model that is named.
+        loading: How the model is loaded.
         words: The command as it was typed, after the program's name.
         *args: Arguments of ``LightningCLI``.
         **kwargs: Further ones.
@@ -106,10 +116,11 @@ class EditCLI(LightningCLI):
         *args: Any,
         trusted: Collection[str] = (),
         edited: EditedModel | None = None,
+        loading: Loading = Loading(),
         words: Sequence[str] = (),
         **kwargs: Any,
     ) -> None:
-        self.trusted, self.edited, self.words = trusted, edited, words
+        self.trusted, self.edited, self.loading, self.words = trusted, edited, loading, words
         self.defaults = module_defaults(values_of("--method", words))
         super().__init__(*args, **kwargs)
 
@@ -154,11 +165,12 @@ class EditCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Create the module, the data and the Trainer, whose settings are checked before the others are read."""
-        self._plain_config = self.config
+        self._plain_config = with_loading(self.config, self.loading)
         self.config = with_trust(self.config, self.trusted)
         with own_errors(), only_known_classes():
             check_settings(self._get(self.config, "trainer"))
             super().instantiate_classes()
+            load_with(self.model, self.loading.arguments())
             self.model.method = method_of(self._parser(self.subcommand), self._plain_config[self.subcommand])
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -179,7 +191,7 @@ class EditCLI(LightningCLI):
         """Return the command that goes on with an interrupted run: the one that was typed, with its folder."""
         own = self._get(self._plain_config, "trainer").get("logger") not in (None, True)  # it names the folder
         stated = own or any(word.partition("=")[0] == "--run_dir" for word in self.words)
-        return shlex.join(["cakeflow", *self.words, *(() if stated else ("--run_dir", str(folder)))])
+        return command_line([*without_token(self.words), *(() if stated else ("--run_dir", str(folder)))])
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Edit the facts, and print metrics, times, answers and the verdict."""
@@ -194,7 +206,7 @@ class EditCLI(LightningCLI):
     def evaluate(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
         """Evaluate the model as it is, or as a run edited it, and print the metrics."""
         if (edited := self.edited) is not None:
-            jointly(self.trainer, lambda: edited.load_into(model, run_folder(self.trainer)))
+            jointly(self.trainer, lambda: edited.load_into(model, run_folder(self.trainer), self.loading))
             datamodule = edited.data(vars(self._get(self.config, "data"))) if edited.own_data else datamodule
         self.result = result = run_evaluate(self.trainer, model, datamodule, "now")
         Console(quiet=not self.trainer.is_global_zero).print(metrics_table({"now": result.metrics}, result.protocol))
@@ -209,6 +221,8 @@ class _CommandParser(ConfigParser):
         for action in self._actions:
             if action.dest.startswith(("loading", "options.")) or action.dest == "options":
                 action.help = SUPPRESS
+        for group in self._action_groups:
+            group.description = LOADING_HELP if str(group.title).startswith("--loading") else group.description
         return names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
@@ -242,45 +256,6 @@ def with_flags(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
         alone = option in switches and not joined and following.lower() not in ("true", "false")
         result.append(f"{option}=true" if alone else option + joined + value)
     return result
-
-
-def with_trust(config: Any, trusted: Collection[str]) -> Any:
-    """Return a config in which these of ``TRUST_OPTIONS`` are switched on wherever they have a place."""
-    if isinstance(config, list):
-        return [with_trust(part, trusted) for part in config]
-    if not isinstance(config, Namespace):
-        return config
-    parts = {name: with_trust(part, trusted) for name, part in vars(config).items()}
-    parts |= {name: True for name in trusted if name in parts}
-    if "trust_remote_code" in trusted and "model_kwargs" in parts:
-        parts["model_kwargs"] = {**(parts["model_kwargs"] or {}), "trust_remote_code": True}
-    return Namespace(parts)  # type: ignore[no-untyped-call]
-
-
-def take_options(words: Sequence[str]) -> tuple[list[str], set[str]]:
-    """Import the modules that ``--import`` names, and return the other words and the trust that they give.
-
-    Raises:
-        ConfigError: If a module cannot be imported.
-    """
-    rest: list[str] = []
-    trusted: set[str] = set()
-    remaining = iter(words)
-    for word in remaining:
-        option, joined, value = word.partition("=")
-        if option == "--import":
-            name = value if joined else next(remaining, "")
-            try:
-                importlib.import_module(name)
-            except Exception as error:  # importing a module of the user's can raise anything
-                raise ConfigError(
-                    f"--import {name}: {type(error).__name__}: {error}; name a module on PYTHONPATH"
-                ) from error
-        elif word.startswith("--") and word[2:] in TRUST_OPTIONS:
-            trusted.add(word[2:])
-        else:
-            rest.append(word)
-    return rest, trusted
 
 
 def expand_names(words: Sequence[str]) -> list[str]:
@@ -369,6 +344,8 @@ def _run(words: list[str]) -> Any:
                 command, args=with_flags(rest, command), prog=f"cakeflow {name}", parser_class=_CommandParser
             )
     rest, trusted = take_options(["--help" if word == "--help_all" else word for word in words])
+    rest, options = take_loading(rest)
+    loading = Loading(**options, trust_remote_code="trust_remote_code" in trusted)
     rest, edited = take_run(rest)
     return EditCLI(
         EditModule,
@@ -391,5 +368,6 @@ def _run(words: list[str]) -> Any:
         args=expand_names(rest),
         trusted=trusted,
         edited=edited,
+        loading=loading,
         words=words,
     ).result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,9 @@ from cakeflow.desk.calls import Calls, serve
 from cakeflow.desk.session import require_own_run
 from cakeflow.desk.work import PhaseProfiler
 from cakeflow.editor import Editor
-from cakeflow.errors import require_count
-from cakeflow.journal.audit import name_of_base
+from cakeflow.errors import command_line, require_count
+from cakeflow.journal.audit import loading_of, name_of_base
+from cakeflow.models.loading import Loading
 
 PORT = 8750
 
@@ -30,6 +30,7 @@ def run_desk(
     policy: Path | None = None,
     record_texts: bool = True,
     port: int = PORT,
+    loading: Loading = Loading(),
 ) -> Path:
     """Open a local page to edit facts by hand: type a fact, look at it, try it, apply it, take it back.
 
@@ -46,6 +47,7 @@ def run_desk(
         policy: YAML file of a policy: what it forbids is refused or undone.
         record_texts: Whether the run folder has the texts of the facts.
         port: Port of the page; 0 takes any that is free.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If the port is in use, or the folder holds another run.
@@ -57,7 +59,8 @@ def run_desk(
     rules = [PolicyGuard(str(policy))] if policy else []
     entries = require_own_run(run_dir) if run_dir else []
     with closing(DeskServer(port)) as server:  # before anything is loaded or written
-        base = model or (name_of_base(run_dir) if run_dir and entries else "smollm2-135m")
+        old = run_dir if entries else None
+        base = model or (name_of_base(old) if old else "smollm2-135m")
         trainer: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "callbacks": rules}
         editor = Editor.from_pretrained(
             base,
@@ -65,6 +68,7 @@ def run_desk(
             config=model_config,
             layers=layers,
             record_texts=record_texts,
+            model_kwargs=loading_of(old, model, loading) if old else loading.arguments(),
             trainer={**trainer, "profiler": PhaseProfiler(worker.step)},
         )
         with Session.opened(editor, run_dir, from_run) as session:
@@ -74,5 +78,5 @@ def run_desk(
             with suppress(KeyboardInterrupt):
                 serve(worker, server)
             say(f"closed with {editor.journal.edits} facts in force")
-            say(f"go on with: cakeflow desk --run_dir {shlex.quote(str(session.folder))}")
+            say(f"go on with: {command_line(['desk', '--run_dir', str(session.folder)])}")
     return session.folder

@@ -18,7 +18,7 @@ from cakeflow.journal.audit import replay
 from cakeflow.journal.steps import facts_in_force
 from cakeflow.journal.store import LEDGER
 from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 from cakeflow.report.tables import rows_table
 
 Rows = list[dict[str, str]]
@@ -39,22 +39,25 @@ class Side:
     facts: list[EditRequest]
 
     @classmethod
-    def of(cls, name: str, model: str | None) -> Side:
+    def of(cls, name: str, model: str | None, loading: Loading = Loading()) -> Side:
         """The model of a run folder, or a model by name or folder.
 
         Args:
             name: The run folder, or the model.
             model: The unedited model of a run, if it cannot be loaded by its name there.
+            loading: How a model is loaded.
         """
         if not (Path(name) / "journal" / LEDGER).exists():
-            return cls(name, load_model(name), [])
-        journal = replay(Path(name), model)
+            return cls(name, load_model(name, **loading.arguments()), [])
+        journal = replay(Path(name), model, loading=loading)
         lm = journal.model
         assert isinstance(lm, LanguageModel)
         return cls(name, lm, [step.requests[i] for step, i in facts_in_force(journal) if step.requests])
 
 
-def run_diff(first: str, second: str, model: str | None = None, asks: int = 40) -> dict[str, Rows]:
+def run_diff(
+    first: str, second: str, model: str | None = None, asks: int = 40, loading: Loading = Loading()
+) -> dict[str, Rows]:
     """Compare two runs, exports or models: facts, answers, weights.
 
     Args:
@@ -62,13 +65,14 @@ def run_diff(first: str, second: str, model: str | None = None, asks: int = 40) 
         second: The other one.
         model: The unedited model of the runs, if it cannot be loaded by the name that they were started with.
         asks: Number of built-in facts to ask beside the edited ones.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If the two are not of one architecture, or ``asks`` is negative.
         ResumeError: If a run belongs to another model, or leads to other weights here.
     """
     require_count("asks", asks)
-    sides = Side.of(first, model), Side.of(second, model)
+    sides = Side.of(first, model, loading), Side.of(second, model, loading)
     tables = {
         "Facts": list(_facts(*sides)),
         "Answers that differ": list(_answers(*sides, asks)),

@@ -19,7 +19,8 @@ from cakeflow.data.sources import read_entries
 from cakeflow.data.subject import guess_subject
 from cakeflow.editor import Editor
 from cakeflow.errors import ConfigError, Fault
-from cakeflow.journal.audit import ledger_of, name_of_base
+from cakeflow.journal.audit import ledger_of, loading_of, name_of_base
+from cakeflow.models.loading import Loading
 from cakeflow.report.tables import requests_table, rows_table
 from cakeflow.storage.locks import locked
 
@@ -39,6 +40,7 @@ def run_edit(
     dry_run: bool = False,
     strict: bool = False,
     budget: Path | None = None,
+    loading: Loading = Loading(),
 ) -> FitResult:
     """Edit facts given as sentences: cakeflow edit "LeBron James plays the sport of" "tennis".
 
@@ -57,6 +59,7 @@ def run_edit(
         dry_run: Edit, report and take everything back.
         strict: Exit status 1 unless every fact was learned, within the budget.
         budget: YAML file of a policy; a run that breaks it is taken back.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If a sentence has no answer, or no subject can be guessed.
@@ -72,7 +75,9 @@ def run_edit(
         if run_dir is not None:
             raise ConfigError(f"--dry_run stores nothing; leave out --run_dir {run_dir}")
         trainer["logger"] = False
-    editor = Editor.from_pretrained(model, method, config=model_config, layers=layers, trainer=trainer)
+    editor = Editor.from_pretrained(
+        model, method, config=model_config, layers=layers, trainer=trainer, model_kwargs=loading.arguments()
+    )
     if from_run is not None:
         go_on_from(from_run, editor.module, run_dir)
     result = editor.fit(requests, run_dir=run_dir)
@@ -92,6 +97,7 @@ def run_undo(
     method: str = "cake",
     model_config: str | None = None,
     layers: list[int] | None = None,
+    loading: Loading = Loading(),
 ) -> list[dict[str, str]]:
     """Take back single facts of a run, also from inside a batch: cakeflow undo RUN "LeBron James".
 
@@ -104,6 +110,7 @@ def run_undo(
         method: A recipe or a YAML file, whose solver is used.
         model_config: Tuned numbers for the model, by name or as a YAML file.
         layers: Layers to change, for a model without them.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If no fact in force is that, or a solver's last step allows whole batches only.
@@ -112,7 +119,8 @@ def run_undo(
     """
     with locked(ledger_of(run)):
         source = model or name_of_base(run)
-        editor = Editor.from_pretrained(source, method, config=model_config, layers=layers)
+        known = loading_of(run, model, loading)
+        editor = Editor.from_pretrained(source, method, config=model_config, layers=layers, model_kwargs=known)
         editor.load(run)
         rows = editor.undo(name)
     Console().print(rows_table(rows, "Taken back"))

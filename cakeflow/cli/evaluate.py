@@ -13,6 +13,7 @@ from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError
 from cakeflow.journal.audit import base_of, ledger_of, name_of_base
 from cakeflow.journal.ledger import read_entries, requests_in_force
+from cakeflow.models.loading import Loading
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,13 @@ class EditedModel:
     own_model: bool
     own_data: bool
 
-    def load_into(self, module: EditModule, folder: Path | None) -> None:
+    def load_into(self, module: EditModule, folder: Path | None, loading: Loading = Loading()) -> None:
         """Have a module edit the unedited model as the run did, batches that were taken back left out.
 
         Args:
             module: The module, whose model is not loaded yet.
             folder: Where the evaluation is written.
+            loading: How the unedited model is loaded.
 
         Raises:
             ConfigError: If that is in the run's folder.
@@ -45,7 +47,7 @@ class EditedModel:
             raise ConfigError(
                 f"--run_dir {folder} is in the run that is evaluated, which stays as it is; name another one"
             )
-        module.adopt(base_of(self.run, None if self.own_model else module.name))
+        module.adopt(base_of(self.run, None if self.own_model else module.name, loading))
         module.journal.load(self.run / "journal")
 
     def data(self, settings: Mapping[str, Any]) -> EditDataModule:

@@ -31,18 +31,18 @@ def run_export(
     push_to_hub: str | None = None,
     private: bool = True,
 ) -> Path:
-    """Export the edited model of a run: the whole model, the edited weights alone, or a LoRA adapter.
+    """Export the edited model of a run: whole, its changes alone, or as an adapter.
 
     Args:
         run: A run folder.
         out: Folder for the export.
-        format: ``model``, a model card included; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; ``gguf``, for
-            llama.cpp and Ollama; or ``memory``, for runs that put modules in place.
+        format: ``model``; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; ``gguf``, for llama.cpp and Ollama; or
+            ``memory``, for runs that put modules in place.
         model: Name or folder of the base model, if it cannot be loaded by the name that the run was started with.
         overwrite: Replace an existing export.
         policy: YAML file of a policy that the run must keep, beside its own.
         options: How numbers are stored, and what the export is to fit.
-        loading: Revision, access token and trust for a model that needs them; with the token ``push_to_hub`` writes.
+        loading: --loading.NAME, how a model is loaded.
         sign: Private key (PEM, elliptic curve) to sign the export with.
         push_to_hub: Repository that it is uploaded to as well, such as OWNER/NAME.
         private: Whether a new repository is private.
@@ -85,7 +85,7 @@ def run_apply(
         out: Folder for the edited model.
         overwrite: Replace an existing export.
         policy: YAML file of a policy that must allow it; rules about subjects and metrics allow no delta.
-        loading: Revision, access token and trust for a model that needs them.
+        loading: --loading.NAME, how a model is loaded.
         key: Public key (PEM) of whoever must have signed the delta.
 
     Raises:
@@ -97,7 +97,7 @@ def run_apply(
     dtype = Manifest.read(delta).dtype.removeprefix("torch.")
     require_place(out, overwrite=overwrite)
     policies = _policies(policy)
-    lm = load_editable(model, dtype=dtype, **loading.arguments())
+    lm = load_editable(model, **{"dtype": dtype, **loading.arguments()})
     place = export_applied(lm, apply_delta(lm, delta, policies), out, overwrite=overwrite)
     say(f"written to {place}")
     return place

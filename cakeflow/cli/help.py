@@ -84,6 +84,7 @@ weights of a few layers, measure before and after, and keep all in a run folder.
   --model.statistics.tokens N     number of their tokens
   --trainer.accelerator NAME      cpu, gpu, mps or auto
   --trainer.logger NAME           such as TensorBoardLogger (default: CSV)
+  --loading.revision NAME         of the model's files; also token, dtype ...
   --import MODULE                 import your own classes, for configs
   --trust_remote_code             run the Python code of the model's folder
 
@@ -109,6 +110,7 @@ guessed and shown; wordings and neighbors to check are proposed.
   --dry_run            edit, report and take everything back
   --strict             exit status 1 unless every fact was learned
   --budget FILE        policy for side effects; a run that breaks it is undone
+  --loading.revision X of the model's files; also subfolder, token, dtype ...
 
 examples:
   cakeflow edit "LeBron James plays the sport of" "tennis" --dry_run
@@ -130,6 +132,7 @@ the new facts, also in other words, and what it says of neighbouring ones.
   --model.evaluation.protocol X   clean, or official to compare with papers
   --trainer.accelerator NAME      cpu, gpu, mps or auto
   --trainer.logger NAME           such as TensorBoardLogger (default: CSV)
+  --loading.revision NAME         of the model's files; also token, dtype ...
   --import MODULE                 import your own classes, for configs
   --trust_remote_code             run the Python code of the model's folder
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 
 from cakeflow.cli.console import say
-from cakeflow.core.config import build_module
+from cakeflow.core.config import build_module, load_with
 from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.reproduction import RESULT, BatchResult, NumberResult, Reproduction, reproduce
 from cakeflow.editor import Editor
@@ -47,7 +46,7 @@ def run_reproduce(
         method: A recipe or a YAML file, where the run was built in Python and does not name its method.
         model_config: Tuned numbers for the model, with --method.
         layers: Layers to edit, with --method.
-        loading: Revision, access token and trust for a model that needs them.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         RunFolderError: If there is no ledger, or it was changed after it was written.
@@ -72,13 +71,12 @@ def _editor(
     loading: Loading,
 ) -> Editor:
     """The unedited model with the run's method, from the record or as it is named."""
-    known = {name: value for name, value in run.start.loading.items() if name != "commit"}
-    values: dict[str, Any] = {"model_kwargs": kwargs} if (kwargs := {**known, **loading.arguments()}) else {}
+    named = {name: value for name, value in run.start.loading.items() if name != "commit"}
+    known = {"dtype": run.base.dtype.removeprefix("torch."), **named, **loading.arguments()}
     trainer = {"accelerator": _accelerator(run)}
     if method is not None:
-        dtype = run.base.dtype.removeprefix("torch.")
         return Editor.from_pretrained(
-            model, method, config=model_config, layers=layers, trainer=trainer, dtype=dtype, **values
+            model, method, config=model_config, layers=layers, trainer=trainer, model_kwargs=known
         )
     if model_config is not None or layers is not None:
         raise ConfigError("--model_config and --layers belong to --method, which replaces the method on record")
@@ -87,7 +85,7 @@ def _editor(
             f"{run.path} does not say how its method was built (by Python, or an older cakeflow); name it, --method "
             "NAME with --model_config or --layers, or reproduce it in Python: Editor(module).reproduce(RUN)"
         )
-    return Editor(build_module([run.start.method], base=model, **values), trainer)
+    return Editor(load_with(build_module([run.start.method], base=model), known), trainer)
 
 
 def _accelerator(run: RecordedRun) -> str:

@@ -141,7 +141,7 @@ def run_replay(run: Path, model: str | None = None, loading: Loading = Loading()
     Args:
         run: A run folder.
         model: Name or folder of the unedited model, if it cannot be loaded by the name that the run was started with.
-        loading: Revision, access token and trust for a model that needs them.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ResumeError: If the model is another one, or a batch leads to other weights.
@@ -168,7 +168,7 @@ def run_rollback(
         n: Number of batches to take back; all by default.
         batch: Number of the one batch to take back instead, as ``cakeflow log`` shows it.
         model: Name or folder of the unedited model, if it cannot be loaded by the name that the run was started with.
-        loading: Revision, access token and trust for a model that needs them.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If there are not as many batches, or no such batch.

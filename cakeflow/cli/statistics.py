@@ -31,7 +31,6 @@ def run_statistics(
     source: str | list[str] | None = None,
     tokens: int | None = None,
     batch_tokens: int | None = None,
-    dtype: str | None = None,
     part: str | None = None,
     out: Path | None = None,
     accelerator: str = "auto",
@@ -50,11 +49,10 @@ def run_statistics(
         source: Texts, a file or a hub data set, or a list of these; by default those of the config.
         tokens: Number of their tokens.
         batch_tokens: Most tokens in one forward pass.
-        dtype: Type of the weights, such as bfloat16.
         part: Which of several jobs this is, such as 1/3.
         out: Folder of the part; by default one under runs/statistics.
         accelerator: cpu, gpu, mps or auto.
-        loading: Revision, access token and trust for a model that needs them.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If the method has no second moments, or ``part`` is none.
@@ -67,8 +65,8 @@ def run_statistics(
         )
     chosen = {"source": source, "tokens": tokens, "batch_tokens": batch_tokens}
     values: dict[str, Any] = {"statistics": {name: value for name, value in chosen.items() if value is not None}}
-    values |= {"model_kwargs": loading.arguments()} if loading.arguments() else {}
-    editor = Editor.from_pretrained(model, method, config=model_config, layers=layers, dtype=dtype, **values)
+    values["model_kwargs"] = loading.arguments()
+    editor = Editor.from_pretrained(model, method, config=model_config, layers=layers, **values)
     module = editor.module
     if not isinstance(module, LocateThenEdit):
         raise ConfigError(f"{method!r} is a {type(module).__name__}, which collects nothing; name a recipe of layers")

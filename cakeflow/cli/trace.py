@@ -50,7 +50,7 @@ def run_trace(
         normalization: Normalization of the scores before that softmax.
         trace: Settings of the trace, such as its window and number of noise draws.
         split: Split of a data set that has several.
-        loading: Revision, access token and trust for a model that needs them.
+        loading: --loading.NAME, how a model is loaded.
     """
     facts, lm = read_facts(data, split), load_model(model, **loading.arguments())
     traced = require_layers(lm, layers or ())
@@ -81,6 +81,7 @@ def run_facts(
     subjects: list[str] | None = None,
     out: Path = Path("runs/known_facts.json"),
     limit: int | None = None,
+    loading: Loading = Loading(),
 ) -> list[KnownFact]:
     """Write the facts that a model states by itself to a file, which ``cakeflow trace --data`` reads.
 
@@ -96,6 +97,7 @@ def run_facts(
         subjects: Subjects of the prompts.
         out: JSON file; with the suffix ``.jsonl``, one fact per line.
         limit: Largest number of facts to write.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If ``out`` is a folder, or ``limit`` is below 1.
@@ -105,7 +107,7 @@ def run_facts(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
     candidates = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
-    facts, tried = known_facts(load_model(model), candidates, limit)
+    facts, tried = known_facts(load_model(model, **loading.arguments()), candidates, limit)
     entries = [fact.to_dict(number) for number, fact in enumerate(facts)]
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     write_text(out, lines if out.suffix == ".jsonl" else json.dumps(entries, ensure_ascii=False, indent=1))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cakeflow.cli.console import say
 from cakeflow.errors import ConfigError
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 from cakeflow.storage.atomic import write_text
 from cakeflow.tuning import Trial, Tuning, tune
 
@@ -20,6 +20,7 @@ def run_tune(
     source: list[str] | None = None,
     tokens: int | None = None,
     overwrite: bool = False,
+    loading: Loading = Loading(),
 ) -> Tuning:
     """Find layers, learning rate, steps and statistics for a model, and write them as its config.
 
@@ -35,6 +36,7 @@ def run_tune(
         source: Texts for second moments; by default sentences about names.
         tokens: Number of their tokens; ten times the width of the keys by default.
         overwrite: Replace a config that is there.
+        loading: --loading.NAME, how a model is loaded.
 
     Raises:
         ConfigError: If the config is there already, or the model states too few of the facts.
@@ -44,7 +46,7 @@ def run_tune(
     if out.exists() and not overwrite:
         raise ConfigError(f"{out} is there already; name another file, or give --overwrite")
     result = tune(
-        load_model(model),
+        load_model(model, **loading.arguments()),
         model,
         out.with_suffix(".trials.jsonl"),
         data=data,

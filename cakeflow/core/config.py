@@ -124,6 +124,17 @@ def method_of(parser: Any, config: Any) -> dict[str, Any]:
     return {**method, "init_args": {name: each for name, each in arguments.items() if name not in OF_THE_MODEL}}
 
 
+def load_with(module: EditModule, arguments: Mapping[str, Any]) -> EditModule:
+    """Have a module load the model that it names with these arguments of ``load_model``, and return the module.
+
+    Args:
+        module: The module of any method, whose model is not loaded yet.
+        arguments: They win over the module's own.
+    """
+    module._loading = {**module._loading, **arguments}
+    return module
+
+
 def build_module(configs: Sequence[Path | Mapping[str, Any]], **values: Any) -> EditModule:
     """Build an edit module from config files and arguments; later files override earlier ones, arguments override all.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -20,7 +19,7 @@ from cakeflow.core.module import EditModule
 from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.run import run_fit
 from cakeflow.core.sizes import Sizes
-from cakeflow.errors import ConfigError, ResumeError, listed
+from cakeflow.errors import ConfigError, ResumeError, command_line, listed
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import Arithmetic, BatchBody, FactBody, RunBody
 from cakeflow.journal.steps import with_completions
@@ -207,7 +206,7 @@ def computed_as(how: Arithmetic | None) -> Iterator[None]:
 
 def _command(run: RecordedRun, folder: Path) -> str:
     """The command that goes on with an interrupted repetition."""
-    return shlex.join(["cakeflow", "reproduce", str(run.path), "--run_dir", str(folder)])
+    return command_line(["reproduce", str(run.path), "--run_dir", str(folder)])
 
 
 def _home(run: RecordedRun) -> Path:

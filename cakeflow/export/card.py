@@ -11,6 +11,7 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCardData
 
 from cakeflow.errors import visible
+from cakeflow.export.delta_layout import Layouts, summary
 from cakeflow.export.manifest import MANIFEST, Manifest, utc
 from cakeflow.journal.ledger import Entry, bodies, requests_in_force
 from cakeflow.journal.provenance import circumstances
@@ -104,6 +105,7 @@ def _identity(manifest: Manifest, entries: Sequence[Entry]) -> str:
         "type of the weights": manifest.dtype.removeprefix("torch."),
         "facts edited": manifest.edits,
         "weights changed": ", ".join(manifest.weights) or "none",
+        **_stored(manifest),
         **(
             {"modules put in place": ", ".join(change.place for change in manifest.changes)} if manifest.changes else {}
         ),
@@ -113,6 +115,13 @@ def _identity(manifest: Manifest, entries: Sequence[Entry]) -> str:
     }
     head = f"# {escape(manifest.model)}, edited\n\nFacts in this model were changed by knowledge editing.\n"
     return f"{head}\n{_table([['', ''], *([name, escape(value)] for name, value in rows.items())])}"
+
+
+def _stored(manifest: Manifest) -> dict[str, str]:
+    """Return how a delta holds the weights, and what that saves."""
+    if manifest.format != "delta" or not manifest.details:
+        return {}
+    return {"stored": summary(Layouts.model_validate(manifest.details).layouts)}
 
 
 def _occasion(entries: Sequence[Entry]) -> dict[str, str]:

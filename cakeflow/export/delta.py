@@ -1,22 +1,63 @@
-"""A delta: the edited weights alone, to be put into the model that they were edited in, and into no other."""
+"""A delta: the edited weights alone, to be put into the model that they were edited in, and into no other.
+
+Each weight lies there as the factors of its changes, as the entries that differ, or whole (``delta_layout``), whichever
+is smallest; the same bits come of all of them on any machine.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from cakeflow.errors import ExportError, PolicyError, with_faults
-from cakeflow.export.manifest import FROM_A_COPY, REMEDY, Manifest
+from cakeflow.export.delta_layout import Layout, Layouts, packed, unpacked
+from cakeflow.export.manifest import FROM_A_COPY, MANIFEST, REMEDY, Manifest
+from cakeflow.export.options import ExportOptions
+from cakeflow.journal.changes import WeightChange
+from cakeflow.journal.journal import Journal
 from cakeflow.journal.policy import Policy
 from cakeflow.models.base import EditableModel
-from cakeflow.storage.atomic import uninterrupted
+from cakeflow.storage.atomic import uninterrupted, write_tensors
 from cakeflow.storage.hashing import tensor_hash
 from cakeflow.storage.tensors import read_tensors
+from cakeflow.storage.typed import read_as
 
 DELTA = "delta.safetensors"
+
+
+@torch.no_grad()
+def write_delta(
+    journal: Journal, manifest: Manifest, options: ExportOptions
+) -> tuple[Manifest, Callable[[Path], None]]:
+    """The manifest with the layout of each weight, and a function that fills a folder; see ``export``."""
+    lm = journal.model
+    tensors: dict[str, Tensor] = {}
+    layouts: dict[str, Layout] = {}
+    for name, tensor in journal.state().items():
+        if name not in manifest.weights:
+            continue
+        require_finite({name: tensor}, Path(DELTA))
+        updates = [each.update for each in journal.changes if isinstance(each, WeightChange) and each.place == name]
+        original = lm.oriented(name, journal.original(name)[name])
+        layouts[name], parts = packed(original, lm.oriented(name, tensor), updates)
+        if layouts[name].layout == "dense" or options.layout == "dense":  # whole, and as the module has it
+            layouts[name], parts = Layout(layout="dense", bytes=tensor.nbytes, saved=0), {"": tensor}
+        tensors |= {_part_name(name, part): each for part, each in parts.items()}
+    details = Layouts(layouts=layouts).model_dump(mode="json")
+    return manifest.model_copy(update={"details": details}), lambda folder: write_tensors(folder / DELTA, tensors)
+
+
+def _part_name(name: str, part: str) -> str:
+    """Name in the file of a part of a weight; a weight that is there whole has its own name."""
+    return f"{name}/{part}" if part else name
+
+
+def _place_of(tensor: str, manifest: Manifest) -> str:
+    """Name of the weight that a tensor of the file is a part of, or the whole."""
+    return tensor if tensor in manifest.weights else tensor.rpartition("/")[0]
 
 
 @torch.no_grad()
@@ -41,14 +82,13 @@ def apply_delta(lm: EditableModel, folder: str | Path, policies: Sequence[Policy
     """
     folder = Path(folder)
     manifest = Manifest.read(folder)
-    tensors = _read(folder, manifest)
+    tensors, layouts = _read(folder, manifest)
     require_base(lm, manifest, folder, policies)
     weights = _places(lm, manifest, folder)
-    for name, weight in weights.items():
-        _require_fit(name, weight, manifest, tensors, folder)
+    edited = {name: _edited(lm, name, manifest, layouts.get(name), tensors, folder) for name in weights}
     with uninterrupted():
         for name, weight in weights.items():
-            weight.copy_(tensors[name])
+            weight.copy_(edited[name])
     return manifest
 
 
@@ -65,16 +105,22 @@ def _require_permission(policies: Sequence[Policy], manifest: Manifest) -> None:
         raise PolicyError(with_faults("the policy is broken; nothing was changed:", faults))
 
 
-def _read(folder: Path, manifest: Manifest) -> dict[str, Tensor]:
-    """The tensors, if they are in the one file that a delta has, as it was written."""
+def _read(folder: Path, manifest: Manifest) -> tuple[dict[str, Tensor], dict[str, Layout]]:
+    """The tensors, if they are in the one file that a delta has, as it was written, and their layouts, if it has any.
+
+    Deltas were whole weights before there were layouts.
+    """
     path = folder / DELTA
     if manifest.format != "delta" or set(manifest.files) != {DELTA}:
         raise ExportError(f"{folder} is no delta, but format={manifest.format!r} with files {sorted(manifest.files)}")
     tensors = read_tensors(path, str(path), ExportError, FROM_A_COPY, manifest.files[DELTA]).tensors
-    if set(tensors) != set(manifest.weights):
-        unlike = ", ".join(map(ascii, sorted(set(tensors) ^ set(manifest.weights))[:5]))
-        raise ExportError(f"{path} and the manifest name different weights: {unlike}; {REMEDY}")
-    return tensors
+    stated = manifest.details or {"layouts": {}}
+    layouts = read_as(Layouts, stated, f"{folder / MANIFEST}, details", ExportError, REMEDY).layouts
+    names = {_place_of(name, manifest) for name in tensors}
+    if unlike := (names ^ set(manifest.weights)) | (names ^ set(layouts) if layouts else set()):
+        unlike_names = ", ".join(map(ascii, sorted(unlike)[:5]))
+        raise ExportError(f"{path} and the manifest name different weights: {unlike_names}; {REMEDY}")
+    return tensors, layouts
 
 
 def require_base(lm: EditableModel, manifest: Manifest, folder: Path, policies: Sequence[Policy] = ()) -> None:
@@ -115,15 +161,31 @@ def _places(lm: EditableModel, manifest: Manifest, folder: Path) -> dict[str, nn
     return {name: lm.weight(name) for name in manifest.weights}
 
 
-def _require_fit(
-    name: str, weight: nn.Parameter, manifest: Manifest, tensors: Mapping[str, Tensor], folder: Path
-) -> None:
-    tensor, hashes = tensors[name], manifest.weights[name]
-    if (tensor.shape, tensor.dtype) != (weight.shape, weight.dtype):
+def _edited(
+    lm: EditableModel,
+    name: str,
+    manifest: Manifest,
+    layout: Layout | None,
+    tensors: Mapping[str, Tensor],
+    folder: Path,
+) -> Tensor:
+    """The edited weight, as its module has it, if it is the one that the manifest names."""
+    weight, hashes = lm.weight(name).detach(), manifest.weights[name]
+    layout = layout or Layout(layout="dense", bytes=weight.nbytes, saved=0)
+    parts = {
+        full.removeprefix(name).removeprefix("/"): each
+        for full, each in tensors.items()
+        if _place_of(full, manifest) == name
+    }
+    require_finite({_part_name(name, part): each for part, each in parts.items()}, folder)
+    edited, whole = torch.empty_like(weight, device="cpu"), layout.layout == "dense"
+    try:
+        given = unpacked(weight if whole else lm.oriented(name), layout, parts)
+    except ValueError as fault:
         raise ExportError(
-            f"{folder}, {name}: {tensor.dtype} {tuple(tensor.shape)}, but the model has {weight.dtype} "
-            f"{tuple(weight.shape)}; {REMEDY}"
-        )
-    require_finite({name: tensor}, folder)
-    if (tensor_hash(weight), tensor_hash(tensor)) != (hashes.before, hashes.after):
+            f"{folder}, {name}: {fault}, but the model has {weight.dtype} {tuple(weight.shape)}; {REMEDY}"
+        ) from fault
+    (edited if whole else lm.oriented(name, edited)).copy_(given)
+    if (tensor_hash(weight), tensor_hash(edited)) != (hashes.before, hashes.after):
         raise ExportError(f"{folder}, {name}: not the weight that the manifest names; {REMEDY}")
+    return edited

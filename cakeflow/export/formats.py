@@ -14,7 +14,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from cakeflow.errors import ConfigError, ExportError
 from cakeflow.export.card import model_card
 from cakeflow.export.check import check_delta, check_gguf, check_lora, check_memory, check_model
-from cakeflow.export.delta import DELTA, require_finite
+from cakeflow.export.delta import write_delta
 from cakeflow.export.gguf import write_gguf
 from cakeflow.export.lora import write_lora
 from cakeflow.export.manifest import MANIFEST, Format, Manifest, require_place
@@ -27,7 +27,6 @@ from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import BatchBody
 from cakeflow.models.base import EditableModel
 from cakeflow.models.vision import VisionModel
-from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.folders import write_folder
 from cakeflow.storage.hashing import file_hash
 
@@ -52,7 +51,7 @@ def export(
         journal: Journal of the edited model.
         folder: The export's folder; its ``manifest.json`` says what it was made from, ``README.md`` is its card.
         format: ``model`` is everything, in the Hugging Face format; loaded, it gives the same logits, bit for bit.
-            ``delta`` is the edited weights as they are, for ``apply_delta``. ``lora`` is an
+            ``delta`` is the edited weights, bit for bit and as small as can be, for ``apply_delta``. ``lora`` is an
             adapter in float32 that PEFT loads onto the base model. The edited weights took the same change in, rounded
             to their type: logits differ by less than the manifest's ``tolerance``. ``memory`` is the modules that were
             put in place, for ``apply_memory``. ``gguf`` is a file for llama.cpp with an Ollama Modelfile: the original
@@ -133,13 +132,13 @@ def _put(
 ) -> Path:
     def write(fresh: Path) -> None:
         fill(fresh)
-        (fresh / CARD).write_text(card, encoding="utf-8")
+        (fresh / CARD).write_text(card, encoding="utf-8", newline="\n")
         files = {
             each.relative_to(fresh).as_posix(): file_hash(each)
             for each in sorted(fresh.rglob("*"))
             if each.suffix in TENSOR_FILES
         }
-        (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8")
+        (fresh / MANIFEST).write_text(manifest.model_copy(update={"files": files}).text, encoding="utf-8", newline="\n")
         check(fresh)
 
     write_folder(place, write, overwrite=overwrite, check=lambda place: require_place(place, overwrite=overwrite))
@@ -203,15 +202,9 @@ def _untied(model: PreTrainedModel) -> dict[str, Any]:
     return state
 
 
-def _write_delta(journal: Journal, manifest: Manifest) -> Callable[[Path], None]:
-    tensors = {name: each for name, each in journal.state().items() if name in manifest.weights}
-    require_finite(tensors, Path(DELTA))
-    return lambda folder: write_tensors(folder / DELTA, tensors)
-
-
 FORMATS: dict[str, Callable[[Journal, Manifest, ExportOptions], tuple[Manifest, Fill]]] = {
     "model": lambda journal, manifest, _: (manifest, _model_writer(journal.model)),
-    "delta": lambda journal, manifest, _: (manifest, _write_delta(journal, manifest)),
+    "delta": write_delta,
     "lora": write_lora,
     "memory": lambda journal, manifest, _: (manifest, write_memory(journal, manifest)),
     "gguf": write_gguf,

@@ -6,6 +6,7 @@ is laid out as llama.cpp's ``convert_hf_to_gguf.py`` does, if it has Llama's str
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from gguf import GGUFWriter
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from cakeflow.errors import ExportError
 from cakeflow.export.gguf_file import EXACT, Packed, architecture_in, open_gguf, packed, stored, write_swapped
@@ -43,6 +44,8 @@ NUMBERS = {
     "vocab_size": "vocab_size",
 }
 """Key of GGUF -> entry of a config."""
+UNREAD = ("head_dim", "attention_bias", "mlp_bias")
+"""Entries of a config that transformers may not take from a file."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,7 @@ def write_gguf(journal: Journal, manifest: Manifest, options: ExportOptions) -> 
 
     def fill(folder: Path) -> None:
         draft.write(folder / FILE)
-        (folder / MODELFILE).write_text(modelfile(lm), encoding="utf-8")
+        (folder / MODELFILE).write_text(modelfile(lm), encoding="utf-8", newline="\n")
 
     return manifest, fill
 
@@ -158,6 +161,8 @@ def _architecture(lm: LanguageModel) -> str:
     faults = {
         f"the layout of {name}": name not in LLAMA_STYLE,
         f"positions of type {rope.get('rope_type')!r}": rope.get("rope_type", "default") != "default",
+        "biases of a qwen3, which llama.cpp has none of,": name == "qwen3"
+        and bool(getattr(config, "attention_bias", 0)),
         "sliding windows": bool(getattr(config, "use_sliding_window", False)),
         f"the activation {getattr(config, 'hidden_act', None)!r}": getattr(config, "hidden_act", "silu") != "silu",
     }
@@ -169,6 +174,7 @@ def _architecture(lm: LanguageModel) -> str:
 
 def _write_new(lm: LanguageModel, architecture: str, tensors: Mapping[str, Packed], path: Path) -> None:
     writer = GGUFWriter(path, architecture)
+    writer.add_type("model")
     _add_numbers(writer, architecture, lm.config)
     add_tokenizer(writer, lm)
     writer.add_quantization_version(2)
@@ -242,6 +248,22 @@ def _asked(lm: LanguageModel, draft: Draft, journal: Journal) -> tuple[str, floa
     return f"{same} of {len(texts)}", difference(answers, expected)
 
 
+def _config_of(lm: LanguageModel, folder: Path) -> Any:
+    """The config that the file of an export states, and for what transformers does not find there that of the model."""
+    stated: Any = AutoConfig.from_pretrained(folder, gguf_file=FILE)
+    missing = [name for name in UNREAD if getattr(stated, name, None) != getattr(lm.config, name, None)]
+    if missing:
+        warnings.warn(
+            f"transformers does not find {' and '.join(missing)} in a GGUF file, as llama.cpp does; it loads this one "
+            "with the config of the base model only: from_pretrained(FOLDER, gguf_file=..., config=...)",
+            stacklevel=6,
+        )
+    config = copy.deepcopy(lm.config)
+    for name in (*NUMBERS.values(), "rms_norm_eps", "rope_parameters", "tie_word_embeddings"):
+        setattr(config, name, getattr(stated, name))
+    return config
+
+
 def load_gguf(lm: LanguageModel, folder: Path) -> LanguageModel:
     """Load the file of an export as transformers does.
 
@@ -250,7 +272,9 @@ def load_gguf(lm: LanguageModel, folder: Path) -> LanguageModel:
         folder: The export.
     """
     implementation = lm.model.config._attn_implementation
-    options = {"attn_implementation": implementation} if implementation else {}
+    options: dict[str, Any] = {"attn_implementation": implementation} if implementation else {}
+    if lm.config.model_type in LLAMA_STYLE:
+        options["config"] = _config_of(lm, folder)
     with without_progress_bars():
         model = type(lm.model).from_pretrained(folder, gguf_file=FILE, dtype=lm.dtype, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=FILE)

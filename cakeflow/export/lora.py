@@ -63,7 +63,7 @@ def write_lora(journal: Journal, manifest: Manifest, options: ExportOptions) -> 
             place = folder / f"part-{number}" if number > 1 else folder
             place.mkdir(exist_ok=True)
             write_tensors(place / TENSORS, tensors, {"format": "pt"})
-            (place / CONFIG).write_text(config, encoding="utf-8")
+            (place / CONFIG).write_text(config, encoding="utf-8", newline="\n")
 
     return manifest.model_copy(update={"details": details}), write
 

@@ -10,6 +10,8 @@ from cakeflow.models.loading import HUB_IDS
 
 OverRank = Literal["error", "truncate", "split"]
 """What becomes of an adapter of too large a rank."""
+DeltaLayout = Literal["smallest", "dense"]
+"""How a delta holds the weights."""
 SERVED_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Ranks that vLLM accepts as ``max_lora_rank``."""
 
@@ -25,6 +27,8 @@ class ExportOptions:
         max_rank: Largest rank of an adapter that the server takes; None for vLLM's largest, 512.
         over_rank: What becomes of an adapter of a larger rank: ``error``; ``truncate``, to the largest singular values,
             with the error in the manifest; ``split``, into adapters of at most that rank whose sum is the change.
+        layout: How a delta holds each weight: ``smallest``, as factors, as the entries that differ or whole, whichever
+            takes the fewest bytes; ``dense``, whole, for other programs. Both give equal bits.
         base: Hub id or folder of the base model, as cards and adapters name it.
     """
 
@@ -32,6 +36,7 @@ class ExportOptions:
     source: str = ""
     max_rank: int | None = None
     over_rank: OverRank = "error"
+    layout: DeltaLayout = "smallest"
     base: str = ""
 
     def base_of(self, model: str) -> str:
@@ -43,3 +48,5 @@ class ExportOptions:
             raise ConfigError(f"max_rank = {self.max_rank}: vLLM accepts {', '.join(map(str, SERVED_RANKS))}")
         if self.over_rank not in ("error", "truncate", "split"):
             raise ConfigError(f"over_rank = {self.over_rank!r}: expected error, truncate, split")
+        if self.layout not in ("smallest", "dense"):
+            raise ConfigError(f"layout = {self.layout!r}: expected smallest, dense")

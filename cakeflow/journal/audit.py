@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cakeflow.errors import EditError, LedgerError, RunFolderError
 from cakeflow.journal.journal import Journal
@@ -131,12 +132,23 @@ def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) ->
         RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
     """
+    return load_editable(name or name_of_base(run), **loading_of(run, name, loading))
+
+
+def loading_of(run: Path, name: str | None = None, loading: Loading = Loading()) -> dict[str, Any]:
+    """Return the arguments with which ``base_of`` loads the unedited model: what a ledger names, then ``loading``.
+
+    Args:
+        run: The run folder.
+        name: As for ``base_of``; options of loading on record belong to the name on record.
+        loading: What the user chose.
+    """
     entries = JournalStore(ledger_of(run).parent).ledger.entries
     dtypes = [body.dtype for body in bodies(entries, ModelBody)]
     runs = [] if name else bodies(entries, RunBody)[-1:]
     known = {option: value for each in runs for option, value in each.loading.items() if option != "commit"}
     dtype = dtypes[-1].removeprefix("torch.") if dtypes else "auto"
-    return load_editable(name or name_of_base(run), dtype=dtype, **{**known, **loading.arguments()})
+    return {"dtype": dtype, **known, **loading.arguments()}
 
 
 def name_of_base(run: Path) -> str:

@@ -46,7 +46,7 @@ def who() -> str:
     account = _account()
     try:
         claim = visible(getpass.getuser())[:64]
-    except (OSError, KeyError):  # nothing is claimed
+    except (OSError, KeyError, ImportError):  # nothing is claimed; before Python 3.13 Windows lacks a module then
         claim = account
     return f"{account}@{platform.node()}" + (f" (environment: {claim})" if claim != account else "")
 

@@ -40,23 +40,31 @@ HUB = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force
 
 RECORDED = ("revision", "subfolder", "variant", "code_revision", "attn_implementation")
 """Arguments of ``load_model`` that a ledger names and that are taken from one; never a token, nor trust."""
+SECRET = ("token", "trust_remote_code")
+"""Options of ``Loading`` that no file keeps: they are given to every command anew."""
 
 
 @dataclass(frozen=True)
 class Loading:
-    """How a command loads a model that is not public, not on the main branch, or has Python of its own.
+    """How a command loads its model; every command that loads one takes all of these, as ``--loading.NAME``.
 
     Attributes:
         revision: Branch, tag or commit on the hub; of a run's model by default the one that the ledger names.
         subfolder: Folder inside the repository.
         token: Access token; the environment's (``HF_TOKEN``) is not seen in the list of processes.
         trust_remote_code: Whether the Python of the model's folder runs. No ledger and no config file says so.
+        dtype: Type of the weights, such as ``bfloat16``; by default the one that the files, or a run's ledger, have.
+        device_map: Devices that the model is spread over, such as ``auto``.
+        attn_implementation: Attention, such as ``sdpa`` or ``eager``.
     """
 
     revision: str | None = None
     subfolder: str | None = None
     token: str | None = field(default=None, repr=False)
     trust_remote_code: bool = False
+    dtype: str | None = None
+    device_map: str | None = None
+    attn_implementation: str | None = None
 
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``load_model`` that differ from the defaults."""

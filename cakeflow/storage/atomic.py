@@ -11,8 +11,9 @@ import secrets
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -42,16 +43,26 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         sys.audit("cakeflow.files", "written", path.name)
         flush(temporary)
         sys.audit("cakeflow.files", "flushed", path.name)
-        temporary.replace(path)
+        _put(temporary, path)
         sys.audit("cakeflow.files", "renamed", path.name)
         flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _put(temporary: Path, path: Path) -> None:
+    """Rename a file onto another; Windows refuses that while somebody reads the other one, so try for two seconds."""
+    for wait in (0.05, 0.15, 0.3, 0.5, 1.0):
+        with suppress(PermissionError):
+            temporary.replace(path)
+            return
+        time.sleep(wait)
+    temporary.replace(path)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically, as UTF-8."""
-    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    """Write a text file atomically: UTF-8, with the same bytes on every system."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8", newline="\n"))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
@@ -108,7 +119,8 @@ def append_line(path: Path, line: bytes) -> None:
 
     A process that is killed meanwhile may leave an unfinished last line; ``unfinished`` tells where it begins.
     """
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o644)
+    own = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)  # without the latter Windows adds carriage returns
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | own, 0o644)
     try:
         size = os.fstat(descriptor).st_size
         marker = _marker(path)
@@ -184,11 +196,9 @@ def beside(path: Path, kind: str) -> Path:
 def flush(path: Path) -> None:
     """Flush a file, or the names in a folder, to disk; systems that cannot do so for folders are forgiven."""
     folder = path.is_dir()
-    descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not folder:
-            raise
-    finally:
-        os.close(descriptor)
+    with suppress(OSError) if folder else nullcontext():  # Windows opens no folder at all
+        descriptor = os.open(path, os.O_RDONLY if folder else os.O_RDWR)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

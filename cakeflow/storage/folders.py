@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import os
 import re
 import shutil
@@ -70,6 +71,7 @@ def write_folder(
             pass_on_rights(fresh, fresh.rglob("*"))
             for entry in (*fresh.rglob("*"), fresh):
                 flush(entry)
+            gc.collect()  # what was read of it may be mapped still, and Windows renames no folder with an open file
             with uninterrupted():
                 _put(fresh, path, before)
         finally:
@@ -82,11 +84,26 @@ def check_free(path: Path, *, overwrite: bool) -> None:
     Raises:
         ConfigError: If ``path`` is a file, a mount point, or a folder with content that may not be overwritten.
     """
-    if path.is_mount():
+    if os.path.ismount(path):  # ``Path.is_mount`` raises on Windows before Python 3.12
         raise ConfigError(f"{path} is a mount point, which no folder can replace; choose a folder inside it")
     if path.exists() and (not path.is_dir() or (any(path.iterdir()) and not overwrite)):
         remedy = "choose another place" if not path.is_dir() else "choose another folder, or overwrite=True"
         raise ConfigError(f"{path} exists already; {remedy}")
+
+
+def file_name(name: str) -> str:
+    r"""Return a name that a file or folder can have on every system, the name itself if it is one.
+
+    Windows takes neither some signs, nor dots and spaces at the end, nor the names of devices.
+
+    Example:
+        >>> file_name("facts"), file_name('a/b: "c"?'), file_name("CON"), file_name("..")
+        ('facts', 'a_b_ _c__', 'CON_', '__')
+    """
+    plain = re.sub(r'[<>:"/\\|?*\x00-\x1f]|[. ](?=[. ]*$)', "_", name)
+    if plain.startswith("."):
+        return plain
+    return re.sub(r"^(con|prn|aux|nul|com\d|lpt\d|)(?=\.|$)", r"\1_", plain, flags=re.IGNORECASE)
 
 
 def require_inside(path: Path, folder: Path) -> Path:
@@ -109,11 +126,15 @@ def _put(fresh: Path, path: Path, before: State | None) -> None:
             _replace(fresh, path, before)
     except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
         raise _changed(path) from error
+    except PermissionError as error:
+        raise ConfigError(
+            f"{path} cannot be put in its place: {error}; close whatever has a file in it open, or choose another place"
+        ) from error
     flush(path.parent)
 
 
 def _move_to_free_place(fresh: Path, path: Path) -> None:
-    if os.name != "nt":  # Windows never renames onto something; elsewhere an empty folder would be replaced unnoticed
+    if sys.platform != "win32":  # which renames onto nothing; elsewhere an empty folder would be replaced unnoticed
         path.mkdir()
     try:
         fresh.rename(path)

@@ -20,7 +20,7 @@ from cakeflow.evaluation.outcome import TOKENS
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
-from cakeflow.models.loading import load_model
+from cakeflow.models.loading import Loading, load_model
 from cakeflow.models.products import has_fast_products, product
 from cakeflow.suites.suite import Arm, Suite
 
@@ -79,7 +79,7 @@ def plan(arms: Sequence[Arm], speed: float | None = None) -> list[Estimate]:
     Raises:
         ConfigError: If the shape of the model is not known: it is not there, and the suite states none.
     """
-    lm, speed = shape_of(arms[0].suite), (speed or rate()) * PART
+    lm, speed = shape_of(arms[0].suite, arms[0].loading), (speed or rate()) * PART
     weights = list(lm.model.parameters())
     size, entries = sum(each.nbytes for each in weights), sum(each.numel() for each in weights)
     shared: set[tuple[str, int, int, str]] = set()
@@ -95,14 +95,18 @@ def plan(arms: Sequence[Arm], speed: float | None = None) -> list[Estimate]:
     return rows
 
 
-def shape_of(suite: Suite) -> LanguageModel:
+def shape_of(suite: Suite, loading: Loading = Loading()) -> LanguageModel:
     """Return the model of a suite without its weights, as the suite states its shape, else loaded.
+
+    Args:
+        suite: The suite.
+        loading: How it is loaded.
 
     Raises:
         ConfigError: If it is not there, and the suite states no shape, or one that no model has.
     """
     if not suite.shape:
-        return load_model(suite.model)
+        return load_model(suite.model, **loading.arguments())
     values: dict[str, Any] = dict(suite.shape)
     try:
         tokenizer = load_model(str(values.pop("tokenizer"))).tokenizer

@@ -144,7 +144,7 @@ class Rows:
         rest = [arm for arm in arms if arm.name not in self.stored]
         with locked(self.path):
             if rest:
-                self._check_model(rest[0].suite.model)
+                self._check_model(rest[0])
             for arm in rest:
                 self._store(self._measured(arm))
                 self.notify(arm, self.stored[arm.name])
@@ -173,9 +173,10 @@ class Rows:
         editor.module.unedited = self._unedited  # every arm asks the same unedited model the same
         run_fit(editor.trainer(folder), editor.module, arm.requests, goes_on=python_call)
 
-    def _check_model(self, model: str) -> None:
+    def _check_model(self, arm: Arm) -> None:
         """Load the model once, since what is wrong with it is no result of a method, and compare it with the rows."""
-        fingerprint = load_model(model).fingerprint()
+        model = arm.suite.model
+        fingerprint = load_model(model, **arm.loading.arguments()).fingerprint()
         others = {row.fingerprint for row in self.stored.values()} - {fingerprint, ""}
         if others:
             raise ResumeError(

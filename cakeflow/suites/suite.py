@@ -19,6 +19,7 @@ from cakeflow.core.config import (
     build_module,
     configs_of,
     find_config,
+    load_with,
     model_kind,
     read_config,
     shipped,
@@ -29,6 +30,8 @@ from cakeflow.data.review import check_fields
 from cakeflow.editor import with_checks
 from cakeflow.errors import ConfigError, did_you_mean, listed, require_count
 from cakeflow.evaluation.outcome import METRICS
+from cakeflow.models.loading import Loading
+from cakeflow.storage.folders import file_name
 from cakeflow.storage.typed import Count, Json, Schema, read_as
 
 Part = dict[str, Json]
@@ -117,6 +120,7 @@ class Arm:
         data: Name of its data set.
         size: Number of facts.
         seed: Seed of the shuffle that chose them.
+        loading: How the model is loaded.
     """
 
     suite: Suite = field(repr=False)
@@ -124,11 +128,12 @@ class Arm:
     data: str
     size: int
     seed: int
+    loading: Loading = field(default=Loading(), repr=False)
 
     @property
     def name(self) -> str:
         """The data set, its size and seed, and the method; also the folder of the run below that of the suite."""
-        return f"{self.data}/{self.size}/seed{self.seed}/{self.method}"
+        return f"{file_name(self.data)}/{self.size}/seed{self.seed}/{file_name(self.method)}"
 
     @property
     def overrides(self) -> Part:
@@ -160,7 +165,7 @@ class Arm:
             raise ConfigError(f"arm {self.method!r}: {taken[0]} is that of the whole suite; leave it out of the arm")
         values |= {"base": self.suite.model, "evaluation": dict(self.suite.evaluation)}
         try:
-            return build_module(self.configs, **values)
+            return load_with(build_module(self.configs, **values), self.loading.arguments())
         except ConfigError as error:
             raise ConfigError(f"arm {self.method!r} of the suite: {error}") from error
 
@@ -193,10 +198,14 @@ class Arm:
         return with_checks(build_callbacks([*self.suite.callbacks, *further]))
 
 
-def arms_of(suite: Suite) -> list[Arm]:
+def arms_of(suite: Suite, loading: Loading = Loading()) -> list[Arm]:
     """Return the arms of a suite, data set by data set, the baseline first in each.
 
     Everything that can be checked without a model is checked: recipes, arguments, facts, and fields that metrics need.
+
+    Args:
+        suite: The suite.
+        loading: How the model is loaded.
 
     Raises:
         ConfigError: Naming what is wrong, and where.
@@ -206,12 +215,15 @@ def arms_of(suite: Suite) -> list[Arm]:
         require_count("sizes", size, 1)
     names = [suite.baseline, *(each for each in suite.methods if each != suite.baseline)]
     arms = [
-        Arm(suite, method, data, size, seed)
+        Arm(suite, method, data, size, seed, loading)
         for data in suite.data
         for size in suite.sizes
         for seed in suite.seeds
         for method in names
     ]
+    for each in (suite.data, suite.methods):
+        if len({file_name(name).casefold() for name in each}) < len(each):
+            raise ConfigError(f"of {listed([*each])} some would have one folder on some systems; choose other names")
     modules = {arm.method: arm.module() for arm in arms[: len(names)]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each arm says its doubts when it runs

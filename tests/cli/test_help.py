@@ -20,7 +20,7 @@ VALUES = {
     "model.repairs": "1", "model.rounds": "1", "model.dtype": "bfloat16", "model.statistics.source": "corpus.txt",
     "model.statistics.tokens": "4096", "model.evaluation.protocol": "official", "trainer.accelerator": "cpu",
     "trainer.logger": "CSVLogger", "import": "json", "method": "cake", "model": "smollm2-135m", "data": "builtin",
-    "config": str(shipped("method")["cake"]), "targets": "short", "from": "runs/y",
+    "loading.revision": "v1", "config": str(shipped("method")["cake"]), "targets": "short", "from": "runs/y",
 }  # fmt: skip
 
 

@@ -124,9 +124,9 @@ def test_only_an_export_is_overwritten(one, tmp_path):
 
 @pytest.fixture
 def delta(one, tmp_path):
-    """A delta, and the unedited model it belongs to."""
+    """A delta of whole weights, and the unedited model it belongs to; those of factors are in ``test_delta``."""
     base, editor = one
-    editor.export(tmp_path / "delta", "delta")
+    editor.export(tmp_path / "delta", "delta", layout="dense")
     return tmp_path / "delta", load_model(base)
 
 
@@ -174,6 +174,7 @@ def forged(folder, tensors, **changes):
     """A delta whose hashes fit, whoever made it."""
     save_file(tensors, folder / "delta.safetensors")
     told = json.loads((folder / "manifest.json").read_text())
+    told.pop("details", None)  # as before there were layouts; those are forged in test_delta
     files = {"delta.safetensors": file_hash(folder / "delta.safetensors")}
     (folder / "manifest.json").write_text(sealed_text(told | {"files": files} | changes))
 
@@ -223,7 +224,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text() | st.just("before"), inner, max_size=3),
     max_leaves=6,
 )
-NAMES = ("version", "format", "model", "fingerprint", "dtype", "edits", "ledger", "weights", "files", "hash")
+NAMES = ("version", "format", "model", "fingerprint", "dtype", "edits", "ledger", "weights", "files", "hash", "details")
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

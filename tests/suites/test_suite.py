@@ -122,6 +122,15 @@ def test_unknown_suites_and_unclear_files_are_refused(write):
         read_suite(write(), methods=["nothing"])
 
 
+def test_arms_have_folders_that_every_system_can_make(write):
+    own = {"source": "facts.json"}
+    arms = arms_of(read_suite(write(data={"../up?": own, "CON": own})))
+    assert {arm.name.split("/")[0] for arm in arms} == {".._up_", "CON_"}
+    for names in (("Own", "own"), ("a:b", "a?b")):
+        with pytest.raises(ConfigError, match="would have one folder on some systems"):
+            arms_of(read_suite(write(data=dict.fromkeys(names, own))))
+
+
 def test_a_suite_is_what_its_class_says():
     assert set(SUITE) <= set(Suite.model_fields)
     assert re.match(r"[a-z_]+$", "".join(Suite.model_fields))
