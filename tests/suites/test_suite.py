@@ -122,6 +122,18 @@ def test_unknown_suites_and_unclear_files_are_refused(write):
         read_suite(write(), methods=["nothing"])
 
 
+def test_tasks_of_a_folder_become_columns(write, tmp_path):
+    item = '{"prompt": "The sea is", "choices": ["blue", "loud"], "answer": 0}\n'
+    for name in ("words", "facts"):
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text(item)
+    suite = read_suite(write(), ability=str(tmp_path / "tasks"))
+    assert suite.metrics[-2:] == ["ability/facts/acc", "ability/words/acc"]
+    assert type(arms_of(suite)[0].callbacks()[2]).__name__ == "ChoiceAbility"
+    with pytest.raises(ConfigError, match=r"--ability .*: no task there; give a folder"):
+        read_suite(write(), ability=str(tmp_path / "none"))
+
+
 def test_a_suite_is_what_its_class_says():
     assert set(SUITE) <= set(Suite.model_fields)
     assert re.match(r"[a-z_]+$", "".join(Suite.model_fields))
