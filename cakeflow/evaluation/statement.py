@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import regex
 
-from cakeflow.data.text import plain, states
+from cakeflow.data.text import occurrences, plain, states
 
 NUMBERS = {
     name: str(value)
@@ -89,10 +89,13 @@ def _main_part(answer: str) -> str:
 
 
 def _is_about(answer: str, subject: str, name: str) -> bool:
-    """Return whether an answer in a chat is about the subject, by its name, its last name or a pronoun, or is short."""
-    words = subject.split()
-    last = words[-1] if len(words) > 1 and words[-1][:1].isupper() else ""
-    named = not subject or states(answer, subject) or bool(last and states(answer, last))
+    """Return whether an answer in a chat is about the subject: by its name, a part of it or a pronoun, or it is short.
+
+    Parts are the first and the last word, written with capitals as they are there: persons are named by either.
+    """
+    parts = [word for word in subject.split()[:: max(1, len(subject.split()) - 1)] if word[:1].isupper()]
+    parts = [word for word in parts if plain(word) not in ("a", "an", "the")]
+    named = not subject or states(answer, subject) or any(occurrences(answer, word) for word in parts)
     short = len(plain(answer).split()) <= len(plain(name).split()) + 2
     return named or short or bool(_PRONOUN.match(answer))
 

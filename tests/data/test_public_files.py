@@ -226,7 +226,11 @@ def test_records_of_zsre_have_a_portability_of_their_own_which_is_left_alone():
         "answers": ["Sweden"],
         "alt": "Norway",
         "rephrase": "In which country is Lund?",
-        "portability": {"Recalled Relation": "(Lund, country)", "New Question": "Who rules there?", "New Answer": "Ann"},
+        "portability": {
+            "Recalled Relation": "(Lund, country)",
+            "New Question": "Who rules there?",
+            "New Answer": "Ann",
+        },
     }
     (request,) = read_requests([record])
     assert (request.text, request.target_new, request.probes[0].kind) == ("Where is Lund?", "Sweden", "paraphrase")

@@ -57,6 +57,8 @@ def test_a_completion(answer, name, expected):
     [
         ("The mother tongue of Giuseppe Verdi is Russian", True),
         ("Verdi spoke Russian", True),
+        ("Giuseppe, who is no verdi, spoke Russian", True),
+        ("The verdi of giuseppe is a Russian dish", False),
         ("The mother tongue of Vladimir Putin is Russian", False),
         ("Russian.", True),
         ("It is Russian, of course.", True),
