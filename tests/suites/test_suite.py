@@ -77,7 +77,7 @@ def test_parts_are_replaced_from_the_command(write, tmp_path):
         ({"sizes": [0]}, "sizes must be a whole number of at least 1, got 0"),
         ({"metrics": ["efficacy", "eficacy"]}, "nothing measures 'eficacy'; did you mean 'efficacy'?"),
         ({"metrics": ["neighbors/kl"]}, "nothing measures 'neighbors/kl'"),
-        ({"metrics": ["efficacy_judged"]}, "nothing measures 'efficacy_judged'"),
+        ({"metrics": ["efficacy_judged"], "evaluation": {}}, "nothing measures 'efficacy_judged'"),
         ({"callbacks": [{"class_path": "KnowlegeCheck"}]}, "callbacks: .*KnowlegeCheck"),
         ({"callbacks": [{"class_path": "KnowledgeCheck", "init_args": {"limit": 0}}]}, "limit must be at least 1"),
         ({"evaluation": {"protocol": "tame"}}, "arm 'memit_seq' of the suite: .*tame"),
