@@ -48,7 +48,10 @@ def main() -> None:
     else:
         judges = [ExactMatch(), Containment(), Stated(), *map(ModelJudge, arguments.judge)]
         for judge in judges:
-            print(json.dumps(compared(judge, read_labels(arguments.labels))))
+            rows = read_labels(arguments.labels)
+            for draw in dict.fromkeys(row.get("draw", 1) for row in rows):
+                part = [row for row in rows if row.get("draw", 1) == draw]
+                print(json.dumps({"draw": draw, **compared(judge, part)}))
 
 
 def read_labels(path: Path = LABELS) -> list[dict[str, Any]]:

@@ -25,25 +25,31 @@ from cakeflow.evaluation.judges import (
 )
 from cakeflow.forward.generation import continuations
 
-LABELS = Path(__file__).parents[2] / "benchmarks" / "judge_labels.jsonl"
+LABELS = Path(__file__).parents[2] / "benchmarks"
 RECORD = EditRequest(
     "{} is", "The sea", "calm", "wild", probes=(Probe("paraphrase", "Now the sea is"), Probe("neighborhood", "Lund is"))
 )
 
 
-def labelled():
-    rows = [json.loads(line) for line in LABELS.read_text(encoding="utf-8").splitlines()]
+def labelled(name="judge_labels", draw=1):
+    rows = [json.loads(line) for line in (LABELS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row.get("draw", 1) == draw]
     items = [JudgedAnswer(r["question"], r["expected"], r["answer"], r["subject"], r["kind"] == "chat") for r in rows]
     return items, [row["right"] for row in rows]
 
 
 @pytest.mark.parametrize(
-    ("judge", "count"), [(ExactMatch(), 43), (Containment(), 54), (Stated(), 57)], ids=lambda each: str(each)
+    ("judge", "counts"),
+    [(ExactMatch(), (43, 28, 40)), (Containment(), (54, 50, 51)), (Stated(), (57, 51, 52))],
+    ids=lambda each: str(each),
 )
-def test_agreement_with_sixty_answers_that_were_labelled_by_hand(judge, count):
-    items, labels = labelled()
-    assert (len(items), sum(labels)) == (60, 32)
-    assert agreement(judge.judge(items), labels) == count / 60
+def test_agreement_with_answers_that_were_labelled_by_hand(judge, counts):
+    sets = [labelled(), labelled("judge_labels_fresh"), labelled("judge_labels_fresh", 2)]
+    assert [(len(items), sum(labels)) for items, labels in sets] == [(60, 32), (53, 32), (54, 22)]
+    shares = [agreement(judge.judge(items), labels) for items, labels in sets]
+    assert shares == pytest.approx([count / len(items) for count, (items, _) in zip(counts, sets, strict=True)])
+    if judge == Stated():
+        assert min(shares) >= 0.95
 
 
 def test_the_rules_differ_where_they_should():
