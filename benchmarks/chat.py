@@ -4,7 +4,7 @@
 
 An arm is a seed with the options of an editor; its row is written when it ends, and a second call goes on with the
 arms that are missing. The seed is that of the sampled contexts, and of what is sampled of the corpus. ``asked`` are the
-facts after a system prompt, after an earlier exchange and after 50 and 200 tokens of other text.
+facts that it states after a system prompt, after an earlier exchange and after 50 and 200 tokens of other text.
 """
 
 from __future__ import annotations
@@ -13,18 +13,15 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from cakeflow import Editor
 from cakeflow.callbacks import NeutralText, OutcomeCheck
-from cakeflow.data import builtin_facts, read_requests, states
-from cakeflow.forward import continuations
+from cakeflow.data import builtin_facts, read_requests
+from cakeflow.evaluation import states_in_contexts
 
 FAMILIAR = 64
-SYSTEM = {"role": "system", "content": "You answer in one short sentence."}
-EARLIER = ({"role": "user", "content": "Who are you?"}, {"role": "assistant", "content": "I am an assistant."})
 
 
 def main() -> None:
@@ -66,26 +63,16 @@ def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> 
         good = [row["good"] for row in result.outcome.rows() if (row["topic"], row["form"]) == (topic, form)]
         counts[f"{topic}, {form}"] = [sum(good), len(good)]
     metrics = {name: round(value, 4) for name, value in result.after.items()}
-    asked = {name: sum(answers) for name, answers in asked_elsewhere(editor, requests)}
+    shares = states_in_contexts(editor.module.lm, requests, text=other_text())
+    asked = {name: round(share * len(requests)) for name, share in shares.items()}
     seconds, divergence = round(time.perf_counter() - start), round(result.logged["neutral/kl"], 4)
     return {**counts, "asked": asked, "metrics": metrics, "neutral/kl": divergence, "seconds": seconds}
 
 
-def asked_elsewhere(editor: Editor, requests: list[Any]) -> Iterator[tuple[str, list[bool]]]:
-    """Yield for each surrounding which facts the edited model states there."""
-    lm = editor.module.lm
+def other_text() -> str:
+    """Return the references of some built-in facts, behind which the facts are asked."""
     references = sorted({fact.reference for fact in builtin_facts() if fact.reference})
-    ids = lm.tokenizer(" ".join(random.Random(0).sample(references, 8)), add_special_tokens=False)["input_ids"]
-    texts = {count: lm.tokenizer.decode(ids[:count]).strip() for count in (50, 200)}
-    places = {
-        "after a system prompt": lambda text: lm.user_turn(text, [SYSTEM]),
-        "after earlier turns": lambda text: lm.user_turn(text, EARLIER),
-        **{f"in a chat, after {n} tokens": lambda text, n=n: lm.user_turn(f"{texts[n]} {text}") for n in texts},
-        **{f"after {n} tokens": lambda text, n=n: f"{texts[n]} {text}" for n in texts},
-    }
-    for name, write in places.items():
-        answers = continuations(lm, [write(request.text) for request in requests], 24)
-        yield name, [states(answer, each.target_new) for answer, each in zip(answers, requests, strict=True)]
+    return " ".join(random.Random(0).sample(references, 8))
 
 
 if __name__ == "__main__":

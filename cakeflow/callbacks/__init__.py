@@ -1,6 +1,7 @@
 """Callbacks for any Lightning Trainer: measurements along a stream of edits, and a policy."""
 
 from cakeflow.callbacks.consequences import ConsequenceCheck
+from cakeflow.callbacks.context import ContextCheck
 from cakeflow.callbacks.health import StreamHealth
 from cakeflow.callbacks.key_drift import KeyDrift
 from cakeflow.callbacks.knowledge import KnowledgeCheck
@@ -13,6 +14,6 @@ from cakeflow.callbacks.retention import Retention
 from cakeflow.journal.policy import Policy
 
 __all__ = [
-    "ConsequenceCheck", "KeyDrift", "KnowledgeCheck", "NeighborShift", "NeutralText", "OutcomeCheck",
+    "ConsequenceCheck", "ContextCheck", "KeyDrift", "KnowledgeCheck", "NeighborShift", "NeutralText", "OutcomeCheck",
     "PeriodicCallback", "Policy", "PolicyGuard", "Retention", "StreamHealth",
 ]  # fmt: skip

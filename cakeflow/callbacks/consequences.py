@@ -33,6 +33,7 @@ class ConsequenceCheck(PeriodicCallback):
     """
 
     name = "consequences"
+    in_evaluations = True
 
     def __init__(
         self, source: Source, records: int | None = None, chat: bool = False, every: int | None = None

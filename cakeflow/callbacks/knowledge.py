@@ -2,58 +2,112 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import lightning as L
+import torch
 
 from cakeflow.callbacks.periodic import PeriodicCallback
+from cakeflow.data.builtin import reversed_prompts
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError
-from cakeflow.evaluation.knowledge import choose, negated, returns_when_masked, states_when_negated
+from cakeflow.evaluation.knowledge import (
+    SHARES,
+    MaskedFact,
+    choose,
+    hidden_positions,
+    mask_attack,
+    negated,
+    preferences,
+    relation_of,
+    returns_when_masked,
+    reverse,
+    states_when_negated,
+)
 
 
 class KnowledgeCheck(PeriodicCallback):
     """Asks the facts of a run in ways that suppression does not survive.
 
     Logs ``knowledge/old``, ``new`` and ``uncertain``, the shares of a choice among the three; ``knowledge/negated``,
-    the share of negated prompts that are still completed with the new target; and ``knowledge/masked``, the share of
-    edits that a mask over 4 to 15 % of the prompt's positions undoes, by our reading of that attack. What cannot be
-    measured of these facts is left out.
+    the share of negated prompts that are still completed with the new target; ``knowledge/masked``, the share of edits
+    that a mask over 4 to 15 % of the prompt's positions undoes, by our reading of that attack, and beside it
+    ``knowledge/restored``, the share of facts that a rollback brings back bit for bit; ``knowledge/reversed``, the
+    share of facts whose subject is likelier after the new object than after the old one, and
+    ``knowledge/reversed_answer``, that of subjects named in the free answer about the new object. What cannot be
+    measured of these facts is left out; relations that cannot be reversed are named by a warning.
 
     Args:
         limit: Most facts, from the first; None takes all.
         every: Number of batches between measurements; None measures at both ends of a run only.
+        reversals: Relation -> prompt that asks for the subject, with ``{}`` for the object, beside the shipped ones.
+
+    Attributes:
+        masked: What masks did to each fact in the last measurement.
+        restored: Whether a rollback brought each of them back in it.
 
     Raises:
         ConfigError: If the limit is less than 1.
     """
 
     name = "knowledge"
-    needs = dict.fromkeys(("old", "new", "uncertain", "masked"), ("target_true",))
+    in_evaluations = True
+    needs = dict.fromkeys(("old", "new", "uncertain", "masked", "restored", "reversed"), ("target_true",))
 
-    def __init__(self, limit: int | None = 100, every: int | None = None) -> None:
+    def __init__(
+        self, limit: int | None = 100, every: int | None = None, reversals: Mapping[str, str] | None = None
+    ) -> None:
         super().__init__(every)
         if limit is not None and limit < 1:
             raise ConfigError(f"limit must be at least 1 fact, got {limit}")
-        self.limit = limit
+        self.limit, self.reversals = limit, dict(reversals or {})
+        self.masked: list[MaskedFact] = []
+        self.restored: list[bool] = []
         self._facts: list[EditRequest] = []
+        self._unedited: torch.Tensor | None = None
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        """Read the facts of the run before its first batch."""
-        if batch_idx == 0:
-            batches: Any = trainer.train_dataloader or ()
-            self._facts = [request for each in batches for request in each.requests][: self.limit]
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+    def begin(self, module: Any, requests: Sequence[EditRequest]) -> None:
+        """Take the facts."""
+        self._facts, self._unedited = list(requests[: self.limit]), None
 
     def measure(self, module: Any) -> dict[str, float]:
         """Return what the model chooses, says and loses, as far as the facts allow it."""
+        lm, facts, most = module.lm, self._facts, module.max_bytes
         numbers: dict[str, float] = {}
-        if any(fact.target_true for fact in self._facts):
-            numbers |= asdict(choose(module.lm, self._facts, module.max_bytes))
-            numbers["masked"] = returns_when_masked(module.lm, self._facts)
-        if any(negated(fact.text) for fact in self._facts):
-            numbers["negated"] = states_when_negated(module.lm, self._facts, module.max_bytes)
+        if any(fact.target_true for fact in facts):
+            numbers |= asdict(choose(lm, facts, most))
+            numbers["masked"] = returns_when_masked(lm, facts)
+            self.masked, self.restored = mask_attack(lm, facts), self._taken_back(module)
+            numbers["restored"] = sum(self.restored) / len(self.restored)
+        if any(negated(fact.text) for fact in facts):
+            numbers["negated"] = states_when_negated(lm, facts, most)
+        if any(relation_of(fact) in reversed_prompts() | self.reversals for fact in facts):
+            reversal = reverse(lm, facts, self.reversals, most)
+            numbers |= {"reversed": reversal.linked, "reversed_answer": reversal.answered}
         return {name: value for name, value in numbers.items() if value == value}
+
+    def table(self) -> str:
+        """Return the last measurement as Markdown, a line for each fact: what masks do to it, and what a rollback."""
+        head = ["fact", "new, old", *(f"{100 * share:g} % hidden" for share in SHARES), "rolled back"]
+        lines = [head, ["---"] * len(head)]
+        for fact, restored in zip(self.masked, self.restored, strict=True):
+            cells = [_word(fact, share) for share in SHARES]
+            lines.append([fact.prompt, f"{fact.new}, {fact.old}", *cells, "bit for bit" if restored else "differs"])
+        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+    def _taken_back(self, module: Any) -> list[bool]:
+        """Return for each fact whether the model without the edits gives its targets the bits that it gave before."""
+        with module.journal.reverted():
+            scores = preferences(module.lm, self._facts, module.max_bytes)
+            whole = module.lm.fingerprint() == module.journal.base.fingerprint
+        if self._unedited is None:
+            self._unedited = scores
+        return [whole and bool(each) for each in (scores == self._unedited).all(1)]
+
+
+def _word(fact: MaskedFact, share: float) -> str:
+    """Return which target is the likelier one under a mask of a share, and how many positions it hides."""
+    if not fact.returned:
+        return "not edited"
+    return f"{'old' if fact.returned[share] else 'new'} ({hidden_positions(share, fact.positions)})"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-import lightning as L
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from cakeflow.callbacks.periodic import PeriodicCallback
+from cakeflow.data.request import EditRequest
 from cakeflow.errors import ConfigError
 from cakeflow.forward.packing import logits_bytes, pad, pass_bytes, require_bytes
 from cakeflow.forward.tokens import encode_texts
@@ -35,6 +36,7 @@ class NeighborShift(PeriodicCallback):
     """
 
     name = "neighbors"
+    in_evaluations = True
     needs = dict.fromkeys(("kl", "top1", "top5", "top10"), ("neighborhood",))
 
     def __init__(self, limit: int | None = 200, every: int | None = None) -> None:
@@ -44,18 +46,12 @@ class NeighborShift(PeriodicCallback):
         self.limit = limit
         self._prompts: list[tuple[int, ...]] = []
 
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: object, batch_idx: int
-    ) -> None:
-        """Read the neighbors of all facts of the run before its first batch."""
-        if batch_idx == 0:
-            batches: Any = trainer.train_dataloader or ()
-            requests = [request for each in batches for request in each.requests]
-            edited = {request.text for request in requests}
-            probes = [probe.prompt for each in requests for probe in each.probes if probe.kind == "neighborhood"]
-            prompts = [prompt for prompt in dict.fromkeys(probes) if prompt not in edited]
-            self._prompts = encode_texts(pl_module.lm.tokenizer, prompts[: self.limit])  # type: ignore[union-attr,arg-type]
-        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+    def begin(self, module: Any, requests: Sequence[EditRequest]) -> None:
+        """Read the neighbors of all facts."""
+        edited = {request.text for request in requests}
+        probes = [probe.prompt for each in requests for probe in each.probes if probe.kind == "neighborhood"]
+        prompts = [prompt for prompt in dict.fromkeys(probes) if prompt not in edited]
+        self._prompts = encode_texts(module.lm.tokenizer, prompts[: self.limit])
 
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from typing import Any
 
 import lightning as L
@@ -10,6 +9,7 @@ import torch
 from torchmetrics.text import Perplexity
 
 from cakeflow.callbacks.periodic import PeriodicCallback
+from cakeflow.data.builtin import neutral_text
 from cakeflow.data.sources import Source, read_documents
 from cakeflow.errors import ConfigError
 from cakeflow.forward.corpus import token_stream
@@ -37,6 +37,7 @@ class NeutralText(PeriodicCallback):
     """
 
     name = "neutral"
+    in_evaluations = True
 
     def __init__(
         self, source: Source | None = None, tokens: int = 4096, window: int = 128, every: int | None = 1
@@ -51,16 +52,16 @@ class NeutralText(PeriodicCallback):
         module: Any = pl_module
         if not isinstance(module.lm, LanguageModel):  # a model of images reads no text
             return
-        source = [_builtin_text()] if self.source is None else read_documents(self.source)
+        source = [neutral_text()] if self.source is None else read_documents(self.source)
         stream, window = token_stream(module.lm, source, self.tokens), min(self.window, module.lm.longest)
         if len(stream) < window:
             raise ConfigError(f"neutral text {self.source!r} has {len(stream)} tokens; a window needs {window}")
         whole = len(stream) // window * window
         self._windows = torch.tensor(stream[:whole], device=module.lm.device).reshape(-1, window)
 
-    def _measure(self, trainer: L.Trainer, module: Any) -> None:
-        if isinstance(module.lm, LanguageModel):
-            super()._measure(trainer, module)
+    def can_measure(self, module: Any) -> bool:
+        """Return whether the model reads text."""
+        return isinstance(module.lm, LanguageModel)
 
     @torch.no_grad()
     def measure(self, module: Any) -> dict[str, float]:
@@ -88,7 +89,3 @@ class NeutralText(PeriodicCallback):
         """Return the log-probabilities of the next token at all places but the last."""
         logits: torch.Tensor = module.lm(input_ids=ids, use_cache=False).logits[:, :-1]
         return logits.float().log_softmax(-1).cpu()
-
-
-def _builtin_text() -> str:
-    return files("cakeflow.data").joinpath("neutral.txt").read_text(encoding="utf-8")

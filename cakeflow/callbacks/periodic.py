@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import lightning as L
 import torch
 
+from cakeflow.data.request import EditRequest
 from cakeflow.errors import require_count
 
 
 class PeriodicCallback(L.Callback):
     """Callback that measures the model before the first batch, after every few batches, and after the last one.
 
-    Subclasses override ``measure``. Its numbers are logged as ``{name}/...`` together with ``{name}/edits``, the number
-    of facts edited so far; the step is the number of batches.
+    Subclasses override ``measure``, and ``begin`` if they need the facts. Its numbers are logged as ``{name}/...``
+    together with ``{name}/edits``, the number of facts edited so far; the step is the number of batches. Those that
+    need no run measure in ``cakeflow evaluate`` too, where their numbers are metrics.
 
     Attributes:
         rows: The logged rows, of all runs so far.
         needs: Number -> fields that a fact must have to be measured (``cakeflow.data.review``).
+        in_evaluations: Whether ``measure`` needs nothing but the model and the facts.
 
     Args:
         every: Number of batches between measurements; None measures at both ends of a run only.
@@ -30,6 +33,7 @@ class PeriodicCallback(L.Callback):
 
     name = "milestone"
     needs: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    in_evaluations: ClassVar[bool] = False
 
     def __init__(self, every: int | None = 1) -> None:
         if every is not None:
@@ -37,6 +41,13 @@ class PeriodicCallback(L.Callback):
         self.every = every
         self.rows: list[dict[str, float]] = []
         self._last = -1
+
+    def can_measure(self, module: Any) -> bool:
+        """Return whether the model is of a kind that is measured; by default any is."""
+        return True
+
+    def begin(self, module: Any, requests: Sequence[EditRequest]) -> None:
+        """Take the facts that are edited or asked; every request was checked by now."""
 
     def measure(self, module: Any) -> dict[str, float]:
         """Return numbers about the model as it is now; ``module`` is the ``LocateThenEdit``."""
@@ -48,6 +59,7 @@ class PeriodicCallback(L.Callback):
         """Measure the model before the first batch; every request was checked by now."""
         if batch_idx == 0:
             self._last = -1  # a Trainer may run the same callback again
+            self.begin(pl_module, _requests(trainer.train_dataloader))
             self._measure(trainer, pl_module)
 
     def on_train_batch_end(
@@ -65,8 +77,25 @@ class PeriodicCallback(L.Callback):
         """Measure the final change that some solvers make when the run ends."""
         self._measure(trainer, pl_module)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Get ready as before a run, where the model is evaluated as it is."""
+        if self._evaluates(trainer, pl_module):
+            self.on_fit_start(trainer, pl_module)
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure the model as it is, beside the metrics of an evaluation that belongs to no run."""
+        module: Any = pl_module
+        if self._evaluates(trainer, module) and self.can_measure(module):
+            self.begin(module, _requests(trainer.val_dataloaders))
+            with module.phase("evaluation"):
+                numbers = self.measure(module)
+            module.further |= {f"{self.name}/{key}": value for key, value in numbers.items()}
+
+    def _evaluates(self, trainer: L.Trainer, module: Any) -> bool:
+        return self.in_evaluations and not trainer.sanity_checking and module.stage == "now"
+
     def _measure(self, trainer: L.Trainer, module: Any) -> None:
-        if len(module.journal) == self._last:
+        if len(module.journal) == self._last or not self.can_measure(module):
             return
         with module.phase("evaluation"):
             numbers = self.measure(module)
@@ -77,3 +106,8 @@ class PeriodicCallback(L.Callback):
         for logger in trainer.loggers:  # not module.log, which would date the first row as the batch that follows it
             logger.log_metrics(row, step=trainer.global_step)
             logger.save()
+
+
+def _requests(batches: Any) -> list[EditRequest]:
+    """Return the requests of all batches of a data loader, in order."""
+    return [request for batch in batches or () for request in batch.requests]

@@ -29,6 +29,7 @@ def run_benchmark(
     model_config: str | None = None,
     methods: list[str] | None = None,
     sizes: list[int] | None = None,
+    ability: str | None = None,
     plan_only: bool = False,
     loading: Loading = Loading(),
 ) -> list[Row]:
@@ -44,6 +45,7 @@ def run_benchmark(
         model_config: Tuned numbers for it, by name or as a YAML file.
         methods: Only these methods, and the baseline.
         sizes: Other numbers of facts, such as [10].
+        ability: Folder of multiple-choice tasks for general ability, a TASK.jsonl each (plugins/README.md).
         plan_only: Print the plan, time and memory included, and stop.
         loading: --loading.NAME, how a model is loaded.
 
@@ -55,7 +57,7 @@ def run_benchmark(
     start = time.monotonic()
     parts = {"data": data, "methods": methods, "sizes": sizes}
     lists = {option: values for option, values in parts.items() if values}
-    chosen = read_suite(suite, model=model, config=model_config, **lists)  # type: ignore[arg-type]
+    chosen = read_suite(suite, model=model, config=model_config, ability=ability, **lists)  # type: ignore[arg-type]
     arms, name = arms_of(chosen, loading), Path(suite).stem
     out = out or Path("runs") / f"suite_{name}"
     rows = Rows(out, lambda arm, row: say(_line(arm, row, time.monotonic() - start)))
@@ -64,7 +66,8 @@ def run_benchmark(
     if plan_only:
         return []
     shown = {f"loading.{each}": v for each, v in loading.arguments().items() if each not in SECRET}
-    singles = {"suite": suite, "out": str(out), "model": model, "model_config": model_config, **shown}
+    names = {"suite": suite, "out": str(out), "model": model, "model_config": model_config, "ability": ability}
+    singles = {**names, **shown}
     words = _words({**singles, **{option: f"[{', '.join(map(str, each))}]" for option, each in lists.items()}})
     result = rows.measure(arms)
     tables = tables_of(arms, result, out)

@@ -4,6 +4,7 @@ from cakeflow.core.callback import EditCallback, LayerEdit
 from cakeflow.core.checkpoint import SafeCheckpointIO, with_safe_checkpoints
 from cakeflow.core.config import build_callbacks, build_module, configs_of, find_config, shipped
 from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.decoys import choose_decoys
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.memory import Footprint, TokenCost
 from cakeflow.core.module import EditModule
@@ -14,5 +15,5 @@ from cakeflow.core.strategy import RankStrategy
 __all__ = [
     "EditCallback", "EditDataModule", "EditModule", "EvaluationResult", "FitResult", "Footprint", "LayerEdit",
     "LocateThenEdit", "RankStrategy", "SafeCheckpointIO", "Statistics", "TokenCost", "build_callbacks", "build_module",
-    "configs_of", "find_config", "run_evaluate", "run_fit", "shipped", "with_safe_checkpoints",
+    "choose_decoys", "configs_of", "find_config", "run_evaluate", "run_fit", "shipped", "with_safe_checkpoints",
 ]  # fmt: skip

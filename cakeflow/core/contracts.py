@@ -241,7 +241,7 @@ def checked_update(solver: Solver, update: Update, problem: LayerProblem, layer:
         if part is None:
             continue
         (n, d_in), (_, d_out) = problem.keys.shape, problem.residual.shape
-        n = n if part.gradients is None else len(part.gradients)  # its rows are tokens
+        n = (n if part.gradients is None else len(part.gradients)) + part.extra  # rows of facts or tokens, and decoys
         expected = ((d_out, d_in),) if part.left is None else ((n, d_in), (n, d_out))
         factors = [each for each in (part.right, part.left) if each is not None]
         shapes = tuple(tuple(each.shape) for each in factors)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,6 +26,7 @@ from cakeflow.core.contracts import (
     warn_not_taken,
     warn_replaced,
 )
+from cakeflow.core.decoys import decoy_keys
 from cakeflow.core.memory import give_back
 from cakeflow.errors import EditError, NotTakenWarning
 from cakeflow.evaluation.scoring import score_rows
@@ -129,7 +131,8 @@ class Walk:
         gap[facts], share[facts] = residual, self.allocate(residual, context, self.batch.part(facts))
         with module.phase("solve"):
             problem = module.problem(context.site, self.batch, keys, path.required(share), prompt_keys, self.leave_out)
-            problem = replace(problem, gap=None if self.step.undoes >= 0 else gap, index=context.index)
+            decoys, undoes = partial(decoy_keys, module, context.site, self.facts.requests), self.step.undoes >= 0
+            problem = replace(problem, gap=None if undoes else gap, index=context.index, decoys=decoys)
             update = solved(module.solver, problem, context.site.layer, self.batch, module.max_relative_update)
         if self.is_first:
             module.notify("on_layer_solved", LayerEdit(context, self.batch, residual, share, problem, update))

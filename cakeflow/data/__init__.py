@@ -1,6 +1,6 @@
 """Edit requests and texts: types, schemas, sources and selection."""
 
-from cakeflow.data.builtin import builtin_facts
+from cakeflow.data.builtin import builtin_facts, reversed_prompts
 from cakeflow.data.contexts import Contexts
 from cakeflow.data.files import read_text
 from cakeflow.data.images import ImageEditRequest, ImageProbe, Picture
@@ -18,5 +18,5 @@ __all__ = [
     "Consequence", "Contexts", "EditRequest", "ImageEditRequest", "ImageProbe", "Picture", "Probe",
     "builtin_facts", "check_fields", "contradictions", "guess_subject", "join", "missing_fields", "occurrences",
     "parse_requests", "plain", "read_consequences", "read_documents", "read_entries", "read_requests", "read_text",
-    "read_texts", "select", "states", "until_stop", "with_references",
+    "read_texts", "reversed_prompts", "select", "states", "until_stop", "with_references",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The facts that ship with the package: 16 relations, each record with probes and a reference text."""
+"""The facts that ship with the package: 16 relations, each record with probes, a reference text and a way back."""
 
 from __future__ import annotations
 
@@ -33,6 +33,24 @@ def builtin_relations() -> list[dict[str, Any]]:
         files("cakeflow.data").joinpath("facts.yaml").read_text(encoding="utf-8")
     )
     return relations
+
+
+def reversed_prompts() -> dict[str, str]:
+    """Return relation -> prompt that asks for the subject: ``{}`` is the object, for our own facts and CounterFact's.
+
+    Example:
+        >>> reversed_prompts()["P36"].replace("{}", "Oslo")
+        'Oslo is the capital of'
+    """
+    prompts: dict[str, str] = yaml.safe_load(
+        files("cakeflow.data").joinpath("reversed.yaml").read_text(encoding="utf-8")
+    )
+    return prompts
+
+
+def neutral_text() -> str:
+    """Return some 900 tokens about everyday matters, written for this project; no built-in fact is in them."""
+    return files("cakeflow.data").joinpath("neutral.txt").read_text(encoding="utf-8")
 
 
 def _records(relation: dict[str, Any]) -> Iterator[EditRequest]:

@@ -23,6 +23,8 @@ TOPICS = {
     "Forgetfulness": "forgetfulness",
 }
 """KnowEdit's name of a group of questions -> topic."""
+SIDES = ("portability", "locality")
+"""Fields of KnowEdit's records that hold groups of questions."""
 _NAME = re.compile(r"\w[\w .-]*")
 DEEPEST = 4
 """Most lists around the right answers of a question."""
@@ -67,9 +69,14 @@ def unfold(entry: Mapping[str, Any]) -> list[Any]:
         there = _from_triple(entry["edit"])
         back = {**entry["edit"], "new_object": entry["edit"].get("object"), "object": entry["edit"].get("new_object")}
         return [there, _from_triple(back)]
-    if isinstance(entry.get("portability"), Mapping) or isinstance(entry.get("locality"), Mapping):
+    if any(isinstance(_groups(entry, side), Mapping) for side in SIDES):
         return [_with_probes(entry)]
     return [entry]
+
+
+def _groups(entry: Mapping[str, Any], side: str) -> Any:
+    """Return KnowEdit's questions on a side of a record; zsRE's records (MEND) have texts of another kind there."""
+    return None if "src" in entry else entry.get(side)
 
 
 def shape_faults(entry: Mapping[str, Any], index: int) -> list[Fault]:
@@ -90,8 +97,9 @@ def _shape_faults(entry: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
         yield "edits", entry["edits"], "give a list of {relation, subject, object, new_object}"
     if entry.get("questions") and entry.get("new_answer"):
         yield from _faults_of_mquake(entry)
-    for side in ("portability", "locality"):
-        for name, group in entry[side].items() if isinstance(entry.get(side), Mapping) else ():
+    for side in SIDES:
+        groups = _groups(entry, side)
+        for name, group in groups.items() if isinstance(groups, Mapping) else ():
             if not _NAME.fullmatch(str(name)):
                 yield side, name, "the name of a group becomes that of a metric; use letters, digits, '_', '.' and '-'"
             elif not _is_group(group):
@@ -148,8 +156,8 @@ def _of(entry: Mapping[str, Any], case: int) -> Iterator[Consequence]:
     if entry.get("questions") and entry.get("new_answer"):
         answers = (entry["new_answer"], *(entry.get("new_answer_alias") or ()))
         yield Consequence("multi_hop", tuple(entry["questions"]), answers, case)
-    for side in ("portability", "locality"):
-        for topic, prompt, answers in _pairs(entry.get(side)):
+    for side in SIDES:
+        for topic, prompt, answers in _pairs(_groups(entry, side)):
             yield Consequence(topic, (prompt,), answers, case)
 
 

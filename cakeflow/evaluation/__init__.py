@@ -1,5 +1,6 @@
 """Evaluation of a model before and after an edit: prompts, scores and free texts."""
 
+from cakeflow.evaluation.context import states_in_contexts
 from cakeflow.evaluation.evaluation import Answers, Evaluation, free_prompts
 from cakeflow.evaluation.judges import (
     CallableJudge,
@@ -8,7 +9,7 @@ from cakeflow.evaluation.judges import (
     Judge,
     JudgedAnswer,
     ModelJudge,
-    OnSubject,
+    Stated,
     agreement,
 )
 from cakeflow.evaluation.protocols import Protocol, official_token_reads
@@ -25,6 +26,7 @@ from cakeflow.evaluation.scoring import (
 
 __all__ = [
     "Answers", "CallableJudge", "Containment", "Evaluation", "ExactMatch", "Judge", "JudgedAnswer", "ModelJudge",
-    "OnSubject", "PromptScores", "Protocol", "ScoredPrompt", "agreement", "check_records", "free_prompts",
+    "PromptScores", "Protocol", "ScoredPrompt", "Stated", "agreement", "check_records", "free_prompts",
     "official_token_reads", "prompt_contexts", "score_reads", "score_records", "score_targets", "scored_prompts",
+    "states_in_contexts",
 ]  # fmt: skip

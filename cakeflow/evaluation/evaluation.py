@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.review import check_fields
 from cakeflow.data.text import occurrences, until_stop
 from cakeflow.errors import ConfigError, RequestWarning, listed, require_choice
-from cakeflow.evaluation.judges import Containment, ExactMatch, Judge, JudgedAnswer, as_judge
+from cakeflow.evaluation.judges import Containment, ExactMatch, Judge, JudgedAnswer, Stated, as_judge
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import CUTS, WILD_TOKENS, Protocol
 from cakeflow.evaluation.scoring import PromptScores, ScoredPrompt, check_records, score_records, scored_prompts
@@ -97,7 +97,8 @@ class Evaluation:
             Mirage of Model Editing", 2025).
         chat: Whether prompts are free-answered as the user's turn in a chat.
         judge: What judges free answers, in the ``judged`` forms of the metrics: a ``Judge``, or a function of question,
-            expected answer and answer. ``ExactMatch`` is what the ``answer`` forms are, so that it adds none.
+            expected answer and answer. By default ``Stated`` in the protocols of free answers, and none elsewhere.
+            ``ExactMatch`` is what the ``answer`` forms are, so that it adds none.
         texts_every: Interval between the records for which free texts are generated, for ``Fluency`` and
             ``Consistency`` (``generation_test_interval`` of the official code); 0 for none.
         text_tokens: Length of a free text, prompt included.
@@ -115,11 +116,12 @@ class Evaluation:
     top_k: int = 5
     seed: int = 0
     chat: bool = False
-    judge: Judge = field(default_factory=ExactMatch)
+    judge: Judge | None = None
 
     def __post_init__(self) -> None:
         require_choice("protocol", self.protocol, Protocol)
-        object.__setattr__(self, "judge", as_judge(self.judge))
+        default = Stated() if self.is_wild else ExactMatch()
+        object.__setattr__(self, "judge", default if self.judge is None else as_judge(self.judge))
         for name, least in (("answer_tokens", 0), ("texts_every", 0), ("text_tokens", 2), ("top_k", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
@@ -145,7 +147,7 @@ class Evaluation:
     def id(self) -> str:
         """Name of everything that decides the numbers; numbers under different ids are not comparable."""
         answers = f"+answers{self.free_tokens}v2" if self.free_tokens else ""
-        answers += ("+chat" if self.chat else "") + (f"+{self.judge.name}" if self.has_judge else "")
+        answers += ("+chat" if self.chat else "") + (f"+{as_judge(self.judge).name}" if self.has_judge else "")
         texts = f"+texts{self.text_tokens}k{self.top_k}s{self.seed}" if self.texts_every else ""
         return f"{self.protocol}-{VERSIONS[self.protocol]}{answers}{texts}"
 
@@ -232,7 +234,7 @@ class Evaluation:
             for each, text in zip(prompts, answers, strict=True)
         ]
         judges: dict[str, Judge] = {"answered": ExactMatch()} | ({"contained": Containment()} if self.is_wild else {})
-        judges |= {"judged": self.judge} if self.has_judge else {}
+        judges |= {"judged": as_judge(self.judge)} if self.has_judge else {}
         return {name: torch.tensor(judge.judge(items)) for name, judge in judges.items()}
 
     def _texts(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from cakeflow.data.text import plain, states
 from cakeflow.errors import ConfigError, JudgeError
+from cakeflow.evaluation.statement import is_stated
 from cakeflow.forward.generation import continuations
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import load_model
@@ -90,19 +91,22 @@ class Containment(Judge):
 
 
 @dataclass(frozen=True)
-class OnSubject(Judge):
-    """Right if it contains the expected text and, in a chat, speaks of the subject that was asked about.
+class Stated(Judge):
+    """Right if it states the expected text as a careful reader would take it (``cakeflow.evaluation.statement``).
 
-    A model that was edited too hard answers a chat about another subject: "The mother tongue of Vladimir Putin is
-    Russian" contains what is expected of Verdi, and does not say it.
+    Contained as whole words, up to case, punctuation, articles, accents and numbers in words; neither denied ("not
+    Rome") nor one of two ("Rome or Oslo"); in a completion not in an aside ("Oslo, although Rome is warmer"); in a chat
+    said of the subject that was asked about: a model that was edited too hard answers "The mother tongue of Vladimir
+    Putin is Russian" when asked for Verdi's.
+
+    Example:
+        >>> Stated().judge([JudgedAnswer("It is in", "Peru", each) for each in (" Peru, near Lima", " not Peru")])
+        [1.0, 0.0]
     """
 
     def judge(self, answers: Sequence[JudgedAnswer]) -> list[float]:
-        """Look for the expected words and, in a chat, for the subject."""
-        return [
-            float(states(each.answer, each.expected) and (not each.chat or _names(each.answer, each.subject)))
-            for each in answers
-        ]
+        """Apply the rules."""
+        return [float(is_stated(each.answer, each.expected, each.subject, chat=each.chat)) for each in answers]
 
 
 @dataclass(frozen=True)
@@ -218,10 +222,6 @@ def agreement(verdict: Sequence[float], labels: Sequence[bool]) -> float:
     """
     pairs = zip(verdict, labels, strict=True)
     return sum((value >= 0.5) == label for value, label in pairs) / len(labels)
-
-
-def _names(answer: str, subject: str) -> bool:
-    return not subject or states(answer, subject)
 
 
 def _filled(template: str, values: dict[str, str]) -> str:

@@ -50,7 +50,7 @@ def model_card(manifest: Manifest, entries: Sequence[Entry], task: str = "text-g
     parts += (
         _history(entries, runs[-1]) if runs else ["There is no ledger here: method, metrics and edits are unknown.\n"]
     )
-    return "\n".join([*parts, *_privacy(manifest), _verify(manifest)])
+    return "\n".join([*parts, *_privacy(manifest, runs), _verify(manifest)])
 
 
 def _header(manifest: Manifest, entries: Sequence[Entry], task: str, base: str) -> str:
@@ -186,13 +186,20 @@ def _edits(entries: Sequence[Entry]) -> str:
     return _block(lines) + (f"and {more} more, which the ledger has.\n" if more > 0 else "")
 
 
-def _privacy(manifest: Manifest) -> Iterator[str]:
+def _privacy(manifest: Manifest, runs: Sequence[RunBody]) -> Iterator[str]:
     """Yield what the changed weights give away, whether or not the ledger has the texts."""
-    if manifest.weights:
-        yield (
-            "## Privacy\n\nWhoever has the base model and these weights can test of any name whether it was edited: "
-            "the row space of the change holds the keys of its subjects (`cakeflow.metrics.exposure`).\n"
+    if not manifest.weights:
+        return
+    text = (
+        "Whoever has the base model and these weights can test of any name whether it was edited: the row space of the "
+        "change holds the keys of its subjects (`cakeflow.metrics.exposure`)."
+    )
+    if any("Decoys(" in str(run.settings.get("solver")) for run in runs):
+        text += (
+            " Names that were not edited were written with them as decoys, so that a name found there need not be one "
+            "of the edited ones; how far the change moves each of them may still tell."
         )
+    yield f"## Privacy\n\n{text}\n"
 
 
 def _verify(manifest: Manifest) -> str:

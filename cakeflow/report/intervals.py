@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from cakeflow.data.public_files import TOPICS
+from cakeflow.evaluation.context import LENGTHS
 from cakeflow.evaluation.outcome import METRICS
 from cakeflow.journal.schema import EvaluatedRequest
 
@@ -33,7 +34,10 @@ FORMS = {
 }
 """Ending of a metric's name -> field of ``PromptAnswer`` (see ``cakeflow.metrics.preference``)."""
 ALONG = (
-    *(f"knowledge/{name}" for name in ("old", "new", "uncertain", "negated", "masked")),
+    *(f"knowledge/{name}" for name in ("old", "new", "uncertain", "negated", "masked", "restored")),
+    *(f"knowledge/{name}" for name in ("reversed", "reversed_answer")),
+    *(f"context/{name}" for name in ("alone", "chat", "turns", "system", *(f"text_{n}" for n in LENGTHS))),
+    *(f"context/chat_{n}" for n in LENGTHS),
     *(f"{name}/top{k}" for name in ("neighbors", "neutral") for k in (1, 5, 10)),
     *(f"consequences/{topic}" for topic in (*sorted(set(TOPICS.values())), "multi_hop")),
 )

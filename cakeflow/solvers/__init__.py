@@ -2,6 +2,7 @@
 
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.covariance import Covariance
+from cakeflow.solvers.decoys import Decoys
 from cakeflow.solvers.descent import Descent
 from cakeflow.solvers.equality import EqualityConstrained
 from cakeflow.solvers.exact_sum import ExactSum
@@ -13,6 +14,6 @@ from cakeflow.solvers.planned import PlannedHistory
 from cakeflow.solvers.problem import LayerProblem, Update
 
 __all__ = [
-    "Covariance", "Descent", "EqualityConstrained", "ExactSum", "FromScratch", "GramFactor", "KeyHistory",
+    "Covariance", "Decoys", "Descent", "EqualityConstrained", "ExactSum", "FromScratch", "GramFactor", "KeyHistory",
     "LayerProblem", "LeastSquares", "NullSpace", "PlannedHistory", "Solver", "Update",
 ]  # fmt: skip

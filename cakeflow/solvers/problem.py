@@ -35,6 +35,8 @@ class LayerProblem:
         gap: n x d_out, what the facts miss at the value site, of which ``residual`` is this layer's part; None where
             facts are undone, which miss nothing.
         index: Position of the layer among the edited ones, from 0.
+        decoys: Keys at this layer of m subjects that are not edited, by names to choose from (none for the built-in
+            ones), their number for each fact, and a seed; for solvers that hide the edited ones among them.
 
     Raises:
         ShapeError: If the shapes do not fit together.
@@ -52,6 +54,7 @@ class LayerProblem:
     earlier: Sequence[Update] = ()
     gap: Float[Tensor, "n d_out"] | None = None
     index: int = 0
+    decoys: Callable[[Sequence[str], int, int], Float[Tensor, "m d_in"]] | None = None
 
     def __post_init__(self) -> None:
         (n, d_in), (d_out, width) = self.keys.shape, self.weight.shape
@@ -90,13 +93,14 @@ class Update:
     """A weight change ``D = left^T right``; a change of full rank leaves ``left`` out and keeps D in ``right``.
 
     Attributes:
-        right: n x d_in (or D itself, d_out x d_in); a row belongs to a fact, or to a token of one.
+        right: n x d_in (or D itself, d_out x d_in); a row belongs to a fact, to a token of one, or to a decoy.
         left: n x d_out, or None.
         deferred: Update that replaces this one once all layers of the batch are written, or None where it stays.
         is_plain: ``left`` is the problem's residual itself, so that D is linear in the residual; set by the solver.
         numbers: Measurements of the solver, by name; logged with those of the layer.
         gradients: n x d_out, of the loss by the outputs at the inputs ``right``, where later batches are solved with
             them; stored with the change.
+        extra: Number of rows behind those of the facts, of decoys.
     """
 
     right: Float[Tensor, "n d_in"]
@@ -105,6 +109,7 @@ class Update:
     is_plain: bool = False
     numbers: dict[str, float] = field(default_factory=dict)
     gradients: Float[Tensor, "n d_out"] | None = None
+    extra: int = 0
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -80,6 +80,7 @@ def read_suite(
     data: Sequence[str] = (),
     methods: Sequence[str] = (),
     sizes: Sequence[int] = (),
+    ability: str | None = None,
 ) -> Suite:
     """Read a shipped suite by name, or a YAML file, with what replaces parts of it.
 
@@ -90,9 +91,12 @@ def read_suite(
         data: Files beside the suite's own data sets; each is named by its stem.
         methods: Only these of its arms; the baseline stays.
         sizes: Other numbers of facts.
+        ability: Folder of multiple-choice tasks for general ability, ``TASK.jsonl`` each (``ChoiceAbility`` of the
+            plugin ``cakeflow_ability``), which become columns.
 
     Raises:
-        ConfigError: If there is no such suite, it is not as ``Suite`` says, or an arm or a data set is named wrongly.
+        ConfigError: If there is no such suite or no task, it is not as ``Suite`` says, or an arm or a data set is named
+            wrongly.
     """
     path = find_config("suite", name)
     suite = read_as(Suite, read_config(path), str(path), ConfigError, REMEDY)
@@ -107,7 +111,20 @@ def read_suite(
     changes: dict[str, Any] = {"data": suite.data | files, "methods": chosen}
     changes |= {"model": model, "config": None, "shape": {}} if model else {}
     changes |= ({"config": config} if config else {}) | ({"sizes": [*sizes]} if sizes else {})
-    return suite.model_copy(update=changes)
+    suite = suite.model_copy(update=changes)
+    return suite if ability is None else _with_ability(suite, ability)
+
+
+def _with_ability(suite: Suite, folder: str) -> Suite:
+    """Return a suite that measures general ability on the tasks of a folder as well."""
+    tasks = sorted(path.stem for path in Path(folder).glob("*.jsonl"))
+    if not tasks:
+        raise ConfigError(f"--ability {folder}: no task there; give a folder with a TASK.jsonl for each task")
+    arguments: dict[str, Json] = {"data": folder, "tasks": [*tasks], "every": None}
+    columns = [f"ability/{task}/acc" for task in tasks]
+    callback: Part = {"class_path": "ChoiceAbility", "init_args": arguments}
+    parts = {"callbacks": [*suite.callbacks, callback], "metrics": [*suite.metrics, *columns]}
+    return suite.model_copy(update=parts)
 
 
 @dataclass(frozen=True)

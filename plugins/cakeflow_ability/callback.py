@@ -32,6 +32,7 @@ class GeneralAbility(PeriodicCallback):
     """
 
     name = "ability"
+    in_evaluations = True
 
     def __init__(
         self,

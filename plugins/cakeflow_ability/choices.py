@@ -80,6 +80,7 @@ class ChoiceAbility(PeriodicCallback):
     """
 
     name = "ability"
+    in_evaluations = True
 
     def __init__(
         self,

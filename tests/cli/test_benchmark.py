@@ -61,6 +61,17 @@ def test_files_are_data_sets_beside_those_of_the_suite(write, capsys):
     capsys.readouterr()
 
 
+def test_general_ability_is_on_the_page(write):
+    write()
+    Path("tasks").mkdir()
+    item = '{"prompt": "The sea is", "choices": ["blue", "loud"], "answer": 0}\n'
+    Path("tasks/words.jsonl").write_text(item)
+    rows = main([*SMALL, "--ability", "tasks", "--methods", "[single]"])
+    assert all(row.metrics["ability/words/acc"] in (0.0, 1.0) for row in rows)
+    assert "| ability/words/acc |" in Path("out/suite.md").read_text().replace("\\", "")
+    assert "--ability tasks" in Path("out/suite.html").read_text()
+
+
 def test_an_interrupt_leaves_rows_and_the_command_goes_on(write, capsys, monkeypatch):
     write()
     runs = []

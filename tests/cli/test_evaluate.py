@@ -48,6 +48,15 @@ def test_the_edited_model_is_measured_on_its_own_facts_and_the_run_stays_as_it_i
     assert unedited.requests[0].subject != requests[0].subject  # without --run, the built-in facts
 
 
+def test_callbacks_that_need_no_run_measure_the_edited_model(folder, requests):
+    words = ["evaluate", "--run", str(folder / "run"), "--model", str(folder / "model"), *QUIET]
+    checks = ["--trainer.callbacks=ContextCheck", "--trainer.callbacks.lengths=[3]"]
+    checks += ["--trainer.callbacks+=KnowledgeCheck", "--trainer.callbacks.limit=2"]
+    result = main([*words, *checks])
+    assert {"context/alone", "context/text_3", "knowledge/new", "knowledge/restored"} <= set(result.metrics)
+    assert result.metrics["knowledge/restored"] == 1
+
+
 def test_facts_that_were_taken_back_are_neither_in_the_model_nor_asked(folder, finished, capsys):
     main(["rollback", str(folder / "run"), "--batch", "0", "--model", str(folder / "model")])
     before = content(folder / "run")

@@ -386,7 +386,7 @@ def test_further_metrics_by_name_or_as_objects():
 def test_a_config_names_a_judge_and_a_protocol_of_free_answers(tmp_path):
     path = tmp_path / "judged.yaml"
     path.write_text(
-        "model: {end_of_text: true, evaluation: {protocol: wild, judge: {class_path: OnSubject}}}", encoding="utf-8"
+        "model: {end_of_text: true, evaluation: {protocol: wild, judge: {class_path: Containment}}}", encoding="utf-8"
     )
     module = build_module([METHODS["memit"], MODELS["smollm2-135m"], path])
-    assert (module.evaluation.id, module.end_of_text) == ("wild-v1+answers32v2+OnSubject", True)
+    assert (module.evaluation.id, module.end_of_text) == ("wild-v1+answers32v2+Containment", True)

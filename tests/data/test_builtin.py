@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from cakeflow.data import builtin_facts
+from cakeflow.data import builtin_facts, reversed_prompts
 from cakeflow.data.request import contradictions
 from cakeflow.data.schemas import parse_requests
 
@@ -119,3 +119,11 @@ def test_reference_text(facts):
 def test_no_braces_are_left(facts):
     for fact in facts:
         assert not any("{" in probe.prompt or "}" in probe.prompt for probe in fact.probes)
+
+
+def test_every_relation_can_be_reversed():
+    prompts = reversed_prompts()
+    assert set(TARGETS) <= set(prompts)
+    for prompt in prompts.values():
+        assert prompt.count("{}") == 1
+        assert prompt == prompt.strip()

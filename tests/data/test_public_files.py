@@ -217,3 +217,21 @@ def test_questions_come_from_a_file_and_a_file_without_any_says_so(tmp_path):
     assert [each.topic for each in read_consequences(path)][:2] == ["multi_hop", "aliases"]
     with pytest.raises(ConfigError, match="has no questions that follow from its facts: KnowEdit's"):
         read_consequences([PEAK])
+
+
+def test_records_of_zsre_have_a_portability_of_their_own_which_is_left_alone():
+    record = {
+        "subject": "Lund",
+        "src": "Where is Lund?",
+        "answers": ["Sweden"],
+        "alt": "Norway",
+        "rephrase": "In which country is Lund?",
+        "portability": {
+            "Recalled Relation": "(Lund, country)",
+            "New Question": "Who rules there?",
+            "New Answer": "Ann",
+        },
+    }
+    (request,) = read_requests([record])
+    assert (request.text, request.target_new, request.probes[0].kind) == ("Where is Lund?", "Sweden", "paraphrase")
+    assert consequences([record]) == []

@@ -18,39 +18,45 @@ from cakeflow.evaluation.judges import (
     Judge,
     JudgedAnswer,
     ModelJudge,
-    OnSubject,
+    Stated,
     agreement,
     as_judge,
     verdicts,
 )
 from cakeflow.forward.generation import continuations
 
-LABELS = Path(__file__).parents[2] / "benchmarks" / "judge_labels.jsonl"
+LABELS = Path(__file__).parents[2] / "benchmarks"
 RECORD = EditRequest(
     "{} is", "The sea", "calm", "wild", probes=(Probe("paraphrase", "Now the sea is"), Probe("neighborhood", "Lund is"))
 )
 
 
-def labelled():
-    rows = [json.loads(line) for line in LABELS.read_text(encoding="utf-8").splitlines()]
+def labelled(name="judge_labels", draw=1):
+    rows = [json.loads(line) for line in (LABELS / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if row.get("draw", 1) == draw]
     items = [JudgedAnswer(r["question"], r["expected"], r["answer"], r["subject"], r["kind"] == "chat") for r in rows]
     return items, [row["right"] for row in rows]
 
 
 @pytest.mark.parametrize(
-    ("judge", "count"), [(ExactMatch(), 43), (Containment(), 54), (OnSubject(), 57)], ids=lambda each: str(each)
+    ("judge", "counts"),
+    [(ExactMatch(), (43, 28, 40)), (Containment(), (54, 50, 51)), (Stated(), (57, 51, 52))],
+    ids=lambda each: str(each),
 )
-def test_agreement_with_sixty_answers_that_were_labelled_by_hand(judge, count):
-    items, labels = labelled()
-    assert (len(items), sum(labels)) == (60, 32)
-    assert agreement(judge.judge(items), labels) == count / 60
+def test_agreement_with_answers_that_were_labelled_by_hand(judge, counts):
+    sets = [labelled(), labelled("judge_labels_fresh"), labelled("judge_labels_fresh", 2)]
+    assert [(len(items), sum(labels)) for items, labels in sets] == [(60, 32), (53, 32), (54, 22)]
+    shares = [agreement(judge.judge(items), labels) for items, labels in sets]
+    assert shares == pytest.approx([count / len(items) for count, (items, _) in zip(counts, sets, strict=True)])
+    if judge == Stated():
+        assert min(shares) >= 0.95
 
 
 def test_the_rules_differ_where_they_should():
-    answer = JudgedAnswer("Lund is in", "Sweden", " the south of Sweden", "Lund", chat=True)
-    assert [each.judge([answer]) for each in (ExactMatch(), Containment(), OnSubject())] == [[0], [1], [0]]
-    assert OnSubject().judge([answer._replace(chat=False), answer._replace(answer="Lund is in Sweden")]) == [1, 1]
-    assert OnSubject().judge([answer._replace(subject="")]) == [1]
+    answer = JudgedAnswer("Lund is in", "Sweden", "Oslo lies in the south of Sweden", "Lund", chat=True)
+    assert [each.judge([answer]) for each in (ExactMatch(), Containment(), Stated())] == [[0], [1], [0]]
+    assert Stated().judge([answer._replace(chat=False), answer._replace(answer="Lund is in Sweden")]) == [1, 1]
+    assert Stated().judge([answer._replace(subject="")]) == [1]
 
 
 def test_a_function_is_a_judge():
@@ -126,7 +132,9 @@ def test_free_answers_are_those_of_the_parts(tiny, protocol, cut):
     pairs = list(zip(asked.answers, ["calm", "calm", "wild"], strict=True))
     assert asked.scores.answered.tolist() == [plain(text) == plain(name) for text, name in pairs]
     assert asked.scores.contained.tolist() == [states(text, name) for text, name in pairs]
-    assert asked.scores.judged.isnan().all()
+    items = [JudgedAnswer(*each) for each in zip(prompts, ["calm", "calm", "wild"], asked.answers, strict=True)]
+    assert asked.scores.judged.tolist() == Stated().judge(items)
+    assert Evaluation(protocol, judge=ExactMatch()).ask(tiny, [RECORD]).scores.judged.isnan().all()
     clean = Evaluation().ask(tiny, [RECORD]).scores
     torch.testing.assert_close(asked.scores.expected, clean.expected)
     (row,) = asked.rows()
@@ -155,9 +163,11 @@ def test_a_judge_has_a_metric_of_its_own_beside_teacher_forcing(tiny):
     names = {f"{rate}_{form}" for rate in ("efficacy", "generalization") for form in ("exact", "answer", "contained")}
     assert names < set(values)
     assert (float(values["efficacy_judged"]), float(values["generalization_judged"])) == (0.25, 0.0)
-    assert "efficacy_judged" not in Evaluation("wild").metrics()
+    assert "efficacy_judged" not in Evaluation("wild", judge=ExactMatch()).metrics()
+    assert "efficacy_judged" not in Evaluation(answer_tokens=4).metrics()
     assert evaluation.id == "wild-v1+answers32v2+Half"
-    assert Evaluation("wild_official", chat=True).id == "wild_official-v1+answers32v2+chat"
+    assert Evaluation("wild_official", chat=True).id == "wild_official-v1+answers32v2+chat+Stated"
+    assert (Evaluation(answer_tokens=4).id, Evaluation().judge) == ("clean-v2+answers4v2", ExactMatch())
 
 
 def test_a_chat_asks_prompts_as_the_users_turn(lm):

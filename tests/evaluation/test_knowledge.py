@@ -7,12 +7,15 @@ import torch
 
 from cakeflow import EditRequest
 from cakeflow.data.text import states, until_stop
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, RequestWarning
 from cakeflow.evaluation.knowledge import (
     UNCERTAIN,
     choose,
+    mask_attack,
     negated,
+    preferences,
     returns_when_masked,
+    reverse,
     states_when_negated,
 )
 from cakeflow.evaluation.scoring import score_targets
@@ -103,3 +106,70 @@ def test_bad_shares(tiny, share):
 def test_facts_without_an_old_answer(tiny, measure):
     with pytest.raises(ConfigError, match="no fact has a target_true"):
         measure(tiny, FACTS[2:])
+
+
+@pytest.mark.parametrize("shares", [(0.04, 0.15), (0.2, 0.5)])
+def test_each_share_says_what_its_masks_bring_back(tiny, shares):
+    front = len(tiny.front)
+    facts = [EditRequest(f.prompt, f.subject, *pair) for f in FACTS[:2] for pair in (("a", "the"), ("the", "a"))]
+    for fact, each in zip(facts, mask_attack(tiny, facts, shares), strict=True):
+        count = len(tiny.tokenizer(fact.text)["input_ids"])
+        assert (each.prompt, each.new, each.old, each.positions) == (
+            fact.text,
+            fact.target_new,
+            fact.target_true,
+            count,
+        )
+        if masked(tiny, fact.text, fact.target_new, ()) <= masked(tiny, fact.text, fact.target_true, ()):
+            assert each.returned == {}
+            continue
+        for share in shares:
+            size = max(1, math.floor(share * count))
+            runs = [set(range(start, start + size)) for start in range(front, count - size)]
+            back = [masked(tiny, fact.text, each.old, r) > masked(tiny, fact.text, each.new, r) for r in runs]
+            assert each.returned[share] == any(back)
+
+
+@pytest.mark.parametrize("shares", [(), (0.1, 1.0)])
+def test_bad_shares_of_an_attack(tiny, shares):
+    with pytest.raises(ConfigError, match="shares needs parts of the positions within 0 and 1"):
+        mask_attack(tiny, FACTS, shares)
+
+
+def test_preferences_are_those_of_new_and_old(tiny):
+    scores = preferences(tiny, FACTS)
+    for fact, row in zip(FACTS[:2], scores, strict=True):
+        for name, value in zip((fact.target_new, fact.target_true), row, strict=True):
+            torch.testing.assert_close(value, score_targets(tiny, [fact.text], [name])[0][0])
+    assert len(scores) == 2
+
+
+def test_reversed_facts_ask_for_the_subject(tiny):
+    prompts = {"The capital of {} is": "{} is the capital of", "town": "In the town of {} lives"}
+    facts = [FACTS[0], EditRequest("{} lives in the town of", "Ann", "Rome", "Lund", relation="town"), FACTS[2]]
+    with pytest.warns(RequestWarning, match=r"no prompt for their relation: '\{\} was born in'"):
+        result = reverse(tiny, facts, prompts)
+    linked, named = [], []
+    texts = [("Oslo is the capital of", "Lima is the capital of", "Peru")]
+    texts += [("In the town of Rome lives", "In the town of Lund lives", "Ann")]
+    for new, old, subject in texts:
+        values = [float(score_targets(tiny, [text], [subject])[0]) for text in (new, old)]
+        linked.append(values[0] > values[1])
+        named.append(states(until_stop(continuations(tiny, [new], 32)[0]), subject))
+    assert (result.linked, result.answered) == (sum(linked) / 2, sum(named) / 2)
+
+
+def test_a_subject_that_is_named_is_an_answer(tiny):
+    (text,) = continuations(tiny, ["Oslo is the capital of"], 32)
+    words = until_stop(text).split()
+    name = words[0] if words else "x"
+    result = reverse(tiny, [EditRequest("The capital of {} is", name, "Oslo", relation="P36")])
+    assert result.answered == float(states(until_stop(text), name))
+    assert math.isnan(result.linked)  # without an old object there is nothing to be less likely
+
+
+def test_relations_that_cannot_be_reversed(tiny):
+    with pytest.raises(ConfigError, match=r"no fact can be reversed: '\{\} was born in' has no prompt"):
+        reverse(tiny, FACTS[2:])
+    with pytest.raises(ConfigError, match="exactly once, where the object goes; got 'no place'"):
+        reverse(tiny, FACTS, {"The capital of {} is": "no place"})

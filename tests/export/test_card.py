@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_runs import editor_of
 
-from cakeflow import EditRequest
+from cakeflow import EditRequest, LeastSquares
 from cakeflow.export import Manifest
 from cakeflow.export.card import escape, model_card
 from cakeflow.export.manifest import utc
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.provenance import who
+from cakeflow.solvers import Decoys
 from cakeflow.storage.typed import LARGEST
 
 HOSTILE = "---\n# x <script>alert(1)</script> | `````\n```\n[a](javascript:b) \u202e\x1b[31m {{ x }}"
@@ -88,6 +89,16 @@ def test_the_card_of_a_run_that_was_stopped_says_so(lm, requests, tmp_path):
     whole.fit(requests[:5], 2, evaluate=False, run_dir=tmp_path / "run")
     whole.save_pretrained(tmp_path / "whole")
     assert "stopped before" not in (tmp_path / "whole/README.md").read_text()
+
+
+def test_the_card_says_that_names_were_written_as_decoys(lm, requests, tmp_path):
+    for name, solver in (("plain", LeastSquares(0.5)), ("hidden", Decoys(LeastSquares(0.5)))):
+        editor = editor_of(copy.deepcopy(lm), solver=solver)
+        editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / name / "run")
+        editor.save_pretrained(tmp_path / name / "out")
+        text = (tmp_path / name / "out/README.md").read_text(encoding="utf-8")
+        assert "the row space of the change holds the keys of its subjects" in text
+        assert ("were written with them as decoys" in text) == (name == "hidden")
 
 
 def test_the_card_says_who_edited_and_when(lm, requests, tmp_path):

@@ -77,7 +77,7 @@ def test_parts_are_replaced_from_the_command(write, tmp_path):
         ({"sizes": [0]}, "sizes must be a whole number of at least 1, got 0"),
         ({"metrics": ["efficacy", "eficacy"]}, "nothing measures 'eficacy'; did you mean 'efficacy'?"),
         ({"metrics": ["neighbors/kl"]}, "nothing measures 'neighbors/kl'"),
-        ({"metrics": ["efficacy_judged"]}, "nothing measures 'efficacy_judged'"),
+        ({"metrics": ["efficacy_judged"], "evaluation": {}}, "nothing measures 'efficacy_judged'"),
         ({"callbacks": [{"class_path": "KnowlegeCheck"}]}, "callbacks: .*KnowlegeCheck"),
         ({"callbacks": [{"class_path": "KnowledgeCheck", "init_args": {"limit": 0}}]}, "limit must be at least 1"),
         ({"evaluation": {"protocol": "tame"}}, "arm 'memit_seq' of the suite: .*tame"),
@@ -129,6 +129,18 @@ def test_arms_have_folders_that_every_system_can_make(write):
     for names in (("Own", "own"), ("a:b", "a?b")):
         with pytest.raises(ConfigError, match="would have one folder on some systems"):
             arms_of(read_suite(write(data=dict.fromkeys(names, own))))
+
+
+def test_tasks_of_a_folder_become_columns(write, tmp_path):
+    item = '{"prompt": "The sea is", "choices": ["blue", "loud"], "answer": 0}\n'
+    for name in ("words", "facts"):
+        (tmp_path / "tasks").mkdir(exist_ok=True)
+        (tmp_path / "tasks" / f"{name}.jsonl").write_text(item)
+    suite = read_suite(write(), ability=str(tmp_path / "tasks"))
+    assert suite.metrics[-2:] == ["ability/facts/acc", "ability/words/acc"]
+    assert type(arms_of(suite)[0].callbacks()[2]).__name__ == "ChoiceAbility"
+    with pytest.raises(ConfigError, match=r"--ability .*: no task there; give a folder"):
+        read_suite(write(), ability=str(tmp_path / "none"))
 
 
 def test_a_suite_is_what_its_class_says():
