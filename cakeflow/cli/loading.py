@@ -60,11 +60,11 @@ def with_loading(config: Any, loading: Loading) -> Any:
 
     A method without ``model_kwargs`` has no place for them; its ledger names them all the same.
     """
-    arguments = {name: value for name, value in loading.arguments().items() if name not in SECRET}
     result, command = config.clone(), config.subcommand
     settings = result[command].model.init_args
-    if arguments and "model_kwargs" in settings:
-        settings.model_kwargs = {**(settings.model_kwargs or {}), **arguments}
+    if "model_kwargs" in settings:
+        arguments = {**(settings.model_kwargs or {}), **loading.arguments()}
+        settings.model_kwargs = {name: value for name, value in arguments.items() if name not in SECRET} or None
     return result
 
 

@@ -123,9 +123,10 @@ def test_a_run_keeps_the_revision_and_no_token(asked, monkeypatch, finished, cap
     monkeypatch.setattr(sys, "argv", ["cakeflow"])
     method = ["--model.targets.steps", "1", "--model.contexts.groups", "[['{}']]", "--model.statistics.source",
               "corpus.txt", "--model.statistics.tokens", "1200", "--data.limit", "1"]  # fmt: skip
-    main([*COMMAND_WORDS["fit"], *method, *WORDS, "--run_dir", "kept"])
+    other = ["--model.model_kwargs", "{'token': 'hf_other'}"]
+    main([*COMMAND_WORDS["fit"], *method, *other, *WORDS, "--run_dir", "kept"])
     files = [path.read_bytes() for path in Path("kept").rglob("*") if path.is_file()]
-    assert not any(b"hf_secret" in each for each in files)
+    assert not any(b"hf_secret" in each or b"hf_other" in each for each in files)
     config = Path("kept/config.yaml").read_text()
     assert "revision: v1" in config
     assert "subfolder: part" in config
