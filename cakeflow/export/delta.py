@@ -40,11 +40,14 @@ def write_delta(
         if name not in manifest.weights:
             continue
         require_finite({name: tensor}, Path(DELTA))
-        updates = [each.update for each in journal.changes if isinstance(each, WeightChange) and each.place == name]
-        original = lm.oriented(name, journal.original(name)[name])
-        layouts[name], parts = packed(original, lm.oriented(name, tensor), updates)
-        if layouts[name].layout == "dense" or options.layout == "dense":  # whole, and as the module has it
-            layouts[name], parts = Layout(layout="dense", bytes=tensor.nbytes, saved=0), {"": tensor}
+        layouts[name], parts = Layout(layout="dense", bytes=tensor.nbytes, saved=0), {"": tensor}
+        if options.layout != "dense":
+            updates = [each.update for each in journal.changes if isinstance(each, WeightChange) and each.place == name]
+            smallest, smaller = packed(
+                lm.oriented(name, journal.original(name)[name]), lm.oriented(name, tensor), updates
+            )
+            if smallest.layout != "dense":  # a weight that lies there whole has the orientation of its module
+                layouts[name], parts = smallest, smaller
         tensors |= {_part_name(name, part): each for part, each in parts.items()}
     details = Layouts(layouts=layouts).model_dump(mode="json")
     return manifest.model_copy(update={"details": details}), lambda folder: write_tensors(folder / DELTA, tensors)
