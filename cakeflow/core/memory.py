@@ -77,7 +77,7 @@ class TokenCost:
             storage = tensor.untyped_storage()
             if storage._cdata not in (_storages(lm) if sharded else own):  # of a sharded model, some are gathered now
                 saved[storage._cdata] = storage  # a reference keeps it alive: no other storage gets its address
-            return tensor
+            return tensor.detach()  # the tensor itself would keep its graph alive, and the model with it
 
         with (
             frozen(lm),

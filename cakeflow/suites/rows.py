@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ class Rows:
         trainer = {"callbacks": arm.callbacks(), "enable_progress_bar": False}
         editor = Editor(arm.module(), trainer)
         editor.module.unedited = self._unedited  # every arm asks the same unedited model the same
-        run_fit(editor.trainer(folder), editor.module, arm.requests, goes_on=python_call)
+        facts = copy(arm.requests)  # a run leaves its model with them, and arms outlive their runs
+        run_fit(editor.trainer(folder), editor.module, facts, goes_on=python_call)
 
     def _check_model(self, arm: Arm) -> None:
         """Load the model once, since what is wrong with it is no result of a method, and compare it with the rows."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import platform
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from itertools import pairwise
 
@@ -51,6 +53,16 @@ def test_a_token_costs_the_same_in_every_block(tiny):
     heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
     assert caches[-2] == 2 * heads * config.hidden_size // config.num_attention_heads * 8
     assert caches[-1] == 0
+
+
+@pytest.mark.parametrize("site", [None, Site(1, "mlp_out")])
+def test_counting_keeps_nothing_of_the_model(tiny, site):
+    lm = copy.deepcopy(tiny)
+    gone = weakref.ref(lm.model)
+    TokenCost.above(lm, site)
+    del lm
+    gc.collect()
+    assert gone() is None
 
 
 def test_all_of_a_model_keeps_more_than_what_is_above_its_first_block(tiny):

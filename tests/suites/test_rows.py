@@ -1,8 +1,10 @@
 """Rows of a suite: measured once, whatever interrupts; a suite that changed is refused; faults are results."""
 
+import gc
 import json
 import shutil
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from cakeflow.core.run import run_fit
 from cakeflow.errors import ConfigError, LockedError, ResumeError
 from cakeflow.evaluation.evaluation import Questions
 from cakeflow.journal.audit import verify
+from cakeflow.models import LanguageModel
 from cakeflow.report import RunFolder
 from cakeflow.storage.locks import locked
 from cakeflow.suites import Rows, arms_of, read_suite
@@ -48,6 +51,17 @@ def test_a_row_is_what_the_run_folder_says(write):
         assert row.machine == run.start.machine
     assert len({row.fingerprint for row in rows}) == 1
     assert Rows(OUT).measure(arms) == rows
+
+
+def test_a_model_is_freed_when_its_arm_ends(write, monkeypatch):
+    models, wrap = [], LanguageModel.wrap.__func__
+    kept = lambda cls, *args: models.append(weakref.ref(lm := wrap(cls, *args))) or lm  # noqa: E731
+    monkeypatch.setattr(LanguageModel, "wrap", classmethod(kept))
+    arms = arms_of(read_suite(write()))
+    rows = Rows(OUT, lambda arm, row: alive.append(sum(each() is not None for each in models)))
+    alive = []
+    rows.measure(arms)
+    assert (len(models) >= len(arms), alive) == (True, [0] * len(arms))
 
 
 def test_numbers_of_callbacks_are_first_and_last_of_the_run(write):
