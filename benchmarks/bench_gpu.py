@@ -1,11 +1,13 @@
 """Edits on a GPU: the same weights as on the CPU, and seconds and memory of a large model's shape.
 
     python benchmarks/bench_gpu.py [--facts 100] [--methods memit cake] [--profile] [--json FILE]
+    python benchmarks/bench_gpu.py --recipes --methods --attention
 
 First a small random model is edited in float64 on the CPU and on the GPU by each recipe; the exit status is 1 if a
 change differs by more than 1e-9 of its norm. Then a model of random weights in bfloat16, of the shape that ``--shape``
 names, gets built-in facts in one batch: seconds and GiB by phase. Its second moments have random eigenvalues, so no
 time is spent on a corpus; no search ends before its last step, as nothing is learned from random weights so early.
+``--attention`` times searches in that model by torch's choice of attention, which is cuDNN's, and without it.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from bench_memory import SHAPES, facts
@@ -27,9 +30,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from cakeflow import Contexts, Editor
-from cakeflow.forward import GIB
+from cakeflow.forward import GIB, encode_batch
 from cakeflow.models import LanguageModel, Site, load_model
 from cakeflow.solvers import Covariance
+from cakeflow.targets import GradientSearch, LossBelow
 
 CONTEXTS = Contexts.of(["{}", "The first thing you need to do is. {}", "I am a student in the field of. {}"])
 RECIPES = ("cake", "cake_paper", "alphaedit", "memit", "memit_seq_blue", "pmet", "rome", "emmet", "rect")
@@ -98,6 +102,25 @@ def edit(lm: LanguageModel, method: str, device: str, count: int, layers: list[i
     return figures
 
 
+def attention(lm: LanguageModel, count: int, layer: int) -> dict[str, dict[str, float]]:
+    """Seconds of a search of two steps, first and again, and of a further step, by torch's choice and without cuDNN."""
+    search = GradientSearch(stop=LossBelow(0.0))
+    batch, rows = encode_batch(lm, facts(count), CONTEXTS), {}
+
+    def seconds(steps: int) -> float:
+        start = time.perf_counter()
+        replace(search, steps=steps).search(lm, batch, layer)
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    theirs = mock.patch("cakeflow.models.base.without_cudnn_attention", nullcontext)
+    for name, choice in (("torch's choice", theirs), ("without cuDNN", nullcontext())):
+        with choice:
+            first, two, seven = seconds(2), seconds(2), seconds(7)
+        rows[name] = {"first two steps": first, "again": two, "a step": (seven - two) / 5}
+    return rows
+
+
 def main() -> int:
     """Compare, time, print."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -107,11 +130,10 @@ def main() -> int:
     options.add_argument("--facts", type=int, default=100)
     options.add_argument("--recipes", nargs="*", default=RECIPES, help="compared on the small model")
     options.add_argument("--methods", nargs="*", default=["memit", "alphaedit", "cake"], help="timed on the large one")
-    options.add_argument("--without-cudnn", action="store_true", help="attend by other kernels than cuDNN's")
+    options.add_argument("--attention", action="store_true", help="time attention by cuDNN and without")
     options.add_argument("--profile", action="store_true", help="print the kernels of the last method's run")
     options.add_argument("--json", type=Path)
     args = options.parse_args()
-    torch.backends.cuda.enable_cudnn_sdp(not args.without_cudnn)
     tokenizer = load_model("smollm2-135m").tokenizer
     rows: dict[str, Any] = {"device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu"}
     worst = 0.0
@@ -120,7 +142,11 @@ def main() -> int:
         worst = max(worst, *(float((ours - theirs).norm() / theirs.norm()) for theirs, ours in pairs))
         rows[method] = worst
         print(f"{method:16s} largest difference so far {worst:.1e}", flush=True)
-    lm = shaped(args.shape, args.device, tokenizer) if args.methods else None
+    lm = shaped(args.shape, args.device, tokenizer) if args.methods or args.attention else None
+    if args.attention:
+        assert lm is not None
+        rows["attention"] = attention(lm, args.facts, args.layers[-1])
+        print(rows["attention"])
     for number, method in enumerate(args.methods):
         assert lm is not None
         if number == 0:

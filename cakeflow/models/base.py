@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from cakeflow.errors import ArchitectureError, ConfigError, NumericalError, listed
 from cakeflow.models.architecture import Architecture, Site, is_transposed, linear_maps, reason_for_absence
-from cakeflow.models.products import fast_products
+from cakeflow.models.products import fast_products, without_cudnn_attention
 from cakeflow.models.routing import RoutedModule, Scope, routed
 from cakeflow.models.shards import is_sharded, let_go, whole
 
@@ -107,8 +107,8 @@ class EditableModel(ABC):
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Run the model: in evaluation mode, and with the faster matrix products."""
-        with self.evaluating(), fast_products(self.model):
+        """Run the model: in evaluation mode, and with the faster kernels."""
+        with self.evaluating(), fast_products(self.model), without_cudnn_attention(self.device):
             try:
                 yield
             finally:

@@ -1,7 +1,8 @@
-"""Matrix products of a frozen model in float32, by oneDNN where it is faster.
+"""The faster kernels of a model that runs: matrix products by oneDNN, attention without cuDNN.
 
-torch takes MKL for them, which reaches less than half of oneDNN's rate on AMD's processors (``bench_products.py``). The
-kernel is the one that ``torch.compile`` emits; it reads weights where they lie and copies nothing.
+For products of a frozen model in float32 torch takes MKL, which reaches less than half of oneDNN's rate on AMD's
+processors (``bench_products.py``). The kernel is the one that ``torch.compile`` emits; it reads weights where they lie
+and copies nothing.
 """
 
 from __future__ import annotations
@@ -105,3 +106,20 @@ def fast_products(model: nn.Module) -> Iterator[None]:
     finally:
         for module in changed:
             module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def without_cudnn_attention(device: torch.device) -> Iterator[None]:
+    """Attend by torch's other kernels on a GPU: cuDNN plans each new shape for longer than a search of it takes.
+
+    Texts have many shapes: 12 of the 21 seconds of a search in a model of Llama-3-8B's shape were plans
+    (``bench_gpu.py --attention``).
+    """
+    enabled = device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        if enabled:
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        yield
+    finally:
+        if enabled:
+            torch.backends.cuda.enable_cudnn_sdp(True)

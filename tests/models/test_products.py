@@ -1,13 +1,14 @@
-"""Matrix products by oneDNN: the numbers of torch's own, their derivatives, and a model left as it was."""
+"""Matrix products by oneDNN: torch's own numbers and derivatives, a model left as it was; attention without cuDNN."""
 
 import copy
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cakeflow.models import products
+from cakeflow.models import base, products
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this build of torch has no oneDNN"
@@ -110,3 +111,22 @@ def test_who_gets_it(vendor, expected, monkeypatch):
     monkeypatch.setattr(products, "_processor", lambda: f"vendor_id : {vendor}")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
     assert products.has_fast_products.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize(("device", "inside"), [("cuda", False), ("cpu", True)])
+def test_attention_goes_without_cudnn_on_a_gpu(device, inside, enabled):
+    state = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(enabled)
+    with products.without_cudnn_attention(torch.device(device)):
+        seen = torch.backends.cuda.cudnn_sdp_enabled()
+    after = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(state)
+    assert (seen, after) == (inside and enabled, enabled)
+
+
+def test_a_model_runs_without_cudnn_attention(lm, monkeypatch):
+    devices = []
+    monkeypatch.setattr(base, "without_cudnn_attention", lambda device: devices.append(device) or nullcontext())
+    lm(input_ids=torch.ones(1, 2, dtype=torch.long))
+    assert devices == [lm.device]

@@ -1,6 +1,5 @@
 """Rows of a suite: measured once, whatever interrupts; a suite that changed is refused; faults are results."""
 
-import gc
 import json
 import shutil
 import threading
