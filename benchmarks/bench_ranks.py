@@ -1,6 +1,7 @@
 """Time the work that is spread over ranks with one process and with several, each of one thread, on SmolLM2.
 
-    python benchmarks/bench_ranks.py [--ranks 2] [--facts 8] [--tile 2] [--steps 5] [--tokens 8192] [--json FILE]
+    python benchmarks/bench_ranks.py [--ranks 2] [--facts 8] [--traced 8] [--tile 2] [--steps 5] [--tokens 8192]
+        [--json FILE]
 
 The same tiles are searched, records scored, facts traced and second moments collected, eigenbases included, by one
 process and by ranks that exchange results over gloo; nothing is edited. ``wall`` is seconds until every rank has all
@@ -34,12 +35,14 @@ CONTEXTS = Contexts((("{}",), ("Therefore, the answer is not that. {}", "I am a 
 LAYER = 13
 
 
-def works(lm: LanguageModel, facts: int, tile: int, steps: int, tokens: int) -> dict[str, Callable[[], Any]]:
+def works(
+    lm: LanguageModel, facts: int, traced: int, tile: int, steps: int, tokens: int
+) -> dict[str, Callable[[], Any]]:
     """Name -> work that is done alike by any number of ranks."""
     requests = builtin_facts()[:facts]
     batch, search = encode_batch(lm, requests, CONTEXTS), GradientSearch(steps=steps)
     tiles = [range(start, min(start + tile, facts)) for start in range(0, facts, tile)]
-    rows = known_rows(lm, [Fact.of(request) for request in builtin_facts()[: 4 * facts]], facts)[0]
+    rows = known_rows(lm, [Fact.of(request) for request in builtin_facts()[: 4 * traced]], traced)[0]
     trace, layers = CausalTrace(draws=4, max_tokens=256), list(range(0, lm.depth, 3))
     statistics, sites = Statistics(tokens=tokens), [Site(layer, "mlp_out") for layer in range(LAYER - 3, LAYER + 1)]
     windows, folder = statistics.windows(lm, lm.key_width(sites[0])), Path(tempfile.mkdtemp())
@@ -96,12 +99,12 @@ def busiest(seconds: Sequence[dict[str, float]], name: str) -> float:
 def main() -> None:
     """See the module."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("ranks", 2), ("facts", 8), ("tile", 2), ("steps", 5), ("tokens", 8192)):
+    for name, default in (("ranks", 2), ("facts", 8), ("traced", 8), ("tile", 2), ("steps", 5), ("tokens", 8192)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    jobs = works(load_model("smollm2-135m"), options.facts, options.tile, options.steps, options.tokens)
+    jobs = works(load_model("smollm2-135m"), options.facts, options.traced, options.tile, options.steps, options.tokens)
     one, several = timed(1, jobs), timed(options.ranks, jobs)
     table = {
         name: {

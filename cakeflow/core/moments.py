@@ -37,6 +37,8 @@ from cakeflow.storage.typed import SHA256, Count, Number, Schema
 log = logging.getLogger(__name__)
 SAVE_EVERY = 30.0
 """Seconds between saves of what a pass has so far."""
+PARTS = (2, 4, 8)
+"""Parts of the corpus behind the first of which the curve has a point: ranks meet there, so there are few."""
 REMEDY = "delete it, and it is collected again"
 At = Literal["tokens", "names"]
 Sums = dict[str, ExactSum]
@@ -76,7 +78,7 @@ class Plan(Schema):
         None is where there are fewer keys than they are wide, because C is singular there.
         """
         least = max(self.widths.values()) / self.length  # windows
-        points = [-(-self.windows // 2**power) for power in range(1, 64) if self.windows >= least * 2**power]
+        points = [-(-self.windows // part) for part in PARTS if self.windows >= least * part]
         return sorted({len(self), *(end for point in points if (end := -(-point // self.rows)) < len(self))})
 
     def blocks(self, number: int = 1, count: int = 1) -> range:

@@ -173,6 +173,7 @@ def test_more_blocks_than_the_sums_have_room_for_are_refused():
 def test_parts_of_a_plan_have_every_block_once_and_are_cut_at_the_points_of_the_curve(count):
     assert len(plan()) == 15
     assert plan().ends() == [2, 4, 8, 15]  # 13, 25 and 50 windows; fewer have fewer keys than they are wide
+    assert plan(windows=2800).ends() == [50, 100, 200, 400]  # ranks meet there: not more, however many blocks
     parts = [plan().blocks(number, count) for number in range(1, count + 1)]
     assert [block for part in parts for block in part] == [*range(15)]
     stretches = [each for part in parts for each in plan().stretches(part)]
