@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import KLDivergence, Metric, MetricCollection
 
 from cakeflow.errors import ConfigError
+from cakeflow.metrics.mean import Mean
 
 TOPS = (1, 5, 10)
 """Numbers of most likely tokens whose overlap is measured."""
@@ -36,11 +37,11 @@ def top_overlap(p: Float[Tensor, "n vocabulary"], q: Float[Tensor, "n vocabulary
     """
     if not 1 <= k <= p.shape[-1]:
         raise ConfigError(f"k must be between 1 and the {p.shape[-1]} tokens of the vocabulary, got {k}")
-    before, after = (each.topk(k, dim=-1).indices for each in (p, q))
+    before, after = (torch.topk(each, k, dim=-1).indices for each in (p, q))
     return (before[:, :, None] == after[:, None, :]).any(2).float().mean(1)
 
 
-class TopOverlap(Metric):
+class TopOverlap(Mean):
     """Mean share of the k most likely next tokens that two models have in common.
 
     Args:
@@ -54,32 +55,13 @@ class TopOverlap(Metric):
         tensor(0.5000)
     """
 
-    is_differentiable = False
-    higher_is_better = True
-    full_state_update = False
-    plot_lower_bound = 0.0
-    plot_upper_bound = 1.0
-    total: Tensor
-    count: Tensor
-
     def __init__(self, k: int = 1, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.k = k
-        self.add_state("total", torch.tensor(0.0, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("count", torch.tensor(0), dist_reduce_fx="sum")
 
     def update(self, p: Float[Tensor, "n vocabulary"], q: Float[Tensor, "n vocabulary"]) -> None:
         """Add n pairs of (log-)probabilities, before and after."""
-        self.total += top_overlap(p, q, self.k).sum()
-        self.count += len(p)
-
-    def compute(self) -> Float[Tensor, ""]:
-        """Return the mean over pairs, in [0, 1]; nan without any."""
-        return (self.total / self.count).float()
-
-    def plot(self, val: Any = None, ax: Any = None) -> Any:
-        """Plot one or several values."""
-        return self._plot(val, ax)
+        self.add(top_overlap(p, q, self.k))
 
 
 def prediction_shift() -> MetricCollection:
