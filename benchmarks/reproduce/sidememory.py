@@ -233,13 +233,14 @@ def run(arm: str, stream: Stream, before: Sequence[Sequence[int]], save: Callabl
         setting = {**setting, "irrelevant": list(stream.irrelevant)}
     editor = Editor.from_pretrained(MODEL, recipe, evaluation=ASKED, trainer={"logger": False}, **setting)
     original, seconds, done = editor.module.lm.fingerprint(), 0.0, 0
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     for point in stream.points:
         start = time.perf_counter()
         editor.fit(list(stream.records[done:point]), evaluate=False)
         seconds, done = seconds + time.perf_counter() - start, point
         records = stream.records[:point]
         row, _ = measured(editor.module, records, before)
-        row |= routing(editor.module, records) | under_oracle(editor.module, records)
+        row |= {"device": device} | routing(editor.module, records) | under_oracle(editor.module, records)
         save(point, row)
         if point == stream.points[-1]:
             save(point, row | costs(editor, original, seconds, point))

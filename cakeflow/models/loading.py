@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -257,9 +259,10 @@ def _converted(gguf: Path) -> Path:
 
 
 def _convert(gguf: Path, folder: Path) -> None:
+    _name_version("gguf")
     with without_progress_bars():
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-        del model.config.quantization_config  # no longer quantized, but a model with this entry cannot be saved
+        vars(model.config).pop("quantization_config", None)  # no longer quantized, and could not be saved with it
         with torch.device("meta"):  # its weights come next, so none are drawn
             fresh = AutoModelForCausalLM.from_config(model.config)
         fresh.load_state_dict(model.state_dict(), assign=True)
@@ -267,6 +270,13 @@ def _convert(gguf: Path, folder: Path) -> None:
         fresh.generation_config = model.generation_config
         fresh.save_pretrained(folder)
         AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+
+
+def _name_version(package: str) -> None:
+    """Give a package without ``__version__`` its version: an older transformers asks for it on Python 3.10."""
+    module = importlib.import_module(package)
+    if not hasattr(module, "__version__"):
+        vars(module)["__version__"] = metadata.version(package)
 
 
 @contextmanager

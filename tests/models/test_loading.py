@@ -3,7 +3,9 @@
 import json
 import threading
 import time
+from importlib import metadata
 
+import gguf
 import pytest
 import torch
 from tiny_runs import editor_of
@@ -157,3 +159,12 @@ def test_options_reach_model_and_tokenizer_alike_and_the_ledger_has_no_token(wor
     seen.clear()
     replay(workplace / "run", loading=Loading(revision="v2", token="other"))
     assert {each[1:] for each in seen} == {("v2", "other", False)}
+
+
+def test_a_package_says_its_version(monkeypatch):
+    monkeypatch.delattr(gguf, "__version__", raising=False)
+    loading._name_version("gguf")
+    assert gguf.__version__ == metadata.version("gguf")
+    monkeypatch.setattr(gguf, "__version__", "its own")
+    loading._name_version("gguf")
+    assert gguf.__version__ == "its own"
