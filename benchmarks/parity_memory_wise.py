@@ -41,8 +41,6 @@ BARS = {
     "joins": 1e-7, "distances": 1e-12,
 }  # fmt: skip
 """Largest errors, relative but for losses and distances; every route has to be the same. ``slerp`` was in float32."""
-NEVER = 1e9
-"""What the code has for the threshold of a shard without edits."""
 PADDED = "padded"
 """On GPT-2 this flow depends on an old version of transformers (README of the recordings)."""
 

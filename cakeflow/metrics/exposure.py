@@ -6,7 +6,6 @@ the base model, the change and second moments can ask of any name whether its ke
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -96,13 +95,3 @@ class SubjectRecall(Metric):
     def plot(self, val: Any = None, ax: Any = None) -> Any:
         """Plot one or several values."""
         return self._plot(val, ax)
-
-
-def marked(candidates: Sequence[str], edited: Collection[str]) -> Bool[Tensor, " m"]:
-    """Return which candidates were edited.
-
-    Example:
-        >>> marked(["Ann", "Bo"], {"Bo"})
-        tensor([False,  True])
-    """
-    return torch.tensor([name in edited for name in candidates])

@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jaxtyping import Float
-from torch import Tensor
-
-from cakeflow import Contexts, EditRequest, LayerProblem, LeastSquares, Solver, Update
+from cakeflow import LayerProblem, LeastSquares, Solver, Update
 from cakeflow.errors import ConfigError, NumericalError, ShapeError
-from cakeflow.forward import encode_batch, names, read_keys
-from cakeflow.models import LanguageModel, Site
 
 
 @dataclass(frozen=True)
@@ -19,7 +13,7 @@ class MinorSpace(Solver):
     """``inner`` on keys without the leading eigenvectors U of C, ``k' = k - U U^T k`` (the keys of SUIT).
 
     U has the fewest eigenvectors whose share of the trace of C exceeds ``energy``: as ``NullSpace`` with a threshold
-    that depends on C. SUIT takes C at the last tokens of 10,000 names (``statistics.at: names``, or ``name_moments``),
+    that depends on C. SUIT takes C at the last tokens of 10,000 names (``statistics.at: names``),
     and 0.4 for Llama, else 0.6. Its other part, for values, is ``SwapSearch``.
 
     Attributes:
@@ -53,27 +47,3 @@ class MinorSpace(Solver):
                 "that nothing could change; lower MinorSpace.energy"
             )
         return self.inner.solve(problem.in_null_space(float(values[count - 1])))
-
-
-def name_moments(
-    lm: LanguageModel, layers: Sequence[int], subjects: Sequence[str] | None = None, sentence: str = "{} is a"
-) -> dict[int, Float[Tensor, "d_in d_in"]]:
-    """Return second moments of the keys at the last tokens of names, for ``LocateThenEdit(moments=...)``.
-
-    There have to be about as many names as the keys are wide, or most directions count as unimportant.
-
-    Args:
-        lm: The unedited model.
-        layers: Blocks whose down projections are edited.
-        subjects: The names; None takes the 512 of the default corpus.
-        sentence: Text around each name, with one ``{}``; what follows the name does not matter.
-
-    Raises:
-        ConfigError: If there are no names.
-    """
-    subjects = names() if subjects is None else subjects
-    if not subjects:
-        raise ConfigError("name_moments needs at least one name")
-    requests = [EditRequest(prompt=sentence, subject=subject, target_new="name") for subject in subjects]
-    keys = read_keys(lm, encode_batch(lm, requests, Contexts()), [Site(layer, "mlp_out") for layer in layers])
-    return {site.layer: rows.T @ rows / len(rows) for site, rows in keys.items()}

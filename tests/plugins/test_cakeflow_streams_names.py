@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from cakeflow_streams import MinorSpace
-from cakeflow_streams.names import name_moments
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -66,34 +65,16 @@ def test_missing_needs_and_bad_settings():
             MinorSpace(energy=energy)
 
 
-def test_moments_are_those_of_full_passes_at_the_ends_of_names(tiny):
-    chosen = names()[:5]
-    sums = dict.fromkeys((1, 3), 0.0)
-    for subject in chosen:
-        ids = tiny.tokenizer(subject)["input_ids"]
-        with capture(tiny, [Site(layer, "mlp_out") for layer in sums], side="in") as inputs, torch.no_grad():
-            tiny(input_ids=torch.tensor([ids]))
-        for layer in sums:
-            key = inputs[Site(layer, "mlp_out")][0, -1]
-            sums[layer] = sums[layer] + torch.outer(key, key) / len(chosen)
-    moments = name_moments(tiny, [1, 3], chosen)
-    for layer, expected in sums.items():
-        torch.testing.assert_close(moments[layer], expected, rtol=0, atol=1e-10)
-    with pytest.raises(ConfigError, match="at least one name"):
-        name_moments(tiny, [1], [])
-
-
-def test_by_default_the_names_are_those_of_the_corpus(lm):
-    moment = name_moments(lm, [1])[1]
-    assert int(torch.linalg.matrix_rank(moment)) > 100
-    torch.testing.assert_close(moment, name_moments(lm, [1], names())[1])
-
-
-def test_a_config_has_the_same_moments(tiny, tmp_path):
+def test_moments_are_those_of_full_passes_at_the_ends_of_names(tiny, tmp_path):
     """From a file of names, in passes of one and of several padded rows, in a place of their own in the cache."""
     chosen, site = names()[:7], Site(2, "mlp_out")
     (tmp_path / "names.jsonl").write_text("".join(json.dumps({"text": name}) + "\n" for name in chosen))
-    expected = name_moments(tiny, [2], chosen)[2]
+    keys = []
+    for name in chosen:
+        with capture(tiny, [site], side="in") as inputs, torch.no_grad():
+            tiny(input_ids=torch.tensor([tiny.tokenizer(name)["input_ids"]]))
+        keys.append(inputs[site][0, -1])
+    expected = torch.stack(keys).T @ torch.stack(keys) / len(chosen)
     settings = Statistics(tmp_path / "names.jsonl", at="names", null_threshold=0.5)
     for tokens in (1, 4096):
         collected = replace(settings, batch_tokens=tokens).collect(tiny, [site], tmp_path / str(tokens))[site]
