@@ -21,7 +21,6 @@ from cakeflow.evaluation.knowledge import (
     negated,
     preferences,
     relation_of,
-    returns_when_masked,
     reverse,
     states_when_negated,
 )
@@ -32,7 +31,7 @@ class KnowledgeCheck(PeriodicCallback):
 
     Logs ``knowledge/old``, ``new`` and ``uncertain``, the shares of a choice among the three; ``knowledge/negated``,
     the share of negated prompts that are still completed with the new target; ``knowledge/masked``, the share of edits
-    that a mask over 4 to 15 % of the prompt's positions undoes, by our reading of that attack, and beside it
+    that a mask over 4, 8, 12 or 15 % of the prompt's positions undoes (``mask_attack``), and beside it
     ``knowledge/restored``, the share of facts that a rollback brings back bit for bit; ``knowledge/reversed``, the
     share of facts whose subject is likelier after the new object than after the old one, and
     ``knowledge/reversed_answer``, that of subjects named in the free answer about the new object. What cannot be
@@ -77,8 +76,9 @@ class KnowledgeCheck(PeriodicCallback):
         numbers: dict[str, float] = {}
         if any(fact.target_true for fact in facts):
             numbers |= asdict(choose(lm, facts, most))
-            numbers["masked"] = returns_when_masked(lm, facts)
             self.masked, self.restored = mask_attack(lm, facts), self._taken_back(module)
+            if edited := [any(fact.returned.values()) for fact in self.masked if fact.returned]:
+                numbers["masked"] = sum(edited) / len(edited)
             numbers["restored"] = sum(self.restored) / len(self.restored)
         if any(negated(fact.text) for fact in facts):
             numbers["negated"] = states_when_negated(lm, facts, most)

@@ -32,10 +32,8 @@ UNCERTAIN = "uncertain"
 """The third choice."""
 CHOICE = "Complete the sentence: {prompt} ...\nChoices: {choices}\nAnswer:"
 """The question of a choice; each order of the choices is asked."""
-SHARE = (0.04, 0.15)
-"""Least and largest part of the positions that a mask hides."""
 SHARES = (0.04, 0.08, 0.12, 0.15)
-"""Parts of the positions of which ``mask_attack`` tells apart what they bring back."""
+"""Parts of a prompt's positions that masks hide."""
 
 
 @dataclass(frozen=True)
@@ -180,37 +178,6 @@ def _turned(
     return facts, [prompt.replace("{}", fact.target_new) for prompt, fact in pairs], old
 
 
-def returns_when_masked(
-    lm: LanguageModel, requests: Sequence[EditRequest], share: tuple[float, float] = SHARE
-) -> float:
-    """Return the share of facts for which hiding a few positions of the prompt makes the old target likelier again.
-
-    Our reading of the attack: every run of neighboring positions that holds between the two shares of the prompt, at
-    least one position, is hidden from attention, one after another, the last position excepted; a fact returns if one
-    of them does it. Only facts of which the new target is likelier without a mask count.
-
-    Args:
-        lm: The model.
-        requests: Facts; those without a true target are left out.
-        share: Least and largest part of the positions.
-
-    Returns:
-        The share, nan where no fact has the new target as the likelier one.
-
-    Raises:
-        ConfigError: If no fact has a true target, or the shares are not in order within (0, 1).
-    """
-    if not 0 < share[0] <= share[1] < 1:
-        raise ConfigError(f"share needs two parts of the positions in order, within 0 and 1; got {share}")
-    returned = []
-    for fact in _with_truth(requests):
-        rows, length = _prompt_rows(lm, fact)
-        sizes = range(max(1, round(share[0] * length)), max(1, int(share[1] * length)) + 1)
-        by_size = _returns(lm, rows, length, sizes)
-        returned += [] if by_size is None else [any(by_size.values())]
-    return sum(returned) / len(returned) if returned else float("nan")
-
-
 @dataclass(frozen=True)
 class MaskedFact:
     """Effect of masks over the prompt on one fact.
@@ -244,12 +211,15 @@ def hidden_positions(share: float, length: int) -> int:
 def mask_attack(
     lm: LanguageModel, requests: Sequence[EditRequest], shares: Sequence[float] = SHARES
 ) -> list[MaskedFact]:
-    """Return for each fact which masks bring its old answer back, as ``returns_when_masked`` hides positions.
+    """Return for each fact which masks over its prompt make the old target likelier again.
+
+    Our reading of the attack: as many neighboring positions as a share allows, at least one, are hidden from attention,
+    at one place of the prompt after another, the last position excepted.
 
     Args:
         lm: The model.
         requests: Facts; those without a true target are left out.
-        shares: Parts of the positions; each hides as many neighboring ones as it allows, at least one.
+        shares: Parts of the positions.
 
     Raises:
         ConfigError: If no fact has a true target, or a share is not within (0, 1).

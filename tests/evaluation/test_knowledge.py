@@ -14,7 +14,6 @@ from cakeflow.evaluation.knowledge import (
     mask_attack,
     negated,
     preferences,
-    returns_when_masked,
     reverse,
     states_when_negated,
 )
@@ -75,34 +74,7 @@ def masked(lm, text, target, hidden):
     return float(logprobs.mean())
 
 
-@pytest.mark.parametrize("share", [(0.04, 0.15), (0.3, 0.5)])
-def test_masks_are_tried_one_after_another(tiny, share):
-    front, values = len(tiny.front), []
-    facts = [EditRequest(f.prompt, f.subject, *pair) for f in FACTS[:2] for pair in (("a", "the"), ("the", "a"))]
-    for fact in facts:
-        new, old = fact.target_new, fact.target_true
-        count = len(tiny.tokenizer(fact.text)["input_ids"])
-        sizes = range(max(1, round(share[0] * count)), max(1, int(share[1] * count)) + 1)
-        runs = [set(range(start, start + size)) for size in sizes for start in range(front, count - size)]
-        if masked(tiny, fact.text, new, ()) > masked(tiny, fact.text, old, ()):
-            values.append(any(masked(tiny, fact.text, old, r) > masked(tiny, fact.text, new, r) for r in runs))
-    assert len(values) == 2  # of each pair one is likelier
-    assert returns_when_masked(tiny, facts, share) == sum(values) / len(values)
-
-
-def test_nothing_to_return_from(tiny):
-    facts = [EditRequest("{} lives in", "Ann", *pair) for pair in (("a", "the"), ("the", "a"))]
-    values = [returns_when_masked(tiny, [fact]) for fact in facts]
-    assert sum(map(math.isnan, values)) == 1
-
-
-@pytest.mark.parametrize("share", [(0.0, 0.1), (0.2, 0.1), (0.5, 1.0)])
-def test_bad_shares(tiny, share):
-    with pytest.raises(ConfigError, match="share needs two parts of the positions in order"):
-        returns_when_masked(tiny, FACTS, share)
-
-
-@pytest.mark.parametrize("measure", [choose, returns_when_masked])
+@pytest.mark.parametrize("measure", [choose, mask_attack])
 def test_facts_without_an_old_answer(tiny, measure):
     with pytest.raises(ConfigError, match="no fact has a target_true"):
         measure(tiny, FACTS[2:])
@@ -112,7 +84,9 @@ def test_facts_without_an_old_answer(tiny, measure):
 def test_each_share_says_what_its_masks_bring_back(tiny, shares):
     front = len(tiny.front)
     facts = [EditRequest(f.prompt, f.subject, *pair) for f in FACTS[:2] for pair in (("a", "the"), ("the", "a"))]
-    for fact, each in zip(facts, mask_attack(tiny, facts, shares), strict=True):
+    attacked = mask_attack(tiny, facts, shares)
+    assert sum(not each.returned for each in attacked) == 2  # of each pair one is not edited
+    for fact, each in zip(facts, attacked, strict=True):
         count = len(tiny.tokenizer(fact.text)["input_ids"])
         assert (each.prompt, each.new, each.old, each.positions) == (
             fact.text,
