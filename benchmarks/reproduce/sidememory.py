@@ -85,6 +85,7 @@ ROUTES = {
     "oracle/gen": "Gen. under an oracle",
 }
 CURVES = {name: SHOWN[name] for name in ("rel", "gen", "rel/contained", "gen/contained", "loc")}
+CURVES |= {name: ROUTES[name] for name in ("routing/accuracy", "routing/auc", "routing/own")}
 COST = {
     "bytes": "MB of changes",
     "seconds": "seconds per edit",
@@ -271,7 +272,8 @@ def draw(rows: dict[str, Row], out: Path) -> None:
             if kind == table
         ]
         write_table(out / f"sidememory-{table}", f"{table}, SmolLM2-135M", cells)
-    _, axes = plt.subplots(1, len(CURVES), figsize=(4 * len(CURVES), 3.6), layout="tight")
+    _, grid = plt.subplots(2, len(CURVES) // 2, figsize=(2 * len(CURVES), 7.2), layout="tight")
+    axes = grid.flatten()
     for ax, (key, text) in zip(axes, CURVES.items(), strict=True):
         for arm in dict.fromkeys(arm for kind, arm, _ in groups if kind == "zsre"):
             points = sorted(point for kind, other, point in groups if (kind, other) == ("zsre", arm))
