@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 SAVE_EVERY = 30.0
 """Seconds between saves of what a pass has so far."""
 PARTS = (2, 4, 8)
-"""Parts of the corpus behind the first of which the curve has a point: ranks meet there, so there are few."""
+"""The curve has a point behind a half, a quarter and an eighth of the corpus; few, because ranks meet there."""
 REMEDY = "delete it, and it is collected again"
 At = Literal["tokens", "names"]
 Sums = dict[str, ExactSum]
