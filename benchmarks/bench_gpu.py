@@ -113,6 +113,7 @@ def attention(lm: LanguageModel, count: int, layer: int) -> dict[str, dict[str, 
         torch.cuda.synchronize()
         return time.perf_counter() - start
 
+    search.search(lm, encode_batch(lm, facts(2), CONTEXTS), layer)  # warms up, at shapes that do not come again
     theirs = mock.patch("cakeflow.models.base.without_cudnn_attention", nullcontext)
     for name, choice in (("torch's choice", theirs), ("without cuDNN", nullcontext())):
         with choice:

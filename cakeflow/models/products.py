@@ -110,9 +110,9 @@ def fast_products(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_cudnn_attention(device: torch.device) -> Iterator[None]:
-    """Attend by torch's other kernels on a GPU: cuDNN plans each new shape for longer than a search of it takes.
+    """Attend by torch's other kernels on a GPU: cuDNN plans each new shape, and texts have many.
 
-    Texts have many shapes: 12 of the 21 seconds of a search in a model of Llama-3-8B's shape were plans
+    Its first steps at new shapes took more than half of a search in a model of Llama-3-8B's shape
     (``bench_gpu.py --attention``).
     """
     enabled = device.type == "cuda" and torch.backends.cuda.cudnn_sdp_enabled()

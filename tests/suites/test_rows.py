@@ -53,14 +53,14 @@ def test_a_row_is_what_the_run_folder_says(write):
 
 
 def test_a_model_is_freed_when_its_arm_ends(write, monkeypatch):
-    models, wrap = [], LanguageModel.wrap.__func__
+    models, alive, wrap = [], [], LanguageModel.wrap.__func__
     kept = lambda cls, *args: models.append(weakref.ref(lm := wrap(cls, *args))) or lm  # noqa: E731
     monkeypatch.setattr(LanguageModel, "wrap", classmethod(kept))
     arms = arms_of(read_suite(write()))
     rows = Rows(OUT, lambda arm, row: alive.append(sum(each() is not None for each in models)))
-    alive = []
     rows.measure(arms)
-    assert (len(models) >= len(arms), alive) == (True, [0] * len(arms))
+    assert len(models) >= len(arms)
+    assert alive == [0] * len(arms)
 
 
 def test_numbers_of_callbacks_are_first_and_last_of_the_run(write):
