@@ -64,11 +64,15 @@ class KnowledgeCheck(PeriodicCallback):
         self.masked: list[MaskedFact] = []
         self.restored: list[bool] = []
         self._facts: list[EditRequest] = []
-        self._unedited: torch.Tensor | None = None
+        self._unedited = torch.empty(0)
 
     def begin(self, module: Any, requests: Sequence[EditRequest]) -> None:
-        """Take the facts."""
-        self._facts, self._unedited = list(requests[: self.limit]), None
+        """Take the facts, and what the model without edits makes of their targets."""
+        self._facts = list(requests[: self.limit])
+        if not any(fact.target_true for fact in self._facts):
+            return
+        with module.journal.reverted():
+            self._unedited = preferences(module.lm, self._facts, module.max_bytes)
 
     def measure(self, module: Any) -> dict[str, float]:
         """Return what the model chooses, says and loses, as far as the facts allow it."""
@@ -101,8 +105,6 @@ class KnowledgeCheck(PeriodicCallback):
         with module.journal.reverted():
             scores = preferences(module.lm, self._facts, module.max_bytes)
             whole = module.lm.fingerprint() == module.journal.base.fingerprint
-        if self._unedited is None:
-            self._unedited = scores
         return [whole and bool(each) for each in (scores == self._unedited).all(1)]
 
 

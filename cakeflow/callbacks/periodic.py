@@ -10,6 +10,7 @@ import torch
 
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import require_count
+from cakeflow.storage.cache import content_key
 
 
 class PeriodicCallback(L.Callback):
@@ -23,6 +24,8 @@ class PeriodicCallback(L.Callback):
         rows: The logged rows, of all runs so far.
         needs: Number -> fields that a fact must have to be measured (``cakeflow.data.review``).
         in_evaluations: Whether ``measure`` needs nothing but the model and the facts.
+        identity: Name of this measurement where callbacks with the same arguments share what they measure of one
+            unedited model (``Questions.unedited``); empty shares nothing.
 
     Args:
         every: Number of batches between measurements; None measures at both ends of a run only.
@@ -40,6 +43,8 @@ class PeriodicCallback(L.Callback):
             require_count("every", every, 1)
         self.every = every
         self.rows: list[dict[str, float]] = []
+        self.identity = ""
+        self._requests: Sequence[EditRequest] = ()
         self._last = -1
 
     def can_measure(self, module: Any) -> bool:
@@ -59,7 +64,7 @@ class PeriodicCallback(L.Callback):
         """Measure the model before the first batch; every request was checked by now."""
         if batch_idx == 0:
             self._last = -1  # a Trainer may run the same callback again
-            self.begin(pl_module, _requests(trainer.train_dataloader))
+            self._begin(pl_module, trainer.train_dataloader)
             self._measure(trainer, pl_module)
 
     def on_train_batch_end(
@@ -86,7 +91,7 @@ class PeriodicCallback(L.Callback):
         """Measure the model as it is, beside the metrics of an evaluation that belongs to no run."""
         module: Any = pl_module
         if self._evaluates(trainer, module) and self.can_measure(module):
-            self.begin(module, _requests(trainer.val_dataloaders))
+            self._begin(module, trainer.val_dataloaders)
             with module.phase("evaluation"):
                 numbers = self.measure(module)
             module.further |= {f"{self.name}/{key}": value for key, value in numbers.items()}
@@ -94,11 +99,16 @@ class PeriodicCallback(L.Callback):
     def _evaluates(self, trainer: L.Trainer, module: Any) -> bool:
         return self.in_evaluations and not trainer.sanity_checking and module.stage == "now"
 
+    def _begin(self, module: Any, batches: Any) -> None:
+        """Take the requests of all batches of a data loader, in order."""
+        self._requests = [request for batch in batches or () for request in batch.requests]
+        self.begin(module, self._requests)
+
     def _measure(self, trainer: L.Trainer, module: Any) -> None:
         if len(module.journal) == self._last or not self.can_measure(module):
             return
         with module.phase("evaluation"):
-            numbers = self.measure(module)
+            numbers = self._numbers(module)
         self._last = len(module.journal)
         row = {f"{self.name}/{key}": value for key, value in {"edits": float(module.journal.edits), **numbers}.items()}
         self.rows.append(row)
@@ -107,7 +117,12 @@ class PeriodicCallback(L.Callback):
             logger.log_metrics(row, step=trainer.global_step)
             logger.save()
 
-
-def _requests(batches: Any) -> list[EditRequest]:
-    """Return the requests of all batches of a data loader, in order."""
-    return [request for batch in batches or () for request in batch.requests]
+    def _numbers(self, module: Any) -> dict[str, float]:
+        """Return ``measure``, from ``module.unedited`` where the same was measured of the same unedited model."""
+        if module.unedited is None or not (self.identity and self.in_evaluations) or len(module.journal):
+            return self.measure(module)
+        key = content_key(self.identity, module.journal.base.fingerprint, list(map(repr, self._requests)))
+        if key not in module.unedited:
+            module.unedited[key] = self.measure(module)
+        numbers: dict[str, float] = module.unedited[key]
+        return numbers

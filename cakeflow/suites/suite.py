@@ -31,6 +31,7 @@ from cakeflow.editor import with_checks
 from cakeflow.errors import ConfigError, did_you_mean, listed, require_count
 from cakeflow.evaluation.outcome import METRICS
 from cakeflow.models.loading import Loading
+from cakeflow.storage.cache import content_key
 from cakeflow.storage.folders import file_name
 from cakeflow.storage.typed import Count, Json, Schema, read_as
 
@@ -212,7 +213,12 @@ class Arm:
     def callbacks(self) -> list[Callback]:
         """Return new callbacks: those of suite and data set, and those that every run has."""
         further: Any = self.suite.data[self.data].get("callbacks", [])
-        return with_checks(build_callbacks([*self.suite.callbacks, *further]))
+        parts = [*self.suite.callbacks, *further]
+        callbacks = build_callbacks(parts)
+        for part, callback in zip(parts, callbacks, strict=True):
+            if isinstance(callback, PeriodicCallback):
+                callback.identity = content_key(part)
+        return with_checks(callbacks)
 
 
 def arms_of(suite: Suite, loading: Loading = Loading()) -> list[Arm]:

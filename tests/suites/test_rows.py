@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from tiny_runs import content
 
 from cakeflow import Editor
+from cakeflow.callbacks import KnowledgeCheck, NeutralText
 from cakeflow.core.config import build_callbacks
 from cakeflow.core.run import run_fit
 from cakeflow.errors import ConfigError, LockedError, ResumeError
@@ -20,10 +21,16 @@ from cakeflow.models import LanguageModel
 from cakeflow.report import RunFolder
 from cakeflow.storage.locks import locked
 from cakeflow.suites import Rows, arms_of, read_suite
-from cakeflow.suites.rows import settings_of
+from cakeflow.suites.rows import logged_by_callbacks, settings_of
 from cakeflow.suites.suite import Arm
 
 OUT = Path("out")
+MEASURED = [
+    {"class_path": "KnowledgeCheck", "init_args": {"limit": 2}},
+    {"class_path": "NeutralText", "init_args": {"every": None, "tokens": 128, "window": 32}},
+    {"class_path": "OutcomeCheck", "init_args": {"familiar": 0, "neighbors": 2, "chat": False}},
+]
+"""Callbacks, two of which share what they measure of the unedited model."""
 
 
 def measured(path, **parts):
@@ -80,21 +87,58 @@ class Stop(Callback):
             raise KeyboardInterrupt
 
 
-def test_the_unedited_model_is_asked_once_and_says_what_it_says_alone(write, monkeypatch):
-    arms, unedited, ask = arms_of(read_suite(write())), [], Questions.ask
+def counting(monkeypatch, kind, name):
+    """Lets a method of a class count its calls for the unedited model; returns the list of them."""
+    calls, function = [], getattr(kind, name)
 
-    def counted(module, requests):
-        unedited.extend([] if len(module.journal) else [module])
-        return ask(module, requests)
+    def counted(self, module, *rest):
+        calls.extend([] if len(module.journal) else [name])
+        return function(self, module, *rest)
 
+    monkeypatch.setattr(kind, name, counted)
+    return calls
+
+
+def test_the_unedited_model_is_asked_and_measured_once_and_says_what_it_says_alone(write, monkeypatch):
+    arms = arms_of(read_suite(write(callbacks=MEASURED)))
     with monkeypatch.context() as patch:
-        patch.setattr(Questions, "ask", counted)
-        Rows(OUT).measure(arms)
-    assert len(unedited) == 1
+        measures = [counting(patch, each, "measure") for each in (KnowledgeCheck, NeutralText)]
+        asked, ask = [], Questions.ask
+        patch.setattr(Questions, "ask", lambda own, each: asked.append(len(own.journal)) or ask(own, each))
+        rows = Rows(OUT).measure(arms)
+    assert [len(calls) for calls in measures] == [1, 1]
+    assert asked.count(0) == 1
     editor = Editor(arms[1].module(), {"callbacks": arms[1].callbacks(), "enable_progress_bar": False})
     run_fit(editor.trainer("alone"), editor.module, arms[1].requests)
     for name in ("before.jsonl", "after.jsonl", "answers.jsonl"):
         assert Path("alone", name).read_bytes() == (OUT / "runs" / arms[1].name / name).read_bytes()
+    alone = logged_by_callbacks(RunFolder.read("alone"))
+    assert {"knowledge/restored", "neutral/perplexity"} <= alone.keys()
+    assert {name: values[0] for name, values in alone.items()}.items() <= rows[1].before.items()
+    assert {name: values[-1] for name, values in alone.items()}.items() <= rows[1].metrics.items()
+
+
+def test_callbacks_with_other_arguments_share_nothing(write, monkeypatch):
+    calls = counting(monkeypatch, NeutralText, "measure")
+    longer = {"class_path": "NeutralText", "init_args": {"every": None, "tokens": 256, "window": 32}}
+    arms = arms_of(read_suite(write(callbacks=[*MEASURED, longer])))
+    Rows(OUT).measure(arms)
+    assert len(calls) == 2
+
+
+def test_a_callback_that_bears_no_name_is_measured_in_every_arm(write, monkeypatch):
+    calls, callbacks = counting(monkeypatch, NeutralText, "measure"), Arm.callbacks
+
+    def nameless(arm):
+        parts = callbacks(arm)
+        for each in parts:
+            each.identity = ""
+        return parts
+
+    monkeypatch.setattr(Arm, "callbacks", nameless)
+    arms = arms_of(read_suite(write(callbacks=MEASURED)))
+    Rows(OUT).measure(arms)
+    assert len(calls) == len(arms)
 
 
 def test_an_interrupted_suite_goes_on_where_it_stopped(write, monkeypatch):
