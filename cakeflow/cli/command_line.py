@@ -52,8 +52,8 @@ from cakeflow.report import metrics_table
 
 INTERRUPTED = 130
 """Exit status after Ctrl+C, as a shell has it."""
-CONFIG_KINDS = ("method", "model", "targets", "data")
-"""Options of ``fit`` and ``evaluate`` that take the name of a shipped config."""
+CONFIG_KINDS = ("method", "model_config", "model", "targets", "data")
+"""Options of ``fit`` and ``evaluate`` that take the name of a shipped config, in the order in which they count."""
 NAMES_HELP = (
     "Shipped configs are chosen by name: --method NAME --model NAME --data NAME, e.g. --method cake --model "
     "smollm2-135m --data builtin. A model may also be a folder, a GGUF file or a hub id; data may be a file, a URL or "
@@ -262,14 +262,14 @@ def expand_names(words: Sequence[str]) -> list[str]:
     """Replace ``--method``, ``--model``, ``--targets`` and ``--data`` in a command by options of Lightning's CLI.
 
     A shipped name or a YAML file becomes a ``--config``; any other model or data source becomes ``--model.base`` or
-    ``--data.source``. Later configs override earlier ones: the method's, the model's, the target search's, the data's.
-    All other options follow.
+    ``--data.source``. With ``--model_config``, which has the model's numbers, ``--model`` is the model alone. Later
+    configs override earlier ones: the method's, the model's, the target search's, the data's. All other options follow.
 
     Args:
         words: The command and its options.
 
     Raises:
-        ConfigError: If there is no such method or target search.
+        ConfigError: If there is no such method, target search or model config.
 
     Example:
         >>> expand_names(["fit", "--model", "org/name", "--model.layers", "[3, 4]"])
@@ -284,14 +284,17 @@ def expand_names(words: Sequence[str]) -> list[str]:
             names[option.removeprefix("--")] = value if joined else next(remaining, "")
         else:
             rest.append(word)
-    folders = {"model": model_kind(find_config("method", names["method"]))} if "method" in names else {}
+    of_model = model_kind(find_config("method", names["method"])) if "method" in names else "model"
+    folders = {"model": of_model, "model_config": of_model}
+    base = ["--model.base", names.pop("model")] if {"model", "model_config"} <= names.keys() else []
     given = [kind for kind in CONFIG_KINDS if kind in names]
     options = [option for kind in given for option in _as_options(kind, names[kind], folders.get(kind, kind))]
-    return [*words[:1], *options, *rest]
+    return [*words[:1], *options, *base, *rest]
 
 
 def _as_options(kind: str, name: str, folder: str) -> list[str]:
-    if kind in ("method", "targets") or name in shipped(folder) or name.endswith((".yaml", ".yml")):
+    is_config = name in shipped(folder) or name.endswith((".yaml", ".yml"))
+    if is_config or kind not in ("model", "data"):
         return ["--config", str(find_config(folder, name))]
     return ["--model.base" if kind == "model" else "--data.source", name]
 

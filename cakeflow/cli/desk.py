@@ -8,13 +8,13 @@ from typing import Any
 
 from cakeflow.callbacks import PolicyGuard
 from cakeflow.cli.console import say
+from cakeflow.cli.editors import editor_for
 from cakeflow.desk import DeskServer, Session, Worker
 from cakeflow.desk.calls import Calls, serve
 from cakeflow.desk.session import require_own_run
 from cakeflow.desk.work import PhaseProfiler
-from cakeflow.editor import Editor
 from cakeflow.errors import command_line, require_count
-from cakeflow.journal.audit import loading_of, name_of_base
+from cakeflow.journal.audit import entries_of
 from cakeflow.models.loading import Loading
 
 PORT = 8750
@@ -24,7 +24,7 @@ def run_desk(
     run_dir: Path | None = None,
     from_run: Path | None = None,
     model: str | None = None,
-    method: str = "cake",
+    method: str | None = None,
     model_config: str | None = None,
     layers: list[int] | None = None,
     policy: Path | None = None,
@@ -41,7 +41,7 @@ def run_desk(
         run_dir: Run folder, new or of an earlier page; by default a new one.
         from_run: Finished run to go on from; its edits stay.
         model: Name, hub id, folder or GGUF file; by default the run's.
-        method: A shipped recipe or a YAML file.
+        method: A shipped recipe or a YAML file; by default the run's, else cake.
         model_config: Tuned numbers for the model, by name or YAML file.
         layers: Layers to edit, for a model without them.
         policy: YAML file of a policy: what it forbids is refused or undone.
@@ -59,17 +59,16 @@ def run_desk(
     rules = [PolicyGuard(str(policy))] if policy else []
     entries = require_own_run(run_dir) if run_dir else []
     with closing(DeskServer(port)) as server:  # before anything is loaded or written
-        old = run_dir if entries else None
-        base = model or (name_of_base(old) if old else "smollm2-135m")
         trainer: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "callbacks": rules}
-        editor = Editor.from_pretrained(
-            base,
+        editor = editor_for(
+            entries or (entries_of(from_run) if from_run else []),
+            model,
             method,
-            config=model_config,
-            layers=layers,
+            model_config,
+            layers,
+            loading,
+            {**trainer, "profiler": PhaseProfiler(worker.step)},
             record_texts=record_texts,
-            model_kwargs=loading_of(old, model, loading) if old else loading.arguments(),
-            trainer={**trainer, "profiler": PhaseProfiler(worker.step)},
         )
         with Session.opened(editor, run_dir, from_run) as session:
             server.calls = Calls(session, worker).by_name()

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from cakeflow.callbacks import PolicyGuard
 from cakeflow.cli.console import say
+from cakeflow.cli.editors import editor_for
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.core.run import FitResult, go_on_from
 from cakeflow.data.proposals import propose
@@ -17,9 +18,8 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.sources import read_entries
 from cakeflow.data.subject import guess_subject
-from cakeflow.editor import Editor
 from cakeflow.errors import ConfigError, Fault
-from cakeflow.journal.audit import ledger_of, loading_of, name_of_base
+from cakeflow.journal.audit import entries_of, ledger_of
 from cakeflow.models.loading import Loading
 from cakeflow.report.tables import requests_table, rows_table
 from cakeflow.storage.locks import locked
@@ -31,8 +31,8 @@ def run_edit(
     texts: list[str],
     file: Path | None = None,
     subject: str | list[str] | None = None,
-    model: str = "smollm2-135m",
-    method: str = "cake",
+    model: str | None = None,
+    method: str | None = None,
     model_config: str | None = None,
     layers: list[int] | None = None,
     run_dir: Path | None = None,
@@ -50,8 +50,8 @@ def run_edit(
         texts: Sentences up to where the answer begins, each followed by its new answer.
         file: Facts in a file instead; a subject may be missing there.
         subject: Subject, where the guess is wrong; of several sentences a list.
-        model: An embedded name, a hub id, a folder or a GGUF file.
-        method: A shipped recipe or a YAML file.
+        model: An embedded name, a hub id, a folder or a GGUF file; by default smollm2-135m, or that of --from.
+        method: A shipped recipe or a YAML file; by default cake, or that of --from.
         model_config: Tuned numbers for the model, by name or as a YAML file.
         layers: Layers to edit, for a model without them.
         run_dir: Run folder; by default a new one under runs/.
@@ -75,9 +75,8 @@ def run_edit(
         if run_dir is not None:
             raise ConfigError(f"--dry_run stores nothing; leave out --run_dir {run_dir}")
         trainer["logger"] = False
-    editor = Editor.from_pretrained(
-        model, method, config=model_config, layers=layers, trainer=trainer, model_kwargs=loading.arguments()
-    )
+    entries = entries_of(from_run) if from_run is not None else []
+    editor = editor_for(entries, model, method, model_config, layers, loading, trainer)
     if from_run is not None:
         go_on_from(from_run, editor.module, run_dir)
     result = editor.fit(requests, run_dir=run_dir)
@@ -94,7 +93,7 @@ def run_undo(
     run: Path,
     name: str,
     model: str | None = None,
-    method: str = "cake",
+    method: str | None = None,
     model_config: str | None = None,
     layers: list[int] | None = None,
     loading: Loading = Loading(),
@@ -107,7 +106,7 @@ def run_undo(
         run: A run folder.
         name: A subject, or a sentence with its subject.
         model: The unedited model, if it cannot be loaded by the name that the run was started with.
-        method: A recipe or a YAML file, whose solver is used.
+        method: A recipe or a YAML file, whose solver is used; by default the run's own.
         model_config: Tuned numbers for the model, by name or as a YAML file.
         layers: Layers to change, for a model without them.
         loading: --loading.NAME, how a model is loaded.
@@ -118,9 +117,7 @@ def run_undo(
         LockedError: If another process is writing the run.
     """
     with locked(ledger_of(run)):
-        source = model or name_of_base(run)
-        known = loading_of(run, model, loading)
-        editor = Editor.from_pretrained(source, method, config=model_config, layers=layers, model_kwargs=known)
+        editor = editor_for(entries_of(run), model, method, model_config, layers, loading)
         editor.load(run)
         rows = editor.undo(name)
     Console().print(rows_table(rows, "Taken back"))

@@ -11,7 +11,7 @@ from cakeflow.core.config import find_config, model_kind
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError
-from cakeflow.journal.audit import base_of, ledger_of, name_of_base
+from cakeflow.journal.audit import base_of, entries_of, ledger_of, name_of_base
 from cakeflow.journal.ledger import read_entries, requests_in_force
 from cakeflow.models.loading import Loading
 
@@ -99,10 +99,10 @@ def take_run(words: Sequence[str]) -> tuple[list[str], EditedModel | None]:
     if not value or value.startswith("--"):
         raise ConfigError("--run needs a run folder: cakeflow evaluate --run RUN")
     rest = [*words[:place], *words[place + (1 if joined else 2) :]]
-    if {"--config", "--model.layers"}.isdisjoint(options) and _edits_layers(rest):
+    if {"--config", "--model_config", "--model.layers"}.isdisjoint(options) and _edits_layers(rest):
         rest += ["--model.layers", "auto"]  # none are edited, but a module cannot do without
     elif {"--config", "--model", "--model.base"}.isdisjoint(options):
-        rest += ["--model.base", name_of_base(Path(value))]  # other methods have no model by default
+        rest += ["--model.base", name_of_base(entries_of(Path(value)))]  # other methods have no model by default
     own_model, own_data = (
         {"--config", f"--{kind}", f"--{kind}.{name}"}.isdisjoint(options)
         for kind, name in (("model", "base"), ("data", "source"))

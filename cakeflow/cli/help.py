@@ -70,6 +70,7 @@ weights of a few layers, measure before and after, and keep all in a run folder.
 
 {shipped}
 
+  --model_config NAME             tuned numbers for the model, or a YAML file
   --config FILE                   YAML with any of these options
   --run_dir FOLDER                run folder; an interrupted run in it goes on
   --from RUN                      finished run to go on from; its edits stay
@@ -123,6 +124,7 @@ the new facts, also in other words, and what it says of neighbouring ones.
 
 {shipped}
 
+  --model_config NAME             tuned numbers for the model, or a YAML file
   --config FILE                   YAML with any of these options
   --run_dir FOLDER                folder for answers and metrics
   --data.limit N                  measure the first N facts only

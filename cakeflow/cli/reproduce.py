@@ -10,11 +10,9 @@ import torch
 from rich.console import Console
 
 from cakeflow.cli.console import say
-from cakeflow.core.config import build_module, load_with
+from cakeflow.cli.editors import editor_for
 from cakeflow.core.recorded import RecordedRun
 from cakeflow.core.reproduction import RESULT, BatchResult, NumberResult, Reproduction, reproduce
-from cakeflow.editor import Editor
-from cakeflow.errors import ConfigError
 from cakeflow.models.loading import Loading
 from cakeflow.report.tables import rows_table
 
@@ -54,38 +52,13 @@ def run_reproduce(
         ConfigError: If texts, pictures or the method are not on record, or a plugin of the method is missing.
     """
     record = RecordedRun.read(run, data)
-    editor = _editor(record, model or record.start.model, method, model_config, layers, loading)
+    trainer = {"accelerator": _accelerator(record)}
+    editor = editor_for(record.entries, model, method, model_config, layers, loading, trainer)
     result = reproduce(record, editor.module, editor.trainer(run_dir))
     show_reproduction(result)
     if not result.equal:
         sys.exit(1)
     return result
-
-
-def _editor(
-    run: RecordedRun,
-    model: str,
-    method: str | None,
-    model_config: str | None,
-    layers: list[int] | None,
-    loading: Loading,
-) -> Editor:
-    """The unedited model with the run's method, from the record or as it is named."""
-    named = {name: value for name, value in run.start.loading.items() if name != "commit"}
-    known = {"dtype": run.base.dtype.removeprefix("torch."), **named, **loading.arguments()}
-    trainer = {"accelerator": _accelerator(run)}
-    if method is not None:
-        return Editor.from_pretrained(
-            model, method, config=model_config, layers=layers, trainer=trainer, model_kwargs=known
-        )
-    if model_config is not None or layers is not None:
-        raise ConfigError("--model_config and --layers belong to --method, which replaces the method on record")
-    if not run.start.method:
-        raise ConfigError(
-            f"{run.path} does not say how its method was built (by Python, or an older cakeflow); name it, --method "
-            "NAME with --model_config or --layers, or reproduce it in Python: Editor(module).reproduce(RUN)"
-        )
-    return Editor(load_with(build_module([run.start.method], base=model), known), trainer)
 
 
 def _accelerator(run: RecordedRun) -> str:

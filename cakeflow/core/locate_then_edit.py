@@ -312,8 +312,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         """Set the candidate layers, and the scores of a weighter that was given none."""
         if not layers:
             raise ConfigError(
-                f"no layers are named for model {self.name!r}{did_you_mean(self.name, shipped('model'))}\nset "
-                "model.layers to block indices in ascending order, e.g. [9, 10], or to auto; shipped models have theirs"
+                f"no layers are named for {self.name!r}{did_you_mean(self.name, shipped('model'))}\ngive a shipped "
+                "model's, --model_config NAME, or set model.layers to indices in ascending order, e.g. [9, 10], or auto"
             )
         if list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise ConfigError(f"layers must be block indices in ascending order, e.g. [9, 10], or auto; got {layers!r}")

@@ -94,7 +94,7 @@ class Outcome:
         if self.failed:
             parts.append(f"not learned: {listed([self._why(each) for each in self.failed], 5)}")
         if others:
-            names = [f"{each.prompt!r} ({_short(each.before)} -> {_short(each.after or '')})" for each in self.changed]
+            names = [f"{each.prompt!r} ({_change(each.before, each.after or '')})" for each in self.changed]
             parts.append(f"{len(names)} of {others} other answers changed" + (f": {listed(names, 3)}" if names else ""))
         return "; ".join([*parts, *self.side_effects])
 
@@ -106,6 +106,19 @@ class Outcome:
 def _short(text: str) -> str:
     words = " ".join(text.split())
     return words if len(words) <= 40 else f"{words[:37]}..."
+
+
+def _change(before: str, after: str) -> str:
+    """Return two answers beside each other, from where they part if they begin with the same words.
+
+    Example:
+        >>> _change("It is a mammal of the sea", "It is a mammal of the land")
+        '... sea -> ... land'
+    """
+    old, new = before.split(), after.split()
+    alike = next((i for i, (x, y) in enumerate(zip(old, new, strict=False)) if x != y), min(len(old), len(new)))
+    sign = "... " if alike else ""
+    return f"{sign}{_short(' '.join(old[alike:]))} -> {sign}{_short(' '.join(new[alike:]))}"
 
 
 def is_good(answer: FreeAnswer) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -120,6 +120,16 @@ def ledger_of(run: Path) -> Path:
     return path
 
 
+def entries_of(run: Path) -> list[Entry]:
+    """Return the ledger of a run folder.
+
+    Raises:
+        RunFolderError: If there is none.
+        LedgerError: If it was changed after it was written.
+    """
+    return JournalStore(ledger_of(run).parent).ledger.entries
+
+
 def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) -> EditableModel:
     """The unedited model of a run.
 
@@ -132,18 +142,18 @@ def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) ->
         RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
     """
-    return load_editable(name or name_of_base(run), **loading_of(run, name, loading))
+    entries = entries_of(run)
+    return load_editable(name or name_of_base(entries), **loading_of(entries, name, loading))
 
 
-def loading_of(run: Path, name: str | None = None, loading: Loading = Loading()) -> dict[str, Any]:
+def loading_of(entries: Sequence[Entry], name: str | None = None, loading: Loading = Loading()) -> dict[str, Any]:
     """Return the arguments with which ``base_of`` loads the unedited model: what a ledger names, then ``loading``.
 
     Args:
-        run: The run folder.
+        entries: The ledger.
         name: As for ``base_of``; options of loading on record belong to the name on record.
         loading: What the user chose.
     """
-    entries = JournalStore(ledger_of(run).parent).ledger.entries
     dtypes = [body.dtype for body in bodies(entries, ModelBody)]
     runs = [] if name else bodies(entries, RunBody)[-1:]
     known = {option: value for each in runs for option, value in each.loading.items() if option != "commit"}
@@ -151,16 +161,15 @@ def loading_of(run: Path, name: str | None = None, loading: Loading = Loading())
     return {"dtype": dtype, **known, **loading.arguments()}
 
 
-def name_of_base(run: Path) -> str:
-    """The name of the unedited model that a run was started with.
+def name_of_base(entries: Sequence[Entry]) -> str:
+    """Return the name of the unedited model that the run of a ledger was started with.
 
     Raises:
-        RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
     """
-    names = [body.model for body in bodies(JournalStore(ledger_of(run).parent).ledger.entries, RunBody)]
+    names = [body.model for body in bodies(entries, RunBody)]
     if not names:
-        raise LedgerError(f"{run}: the ledger names no model; name the unedited model: --model NAME")
+        raise LedgerError("the ledger of the run names no model; name the unedited model: --model NAME")
     return names[-1]
 
 

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, fields
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
 )
+from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils import logging as hf_logging
 
 from cakeflow.errors import ConfigError, did_you_mean, listed
@@ -280,11 +282,13 @@ def _name_version(package: str) -> None:
 
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
-    """Let transformers show no progress bars in the body."""
-    shown = hf_logging.is_progress_bar_enabled()
+    """Let transformers show no progress bars in the body; that of its GGUF reader is tqdm's own and has no switch."""
+    shown, bar = hf_logging.is_progress_bar_enabled(), gguf_reader.tqdm
     hf_logging.disable_progress_bar()
+    gguf_reader.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
+        gguf_reader.tqdm = bar
         if shown:
             hf_logging.enable_progress_bar()

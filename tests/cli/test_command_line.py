@@ -5,8 +5,10 @@ import shlex
 import sys
 
 import pytest
+import yaml
 
 from cakeflow.__main__ import main as script
+from cakeflow.cli.command_line import expand_names
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.checkpoint import SafeCheckpointIO
 from cakeflow.core.config import shipped
@@ -53,6 +55,22 @@ def arguments(folder, command, *more):
     ]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
     return [command, f"--config={shipped('method')['alphaedit']}", *base, *quiet, *more]
+
+
+def test_the_numbers_of_a_model_serve_a_folder_too(capsys):
+    words = ["fit", "--model", "folder", "--model_config", "smollm2-135m", "--method", "memit", "--model.rounds", "3"]
+    names = [("method", "memit"), ("model", "smollm2-135m")]
+    configs = [word for kind, name in names for word in ("--config", str(shipped(kind)[name]))]
+    assert expand_names(words) == ["fit", *configs, "--model.base", "folder", "--model.rounds", "3"]
+    with pytest.raises(SystemExit):
+        main([*words, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    tuned = yaml.safe_load(shipped("model")["smollm2-135m"].read_text())["model"]
+    assert printed["base"] == "folder"
+    assert printed["layers"] == tuned["layers"]
+    with pytest.raises(SystemExit):
+        main(["fit", "--model", "folder", "--model_config", "smolm2-135m", "--data", "builtin"])
+    assert "no model config 'smolm2-135m'; did you mean 'smollm2-135m'?" in capsys.readouterr().err
 
 
 def test_print_config_shows_the_composition_and_loads_nothing(capsys):

@@ -53,8 +53,9 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, options, wor
 
 @pytest.mark.slow
 def test_ctrl_c_ends_it_and_the_same_folder_goes_on(method, workplace):
-    words = [sys.executable, "-m", "cakeflow", "desk", "--run_dir", "run", "--method", str(method), "--layers", "[1]"]
-    for edits, further in ((0, ["--model", "model"]), (1, [])):  # the folder knows its model
+    words = [sys.executable, "-m", "cakeflow", "desk", "--run_dir", "run"]
+    named = ["--model", "model", "--method", str(method), "--layers", "[1]"]
+    for edits, further in ((0, named), (1, [])):  # the folder knows its model and method
         command = [*words, *further, "--port", "0"]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workplace

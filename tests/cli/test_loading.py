@@ -39,7 +39,7 @@ COMMAND_WORDS = {
     "replay": ["replay", "run", *MODEL],
     "reproduce": ["reproduce", "run", *LAYERS, "--method", "memit"],
     "rollback": ["rollback", "run", *MODEL],
-    "undo": ["undo", "run", "Ann", *LAYERS],
+    "undo": ["undo", "run", "Ann", *LAYERS, "--method", "memit"],
     "export": ["export", "run", "out", *MODEL],
     "apply": ["apply", "delta", "repository", "out"],
 }

@@ -109,6 +109,13 @@ def test_a_new_file_gives_the_same_logits(llama, dtype, requests, quiet, ids, tm
     assert manifest.details["types"] == (["BF16", "F32"] if dtype == torch.bfloat16 else ["F32"])
 
 
+def test_an_export_is_written_and_read_again_without_a_word(llama, requests, quiet, tmp_path, capfd):
+    editor = edited(llama(), requests, quiet)
+    capfd.readouterr()
+    editor.export(tmp_path / "out", "gguf")
+    assert capfd.readouterr() == ("", "")
+
+
 def test_rows_of_queries_stand_in_pairs(llama, requests, quiet, tmp_path):
     """llama.cpp rotates neighbouring rows, transformers the halves of a head."""
     editor = edited(llama(), requests, quiet)
