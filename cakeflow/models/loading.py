@@ -19,8 +19,8 @@ from transformers import (
     AutoModelForImageClassification,
     AutoTokenizer,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
-from transformers import modeling_gguf_pytorch_utils as gguf_reader
 from transformers.utils import logging as hf_logging
 
 from cakeflow.errors import ConfigError, did_you_mean, listed
@@ -283,12 +283,13 @@ def _name_version(package: str) -> None:
 @contextmanager
 def without_progress_bars() -> Iterator[None]:
     """Let transformers show no progress bars in the body; that of its GGUF reader is tqdm's own and has no switch."""
-    shown, bar = hf_logging.is_progress_bar_enabled(), gguf_reader.tqdm
+    reader: Any = modeling_gguf_pytorch_utils
+    shown, bar = hf_logging.is_progress_bar_enabled(), reader.tqdm
     hf_logging.disable_progress_bar()
-    gguf_reader.tqdm = partial(bar, disable=True)
+    reader.tqdm = partial(bar, disable=True)
     try:
         yield
     finally:
-        gguf_reader.tqdm = bar
+        reader.tqdm = bar
         if shown:
             hf_logging.enable_progress_bar()
