@@ -29,12 +29,14 @@ from cakeflow.journal.schema import (
 from cakeflow.journal.steps import EditStep
 from cakeflow.plugins import Plugin
 from cakeflow.report.comparison import DELTA, as_texts
-from cakeflow.report.intervals import KINDS
+from cakeflow.report.intervals import IMAGES, KINDS
 from cakeflow.storage.typed import Schema
 from cakeflow.tracing import Trace
 
 PROPOSED = ("paraphrase", "neighborhood")
 """Kinds of checks that a fact can have."""
+HEADLINES = (*KINDS, "learned", "learned_chat", *IMAGES)
+"""Metrics of an evaluation that a ledger's table shows, where they were measured."""
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = "") -> Table:
@@ -149,37 +151,49 @@ def ledger_table(entries: Sequence[Entry]) -> Table:
     table = Table(title="Ledger", title_justify="left")
     for name in ("entry", "time (UTC)", "kind", "details", "who", "hash"):
         table.add_column(name, overflow="fold", justify="right" if name == "entry" else "left")
-    who = ""
+    who, requests = "", dict[str, Mapping[str, Any]]()
     for entry in entries:
         who = entry.body.who if isinstance(entry.body, Circumstances) else who
-        cells = (entry.time[:19].replace("T", " "), entry.kind, _details(entry.body), who, entry.hash[:12])
+        if isinstance(entry.body, BatchBody):
+            requests |= zip(entry.body.hashes, entry.body.requests, strict=False)  # texts may not be on record
+        cells = (entry.time[:19].replace("T", " "), entry.kind, _details(entry.body, requests), who, entry.hash[:12])
         table.add_row(str(entry.number), *map(_cell, cells))
     return table
 
 
-def _details(body: Schema) -> str:
+def _details(body: Schema, requests: Mapping[str, Mapping[str, Any]]) -> str:
+    """Return what an entry says; ``requests`` are those on record so far, by their hashes."""
     match body:
         case ModelBody():
             return f"{body.fingerprint[:12]}, {body.dtype}"
         case RunBody():
             if not body.edits:  # none beforehand: a page, on which they are made one by one
                 return f"{body.model}, by hand"
-            return f"{body.model}, {body.edits} edits in batches of {body.batch_size or body.edits}"
+            return f"{body.model}, {_count(body.edits, 'edit')} in batches of {body.batch_size or body.edits}"
         case EvaluationBody():
-            rates = [
-                f"{name} {100 * body.metrics[name]:.1f}" for name in KINDS if not isnan(body.metrics.get(name, nan))
-            ]
-            return f"{body.stage}, {body.edits} edits: {', '.join(rates)}"
+            there = [name for name in HEADLINES if not isnan(body.metrics.get(name, nan))]
+            rates = [f"{name} {100 * body.metrics[name]:.1f}" for name in there]
+            return f"{body.stage}, {_count(body.edits, 'edit')}" + _behind(rates)
         case BatchBody():
-            facts = [f"{request.get('subject')} -> {request.get('target_new')}" for request in body.requests[:3]]
-            facts += ["..."] if len(body.requests) > 3 else []
-            count = f"{len(body.undone)} facts taken back" if body.undone else f"{len(body.hashes)} edits"
-            return f"batch {body.batch}, {count}" + (f": {', '.join(facts)}" if facts else "")
+            on_record = [requests[name] for name in body.undone or body.hashes if name in requests]
+            facts = [f"{each.get('subject')} -> {each.get('target_new')}" for each in on_record[:3]]
+            facts += ["..."] if len(on_record) > 3 else []
+            undone = f"{_count(len(body.undone), 'fact')} taken back"
+            return f"batch {body.batch}, {undone if body.undone else _count(len(body.hashes), 'edit')}" + _behind(facts)
         case RollbackBody():
             return f"{batch_names(body.batches)} taken back"
         case PolicyBody():
             return "; ".join([body.outcome, *([listed(body.faults, 3)] if body.faults else [])])
     return f"{len(body.files)} files" if isinstance(body, EndBody) else ""
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _behind(parts: Sequence[str]) -> str:
+    """Return parts behind a colon, and nothing where there are none."""
+    return f": {', '.join(parts)}" if parts else ""
 
 
 def _lines(text: str) -> Text:

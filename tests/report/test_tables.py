@@ -98,6 +98,27 @@ def test_no_cell_moves_the_cursor(make_run):
         assert text.replace("\n", "").isprintable()
 
 
+def test_the_ledger_names_what_was_taken_back_and_what_was_measured():
+    requests = [{"subject": name, "target_new": "tennis"} for name in ("Ann", "Bob", "Cleo", "Dan")]
+    hashes = ["a" * 64, "b" * 64, "c" * 64, "d" * 64]
+    bodies = [
+        body("batch", batch=0, hashes=hashes, requests=requests),
+        body("evaluation", stage="after", edits=1, metrics={"learned": 0.75, "neutral/kl": 0.1}),
+        body("evaluation", stage="after", edits=2, metrics={}),
+        body("batch", batch=1, hashes=["e" * 64], requests=[], undone=[hashes[1]], undoes=0),
+        body("batch", batch=2, hashes=["e" * 64], requests=[]),
+    ]
+    text = shown(report.ledger_table([Entry(i, "kind", "", each, "", "") for i, each in enumerate(bodies)]))
+    for words in (
+        "batch 0, 4 edits: Ann -> tennis, Bob -> tennis, Cleo -> tennis, ...",
+        "after, 1 edit: learned 75.0 ",
+        "after, 2 edits ",
+        "batch 1, 1 fact taken back: Bob -> tennis",
+        "batch 2, 1 edit ",
+    ):
+        assert words in text
+
+
 def fact(taken=True, reason=""):
     return FactBody(taken=taken, probability=0.5, arrived=1, walks=1, reason=reason)
 
