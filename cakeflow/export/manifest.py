@@ -42,11 +42,19 @@ class ChangeInfo(Schema):
 
 
 class RollbackInfo(Schema):
-    """Batches that were taken back: their numbers, by whom, and when (UTC, ISO 8601)."""
+    """Batches that were taken back, or single facts of one: by whom, and when (UTC, ISO 8601).
+
+    Attributes:
+        batches: Numbers of the batches.
+        who: Who did it.
+        time: When.
+        facts: Number of facts of the batch that were taken back alone; 0 where whole batches were.
+    """
 
     batches: list[Count]
     who: str
     time: str
+    facts: Count = 0
 
     @property
     def words(self) -> str:
@@ -54,19 +62,28 @@ class RollbackInfo(Schema):
         return f"taken back by {self.who} on {utc(self.time)}"
 
     def __str__(self) -> str:
-        return f"{batch_names(self.batches)} {self.words}"
+        part = f"{self.facts} fact{'' if self.facts == 1 else 's'} of " if self.facts else ""
+        return f"{part}{batch_names(self.batches)} {self.words}"
 
 
 def rollbacks_of(entries: Iterable[Entry]) -> list[RollbackInfo]:
-    """Return the rollbacks of whole batches in a ledger, oldest first."""
-    return [rollback_of(entry) for entry in entries if isinstance(entry.body, RollbackBody)]
+    """Return what was taken back in a ledger, whole batches and single facts, oldest first."""
+    return [rollback_of(entry) for entry in entries if takes_back(entry.body)]
+
+
+def takes_back(body: Schema) -> bool:
+    """Return whether an entry of this body takes batches or single facts back."""
+    return isinstance(body, RollbackBody) or (isinstance(body, BatchBody) and body.undoes is not None)
 
 
 def rollback_of(entry: Entry) -> RollbackInfo:
     """Return what an entry says of batches, or of single facts, that were taken back."""
-    body = entry.body
-    assert isinstance(body, (RollbackBody, BatchBody))
-    return RollbackInfo(batches=body.batches if isinstance(body, RollbackBody) else [], who=body.who, time=entry.time)
+    match entry.body:
+        case RollbackBody() as body:
+            return RollbackInfo(batches=body.batches, who=body.who, time=entry.time)
+        case BatchBody(undoes=int(number)) as batch:
+            return RollbackInfo(batches=[number], who=batch.who, time=entry.time, facts=len(batch.undone))
+    raise TypeError(f"entry {entry.number} takes nothing back")
 
 
 def batch_names(numbers: Iterable[int]) -> str:
@@ -109,7 +126,7 @@ class Manifest(Schema):
         weights: Name of each weight that differs from the base -> its hashes.
         files: Name of each file of tensors -> its SHA-256.
         changes: The modules that were put in place, in order (``memory``); their tensors are named by their numbers.
-        rollbacks: Batches of the run that were taken back, and so are not in the model.
+        rollbacks: Batches and facts of the run that were taken back, and so are not in the model.
         tolerance: Largest difference of logits from the edited model's, relative to the largest of them (``lora``,
             ``gguf``); 0 where they are the same, bit for bit.
         details: What the format has to state, such as types and ranks with their errors; left out where there is none.
@@ -174,7 +191,9 @@ class Manifest(Schema):
     @property
     def text(self) -> str:
         """Text of the file: JSON in one form only, with the hash of the rest of it."""
-        values = self.model_dump(mode="json", exclude={"hash"} | (set() if self.details else {"details"}))
+        whole = {place: {"facts"} for place, each in enumerate(self.rollbacks) if not each.facts}
+        left_out: Any = {"hash": True, "rollbacks": whole} | ({} if self.details else {"details": True})
+        values = self.model_dump(mode="json", exclude=left_out)
         return _render(values | {"hash": hashlib.sha256(_render(values).encode()).hexdigest()})
 
 

@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 from cakeflow.data.images import THUMBNAILS, in_words
 from cakeflow.errors import RunFolderError
 from cakeflow.evaluation.outcome import Outcome
-from cakeflow.export.manifest import RollbackInfo, rollback_of, rollbacks_of, utc
+from cakeflow.export.manifest import RollbackInfo, rollback_of, rollbacks_of, takes_back, utc
 from cakeflow.journal.ledger import Entry, bodies, read_entries, taken_back
 from cakeflow.journal.schema import (
     BatchBody,
@@ -28,7 +28,6 @@ from cakeflow.journal.schema import (
     EvaluationBody,
     FreeAnswer,
     RequestTexts,
-    RollbackBody,
     RunBody,
     RunInfo,
     TargetBody,
@@ -134,14 +133,14 @@ class RunFolder:
 
     @property
     def rollbacks(self) -> list[RollbackInfo]:
-        """Batches that were taken back, oldest first."""
+        """What was taken back, whole batches and single facts, oldest first."""
         return rollbacks_of(self.ledger)
 
     @property
     def outdated(self) -> bool:
-        """True if batches were taken back after the last measurement of the edited model."""
-        kinds = [type(entry.body) for entry in self.ledger if _is_rollback_or_measurement(entry)]
-        return kinds[-1:] == [RollbackBody]
+        """True if batches or facts were taken back after the last measurement of the edited model."""
+        taken = [takes_back(entry.body) for entry in self.ledger if takes_back(entry.body) or _measures(entry)]
+        return taken[-1:] == [True]
 
     @property
     def size(self) -> int:
@@ -178,9 +177,8 @@ def _thumbnails(folder: Path) -> Iterator[tuple[str, str]]:
         yield path.stem.partition("-")[2], base64.b64encode(content).decode()
 
 
-def _is_rollback_or_measurement(entry: Entry) -> bool:
-    body = entry.body
-    return isinstance(body, RollbackBody) or (isinstance(body, EvaluationBody) and body.stage == "after")
+def _measures(entry: Entry) -> bool:
+    return isinstance(entry.body, EvaluationBody) and entry.body.stage == "after"
 
 
 def _ledger(path: Path) -> list[Entry]:

@@ -107,7 +107,7 @@ def render_page(run: RunFolder) -> str:
     environment.filters["by_prompt"] = by_prompt
     environment.tests["good"] = is_good
     changes, edits = views.run_changes(run), views.edit_views(run)
-    images = any(view.picture for view in edits)
+    images, relations = any(view.picture for view in edits), views.relations(run)
     return rendered(
         environment,
         "page.html",
@@ -123,7 +123,8 @@ def render_page(run: RunFolder) -> str:
         filters=IMAGE_FILTERS if images else FILTERS,
         names=KIND_NAMES | ({"rewrite": "edited image"} if images else {}),
         heads=_heads(run),
-        relations=views.relations(run),
+        relations=relations,
+        relation_metrics=[name for name in METRICS if any(name in each.changes for each in relations)],
         edits=edits,
         phases=_phases(run),
         moments=_moments(run),

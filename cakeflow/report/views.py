@@ -138,7 +138,7 @@ class EditView:
     """One edit on the page: the fact, its entry in the ledger, and its answers before and after.
 
     Attributes:
-        number: Place on the page, from 1.
+        number: Place in the order of the edits, from 0, as messages count.
         fact: Prompt, subject, targets and relation.
         edit: Entry in the ledger; None if the request was evaluated and not edited.
         tallies: Kind of prompt -> successes.
@@ -170,9 +170,9 @@ def edit_views(run: RunFolder) -> list[EditView]:
         fact = new or old
         assert fact is not None
         entries = waiting.get(fact.key)
-        views.append(_view(len(views) + 1, fact, entries.pop(0) if entries else None, old, new))
+        views.append(_view(len(views), fact, entries.pop(0) if entries else None, old, new))
     rest = [edit for entries in waiting.values() for edit in entries]
-    views += [EditView(number, edit, edit) for number, edit in enumerate(rest, len(views) + 1)]
+    views += [EditView(number, edit, edit) for number, edit in enumerate(rest, len(views))]
     return [_with_picture(view, run.thumbnails) for view in views]
 
 

@@ -115,6 +115,19 @@ def test_the_card_says_who_edited_and_when(lm, requests, tmp_path):
     assert "| ended | not ended |" in model_card(MANIFEST, entries[:-1])
 
 
+def test_an_export_says_that_a_fact_was_taken_back(lm, requests, tmp_path):
+    editor = editor_of(lm)
+    editor.fit(requests[:6], 2, run_dir=tmp_path / "run")
+    editor.undo(requests[2].subject)
+    editor.export(tmp_path / "delta", "delta")
+    (rollback,) = Manifest.read(tmp_path / "delta").rollbacks
+    assert str(rollback).startswith(f"1 fact of batch 1 taken back by {who()} on 20")
+    text = (tmp_path / "delta/README.md").read_text()
+    assert f"- {escape(rollback)}\n" in text
+    assert "| facts edited | 5 |" in text
+    assert "the metrics are those of the model before that" in text
+
+
 def test_an_export_says_what_was_taken_back(lm, requests, tmp_path):
     editor = editor_of(lm)
     editor.fit(requests[:6], 2, run_dir=tmp_path / "run")

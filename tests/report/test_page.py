@@ -124,11 +124,20 @@ def test_a_rollback_stands_at_the_top_and_at_its_edits(run_folder):
     page = Page(render_page(RunFolder.read(run_folder)))
     head, edits = words(page.header), words(page.texts["edits"])
     assert f"Batch 1 taken back by Bob@lab on {utc(entry.time)}." in head
-    assert "were measured before the last rollback" in head
+    assert "were measured before that" in head
     assert edits.count("Batch 1, taken back by Bob@lab on") == 4
     assert edits.count("Batch 0. Target") == edits.count("Batch 2. Target") == 4
     ledger.append(body("evaluation"))
     assert "were measured after that" in words(Page(render_page(RunFolder.read(run_folder))).header)
+
+
+def test_a_fact_that_was_undone_stands_there_too(run_folder):
+    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
+    ledger.append(body("evaluation"))
+    entry = ledger.append(body("batch", batch=3, undone=["0" * 64], undoes=1, who="Bob@lab"))
+    head = words(Page(render_page(RunFolder.read(run_folder))).header)
+    assert f"1 fact of batch 1 taken back by Bob@lab on {utc(entry.time)}." in head
+    assert "were measured before that" in head
 
 
 def test_a_thousand_records_are_rendered_in_seconds(make_run):
@@ -170,6 +179,17 @@ def test_everything_from_the_run_is_escaped(make_run):
 
 def test_the_same_run_gives_the_same_page(run_folder):
     assert render_page(RunFolder.read(run_folder)) == render_page(RunFolder.read(run_folder))
+
+
+@pytest.mark.parametrize(("rival", "words_there"), [(True, "Efficacy"), (False, "needs facts with a true target")])
+def test_relations_have_no_column_that_nothing_fills(make_run, rival, words_there):
+    def bare(record):
+        (prompt,) = [each for each in record["prompts"] if each["kind"] == "rewrite"]
+        return record | {"prompts": [prompt if rival else prompt | {"rival": None, "rival_logprob": None}]}
+
+    text = words(Page(render_page(RunFolder.read(make_run(change=bare)))).texts["relations"])
+    assert words_there in text
+    assert "Generalization" not in text
 
 
 def test_a_run_that_was_not_evaluated_says_so_and_shows_the_rest(run_folder):
@@ -298,7 +318,7 @@ def test_browser_filters_and_sorts(visit):
     assert rows.count() == 40
     page.fill("#edit-find", "p19 PERSON 4")
     numbers = [int(text) for text in rows.locator(".number").all_text_contents()]
-    assert numbers == [index + 1 for index in range(40) if index % 3 == 1 and "4" in str(index)]
+    assert numbers == [index for index in range(40) if index % 3 == 1 and "4" in str(index)]
     assert page.inner_text("#edit-count") == f"{len(numbers)} of 40 edits"
     page.fill("#edit-find", "")
     page.select_option("#edit-show", "paraphrase")
