@@ -17,10 +17,10 @@ from cakeflow.report.intervals import SHARES, Interval, estimate, number
 from cakeflow.report.page import Figure, page_environment, rendered
 from cakeflow.suites.rows import RUNS, Row
 from cakeflow.suites.suite import Suite
-from cakeflow.suites.tables import Line, Table
+from cakeflow.suites.tables import Line, Table, grouped
 
 PLOTTED = 4
-"""Most metrics in a plot: the first shares among the suite's."""
+"""Most metrics in a plot: the first shares of a suite, one of each kind (``efficacy``, not its further forms)."""
 ROW = 0.32
 """Height of a method in a plot, in inches."""
 
@@ -46,7 +46,7 @@ def render_suite(name: str, suite: Suite, tables: Sequence[Table], command: Sequ
         model=PurePath(suite.model).name,
         facts=facts_of(rows),
         tables=tables,
-        columns=suite.metrics,
+        groups=grouped(suite.metrics),
         plots={(each.data, each.size): _figures(each, suite.metrics, place) for place, each in enumerate(tables)},
         command=shlex.join(["cakeflow", *command]),
         reproduce=[shlex.join(["cakeflow", "reproduce", str(folder / RUNS / row.arm)]) for row in rows if row.head],
@@ -68,22 +68,31 @@ def facts_of(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def to_markdown(suite: Suite, tables: Sequence[Table]) -> str:
-    """Return the tables as Markdown: metrics with 95 % intervals, seconds per fact, and verdicts.
+    """Return the tables as Markdown: metrics with 95 % intervals, group by group, then verdicts and costs.
 
     Args:
         suite: The suite.
         tables: From ``tables_of``.
     """
     lines: list[str] = []
-    names = ["method", *suite.metrics, "seconds per fact", f"against {suite.baseline}"]
     for table in tables:
-        lines += [f"## {escape(table.data)}, {table.size} facts", "", _row(names), _row(["---"] * len(names))]
-        for line in table.lines:
-            cells = [estimate(name, line.metrics[name]) for name in suite.metrics]
-            end = "; ".join(line.faults) or line.verdict
-            lines.append(_row([line.method, *cells, number(line.mean("seconds_per_edit"), ".2f"), end]))
-        lines.append("")
+        lines += [f"## {escape(table.data)}, {table.size} facts", ""]
+        for title, names in grouped(suite.metrics).items():
+            rows = [[line.method, *(estimate(name, line.metrics[name]) for name in names)] for line in table.lines]
+            lines += [f"### {escape(title)}", "", *_table(["method", *names], rows), ""]
+        columns = ["method", f"against {suite.baseline}", "seconds per fact", "seconds of a run", "peak GiB"]
+        lines += ["### verdicts and costs", "", *_table(columns, [_costs(line) for line in table.lines]), ""]
     return "\n".join(lines)
+
+
+def _costs(line: Line) -> list[str]:
+    seconds, whole, peak = line.mean("seconds_per_edit"), line.mean("seconds"), line.mean("peak") / GIB
+    end = "; ".join(line.faults) or line.verdict
+    return [line.method, end, number(seconds, ".2f"), number(whole, ".0f"), number(peak, ".2f")]
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [*map(_row, (names, ["---"] * len(names))), *map(_row, rows)]
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -97,7 +106,8 @@ def _beyond(interval: Interval) -> bool:
 
 def _figures(table: Table, columns: Sequence[str], place: int) -> dict[str, Figure]:
     """Return the plots of a table: shares with intervals, and differences from the baseline."""
-    names = [name for name in columns if name in SHARES][:PLOTTED]
+    first = {name.partition("_")[0]: name for name in reversed(columns) if name in SHARES}
+    names = [name for name in columns if name in first.values()][:PLOTTED]
     parts = {"Metrics": "metrics", "Differences from the baseline": "differences"}
     figures = {}
     for title, attribute in parts.items():

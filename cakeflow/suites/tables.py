@@ -80,6 +80,20 @@ class Table:
     lines: Sequence[Line]
 
 
+def grouped(columns: Sequence[str]) -> dict[str, list[str]]:
+    """Return columns by the callback that logs them; those of every run are ``facts``.
+
+    Example:
+        >>> grouped(["efficacy", "knowledge/new", "learned"])
+        {'facts': ['efficacy', 'learned'], 'knowledge': ['knowledge/new']}
+    """
+    groups: dict[str, list[str]] = {}
+    for name in columns:
+        prefix, slash, _ = name.partition("/")
+        groups.setdefault(prefix if slash else "facts", []).append(name)
+    return groups
+
+
 def tables_of(arms: Sequence[Arm], rows: Sequence[Row], folder: Path) -> list[Table]:
     """Return the tables of a suite.
 

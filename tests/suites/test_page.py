@@ -11,6 +11,7 @@ from tiny_suites import facts
 from cakeflow.report.intervals import estimate
 from cakeflow.suites import Rows, arms_of, read_suite, render_suite, tables_of, to_markdown
 from cakeflow.suites.page import facts_of
+from cakeflow.suites.tables import grouped
 
 OUT = Path("out")
 HOSTILE = "<script>document.title='owned'</script>"
@@ -84,20 +85,27 @@ def test_a_fault_stands_in_place_of_numbers(made):
     assert "NumericalError" in to_markdown(suite, tables)
 
 
-def test_markdown_has_the_same_numbers(made):
-    suite, (table,), _ = made()
-    lines = to_markdown(suite, [table]).splitlines()
-    assert lines[0] == "## own, 4 facts"
-    cells = [re.split(r"(?<!\\)\|", line)[1:-1] for line in lines if line.startswith("|")]
-    assert [cell.strip().replace("\\", "") for cell in cells[0]] == [
-        "method", *suite.metrics, "seconds per fact", "against memit_seq"
-    ]  # fmt: skip
-    assert {len(each) for each in cells} == {len(suite.metrics) + 3}
-    for line, each in zip(table.lines, cells[2:], strict=True):
-        shown = [cell.strip().replace("\\", "") for cell in each]
-        assert shown[: 1 + len(suite.metrics)] == [
-            line.method, *(estimate(name, line.metrics[name]) for name in suite.metrics)
+def test_markdown_has_the_same_numbers_group_by_group(made):
+    suite, (table,), html = made()
+    text = to_markdown(suite, [table])
+    assert text.splitlines()[0] == "## own, 4 facts"
+    parts = {part.splitlines()[0]: part for part in text.split("### ")[1:]}
+    groups = grouped(suite.metrics)
+    assert [*parts] == [*groups, "verdicts and costs"] == ["facts", "knowledge", "verdicts and costs"]
+    for title, names in groups.items():
+        head, _, *rows = cells_of(parts[title])
+        assert head == ["method", *names]
+        assert rows == [
+            [line.method, *(estimate(name, line.metrics[name]) for name in names)] for line in table.lines
         ]  # fmt: skip
+        assert title == "facts" or f"<summary>{title}</summary>" in html
+    assert [row[0] for row in cells_of(parts["verdicts and costs"])[2:]] == [line.method for line in table.lines]
+
+
+def cells_of(text):
+    """Cells of the rows of a Markdown table."""
+    rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in text.splitlines() if line.startswith("|")]
+    return [[cell.strip().replace("\\", "") for cell in row] for row in rows]
 
 
 def test_facts_name_everything_that_differs_between_rows(made):
