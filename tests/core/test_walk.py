@@ -33,6 +33,7 @@ from cakeflow.targets import TargetSearch
 
 CONTEXTS = Contexts((("{}",), ("I am. {}", "The sky is. {}")))
 SHORT = EditRequest("{} plays", "A", "tennis")
+WEAK = GradientSearch(steps=2, lr=1e-3)
 SEARCH = GradientSearch(steps=40, lr=0.1, clamp=5.0, essence=None, decay=None)
 
 
@@ -108,13 +109,28 @@ def test_a_batch_of_rounds_is_one_batch(sharp, learnable, tmp_path):
 
 
 def test_a_fact_that_did_not_take_is_named_with_its_reason(sharp, requests, tmp_path):
-    weak = GradientSearch(steps=2, lr=1e-3)
     with pytest.warns(NotTakenWarning, match=r"request 0 .*, request 1 .*not taken .*: the search did not make"):
-        step = strong(sharp, requests[:2], tmp_path / "a", targets=weak).module.journal[0]
+        step = strong(sharp, requests[:2], tmp_path / "a", targets=WEAK).module.journal[0]
     assert [fact.reason for fact in step.facts] == ["search", "search"]
     with pytest.warns(NotTakenWarning, match="too little of the searched change arrived"):
         step = strong(sharp, requests[2:4], tmp_path / "b", solver=LeastSquares(1e4)).module.journal[-1]
     assert [fact.reason for fact in step.facts] == ["arrival", "arrival"]
+
+
+def test_a_fact_that_takes_alone_and_not_among_others_fails_by_interference(sharp, learnable, tmp_path):
+    models = [copy.deepcopy(sharp) for _ in learnable]
+    facts = strong(sharp, learnable, tmp_path / "together").module.journal[0].facts
+    failing = [i for i, fact in enumerate(facts) if not fact.taken]
+    assert {facts[i].reason for i in failing} == {"interference"}
+    for i in failing:
+        (alone,) = strong(models[i], [learnable[i]], tmp_path / f"alone{i}").module.journal[0].facts
+        assert (alone.taken, alone.reason) == (True, "")
+
+
+def test_a_fact_without_a_free_token_fails_for_that_reason_whatever_its_search_says(massive, tmp_path):
+    with pytest.warns(NotTakenWarning), pytest.warns(BlockedWarning):
+        editor = strong(massive, [EditRequest("{}", "I", "tennis"), SHORT], tmp_path / "run", targets=WEAK)
+    assert [fact.reason for fact in editor.module.journal[0].facts] == ["blocked", "search"]
 
 
 def test_rounds_need_target_values(lm):
