@@ -24,9 +24,27 @@ def out_of_force(batches: Sequence[Batch], undone: Collection[tuple[int, str]]) 
         >>> out_of_force(batches, [(1, "c")])
         [set(), {'c'}]
     """
-    gone, replaced = list[set[str]](), set[str]()
+    replaced = replaced_by(batches, undone)
+    return [
+        {each for each in hashes if (number, each) in undone} | by.keys()
+        for (number, hashes, _), by in zip(batches, replaced, strict=True)
+    ]
+
+
+def replaced_by(batches: Sequence[Batch], undone: Collection[tuple[int, str]]) -> list[dict[str, int]]:
+    """Return for each batch the hashes of its facts that a later batch replaced, with the number of that batch.
+
+    Args:
+        batches: As for ``out_of_force``.
+        undone: As for ``out_of_force``.
+
+    Example:
+        >>> replaced_by([(0, ["a", "b"], {}), (1, ["c"], {"c": ["a"]})], [])
+        [{'a': 1}, {}]
+    """
+    by, replaced = dict[str, int](), list[dict[str, int]]()
     for number, hashes, replacing in reversed(batches):
+        replaced.append({each: by[each] for each in hashes if each in by})
         taken_back = {each for each in hashes if (number, each) in undone}
-        gone.append(taken_back | replaced.intersection(hashes))
-        replaced.update(old for new, earlier in replacing.items() if new not in taken_back for old in earlier)
-    return gone[::-1]
+        by |= {old: number for new, earlier in replacing.items() if new not in taken_back for old in earlier}
+    return replaced[::-1]

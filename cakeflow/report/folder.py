@@ -20,6 +20,7 @@ from cakeflow.data.images import THUMBNAILS, in_words
 from cakeflow.errors import RunFolderError
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.export.manifest import RollbackInfo, rollback_of, rollbacks_of, takes_back, utc
+from cakeflow.journal.force import replaced_by
 from cakeflow.journal.ledger import Entry, bodies, read_entries, taken_back
 from cakeflow.journal.schema import (
     BatchBody,
@@ -42,7 +43,8 @@ class EditedRequest(RequestTexts):
     Attributes:
         batch: Number of its batch, as ``cakeflow rollback --batch`` takes it.
         targets: One target per value site.
-        rollback: Who took its batch back, and when; None if it is in force.
+        rollback: Who took it or its batch back, and when; None if nobody did.
+        replaced: Number of the later batch that took its place; None if none did.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -50,6 +52,7 @@ class EditedRequest(RequestTexts):
     batch: Count
     targets: list[TargetBody]
     rollback: RollbackInfo | None = None
+    replaced: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -201,15 +204,19 @@ def _edits(path: Path, ledger: Sequence[Entry]) -> list[EditedRequest]:
 
 def _entries(path: Path, ledger: Sequence[Entry]) -> Iterator[tuple[str, EditedRequest]]:
     """Yield hash and entry of every request of the run's batches."""
-    batches, facts = ({each: rollback_of(entry) for each, entry in part.items()} for part in taken_back(ledger))
+    batches, facts = taken_back(ledger)
+    own = [body for body in bodies(ledger, BatchBody) if body.batch not in batches]
+    by = replaced_by([(body.batch, body.hashes, body.replaced) for body in own], facts)
+    replaced = {body.batch: names for body, names in zip(own, by, strict=True)}
     for body in bodies(ledger, BatchBody):
         owners = body.owners or range(len(body.requests))  # all of them at one value site, then all at the next
         for place, request in enumerate(body.requests):
             targets = [target for target, owner in zip(body.targets, cycle(owners), strict=False) if owner == place]
             where = f"{path}, batch {body.batch}, requests.{place}"
             name = "".join(body.hashes[place : place + 1])
-            rollback = batches.get(body.batch) or facts.get((body.batch, name))
-            content = {**in_words(request), "batch": body.batch, "targets": targets, "rollback": rollback}
+            entry = batches.get(body.batch) or facts.get((body.batch, name))
+            outcome = {"rollback": entry and rollback_of(entry), "replaced": replaced.get(body.batch, {}).get(name)}
+            content = {**in_words(request), "batch": body.batch, "targets": targets, **outcome}
             yield name or where, read_as(EditedRequest, content, where, RunFolderError, REMEDY)
 
 

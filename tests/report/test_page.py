@@ -12,10 +12,12 @@ from bodies import body
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import shipped
 from cakeflow.export.manifest import utc
-from cakeflow.journal.ledger import Ledger
+from cakeflow.journal.ledger import Ledger, bodies, read_entries
+from cakeflow.journal.schema import BatchBody
 from cakeflow.report import RunFolder, render_page
 from cakeflow.report.intervals import Interval, estimate, number, record_values
 
+from .conftest import write_ledger
 from .reading import Page
 
 SECTIONS = (
@@ -138,6 +140,21 @@ def test_a_fact_that_was_undone_stands_there_too(run_folder):
     head = words(Page(render_page(RunFolder.read(run_folder))).header)
     assert f"1 fact of batch 1 taken back by Bob@lab on {utc(entry.time)}." in head
     assert "were measured before that" in head
+
+
+def test_a_fact_that_a_later_batch_replaced_is_marked_unless_that_one_was_taken_back(run_folder):
+    path = run_folder / "journal" / "ledger.jsonl"
+    steps = [
+        each.model_dump(include={"batch", "requests", "targets"}) for each in bodies(read_entries(path), BatchBody)
+    ]
+    names = [[f"{step['batch']}{place}".rjust(64, "0") for place in range(4)] for step in steps]
+    steps = [step | {"hashes": own} for step, own in zip(steps, names, strict=True)]
+    write_ledger(path, [*steps[:2], steps[2] | {"replaced": {names[2][0]: [names[0][1]]}}])
+    edits = words(Page(render_page(RunFolder.read(run_folder))).texts["edits"])
+    assert edits.count("Batch 0, replaced by batch 2. Target") == 1
+    assert [each.replaced for each in RunFolder.read(run_folder).edits] == [None, 2, *[None] * 10]
+    Ledger(path).append(body("rollback", batches=[2]))
+    assert [each.replaced for each in RunFolder.read(run_folder).edits] == [None] * 12
 
 
 def test_a_thousand_records_are_rendered_in_seconds(make_run):
