@@ -72,7 +72,7 @@ def run_benchmark(
     result = rows.measure(arms)
     tables = tables_of(arms, result, out)
     write_text(out / PAGE, render_suite(name, chosen, tables, words, out))
-    write_text(out / MARKDOWN, to_markdown(chosen, tables))
+    write_text(out / MARKDOWN, to_markdown(name, chosen, tables, words))
     for table in tables:
         for line in table.lines[1:]:
             say(f"{table.data}, {table.size}, {line.method}: {'; '.join(line.faults) or line.verdict}")

@@ -21,6 +21,11 @@ from cakeflow.suites.tables import Line, Table, grouped
 
 PLOTTED = 4
 """Most metrics in a plot: the first shares of a suite, one of each kind (``efficacy``, not its further forms)."""
+READING = (
+    "Shares are in percent, with 95 % intervals over the records of all seeds; a number without an interval is a mean "
+    "over runs. Verdicts are from differences record by record, and not corrected for the number of comparisons."
+)
+"""How to read the tables, in the Markdown."""
 ROW = 0.32
 """Height of a method in a plot, in inches."""
 
@@ -67,19 +72,24 @@ def facts_of(rows: Sequence[Row]) -> dict[str, str]:
     return {name: "; ".join(dict.fromkeys(values)) for name, values in columns.items()}
 
 
-def to_markdown(suite: Suite, tables: Sequence[Table]) -> str:
-    """Return the tables as Markdown: metrics with 95 % intervals, group by group, then verdicts and costs.
+def to_markdown(name: str, suite: Suite, tables: Sequence[Table], command: Sequence[str]) -> str:
+    """Return the page of a suite as Markdown: what was measured where, metrics group by group, verdicts and costs.
 
     Args:
+        name: Name of the suite.
         suite: The suite.
         tables: From ``tables_of``.
+        command: The words that repeat it, after the program's name.
     """
-    lines: list[str] = []
+    rows = [row for table in tables for line in table.lines for row in line.rows]
+    lines = [f"# Suite {escape(name)} on {escape(PurePath(suite.model).name)}", ""]
+    lines += [f"- {title}: {escape(words)}" for title, words in facts_of(rows).items()]
+    lines += ["", READING, "", f"    {shlex.join(['cakeflow', *command])}", ""]
     for table in tables:
         lines += [f"## {escape(table.data)}, {table.size} facts", ""]
         for title, names in grouped(suite.metrics).items():
-            rows = [[line.method, *(estimate(name, line.metrics[name]) for name in names)] for line in table.lines]
-            lines += [f"### {escape(title)}", "", *_table(["method", *names], rows), ""]
+            cells = [[line.method, *(estimate(each, line.metrics[each]) for each in names)] for line in table.lines]
+            lines += [f"### {escape(title)}", "", *_table(["method", *names], cells), ""]
         columns = ["method", f"against {suite.baseline}", "seconds per fact", "seconds of a run", "peak GiB"]
         lines += ["### verdicts and costs", "", *_table(columns, [_costs(line) for line in table.lines]), ""]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from cakeflow.suites import Rows, arms_of, read_suite, render_suite, tables_of, 
 from cakeflow.suites.page import facts_of
 from cakeflow.suites.tables import grouped
 
-OUT = Path("out")
+OUT, WORDS = Path("out"), ["benchmark", "--suite", "mine suite.yaml"]
 HOSTILE = "<script>document.title='owned'</script>"
 
 
@@ -25,7 +25,7 @@ def made(write):
         suite = read_suite(write(**changes))
         arms = arms_of(suite)
         tables = tables_of(arms, Rows(OUT).measure(arms), OUT)
-        return suite, tables, render_suite("mine", suite, tables, ["benchmark", "--suite", "mine suite.yaml"], OUT)
+        return suite, tables, render_suite("mine", suite, tables, WORDS, OUT)
 
     return made
 
@@ -67,7 +67,7 @@ def test_it_is_one_document_that_loads_nothing(made):
 
 def test_it_is_the_same_for_the_same_rows(made):
     suite, tables, html = made()
-    assert render_suite("mine", suite, tables, ["benchmark", "--suite", "mine suite.yaml"], OUT) == html
+    assert render_suite("mine", suite, tables, WORDS, OUT) == html
 
 
 def test_names_from_outside_are_shown_and_not_run(made, tmp_path):
@@ -82,13 +82,15 @@ def test_a_fault_stands_in_place_of_numbers(made):
     methods = {"memit_seq": {}, "strict": {"method": "memit", "max_relative_update": 1e-9}}
     suite, tables, html = made(methods=methods)
     assert "NumericalError" in Page(html).texts["table-1"]
-    assert "NumericalError" in to_markdown(suite, tables)
+    assert "NumericalError" in to_markdown("mine", suite, tables, WORDS)
 
 
 def test_markdown_has_the_same_numbers_group_by_group(made):
     suite, (table,), html = made()
-    text = to_markdown(suite, [table])
-    assert text.splitlines()[0] == "## own, 4 facts"
+    text = to_markdown("mine", suite, [table], WORDS)
+    assert text.startswith("# Suite mine on toy\n\n- Model (SHA-256): " + table.lines[0].rows[0].fingerprint)
+    assert "\n    cakeflow benchmark --suite 'mine suite.yaml'\n" in text
+    assert "\n## own, 4 facts\n" in text
     parts = {part.splitlines()[0]: part for part in text.split("### ")[1:]}
     groups = grouped(suite.metrics)
     assert [*parts] == [*groups, "verdicts and costs"] == ["facts", "knowledge", "verdicts and costs"]
