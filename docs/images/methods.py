@@ -15,7 +15,7 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 RATES = ("efficacy", "generalization", "specificity")
-COLORS = ("#9aa5b1", "#6c9bd2", "#e39a3b")
+COLORS = ("#9aa5b1", "#6c9bd2", "#3f6fa8", "#e39a3b", "#7fb069", "#b56b8f")
 
 
 def draw(table: pd.DataFrame, image: Path) -> None:
@@ -25,7 +25,7 @@ def draw(table: pd.DataFrame, image: Path) -> None:
         table: A row per run.
         image: File of the image.
     """
-    figure, ax = plt.subplots(figsize=(6.4, 2.6), layout="constrained")
+    figure, ax = plt.subplots(figsize=(7.6, 2.8), layout="constrained")
     width = 0.8 / len(table)
     for place, (row, color) in enumerate(zip(table.to_dict("records"), COLORS * len(table), strict=False)):
         at = [index + place * width for index in range(len(RATES))]
