@@ -10,6 +10,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from pathlib import PurePath
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -67,10 +68,16 @@ def _rollbacks(run: RunFolder) -> str:
 
 
 def differing(runs: Sequence[RunFolder]) -> list[dict[str, str]]:
-    """Return for each run, as text, what the runs differ in: model, settings, data, batch size and versions."""
+    """Return for each run, as text, what the runs differ in: model, settings, data, batch size and versions.
+
+    A setting that only some of them have, because their methods are of other classes, counts if these differ in it.
+    """
     columns = [{name: _short(value) for name, value in _settings(run).items()} for run in runs]
     names = dict.fromkeys(chain.from_iterable(columns))
-    different = [name for name in names if len({column.get(name) for column in columns}) > 1]
+    different = []
+    for name in names:
+        values = {column.get(name) for column in columns if name in column or not name.startswith("settings.")}
+        different += [name] if len(values) > 1 else []
     versions = [run.info.versions for run in runs]
     packages = [
         package
@@ -98,14 +105,28 @@ def _short(value: Any) -> str:
     return f"{text[: LONGEST // 2]} ... ({hashlib.sha256(text.encode(errors='replace')).hexdigest()[:8]})"
 
 
+def short_names(paths: Sequence[str]) -> list[str]:
+    """Return the ends of some paths, as long as it takes to tell them apart.
+
+    Example:
+        >>> short_names(["runs/a/cake", "runs/b/cake"]), short_names(["runs/memit", "runs/cake"])
+        (['a/cake', 'b/cake'], ['memit', 'cake'])
+    """
+    parts = [PurePath(path).parts for path in paths]
+    for length in range(1, max(map(len, parts), default=0) + 1):
+        names = [str(PurePath(*each[-length:])) for each in parts]
+        if len(set(names)) == len(names):
+            return names
+    return list(paths)
+
+
 def plot_runs(runs: Sequence[RunFolder]) -> Axes:
     """Draw runs side by side: metrics after editing with their intervals, and below them what was logged along edits.
 
     Returns:
         The axes of the metrics; the other plots are in the same figure.
     """
-    names = [run.path.name for run in runs]
-    labels = names if len(set(names)) == len(runs) else [str(run.path) for run in runs]
+    labels = short_names([str(run.path) for run in runs])
     metrics = {
         label: {name: change.after for name, change in run_changes(run).items() if name in SHARES}
         for label, run in zip(labels, runs, strict=True)

@@ -28,13 +28,15 @@ from cakeflow.journal.schema import (
 )
 from cakeflow.journal.steps import EditStep
 from cakeflow.plugins import Plugin
-from cakeflow.report.comparison import DELTA, as_texts
+from cakeflow.report.comparison import DELTA, as_texts, short_names
 from cakeflow.report.intervals import IMAGES, KINDS
 from cakeflow.storage.typed import Schema
 from cakeflow.tracing import Trace
 
 PROPOSED = ("paraphrase", "neighborhood")
 """Kinds of checks that a fact can have."""
+LABEL = 20
+"""Least width of a column of names."""
 HEADLINES = (*KINDS, "learned", "learned_chat", *IMAGES)
 """Metrics of an evaluation that a ledger's table shows, where they were measured."""
 
@@ -132,15 +134,15 @@ def trace_table(trace: Trace, weights: Mapping[int, float]) -> Table:
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
-    """Return runs side by side, from ``compare_runs``, one column per run."""
+    """Return runs side by side, from ``compare_runs``, one column per run under the end of its path."""
     table = Table(title="Runs, metrics after editing (%) [95 % interval]", title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold", min_width=LABEL)
     for name, texts in as_texts(rows).items():
         if name == "run":
-            for text in texts:
+            for text in short_names(texts):
                 table.add_column(_cell(text), overflow="fold")
         else:
-            table.add_row(_cell(name), *map(_cell, texts))
+            table.add_row(_cell(name.removeprefix("settings.")), *map(_cell, texts))
         if name.startswith(DELTA):
             table.caption = f"{DELTA.strip()}: difference from the first run, paired by record"
     return table

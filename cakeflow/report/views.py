@@ -259,7 +259,8 @@ def losses(run: RunFolder) -> dict[int, list[float]]:
 def method(run: RunFolder) -> str:
     """Return the classes of weighter, allocator and solver; classes that one wraps follow it in brackets.
 
-    A method without a weighter, such as those for images, is named by its targets or heads, and its solver.
+    A method without a weighter, such as those for images, is named by its targets or heads, and its solver; one of none
+    of these parts, such as a memory, by its class.
 
     A run has no name of its method, because a method is nothing but its parts.
     """
@@ -267,6 +268,8 @@ def method(run: RunFolder) -> str:
     slots: tuple[str, ...] = ("weighter", "allocator", "solver")
     if "weighter" not in run.info.settings:
         slots = tuple(name for name in ("targets", "heads", "search", "solver") if name in run.info.settings) or slots
+    if not set(slots) & set(run.info.settings) and run.start is not None:
+        return str(run.start.method.get("class_path", "?")).rpartition(".")[2]
     for slot in slots:
         names = re.findall(r"\b([A-Z]\w*)\(", str(run.info.settings.get(slot, "")))
         parts.append(f"{names[0]}({', '.join(names[1:])})" if names[1:] else "".join(names) or "?")

@@ -1,6 +1,7 @@
 """Runs side by side: the numbers, the table, CSV and Markdown."""
 
 import csv
+import io
 import json
 import math
 import re
@@ -9,11 +10,12 @@ import statistics
 import matplotlib.pyplot as plt
 import pytest
 from bodies import body
+from rich.console import Console
 
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.export.card import escape
 from cakeflow.journal.ledger import Ledger
-from cakeflow.report import RunFolder, compare_runs, plot_runs, to_csv, to_markdown
+from cakeflow.report import RunFolder, compare_runs, plot_runs, runs_table, to_csv, to_markdown
 from cakeflow.report.views import run_changes
 
 
@@ -122,6 +124,28 @@ def test_settings_that_differ_are_listed_and_no_others(make_run):
     assert first["settings.contexts"] != second["settings.contexts"]
     assert all(len(row["settings.contexts"]) < 100 for row in (first, second))
     assert not {"settings.weighter", "versions"} & set(compare_runs([RunFolder.read(one), RunFolder.read(one)])[0])
+
+
+def test_settings_of_another_class_are_no_difference_and_the_class_is_named(make_run):
+    folders = [make_run("one"), make_run("two"), make_run("memory")]
+    info = json.loads((folders[2] / "run.json").read_text())
+    (folders[2] / "run.json").write_text(json.dumps(info | {"settings": {"layer": 3}}))
+    path = folders[2] / "journal" / "ledger.jsonl"
+    path.unlink()
+    Ledger(path).append(body("run", method={"class_path": "some.plugin.SideMemory", "init_args": {}}))
+    rows = compare_runs([RunFolder.read(folder) for folder in folders])
+    assert not [name for row in rows for name in row if name.startswith("settings.")]
+    assert [row["method"] for row in rows][1:] == [rows[0]["method"], "SideMemory"]
+
+
+def test_a_table_names_runs_by_what_tells_them_apart(make_run):
+    rows = compare_runs([RunFolder.read(make_run(name)) for name in ("a/cake", "b/cake")])
+    console = Console(width=80, file=io.StringIO())
+    console.print(runs_table(rows))
+    text = console.file.getvalue()
+    assert "a/cake" in text
+    assert "generalization_exact " in text
+    assert str(rows[0]["run"]) not in text
 
 
 def test_data_and_batch_size_are_compared_where_a_ledger_has_them(make_run):
