@@ -310,6 +310,7 @@ def run_command(words: Sequence[str]) -> Any:
     """
     logging.basicConfig(level=logging.WARNING, handlers=[LogHandler()])
     logging.getLogger("cakeflow").setLevel(logging.INFO)
+    logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
     try:
         with plain_warnings():
             return _run([*words])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cakeflow.errors import EditError, LedgerError, RunFolderError
+from cakeflow.errors import ConfigError, EditError, LedgerError, RunFolderError
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, bodies, whole_lines
 from cakeflow.journal.policy import Policy
@@ -141,9 +141,14 @@ def base_of(run: Path, name: str | None = None, loading: Loading = Loading()) ->
     Raises:
         RunFolderError: If there is no ledger.
         LedgerError: If it names no model.
+        ConfigError: If the model does not load.
     """
     entries = entries_of(run)
-    return load_editable(name or name_of_base(entries), **loading_of(entries, name, loading))
+    try:
+        return load_editable(name or name_of_base(entries), **loading_of(entries, name, loading))
+    except ConfigError as error:
+        remedy = f"\n{run} was started with that name; where the unedited model is elsewhere now, give it: --model NAME"
+        raise ConfigError(f"{error}{'' if name else remedy}") from error
 
 
 def loading_of(entries: Sequence[Entry], name: str | None = None, loading: Loading = Loading()) -> dict[str, Any]:

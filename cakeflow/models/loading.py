@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from functools import partial
 from importlib import metadata
@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -41,6 +43,8 @@ HUB = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force
 """Arguments that say which files are meant, for model and tokenizer alike."""
 
 
+HUB_TIMEOUT = 10.0
+"""Seconds to wait for the hub's first answer."""
 RECORDED = ("revision", "subfolder", "variant", "code_revision", "attn_implementation")
 """Arguments of ``load_model`` that a ledger names and that are taken from one; never a token, nor trust."""
 SECRET = ("token", "trust_remote_code")
@@ -107,6 +111,13 @@ def load_model(
         ArchitectureError: If its attention takes no masks.
     """
     require_masks(kwargs.get("attn_implementation"))
+    with _without_waiting(base, kwargs):
+        return _load_language_model(base, dtype, architecture, **kwargs)
+
+
+def _load_language_model(
+    base: str | Path, dtype: str, architecture: Architecture | None, **kwargs: Any
+) -> LanguageModel:
     source = _embedded_file(str(base)) if str(base) in EMBEDDED else Path(base)
     copied, trust = "", bool(kwargs.setdefault("trust_remote_code", False))  # without a value, transformers would ask
     try:
@@ -154,6 +165,11 @@ def load_vision_model(base: str | Path, *, dtype: str = "auto", **kwargs: Any) -
             f"attention {kwargs['attn_implementation']!r} is code of the hub; load the model with 'sdpa', or say that "
             "you trust it: trust_remote_code"
         )
+    with _without_waiting(base, kwargs):
+        return _load_classifier(base, dtype, trust, **kwargs)
+
+
+def _load_classifier(base: str | Path, dtype: str, trust: bool, **kwargs: Any) -> VisionModel:
     where = {key: kwargs[key] for key in HUB if key in kwargs}
     try:
         processor = AutoImageProcessor.from_pretrained(str(base), backend="pil", trust_remote_code=trust, **where)
@@ -183,7 +199,28 @@ def load_editable(base: str | Path, **kwargs: Any) -> EditableModel:
         ConfigError: If it cannot be loaded.
         ArchitectureError: If it cannot be edited.
     """
-    return load_vision_model(base, **kwargs) if classifies_images(base, **kwargs) else load_model(base, **kwargs)
+    with _without_waiting(base, kwargs):
+        return load_vision_model(base, **kwargs) if classifies_images(base, **kwargs) else load_model(base, **kwargs)
+
+
+@contextmanager
+def _without_waiting(base: str | Path, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Let the libraries look for a hub id in their cache alone while the hub is out of reach.
+
+    They would ask for half a dozen files and retry each for half a minute.
+    """
+    before, away = constants.HF_HUB_OFFLINE, False
+    if str(base) not in EMBEDDED and not Path(base).exists():
+        try:
+            with suppress(OfflineModeIsEnabled, HfHubHTTPError, HFValidationError):  # they say it as fast
+                HfApi().model_info(str(base), token=arguments.get("token"), timeout=HUB_TIMEOUT)
+        except Exception:  # of the network, by whichever library
+            away = True
+    constants.HF_HUB_OFFLINE = before or away
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def classifies_images(base: str | Path, **kwargs: Any) -> bool:
@@ -197,7 +234,8 @@ def classifies_images(base: str | Path, **kwargs: Any) -> bool:
         return False
     where = {key: kwargs[key] for key in (*HUB, "trust_remote_code") if key in kwargs}
     try:
-        config = AutoConfig.from_pretrained(str(base), **{"trust_remote_code": False, **where})
+        with _without_waiting(base, kwargs):
+            config = AutoConfig.from_pretrained(str(base), **{"trust_remote_code": False, **where})
     except Exception:  # what is wrong with the model is said when it is loaded
         return False
     return any("ForImageClassification" in name for name in config.architectures or ())

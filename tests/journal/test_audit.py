@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import JSON
 from tiny_runs import content, editor_of, finished_run, state
 
-from cakeflow.errors import EditError, LedgerError, ResumeError, RunFolderError
+from cakeflow.errors import ConfigError, EditError, LedgerError, ResumeError, RunFolderError
 from cakeflow.journal.audit import replay, verify
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.store import JournalStore
@@ -26,6 +26,16 @@ def finished(_models, tmp_path_factory, requests):
     unedited.model.float()
     editor = finished_run(lm, folder, requests)
     return folder / "run", unedited, state(lm, editor.module)
+
+
+def test_a_model_that_is_not_where_it_was_is_asked_for(finished, monkeypatch, tmp_path):
+    folder, *_ = finished
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"(?s)is neither .*run was started with that name; .*: --model NAME$"):
+        replay(folder)
+    with pytest.raises(ConfigError, match="is neither") as caught:
+        replay(folder, "elsewhere")
+    assert "--model" not in str(caught.value)
 
 
 @pytest.fixture

@@ -8,13 +8,17 @@ from importlib import metadata
 import gguf
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import RepositoryNotFoundError
 from tiny_runs import editor_of
 
 from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.journal.audit import replay
 from cakeflow.models import loading
-from cakeflow.models.loading import Loading, load_model, recorded
+from cakeflow.models.loading import Loading, load_editable, load_model, load_vision_model, recorded
 from cakeflow.storage.cache import cache_folder
+
+MISSING = RepositoryNotFoundError.__new__(RepositoryNotFoundError)  # its arguments depend on the version
 
 
 @pytest.mark.parametrize("name", ["no-such-folder/no-such-model/at-all", "smollm2", "missing.gguf", ""])
@@ -22,6 +26,31 @@ def test_unknown_model_says_what_was_tried(name, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match=r"smollm2-135m.*folder.*\.gguf.*hub id"):
         load_model(name)
+
+
+@pytest.mark.parametrize("load", [load_model, load_vision_model, load_editable])
+@pytest.mark.parametrize("answer", ["no network", "no such model", "it is there"])
+def test_a_hub_out_of_reach_is_asked_once_and_nobody_waits_for_it(load, answer, monkeypatch):
+    asked, offline = [], []
+
+    def model_info(api, name, **options):
+        asked.append((name, options["token"]))
+        if answer != "it is there":
+            raise OSError if answer == "no network" else MISSING
+
+    def from_pretrained(*_, **__):
+        offline.append(constants.HF_HUB_OFFLINE)
+        raise ValueError("not here")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+    for kind in ("AutoTokenizer", "AutoConfig", "AutoModelForCausalLM", "AutoImageProcessor"):
+        monkeypatch.setattr(f"cakeflow.models.loading.{kind}.from_pretrained", from_pretrained)
+    with pytest.raises(ConfigError, match="not here"):
+        load("owner/name", token="hf_secret")
+    assert asked[0] == ("owner/name", "hf_secret")
+    assert set(offline) == {answer == "no network"}
+    assert constants.HF_HUB_OFFLINE is False
 
 
 def test_folder_without_a_model(tmp_path):
