@@ -31,7 +31,7 @@ def finished(_models, tmp_path_factory, requests):
 def test_a_model_that_is_not_where_it_was_is_asked_for(finished, monkeypatch, tmp_path):
     folder, *_ = finished
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match=r"(?s)is neither .*run was started with that name; .*: --model NAME$"):
+    with pytest.raises(ConfigError, match=r"(?s)no tokenizer .*run was started with that name; .*: --model NAME$"):
         replay(folder)
     with pytest.raises(ConfigError, match="is neither") as caught:
         replay(folder, "elsewhere")
