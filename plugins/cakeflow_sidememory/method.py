@@ -151,14 +151,14 @@ class SideMemory(RoutedEdit):
     def _segments(self, place: str, count: int) -> list[tuple[int, int]]:
         """Return the parts of a batch that go into one shard each."""
         memory = self.memory()
-        every, done = memory.settings.save_every, int(memory.edits)
+        every, done = memory.settings.shard_edits, int(memory.edits)
         bounds = [0, *range(every - done % every, count, every), count]
         return list(pairwise(bounds))
 
     def _learn(self, step: EditStep, place: str, batch: TextBatch, facts: range) -> list[Learned]:
         """Have one shard learn some facts; put it away when it is full."""
         memory = self.memory()
-        done, every = int(memory.edits), memory.settings.save_every
+        done, every = int(memory.edits), memory.settings.shard_edits
         mask = self.mask(memory, done // every)
         weight, least = memory.shards[0].detach(), float(memory.least[0])
         results = []

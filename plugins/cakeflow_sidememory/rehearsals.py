@@ -12,6 +12,8 @@ from cakeflow_sidememory.shards import ShardSettings
 
 def shard_ranges(edits: int, settings: ShardSettings) -> list[range]:
     """Return the numbers of the edits of each shard, joined ones as one; the last is the shard that is written."""
+    if settings.control == "always":
+        return [range(edits)]
     every, joined = settings.save_every, edits - edits % settings.join_every
     written = edits - edits % every
     whole = [range(start, start + settings.join_every) for start in range(0, joined, settings.join_every)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import inf
@@ -33,7 +34,7 @@ class ShardSettings:
         rule: What happens to finished shards.
         scope: What a decision holds for.
         ratio: Part of a shard's threshold that a row must reach.
-        save_every: Edits of a shard.
+        save_every: Edits of a shard. Where every row goes to the shard being written, there is one for all.
         join_every: Edits after which finished shards are joined.
         join: How.
         density: Share of the entries of each shard that a join keeps.
@@ -77,6 +78,11 @@ class ShardSettings:
             )
         if self.activation:
             activation_of(self.activation)
+
+    @property
+    def shard_edits(self) -> int:
+        """Edits after which a shard is put away; never without a router, which alone could find it again."""
+        return sys.maxsize if self.control == "always" else self.save_every
 
 
 class ShardedProjection(RoutedModule):
@@ -186,7 +192,7 @@ class ShardedProjection(RoutedModule):
         shard, per_join = fact // settings.save_every, settings.join_every // settings.save_every
         if not 0 <= fact < edits:
             return 0
-        if shard == edits // settings.save_every:
+        if settings.control == "always" or shard == edits // settings.save_every:
             return 1
         joins, merge = edits // settings.join_every, settings.rule == "merge"
         if shard < joins * per_join:

@@ -10,7 +10,7 @@ from cakeflow_sidememory.rehearsals import Rehearsals, shard_ranges
 from cakeflow_sidememory.shards import ShardSettings
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cakeflow_sidememory import FACTS, QUIET, SITE, UNRELATED, hashes
+from test_cakeflow_sidememory import FACTS, QUIET, SITE, TEXTS, UNRELATED, hashes, logits
 from test_cakeflow_sidememory_learning import problem_of
 
 from cakeflow import Contexts, Editor
@@ -31,6 +31,21 @@ def test_shards_have_each_edit_once(edits, every, times):
     assert [number for each in ranges for number in each] == list(range(edits))
     assert len(ranges[-1]) == edits % every
     assert {len(each) for each in ranges[:-1]} <= {every, every * times}
+
+
+@pytest.mark.parametrize("control", ["always", "distance"])
+def test_without_a_router_all_facts_are_in_one_shard(tiny, control):
+    """Else full shards would be put away, and every text go to an empty one, which says what the projection says."""
+    plain = logits(tiny, TEXTS)
+    editor_of(tiny, shards=ShardSettings(save_every=2, join_every=4, control=control)).fit(FACTS, 2)
+    memory = tiny.module(SITE)
+    if control == "distance":
+        assert len(memory.shards) == 2
+        return
+    assert len(memory.shards) == 1
+    assert [memory.own(fact) for fact in range(5)] == [1, 1, 1, 1, 0]
+    assert not any(torch.equal(*pair) for pair in zip(logits(tiny, TEXTS), plain, strict=True))
+    assert memory.decision.unique().tolist() == [1]
 
 
 def test_nothing_is_rehearsed_in_the_first_shard():
