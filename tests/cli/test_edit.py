@@ -3,32 +3,14 @@
 import json
 
 import pytest
-from tiny_runs import content, finished_run
+from tiny_runs import content
 
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.cli.edit import run_edit
-from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError
-from cakeflow.journal.ledger import bodies, read_entries
-from cakeflow.journal.schema import BatchBody, RunBody
+from cakeflow.journal.ledger import read_entries
 
 PAIRS = ["LeBron James plays the sport of", "tennis", "Google was founded by", "Newton"]
-
-
-@pytest.fixture
-def method(workplace):
-    """A quick recipe for the tiny model."""
-    path = workplace / "quick.yaml"
-    path.write_text(
-        "model:\n  targets: {steps: 4, lr: 0.5}\n  statistics: {tokens: 1024, window: 32, batch_tokens: 1024}\n"
-        "  contexts: {groups: [['{}']]}\n"
-    )
-    return ["--model", "model", "--method", str(path), "--layers", "[1]"]
-
-
-def said(run, kind):
-    """What the ledger of a run says in entries of a kind."""
-    return bodies(read_entries(run / "journal/ledger.jsonl"), kind)
 
 
 def test_from_the_sentence_to_the_verdict(method, workplace, capsys):
@@ -69,31 +51,6 @@ def test_a_second_edit_goes_on_from_the_first(method, workplace):
     ]
     third = main(["replay", "runs/two"])
     assert third.edits == 2
-
-
-def test_model_and_method_of_a_run_are_those_of_what_goes_on_from_it(method, workplace, capsys):
-    main(["edit", *PAIRS, *method, "--run_dir", "runs/one"])
-    main(["edit", "Ann Lee is from", "Peru", "--run_dir", "runs/two", "--from", "runs/one"])
-    assert said(workplace / "runs/two", RunBody)[-1].method == said(workplace / "runs/one", RunBody)[-1].method != {}
-    capsys.readouterr()
-    assert [row["target"] for row in main(["undo", "runs/two", "Google"])] == ["Newton"]
-    main(["edit", "Ann Lee is from", "Peru", "--run_dir", "runs/named", "--from", "runs/one", *method])
-    main(["undo", "runs/named", "Google", *method])
-    by_record, by_name = (said(workplace / "runs" / name, BatchBody) for name in ("two", "named"))
-    assert [each.changes for each in by_record] == [each.changes for each in by_name]
-    assert len(by_record) == 3
-
-
-@pytest.mark.parametrize("words", [["undo", "run", "LeBron James"], ["edit", "Ann is from", "Peru", "--from", "run"]])
-def test_a_run_that_does_not_say_its_method_wants_it_named(words, method, workplace, lm, capsys):
-    finished_run(lm, workplace, builtin_facts()[:2])
-    named = ["--model", str(workplace / "model")]
-    with pytest.raises(SystemExit):
-        main([*words, *named])
-    assert "name it, --method NAME" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        main([*words, *named, "--layers", "[1]"])
-    assert "--layers belong to --method" in capsys.readouterr().err
 
 
 def test_a_dry_run_on_top_of_a_run_leaves_that_as_it_is(method, workplace):

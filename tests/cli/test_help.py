@@ -21,6 +21,7 @@ VALUES = {
     "model.statistics.tokens": "4096", "model.evaluation.protocol": "official", "trainer.accelerator": "cpu",
     "trainer.logger": "CSVLogger", "import": "json", "method": "cake", "model": "smollm2-135m", "data": "builtin",
     "loading.revision": "v1", "config": str(shipped("method")["cake"]), "targets": "short", "from": "runs/y",
+    "model_config": "smollm2-135m",
 }  # fmt: skip
 
 

@@ -12,12 +12,10 @@ from bodies import body
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import shipped
 from cakeflow.export.manifest import utc
-from cakeflow.journal.ledger import Ledger, bodies, read_entries
-from cakeflow.journal.schema import BatchBody
+from cakeflow.journal.ledger import Ledger
 from cakeflow.report import RunFolder, render_page
 from cakeflow.report.intervals import Interval, estimate, number, record_values
 
-from .conftest import write_ledger
 from .reading import Page
 
 SECTIONS = (
@@ -117,44 +115,6 @@ def test_the_page_says_who_ran_it_when_and_on_what(run_folder):
     assert f"Started{utc(ledger.entries[0].time)} Ended{utc(end.time)}" in head
     assert "Versionscakeflow 0.1.0, torch 2.13.0" in head
     assert "taken back" not in head
-
-
-def test_a_rollback_stands_at_the_top_and_at_its_edits(run_folder):
-    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
-    ledger.append(body("evaluation"))
-    entry = ledger.append(body("rollback", batches=[1], who="Bob@lab"))
-    page = Page(render_page(RunFolder.read(run_folder)))
-    head, edits = words(page.header), words(page.texts["edits"])
-    assert f"Batch 1 taken back by Bob@lab on {utc(entry.time)}." in head
-    assert "were measured before that" in head
-    assert edits.count("Batch 1, taken back by Bob@lab on") == 4
-    assert edits.count("Batch 0. Target") == edits.count("Batch 2. Target") == 4
-    ledger.append(body("evaluation"))
-    assert "were measured after that" in words(Page(render_page(RunFolder.read(run_folder))).header)
-
-
-def test_a_fact_that_was_undone_stands_there_too(run_folder):
-    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
-    ledger.append(body("evaluation"))
-    entry = ledger.append(body("batch", batch=3, undone=["0" * 64], undoes=1, who="Bob@lab"))
-    head = words(Page(render_page(RunFolder.read(run_folder))).header)
-    assert f"1 fact of batch 1 taken back by Bob@lab on {utc(entry.time)}." in head
-    assert "were measured before that" in head
-
-
-def test_a_fact_that_a_later_batch_replaced_is_marked_unless_that_one_was_taken_back(run_folder):
-    path = run_folder / "journal" / "ledger.jsonl"
-    steps = [
-        each.model_dump(include={"batch", "requests", "targets"}) for each in bodies(read_entries(path), BatchBody)
-    ]
-    names = [[f"{step['batch']}{place}".rjust(64, "0") for place in range(4)] for step in steps]
-    steps = [step | {"hashes": own} for step, own in zip(steps, names, strict=True)]
-    write_ledger(path, [*steps[:2], steps[2] | {"replaced": {names[2][0]: [names[0][1]]}}])
-    edits = words(Page(render_page(RunFolder.read(run_folder))).texts["edits"])
-    assert edits.count("Batch 0, replaced by batch 2. Target") == 1
-    assert [each.replaced for each in RunFolder.read(run_folder).edits] == [None, 2, *[None] * 10]
-    Ledger(path).append(body("rollback", batches=[2]))
-    assert [each.replaced for each in RunFolder.read(run_folder).edits] == [None] * 12
 
 
 def test_a_thousand_records_are_rendered_in_seconds(make_run):
