@@ -17,6 +17,16 @@ MOST = 10
 """Faults that a message names; if there are more, a file has all of them."""
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number of things in words.
+
+    Example:
+        >>> counted(1, "fact"), counted(2, "fact")
+        ('1 fact', '2 facts')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def listed(values: Sequence[object], most: int = 10) -> str:
     """Join values for a message, each in one line: the first ``most`` of them and the number of the others.
 

@@ -18,7 +18,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.sources import read_entries
 from cakeflow.data.subject import guess_subject
-from cakeflow.errors import ConfigError, Fault
+from cakeflow.errors import ConfigError, Fault, counted
 from cakeflow.journal.audit import entries_of, ledger_of
 from cakeflow.models.loading import Loading
 from cakeflow.report.tables import requests_table, rows_table
@@ -121,7 +121,7 @@ def run_undo(
         editor.load(run)
         rows = editor.undo(name)
     Console().print(rows_table(rows, "Taken back"))
-    say(f"{run}: {len(rows)} fact{'s' * (len(rows) > 1)} taken back, {editor.journal.edits} remain")
+    say(f"{run}: {counted(len(rows), 'fact')} taken back, {editor.journal.edits} remain")
     return rows
 
 

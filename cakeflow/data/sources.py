@@ -23,7 +23,7 @@ Source = str | Path | Mapping[str, object] | Iterable[object]
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 _FILE_NAME = re.compile(r".*\.(arrow|(jsonl?|txt)(\.gz)?)")
-_HUB_TIMEOUT = 10.0
+HUB_TIMEOUT = 10.0
 """Seconds that the hub has for its first answer."""
 
 
@@ -238,7 +238,7 @@ def _load_hub(name: str, split: str | None) -> Iterable[Any]:
 
     try:
         with suppress(OfflineModeIsEnabled):  # offline, only the cache can have it
-            HfApi().dataset_info(name, timeout=_HUB_TIMEOUT)  # load_dataset would retry for half a minute
+            HfApi().dataset_info(name, timeout=HUB_TIMEOUT)  # load_dataset would retry for half a minute
         loaded = datasets.load_dataset(name, split=split)
     except Exception as error:
         raise ConfigError(

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from cakeflow.errors import ExportError
+from cakeflow.errors import ExportError, counted
 from cakeflow.journal.changes import ModuleChange
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, bodies
@@ -62,28 +62,23 @@ class RollbackInfo(Schema):
         return f"taken back by {self.who} on {utc(self.time)}"
 
     def __str__(self) -> str:
-        part = f"{self.facts} fact{'' if self.facts == 1 else 's'} of " if self.facts else ""
+        part = f"{counted(self.facts, 'fact')} of " if self.facts else ""
         return f"{part}{batch_names(self.batches)} {self.words}"
 
 
 def rollbacks_of(entries: Iterable[Entry]) -> list[RollbackInfo]:
     """Return what was taken back in a ledger, whole batches and single facts, oldest first."""
-    return [rollback_of(entry) for entry in entries if takes_back(entry.body)]
+    return [each for each in map(rollback_of, entries) if each is not None]
 
 
-def takes_back(body: Schema) -> bool:
-    """Return whether an entry of this body takes batches or single facts back."""
-    return isinstance(body, RollbackBody) or (isinstance(body, BatchBody) and body.undoes is not None)
-
-
-def rollback_of(entry: Entry) -> RollbackInfo:
-    """Return what an entry says of batches, or of single facts, that were taken back."""
+def rollback_of(entry: Entry) -> RollbackInfo | None:
+    """Return what an entry says of batches, or of single facts, that were taken back; None if it takes nothing back."""
     match entry.body:
         case RollbackBody() as body:
             return RollbackInfo(batches=body.batches, who=body.who, time=entry.time)
         case BatchBody(undoes=int(number)) as batch:
             return RollbackInfo(batches=[number], who=batch.who, time=entry.time, facts=len(batch.undone))
-    raise TypeError(f"entry {entry.number} takes nothing back")
+    return None
 
 
 def batch_names(numbers: Iterable[int]) -> str:

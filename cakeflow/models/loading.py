@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
+from cakeflow.data.sources import HUB_TIMEOUT
 from cakeflow.errors import ConfigError, did_you_mean, listed
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.base import EditableModel
@@ -43,8 +44,6 @@ HUB = ("revision", "cache_dir", "token", "subfolder", "local_files_only", "force
 """Arguments that say which files are meant, for model and tokenizer alike."""
 
 
-HUB_TIMEOUT = 10.0
-"""Seconds to wait for the hub's first answer."""
 RECORDED = ("revision", "subfolder", "variant", "code_revision", "attn_implementation")
 """Arguments of ``load_model`` that a ledger names and that are taken from one; never a token, nor trust."""
 SECRET = ("token", "trust_remote_code")
@@ -199,8 +198,7 @@ def load_editable(base: str | Path, **kwargs: Any) -> EditableModel:
         ConfigError: If it cannot be loaded.
         ArchitectureError: If it cannot be edited.
     """
-    with _without_waiting(base, kwargs):
-        return load_vision_model(base, **kwargs) if classifies_images(base, **kwargs) else load_model(base, **kwargs)
+    return load_vision_model(base, **kwargs) if classifies_images(base, **kwargs) else load_model(base, **kwargs)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 from cakeflow.data.images import THUMBNAILS, in_words
 from cakeflow.errors import RunFolderError
 from cakeflow.evaluation.outcome import Outcome
-from cakeflow.export.manifest import RollbackInfo, rollback_of, rollbacks_of, takes_back, utc
+from cakeflow.export.manifest import RollbackInfo, rollback_of, rollbacks_of, utc
 from cakeflow.journal.force import replaced_by
 from cakeflow.journal.ledger import Entry, bodies, read_entries, taken_back
 from cakeflow.journal.schema import (
@@ -142,8 +142,8 @@ class RunFolder:
     @property
     def outdated(self) -> bool:
         """True if batches or facts were taken back after the last measurement of the edited model."""
-        taken = [takes_back(entry.body) for entry in self.ledger if takes_back(entry.body) or _measures(entry)]
-        return taken[-1:] == [True]
+        rollbacks = [rollback_of(entry) for entry in self.ledger if rollback_of(entry) or _measures(entry)]
+        return bool(rollbacks) and rollbacks[-1] is not None
 
     @property
     def size(self) -> int:

@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import listed, visible
+from cakeflow.errors import counted, listed, visible
 from cakeflow.evaluation.outcome import by_prompt, is_good
 from cakeflow.export.manifest import batch_names
 from cakeflow.forward.packing import GIB
@@ -171,26 +171,24 @@ def _details(body: Schema, requests: Mapping[str, Mapping[str, Any]]) -> str:
         case RunBody():
             if not body.edits:  # none beforehand: a page, on which they are made one by one
                 return f"{body.model}, by hand"
-            return f"{body.model}, {_count(body.edits, 'edit')} in batches of {body.batch_size or body.edits}"
+            return f"{body.model}, {counted(body.edits, 'edit')} in batches of {body.batch_size or body.edits}"
         case EvaluationBody():
             there = [name for name in HEADLINES if not isnan(body.metrics.get(name, nan))]
             rates = [f"{name} {100 * body.metrics[name]:.1f}" for name in there]
-            return f"{body.stage}, {_count(body.edits, 'edit')}" + _behind(rates)
+            return f"{body.stage}, {counted(body.edits, 'edit')}" + _behind(rates)
         case BatchBody():
             on_record = [requests[name] for name in body.undone or body.hashes if name in requests]
             facts = [f"{each.get('subject')} -> {each.get('target_new')}" for each in on_record[:3]]
             facts += ["..."] if len(on_record) > 3 else []
-            undone = f"{_count(len(body.undone), 'fact')} taken back"
-            return f"batch {body.batch}, {undone if body.undone else _count(len(body.hashes), 'edit')}" + _behind(facts)
+            undone = f"{counted(len(body.undone), 'fact')} taken back"
+            return f"batch {body.batch}, {undone if body.undone else counted(len(body.hashes), 'edit')}" + _behind(
+                facts
+            )
         case RollbackBody():
             return f"{batch_names(body.batches)} taken back"
         case PolicyBody():
             return "; ".join([body.outcome, *([listed(body.faults, 3)] if body.faults else [])])
     return f"{len(body.files)} files" if isinstance(body, EndBody) else ""
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def _behind(parts: Sequence[str]) -> str:

@@ -16,17 +16,6 @@ from cakeflow.errors import ConfigError
 from cakeflow.journal import verify
 
 
-@pytest.fixture
-def method(workplace):
-    """A quick recipe for the tiny model."""
-    path = workplace / "quick.yaml"
-    path.write_text(
-        "model:\n  targets: {steps: 4, lr: 0.5}\n  statistics: {tokens: 1024, window: 32, batch_tokens: 1024}\n"
-        "  contexts: {groups: [['{}']]}\n"
-    )
-    return path
-
-
 def test_a_port_in_use_is_refused_before_anything_is_written(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -54,8 +43,7 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, options, wor
 @pytest.mark.slow
 def test_ctrl_c_ends_it_and_the_same_folder_goes_on(method, workplace):
     words = [sys.executable, "-m", "cakeflow", "desk", "--run_dir", "run"]
-    named = ["--model", "model", "--method", str(method), "--layers", "[1]"]
-    for edits, further in ((0, named), (1, [])):  # the folder knows its model and method
+    for edits, further in ((0, method), (1, [])):  # the folder knows its model and method
         command = [*words, *further, "--port", "0"]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workplace
