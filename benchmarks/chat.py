@@ -4,7 +4,8 @@
 
 An arm is a seed with the options of an editor; its row is written when it ends, and a second call goes on with the
 arms that are missing. The seed is that of the sampled contexts, and of what is sampled of the corpus. ``asked`` are the
-facts that it states after a system prompt, after an earlier exchange and after 50 and 200 tokens of other text.
+facts that it states after a system prompt, after an earlier exchange and after 50 and 200 tokens of other text;
+``lost`` are the familiar chat questions that it answers in another way, with the answers before and after.
 """
 
 from __future__ import annotations
@@ -58,9 +59,15 @@ def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> 
     editor = Editor.from_pretrained(model, trainer={"callbacks": callbacks, "logger": False}, **options)
     result = editor.fit(requests)
     assert result.outcome is not None
-    counts = {}
+    counts: dict[str, Any] = {}
+    rows = result.outcome.rows()
+    counts["lost"] = {
+        row["prompt"]: [row["before"], row["after"]]
+        for row in rows
+        if row["topic"] == "familiar" and row["form"] == "chat" and not row["good"]
+    }
     for topic, form in (("fact", "completion"), ("fact", "chat"), ("familiar", "completion"), ("familiar", "chat")):
-        good = [row["good"] for row in result.outcome.rows() if (row["topic"], row["form"]) == (topic, form)]
+        good = [row["good"] for row in rows if (row["topic"], row["form"]) == (topic, form)]
         counts[f"{topic}, {form}"] = [sum(good), len(good)]
     metrics = {name: round(value, 4) for name, value in result.after.items()}
     shares = states_in_contexts(editor.module.lm, requests, text=other_text())

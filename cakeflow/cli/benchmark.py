@@ -35,7 +35,8 @@ def run_benchmark(
 ) -> list[Row]:
     """Measure many methods on the same facts: cakeflow benchmark --suite small --out runs/small.
 
-    The plan comes first. A row is stored as each run ends, so the same command goes on with an interrupted suite.
+    The plan comes first. A row is stored as each run ends, so the same command goes on with an interrupted suite, and
+    several processes with it share the work.
 
     Args:
         suite: A shipped suite (small, paper) or a YAML file.

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cakeflow.cli.console import LogHandler, plain_warnings
+from cakeflow.cli.editors import with_record
 from cakeflow.cli.evaluate import EditedModel, take_run, values_of
 from cakeflow.cli.loading import take_loading, take_options, with_loading, with_trust, without_token
 from cakeflow.cli.result import require_clean, show_fit
@@ -348,7 +349,7 @@ def _run(words: list[str]) -> Any:
                 command, args=with_flags(rest, command), prog=f"cakeflow {name}", parser_class=_CommandParser
             )
     rest, trusted = take_options(["--help" if word == "--help_all" else word for word in words])
-    rest, options = take_loading(rest)
+    rest, options = take_loading(with_record(rest))
     loading = Loading(**options, trust_remote_code="trust_remote_code" in trusted)
     rest, edited = take_run(rest)
     return EditCLI(

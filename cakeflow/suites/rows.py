@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from copy import copy
 from pathlib import Path
 from typing import Any
@@ -106,13 +107,17 @@ class Rows:
 
     def __init__(self, folder: Path, notify: Callable[[Arm, Row], Any] = lambda arm, row: None) -> None:
         self.folder, self.path, self.notify = folder, folder / ROWS, notify
-        self.stored: dict[str, Row] = {}
         self._unedited: dict[str, Any] = {}
+        self.stored = self._read()
+
+    def _read(self) -> dict[str, Row]:
         remedy = "delete the line, and its arm is read from its run folder or measured again"
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        for number, line in enumerate(lines, 1):
-            row = parse_as(Row, line, f"{self.path}, line {number}", ConfigError, remedy)
-            self.stored[row.arm] = row
+        rows = [
+            parse_as(Row, line, f"{self.path}, line {number}", ConfigError, remedy)
+            for number, line in enumerate(lines, 1)
+        ]
+        return {row.arm: row for row in rows}
 
     def check(self, arms: Sequence[Arm]) -> None:
         """Check that the rows which are there are those of these arms.
@@ -134,26 +139,39 @@ class Rows:
     def measure(self, arms: Sequence[Arm]) -> list[Row]:
         """Return the row of every arm; those that are not there yet are measured and written one by one.
 
-        A run that was interrupted goes on where it stopped, or begins again if it had not edited anything.
+        A run that was interrupted goes on where it stopped, or begins again if it had not edited anything. Several
+        processes share the work: each measures the arms that no other one has begun, and waits for the others' last.
 
         Raises:
             ConfigError: If there is no such model.
             ResumeError: As ``check``, and if the model is not the one of the rows that are there.
-            LockedError: If another process measures into this folder.
+            LockedError: If another process edits in the folder of a run.
         """
         self.check(arms)
-        rest = [arm for arm in arms if arm.name not in self.stored]
-        with locked(self.path):
-            if rest:
-                self._check_model(rest[0])
-            for arm in rest:
-                self._store(self._measured(arm))
-                self.notify(arm, self.stored[arm.name])
+        if any(arm.name not in self.stored for arm in arms):
+            self._check_model(arms[0])
+        for wait in (False, True):
+            for arm in arms:
+                self._take(arm, wait=wait)
+        self.check(arms)  # rows that others stored meanwhile
         return [self.stored[arm.name] for arm in arms]
 
+    def _take(self, arm: Arm, *, wait: bool) -> None:
+        """Measure an arm that has no row, unless another process is at it; or ``wait`` for that one, and then."""
+        with ExitStack() as lock:
+            try:
+                lock.enter_context(locked(self.folder / RUNS / arm.name, wait=wait))
+            except LockedError:
+                return
+            self.stored = self._read()
+            if arm.name not in self.stored:
+                self._store(self._measured(arm))
+                self.notify(arm, self.stored[arm.name])
+
     def _store(self, row: Row) -> None:
-        self.stored[row.arm] = row
-        write_text(self.path, "".join(f"{each.model_dump_json()}\n" for each in self.stored.values()))
+        with locked(self.path, wait=True):
+            self.stored = {**self._read(), row.arm: row}
+            write_text(self.path, "".join(f"{each.model_dump_json()}\n" for each in self.stored.values()))
 
     def _measured(self, arm: Arm) -> Row:
         folder = self.folder / RUNS / arm.name

@@ -8,7 +8,8 @@ from tiny_runs import content
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.cli.edit import run_edit
 from cakeflow.errors import ConfigError
-from cakeflow.journal.ledger import read_entries
+from cakeflow.journal.ledger import bodies, read_entries
+from cakeflow.journal.schema import BatchBody, RunBody
 
 PAIRS = ["LeBron James plays the sport of", "tennis", "Google was founded by", "Newton"]
 
@@ -69,14 +70,21 @@ def test_options_of_fit_are_refused_where_nothing_is_edited(method, workplace, c
         assert "--from and --strict belong to fit" in capsys.readouterr().err
 
 
-def test_fit_goes_on_from_a_run_too(method, workplace):
+def test_fit_goes_on_from_a_run_too_by_its_method_unless_one_is_named(method, workplace):
     facts = [{"prompt": "{} is in", "subject": name, "target_new": "Peru"} for name in ("Lund", "Oslo")]
     for name, fact in zip(("a", "b"), facts, strict=True):
         (workplace / f"{name}.json").write_text(json.dumps([fact]))
     words = ["--model", "model", "--method", method[3], "--model.layers", "[1]"]
     main(["fit", *words, "--data", "a.json", "--run_dir", "runs/one"])
-    done = main(["fit", *words, "--data", "b.json", "--run_dir", "runs/two", "--from", "runs/one"])
-    assert [step.requests[0].subject for step in done.journal] == ["Lund", "Oslo"]
+    for name, named in (("two", words), ("three", []), ("four", ["--model", str(workplace / "model")])):
+        done = main(["fit", *named, "--data", "b.json", "--run_dir", f"runs/{name}", "--from=runs/one"])
+        assert [step.requests[0].subject for step in done.journal] == ["Lund", "Oslo"]
+    one, two, three, four = (
+        list(read_entries(workplace / "runs" / name / "journal/ledger.jsonl"))
+        for name in ("one", "two", "three", "four")
+    )
+    assert bodies(one, RunBody)[-1].method == bodies(three, RunBody)[-1].method == bodies(four, RunBody)[-1].method
+    assert [each.changes for each in bodies(two, BatchBody)] == [each.changes for each in bodies(three, BatchBody)]
 
 
 def test_a_budget_takes_the_edit_back(method, workplace, capsys):

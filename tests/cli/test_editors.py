@@ -4,6 +4,7 @@ import pytest
 from tiny_runs import finished_run
 
 from cakeflow.cli.command_line import run_command as main
+from cakeflow.cli.editors import with_record
 from cakeflow.data import builtin_facts
 from cakeflow.journal.ledger import bodies, read_entries
 from cakeflow.journal.schema import BatchBody, RunBody
@@ -39,3 +40,24 @@ def test_a_run_that_does_not_say_its_method_wants_it_named(words, method, workpl
     with pytest.raises(SystemExit):
         main([*words, *named, "--layers", "[1]"])
     assert "--layers belong to --method" in capsys.readouterr().err
+
+
+def test_fit_without_the_run_to_go_on_from_or_with_numbers_for_its_method_is_told_so(workplace, capsys):
+    for words, message in (
+        (["--from", "nowhere"], "nowhere"),
+        (["--from", "run", "--model_config", "smollm2-135m"], "--model_config belong to --method"),
+    ):
+        with pytest.raises(SystemExit):
+            main(["fit", "--data", "builtin", *words])
+        assert message in capsys.readouterr().err
+
+
+def test_only_fit_that_names_no_method_takes_that_of_a_run():
+    for words in (
+        ["fit", "--data", "x"],
+        ["fit", "--from_run", "run", "--method", "cake"],
+        ["fit", "--from_run=run", "--config", "all.yaml"],
+        ["edit", "--from_run", "run"],
+    ):
+        assert with_record(words) == words
+    assert with_record(["edit", "--from=run"]) == ["edit", "--from_run=run"]

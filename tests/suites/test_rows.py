@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 import threading
 import weakref
 from pathlib import Path
@@ -14,7 +16,7 @@ from cakeflow import Editor
 from cakeflow.callbacks import KnowledgeCheck, NeutralText
 from cakeflow.core.config import build_callbacks
 from cakeflow.core.run import run_fit
-from cakeflow.errors import ConfigError, LockedError, ResumeError
+from cakeflow.errors import ConfigError, ResumeError
 from cakeflow.evaluation.evaluation import Questions
 from cakeflow.journal.audit import verify
 from cakeflow.models import LanguageModel
@@ -231,22 +233,47 @@ def test_a_model_that_is_not_there_ends_the_suite(write):
     assert not (OUT / "rows.jsonl").exists()
 
 
-def test_one_process_measures_into_a_folder(write):
-    arms = arms_of(read_suite(write()))
-    OUT.mkdir()
-    caught = []
+@pytest.mark.parametrize("ends", [True, False])
+def test_an_arm_that_another_process_measures_is_left_to_it_and_taken_if_it_dies(write, ends):
+    arms, rows = measured(write())
+    line = (OUT / "rows.jsonl").read_text().splitlines()[1]
+    shutil.rmtree(OUT)
+    seen, begun, rest = [], threading.Event(), threading.Event()
 
     def other():
-        try:
-            Rows(OUT).measure(arms)
-        except LockedError as error:
-            caught.append(error)
+        with locked(OUT / "runs" / arms[1].name):
+            begun.set()
+            assert rest.wait(60)
+            if ends:
+                with (OUT / "rows.jsonl").open("a") as file:
+                    file.write(line + "\n")
 
-    with locked(OUT / "rows.jsonl"):
-        thread = threading.Thread(target=other)
-        thread.start()
-        thread.join()
-    assert len(caught) == 1
+    def notify(arm, row):
+        seen.append(arm)
+        if len(seen) == len(arms) - 1:
+            rest.set()
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert begun.wait(60)
+    shared = Rows(OUT, notify).measure(arms)
+    thread.join()
+    assert seen == [arms[0], arms[2], *([] if ends else [arms[1]])]
+    assert (shared[1] == rows[1]) == ends  # its time, of another run, is another
+    assert [row.metrics["efficacy"] for row in shared] == [row.metrics["efficacy"] for row in rows]
+
+
+def test_two_processes_share_the_arms(write):
+    arms = arms_of(read_suite(write()))
+    command = [sys.executable, "-m", "cakeflow", "benchmark", "--suite", "mine.yaml", "--out", str(OUT)]
+    runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    texts = [run.communicate()[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0]
+    rows = Rows(OUT).measure(arms)
+    assert sorted(row.fault for row in rows) == [""] * len(arms)
+    for row in rows:
+        assert sum(f" s  {row.arm}: " in text for text in texts) == 1
+    assert all("suite.html" in text for text in texts)
 
 
 @pytest.mark.parametrize("line", ["{", '{"arm": "x"}', "[1]"])
