@@ -5,7 +5,8 @@
 An arm is a seed with the options of an editor; its row is written when it ends, and a second call goes on with the
 arms that are missing. The seed is that of the sampled contexts, and of what is sampled of the corpus. ``asked`` are the
 facts that it states after a system prompt, after an earlier exchange and after 50 and 200 tokens of other text;
-``lost`` are the familiar chat questions that it answers in another way, with the answers before and after.
+``lost`` are the familiar chat questions that it answers in another way, with the answers before and after; ``random``
+are those of them that it still answers after a random change of the same size in place of the edit.
 """
 
 from __future__ import annotations
@@ -17,12 +18,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cakeflow import Editor
 from cakeflow.callbacks import NeutralText, OutcomeCheck
 from cakeflow.data import builtin_facts, read_requests
 from cakeflow.evaluation import states_in_contexts
+from cakeflow.metrics import AnswerRate
 
-FAMILIAR = 64
+FAMILIAR, NOISES = 64, 3
 
 
 def main() -> None:
@@ -73,7 +77,27 @@ def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> 
     shares = states_in_contexts(editor.module.lm, requests, text=other_text())
     asked = {name: round(share * len(requests)) for name, share in shares.items()}
     seconds, divergence = round(time.perf_counter() - start), round(result.logged["neutral/kl"], 4)
-    return {**counts, "asked": asked, "metrics": metrics, "neutral/kl": divergence, "seconds": seconds}
+    counts |= {"asked": asked, "metrics": metrics, "neutral/kl": divergence, "seconds": seconds}
+    familiar = [row for row in rows if (row["topic"], row["form"]) == ("familiar", "chat")]
+    return {**counts, "random": [familiar_after_noise(editor, familiar, each) for each in range(NOISES)]}
+
+
+@torch.no_grad()
+def familiar_after_noise(editor: Editor, familiar: list[dict[str, Any]], seed: int) -> int:
+    """Return how many familiar chat answers stay if each matrix changes by noise of the edit's Frobenius norm."""
+    weights = dict(editor.module.lm.model.named_parameters())
+    edited = {name: weight.clone() for name, weight in weights.items()}
+    generator = torch.Generator().manual_seed(seed)
+    with editor.journal.reverted():
+        for name, weight in weights.items():
+            change = edited[name] - weight
+            if change.any():
+                noise = torch.randn(weight.shape, generator=generator).to(weight)
+                weight.add_(noise * change.norm() / noise.norm())
+        answers = editor.ask([row["prompt"] for row in familiar], chat=True)
+    kept = AnswerRate()
+    kept.update(answers, [row["expected"] for row in familiar])
+    return round(float(kept.compute()) * len(familiar))
 
 
 def other_text() -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from cakeflow.cli.console import say
+from cakeflow.core.config_parser import import_words
 from cakeflow.forward.packing import GIB
 from cakeflow.models.loading import SECRET, Loading
 from cakeflow.report.intervals import number
@@ -69,10 +70,11 @@ def run_benchmark(
     shown = {f"loading.{each}": v for each, v in loading.arguments().items() if each not in SECRET}
     names = {"suite": suite, "out": str(out), "model": model, "model_config": model_config, "ability": ability}
     singles = {**names, **shown}
-    words = _words({**singles, **{option: f"[{', '.join(map(str, each))}]" for option, each in lists.items()}})
+    imports = import_words(*(part for arm in arms for part in arm.parts))
+    words = _words({**singles, **{option: f"[{', '.join(map(str, each))}]" for option, each in lists.items()}}, imports)
     result = rows.measure(arms)
     tables = tables_of(arms, result, out)
-    write_text(out / PAGE, render_suite(name, chosen, tables, words, out))
+    write_text(out / PAGE, render_suite(name, chosen, tables, words, out, imports))
     write_text(out / MARKDOWN, to_markdown(name, chosen, tables, words))
     for table in tables:
         for line in table.lines[1:]:
@@ -115,6 +117,6 @@ def _line(arm: Arm, row: Row, seconds: float) -> str:
     return f"{seconds:7.0f} s  {row.arm}: {row.fault or values}"
 
 
-def _words(options: Mapping[str, str | None]) -> list[str]:
+def _words(options: Mapping[str, str | None], imports: Sequence[str]) -> list[str]:
     """Return the words that repeat the command."""
-    return ["benchmark", *(word for name, each in options.items() if each for word in (f"--{name}", each))]
+    return ["benchmark", *imports, *(word for name, each in options.items() if each for word in (f"--{name}", each))]

@@ -9,6 +9,7 @@ from typing import Any
 from cakeflow.callbacks import PolicyGuard
 from cakeflow.cli.console import say
 from cakeflow.cli.editors import editor_for
+from cakeflow.core.config_parser import import_words
 from cakeflow.desk import DeskServer, Session, Worker
 from cakeflow.desk.calls import Calls, serve
 from cakeflow.desk.session import require_own_run
@@ -77,5 +78,6 @@ def run_desk(
             with suppress(KeyboardInterrupt):
                 serve(worker, server)
             say(f"closed with {editor.journal.edits} facts in force")
-            say(f"go on with: {command_line(['desk', '--run_dir', str(session.folder)])}")
+            imports = import_words(editor.module.method)
+            say(f"go on with: {command_line(['desk', *imports, '--run_dir', str(session.folder)])}")
     return session.folder

@@ -171,6 +171,33 @@ def class_names() -> dict[str, type]:
     return {kind.__name__: kind for base in (*SLOT_BASES, *LIGHTNING) for kind in subclasses(base)}
 
 
+def import_words(*configs: Any) -> list[str]:
+    """Return the words of a command that import the modules of the classes that configs name, where one must say so.
+
+    Args:
+        configs: Parsed configs, or parts of them.
+
+    Example:
+        >>> import_words({"allocator": {"class_path": "mylab.Squared"}, "solver": {"class_path": "LeastSquares"}})
+        ['--import', 'mylab']
+    """
+    modules = dict.fromkeys(module for config in configs for module in _modules(config))
+    own = (*PACKAGES, *plugin_packages())
+    return [word for each in modules if each and each.partition(".")[0] not in own for word in ("--import", each)]
+
+
+def _modules(config: Any) -> Iterator[str]:
+    """Yield the modules of all classes that a config names."""
+    if isinstance(config, (list, tuple)):
+        for part in config:
+            yield from _modules(part)
+    elif isinstance(config, Mapping):
+        if isinstance(name := config.get("class_path"), str):
+            kind = class_names().get(name)
+            yield kind.__module__ if kind else name.rpartition(".")[0]
+        yield from _modules(list(config.values()))
+
+
 def _options(parser: Any) -> set[str]:
     """Return the options of a parser and of its commands."""
     choices = getattr(parser._subcommands_action, "choices", None) or {}

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from cakeflow.core.config_parser import import_words
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import run_folder
 from cakeflow.core.module import EditModule
@@ -206,7 +207,7 @@ def computed_as(how: Arithmetic | None) -> Iterator[None]:
 
 def _command(run: RecordedRun, folder: Path) -> str:
     """The command that goes on with an interrupted repetition."""
-    return command_line(["reproduce", str(run.path), "--run_dir", str(folder)])
+    return command_line(["reproduce", *import_words(run.start.method), str(run.path), "--run_dir", str(folder)])
 
 
 def _home(run: RecordedRun) -> Path:

@@ -30,7 +30,9 @@ ROW = 0.32
 """Height of a method in a plot, in inches."""
 
 
-def render_suite(name: str, suite: Suite, tables: Sequence[Table], command: Sequence[str], folder: Path) -> str:
+def render_suite(
+    name: str, suite: Suite, tables: Sequence[Table], command: Sequence[str], folder: Path, imports: Sequence[str] = ()
+) -> str:
     """Return the page of a suite as HTML that needs no network and no other file.
 
     Args:
@@ -39,6 +41,7 @@ def render_suite(name: str, suite: Suite, tables: Sequence[Table], command: Sequ
         tables: From ``tables_of``.
         command: The words that repeat it, after the program's name.
         folder: The folder of the suite, in which the runs are.
+        imports: Words with which a command imports the modules of its classes.
     """
     rows = [row for table in tables for line in table.lines for row in line.rows]
     environment = page_environment("cakeflow.suites")
@@ -54,7 +57,9 @@ def render_suite(name: str, suite: Suite, tables: Sequence[Table], command: Sequ
         groups=grouped(suite.metrics),
         plots={(each.data, each.size): _figures(each, suite.metrics, place) for place, each in enumerate(tables)},
         command=shlex.join(["cakeflow", *command]),
-        reproduce=[shlex.join(["cakeflow", "reproduce", str(folder / RUNS / row.arm)]) for row in rows if row.head],
+        reproduce=[
+            shlex.join(["cakeflow", "reproduce", *imports, str(folder / RUNS / row.arm)]) for row in rows if row.head
+        ],
         rows=rows,
         gib=GIB,
     )

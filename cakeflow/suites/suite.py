@@ -172,6 +172,11 @@ class Arm:
         fits = kind == "model" or config in shipped(kind)  # the numbers of a model are those of one class
         return configs_of(recipe, self.suite.model, config if fits else None, bool(self.overrides.get("layers")))
 
+    @property
+    def parts(self) -> list[Any]:
+        """Everything that names classes."""
+        return [*map(read_config, self.configs), self.overrides, self.suite.callbacks, self.suite.data[self.data]]
+
     def module(self) -> EditModule:
         """Return the edit method, whose model is not loaded yet.
 

@@ -40,6 +40,19 @@ def test_a_suite_ends_with_its_page_and_goes_on(write, capsys):
     assert "1 of 3 runs to measure: " in " ".join(capsys.readouterr().out.split())
 
 
+def test_commands_of_the_page_import_what_the_suite_needs(write, monkeypatch):
+    Path("mylab.py").write_text(
+        "from dataclasses import dataclass\nfrom cakeflow.allocators import Sequential\n\n\n"
+        "@dataclass(frozen=True)\nclass Mine(Sequential):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(".")
+    write(methods={"memit_seq": None, "mine": {"method": "memit_seq", "allocator": {"class_path": "mylab.Mine"}}})
+    rows = main([*SMALL, "--import", "mylab"])
+    assert [row.fault for row in rows] == ["", ""]
+    assert "    cakeflow benchmark --import mylab --suite mine.yaml --out out\n" in Path("out/suite.md").read_text()
+    assert "cakeflow reproduce --import mylab out/runs/own/4/seed0/mine" in Path("out/suite.html").read_text()
+
+
 def test_a_plan_measures_nothing(write, capsys, monkeypatch):
     write()
     monkeypatch.setattr("cakeflow.suites.rows.run_fit", None)

@@ -26,6 +26,7 @@ from cakeflow.core.config_parser import (
     ConfigParser,
     Plain,
     _Absent,
+    import_words,
     only_known_classes,
     plain,
     settable,
@@ -340,3 +341,27 @@ def test_aliases_are_bounded(text, config, capsys):
         build_module([config(text)])
     with pytest.raises(SystemExit):
         run_command(["fit", f"--config={config(text)}"])
+
+
+@pytest.mark.parametrize(
+    ("configs", "words"),
+    [
+        ([{"solver": {"class_path": "LeastSquares"}}, {"callbacks": [{"class_path": "NeutralText"}]}], []),
+        ([{"class_path": "cakeflow.solvers.NullSpace"}, {"class_path": "torchmetrics.MeanMetric"}, None, 3], []),
+        (
+            [[{"class_path": "mylab.parts.A", "init_args": {"inner": {"class_path": "other.B"}}}]],
+            ["mylab.parts", "other"],
+        ),
+        ([{"a": {"class_path": "mylab.A"}}, {"b": {"class_path": "mylab.B"}}], ["mylab"]),
+        ([{"class_path": "NotImported"}, {"class_path": 3}], []),
+    ],
+)
+def test_words_that_import_the_modules_of_a_config(configs, words):
+    assert import_words(*configs) == [word for each in words for word in ("--import", each)]
+
+
+def test_the_module_of_an_imported_class_by_its_short_name():
+    class OnlyHere(LeastSquares):
+        """A solver with a name that no other class has."""
+
+    assert import_words({"solver": {"class_path": "OnlyHere"}}) == ["--import", OnlyHere.__module__]
