@@ -65,11 +65,8 @@ def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> 
     assert result.outcome is not None
     counts: dict[str, Any] = {}
     rows = result.outcome.rows()
-    counts["lost"] = {
-        row["prompt"]: [row["before"], row["after"]]
-        for row in rows
-        if row["topic"] == "familiar" and row["form"] == "chat" and not row["good"]
-    }
+    familiar = [row for row in rows if (row["topic"], row["form"]) == ("familiar", "chat")]
+    counts["lost"] = {row["prompt"]: [row["before"], row["after"]] for row in familiar if not row["good"]}
     for topic, form in (("fact", "completion"), ("fact", "chat"), ("familiar", "completion"), ("familiar", "chat")):
         good = [row["good"] for row in rows if (row["topic"], row["form"]) == (topic, form)]
         counts[f"{topic}, {form}"] = [sum(good), len(good)]
@@ -78,7 +75,6 @@ def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> 
     asked = {name: round(share * len(requests)) for name, share in shares.items()}
     seconds, divergence = round(time.perf_counter() - start), round(result.logged["neutral/kl"], 4)
     counts |= {"asked": asked, "metrics": metrics, "neutral/kl": divergence, "seconds": seconds}
-    familiar = [row for row in rows if (row["topic"], row["form"]) == ("familiar", "chat")]
     return {**counts, "random": [familiar_after_noise(editor, familiar, each) for each in range(NOISES)]}
 
 

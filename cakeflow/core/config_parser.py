@@ -181,21 +181,20 @@ def import_words(*configs: Any) -> list[str]:
         >>> import_words({"allocator": {"class_path": "mylab.Squared"}, "solver": {"class_path": "LeastSquares"}})
         ['--import', 'mylab']
     """
-    modules = dict.fromkeys(module for config in configs for module in _modules(config))
+    modules = dict.fromkeys(_modules(configs, class_names()))
     own = (*PACKAGES, *plugin_packages())
     return [word for each in modules if each and each.partition(".")[0] not in own for word in ("--import", each)]
 
 
-def _modules(config: Any) -> Iterator[str]:
+def _modules(config: Any, kinds: Mapping[str, type]) -> Iterator[str]:
     """Yield the modules of all classes that a config names."""
     if isinstance(config, (list, tuple)):
         for part in config:
-            yield from _modules(part)
+            yield from _modules(part, kinds)
     elif isinstance(config, Mapping):
         if isinstance(name := config.get("class_path"), str):
-            kind = class_names().get(name)
-            yield kind.__module__ if kind else name.rpartition(".")[0]
-        yield from _modules(list(config.values()))
+            yield kinds[name].__module__ if name in kinds else name.rpartition(".")[0]
+        yield from _modules(list(config.values()), kinds)
 
 
 def _options(parser: Any) -> set[str]:
