@@ -44,6 +44,7 @@ PLAIN: dict[str, Any] = {"chat": False, "rounds": 0}
 """What the papers do: no questions in chats, no further walks."""
 ONE_LAYER = {"weighter": {"class_path": "OneHot", "init_args": {"layer": "first"}}}
 TEN_LAYERS: dict[str, Any] = {"layers": [*range(3, 13)], "weighter": {"class_path": "Uniform"}}
+ESSENCE_4 = {"targets": {"essence": {"factor": 4.0}}}
 NULL_SPACE = {
     "class_path": "NullSpace",
     "init_args": {"inner": {"class_path": "LeastSquares", "init_args": {"ridge": 1.0}}},
@@ -79,6 +80,8 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cake_official, repaired": ("cake_official", {**PLAIN, "repairs": 1}),
     "cake_official, closed loop, repaired": ("cake_official", {**PLAIN, "rounds": 2, "repairs": 1}),
     "cake, ten layers, repaired": ("cake", {**PLAIN, **TEN_LAYERS, "repairs": 1}),
+    "cake, essence 4": ("cake", {**PLAIN, **ESSENCE_4}),
+    "cake, ten layers, repaired, essence 4": ("cake", {**PLAIN, **TEN_LAYERS, **ESSENCE_4, "repairs": 1}),
 }
 """Arm -> recipe, and arguments of ``LocateThenEdit`` over it."""
 SHOWN = {
@@ -276,17 +279,22 @@ def draw(stream: str, arms: dict[str, dict[str, Row]], out: Path, against: str) 
     heads = [f"| against {against} | edits | EditScore | Eff | Gen | Spe |", "| --- " * 6 + "|"]
     lines = list(differences(arms, against))
     write_table(out / name, stream, rows, ["", *heads, *lines] if lines else [])
-    colors = plt.get_cmap("tab20")
-    _, axes = plt.subplots(2, 6, figsize=(19, 6), layout="tight")
-    for ax, (key, text) in zip(axes.flat, SHOWN.items(), strict=False):
+    panels = {
+        key: text for key, text in SHOWN.items() if any(key in row for arm in arms.values() for row in arm.values())
+    }
+    colors, columns = plt.get_cmap("tab20"), -(-len(panels) // 2)
+    figure, axes = plt.subplots(2, columns, figsize=(3 * columns + 3, 6), layout="constrained", squeeze=False)
+    for ax, (key, text) in zip(axes.flat, panels.items(), strict=False):
         for number, (arm, points) in enumerate(arms.items()):
             curve = {int(edits): row[key] for edits, row in points.items() if key in row}
-            ax.plot(
-                list(curve), list(curve.values()), "k--" if arm == "unedited" else ".-", label=arm, color=colors(number)
-            )
+            style = {"color": colors(number % 20), "linestyle": "-" if number < 20 else "--"}
+            style = {"color": "black", "linestyle": ":"} if arm == "unedited" else style
+            ax.plot(list(curve), list(curve.values()), marker=".", label=arm, **style)
         ax.set(title=text, xlabel="edits")
-    axes[-1][-1].legend(*axes[0][0].get_legend_handles_labels(), fontsize="x-small", loc="center")
-    axes[-1][-1].axis("off")
+    for ax in axes.flat[len(panels) :]:
+        ax.axis("off")
+    handles = {label: handle for ax in axes.flat for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles, fontsize="x-small", loc="outside right center")
     save_plot(axes[0][0], out / f"{name}.png")
 
 
