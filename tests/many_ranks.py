@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import socket
@@ -73,6 +74,7 @@ def _forked(rank: int, size: int, port: int, work: Callable[[int], Any], folder:
     if child:
         return child
     status = 1
+    faulthandler.enable(2)  # a rank that a library kills says where, behind the failure of its test
     try:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
         os.environ |= {name: str(value) for name, value in own.items()}

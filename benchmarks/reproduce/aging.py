@@ -7,12 +7,12 @@
 
 Records with distinct subjects, in file order, in batches of 100 (``--batch-size``). One arm after another starts from
 the unedited model; rows are kept in ``aging.json`` under ``--out`` as they are measured, and an arm that was
-interrupted goes on where it stopped. A row has the metrics of the first hundred facts and of all so far, free answers
-about the first hundred, neutral text, and each record's outcomes, so that two arms can be compared record by record.
-``unedited`` asks the same of the model as it is. ``--targets`` names a shipped search for all arms, and ``--ability``
-a folder of multiple-choice tasks (``benchmarks/ability.py write``). ``--draw`` draws the rows and prints them as a
-table, and the differences from ``--against`` in points, paired by record, with 95 % intervals (of the EditScore by
-bootstrap).
+interrupted goes on where it stopped. Several processes, each with its arms, may fill one file: one for each core, or
+many on one GPU. A row has the metrics of the first hundred facts and of all so far, free answers about the first
+hundred, neutral text, and each record's outcomes, so that two arms can be compared record by record. ``unedited`` asks
+the same of the model as it is. ``--targets`` names a shipped search for all arms, and ``--ability`` a folder of
+multiple-choice tasks (``benchmarks/ability.py write``). ``--draw`` draws the rows and prints them as a table, and the
+differences from ``--against`` in points, paired by record, with 95 % intervals (of the EditScore by bootstrap).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,9 @@ from cakeflow.callbacks import KeyDrift, PeriodicCallback, StreamHealth
 from cakeflow.metrics import KINDS, record_means, success
 from cakeflow.models import LanguageModel, load_model
 from cakeflow.report import save_plot
-from cakeflow.storage import write_text
+from cakeflow.storage import locked, write_text
 
+Streams = dict[str, dict[str, dict[str, Row]]]
 PLAIN: dict[str, Any] = {"chat": False, "rounds": 0}
 """What the papers do: no questions in chats, no further walks."""
 ONE_LAYER = {"weighter": {"class_path": "OneHot", "init_args": {"layer": "first"}}}
@@ -218,26 +220,34 @@ def main() -> None:
     options.add_argument("--against", default="memit_seq")
     args = options.parse_args()
     path = args.out / "aging.json"
-    streams: dict[str, dict[str, dict[str, Row]]] = json.loads(path.read_text()) if path.exists() else {}
     if args.draw:
-        for stream, arms in streams.items():
+        for stream, arms in read_streams(path).items():
             draw(stream, arms, args.out, args.against)
         return
     records = distinct(read_requests(args.data), max(args.points))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "a CPU"
     search = f", {args.targets} search" if args.targets else ""
-    stream = streams.setdefault(f"{args.data.name}, batches of {args.batch_size}{search}, {device}", {})
-
-    def save() -> None:
-        write_text(path, json.dumps(streams).replace("}, ", "},\n") + "\n")
-
+    stream = f"{args.data.name}, batches of {args.batch_size}{search}, {device}"
     for arm in args.arms:
-        rows = stream.setdefault(arm, {})
+        rows = read_streams(path).get(stream, {}).get(arm, {})
         if any(str(point) not in rows for point in args.points):
-            run(args, arm, records, rows, save)
+            run(args, arm, records, rows, partial(save, path, stream, arm, rows))
         for edits, row in rows.items():
             numbers = "  ".join(f"{text} {row[name]:.3f}" for name, text in SHOWN.items() if name in row)
             print(f"{arm}, {edits} edits: {numbers}", flush=True)
+
+
+def read_streams(path: Path) -> Streams:
+    """The rows that were measured: stream -> arm -> number of edits -> row."""
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def save(path: Path, stream: str, arm: str, rows: dict[str, Row]) -> None:
+    """Put the rows of one arm into the file, which other processes write as well."""
+    with locked(path, wait=True):
+        streams = read_streams(path)
+        streams.setdefault(stream, {}).setdefault(arm, {}).update(rows)
+        write_text(path, json.dumps(streams).replace("}, ", "},\n") + "\n")
 
 
 def rates(row: Row) -> Tensor:

@@ -6,10 +6,9 @@ import logging
 import sys
 import warnings
 from argparse import SUPPRESS
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 from functools import partial
-from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,18 @@ from rich.markup import escape
 
 from cakeflow.cli.console import LogHandler, plain_warnings
 from cakeflow.cli.editors import with_record
-from cakeflow.cli.evaluate import EditedModel, take_run, values_of
+from cakeflow.cli.evaluate import EditedModel, take_run
 from cakeflow.cli.loading import take_loading, take_options, with_loading, with_trust, without_token
 from cakeflow.cli.result import require_clean, show_fit
 from cakeflow.cli.runs import COMMANDS, FURTHER
+from cakeflow.cli.words import expand_names, options_in, values_of, with_flags
 from cakeflow.core.checkpoint import with_safe_checkpoints
 from cakeflow.core.config import (
-    find_config,
     load_with,
     method_of,
-    model_kind,
     module_defaults,
     own_errors,
     read_config,
-    shipped,
 )
 from cakeflow.core.config_parser import ConfigParser, PlainArguments, only_known_classes, refuse_trust
 from cakeflow.core.datamodule import EditDataModule
@@ -53,8 +50,6 @@ from cakeflow.report import metrics_table
 
 INTERRUPTED = 130
 """Exit status after Ctrl+C, as a shell has it."""
-CONFIG_KINDS = ("method", "model_config", "model", "targets", "data")
-"""Options of ``fit`` and ``evaluate`` that take the name of a shipped config, in the order in which they count."""
 NAMES_HELP = (
     "Shipped configs are chosen by name: --method NAME --model NAME --data NAME, e.g. --method cake --model "
     "smollm2-135m --data builtin. A model may also be a folder, a GGUF file or a hub id; data may be a file, a URL or "
@@ -191,7 +186,7 @@ class EditCLI(LightningCLI):
     def resuming(self, folder: Path) -> str:
         """Return the command that goes on with an interrupted run: the one that was typed, with its folder."""
         own = self._get(self._plain_config, "trainer").get("logger") not in (None, True)  # it names the folder
-        stated = own or any(word.partition("=")[0] == "--run_dir" for word in self.words)
+        stated = own or "--run_dir" in options_in(self.words)
         return command_line([*without_token(self.words), *(() if stated else ("--run_dir", str(folder)))])
 
     def fit(self, model: EditModule, datamodule: EditDataModule, **_: Any) -> None:
@@ -239,67 +234,6 @@ class _CommandParser(ConfigParser):
         return action
 
 
-def with_flags(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
-    """Return the words of a command with a value for every switch that stands alone, and no hyphens in options.
-
-    Example:
-        >>> def command(out: str, dry_run: bool = False) -> None: ...
-        >>> with_flags(["x", "--dry-run", "--out", "a-b"], command)
-        ['x', '--dry_run=true', '--out', 'a-b']
-    """
-    switches = {
-        f"--{name}" for name, each in signature(command).parameters.items() if each.annotation in (bool, "bool")
-    }
-    result: list[str] = []
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        option, joined, value = word.partition("=")
-        option = option[:2] + option[2:].replace("-", "_") if word.startswith("--") else option
-        alone = option in switches and not joined and following.lower() not in ("true", "false")
-        result.append(f"{option}=true" if alone else option + joined + value)
-    return result
-
-
-def expand_names(words: Sequence[str]) -> list[str]:
-    """Replace ``--method``, ``--model``, ``--targets`` and ``--data`` in a command by options of Lightning's CLI.
-
-    A shipped name or a YAML file becomes a ``--config``; any other model or data source becomes ``--model.base`` or
-    ``--data.source``. With ``--model_config``, which has the model's numbers, ``--model`` is the model alone. Later
-    configs override earlier ones: the method's, the model's, the target search's, the data's. All other options follow.
-
-    Args:
-        words: The command and its options.
-
-    Raises:
-        ConfigError: If there is no such method, target search or model config.
-
-    Example:
-        >>> expand_names(["fit", "--model", "org/name", "--model.layers", "[3, 4]"])
-        ['fit', '--model.base', 'org/name', '--model.layers', '[3, 4]']
-    """
-    names: dict[str, str] = {}
-    rest: list[str] = []
-    remaining = iter(words[1:])
-    for word in remaining:
-        option, joined, value = word.partition("=")
-        if option.removeprefix("--") in CONFIG_KINDS and option.startswith("--"):
-            names[option.removeprefix("--")] = value if joined else next(remaining, "")
-        else:
-            rest.append(word)
-    of_model = model_kind(find_config("method", names["method"])) if "method" in names else "model"
-    folders = {"model": of_model, "model_config": of_model}
-    base = ["--model.base", names.pop("model")] if {"model", "model_config"} <= names.keys() else []
-    given = [kind for kind in CONFIG_KINDS if kind in names]
-    options = [option for kind in given for option in _as_options(kind, names[kind], folders.get(kind, kind))]
-    return [*words[:1], *options, *base, *rest]
-
-
-def _as_options(kind: str, name: str, folder: str) -> list[str]:
-    is_config = name in shipped(folder) or name.endswith((".yaml", ".yml"))
-    if is_config or kind not in ("model", "data"):
-        return ["--config", str(find_config(folder, name))]
-    return ["--model.base" if kind == "model" else "--data.source", name]
-
-
 def run_command(words: Sequence[str]) -> Any:
     """Run one command.
 
@@ -325,10 +259,8 @@ def run_command(words: Sequence[str]) -> Any:
 
 def _refuse_trust_in_files(words: Sequence[str]) -> None:
     """Refuse config files of a plain command that let foreign code run: that is said on the command line."""
-    for word, following in zip(words, [*words[1:], ""], strict=False):
-        option, joined, value = word.partition("=")
-        path = Path(value if joined else following)
-        if option == "--config" and path.is_file():
+    for path in map(Path, values_of("--config", words)):
+        if path.is_file():
             refuse_trust(read_config(path))
 
 

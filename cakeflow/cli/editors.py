@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cakeflow.cli.evaluate import values_of
+from cakeflow.cli.words import options_in, values_of
 from cakeflow.core.config import build_module, load_with
 from cakeflow.editor import Editor
 from cakeflow.errors import ConfigError
@@ -84,7 +84,7 @@ def with_record(words: Sequence[str]) -> list[str]:
         LedgerError: If the ledger names no model.
     """
     words = [re.sub(r"^--from(?==|$)", "--from_run", word) for word in words]
-    options = {word.partition("=")[0] for word in words}
+    options = options_in(words)
     if words[:1] != ["fit"] or "--from_run" not in options or options & {"--method", "--config", "--model.class_path"}:
         return words
     if "--model_config" in options:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cakeflow.cli.words import options_in, take, values_of
 from cakeflow.core.config import find_config, model_kind
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.module import EditModule
@@ -72,33 +73,18 @@ def _edits_layers(words: Sequence[str]) -> bool:
     return all(model_kind(find_config("method", name)) == "model" for name in values_of("--method", words))
 
 
-def values_of(option: str, words: Sequence[str]) -> list[str]:
-    """Return the values that a command gives to an option, as ``--name value`` or ``--name=value``.
-
-    Example:
-        >>> values_of("--method", ["fit", "--method", "cake", "--method=memit"])
-        ['cake', 'memit']
-    """
-    parts = [word.partition("=") for word in words]
-    following = [*words[1:], ""]
-    return [part[2] if part[1] else after for part, after in zip(parts, following, strict=True) if part[0] == option]
-
-
 def take_run(words: Sequence[str]) -> tuple[list[str], EditedModel | None]:
     """Return the words of ``evaluate`` as they are without ``--run RUN``, and the run; of other commands None.
 
     Raises:
         ConfigError: If ``--run`` names no folder.
     """
-    options = [word.partition("=")[0] for word in words]
-    if words[:1] != ["evaluate"] or "--run" not in options:
+    rest, runs = take(words, "--run")
+    if words[:1] != ["evaluate"] or not runs:
         return list(words), None
-    place = options.index("--run")
-    joined = "=" in words[place]
-    value = words[place].partition("=")[2] if joined else "".join(words[place + 1 : place + 2])
+    value, options = runs[-1][1], options_in(rest)
     if not value or value.startswith("--"):
         raise ConfigError("--run needs a run folder: cakeflow evaluate --run RUN")
-    rest = [*words[:place], *words[place + (1 if joined else 2) :]]
     if {"--config", "--model_config", "--model.layers"}.isdisjoint(options) and _edits_layers(rest):
         rest += ["--model.layers", "auto"]  # none are edited, but a module cannot do without
     elif {"--config", "--model", "--model.base"}.isdisjoint(options):

@@ -9,6 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
+from cakeflow.cli.words import take
 from cakeflow.errors import ConfigError, did_you_mean
 from cakeflow.models.loading import SECRET, Loading
 
@@ -27,20 +28,15 @@ def take_loading(words: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         (['fit', '--data', 'builtin'], {'revision': 'v1'})
     """
     names = [each.name for each in fields(Loading) if each.name != "trust_remote_code"]  # a switch of its own
-    rest: list[str] = []
+    rest, taken = take(words, "--loading", "--loading.")
     options: dict[str, str] = {}
-    remaining = iter(words)
-    for word in remaining:
-        option, joined, value = word.partition("=")
-        if not option.startswith("--loading"):
-            rest.append(word)
-            continue
+    for option, value in taken:
         name = option.removeprefix("--loading").removeprefix(".").replace("-", "_")
         if name not in names:
             raise ConfigError(f"{option}: expected --loading.{', --loading.'.join(names)}{did_you_mean(name, names)}")
-        options[name] = value if joined else next(remaining, "")
-        if not options[name] or options[name].startswith("--"):
+        if not value or value.startswith("--"):
             raise ConfigError(f"{option} needs a value")
+        options[name] = value
     return rest, options
 
 
@@ -87,21 +83,13 @@ def take_options(words: Sequence[str]) -> tuple[list[str], set[str]]:
     Raises:
         ConfigError: If a module cannot be imported.
     """
-    rest: list[str] = []
-    trusted: set[str] = set()
-    remaining = iter(words)
-    for word in remaining:
-        option, joined, value = word.partition("=")
-        if option == "--import":
-            name = value if joined else next(remaining, "")
-            try:
-                importlib.import_module(name)
-            except Exception as error:  # importing a module of the user's can raise anything
-                raise ConfigError(
-                    f"--import {name}: {type(error).__name__}: {error}; name a module on PYTHONPATH"
-                ) from error
-        elif word.startswith("--") and word[2:] in TRUST_OPTIONS:
-            trusted.add(word[2:])
-        else:
-            rest.append(word)
-    return rest, trusted
+    rest, modules = take(words, "--import")
+    for _, name in modules:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # importing a module of the user's can raise anything
+            raise ConfigError(
+                f"--import {name}: {type(error).__name__}: {error}; name a module on PYTHONPATH"
+            ) from error
+    switches = [f"--{name}" for name in TRUST_OPTIONS]
+    return [word for word in rest if word not in switches], {word[2:] for word in rest if word in switches}

@@ -8,8 +8,8 @@ import pytest
 import yaml
 
 from cakeflow.__main__ import main as script
-from cakeflow.cli.command_line import expand_names
 from cakeflow.cli.command_line import run_command as main
+from cakeflow.cli.words import expand_names
 from cakeflow.core.checkpoint import SafeCheckpointIO
 from cakeflow.core.config import shipped
 from cakeflow.core.locate_then_edit import LocateThenEdit
