@@ -31,10 +31,11 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from cakeflow_ability import ChoiceItem, read_choices, score_choices
+from cakeflow_streams import NormFeedback, typical_norm
 from sweep import Row, interval, write_table
 from torch import Tensor
 
-from cakeflow import Editor, EditRequest, Evaluation, read_requests
+from cakeflow import Editor, EditRequest, Evaluation, LocateThenEdit, read_requests
 from cakeflow.callbacks import KeyDrift, PeriodicCallback, StreamHealth
 from cakeflow.metrics import KINDS, record_means, success
 from cakeflow.models import LanguageModel, load_model
@@ -73,6 +74,7 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "lyaplock": ("lyaplock", PLAIN),
     "suit": ("suit", PLAIN),
     "ultraedit": ("ultraedit", PLAIN),
+    "nas": ("memit_seq", PLAIN),
     "prune_seq": ("prune_seq", PLAIN),
     "memit_seq, closed loop": ("memit_seq", {**PLAIN, "rounds": 2}),
     "cake, closed loop": ("cake", {**PLAIN, "rounds": 2}),
@@ -85,7 +87,9 @@ ARMS: dict[str, tuple[str, dict[str, Any]]] = {
     "cake, essence 4": ("cake", {**PLAIN, **ESSENCE_4}),
     "cake, ten layers, repaired, essence 4": ("cake", {**PLAIN, **TEN_LAYERS, **ESSENCE_4, "repairs": 1}),
 }
-"""Arm -> recipe, and arguments of ``LocateThenEdit`` over it."""
+"""Arm -> recipe, and arguments of ``LocateThenEdit`` over it; ``nas`` has one norm for all values besides."""
+NORMED = 100
+"""Records behind the stream on which the norm of ``nas`` is measured."""
 SHOWN = {
     "first/efficacy_exact": "first 100, word for word",
     "first/efficacy": "first 100, by preference",
@@ -201,8 +205,20 @@ def run(args: argparse.Namespace, arm: str, records: Sequence[EditRequest], rows
         trainer={"callbacks": [Points(records, args.points, rows, save, tasks)]},
         **setting,
     )
+    if arm == "nas":
+        editor.module.targets = one_norm(
+            editor.module, distinct(read_requests(args.data), len(records) + NORMED)[-NORMED:]
+        )
     editor.fit(records, args.batch_size, evaluate=False, run_dir=args.out / "runs" / name)
     shutil.rmtree(args.out / "runs" / name)
+
+
+def one_norm(module: LocateThenEdit, records: Sequence[EditRequest]) -> NormFeedback:
+    """The method's search with the norm that its values have for these records at the unedited model."""
+    module.setup()
+    norm = typical_norm(module.targets, module.lm, module.encode(records), module.layers[-1])
+    print(f"norm of the values of {len(records)} records: {norm:.2f}", flush=True)
+    return NormFeedback(norm, module.targets)
 
 
 def main() -> None:

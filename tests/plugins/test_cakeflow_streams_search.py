@@ -6,8 +6,7 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
-from cakeflow_streams import NormFeedback, SolvedTimes
-from cakeflow_streams.search import typical_norm
+from cakeflow_streams import NormFeedback, SolvedTimes, typical_norm
 from hypothesis import given
 from hypothesis import strategies as st
 
