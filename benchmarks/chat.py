@@ -74,8 +74,7 @@ def arm(model: str, requests: list[Any], seed: int, options: dict[str, Any]) -> 
     shares = states_in_contexts(editor.module.lm, requests, text=other_text())
     asked = {name: round(share * len(requests)) for name, share in shares.items()}
     seconds, divergence = round(time.perf_counter() - start), round(result.logged["neutral/kl"], 4)
-    timings = {name: round(value, 1) for name, value in editor.module.timings.items()}
-    counts |= {"asked": asked, "metrics": metrics, "neutral/kl": divergence, "seconds": seconds, "timings": timings}
+    counts |= {"asked": asked, "metrics": metrics, "neutral/kl": divergence, "seconds": seconds}
     return {**counts, "random": [familiar_after_noise(editor, familiar, each) for each in range(NOISES)]}
 
 

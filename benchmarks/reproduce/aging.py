@@ -104,7 +104,14 @@ SHOWN = {
     "health/kl": "neutral text, nats",
     "health/state": "health (0 fine, 1 wearing, 2 broken)",
 }
-TABLE = {**SHOWN, "growth": "largest growth of a weight", "target/arrived": "arrived", "written": "facts written"}
+TABLE = {
+    **SHOWN,
+    "growth": "largest growth of a weight",
+    "target/steps": "steps of a search",
+    "target/probability": "probability at its end",
+    "target/arrived": "arrived",
+    "written": "facts written",
+}
 """Columns of the table; the figure has those of ``SHOWN``."""
 
 

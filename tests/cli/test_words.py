@@ -22,7 +22,7 @@ def test_options_are_taken_with_their_values(words, rest, taken):
     assert values_of("--run", words) == [value for option, value in taken if option == "--run"]
 
 
-def test_a_value_that_looks_like_a_switch_stays_one():
+def test_a_switch_that_stands_alone_gets_a_value_and_only_options_lose_hyphens():
     def command(texts: list[str], *, strict: bool = False) -> None:
         """Take texts."""
 
