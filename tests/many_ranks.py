@@ -47,33 +47,40 @@ def free_port() -> int:
 
 
 def in_ranks(size: int, work: Callable[[int], Any], folder: Path) -> list[Ended]:
-    """Run a function of the rank's number in so many processes; what is not done after ``PATIENCE`` is a failure."""
-    port = free_port()
-    children = [_forked(rank, size, port, work, folder) for rank in range(size)]
-    statuses, end = dict[int, int](), time.monotonic() + PATIENCE * 2
-    while len(statuses) < size:
-        for child in set(children) - set(statuses):
-            process, status = os.waitpid(child, os.WNOHANG)
-            if process:
-                code = statuses[child] = os.waitstatus_to_exitcode(status)
-                end = min(end, time.monotonic() + PATIENCE) if code else end
-        if time.monotonic() > end:
-            for child in set(children) - set(statuses):
-                os.kill(child, signal.SIGKILL)
-            raise AssertionError(f"ranks hang: {statuses}")
-        time.sleep(0.01)
+    """Run a function of the rank's number in so many processes; what is not done after ``PATIENCE`` is a failure.
+
+    A rank that has succeeded stays until the others have, too: the first holds the store by which they meet.
+    """
+    port, ends = free_port(), os.pipe()
+    children = [_forked(rank, size, port, work, folder, ends) for rank in range(size)]
     paths = [folder / f"rank-{rank}" for rank in range(size)]
+    statuses, end = dict[int, int](), time.monotonic() + PATIENCE * 2
+    with os.fdopen(ends[0]), os.fdopen(ends[1], "w") as stay:
+        while len(statuses) < size:
+            for child in set(children) - set(statuses):
+                process, status = os.waitpid(child, os.WNOHANG)
+                if process:
+                    code = statuses[child] = os.waitstatus_to_exitcode(status)
+                    end = min(end, time.monotonic() + PATIENCE) if code else end
+            if all(child in statuses or path.exists() for child, path in zip(children, paths, strict=True)):
+                stay.close()
+            if time.monotonic() > end:
+                for child in set(children) - set(statuses):
+                    os.kill(child, signal.SIGKILL)
+                raise AssertionError(f"ranks hang: {statuses}")
+            time.sleep(0.01)
     results = [ForkingPickler.loads(path.read_bytes()) if path.exists() else None for path in paths]
     for path in paths:
         path.unlink(missing_ok=True)
     return [Ended(statuses[child], result) for child, result in zip(children, results, strict=True)]
 
 
-def _forked(rank: int, size: int, port: int, work: Callable[[int], Any], folder: Path) -> int:
+def _forked(rank: int, size: int, port: int, work: Callable[[int], Any], folder: Path, ends: tuple[int, int]) -> int:
     child = os.fork()
     if child:
         return child
     status = 1
+    os.close(ends[1])
     faulthandler.enable(2)  # a rank that a library kills says where, behind the failure of its test
     try:
         own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
@@ -87,6 +94,8 @@ def _forked(rank: int, size: int, port: int, work: Callable[[int], Any], folder:
             result = error
             traceback.print_exc()
         (folder / f"rank-{rank}").write_bytes(bytes(ForkingPickler.dumps(result)))
+        if not status:
+            os.read(ends[0], 1)  # ends when the pipe is closed
     finally:
         os._exit(status)
 

@@ -2,11 +2,14 @@
 
 import os
 import signal
+import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 
 import pytest
 import torch
+import torch.distributed as dist
 from many_ranks import in_ranks, start_gloo
 
 from cakeflow import ranks
@@ -49,6 +52,20 @@ def outcomes(count, work, folder):
     ended = in_ranks(count, joined, folder)
     assert all(each.status < 0 or (each.status == 1 and each.result is not None) for each in ended)
     return [each.result for each in ended]
+
+
+def test_the_rank_that_holds_the_store_stays_until_the_others_are_done(tmp_path):
+    held = []
+
+    def work(rank):
+        store = dist.TCPStore("127.0.0.1", int(os.environ["MASTER_PORT"]), 2, rank == 0, timedelta(seconds=20))
+        held.append(store)
+        if rank:
+            store.wait(["done"])
+            time.sleep(0.3)
+        store.set("done", "yes")
+
+    assert [each.status for each in in_ranks(2, work, tmp_path)] == [0, 0]
 
 
 def test_one_process_does_the_work_itself():

@@ -20,7 +20,7 @@ from cakeflow.solvers import KeyHistory
 
 def test_configs_can_name_every_part():
     ours = {each.name for each in entry_points(group="cakeflow.plugins") if each.module == "cakeflow_streams"}
-    assert ours == set(cakeflow_streams.__all__)
+    assert ours == {name for name in cakeflow_streams.__all__ if isinstance(getattr(cakeflow_streams, name), type)}
 
 
 class Fresh(EditCallback):
