@@ -187,9 +187,9 @@ class Editor:
         values = {name: value for name, value in locals().items() if name in OVERRIDES and value is not None} | further
         if further and model_kind(find_config("method", method)) == "model":  # the default method's are named above
             raise TypeError(f"Editor.from_pretrained() got an unexpected keyword argument {next(iter(further))!r}")
-        configs = configs_of(method, str(model), config, bool(layers))
+        configs = configs_of(method, str(model), config, bool(layers), targets)
         if isinstance(targets, str):
-            configs.append(find_config("targets", values.pop("targets")))
+            del values["targets"]
         if not isinstance(model, str | Path):
             values["base"] = _wrapped(model, tokenizer, processor, architecture)
         else:

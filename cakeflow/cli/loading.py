@@ -88,8 +88,8 @@ def take_options(words: Sequence[str]) -> tuple[list[str], set[str]]:
         try:
             importlib.import_module(name)
         except Exception as error:  # importing a module of the user's can raise anything
-            raise ConfigError(
-                f"--import {name}: {type(error).__name__}: {error}; name a module on PYTHONPATH"
-            ) from error
+            reason = f"{type(error).__name__}: {error}"
+            remedy = "name a module on PYTHONPATH, or in this folder with PYTHONPATH=."
+            raise ConfigError(f"--import {name}: {reason}; {remedy}") from error
     switches = [f"--{name}" for name in TRUST_OPTIONS]
     return [word for word in rest if word not in switches], {word[2:] for word in rest if word in switches}

@@ -87,15 +87,16 @@ def module_defaults(methods: Sequence[str]) -> dict[str, Any]:
 
 
 def configs_of(
-    method: str | Path, model: str, config: str | Path | None = None, has_layers: bool = False
+    method: str | Path, model: str, config: str | Path | None = None, has_layers: bool = False, targets: Any = None
 ) -> list[Path]:
-    """Return the config files of a method for a model: the recipe, and the model's numbers where there are some.
+    """Return the config files of a method for a model: the recipe, the model's numbers, a shipped search of targets.
 
     Args:
         method: A shipped recipe or a YAML file.
         model: Name of the model; a shipped config of this name has its numbers.
         config: The numbers instead: a shipped name or a YAML file.
         has_layers: Whether the layers to edit come from elsewhere, so that numbers are not needed.
+        targets: Name of a shipped search; a search that is an object or a mapping has no config.
 
     Raises:
         ConfigError: If a name is unknown, or the method needs layers and nothing names them.
@@ -103,13 +104,14 @@ def configs_of(
     recipe = find_config("method", method)
     kind = model_kind(recipe)
     config = config or (model if model in shipped(kind) else None)
+    search = [find_config("targets", targets)] if isinstance(targets, str) else []
     if config is not None:
-        return [recipe, find_config(kind, config)]
+        return [recipe, find_config(kind, config), *search]
     if kind == "model" and not has_layers:
         names = ", ".join(shipped(kind))
         raise ConfigError("no shipped model config for this model: name the layers to edit, layers=[...], let a "
                           f"trace find them, layers='auto', or give config=FILE; shipped: {names}")  # fmt: skip
-    return [recipe]
+    return [recipe, *search]
 
 
 def method_of(parser: Any, config: Any) -> dict[str, Any]:

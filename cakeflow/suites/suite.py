@@ -166,11 +166,12 @@ class Arm:
 
     @cached_property
     def configs(self) -> list[Path]:
-        """The recipe, and the model's numbers for it where there are some."""
+        """The recipe, the model's numbers for it where there are some, and a search that the arm names."""
         recipe: Any = self.overrides.get("method", self.method)
         kind, config = model_kind(find_config("method", recipe)), self.suite.config
         fits = kind == "model" or config in shipped(kind)  # the numbers of a model are those of one class
-        return configs_of(recipe, self.suite.model, config if fits else None, bool(self.overrides.get("layers")))
+        layers, targets = bool(self.overrides.get("layers")), self.overrides.get("targets")
+        return configs_of(recipe, self.suite.model, config if fits else None, layers, targets)
 
     @property
     def parts(self) -> list[Any]:
@@ -183,7 +184,9 @@ class Arm:
         Raises:
             ConfigError: If an argument does not fit the recipe's class.
         """
-        values: dict[str, Any] = {each: v for each, v in self.overrides.items() if each not in ("method", "batch_size")}
+        values = {name: each for name, each in self.overrides.items() if name not in ("method", "batch_size")}
+        if isinstance(values.get("targets"), str):
+            del values["targets"]  # one of the configs
         if taken := sorted({"base", "evaluation"} & set(values)):
             raise ConfigError(f"arm {self.method!r}: {taken[0]} is that of the whole suite; leave it out of the arm")
         values |= {"base": self.suite.model, "evaluation": dict(self.suite.evaluation)}

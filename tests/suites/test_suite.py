@@ -6,7 +6,7 @@ import re
 import pytest
 from tiny_suites import SUITE, facts
 
-from cakeflow.core.config import shipped
+from cakeflow.core.config import read_config, shipped
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.suites import Suite, arms_of, read_suite
@@ -42,6 +42,16 @@ def test_an_arm_is_a_method_on_facts_of_a_seed(write):
     assert (single.batch_size, first.batch_size) == (1, 2)
     assert single.module().evaluation.protocol == "wild"
     assert single.module().targets.steps == 3
+
+
+def test_an_arm_names_a_shipped_search_as_a_command_does(write):
+    methods = {"memit_seq": {}, "short": {"method": "memit_seq", "targets": "short"}}
+    plain, short = arms_of(read_suite(write(methods=methods)))
+    search = read_config(shipped("targets")["short"])["model"]["targets"]
+    assert short.module().targets.stride == search["stride"] != plain.module().targets.stride
+    assert read_config(shipped("targets")["short"]) in short.parts
+    with pytest.raises(ConfigError, match="no targets config 'shrot'; did you mean 'short'"):
+        arms_of(read_suite(write(methods={"memit_seq": {"targets": "shrot"}})))
 
 
 def test_a_data_set_may_have_its_own_order_and_callbacks(write):
