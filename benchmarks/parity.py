@@ -21,6 +21,7 @@ import json
 import math
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -144,6 +145,14 @@ def error(got: Tensor, want: Tensor | None) -> float:
         return float("inf")
     relative = float((got - want).norm() / want.norm())
     return relative if math.isfinite(relative) else float("inf")
+
+
+def worst_of(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
+    """The largest figure of each name; infinite where one is not a number."""
+    worst: dict[str, float] = {}
+    for name, value in pairs:
+        worst[name] = max(worst.get(name, 0.0), value if math.isfinite(value) else math.inf)
+    return worst
 
 
 def main() -> int:

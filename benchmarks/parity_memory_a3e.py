@@ -23,7 +23,7 @@ from cakeflow_sidememory.composition import (
 )
 from cakeflow_sidememory.decoding import answer, comma_tokens
 from cakeflow_sidememory.factors import FactorLoss, Factors, FactorTraining, TrainedFactors, cosines, train_factors
-from parity import error
+from parity import error, worst_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -39,14 +39,6 @@ BARS = {
 """Largest errors, relative but for losses; the official loss runs in float32. Every choice has to be the same."""
 
 Figures = dict[str, float]
-
-
-def worst_of(pairs: Iterator[tuple[str, float]]) -> Figures:
-    """The largest figure of each name."""
-    worst: Figures = {}
-    for name, value in pairs:
-        worst[name] = max(worst.get(name, 0.0), value)
-    return worst
 
 
 def rows_of(lm: LanguageModel, info: Mapping[str, Any]) -> list[Row]:

@@ -29,7 +29,7 @@ from cakeflow_sidememory import (
     original_weight,
 )
 from cakeflow_sidememory.distance import activation_name, activation_of, row_distances, token_distances
-from parity import error
+from parity import error, worst_of
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -59,14 +59,6 @@ def figures_of(info: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: P
     flows = [name for name in info if name != "_setup" and (name, arch) != (PADDED, "gpt2")]
     figures = {flow: Flow(info, tensors, folder, flow).figures() for flow in flows}
     return figures | ({"functions": worst_of(functions(tensors))} if "merge_function/base" in tensors else {})
-
-
-def worst_of(pairs: Iterator[tuple[str, float]]) -> Figures:
-    """The largest figure of each name."""
-    worst: Figures = {}
-    for name, value in pairs:
-        worst[name] = max(worst.get(name, 0.0), value if math.isfinite(value) else math.inf)
-    return worst
 
 
 def functions(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, float]]:

@@ -262,7 +262,7 @@ def require_choice(name: str, value: object, literal: Any) -> None:
 
 
 def require_count(name: str, value: object, least: int = 0) -> None:
-    """Check a setting that is a whole number.
+    """Check a setting that is a whole number, or None where that is possible.
 
     Args:
         name: The setting.
@@ -272,7 +272,7 @@ def require_count(name: str, value: object, least: int = 0) -> None:
     Raises:
         ConfigError: If the value is no whole number (a truth value is none), or less than that.
     """
-    if type(value) is not int or value < least:
+    if value is not None and (type(value) is not int or value < least):
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 

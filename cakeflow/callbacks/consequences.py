@@ -9,7 +9,7 @@ import lightning as L
 from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.data.public_files import Consequence
 from cakeflow.data.sources import Source, read_consequences
-from cakeflow.errors import ConfigError
+from cakeflow.errors import require_count
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import WILD_TOKENS
 from cakeflow.metrics.text import AnswerRate
@@ -39,8 +39,7 @@ class ConsequenceCheck(PeriodicCallback):
         self, source: Source, records: int | None = None, chat: bool = False, every: int | None = None
     ) -> None:
         super().__init__(every)
-        if records is not None and records < 1:
-            raise ConfigError(f"records must be at least 1, got {records}")
+        require_count("records", records, 1)
         self.chat = chat
         questions = read_consequences(source)
         self.questions: list[Consequence] = [each for each in questions if records is None or each.case < records]

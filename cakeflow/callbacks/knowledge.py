@@ -11,7 +11,7 @@ import torch
 from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.data.builtin import reversed_prompts
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError
+from cakeflow.errors import require_count
 from cakeflow.evaluation.knowledge import (
     SHARES,
     MaskedFact,
@@ -24,6 +24,7 @@ from cakeflow.evaluation.knowledge import (
     reverse,
     states_when_negated,
 )
+from cakeflow.export.card import markdown_table
 
 
 class KnowledgeCheck(PeriodicCallback):
@@ -58,8 +59,7 @@ class KnowledgeCheck(PeriodicCallback):
         self, limit: int | None = 100, every: int | None = None, reversals: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(every)
-        if limit is not None and limit < 1:
-            raise ConfigError(f"limit must be at least 1 fact, got {limit}")
+        require_count("limit", limit, 1)
         self.limit, self.reversals = limit, dict(reversals or {})
         self.masked: list[MaskedFact] = []
         self.restored: list[bool] = []
@@ -93,12 +93,11 @@ class KnowledgeCheck(PeriodicCallback):
 
     def table(self) -> str:
         """Return the last measurement as Markdown, a line for each fact: what masks do to it, and what a rollback."""
-        head = ["fact", "new, old", *(f"{100 * share:g} % hidden" for share in SHARES), "rolled back"]
-        lines = [head, ["---"] * len(head)]
+        lines = [["fact", "new, old", *(f"{100 * share:g} % hidden" for share in SHARES), "rolled back"]]
         for fact, restored in zip(self.masked, self.restored, strict=True):
             cells = [_word(fact, share) for share in SHARES]
             lines.append([fact.prompt, f"{fact.new}, {fact.old}", *cells, "bit for bit" if restored else "differs"])
-        return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+        return markdown_table(lines)
 
     def _taken_back(self, module: Any) -> list[bool]:
         """Return for each fact whether the model without the edits gives its targets the bits that it gave before."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cakeflow.callbacks.periodic import PeriodicCallback
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError
+from cakeflow.errors import require_count
 from cakeflow.forward.packing import logits_bytes, pad, pass_bytes, require_bytes
 from cakeflow.forward.tokens import encode_texts
 from cakeflow.metrics.distribution import prediction_shift
@@ -41,8 +41,7 @@ class NeighborShift(PeriodicCallback):
 
     def __init__(self, limit: int | None = 200, every: int | None = None) -> None:
         super().__init__(every)
-        if limit is not None and limit < 1:
-            raise ConfigError(f"limit must be at least 1 prompt, got {limit}")
+        require_count("limit", limit, 1)
         self.limit = limit
         self._prompts: list[tuple[int, ...]] = []
 

@@ -31,7 +31,7 @@ class Retention(PeriodicCallback):
     def __init__(self, every: int = 1, form: Form = "exact") -> None:
         super().__init__(every)
         require_choice("form", form, Form)
-        if form == "answer":
+        if form not in ("exact", "tokens", "probability"):
             raise ConfigError("Retention does not generate free answers; use form 'exact', 'tokens' or 'probability'")
         self.form = form
         self.curves: list[list[float]] = []

@@ -29,7 +29,7 @@ def run_desk(
     model_config: str | None = None,
     layers: list[int] | None = None,
     policy: Path | None = None,
-    record_texts: bool = True,
+    record_texts: bool | None = None,
     port: int = PORT,
     loading: Loading = Loading(),
 ) -> Path:
@@ -46,7 +46,7 @@ def run_desk(
         model_config: Tuned numbers for the model, by name or YAML file.
         layers: Layers to edit, for a model without them.
         policy: YAML file of a policy: what it forbids is refused or undone.
-        record_texts: Whether the run folder has the texts of the facts.
+        record_texts: Whether the run folder has the texts of the facts; by default as the run, else yes.
         port: Port of the page; 0 takes any that is free.
         loading: --loading.NAME, how a model is loaded.
 
@@ -69,7 +69,7 @@ def run_desk(
             layers,
             loading,
             {**trainer, "profiler": PhaseProfiler(worker.step)},
-            record_texts=record_texts,
+            **({} if record_texts is None else {"record_texts": record_texts}),
         )
         with Session.opened(editor, run_dir, from_run) as session:
             server.calls = Calls(session, worker).by_name()
@@ -78,6 +78,6 @@ def run_desk(
             with suppress(KeyboardInterrupt):
                 serve(worker, server)
             say(f"closed with {editor.journal.edits} facts in force")
-            imports = import_words(editor.module.method)
-            say(f"go on with: {command_line(['desk', *imports, '--run_dir', str(session.folder)])}")
+            words = ["--run_dir", str(session.folder), *(["--policy", str(policy)] if policy else [])]
+            say(f"go on with: {command_line(['desk', *import_words(editor.module.method), *words])}")
     return session.folder

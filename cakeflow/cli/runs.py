@@ -19,7 +19,7 @@ from cakeflow.cli.reproduce import run_reproduce
 from cakeflow.cli.statistics import run_merge, run_statistics
 from cakeflow.cli.trace import run_facts, run_trace
 from cakeflow.cli.tune import run_tune
-from cakeflow.errors import ConfigError, LedgerError, listed, with_faults
+from cakeflow.errors import LedgerError, listed, require_count, with_faults
 from cakeflow.export.manifest import batch_names
 from cakeflow.journal.audit import Audit, ledger_of, replay, verify
 from cakeflow.journal.journal import Journal
@@ -175,8 +175,7 @@ def run_rollback(
         ResumeError: If the model is another one, or a batch leads to other weights.
         LockedError: If another process is writing the run.
     """
-    if n is not None and n < 1:
-        raise ConfigError(f"n must be at least 1 batch, got {n}")
+    require_count("n", n, 1)
     with locked(ledger_of(run)):
         journal = replay(run, model, judged=False, loading=loading)  # what its policy has not judged may be taken back
         before = {step.number for step in journal}

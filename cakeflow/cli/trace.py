@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from cakeflow.cli.console import say
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_count
 from cakeflow.models.loading import Loading, load_model
 from cakeflow.report.figures import plot_trace, plot_weights, save_plot
 from cakeflow.report.tables import trace_table
@@ -51,7 +51,11 @@ def run_trace(
         trace: Settings of the trace, such as its window and number of noise draws.
         split: Split of a data set that has several.
         loading: --loading.NAME, how a model is loaded.
+
+    Raises:
+        ConfigError: If ``limit`` is below 1.
     """
+    require_count("limit", limit, 1)
     facts, lm = read_facts(data, split), load_model(model, **loading.arguments())
     traced = require_layers(lm, layers or ())
     rows, tried = known_rows(lm, facts, limit)
@@ -104,8 +108,7 @@ def run_facts(
     """
     if out.is_dir():
         raise ConfigError(f"out={str(out)!r} is a folder; name a .json or .jsonl file")
-    if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
+    require_count("limit", limit, 1)
     candidates = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
     facts, tried = known_facts(load_model(model, **loading.arguments()), candidates, limit)
     entries = [fact.to_dict(number) for number, fact in enumerate(facts)]

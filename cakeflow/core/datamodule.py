@@ -15,7 +15,7 @@ from cakeflow.data.schemas import Occurrence, ZsreTarget, asks, parse_requests
 from cakeflow.data.selection import Conflicts, Order, require_apart, select
 from cakeflow.data.snippets import with_references
 from cakeflow.data.sources import Source, read_entries
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_count
 from cakeflow.forward.tokens import EditBatch
 
 
@@ -67,9 +67,8 @@ class EditDataModule(L.LightningDataModule):
         zsre_target: ZsreTarget = "answers",
     ) -> None:
         super().__init__()
-        for name, value in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if value is not None and value < 1:
-                raise ConfigError(f"data.{name} must be at least 1, got {value}")
+        require_count("data.batch_size", batch_size, 1)
+        require_count("data.eval_batch_size", eval_batch_size, 1)
         entries = read_entries(source, split)
         entries = list(with_references(entries, snippets)) if snippets else entries
         requests = parse_requests(entries, occurrence=occurrence, zsre_target=zsre_target)

@@ -154,7 +154,7 @@ class LocateThenEdit(EditModule[TextBatch]):
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
         require_choice("fact_token", fact_token, FactToken)
-        require_count("tile", 1 if tile is None else tile, 1)
+        require_count("tile", tile, 1)
         for label, most in (("rounds", rounds), ("repairs", repairs)):
             require_count(label, most)
             if most and not solver.needs_targets:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_count
 from cakeflow.forward.keys import read_keys
 from cakeflow.journal.steps import EditStep
 from cakeflow.models.architecture import Site
@@ -25,8 +25,7 @@ def checked_interval(batches: int, *, history: bool) -> int:
     Raises:
         ConfigError: If it is no whole number from 0, or there is no history to read again.
     """
-    if isinstance(batches, bool) or not isinstance(batches, int) or batches < 0:
-        raise ConfigError(f"reread_keys must be a whole number of batches, or 0 for never; got {batches!r}")
+    require_count("reread_keys", batches)
     if batches and not history:
         raise ConfigError(f"reread_keys={batches} reads the history's keys again: set history: true, or reread_keys: 0")
     return batches

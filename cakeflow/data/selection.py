@@ -11,7 +11,7 @@ from typing import Literal
 
 from cakeflow.data.files import exists, parse_json, read_text
 from cakeflow.data.request import EditRequest, contradictions, is_case_id
-from cakeflow.errors import ConfigError, RequestError, listed, require_choice
+from cakeflow.errors import ConfigError, RequestError, listed, require_choice, require_count
 
 Conflicts = Literal["error", "drop", "keep"]
 """Treatment of records that contradict each other."""
@@ -54,8 +54,7 @@ def select(
         ['the Red Sea']
     """
     require_choice("data.conflicts", conflicts, Conflicts)
-    if limit is not None and limit < 1:
-        raise ConfigError(f"data.limit must be at least 1, got {limit}")
+    require_count("data.limit", limit, 1)
     if order is not None and shuffle_seed is not None:
         raise ConfigError("data.order and data.shuffle_seed both say in which sequence to edit; give one of them")
     chosen = list(range(len(requests))) if order is None else _places(requests, read_order(order))

@@ -16,7 +16,7 @@ from cakeflow import ranks
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import check_fields
 from cakeflow.data.text import occurrences, until_stop
-from cakeflow.errors import ConfigError, RequestWarning, listed, require_choice
+from cakeflow.errors import ConfigError, RequestWarning, listed, require_choice, require_count
 from cakeflow.evaluation.judges import Containment, ExactMatch, Judge, JudgedAnswer, Stated, as_judge
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import CUTS, WILD_TOKENS, Protocol
@@ -123,8 +123,7 @@ class Evaluation:
         default = Stated() if self.is_wild else ExactMatch()
         object.__setattr__(self, "judge", default if self.judge is None else as_judge(self.judge))
         for name, least in (("answer_tokens", 0), ("texts_every", 0), ("text_tokens", 2), ("top_k", 1)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"evaluation.{name} must be at least {least}, got {getattr(self, name)}")
+            require_count(f"evaluation.{name}", getattr(self, name), least)
         if (self.chat or self.has_judge) and not self.free_tokens:
             raise ConfigError("evaluation.chat and evaluation.judge need free answers: set protocol to wild")
 

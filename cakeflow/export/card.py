@@ -114,7 +114,7 @@ def _identity(manifest: Manifest, entries: Sequence[Entry]) -> str:
         "made with": ", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
     }
     head = f"# {escape(manifest.model)}, edited\n\nFacts in this model were changed by knowledge editing.\n"
-    return f"{head}\n{_table([['', ''], *([name, escape(value)] for name, value in rows.items())])}"
+    return f"{head}\n{markdown_table([['', ''], *([name, str(value)] for name, value in rows.items())])}"
 
 
 def _stored(manifest: Manifest) -> dict[str, str]:
@@ -167,10 +167,10 @@ def _metrics(entries: Sequence[Entry]) -> str:
     if not columns:
         return "Nothing was measured.\n"
     names = sorted({name for each in columns for name, value in each.metrics.items() if not math.isnan(value)})
-    rows = [["metric", *(escape(f"{each.stage}, {each.edits} edits") for each in columns)]]
-    rows += [[escape(name), *(_number(each.metrics.get(name, math.nan)) for each in columns)] for name in names]
+    rows = [["metric", *(f"{each.stage}, {each.edits} edits" for each in columns)]]
+    rows += [[name, *(_number(each.metrics.get(name, math.nan)) for each in columns)] for name in names]
     protocols = ", ".join(sorted({each.protocol for each in columns}))
-    text = f"{_table(rows)}\nMeasured under the protocol {escape(protocols)}; others are not comparable.\n"
+    text = f"{markdown_table(rows)}\nMeasured under the protocol {escape(protocols)}; others are not comparable.\n"
     changed = max((each.number for each in entries if isinstance(each.body, (BatchBody, RollbackBody))), default=-1)
     measured = max((each.number for each in entries if each.body is stages.get("after")), default=-1)
     note = "The weights were changed after the last measurement: the metrics are those of the model before that."
@@ -231,8 +231,10 @@ def _block(lines: Sequence[str]) -> str:
     return "\n".join([fence, *texts, fence, ""])
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+def markdown_table(rows: Sequence[Sequence[str]]) -> str:
+    """Return a Markdown table of a head and further rows of plain words."""
+    cells = [[*map(escape, row)] for row in rows]
+    ruled = [cells[0], ["---"] * len(cells[0]), *cells[1:]]
     return "".join(f"| {' | '.join(row)} |\n" for row in ruled)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, require_choice
 from cakeflow.models.loading import HUB_IDS
 
 OverRank = Literal["error", "truncate", "split"]
@@ -46,7 +46,5 @@ class ExportOptions:
     def __post_init__(self) -> None:
         if self.max_rank is not None and self.max_rank not in SERVED_RANKS:
             raise ConfigError(f"max_rank = {self.max_rank}: vLLM accepts {', '.join(map(str, SERVED_RANKS))}")
-        if self.over_rank not in ("error", "truncate", "split"):
-            raise ConfigError(f"over_rank = {self.over_rank!r}: expected error, truncate, split")
-        if self.layout not in ("smallest", "dense"):
-            raise ConfigError(f"layout = {self.layout!r}: expected smallest, dense")
+        require_choice("over_rank", self.over_rank, OverRank)
+        require_choice("layout", self.layout, DeltaLayout)

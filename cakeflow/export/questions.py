@@ -38,11 +38,11 @@ def answers_of(lm: EditableModel, texts: Sequence[str]) -> list[Tensor]:
 
 
 def difference(answers: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Return the largest difference of logits, relative to the largest of them.
+    """Return the largest difference of logits, relative to the largest of them; nan where one is not a number.
 
     Example:
         >>> difference([torch.tensor([1.0, 4.0])], [torch.tensor([2.0, 4.0])])
         0.25
     """
     pairs = zip(answers, expected, strict=True)
-    return max(float((a.double() - b.double()).abs().max() / b.abs().max()) for a, b in pairs)
+    return float(torch.stack([(a.double() - b.double()).abs().max() / b.abs().max() for a, b in pairs]).max())

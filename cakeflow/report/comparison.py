@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from cakeflow.errors import visible
-from cakeflow.export.card import escape
+from cakeflow.export.card import markdown_table
 from cakeflow.forward.packing import GIB
 from cakeflow.report.figures import FILE_STYLE, Curves, curves_of, plot_curves, plot_intervals
 from cakeflow.report.folder import RunFolder
@@ -167,9 +167,7 @@ def as_texts(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
 
 def to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return the runs side by side as a Markdown table."""
-    lines = [list(map(escape, [name, *texts])) for name, texts in as_texts(rows).items()]
-    lines.insert(1, ["---"] * (len(rows) + 1))
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table([[name, *texts] for name, texts in as_texts(rows).items()])
 
 
 def to_csv(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -7,10 +7,13 @@ from typing import Literal
 
 import torch
 
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ConfigError, NumericalError, require_choice
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.problem import LayerProblem, Update
+
+Place = Literal["mean", "prompt"]
+"""Keys that get their residual."""
 
 
 @dataclass(frozen=True)
@@ -28,11 +31,10 @@ class EqualityConstrained(Solver):
     """
 
     inner: Solver = field(default_factory=LeastSquares)
-    at: Literal["mean", "prompt"] = "mean"
+    at: Place = "mean"
 
     def __post_init__(self) -> None:
-        if self.at not in ("mean", "prompt"):
-            raise ConfigError(f"at must be 'mean' or 'prompt', got {self.at!r}")
+        require_choice("at", self.at, Place)
 
     def solve(self, problem: LayerProblem) -> Update:
         """Scale the rows of the inner solution so that ``rows K^T = I``."""

@@ -11,9 +11,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from cakeflow.errors import ConfigError, NumericalError
+from cakeflow.errors import ConfigError, NumericalError, require_choice
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
+
+Form = Literal["auto", "dual", "primal"]
+"""The system that is factored."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +32,12 @@ class LeastSquares(Solver):
     """
 
     ridge: float = 0.0
-    form: Literal["auto", "dual", "primal"] = "auto"
+    form: Form = "auto"
 
     def __post_init__(self) -> None:
         if not self.ridge >= 0:
             raise ConfigError(f"ridge must be 0 or more, got {self.ridge}")
-        if self.form not in ("auto", "dual", "primal"):
-            raise ConfigError(f"form must be 'auto', 'dual' or 'primal', got {self.form!r}")
+        require_choice("form", self.form, Form)
 
     def solve(self, problem: LayerProblem) -> Update:
         """Solve in the form with the smaller system, or in the one of ``form``."""

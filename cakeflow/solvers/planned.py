@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from cakeflow.errors import ConfigError, RequestWarning
+from cakeflow.errors import RequestWarning, require_count
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.least_squares import LeastSquares
 from cakeflow.solvers.problem import LayerProblem, Update
@@ -31,8 +31,7 @@ class PlannedHistory(Solver):
     planned: int = field(kw_only=True)
 
     def __post_init__(self) -> None:
-        if isinstance(self.planned, bool) or not isinstance(self.planned, int) or self.planned < 1:
-            raise ConfigError(f"PlannedHistory: planned must be a whole number of keys, 1 or more, got {self.planned}")
+        require_count("PlannedHistory.planned", self.planned, 1)
 
     def factor(self, earlier: int) -> float:
         """Return alpha, the weight of each of ``earlier`` keys."""

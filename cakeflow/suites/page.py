@@ -10,7 +10,7 @@ from pathlib import Path, PurePath
 from markupsafe import Markup
 from matplotlib.axes import Axes
 
-from cakeflow.export.card import escape
+from cakeflow.export.card import escape, markdown_table
 from cakeflow.forward.packing import GIB
 from cakeflow.report.figures import plot_intervals, svg
 from cakeflow.report.intervals import SHARES, Interval, estimate, number
@@ -94,9 +94,9 @@ def to_markdown(name: str, suite: Suite, tables: Sequence[Table], command: Seque
         lines += [f"## {escape(table.data)}, {table.size} facts", ""]
         for title, names in grouped(suite.metrics).items():
             cells = [[line.method, *(estimate(each, line.metrics[each]) for each in names)] for line in table.lines]
-            lines += [f"### {escape(title)}", "", *_table(["method", *names], cells), ""]
+            lines += [f"### {escape(title)}", "", markdown_table([["method", *names], *cells])]
         columns = ["method", f"against {suite.baseline}", "seconds per fact", "seconds of a run", "peak GiB"]
-        lines += ["### verdicts and costs", "", *_table(columns, [_costs(line) for line in table.lines]), ""]
+        lines += ["### verdicts and costs", "", markdown_table([columns, *map(_costs, table.lines)])]
     return "\n".join(lines)
 
 
@@ -104,14 +104,6 @@ def _costs(line: Line) -> list[str]:
     seconds, whole, peak = line.mean("seconds_per_edit"), line.mean("seconds"), line.mean("peak") / GIB
     end = "; ".join(line.faults) or line.verdict
     return [line.method, end, number(seconds, ".2f"), number(whole, ".0f"), number(peak, ".2f")]
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [*map(_row, (names, ["---"] * len(names))), *map(_row, rows)]
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(map(escape, cells))} |"
 
 
 def _beyond(interval: Interval) -> bool:

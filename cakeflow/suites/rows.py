@@ -11,6 +11,7 @@ from typing import Any
 
 from cakeflow.core.folder import is_finished
 from cakeflow.core.run import python_call, run_fit
+from cakeflow.data.files import read_text
 from cakeflow.editor import Editor
 from cakeflow.errors import (
     ConfigError,
@@ -30,7 +31,7 @@ from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import content_key
 from cakeflow.storage.hashing import file_hash
 from cakeflow.storage.locks import locked
-from cakeflow.storage.typed import Count, Json, Number, Schema, parse_as
+from cakeflow.storage.typed import Count, Json, Number, Schema, parse_lines
 from cakeflow.suites.suite import Arm
 
 ROWS, RUNS = "rows.jsonl", "runs"
@@ -112,11 +113,7 @@ class Rows:
 
     def _read(self) -> dict[str, Row]:
         remedy = "delete the line, and its arm is read from its run folder or measured again"
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        rows = [
-            parse_as(Row, line, f"{self.path}, line {number}", ConfigError, remedy)
-            for number, line in enumerate(lines, 1)
-        ]
+        rows = parse_lines(Row, read_text(self.path), self.path, ConfigError, remedy) if self.path.exists() else []
         return {row.arm: row for row in rows}
 
     def check(self, arms: Sequence[Arm]) -> None:

@@ -80,11 +80,9 @@ class GradientSearch(TargetSearch):
     one_by_one: bool = False
 
     def __post_init__(self) -> None:
-        require_positive("targets", self, "steps", "lr", "clamp", "max_tokens")
+        require_positive("targets", self, "steps", "lr", "clamp", "stride", "max_tokens")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"targets.betas must be two numbers from 0 to below 1, got {self.betas}")
-        if self.stride is not None:
-            require_positive("targets", self, "stride")
         if not isinstance(self.likelihood, ObjectiveTerm):  # a config's null gets here
             raise ConfigError(f"targets.likelihood must be an ObjectiveTerm, got {self.likelihood!r}")
         if not self.site or self.extra_site in ("", self.site):

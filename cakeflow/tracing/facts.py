@@ -14,7 +14,7 @@ from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.sources import read_entries
 from cakeflow.data.text import join, occurrences, until_stop
-from cakeflow.errors import ConfigError, Fault, RequestError
+from cakeflow.errors import ConfigError, Fault, RequestError, require_count
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.packing import logits_bytes, pad, pass_bytes, plan, require_bytes
 from cakeflow.forward.tokens import Row, TextBatch, encode
@@ -217,8 +217,9 @@ def known_facts(
 
     Raises:
         RequestError: If the model knows none of them.
-        ConfigError: If the longest text does not fit ``max_bytes``.
+        ConfigError: If the longest text does not fit ``max_bytes``, or the limit is below 1.
     """
+    require_count("limit", limit, 1)
     matches: list[KnownFact] = []
     for start in range(0, len(facts), CHUNK):
         part = facts[start : start + CHUNK]

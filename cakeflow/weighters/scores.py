@@ -19,6 +19,7 @@ from cakeflow.tracing.facts import predicted_rows
 from cakeflow.weighters.base import Weighter
 
 Normalization = Literal["none", "max", "minmax", "zscore"]
+ScoreSource = Literal["global", "per_request"]
 
 
 def score_weights(
@@ -73,7 +74,7 @@ class Scores(Weighter):
     tau: float = 0.1
     normalization: Normalization = "none"
     depth_power: float = 0.0
-    score_source: Literal["global", "per_request"] = "global"
+    score_source: ScoreSource = "global"
     attribution: Attribution | None = None
     max_bytes: float | None = field(default=None, repr=False, compare=False)
 
@@ -82,8 +83,7 @@ class Scores(Weighter):
         if not math.isfinite(self.depth_power):
             raise ConfigError(f"depth_power must be finite, got {self.depth_power}")
         require_choice("normalization", self.normalization, Normalization)
-        if self.score_source not in ("global", "per_request"):
-            raise ConfigError(f"score_source must be 'global' or 'per_request', got {self.score_source!r}")
+        require_choice("score_source", self.score_source, ScoreSource)
 
     def check(self, layers: Sequence[int]) -> None:
         """Refuse missing and infinite scores of the candidate layers."""

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 
 from cakeflow import ranks
-from cakeflow.errors import ConfigError, Fault
+from cakeflow.errors import ConfigError, Fault, require_count
 from cakeflow.evaluation import score_reads
 from cakeflow.models import LanguageModel
 from cakeflow_ability.files import read_items
@@ -78,8 +78,9 @@ def load_tasks(
     data: str | Path | None, tasks: Sequence[str], limit: int | None = 100, *, trust_task_code: bool = False
 ) -> dict[str, Any]:
     """Read and check the items of tasks, as lm-eval's ``evaluate`` takes them; see ``general_ability``."""
-    if not tasks or (limit is not None and limit < 1):
-        raise ConfigError(f"name at least one task and a limit of at least 1, got tasks={tasks!r}, limit={limit}")
+    require_count("limit", limit, 1)
+    if not tasks:
+        raise ConfigError("name at least one task")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:

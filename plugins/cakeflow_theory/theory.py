@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cakeflow.allocators import LinearMap, ShareAllocator, conjugate_gradients
 from cakeflow.core import EditCallback, LayerEdit, LocateThenEdit
-from cakeflow.errors import NumericalError
+from cakeflow.errors import NumericalError, require_count
 from cakeflow.forward import Row
 from cakeflow.tracing import CausalTrace, Fact, Trace, known_rows, read_facts
 
@@ -188,6 +188,7 @@ class ScoreDrift(L.Callback):
         trace: CausalTrace = CausalTrace(),
         layers: Sequence[int] = (),
     ) -> None:
+        require_count("ScoreDrift.limit", limit, 1)
         self.facts, self.limit, self.trace, self.layers = read_facts(source), limit, trace, layers
         self._rows: list[Row] = []
         self._before: Trace | None = None

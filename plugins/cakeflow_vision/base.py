@@ -139,7 +139,7 @@ class ImageEdit(EditModule[ImageBatch]):
         super().__init__(wrapped, others, metrics, dict(model_kwargs or {}), record_texts=record_texts, private=private)
         self.unrelated, self.max_relative_update, self.record_images = pictures, max_relative_update, record_images
         self.recall = Recall() if recall is None else recall
-        self.unedited: dict[str, Tensor] = {}
+        self.first_probabilities: dict[str, Tensor] = {}
 
     def settings(self) -> dict[str, Any]:
         """Everything beside the model that decides the outcome; unrelated images by their hashes."""
@@ -166,13 +166,13 @@ class ImageEdit(EditModule[ImageBatch]):
         images = image_requests(requests)
         pictures = [row.picture for row in questions(images)]
         after = probabilities(self.lm, pictures, self.recall)
-        if any(picture.hash not in self.unedited for picture in pictures):
+        if any(picture.hash not in self.first_probabilities for picture in pictures):
             before = after
             if len(self.journal):
                 with self.journal.reverted():
                     before = probabilities(self.lm, pictures, self.recall)
-            self.unedited |= {picture.hash: each for picture, each in zip(pictures, before, strict=True)}
-        return self.evaluation.ask(self.lm, images, after, self.unedited)
+            self.first_probabilities |= {picture.hash: each for picture, each in zip(pictures, before, strict=True)}
+        return self.evaluation.ask(self.lm, images, after, self.first_probabilities)
 
     def warn_of_known(self, requests: Sequence[EditRequest]) -> None:
         """Warn of images that get their right label before any edit."""

@@ -105,12 +105,12 @@ class HeadRemoval(ImageEdit):
         for path in self.lm.classifiers:
             name = f"{path}.weight"
             weight, keys = self.lm.oriented(name).detach().double().cpu(), others[path].double().cpu()
-            own = edited[path].double().cpu()
+            own, original = edited[path].double().cpu(), self.original_weight(name).double().cpu()
             problem = LayerProblem(
                 keys,
-                (self.features[path].double().cpu() - keys) @ weight.T,
+                self.features[path].double().cpu() @ original.T - keys @ weight.T,
                 weight=weight,
-                original_weight=self.original_weight(name).double().cpu(),
+                original_weight=original,
                 covariance=Covariance(own.T @ own / len(own), weight=self.agree * len(own)),
             )
             ridge = self.ridge * float((keys**2).sum()) / keys.shape[1]

@@ -35,7 +35,7 @@ def test_records_are_counted_from_the_first():
     records = [record("Ann", "Rome"), record("Bo", "Rome")]
     assert [each.case for each in ConsequenceCheck(records).questions] == [0, 1]
     assert [each.case for each in ConsequenceCheck(records, records=1).questions] == [0]
-    with pytest.raises(ConfigError, match="records must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="records must be a whole number of at least 1, got 0"):
         ConsequenceCheck(records, records=0)
 
 

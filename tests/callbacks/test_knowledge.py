@@ -62,5 +62,5 @@ def test_what_the_facts_do_not_allow_is_left_out(lm, quiet):
     watcher = KnowledgeCheck()
     fit(lm, quiet, [watcher], facts=[EditRequest("{} plays", "Ann", "tennis")])
     assert {name for row in watcher.rows for name in row} == {"knowledge/edits"}
-    with pytest.raises(ConfigError, match="limit must be at least 1 fact, got 0"):
+    with pytest.raises(ConfigError, match="limit must be a whole number of at least 1, got 0"):
         KnowledgeCheck(0)

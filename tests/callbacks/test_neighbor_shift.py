@@ -59,5 +59,5 @@ def test_prompts_keep_to_the_memory_budget(lm, quiet):
 
 
 def test_a_limit_of_nothing_is_refused():
-    with pytest.raises(ConfigError, match="limit must be at least 1 prompt, got 0"):
+    with pytest.raises(ConfigError, match="limit must be a whole number of at least 1, got 0"):
         NeighborShift(0)

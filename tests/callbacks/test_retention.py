@@ -40,6 +40,7 @@ def test_a_fact_whose_value_a_later_one_replaced_is_not_scored(lm, requests, tmp
     assert watcher.curves[-1] == [float(scores[0]), float(scores[1:].mean())]
 
 
-def test_retention_generates_no_free_answers():
+@pytest.mark.parametrize("form", ["answer", "contained", "judged"])
+def test_retention_generates_no_free_answers(form):
     with pytest.raises(ConfigError, match="'exact', 'tokens' or 'probability'"):
-        Retention(form="answer")
+        Retention(form=form)

@@ -43,8 +43,10 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, options, wor
 @pytest.mark.slow
 def test_ctrl_c_ends_it_and_the_same_folder_goes_on(method, workplace):
     words = [sys.executable, "-m", "cakeflow", "desk", "--run_dir", "run"]
-    for edits, further in ((0, method), (1, [])):  # the folder knows its model and method
-        command = [*words, *further, "--port", "0"]
+    (workplace / "rules.yaml").write_text("minimum: {efficacy: 0}")
+    private = [*method, "--record_texts", "false"]
+    for edits, further in ((0, private), (1, [])):  # the folder knows its model, method and what it records
+        command = [*words, *further, "--port", "0", "--policy", "rules.yaml"]
         with subprocess.Popen(
             command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workplace
         ) as page:
@@ -59,9 +61,11 @@ def test_ctrl_c_ends_it_and_the_same_folder_goes_on(method, workplace):
             out, err = page.communicate(timeout=60)
         assert page.returncode == 0, err
         assert f"closed with {edits + 1} facts in force" in out
-        assert "go on with: cakeflow desk --run_dir run" in out
+        assert "go on with: cakeflow desk --run_dir run --policy rules.yaml" in out
         assert "Traceback" not in err
     assert verify(workplace / "run").faults == []
+    assert all(path.is_dir() or b"Ann Lee" not in path.read_bytes() for path in (workplace / "run").rglob("*"))
+    assert all(path.is_dir() or b"Bob Ray" not in path.read_bytes() for path in (workplace / "run").rglob("*"))
 
 
 def call(port, token, verb, **arguments):

@@ -48,6 +48,7 @@ def test_a_trace_of_windows_proposes_layers(folder, capsys):
         (["--data", "nothing.json"], "nothing.json"),
         (["--layers", "[99]"], "99"),
         (["--model", "nothing"], "nothing"),
+        (["--limit", "-1"], "limit must be a whole number of at least 1, got -1"),
     ],
 )
 def test_bad_input_ends_with_a_message(folder, capsys, change, words):

@@ -102,7 +102,7 @@ def test_epochs_repeat_the_order(lm):
 @pytest.mark.parametrize("name", ["batch_size", "limit", "eval_batch_size"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_sizes_below_one(name, value):
-    with pytest.raises(ConfigError, match=rf"data\.{name} must be at least 1, got {value}"):
+    with pytest.raises(ConfigError, match=rf"data\.{name} must be a whole number of at least 1, got {value}"):
         EditDataModule(REQUESTS, **{name: value})
 
 

@@ -134,7 +134,7 @@ def test_a_fact_that_was_replaced_or_taken_back_is_read_too_and_comes_back_with_
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"reread_keys": -1}, "reread_keys must be a whole number of batches, or 0 for never; got -1"),
+        ({"reread_keys": -1}, "reread_keys must be a whole number of at least 0, got -1"),
         ({"reread_keys": True}, "got True"),
         ({"reread_keys": 2.0}, r"got 2\.0"),
         ({"reread_keys": "2"}, "got '2'"),

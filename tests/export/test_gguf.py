@@ -211,6 +211,14 @@ def test_a_number_that_the_file_states_wrongly_is_noticed(llama, requests, quiet
         editor.export(tmp_path / "out", "gguf")
 
 
+@UNREAD
+def test_tokens_of_other_numbers_are_noticed(llama, requests, quiet, tmp_path, monkeypatch):
+    editor, write = edited(llama(), requests, quiet), GGUFWriter.add_token_list
+    monkeypatch.setattr(GGUFWriter, "add_token_list", lambda self, words: write(self, [*words[:-2], *words[:-3:-1]]))
+    with pytest.raises(ExportError, match="tokens are missing"):
+        editor.export(tmp_path / "out", "gguf")
+
+
 @pytest.fixture
 def tokenizer(_models):
     return _models["llama"].tokenizer

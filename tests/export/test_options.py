@@ -12,5 +12,5 @@ def test_only_served_ranks_are_accepted():
     for rank in (0, 4, 100, 1024):
         with pytest.raises(ConfigError, match="vLLM accepts 8, 16"):
             ExportOptions(max_rank=rank)
-    with pytest.raises(ConfigError, match="expected error, truncate, split"):
+    with pytest.raises(ConfigError, match="over_rank must be one of error, truncate, split"):
         ExportOptions(over_rank="drop")

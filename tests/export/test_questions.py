@@ -1,5 +1,7 @@
 """What exports are asked."""
 
+import math
+
 import torch
 from tiny_vision import random_vision_model
 
@@ -15,6 +17,11 @@ def test_answers_are_logits_of_every_token(lm):
         assert torch.equal(answer, lm.model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits)
     assert difference(answers, answers) == 0
     assert difference([answers[0] * 2], [answers[0]]) == 1
+
+
+def test_a_number_that_is_none_is_a_difference():
+    one, other = torch.tensor([1.0, math.nan]), torch.tensor([1.0, 2.0])
+    assert math.isnan(difference([other, one], [other, other]))
 
 
 def test_without_texts_some_words_are_asked(lm):

@@ -86,6 +86,19 @@ def test_an_alignment_brings_unrelated_logits_back_towards_the_old_ones():
     assert moved(True) < 0.5 * moved(False)
 
 
+def test_later_batches_align_with_the_logits_of_the_unedited_model():
+    others = random_images(24, 9)
+
+    def moved(batch_size):
+        vm = random_vision_model("vit")
+        with torch.no_grad():
+            before = vm.logits(vm.pixels(others))
+            editor_of(vm, ridge=1e-3, agree=0.0).fit(mistakes(vm, 8), batch_size=batch_size)
+            return float((vm.logits(vm.pixels(others)) - before).detach().norm())
+
+    assert moved(2) < 1.05 * moved(8)
+
+
 def test_what_cannot_be_removed_is_refused():
     vm = random_vision_model()
     with pytest.raises(ConfigError, match=r"agree=-1"):

@@ -102,5 +102,5 @@ def test_past_the_plan_the_history_counts_once_and_one_warning_says_so():
 
 @pytest.mark.parametrize("planned", [0, -3, 2.5, True])
 def test_bad_plans_are_refused(planned):
-    with pytest.raises(ConfigError, match="planned must be a whole number of keys"):
+    with pytest.raises(ConfigError, match=r"PlannedHistory\.planned must be a whole number"):
         PlannedHistory(planned=planned)

@@ -285,6 +285,16 @@ def test_damaged_rows_are_refused_with_their_line(write, line):
         Rows(OUT)
 
 
+def test_rows_are_read_by_line_feeds_alone(write):
+    _, (row,) = measured(write(), methods=["memit_seq"])
+    text = row.model_copy(update={"fault": "a line\u2028and\x85more"}).model_dump_json()
+    (OUT / "rows.jsonl").write_text(f"{text}\n\n", encoding="utf-8")
+    assert [each.fault for each in Rows(OUT).stored.values()] == ["a line\u2028and\x85more"]
+    (OUT / "rows.jsonl").write_bytes(b"\xff\n")
+    with pytest.raises(ConfigError, match=r"rows.jsonl.* UTF-8"):
+        Rows(OUT)
+
+
 def test_callbacks_of_a_config_are_new_each_time(write):
     arm = arms_of(read_suite(write()))[0]
     assert all(one is not other for one in arm.callbacks() for other in arm.callbacks())

@@ -89,7 +89,10 @@ def test_parts_are_replaced_from_the_command(write, tmp_path):
         ({"metrics": ["neighbors/kl"]}, "nothing measures 'neighbors/kl'"),
         ({"metrics": ["efficacy_judged"], "evaluation": {}}, "nothing measures 'efficacy_judged'"),
         ({"callbacks": [{"class_path": "KnowlegeCheck"}]}, "callbacks: .*KnowlegeCheck"),
-        ({"callbacks": [{"class_path": "KnowledgeCheck", "init_args": {"limit": 0}}]}, "limit must be at least 1"),
+        (
+            {"callbacks": [{"class_path": "KnowledgeCheck", "init_args": {"limit": 0}}]},
+            "limit must be a whole number of at least 1",
+        ),
         ({"evaluation": {"protocol": "tame"}}, "arm 'memit_seq' of the suite: .*tame"),
         ({"methods": {}}, "mine.yaml, methods"),
         ({"seeds": [-1]}, "mine.yaml, seeds.0 = -1"),
