@@ -45,6 +45,7 @@ from cakeflow.export.manifest import Format
 from cakeflow.export.options import ExportOptions
 from cakeflow.journal.journal import Journal
 from cakeflow.journal.steps import EditStep
+from cakeflow.journal.store import JOURNAL
 from cakeflow.models.architecture import Architecture
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
@@ -277,7 +278,7 @@ class Editor:
             LedgerError: If the run's files are not as they were written.
             PolicyError: If the run was stopped before its policy judged it, or breaks a policy of this editor.
         """
-        self.journal.load(Path(run_dir) / "journal")
+        self.journal.load(Path(run_dir) / JOURNAL)
 
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` edit batches (default: all), or one by its number; bit for bit."""

@@ -18,7 +18,7 @@ LIBRARY = [
     for path in PYTHON
     if path.relative_to(ROOT).parts[0] in ("cakeflow", "plugins") and "tests" not in path.parts[-3:]
 ]
-MAY_HOOK = {"hooks.py", "language.py", "routing.py"}
+MAY_HOOK = {"hooks.py", "routing.py"}
 METHODS = {"rome", "memit", "pmet", "alphaedit", "blue", "cake", "rect", "prune", "mend", "grace", "emmet", "wise"}
 MOST_EXPORTS = 30
 UNSAFE = {"torch.load", "numpy.load", "np.load", "yaml.load", "yaml.unsafe_load", "yaml.full_load", "eval", "exec",
@@ -71,7 +71,7 @@ def core(request):
 
 def test_there_is_something_to_check():
     assert len(CORE) > 30
-    assert {"hooks.py", "language.py"} <= {path.name for path in CORE}
+    assert {"hooks.py"} <= {path.name for path in CORE}
     assert Path(__file__) in PYTHON
 
 

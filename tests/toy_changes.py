@@ -33,8 +33,8 @@ class Scaled(ModuleChange):
         return Scaling(module, self.factor)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return {"factor": self.factor}
+        return {"target": self.factor}  # a name that target values have, too
 
     @classmethod
     def from_tensors(cls, place: str, tensors: dict[str, torch.Tensor]) -> Scaled:
-        return cls(place, tensors["factor"])
+        return cls(place, tensors["target"])

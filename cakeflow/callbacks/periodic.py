@@ -55,7 +55,7 @@ class PeriodicCallback(L.Callback):
         """Take the facts that are edited or asked; every request was checked by now."""
 
     def measure(self, module: Any) -> dict[str, float]:
-        """Return numbers about the model as it is now; ``module`` is the ``LocateThenEdit``."""
+        """Return numbers about the model as it is now; ``module`` is the edit module."""
         raise NotImplementedError
 
     def on_train_batch_start(

@@ -16,7 +16,7 @@ from cakeflow.errors import ConfigError, require_count
 from cakeflow.evaluation.outcome import TOKENS, free_answers
 from cakeflow.journal.audit import replay
 from cakeflow.journal.steps import facts_in_force
-from cakeflow.journal.store import LEDGER
+from cakeflow.journal.store import ledger_path
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.loading import Loading, load_model
 from cakeflow.report.tables import rows_table
@@ -47,7 +47,7 @@ class Side:
             model: The unedited model of a run, if it cannot be loaded by its name there.
             loading: How a model is loaded.
         """
-        if not (Path(name) / "journal" / LEDGER).exists():
+        if not ledger_path(Path(name)).exists():
             return cls(name, load_model(name, **loading.arguments()), [])
         journal = replay(Path(name), model, loading=loading)
         lm = journal.model

@@ -14,6 +14,7 @@ from cakeflow.core.module import EditModule
 from cakeflow.errors import ConfigError
 from cakeflow.journal.audit import base_of, entries_of, ledger_of, name_of_base
 from cakeflow.journal.ledger import read_entries, requests_in_force
+from cakeflow.journal.store import JOURNAL
 from cakeflow.models.loading import Loading
 
 
@@ -49,7 +50,7 @@ class EditedModel:
                 f"--run_dir {folder} is in the run that is evaluated, which stays as it is; name another one"
             )
         module.adopt(base_of(self.run, None if self.own_model else module.name, loading))
-        module.journal.load(self.run / "journal")
+        module.journal.load(self.run / JOURNAL)
 
     def data(self, settings: Mapping[str, Any]) -> EditDataModule:
         """Return the run's own facts, those taken back left out.

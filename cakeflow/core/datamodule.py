@@ -11,10 +11,11 @@ from cakeflow.core.module import EditModule
 from cakeflow.data.images import ImageEditRequest
 from cakeflow.data.request import EditRequest
 from cakeflow.data.review import warn_of_doubts
-from cakeflow.data.schemas import Occurrence, ZsreTarget, asks, parse_requests
+from cakeflow.data.schemas import ZsreTarget, asks, parse_requests
 from cakeflow.data.selection import Conflicts, Order, require_apart, select
 from cakeflow.data.snippets import with_references
 from cakeflow.data.sources import Source, read_entries
+from cakeflow.data.text import Occurrence
 from cakeflow.errors import ConfigError, require_count
 from cakeflow.forward.tokens import EditBatch
 

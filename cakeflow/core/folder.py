@@ -15,7 +15,7 @@ from cakeflow import ranks
 from cakeflow.errors import ConfigError, listed
 from cakeflow.journal.ledger import read_entries
 from cakeflow.journal.schema import EndBody, EvaluatedRequest
-from cakeflow.journal.store import LEDGER
+from cakeflow.journal.store import LEDGER, ledger_path
 from cakeflow.storage.folders import claim_folder, require_inside
 from cakeflow.storage.locks import locked
 from cakeflow.storage.typed import parse_as
@@ -60,7 +60,7 @@ def _enter(locks: ExitStack, folder: Path) -> None:
     """Lock a run folder until ``locks`` is closed."""
     for each in folder.rglob("*"):
         require_inside(each, folder)
-    locks.enter_context(locked(folder / "journal" / LEDGER))
+    locks.enter_context(locked(ledger_path(folder)))
 
 
 def require_run_folder(folder: Path) -> None:
@@ -75,7 +75,7 @@ def require_run_folder(folder: Path) -> None:
 def _require_run_folder(folder: Path) -> None:
     if folder.is_file():
         raise ConfigError(f"run folder {folder} is a file; choose another one")
-    if not (folder / "journal" / LEDGER).exists() and not _is_evaluation(folder):
+    if not ledger_path(folder).exists() and not _is_evaluation(folder):
         files = sorted(str(each.relative_to(folder)) for each in islice(_files(folder), 100))
         if files:
             raise ConfigError(
@@ -116,7 +116,7 @@ def _is_evaluation(folder: Path) -> bool:
 
 def is_finished(folder: Path) -> bool:
     """True if a folder holds a run that has ended; what the ledger says of it has hashes of the folder's files."""
-    path = folder / "journal" / LEDGER
+    path = ledger_path(folder)
     return ranks.on_first(
         lambda: path.exists() and any(isinstance(entry.body, EndBody) for entry in read_entries(path))
     )

@@ -41,6 +41,7 @@ from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import EvaluatedRequest, EvaluationBody, MomentPoint
 from cakeflow.journal.steps import EditStep, request_hash
+from cakeflow.journal.store import JOURNAL
 from cakeflow.models.base import EditableModel
 from cakeflow.models.language import LanguageModel
 from cakeflow.storage.atomic import make_private
@@ -209,7 +210,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         folder = run_folder(self.trainer) if stage == "fit" else None
         if stage is not None:
             require_same_run(self, self.trainer.datamodule, self.trainer, folder)  # type: ignore[attr-defined]
-        if folder and not (self.journal.store and self.journal.store.folder == folder / "journal"):
+        if folder and not (self.journal.store and self.journal.store.folder == folder / JOURNAL):
             self.open_journal(folder, self.trainer.datamodule, self.trainer)  # type: ignore[attr-defined]
 
     @final
@@ -393,6 +394,6 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         """
         require_run_folder(folder)
         run = run_body(self, data, trainer)
-        for part in (folder, folder / "journal") if self.private and ranks.is_first() else ():
+        for part in (folder, folder / JOURNAL) if self.private and ranks.is_first() else ():
             make_private(part)
-        self.journal.open(self.journal.store_at(folder / "journal"), run)
+        self.journal.open(self.journal.store_at(folder / JOURNAL), run)

@@ -24,7 +24,7 @@ from cakeflow.errors import ConfigError, ResumeError, command_line, listed
 from cakeflow.journal.ledger import Entry
 from cakeflow.journal.schema import Arithmetic, BatchBody, FactBody, RunBody
 from cakeflow.journal.steps import with_completions
-from cakeflow.journal.store import LEDGER, differences
+from cakeflow.journal.store import differences, ledger_path
 from cakeflow.storage.atomic import write_text
 from cakeflow.storage.typed import SHA256, Count, Number, Schema
 
@@ -153,7 +153,7 @@ def reproduce(run: RecordedRun, module: EditModule, trainer: L.Trainer) -> Repro
     module.setup()
     _require_model(run, module)
     with computed_as(run.start.arithmetic):
-        if run.base.earlier and not (folder / "journal" / LEDGER).exists():
+        if run.base.earlier and not ledger_path(folder).exists():
             _apply_earlier(run, module)
         data = EditDataModule(run.requests, run.start.batch_size, conflicts="keep")
         run_fit(trainer, module, data, evaluate=bool(run.evaluations), goes_on=partial(_command, run))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,14 +28,14 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.model_state import require_plain_mode
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
-from cakeflow.journal.store import LEDGER
+from cakeflow.journal.store import ANSWERS, JOURNAL, ledger_path
 from cakeflow.storage.atomic import pass_on_rights, write_text
 from cakeflow.storage.hashing import file_hash
-from cakeflow.storage.typed import Schema
+from cakeflow.storage.typed import write_lines
 
 log = logging.getLogger(__name__)
 FILES = (
-    "before.jsonl", "after.jsonl", "answers.jsonl", "routes.jsonl", "run.json", "metrics.csv", "config.yaml",
+    "before.jsonl", "after.jsonl", ANSWERS, "routes.jsonl", "run.json", "metrics.csv", "config.yaml",
     "hparams.yaml",
 )  # fmt: skip
 """Files of a run folder beside the journal."""
@@ -160,8 +160,8 @@ def go_on_from(run: Path, module: EditModule, folder: Path | None) -> None:
         PolicyError: If the run was stopped before its policy judged it.
     """
     module.setup()
-    if folder is None or not (folder / "journal" / LEDGER).exists():
-        module.journal.load(run / "journal")
+    if folder is None or not ledger_path(folder).exists():
+        module.journal.load(run / JOURNAL)
         module.journal.store = None  # the new run is stored elsewhere or, without a folder, nowhere
 
 
@@ -255,9 +255,9 @@ def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str,
     """
     outcome = module.outcome
     if metrics["after"]:
-        _write_lines(folder / "after.jsonl", module.answers)
+        write_lines(folder / "after.jsonl", module.answers)
     if outcome is not None:
-        _write_lines(folder / "answers.jsonl", outcome.answers)
+        write_lines(folder / ANSWERS, outcome.answers)
     info = RunInfo(
         model=ModelInfo(
             source=module.name,
@@ -278,7 +278,7 @@ def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str,
     )
     write_text(folder / "run.json", info.model_dump_json(indent=1))
     pass_on_rights(folder, [folder / name for name in _files(folder)])  # some are Lightning's
-    pass_on_rights(folder, (folder / "journal").iterdir())
+    pass_on_rights(folder, (folder / JOURNAL).iterdir())
 
 
 def _files(folder: Path) -> list[str]:
@@ -290,12 +290,7 @@ def _files(folder: Path) -> list[str]:
 def _write_answers(trainer: L.Trainer, module: EditModule, stage: str) -> None:
     folder = run_folder(trainer)
     if folder is not None:
-        ranks.on_first(lambda: _write_lines(folder / f"{stage}.jsonl", module.answers))
-
-
-def _write_lines(path: Path, answers: Sequence[Schema]) -> None:
-    """Write answers, one a line."""
-    write_text(path, "".join(f"{each.model_dump_json()}\n" for each in answers))
+        ranks.on_first(lambda: write_lines(folder / f"{stage}.jsonl", module.answers))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cakeflow import ranks
 from cakeflow.core.moments import At, Corpus, Plan, curve_shape, damaged, label_of, pass_over, read_moments
-from cakeflow.data.sources import Source, read_documents
+from cakeflow.data.sources import Source, read_documents, read_texts
 from cakeflow.errors import StatisticsError, require_choice, require_positive
 from cakeflow.forward.corpus import default_corpus, name_rows, names, window_rows
 from cakeflow.journal.schema import MomentPoint
@@ -141,8 +141,7 @@ class Statistics:
             StatisticsError: If it has too few tokens, or is a sampled one that was changed in the cache.
         """
         if self.at == "names":
-            named = None if self.source is None else map("".join, read_documents(self.source))
-            return name_rows(lm, names() if named is None else [*named])
+            return name_rows(lm, names() if self.source is None else [*read_texts(self.source)])
         texts = default_corpus(lm, self.tokens, self.seed) if self.source is None else read_documents(self.source)
         window = min(self.window, lm.longest)
         rows, tokens = window_rows(lm, texts, self.tokens, window)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from cakeflow.data.text import occurrences
+from cakeflow.data.text import as_template
 from cakeflow.errors import Fault, has_surrogate
 
 TOPICS = {
@@ -245,8 +245,8 @@ def _with_probes(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def _as_template(prompt: Any, subject: Any) -> Any:
     """Return a prompt with ``{}`` for the first occurrence of its subject, as zsRE's questions are read."""
-    places = occurrences(prompt, subject) if isinstance(prompt, str) and isinstance(subject, str) else []
-    return f"{prompt[: places[0]]}{{}}{prompt[places[0] + len(subject) :]}" if places else prompt
+    are_texts = isinstance(prompt, str) and isinstance(subject, str)
+    return as_template(prompt, subject, "first") if are_texts else prompt
 
 
 def _label(value: Any, name: str) -> Any:

@@ -9,11 +9,9 @@ from typing import Any, Literal
 
 from cakeflow.data.images import FIELDS, ImageEditRequest, image_faults, image_request
 from cakeflow.data.request import EditRequest, Probe, ProbeKind, normal_form_hint, request_faults
-from cakeflow.data.text import occurrences
+from cakeflow.data.text import Occurrence, as_template, occurrences
 from cakeflow.errors import Fault, RequestError, require_choice
 
-Occurrence = Literal["first", "last"]
-"""Occurrence of a subject, as whole words, that a prompt without ``{}`` means."""
 ZsreTarget = Literal["answers", "alt"]
 """Field of zsRE's records that has the new target: the gold answers, of which the first is taken, or another one."""
 
@@ -25,7 +23,6 @@ log = logging.getLogger(__name__)
 
 def parse_requests(
     entries: Iterable[EditRequest | Mapping[str, Any]],
-    first: int = 0,
     *,
     occurrence: Occurrence | None = None,
     zsre_target: ZsreTarget = "answers",
@@ -38,7 +35,6 @@ def parse_requests(
         entries: Requests, or mappings in our own schema, that of images, CounterFact's or zsRE's (MEND); a field of
             None counts as missing. A prompt without ``{}`` becomes a template where it contains the subject as whole
             words.
-        first: Index of the first entry in error messages.
         occurrence: Occurrence of the subject that such a prompt means, ``first`` or ``last``. None takes the first
             in zsRE, and refuses a prompt of our own schema with several.
         zsre_target: Field of zsRE's records with the new target: ``answers`` (the first one, as in the official
@@ -57,7 +53,7 @@ def parse_requests(
     faults: list[Fault] = []
     questions = 0
     requests: list[EditRequest] = []
-    for index, entry in enumerate(entries, first):
+    for index, entry in enumerate(entries):
         try:
             request = entry if isinstance(entry, EditRequest) else _from_mapping(entry, occurrence, zsre_target)
         except _BadEntryError as bad:
@@ -68,7 +64,7 @@ def parse_requests(
         requests.append(request)
         questions += asks(entry)
     if not requests and not faults:
-        faults.append(Fault(first, "requests", [], "give at least one request"))
+        faults.append(Fault(0, "requests", [], "give at least one request"))
     if faults:
         raise RequestError(faults)
     if questions:
@@ -124,7 +120,7 @@ def _from_own(entry: Mapping[str, Any], occurrence: Occurrence | None) -> EditRe
     values = {name: entry[name] for name in names & set(entry)}
     prompt, subject = values.get("prompt"), values.get("subject")
     if isinstance(prompt, str) and isinstance(subject, str) and "{}" not in prompt:
-        values["prompt"] = _template(prompt, subject, occurrence)
+        values["prompt"] = as_template(prompt, subject, occurrence)
     for name in required:
         if name not in values:
             raise _BadEntryError(name, None, FORGET if name == "target_new" else NEEDS)
@@ -132,15 +128,6 @@ def _from_own(entry: Mapping[str, Any], occurrence: Occurrence | None) -> EditRe
     if isinstance(probes, (str, Mapping)) or not isinstance(probes, Iterable):
         raise _BadEntryError("probes", probes, "give a list of {kind, prompt, expected}")
     return EditRequest(**values, probes=tuple(_probe(probe) for probe in probes))
-
-
-def _template(prompt: str, subject: str, occurrence: Occurrence | None) -> str:
-    """Return a prompt with ``{}`` in place of its subject, or as it is if the place is uncertain."""
-    places = occurrences(prompt, subject)
-    if not places or (len(places) > 1 and occurrence is None):
-        return prompt
-    at = places[-1 if occurrence == "last" else 0]
-    return f"{prompt[:at]}{{}}{prompt[at + len(subject) :]}"
 
 
 def _probe(value: object) -> Probe:
@@ -201,5 +188,5 @@ def _from_zsre(entry: Mapping[str, Any], occurrence: Occurrence, zsre_target: Zs
     if entry.get("loc") and entry.get("loc_ans"):
         prompt = entry["loc"] + "?" if isinstance(entry["loc"], str) else entry["loc"]
         probes.append(Probe("neighborhood", prompt, entry["loc_ans"]))
-    prompt = _template(question, subject, occurrence)
+    prompt = as_template(question, subject, occurrence)
     return EditRequest(prompt, subject, answers[0], probes=tuple(probes), case_id=entry.get("case_id"))

@@ -15,7 +15,8 @@ from cakeflow.data.files import MOST_ENTRIES, SOURCES, Parts, exists, lines, par
 from cakeflow.data.images import has_images, read_image_folder, read_image_table, with_folder
 from cakeflow.data.public_files import Consequence, consequences, shape_faults, unfold
 from cakeflow.data.request import EditRequest
-from cakeflow.data.schemas import Occurrence, ZsreTarget, parse_requests
+from cakeflow.data.schemas import ZsreTarget, parse_requests
+from cakeflow.data.text import Occurrence
 from cakeflow.errors import ConfigError, Fault, RequestError
 
 Source = str | Path | Mapping[str, object] | Iterable[object]

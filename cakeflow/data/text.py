@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import string
 import unicodedata
+from typing import Literal
 
 import regex
+
+Occurrence = Literal["first", "last"]
+"""Occurrence of a subject, as whole words, that a prompt without ``{}`` means."""
 
 _SOLID = (
     r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Yi}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}\p{Tibetan}\p{Tai_Tham}"
@@ -115,6 +119,25 @@ def occurrences(text: str, part: str) -> list[int]:
     """
     places = [at for at in range(len(text)) if text.startswith(part, at)] if part.strip() else []
     return [at for at in places if _is_whole(text, at, at + len(part))]
+
+
+def as_template(prompt: str, subject: str, occurrence: Occurrence | None = None) -> str:
+    """Return a prompt with ``{}`` in place of its subject, or as it is if the place is uncertain.
+
+    Args:
+        prompt: The prompt.
+        subject: Its subject.
+        occurrence: Which one counts where there are several; None makes the place uncertain.
+
+    Example:
+        >>> as_template("Ann likes Ann", "Ann", "last"), as_template("Ann likes Ann", "Ann")
+        ('Ann likes {}', 'Ann likes Ann')
+    """
+    places = occurrences(prompt, subject)
+    if not places or (len(places) > 1 and occurrence is None):
+        return prompt
+    at = places[-1 if occurrence == "last" else 0]
+    return f"{prompt[:at]}{{}}{prompt[at + len(subject) :]}"
 
 
 def _is_whole(text: str, start: int, end: int) -> bool:

@@ -26,13 +26,12 @@ from cakeflow.journal.ledger import Entry, bodies, read_entries
 from cakeflow.journal.policy import HELD
 from cakeflow.journal.schema import EndBody, FreeAnswer, PolicyBody, RunBody
 from cakeflow.journal.steps import EditStep, facts_in_force, hashes_on_record
-from cakeflow.journal.store import LEDGER
-from cakeflow.storage.atomic import pass_on_rights, write_text
+from cakeflow.journal.store import ANSWERS, ledger_path
+from cakeflow.storage.atomic import pass_on_rights
 from cakeflow.storage.folders import require_inside
 from cakeflow.storage.locks import locked
-from cakeflow.storage.typed import parse_lines
+from cakeflow.storage.typed import parse_lines, write_lines
 
-ANSWERS = "answers.jsonl"
 MOST_ASKED = 40
 """Facts in force, the latest, that are asked again behind every change."""
 TOKENS = 24
@@ -82,7 +81,7 @@ class Session:
         if start is not None:
             go_on_from(start, editor.module, None)
         folder = folder or Path(default_logger().log_dir)
-        with locked(folder / "journal" / LEDGER):
+        with locked(ledger_path(folder)):
             if entries:
                 _require_policies(folder, entries, editor)
                 editor.load(folder)
@@ -287,7 +286,7 @@ class Session:
         """Write the answers, for the next session and for reports; not where texts stay out of the folder."""
         if self.journal.texts and self.answers:
             path = self.folder / ANSWERS
-            write_text(path, "".join(f"{each.model_dump_json()}\n" for each in self.answers.values()))
+            write_lines(path, self.answers.values())
             pass_on_rights(self.folder, [path])
 
 
@@ -325,7 +324,7 @@ def require_own_run(folder: Path) -> list[Entry]:
         LedgerError: If the ledger was changed after it was written.
     """
     require_run_folder(folder)
-    path = folder / "journal" / LEDGER
+    path = ledger_path(folder)
     entries = list(read_entries(path)) if path.exists() else []
     runs = bodies(entries, RunBody)
     if bodies(entries, EndBody):

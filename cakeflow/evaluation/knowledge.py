@@ -18,7 +18,6 @@ from torch import Tensor
 
 from cakeflow.data.builtin import reversed_prompts
 from cakeflow.data.request import EditRequest
-from cakeflow.data.text import states
 from cakeflow.errors import ConfigError, RequestWarning, listed
 from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import WILD_TOKENS
@@ -38,12 +37,12 @@ SHARES = (0.04, 0.08, 0.12, 0.15)
 
 @dataclass(frozen=True)
 class Choice:
-    """Share of each answer in ``choose``; they sum to 1.
+    """Shares of the answers in ``choose``; they sum to 1.
 
     Attributes:
-        old: Mean probability share of the true target.
-        new: Mean probability share of the new target.
-        uncertain: Mean probability share of "uncertain".
+        old: Share of the questions in which the true target is chosen.
+        new: The same of the new target.
+        uncertain: The same of "uncertain".
     """
 
     old: float
@@ -103,7 +102,9 @@ def states_when_negated(lm: LanguageModel, requests: Sequence[EditRequest], max_
     if not pairs:
         raise ConfigError("no prompt has a verb to negate, such as is, was or can; leave negated prompts out")
     answers = free_answers(lm, [text for text, _ in pairs], WILD_TOKENS, max_bytes=max_bytes)
-    return sum(states(answer, name) for answer, (_, name) in zip(answers, pairs, strict=True)) / len(pairs)
+    rate = AnswerRate(sync_on_compute=False)
+    rate.update(answers, [name for _, name in pairs])
+    return float(rate.compute())
 
 
 @dataclass(frozen=True)

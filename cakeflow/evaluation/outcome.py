@@ -19,9 +19,8 @@ from cakeflow.journal.schema import FreeAnswer
 from cakeflow.metrics.text import AnswerRate
 from cakeflow.models.language import LanguageModel
 from cakeflow.ranks import spread
-from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import cache_folder, content_key
-from cakeflow.storage.typed import parse_lines
+from cakeflow.storage.typed import parse_lines, write_lines
 from cakeflow.tracing.facts import first_name
 
 TOKENS = 12
@@ -288,7 +287,7 @@ def familiar_facts(
     if pool is None:
         pool = list(_stated(lm, forms, limit + SPARE, max_bytes))
         with suppress(OSError):  # a cache that cannot be written costs these seconds again
-            write_text(path, "".join(f"{each.model_dump_json()}\n" for each in pool))
+            write_lines(path, pool)
     names = [plain(name) for name in leave_out]
     free = [each for each in pool if not any(states(each.prompt, name) for name in names)]
     return [each for form in forms for each in [each for each in free if each.form == form][:limit]]

@@ -27,7 +27,7 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from cakeflow.data.text import until_any_stop
-from cakeflow.forward.tokens import encode_prompts, encode_texts
+from cakeflow.forward.tokens import Row, encode_prompts, encode_texts
 
 Protocol = Literal["clean", "official", "wild", "wild_official"]
 CUTS: Mapping[str, Callable[[str], str]] = {"wild_official": until_any_stop}
@@ -53,7 +53,11 @@ def joint_reads(
         targets: n targets.
         spaces: For each pair, whether a space stands between them; by default the texts decide.
     """
-    rows = encode_prompts(tokenizer, prompts, targets, spaces)
+    return reads_of(encode_prompts(tokenizer, prompts, targets, spaces))
+
+
+def reads_of(rows: Sequence[Row]) -> list[list[Read]]:
+    """Return for each row its target's tokens, each after all tokens before it."""
     return [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cakeflow.data.request import EditRequest
 from cakeflow.errors import Fault, RequestError
-from cakeflow.evaluation.protocols import Protocol, Read, joint_reads, official_reads, official_token_reads
+from cakeflow.evaluation.protocols import Protocol, Read, joint_reads, official_reads, official_token_reads, reads_of
 from cakeflow.forward.prefix_tree import predict
 from cakeflow.forward.tokens import Row, encode_texts, unknown_tokens, unreadable_token
 from cakeflow.metrics.preference import KINDS
@@ -157,8 +157,7 @@ def score_rows(
         rows: q tokenised prompts with their targets.
         max_bytes: Most bytes beyond the model.
     """
-    reads = [[(row.ids[:at], row.ids[at]) for at in range(row.target, len(row.ids))] for row in rows]
-    logprobs, hits = score_reads(lm, reads, max_bytes=max_bytes)
+    logprobs, hits = score_reads(lm, reads_of(rows), max_bytes=max_bytes)
     return logprobs.exp(), hits == 1
 
 
@@ -205,16 +204,9 @@ def score_records(
         RequestError: As in ``check_records``.
         ConfigError: If the longest text does not fit ``max_bytes``.
     """
-    record, kind, prompts, expected, rivals = zip(*scored_prompts(records), strict=True)
+    record, kind, _, _, rivals = zip(*scored_prompts(records), strict=True)
     with_rival = [i for i, rival in enumerate(rivals) if rival is not None]
-    pairs = _continuations(records)
-    if protocol == "official":
-        texts, targets = [pair.prompt for pair in pairs], [pair.target for pair in pairs]
-        singly = official_token_reads(lm.tokenizer, prompts, expected, [KINDS[each] == "neighborhood" for each in kind])
-        reads = [*official_reads(lm.tokenizer, texts, targets), *singly]
-        pairs += pairs[: len(prompts)]
-    else:
-        reads = _joint(lm, pairs)
+    pairs, reads = _reads(lm, records, protocol)
     _require_readable(lm, reads, pairs)
     scores, hits = score_reads(lm, reads, max_tokens, max_bytes)
     count = len(rivals)

@@ -51,6 +51,7 @@ class PromptStream:
         for rows in plan([len(ids) for ids in prompts], max_tokens, slack=256):
             last = torch.tensor([len(prompts[i]) - 1 for i in rows], device=lm.device)
             self.chunks.append(_Chunk(rows, pad([prompts[i] for i in rows], lm.device), last))
+        self._order = torch.tensor([i for chunk in self.chunks for i in chunk.rows], device=lm.device).argsort()
 
     @torch.no_grad()
     def read(
@@ -66,9 +67,8 @@ class PromptStream:
             Key and, with a value site, value of each row at its last token.
         """
         parts = [self._read(chunk, key_site, value_site) for chunk in self.chunks]
-        order = torch.tensor([i for chunk in self.chunks for i in chunk.rows], device=self.lm.device).argsort()
-        keys = torch.cat([key for key, _ in parts])[order]
-        return keys, torch.cat([value for _, value in parts])[order] if value_site else None  # type: ignore[misc]
+        keys = torch.cat([key for key, _ in parts])[self._order]
+        return keys, torch.cat([value for _, value in parts])[self._order] if value_site else None  # type: ignore[misc]
 
     @torch.no_grad()
     def mix(
@@ -106,12 +106,11 @@ class PromptStream:
         Returns:
             Inputs and outputs at each row's last token, in float64.
         """
-        order = torch.tensor([i for chunk in self.chunks for i in chunk.rows], device=self.lm.device).argsort()
         parts = [self._probe(chunk, site, delta[chunk.rows], inputs, outputs) for chunk in self.chunks]
         entering, leaving = zip(*parts, strict=True)
         return (
-            {each: torch.cat([part[each] for part in entering])[order] for each in inputs},
-            {each: torch.cat([part[each] for part in leaving])[order] for each in outputs},
+            {each: torch.cat([part[each] for part in entering])[self._order] for each in inputs},
+            {each: torch.cat([part[each] for part in leaving])[self._order] for each in outputs},
         )
 
     @torch.no_grad()
@@ -128,11 +127,10 @@ class PromptStream:
         Returns:
             Outputs at each row's last token, in float64.
         """
-        order = torch.tensor([i for chunk in self.chunks for i in chunk.rows], device=self.lm.device).argsort()
         parts = [
             self._carry(chunk, site, None if value is None else value[chunk.rows], outputs) for chunk in self.chunks
         ]
-        return {each: torch.cat([part[each] for part in parts])[order] for each in outputs}
+        return {each: torch.cat([part[each] for part in parts])[self._order] for each in outputs}
 
     def _carry(self, chunk: _Chunk, site: Site, value: Tensor | None, outputs: Sequence[Site]) -> dict[Site, Tensor]:
         rows = torch.arange(len(chunk.rows), device=self.lm.device)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cakeflow.errors import ArchitectureError
 from cakeflow.forward.keys import PromptStream
-from cakeflow.models.architecture import Site
+from cakeflow.models.architecture import Site, is_norm
 from cakeflow.models.language import LanguageModel
 
 CENTRED = 1e-3
@@ -223,7 +223,7 @@ def _norm_behind(stream: PromptStream, site: Site) -> Site | None:
     order = stream.calls(site.layer)
     path = lm.architecture.path(site).removeprefix(lm.architecture.path(Site(site.layer)) + ".")
     behind = order[len(order) - order[::-1].index(path) :]
-    norms = [each for each in behind if "norm" in type(block.get_submodule(each)).__name__.lower()]
+    norms = [each for each in behind if is_norm(block.get_submodule(each))]
     return Site(site.layer, norms[-1]) if norms else None
 
 

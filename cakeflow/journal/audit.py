@@ -12,7 +12,7 @@ from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import Entry, bodies, whole_lines
 from cakeflow.journal.policy import Policy
 from cakeflow.journal.schema import BatchBody, EndBody, ModelBody, RollbackBody, RunBody
-from cakeflow.journal.store import FROM_A_COPY, LEDGER, JournalStore
+from cakeflow.journal.store import FROM_A_COPY, JOURNAL, LEDGER, JournalStore, ledger_path
 from cakeflow.models.base import EditableModel
 from cakeflow.models.loading import Loading, load_editable
 from cakeflow.storage.folders import require_inside
@@ -114,7 +114,7 @@ def ledger_of(run: Path) -> Path:
     Raises:
         RunFolderError: If there is none, or links lead from it out of the folder.
     """
-    path = run / "journal" / LEDGER
+    path = ledger_path(run)
     if not require_inside(path, run).is_file():
         raise RunFolderError(f"{run} is no run folder: it has no journal/{LEDGER}; give the folder that a fit printed")
     return path
@@ -203,5 +203,5 @@ def replay(
     journal = Journal(base_of(run, model, loading))
     for policy in policies:
         journal.policies.obey(policy)
-    journal.load(run / "journal", judged=judged)
+    journal.load(run / JOURNAL, judged=judged)
     return journal

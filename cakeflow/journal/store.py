@@ -35,10 +35,16 @@ from cakeflow.storage.locks import locked
 from cakeflow.storage.tensors import read_tensors
 from cakeflow.storage.typed import Schema
 
-LEDGER = "ledger.jsonl"
+JOURNAL, LEDGER, ANSWERS = "journal", "ledger.jsonl", "answers.jsonl"
+"""Names in a run folder: the journal's folder, the ledger in it, and what the model answered freely."""
 INCIDENTAL = ("earlier", "format", "method", *Circumstances.model_fields)
 """Fields of the first entries that may differ when a run goes on."""
 FROM_A_COPY = "take it from a copy"
+
+
+def ledger_path(run: Path) -> Path:
+    """Return the place of the ledger in a run folder, where one may be."""
+    return run / JOURNAL / LEDGER
 
 
 class JournalStore:
@@ -315,7 +321,8 @@ def _body(step: EditStep, number: int, files: dict[str, str], *, texts: bool) ->
 
 
 def _step(body: BatchBody, tensors: Mapping[str, Tensor]) -> EditStep:
-    values = {_layer_of(name): value for name, value in tensors.items() if "target" in name.split("/")}
+    whole = {name: each for name, each in tensors.items() if name.count("/") == 1}  # a change may have a "target" too
+    values = {_layer_of(name): each for name, each in whole.items() if "target" in name.split("/")}
     importance = {_layer_of(name): each for name, each in tensors.items() if name.startswith("importance/")}
     rows = [*values.values(), *importance.values()]
     if not all(each.dim() == 2 and each.is_floating_point() and torch.isfinite(each).all() for each in rows):

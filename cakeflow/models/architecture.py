@@ -161,12 +161,13 @@ def _final_norm(model: PreTrainedModel, stack: str, width: int | None) -> str:
     names = [
         name
         for name, child in model.get_submodule(parent).named_children()
-        if _is_norm(child) and all(weight.shape == (width,) for weight in child.parameters())
+        if is_norm(child) and all(weight.shape == (width,) for weight in child.parameters())
     ]
     return f"{parent}.{names[-1]}".removeprefix(".") if names else ""
 
 
-def _is_norm(module: nn.Module) -> bool:
+def is_norm(module: nn.Module) -> bool:
+    """True for a norm, by the name of its class."""
     return "norm" in type(module).__name__.lower()
 
 
@@ -233,7 +234,7 @@ def mlp_output(block: nn.Module, width: int | None) -> str | None:
     maps: list[tuple[int, str]] = []
     for child, module in block.named_children():
         inside = experts is not None and f"{experts}.".startswith(f"{child}.")
-        if is_attention(module) or _is_norm(module) or (_mixes_tokens(module) and not inside):
+        if is_attention(module) or is_norm(module) or (_mixes_tokens(module) and not inside):
             continue
         for name, each in linear_maps(module):
             path = f"{child}.{name}".rstrip(".")

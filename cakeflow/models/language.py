@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.models.architecture import Architecture, Role, Site, find_architecture
 from cakeflow.models.base import EditableModel
+from cakeflow.models.hooks import outputs_of_blocks
 from cakeflow.models.wrappers import unwrapped
 
 INCIDENTAL = ("transformers_version", "dtype", "architectures", "_name_or_path")
@@ -224,15 +225,5 @@ class LanguageModel(EditableModel):
     @cached_property
     def tuple_size(self) -> int:
         """Number of values that the blocks return in a tuple, 0 if they return a tensor; one pass shows it."""
-        sizes: list[int] = []
-        block = self.module(Site(0))
-        handle = block.register_forward_hook(
-            lambda _m, _a, out: sizes.append(len(out) if isinstance(out, (tuple, list)) else 0)
-        )
-        try:
-            with torch.no_grad():
-                one = torch.ones(1, 1, dtype=torch.long, device=self.device)
-                self(input_ids=one, attention_mask=one, use_cache=False)
-        finally:
-            handle.remove()
-        return sizes[0]
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        return outputs_of_blocks(self, input_ids=one, attention_mask=one, use_cache=False)

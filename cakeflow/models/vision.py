@@ -21,6 +21,7 @@ from cakeflow.models.architecture import (
     Site,
     attention_output,
     is_attention,
+    is_norm,
     linear_maps,
     mlp_output,
 )
@@ -113,7 +114,7 @@ def _final_norm(model: PreTrainedModel, stack: str, width: int) -> str:
     for name in names[names.index(stack) :]:
         module = model.get_submodule(name)
         outside = not name.startswith(f"{stack}.")
-        if outside and "norm" in type(module).__name__.lower() and _width_of(module) == width:
+        if outside and is_norm(module) and _width_of(module) == width:
             return name
     return ""
 

@@ -33,6 +33,7 @@ from cakeflow.journal.schema import (
     RunInfo,
     TargetBody,
 )
+from cakeflow.journal.store import ANSWERS, ledger_path
 from cakeflow.storage.folders import require_inside
 from cakeflow.storage.typed import LARGEST, Count, S, parse_as, parse_lines, read_as
 
@@ -94,15 +95,15 @@ class RunFolder:
         """
         path = Path(path)
         info, texts = _info(path), [_text(path / name) for name in ("config.yaml", "hparams.yaml")]
-        ledger = _ledger(path / "journal" / "ledger.jsonl")
+        ledger = _ledger(ledger_path(path))
         return cls(
             path=path,
             info=info,
             before=_lines(EvaluatedRequest, path / "before.jsonl"),
             after=_lines(EvaluatedRequest, path / "after.jsonl"),
-            answers=_lines(FreeAnswer, path / "answers.jsonl") or [],
+            answers=_lines(FreeAnswer, path / ANSWERS) or [],
             ledger=ledger,
-            edits=_edits(path / "journal" / "ledger.jsonl", ledger),
+            edits=_edits(ledger_path(path), ledger),
             log=_log(path / "metrics.csv"),
             config=next((text for text in texts if text.strip() not in ("", "{}")), ""),
             thumbnails=dict(_thumbnails(path)),

@@ -168,16 +168,9 @@ class KeyHistory:
 
     Args:
         keys: The first rows, if any.
-        facts: The fact that each of these rows belongs to.
-        values: m x d_out, the outputs that these rows were to get.
     """
 
-    def __init__(
-        self,
-        keys: Float[Tensor, "m d_in"] | None = None,
-        facts: Sequence[str] = (),
-        values: Float[Tensor, "m d_out"] | None = None,
-    ) -> None:
+    def __init__(self, keys: Float[Tensor, "m d_in"] | None = None) -> None:
         self.facts: list[str] = []
         self._rows, self._values = _Rows(), _Rows()
         self._derived: _Recent[tuple[KeyHistory, _Last[Tensor]]] = _Recent()
@@ -186,7 +179,7 @@ class KeyHistory:
         self._outer: tuple[int, Tensor | float] = 0, 0.0
         self._scaled: tuple[KeyHistory, Tensor] | None = None
         if keys is not None:
-            self.append(keys, facts, values)
+            self.append(keys)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, PlainSerializer, ValidationError
 
 from cakeflow.errors import EditError
+from cakeflow.storage.atomic import write_text
 
 LARGEST = 1e100
 """Largest number in a file: sums of squares of such stay finite, and no run measures more."""
@@ -108,6 +110,16 @@ def parse_lines(kind: type[S], text: str, path: object, error: type[EditError], 
     """
     lines = enumerate(text.split("\n"), 1)
     return [parse_as(kind, line, f"{path}, line {number}", error, remedy) for number, line in lines if line.strip()]
+
+
+def write_lines(path: Path, objects: Iterable[Schema]) -> None:
+    """Write a file that ``parse_lines`` reads, at once and durably: a JSON object a line.
+
+    Args:
+        path: The file.
+        objects: What it will have, in order.
+    """
+    write_text(path, "".join(f"{each.model_dump_json()}\n" for each in objects))
 
 
 def _number(text: str) -> float:

@@ -27,11 +27,10 @@ from cakeflow.journal.steps import request_hash
 from cakeflow.models.loading import load_model
 from cakeflow.report.folder import RunFolder
 from cakeflow.report.views import peak_memory, seconds_per_edit
-from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import content_key
 from cakeflow.storage.hashing import file_hash
 from cakeflow.storage.locks import locked
-from cakeflow.storage.typed import Count, Json, Number, Schema, parse_lines
+from cakeflow.storage.typed import Count, Json, Number, Schema, parse_lines, write_lines
 from cakeflow.suites.suite import Arm
 
 ROWS, RUNS = "rows.jsonl", "runs"
@@ -168,7 +167,7 @@ class Rows:
     def _store(self, row: Row) -> None:
         with locked(self.path, wait=True):
             self.stored = {**self._read(), row.arm: row}
-            write_text(self.path, "".join(f"{each.model_dump_json()}\n" for each in self.stored.values()))
+            write_lines(self.path, self.stored.values())
 
     def _measured(self, arm: Arm) -> Row:
         folder = self.folder / RUNS / arm.name

@@ -17,9 +17,8 @@ from cakeflow.editor import Editor
 from cakeflow.errors import ConfigError, NumericalError
 from cakeflow.journal.steps import request_hash
 from cakeflow.models.language import LanguageModel
-from cakeflow.storage.atomic import write_text
 from cakeflow.storage.cache import content_key
-from cakeflow.storage.typed import Count, Number, Schema, parse_lines
+from cakeflow.storage.typed import Count, Number, Schema, parse_lines, write_lines
 
 SHARES = ("learned", "generalization", "specificity")
 """Metrics that a trial is judged by: free answers, paraphrases and neighbors."""
@@ -122,7 +121,7 @@ class Trials:
             start, measured = time.monotonic(), self._measured(numbers, facts, recipe)
             seconds = time.monotonic() - start
             self.stored[key] = Trial(key=key, name=name, recipe=recipe, edits=len(facts), seconds=seconds, **measured)
-            write_text(self.path, "".join(f"{each.model_dump_json()}\n" for each in self.stored.values()))
+            write_lines(self.path, self.stored.values())
         if key not in self.made:
             self.made[key] = self.stored[key].model_copy(update={"name": name})
             self.notify(self.made[key])

@@ -49,12 +49,6 @@ class Representations:
     def __len__(self) -> int:
         return len(self.key)
 
-    @classmethod
-    def join(cls, parts: Sequence[Representations]) -> Representations:
-        """The representations of several groups of edits, one after the other."""
-        names = ("key", "subject", "relation", "answer")
-        return cls(*(torch.cat([getattr(each, name) for each in parts]) for name in names))
-
 
 @dataclass(frozen=True)
 class Retrieval:
@@ -84,29 +78,13 @@ class Retrieval:
     def decide(self, similarity: Float[Tensor, "questions n"]) -> Bool[Tensor, "questions n"]:
         """Return the edits that each question retrieves; none is an answer too.
 
-        A memory grows edit by edit, so fewer than ``top`` are no error here (``choose`` is stricter).
+        A memory grows edit by edit, so fewer than ``top`` are no error here, though the official code fails.
 
         Args:
             similarity: Similarity of each question to each of the n edits.
         """
         last = similarity.topk(min(self.top, similarity.shape[-1])).values[..., -1:]
         return (similarity > self.threshold) & (similarity >= last - TIE)
-
-    def choose(self, similarity: Float[Tensor, " n"]) -> tuple[int, ...]:
-        """Return the edits that one question retrieves, by index, from a store that has at least ``top``.
-
-        Args:
-            similarity: Similarity of the question to each of the n edits.
-
-        Raises:
-            ConfigError: If there are fewer edits than ``top``; the official code fails there too.
-        """
-        if len(similarity) < self.top:
-            raise ConfigError(
-                f"top={self.top} edits cannot be retrieved, as {len(similarity)} are stored; edit more facts, or "
-                "lower top"
-            )
-        return tuple(self.decide(similarity).nonzero()[:, 0].tolist())
 
 
 def read_representations(

@@ -95,7 +95,7 @@ class ImageAnswers:
     Attributes:
         requests: The requests.
         labels: Names of the classes.
-        rows: The pictures.
+        rows_asked: The pictures.
         expected: Index of the right label of each, -1 without one.
         after: Probabilities now.
         before: Probabilities of the unedited model.

@@ -245,11 +245,11 @@ def test_message_names_value_and_remedy_and_shortens_long_values():
     assert len(str(caught.value)) < 500
 
 
-def test_error_belongs_to_both_families_and_counts_from_first():
+def test_error_belongs_to_both_families():
     with pytest.raises(EditError) as caught:
-        parse_requests([own(prompt="")], first=40)
+        parse_requests([own(), own(prompt="")])
     assert isinstance(caught.value, ValueError)
-    assert {problem.index for problem in caught.value.faults} == {40}
+    assert {problem.index for problem in caught.value.faults} == {1}
 
 
 def test_empty_list_is_refused():

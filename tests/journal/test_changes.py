@@ -114,7 +114,7 @@ def test_a_module_takes_a_place_and_leaves_it(tiny):
     place = tiny.architecture.path(Site(1, "mlp_out"))
     ids, original = torch.tensor([[3, 5, 7]]), tiny.module(place)
     before, tree = tiny(input_ids=ids).logits, [name for name, _ in tiny.model.named_modules()]
-    change = kind_of(Scaled.__name__).from_tensors(place, {"factor": torch.tensor(2.0, dtype=torch.float64)})
+    change = kind_of(Scaled.__name__).from_tensors(place, {"target": torch.tensor(2.0, dtype=torch.float64)})
     content, digest = change.read(tiny), change.hash(tiny)
     change.apply(tiny)
     assert change.hash(tiny) != digest

@@ -16,11 +16,13 @@ from bodies import forge, raw
 from cakeflow_restrain import Prune, Rect
 from stops import STOPS
 from tiny_runs import LAYERS, content, editor_of, name_of, state
+from toy_changes import Scaled
 
 from cakeflow import LeastSquares
 from cakeflow.errors import LedgerError, NumericalError, RunFolderError
 from cakeflow.journal.audit import verify
 from cakeflow.journal.changes import WeightChange
+from cakeflow.journal.journal import Journal
 from cakeflow.journal.ledger import bodies, read_entries
 from cakeflow.journal.schema import BatchBody, RunBody
 from cakeflow.journal.store import JournalStore
@@ -201,6 +203,16 @@ def test_a_batch_of_another_process_is_not_written_over(lm, requests, tmp_path):
         assert state(mine, editors[0].module) == before
         assert content(tmp_path / "run") == files
     assert verify(tmp_path / "run").faults == []
+
+
+def test_a_change_may_have_a_tensor_named_as_target_values_are(lm, requests, tmp_path):
+    journal = Journal(lm)
+    journal.open(JournalStore(tmp_path), RUN)
+    with journal.batch(requests[:1]) as step:
+        journal.apply(step, Scaled("transformer.h.1.mlp", torch.tensor(2.0)), {})
+    store = JournalStore(tmp_path)
+    read = store.read_step(store.ledger.entries[-1])
+    assert ([type(each.change) for each in read.changes], read.values) == ([Scaled], {})
 
 
 def test_files_that_links_lead_to_are_not_read(lm, requests, tmp_path):

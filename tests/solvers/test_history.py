@@ -259,7 +259,7 @@ def test_weights_that_cannot_be_meant_are_refused():
         with pytest.raises(NumericalError, match="finite and 0 or more"):
             history.weighted(torch.tensor([1.0, bad]))
     with pytest.raises(ShapeError, match="2 keys of 1 facts"):
-        KeyHistory(rows(2), ["one"])
+        KeyHistory().append(rows(2), ["one"])
     assert len(KeyHistory().weighted(torch.ones(0))) == len(KeyHistory().without({"a"})) == 0
 
 
