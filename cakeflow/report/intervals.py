@@ -44,7 +44,9 @@ ALONG = (
 """Shares that callbacks log."""
 IMAGES = ("sr", "gr", "gr_official", "lr", "lr_sensitive", "mirror", "worst_group")
 """Metrics of runs of images."""
-SHARES = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS} | {*METRICS.values(), *ALONG, *IMAGES}
+WORDS = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS}
+"""Metrics of prompts, which mean nothing for pictures."""
+SHARES = WORDS | {*METRICS.values(), *ALONG, *IMAGES}
 """Metrics that are shares, printed in percent; those of plugins may have any unit."""
 UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 

@@ -17,14 +17,12 @@ from cakeflow.data.text import states
 from cakeflow.evaluation.outcome import by_metric
 from cakeflow.journal.schema import EvaluatedRequest, FreeAnswer, PromptAnswer
 from cakeflow.report.folder import EditedRequest, RunFolder
-from cakeflow.report.intervals import FORMS, KINDS, Interval, paired, record_values
+from cakeflow.report.intervals import FORMS, KINDS, WORDS, Interval, paired, record_values
 
 EDITING = ("targets", "keys", "allocate", "solve")
 """Phases of every edit batch; the others come once per run or per evaluation."""
 PLAIN = {"": FORMS[""]}
 """The form of the metrics that the table of relations has."""
-WORDS = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS}
-"""Metrics of prompts, which mean nothing for pictures."""
 
 
 @dataclass(frozen=True)
