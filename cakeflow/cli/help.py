@@ -11,7 +11,7 @@ MORE = {
     "method": "or a YAML file",
     "model": "or a folder, a GGUF file or a hub id",
     "targets": "or a YAML file; by default the method's",
-    "data": "or a JSON, JSONL, CSV or Parquet file, a URL, a hub data set",
+    "data": "or a JSON or JSONL file, a URL, a folder, a hub data set",
 }
 """Kind of a shipped config -> what else its option takes."""
 FIRST = {"method": ("cake", "memit", "alphaedit", "rome", "ft")}
