@@ -56,7 +56,7 @@ def main() -> None:
 
 def read_labels(path: Path = LABELS) -> list[dict[str, Any]]:
     """Return the labelled answers."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
 def compared(judge: Judge, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

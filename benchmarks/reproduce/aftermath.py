@@ -19,16 +19,14 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import torch
-import yaml
 from safetensors.torch import load_file
 from sklearn.manifold import TSNE
-from sweep import Sweep, write_table
+from sweep import Sweep, load, write_table
 from torch import Tensor
 
 from cakeflow import EditDataModule, EditRequest
-from cakeflow.core import find_config
 from cakeflow.forward import continuations, pad, plan
-from cakeflow.models import LanguageModel, Site, capture, load_model
+from cakeflow.models import LanguageModel, Site, capture
 from cakeflow.report import save_plot
 from cakeflow.storage import write_tensors, write_text
 
@@ -81,8 +79,7 @@ def main() -> None:
     args = options.parse_args()
     everything = EditDataModule(args.data, shuffle_seed=args.seed, conflicts="drop").requests
     edited, others = everything[: args.records], everything[args.records :][: args.prompts]
-    prompts, base = [record.text for record in others], yaml.safe_load(find_config("model", args.model).read_text())
-    lm = load_model(base["model"].get("base", "smollm2-135m"))
+    prompts, lm = [record.text for record in others], load(args.model)
     sweep = Sweep([CASE, *edited], args.corpus, args.tokens, None, args.batch_size, lm, args.model)
     layer = sweep.editor("memit", {}).module.layers[-1]
     before, after = states(lm, prompts, layer), {}

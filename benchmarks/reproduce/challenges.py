@@ -27,14 +27,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import yaml
-from sweep import Row, Sweep, write_table
+from sweep import Row, Sweep, load, write_table
 from torch import Tensor
 
 from cakeflow import EditRequest, LocateThenEdit, read_requests
-from cakeflow.core import find_config
 from cakeflow.forward import FactBatch, choose_tokens, read_keys
-from cakeflow.models import LanguageModel, Site, load_model
+from cakeflow.models import Site
 from cakeflow.storage import write_text
 
 SETS = ("preserved", "previous", "inconsistent", "random")
@@ -92,11 +90,6 @@ class Candidates:
         """The largest value of each record's entries."""
         owners, start = torch.tensor(self.facts.owners), torch.full((len(self.facts),), -torch.inf).to(values.cpu())
         return start.scatter_reduce(0, owners, values.cpu(), "amax")
-
-
-def load(config: str) -> LanguageModel:
-    """The model of a config."""
-    return load_model(yaml.safe_load(find_config("model", config).read_text())["model"].get("base", "smollm2-135m"))
 
 
 def pick(args: argparse.Namespace) -> None:

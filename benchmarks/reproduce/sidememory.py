@@ -37,7 +37,7 @@ from typing import Any
 import matplotlib.pyplot as plt
 import torch
 from cakeflow_sidememory import routing_numbers
-from sweep import Row, interval, write_table
+from sweep import Row, interval, write_rows, write_table
 
 from cakeflow import Editor, EditRequest, Evaluation
 from cakeflow.data import join, parse_requests
@@ -46,7 +46,6 @@ from cakeflow.forward import encode_texts
 from cakeflow.metrics import KINDS
 from cakeflow.models import prompt_lengths
 from cakeflow.report import save_plot
-from cakeflow.storage import write_text
 
 MODEL, ASKED = "smollm2-135m", Evaluation("wild", answer_tokens=12)
 PLAIN: dict[str, Any] = {"chat": False, "rounds": 0, "targets": "short"}
@@ -340,8 +339,7 @@ def main() -> None:
 
     def keep(name: str, row: Row) -> None:
         rows[name] = row
-        lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(each)}" for key, each in rows.items())
-        write_text(path, f"{{\n{lines}\n}}\n")
+        write_rows(path, rows)
 
     for stream in (zsre if args.table == "zsre" else hallucination)(args):
         run_arms(stream, [*args.arms, *args.tried], rows, keep)

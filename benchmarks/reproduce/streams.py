@@ -29,15 +29,12 @@ from typing import Any
 
 import lightning as L
 import matplotlib.pyplot as plt
-import yaml
 from cakeflow_ability import TASKS, GeneralAbility
 from cakeflow_theory import ResidualDrift
-from sweep import Sweep, write_table
+from sweep import Sweep, load, write_table
 
 from cakeflow import EditDataModule, Evaluation
 from cakeflow.callbacks import PeriodicCallback, StreamHealth
-from cakeflow.core import find_config
-from cakeflow.models import load_model
 from cakeflow.report import curves_of, plot_curves, save_plot
 from cakeflow.storage import write_text
 
@@ -185,8 +182,7 @@ def main() -> None:
     given = args.edits, args.batch_size, args.every
     edits, size, every = (own or usual for own, usual in zip(given, stream.scales[args.scale], strict=True))
     records = EditDataModule(args.data, limit=edits, shuffle_seed=args.seed, conflicts="drop").requests
-    base = yaml.safe_load(find_config("model", args.model).read_text())["model"].get("base", "smollm2-135m")
-    sweep = Sweep(records, args.corpus, args.tokens, None, size, load_model(base), args.model, Evaluation("official"))
+    sweep = Sweep(records, args.corpus, args.tokens, None, size, load(args.model), args.model, Evaluation("official"))
     path = args.out / f"{args.figure}.json"
     run = f"{args.model}, {Path(args.data).name}, {edits} in batches of {size}, seen every {every}, seed {args.seed}"
     kept: dict[str, Points] = json.loads(path.read_text()) if path.exists() else {}

@@ -20,10 +20,11 @@ from typing import Any
 
 import lightning as L
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from cakeflow import Contexts, Editor, EditRequest, Evaluation, GradientSearch, LocateThenEdit, read_requests
-from cakeflow.core import EditCallback, LayerEdit
+from cakeflow.core import EditCallback, LayerEdit, find_config
 from cakeflow.evaluation import Answers
 from cakeflow.forward import TextBatch
 from cakeflow.metrics import KINDS, Consistency, fluency, record_means, success
@@ -120,8 +121,7 @@ class Sweep:
         if name not in self.rows:
             self.rows[name] = self.run(method, setting) if method else self.unedited()
             if self.path:
-                lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(row)}" for key, row in self.rows.items())
-                write_text(self.path, f"{{\n{lines}\n}}\n")
+                write_rows(self.path, self.rows)
         return self.rows[name]
 
     def editor(self, method: str, setting: dict[str, Any], *callbacks: L.Callback, logger: bool = False) -> Editor:
@@ -218,6 +218,17 @@ def write_table(path: Path, title: str, rows: Sequence[Mapping[str, str]], more:
     text = "\n".join([title, "", *markdown(names, [[row.get(name, "") for name in names] for row in rows]), *more])
     write_text(path.with_suffix(".md"), f"{text}\n")
     print(text)
+
+
+def write_rows(path: Path, rows: Mapping[str, Row]) -> None:
+    """Write rows by name as JSON, one a line."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(row)}" for name, row in rows.items())
+    write_text(path, f"{{\n{lines}\n}}\n")
+
+
+def load(config: str) -> LanguageModel:
+    """The model of a config."""
+    return load_model(yaml.safe_load(find_config("model", config).read_text())["model"].get("base", "smollm2-135m"))
 
 
 def markdown(names: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:

@@ -23,11 +23,10 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import yaml
-from sweep import Row, Sweep, interval, markdown, outcomes, write_table
+from sweep import Row, Sweep, interval, load, markdown, outcomes, write_table
 
 from cakeflow import EditDataModule, EditRequest, Evaluation
-from cakeflow.core import find_config
-from cakeflow.models import LanguageModel, load_model
+from cakeflow.models import LanguageModel
 from cakeflow.report import save_plot
 
 SCALES = {"embedded": (100, 50), "full": (2000, 100)}
@@ -185,9 +184,8 @@ def main() -> None:
         options.error(f"{args.table} has no arm {args.against!r}; it has {', '.join(args.arms or table['arms'])}")
     records, batch = SCALES[args.scale]
     args.records, args.batch_size = args.records or records, args.batch_size or batch
-    base = yaml.safe_load(find_config("model", args.model).read_text())["model"].get("base", "smollm2-135m")
     args.out.mkdir(parents=True, exist_ok=True)
-    rows = run_all(args, table, load_model(base))
+    rows = run_all(args, table, load(args.model))
     write(args, table, rows)
     if args.against:
         print("\n".join(differences(table, rows, args.against)))

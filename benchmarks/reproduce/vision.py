@@ -43,7 +43,7 @@ from cakeflow_vision import (
     top_heads,
     without_heads,
 )
-from fashion import Data, backbone, load
+from fashion import SANDAL, SNEAKER, Data, backbone, load
 from scipy import stats
 from torch import Tensor
 
@@ -54,7 +54,6 @@ from cakeflow.solvers import Descent
 from cakeflow.storage import cache_folder, write_text
 
 RESULTS = Path(__file__).parent / "results" / "vision.json"
-SANDAL, SNEAKER = 5, 7
 COLUMNS = ("sr", "gr", "lr", "lr_sensitive", "a", "mirror")
 SENSITIVE, BATCH = 0.3, 32
 WITHIN = 3.0
