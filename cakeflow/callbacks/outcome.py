@@ -99,7 +99,7 @@ class OutcomeCheck(L.Callback):
                 subjects = [request.subject for request in requests]
                 fingerprint = module.journal.base.fingerprint
                 self._answers += familiar_facts(lm, fingerprint, forms, self.familiar, subjects, limit)
-        if module.journal.edits:
+        if module.journal.edits and module.stage == "before":  # else the model before the run is gone
             pairs = zip(self._answers, ask(lm, self._answers, limit, module.question), strict=True)
             self._answers = [each.model_copy(update={"before": text}) for each, text in pairs]
         self._requests = requests

@@ -54,4 +54,5 @@ class Retention(PeriodicCallback):
         metric = retention.Retention(sync_on_compute=False)
         metric.update(hits[judged], batch[judged])
         self.curves.append(metric.by_batch().tolist())
-        return {"mean": float(metric.compute()), "first": self.curves[-1][0]}
+        first = self.curves[-1][0]  # nan where later batches replaced all of it
+        return {"mean": float(metric.compute())} | ({"first": first} if first == first else {})

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from cakeflow.cli.console import say
+from cakeflow.cli.loading import loading_words
+from cakeflow.cli.words import words_of
 from cakeflow.core.config_parser import import_words
+from cakeflow.errors import command_line
 from cakeflow.forward.packing import GIB
-from cakeflow.models.loading import SECRET, Loading
+from cakeflow.models.loading import Loading
 from cakeflow.report.intervals import number
 from cakeflow.report.tables import rows_table
 from cakeflow.storage.atomic import write_text
@@ -62,16 +66,16 @@ def run_benchmark(
     chosen = read_suite(suite, model=model, config=model_config, ability=ability, **lists)  # type: ignore[arg-type]
     arms, name = arms_of(chosen, loading), Path(suite).stem
     out = out or Path("runs") / f"suite_{name}"
-    rows = Rows(out, lambda arm, row: say(_line(arm, row, time.monotonic() - start)))
+    names = {"suite": suite, "out": str(out), "model": model, "model_config": model_config, "ability": ability}
+    imports = import_words(*(part for arm in arms for part in arm.parts))
+    words = ["benchmark", *imports, *words_of({**names, **lists})]
+    words += loading_words(replace(loading, trust_remote_code=False))
+    again = [*words, *words_of({"trust_remote_code": loading.trust_remote_code})]  # which no file keeps
+    rows = Rows(out, lambda arm, row: say(_line(arm, row, time.monotonic() - start)), command_line(again))
     rows.check(arms)
     show_plan(plan(arms), rows)
     if plan_only:
         return []
-    shown = {f"loading.{each}": v for each, v in loading.arguments().items() if each not in SECRET}
-    names = {"suite": suite, "out": str(out), "model": model, "model_config": model_config, "ability": ability}
-    singles = {**names, **shown}
-    imports = import_words(*(part for arm in arms for part in arm.parts))
-    words = _words({**singles, **{option: f"[{', '.join(map(str, each))}]" for option, each in lists.items()}}, imports)
     result = rows.measure(arms)
     tables = tables_of(arms, result, out)
     write_text(out / PAGE, render_suite(name, chosen, tables, words, out, imports))
@@ -115,8 +119,3 @@ def _line(arm: Arm, row: Row, seconds: float) -> str:
     """A row as it is measured, in one line."""
     values = ", ".join(f"{name} {number(row.metrics.get(name), '.3f')}" for name in arm.suite.metrics[:4])
     return f"{seconds:7.0f} s  {row.arm}: {row.fault or values}"
-
-
-def _words(options: Mapping[str, str | None], imports: Sequence[str]) -> list[str]:
-    """Return the words that repeat the command."""
-    return ["benchmark", *imports, *(word for name, each in options.items() if each for word in (f"--{name}", each))]

@@ -195,7 +195,7 @@ class EditCLI(LightningCLI):
             jointly(self.trainer, lambda: go_on_from(start, model, run_folder(self.trainer)))
         self.result = result = run_fit(self.trainer, model, datamodule, goes_on=self.resuming)
         if self.trainer.is_global_zero:
-            show_fit(result, len(datamodule.requests))
+            show_fit(result)
         if self._get(self.config_init, "strict"):
             require_clean(result)
 

@@ -9,6 +9,8 @@ from typing import Any
 from cakeflow.callbacks import PolicyGuard
 from cakeflow.cli.console import say
 from cakeflow.cli.editors import editor_for
+from cakeflow.cli.loading import loading_words
+from cakeflow.cli.words import words_of
 from cakeflow.core.config_parser import import_words
 from cakeflow.desk import DeskServer, Session, Worker
 from cakeflow.desk.calls import Calls, serve
@@ -78,6 +80,6 @@ def run_desk(
             with suppress(KeyboardInterrupt):
                 serve(worker, server)
             say(f"closed with {editor.journal.edits} facts in force")
-            words = ["--run_dir", str(session.folder), *(["--policy", str(policy)] if policy else [])]
+            words = [*words_of({"run_dir": session.folder, "policy": policy}), *loading_words(loading)]
             say(f"go on with: {command_line(['desk', *import_words(editor.module.method), *words])}")
     return session.folder

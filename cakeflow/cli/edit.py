@@ -11,14 +11,18 @@ from rich.console import Console
 from cakeflow.callbacks import PolicyGuard
 from cakeflow.cli.console import say
 from cakeflow.cli.editors import editor_for
+from cakeflow.cli.loading import loading_words
 from cakeflow.cli.result import require_clean, show_fit
-from cakeflow.core.run import FitResult, go_on_from
+from cakeflow.cli.words import words_of
+from cakeflow.core.config_parser import import_words
+from cakeflow.core.datamodule import EditDataModule
+from cakeflow.core.run import FitResult, go_on_from, run_fit
 from cakeflow.data.proposals import propose
 from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.data.sources import read_entries
 from cakeflow.data.subject import guess_subject
-from cakeflow.errors import ConfigError, Fault, counted
+from cakeflow.errors import ConfigError, Fault, command_line, counted
 from cakeflow.journal.audit import entries_of, ledger_of
 from cakeflow.models.loading import Loading
 from cakeflow.report.tables import requests_table, rows_table
@@ -79,8 +83,21 @@ def run_edit(
     editor = editor_for(entries, model, method, model_config, layers, loading, trainer)
     if from_run is not None:
         go_on_from(from_run, editor.module, run_dir)
-    result = editor.fit(requests, run_dir=run_dir)
-    show_fit(result, len(requests))
+    given: dict[str, object] = {
+        "file": file,
+        "subject": subject,
+        "model": model,
+        "method": method,
+        "model_config": model_config,
+    }
+    given |= {"layers": layers, "from": from_run, "strict": strict, "budget": budget}
+    words = ["edit", *import_words(editor.module.method), *texts, *words_of(given), *loading_words(loading)]
+
+    def again(folder: Path) -> str:
+        return command_line([*words, "--run_dir", str(folder)])
+
+    result = run_fit(editor.trainer(run_dir, checks=True), editor.module, EditDataModule(requests), goes_on=again)
+    show_fit(result)
     if dry_run:
         editor.rollback(1)
         say("dry run: the edit was taken back, and nothing was stored")

@@ -9,7 +9,7 @@ from typing import Any
 
 from jsonargparse import Namespace
 
-from cakeflow.cli.words import take
+from cakeflow.cli.words import take, words_of
 from cakeflow.errors import ConfigError, did_you_mean
 from cakeflow.models.loading import SECRET, Loading
 
@@ -49,6 +49,17 @@ def without_token(words: Sequence[str]) -> list[str]:
     """
     rest, options = take_loading(words)
     return [*rest, *(f"--loading.{name}={value}" for name, value in options.items() if name != "token")]
+
+
+def loading_words(loading: Loading) -> list[str]:
+    """Return the words of a command that load a model in this way, all but an access token.
+
+    Example:
+        >>> loading_words(Loading(revision="v1", token="hf_x", trust_remote_code=True))
+        ['--loading.revision', 'v1', '--trust_remote_code']
+    """
+    named = {f"loading.{name}": value for name, value in loading.arguments().items() if name not in SECRET}
+    return words_of({**named, "trust_remote_code": loading.trust_remote_code})
 
 
 def with_loading(config: Any, loading: Loading) -> Any:

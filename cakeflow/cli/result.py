@@ -17,16 +17,11 @@ def require_clean(result: FitResult) -> None:
         sys.exit(1)
 
 
-def show_fit(result: FitResult, edits: int) -> None:
-    """Print metrics, times, every fact's answers, what else changed, and the verdict last.
-
-    Args:
-        result: The result.
-        edits: Number of facts of the run.
-    """
+def show_fit(result: FitResult) -> None:
+    """Print metrics, times, every fact's answers, what else changed, and the verdict last."""
     console, outcome = Console(), result.outcome
     console.print(metrics_table({"before": result.before, "after": result.after}, result.protocol))
-    console.print(phases_table(result.timings, result.peaks, edits))
+    console.print(phases_table(result.timings, result.peaks, result.timed))
     if outcome is not None:
         console.print(answers_table(outcome.of("fact"), "Answers about the edited facts"))
         if outcome.changed:

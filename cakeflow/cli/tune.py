@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cakeflow.cli.console import say
-from cakeflow.errors import ConfigError
+from cakeflow.cli.loading import loading_words
+from cakeflow.errors import ConfigError, command_line
 from cakeflow.models.loading import Loading, load_model
 from cakeflow.storage.atomic import write_text
 from cakeflow.tuning import Trial, Tuning, tune
@@ -61,7 +62,8 @@ def run_tune(
     say(f"on facts that the choice was not made on: score {before.result} with the first numbers, {after.result} now")
     if result.left_out:
         say(f"the budget of {edits} edits did not reach: {', '.join(result.left_out)}; give more --edits")
-    say(f"written to {out}; use it with: cakeflow fit --method cake --model {out} --data builtin")
+    use = ["fit", "--method", "cake", "--model", str(out), "--data", "builtin", *loading_words(loading)]
+    say(f"written to {out}; use it with: {command_line(use)}")
     return result
 
 

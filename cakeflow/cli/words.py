@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
@@ -54,6 +55,20 @@ def options_in(words: Sequence[str]) -> set[str]:
         ['--method', '--run', 'folder']
     """
     return {word.partition("=")[0] for word in words}
+
+
+def words_of(options: Mapping[str, object]) -> list[str]:
+    """Return options as the words of a command; what is None, False or empty is left out.
+
+    Example:
+        >>> words_of({"strict": True, "layers": [1, 2], "file": None, "run_dir": "my run"})
+        ['--strict', '--layers', '[1, 2]', '--run_dir', 'my run']
+    """
+    words: list[str] = []
+    for name, value in options.items():
+        text = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+        words += [f"--{name}", *([] if value is True else [text])] if value else []
+    return words
 
 
 def with_flags(words: Sequence[str], command: Callable[..., Any]) -> list[str]:

@@ -15,7 +15,6 @@ from typing import Any, Generic, final
 import lightning as L
 import torch
 from jaxtyping import Float
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torchmetrics import Metric
 from typing_extensions import Self, TypeVar
@@ -65,6 +64,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         answers: The answers of every request in the last evaluation.
         metrics_at: Stage -> metrics.
         evaluated: Number of batches that were done at the last evaluation.
+        repeated: Hashes of the run's facts that were repeated from an interrupted one, without search and solve.
         timings: Phase -> seconds.
         peaks: Phase -> most bytes beyond the model.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
@@ -109,12 +109,13 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self.stage = "after"
         self.answers: list[EvaluatedRequest] = []
         self.metrics_at: dict[str, dict[str, float]] = {}
-        self.evaluated = -1
+        self._measured_by: L.Trainer | None = None
+        self.repeated: set[str] = set()
+        self.evaluated, self.first_step = -1, 0
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
         self.inputs: dict[str, str] = {}
         self.convergence: dict[str, list[MomentPoint]] = {}
-        self.first_step = 0
         self.further: dict[str, float] = {}
         self.method: dict[str, Any] = {}
         self.outcome: Outcome | None = None
@@ -187,16 +188,13 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     # ---- Lightning's hooks, in the order in which they run ----
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Every Trainer is checked, and gets ``RestoreState``, once; this is the first that it asks a module.
-
-        Loggers begin after it, so the run folder is checked here too.
-        """
-        check_trainer(self.trainer, edits=self.trainer.state.fn == TrainerFn.FITTING)
+        """Every Trainer is checked, and gets ``RestoreState``, once; this is the first that it asks a module."""
+        check_trainer(self.trainer, edits=self.trainer.state.fn == "fit")
         check_ranks(self, self.trainer)
         end_on_sigterm(self.trainer)
         with_safe_checkpoints(with_run_folder(self.trainer))
         with join(self.trainer):
-            check_run_folder(self.trainer)
+            check_run_folder(self.trainer)  # before loggers begin
         return [] if any(isinstance(each, RestoreState) for each in self.trainer.callbacks) else [RestoreState()]  # type: ignore[attr-defined]
 
     @final
@@ -206,6 +204,9 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
             self.adopt(self.load())
             self.check_model()
         if stage == "fit":
+            self.stage = "after"  # an evaluation by itself left another one
+            if self._measured_by is not self.trainer:  # what is there was measured for an earlier run
+                self.metrics_at, self.evaluated = {}, -1
             self.obey(self.trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(self.trainer) if stage == "fit" else None
         if stage is not None:
@@ -219,7 +220,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         require_plain_mode("fit")
         self.journal.memory.check_all()
         self._finished = self.complete = False
-        self.first_step = len(self.journal)
+        self.first_step, self.repeated = len(self.journal), set()
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         batches = list(self.trainer.train_dataloader or ())
         with float32_by_default(), self.phase("ask"):
@@ -259,6 +260,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
 
     def _edit_or_repeat(self, batch: B) -> None:
         if step := self.journal.replay_next(batch.requests):
+            self.repeated |= set(step.hashes)
             self.log_dict(step.numbers, batch_size=len(step.hashes))
         else:
             with self.journal.batch(batch.requests) as step:
@@ -267,8 +269,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     @final
     def on_train_batch_end(self, *_: Any) -> None:
         """Log the peak memory so far in GiB; after the last batch, finish."""
-        peaks = [peak for phase, peak in self.peaks.items() if phase != "evaluation"]
-        self.log("memory/peak", max(peaks, default=0.0) / GIB)
+        self.log("memory/peak", max((p for phase, p in self.peaks.items() if phase != "evaluation"), default=0.0) / GIB)
         if self.trainer.is_last_batch:  # before the last validation, which must see the finished model
             self.complete = True
             self._finish_once()
@@ -314,7 +315,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         if self.trainer.sanity_checking:
             return
         self.log("edits", float(self.journal.edits))
-        self.evaluated = len(self.journal)
+        self.evaluated, self._measured_by = len(self.journal), self.trainer
         values = {name: float(each) for name, each in self.metrics.compute().items()} | self.further
         values = {name: value for name, value in values.items() if value == value}  # else there was nothing to judge
         self.metrics_at[self.stage] = values

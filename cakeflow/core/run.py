@@ -64,6 +64,7 @@ class FitResult:
         before: Metrics of the model as it was, by name.
         after: Metrics of the edited model.
         timings: Seconds per phase.
+        timed: Number of facts that these are of: those of the run but for what was repeated from an interrupted one.
         peaks: Most memory in each phase beyond the unedited model, in bytes; nan if it cannot be known.
         logged: Everything that was logged while editing, as of the last batch: what ``report.plot_layers`` draws.
         protocol: Names how the metrics were measured; numbers with different ones are not comparable.
@@ -76,6 +77,7 @@ class FitResult:
     before: dict[str, float]
     after: dict[str, float]
     timings: dict[str, float]
+    timed: int
     peaks: dict[str, float]
     logged: dict[str, float]
     protocol: str
@@ -204,6 +206,7 @@ def _fit(
         before=before,
         after=after,
         timings=dict(module.timings),
+        timed=max(0, edits - len(module.repeated)),
         peaks=dict(module.peaks),
         logged=logged,
         protocol=module.protocol,
@@ -270,6 +273,7 @@ def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str,
         metrics=metrics,
         protocol=module.protocol,
         edits=edits,
+        timed=max(0, edits - len(module.repeated)),
         timings=dict(module.timings),
         peaks=dict(module.peaks),
         verdict=outcome.verdict if outcome else "",

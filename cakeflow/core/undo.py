@@ -115,10 +115,9 @@ def require_last(journal: Journal, step: EditStep, i: int, chosen: Collection[tu
     later = [pair for pair in facts_on_record(journal.steps[journal.steps.index(step) + 1 :]) if pair not in chosen]
     for other, place in later:
         if step.hashes[i] in other.replaced.get(other.hashes[place], ()):
-            name = repr(other.requests[place].text) if other.requests else other.hashes[place][:16]
             raise ConfigError(
-                f"{step.requests[i].text!r} of batch {step.number} is out of force: {name} of batch {other.number} has "
-                "its key and replaced its value; take that one back, and this one is in force again"
+                f"{step.name(i)} of batch {step.number} is out of force: {other.name(place)} of batch {other.number} "
+                "has its key and replaced its value; take that one back, and this one is in force again"
             )
 
 

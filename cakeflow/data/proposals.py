@@ -26,7 +26,8 @@ def propose(request: EditRequest) -> EditRequest:
     """Return a request with proposed paraphrases and neighbors; as it is if it has probes.
 
     If its prompt says what a wording of a built-in relation says, the relation's other wordings and subjects are
-    proposed, the neighbors without an expected answer: that is the model's own. Otherwise the prompt is put behind
+    proposed. Neighbors have no answer of their own: of a fact with a true target they are subjects of that target, of
+    another one the model's own answer counts. Otherwise the prompt is put behind
     openings such as "It is well known that".
 
     Example:
@@ -44,7 +45,9 @@ def propose(request: EditRequest) -> EditRequest:
         return replace(request, probes=tuple(Probe("paraphrase", text) for text in texts))
     wordings = [each for each in _wordings(relation) if each != request.prompt]
     probes = [Probe("paraphrase", each.replace("{}", request.subject)) for each in wordings[:3]]
-    rows = zip(*(each["subjects"] for each in relation["targets"].values()), strict=False)  # targets take turns
+    targets, true = relation["targets"], request.target_true
+    chosen = [each for name, each in targets.items() if true in (None, name)]
+    rows = zip(*(each["subjects"] for each in chosen), strict=False) if chosen else ()  # targets take turns
     subjects = [name for row in rows for name in row]
     others = [name for name in subjects if name.lower() != request.subject.lower()][:NEIGHBORS]
     probes += [Probe("neighborhood", request.prompt.replace("{}", name)) for name in others]

@@ -21,6 +21,7 @@ from cakeflow.data.subject import guess_subject
 from cakeflow.desk.views import fact_view, journal_view, outcome_view, token_views
 from cakeflow.editor import Editor, default_logger
 from cakeflow.errors import ConfigError, Fault, RequestError, ResumeError, RunFolderError
+from cakeflow.evaluation.outcome import Outcome
 from cakeflow.forward.tokens import EditBatch, TextBatch
 from cakeflow.journal.ledger import Entry, bodies, read_entries
 from cakeflow.journal.policy import HELD
@@ -204,7 +205,7 @@ class Session:
         with collecting() as notes:
             rows = self._take_back(step, place)
             self._ask_again()
-            self._write_answers()
+            self._write()
         return {"rows": rows, "warnings": notes}
 
     # ---- the parts ----
@@ -247,13 +248,13 @@ class Session:
         return {"fact": fact_view(request), "outcome": outcome, "metrics": metrics, "warnings": notes}, result
 
     def _take_back(self, step: EditStep, place: int) -> list[dict[str, str]]:
+        require_last(self.journal, step, place, [(step, place)])
         if len(step.hashes) > 1:
             if not step.requests:
                 raise ConfigError(
                     f"the texts of batch {step.number} were not stored, so it can only be taken back whole: "
                     f"cakeflow rollback {self.folder} --batch {step.number}"
                 )
-            require_last(self.journal, step, place, [(step, place)])
             return self.editor.take_back([(step, place)])
         prompts = [request.text for request in step.requests]
         before = self.editor.ask(prompts) if prompts else []
@@ -270,10 +271,7 @@ class Session:
             before = earlier.before if earlier else each.before
             self.answers[_name(each)] = each.model_copy(update={"before": before, "request": None})
         self._ask_again()
-        if self.journal.texts:
-            metrics = {"before": result.before, "after": result.after}
-            write_files(self.folder, self.module, self.journal.edits, metrics)
-        self._write_answers()
+        self._write()
 
     def _ask_again(self) -> None:
         """Ask for the facts on the page as the model is now."""
@@ -282,9 +280,18 @@ class Session:
         for name, text in zip(names, texts, strict=True):
             self.answers[name] = self.answers[name].model_copy(update={"after": text})
 
-    def _write_answers(self) -> None:
-        """Write the answers, for the next session and for reports; not where texts stay out of the folder."""
-        if self.journal.texts and self.answers:
+    def _write(self) -> None:
+        """Write the answers and the verdict, for the next session and for reports; not where texts stay out.
+
+        Metrics are left out: each edit measures those of its own fact.
+        """
+        if not self.journal.texts:
+            return
+        facts = {request.text for request in self._facts()}
+        answers = [each for each in self.answers.values() if each.topic != "fact" or each.prompt in facts]
+        self.module.outcome = Outcome(answers) if answers else None
+        write_files(self.folder, self.module, self.journal.edits, {"before": {}, "after": {}})
+        if self.answers:
             path = self.folder / ANSWERS
             write_lines(path, self.answers.values())
             pass_on_rights(self.folder, [path])

@@ -16,6 +16,7 @@ from cakeflow.journal.ledger import Entry, taken_back
 from cakeflow.journal.schema import BatchBody, FactBody, FreeAnswer
 from cakeflow.journal.steps import EditStep, out_of_force
 
+IN_FORCE = "in force"
 Answers = Mapping[str, FreeAnswer]
 """Prompt of a fact -> its completion before its edit and now."""
 
@@ -114,13 +115,13 @@ def journal_view(journal: Journal, entries: Sequence[Entry], answers: Answers) -
                 row |= _fate(body.facts[place] if body.facts else None)
                 row["state"] = _state(undoing, name in gone.get(body.batch, ()))
                 row["undone"] = undoing.time if undoing else ""
-                row["can_undo"] = undoing is None and (row["alone"] or bool(row["text"]))
+                row["can_undo"] = row["state"] == IN_FORCE and (row["alone"] or bool(row["text"]))
                 rows.append(row)
     return rows[::-1]
 
 
 def _state(undoing: Entry | None, is_gone: bool) -> str:
-    return "taken back" if undoing else "replaced" if is_gone else "in force"
+    return "taken back" if undoing else "replaced" if is_gone else IN_FORCE
 
 
 def _texts(body: BatchBody, step: EditStep | None, place: int, answers: Answers) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def _header(manifest: Manifest, entries: Sequence[Entry], task: str, base: str) 
 
 
 def _results(entries: Sequence[Entry], task: str) -> list[EvalResult] | None:
-    """Return the last metrics of the edited model, for the hub's tables; None if there are none."""
+    """Return the metrics of the edited model for the hub's tables; None without any, or where weights changed since."""
     after = [body for body in bodies(entries, EvaluationBody) if body.stage == "after"]
     plain = re.compile(r"[\w./+ -]+", re.ASCII)
-    if not after or not plain.fullmatch(after[-1].protocol):
+    if not after or _has_changed(entries) or not plain.fullmatch(after[-1].protocol):
         return None
     return [
         EvalResult(
@@ -146,10 +146,10 @@ def _warning(entries: Sequence[Entry]) -> Iterator[str]:
     """Yield a warning if the last run did not come to its end."""
     runs = [entry for entry in entries if isinstance(entry.body, RunBody)]
     own = [entry for entry in entries if runs and entry.number > runs[-1].number]
-    if runs and not bodies(own, EndBody):
+    planned = sum(run.edits for run in bodies(runs[-1:], RunBody))  # none of a page, whose run never ends
+    if planned and not bodies(own, EndBody):
         edited = sum(len(body.hashes) for body in bodies(own, BatchBody))
-        (run,) = bodies(runs[-1:], RunBody)
-        yield f"**The run was stopped before its end: {edited} of its {run.edits} facts are edited.**\n"
+        yield f"**The run was stopped before its end: {edited} of its {planned} facts are edited.**\n"
 
 
 def _history(entries: Sequence[Entry], run: RunBody) -> Iterator[str]:
@@ -171,10 +171,15 @@ def _metrics(entries: Sequence[Entry]) -> str:
     rows += [[name, *(_number(each.metrics.get(name, math.nan)) for each in columns)] for name in names]
     protocols = ", ".join(sorted({each.protocol for each in columns}))
     text = f"{markdown_table(rows)}\nMeasured under the protocol {escape(protocols)}; others are not comparable.\n"
-    changed = max((each.number for each in entries if isinstance(each.body, (BatchBody, RollbackBody))), default=-1)
-    measured = max((each.number for each in entries if each.body is stages.get("after")), default=-1)
     note = "The weights were changed after the last measurement: the metrics are those of the model before that."
-    return text + (f"\n{note}\n" if measured < changed else "")
+    return text + (f"\n{note}\n" if _has_changed(entries) else "")
+
+
+def _has_changed(entries: Sequence[Entry]) -> bool:
+    """Return whether the weights were changed after the last measurement of the edited model."""
+    changed = [each.number for each in entries if isinstance(each.body, (BatchBody, RollbackBody))]
+    measured = [each.number for each in entries if isinstance(each.body, EvaluationBody) and each.body.stage == "after"]
+    return max(measured, default=-1) < max(changed, default=-1)
 
 
 def _edits(entries: Sequence[Entry]) -> str:

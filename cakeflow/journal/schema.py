@@ -374,6 +374,7 @@ class RunInfo(Schema):
         metrics: Stage -> metric -> value.
         protocol: Protocol of the metrics; only numbers under the same one are comparable.
         edits: Number of facts edited in the run.
+        timed: How many of them ``timings`` are of; fewer where the run was interrupted and went on.
         timings: Seconds per phase.
         peaks: Peak memory per phase beyond the model, in bytes.
         verdict: What became of the run, in a sentence; empty where the model was not asked freely.
@@ -387,6 +388,7 @@ class RunInfo(Schema):
     metrics: dict[str, dict[str, Number]] = Field(default_factory=dict)
     protocol: str = "?"
     edits: Count | None = None
+    timed: Count | None = None
     timings: dict[str, Number] = Field(default_factory=dict)
     peaks: dict[str, Number] = Field(default_factory=dict)
     verdict: str = ""

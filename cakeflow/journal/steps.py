@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cakeflow.data.request import EditRequest
-from cakeflow.errors import ConfigError, RequestWarning, listed
+from cakeflow.errors import ConfigError, RequestWarning, SharedKeyWarning, listed
 from cakeflow.journal import force
 from cakeflow.journal.changes import Change
 from cakeflow.journal.ledger import canonical
@@ -82,6 +82,10 @@ class EditStep:
 
     def __post_init__(self) -> None:
         self.hashes = self.hashes or tuple(map(request_hash, self.requests))
+
+    def name(self, place: int) -> str:
+        """Return a request for a message: its text, or the start of its hash where texts were not stored."""
+        return repr(self.requests[place].text) if self.requests else self.hashes[place][:16]
 
     @property
     def completes(self) -> bool:
@@ -181,13 +185,22 @@ def remaining(steps: Sequence[EditStep], count: int | None, batch: int | None) -
 
 
 def warn_of_kept(before: Sequence[EditStep], rest: Sequence[EditStep]) -> None:
-    """Warn of the facts of batches that were taken back which a later batch, still there, wrote again."""
-    in_force, kept = facts_in_force(rest), dict[str, int]()
+    """Warn of the facts of batches that were taken back which a later batch, still there, wrote again or replaced."""
+    in_force, kept, replacing = facts_in_force(rest), dict[str, int](), dict[str, int]()
     for step in before:
         if step not in rest:
-            later = {s.hashes[i]: s.number for s, i in in_force if s.number > step.number}
-            texts = [repr(each.text) for each in step.requests] or [name[:16] for name in step.hashes]
-            kept |= {text: later[name] for text, name in zip(texts, step.hashes, strict=True) if name in later}
+            later = [(s, i) for s, i in in_force if s.number > step.number]
+            again = {s.hashes[i]: s.number for s, i in later}
+            kept |= {step.name(i): again[name] for i, name in enumerate(step.hashes) if name in again}
+            gone = set(step.hashes)
+            replacing |= {s.name(i): s.number for s, i in later if gone.intersection(s.replaced.get(s.hashes[i], ()))}
+    if replacing:
+        warnings.warn(
+            f"what a later batch ({listed([*{*replacing.values()}])}) wrote in the place of what was taken back stood "
+            f"on it and may not hold any more: {listed([*replacing], 3)}; ask for these facts, or take that batch back",
+            SharedKeyWarning,
+            stacklevel=3,
+        )
     if kept:
         warnings.warn(
             f"facts of what was taken back stay, because a later batch ({listed([*{*kept.values()}])}) wrote again: "

@@ -186,9 +186,9 @@ def _measures(entry: Entry) -> bool:
 
 
 def _ledger(path: Path) -> list[Entry]:
-    """Return the entries of the run itself: an earlier run's batches come before its start."""
+    """Return the entries of the run itself: an earlier run's batches come before its start, which a page may repeat."""
     entries = list(read_entries(path)) if path.is_file() else []
-    return entries[max((entry.number for entry in entries if isinstance(entry.body, RunBody)), default=0) :]
+    return entries[min((entry.number for entry in entries if isinstance(entry.body, RunBody)), default=0) :]
 
 
 def _edits(path: Path, ledger: Sequence[Entry]) -> list[EditedRequest]:

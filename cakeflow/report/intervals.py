@@ -137,12 +137,16 @@ def paired(
 ) -> dict[str, Interval]:
     """Return per metric the mean difference of the second side from the first, paired by record.
 
-    Empty if the records differ.
+    Empty if the records differ, or what was asked about them.
     """
-    if [(record.index, record.key) for record in first] != [(record.index, record.key) for record in second]:
+    if [*map(_asked, first)] != [*map(_asked, second)]:
         return {}
     before, after = record_values(first, forms), record_values(second, forms)
     return {name: Interval.of(after[name] - before[name], least=-1.0) for name in after}
+
+
+def _asked(record: EvaluatedRequest) -> tuple[object, ...]:
+    return record.index, record.key, [(each.kind, each.prompt, each.expected, each.rival) for each in record.prompts]
 
 
 def _value(record: EvaluatedRequest, kind: str, field: str) -> float:

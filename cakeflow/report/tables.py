@@ -29,7 +29,7 @@ from cakeflow.journal.schema import (
 from cakeflow.journal.steps import EditStep
 from cakeflow.plugins import Plugin
 from cakeflow.report.comparison import DELTA, as_texts, short_names
-from cakeflow.report.intervals import IMAGES, KINDS
+from cakeflow.report.intervals import IMAGES, KINDS, SHARES
 from cakeflow.storage.typed import Schema
 from cakeflow.tracing import Trace
 
@@ -42,15 +42,19 @@ HEADLINES = (*KINDS, "learned", "learned_chat", *IMAGES)
 
 
 def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = "") -> Table:
-    """Return the metrics times 100, as in published tables, one column per stage, without those that are nan at all."""
-    table = Table(title=_cell(f"Metrics (%){protocol and f', {protocol}'}"), title_justify="left")
+    """Return metrics, one column per stage, without those that are nan at all.
+
+    Those of an evaluation are times 100, as in published tables; of what callbacks measure only shares are.
+    """
+    table = Table(title=_cell(f"Metrics (shares in %){protocol and f', {protocol}'}"), title_justify="left")
     table.add_column("metric")
     for name in columns:
         table.add_column(_cell(name), justify="right")
     for metric in dict.fromkeys(metric for column in columns.values() for metric in column):
         values = [column.get(metric, nan) for column in columns.values()]
         if any(value == value for value in values):
-            table.add_row(_cell(metric), *(f"{100 * value:.1f}" if value == value else "" for value in values))
+            form = "{:.1f}" if (times := 100 if metric in SHARES or "/" not in metric else 1) == 100 else "{:.4g}"
+            table.add_row(_cell(metric), *(form.format(times * value) if value == value else "" for value in values))
     return table
 
 
@@ -62,9 +66,8 @@ def phases_table(timings: Mapping[str, float], peaks: Mapping[str, float], edits
     for phase, seconds in timings.items():
         if seconds >= 0.05:
             peak = peaks.get(phase, float("nan")) / GIB
-            table.add_row(
-                _cell(phase), f"{seconds:.1f}", f"{seconds / edits:.2f}", f"{peak:.2f}" if peak == peak else ""
-            )
+            each = f"{seconds / edits:.2f}" if edits else ""
+            table.add_row(_cell(phase), f"{seconds:.1f}", each, f"{peak:.2f}" if peak == peak else "")
     return table
 
 

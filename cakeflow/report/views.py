@@ -275,10 +275,11 @@ def method(run: RunFolder) -> str:
 
 
 def seconds_per_edit(run: RunFolder) -> float:
-    """Return the seconds of ``EDITING`` per edit; nan if they were not written."""
+    """Return the seconds of ``EDITING`` per edit that they are of; nan if they were not written, or are of none."""
     timings = run.info.timings
     seconds = [timings[phase] for phase in EDITING if not math.isnan(timings.get(phase, math.nan))]
-    return sum(seconds) / run.size if seconds and run.size else math.nan
+    timed = run.size if run.info.timed is None else run.info.timed
+    return sum(seconds) / timed if seconds and timed else math.nan
 
 
 def peak_memory(run: RunFolder) -> float:

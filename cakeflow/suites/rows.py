@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from copy import copy
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cakeflow.core.folder import is_finished
-from cakeflow.core.run import python_call, run_fit
+from cakeflow.core.run import run_fit
 from cakeflow.data.files import read_text
 from cakeflow.editor import Editor
 from cakeflow.errors import (
@@ -100,13 +101,19 @@ class Rows:
     Args:
         folder: The folder; it may be there already, with rows of an earlier start.
         notify: Called with every arm's row as it is measured.
+        again: What goes on with a suite that is interrupted, for the message that says so.
 
     Raises:
         ConfigError: If its file of rows is damaged.
     """
 
-    def __init__(self, folder: Path, notify: Callable[[Arm, Row], Any] = lambda arm, row: None) -> None:
-        self.folder, self.path, self.notify = folder, folder / ROWS, notify
+    def __init__(
+        self,
+        folder: Path,
+        notify: Callable[[Arm, Row], Any] = lambda arm, row: None,
+        again: str = "Rows(folder).measure(arms)",
+    ) -> None:
+        self.folder, self.path, self.notify, self.again = folder, folder / ROWS, notify, again
         self._unedited: dict[str, Any] = {}
         self.stored = self._read()
 
@@ -187,7 +194,7 @@ class Rows:
         editor = Editor(arm.module(), trainer)
         editor.module.unedited = self._unedited  # every arm asks the same unedited model the same
         facts = copy(arm.requests)  # a run leaves its model with them, and arms outlive their runs
-        run_fit(editor.trainer(folder), editor.module, facts, goes_on=python_call)
+        run_fit(editor.trainer(folder), editor.module, facts, goes_on=lambda _: self.again)
 
     def _check_model(self, arm: Arm) -> None:
         """Load the model once, since what is wrong with it is no result of a method, and compare it with the rows."""
@@ -208,7 +215,7 @@ class Rows:
             protocol=info.protocol,
             metrics={**run.metrics("after"), **{name: values[-1] for name, values in logged.items()}},
             before={**run.metrics("before"), **{name: values[0] for name, values in logged.items()}},
-            seconds=sum(info.timings.values()),
+            seconds=sum(info.timings.values()) if info.timed in (None, info.edits) else float("nan"),
             seconds_per_edit=seconds_per_edit(run),
             peak=peak_memory(run),
             versions=info.versions,
@@ -225,11 +232,14 @@ class Rows:
 
 
 def logged_by_callbacks(run: RunFolder) -> dict[str, list[float]]:
-    """Return the numbers that ``PeriodicCallback``s logged along a run: name -> values, in order."""
-    values: dict[str, list[float]] = {}
+    """Return the numbers that ``PeriodicCallback``s logged along a run: name -> values, in order.
+
+    What one measurement left out, since there was nothing to judge, is nan.
+    """
+    measured: dict[str, list[dict[str, float]]] = {}
     for cells in run.log:
-        for name, value in cells.items():
-            prefix, _, rest = name.partition("/")
-            if f"{prefix}/edits" in cells and rest not in ("", "edits"):
-                values.setdefault(name, []).append(value)
-    return values
+        for prefix in {name.partition("/")[0] for name in cells if name.endswith("/edits")}:
+            own = {name: value for name, value in cells.items() if name.startswith(f"{prefix}/")}
+            measured.setdefault(prefix, []).append(own)
+    names = {name: rows for rows in measured.values() for row in rows for name in row if not name.endswith("/edits")}
+    return {name: [row.get(name, math.nan) for row in rows] for name, rows in names.items()}

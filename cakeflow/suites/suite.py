@@ -244,12 +244,13 @@ def arms_of(suite: Suite, loading: Loading = Loading()) -> list[Arm]:
     """
     for size in suite.sizes:
         require_count("sizes", size, 1)
+    seeds = [*dict.fromkeys(suite.seeds)]
     names = [suite.baseline, *(each for each in suite.methods if each != suite.baseline)]
     arms = [
         Arm(suite, method, data, size, seed, loading)
         for data in suite.data
-        for size in suite.sizes
-        for seed in suite.seeds
+        for size in dict.fromkeys(suite.sizes)
+        for seed in (seeds[:1] if "shuffle_seed" in suite.data[data] else seeds)  # facts of another order have no seed
         for method in names
     ]
     for each in (suite.data, suite.methods):

@@ -152,6 +152,8 @@ def _line(
         if base is None or first is None or base.protocol != next((row.protocol for row in whole), ""):
             continue
         if name not in values.values:
+            if [bool(row.fault) for row in rows] != [bool(row.fault) for row in base.rows]:
+                continue  # means over other seeds
             differences[name] = Interval(plain.mean - base.metrics[name].mean)
         elif name in first.values and values.about[name] == first.about[name]:
             differences[name] = Interval.of(values.values[name] - first.values[name], least=-1.0)

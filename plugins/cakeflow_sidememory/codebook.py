@@ -16,6 +16,8 @@ from cakeflow_sidememory.routes import Measured
 
 GAP = 1e-5
 """Where two balls are split, the older one ends so far before the newer one begins, as in GRACE's code."""
+REACH = 1 + 1e-5
+"""Part of its radius that a ball reaches: distances in float32 differ in the last bits from a radius in float64."""
 PADDING = -1
 """Stands in the tables of labels where a target has no more tokens."""
 
@@ -234,7 +236,7 @@ class Codebook(RoutedModule):
         every = torch.cdist(query, self.keys, compute_mode="donot_use_mm_for_euclid_dist")
         is_center = self.owner == torch.arange(len(self.owner), device=self.owner.device)
         self.distances, center = every.masked_fill(~is_center, float("inf")).min(1)
-        self._thresholds = self.radius[center].to(self.distances)
+        self._thresholds = (self.radius[center] * REACH).to(self.distances)
         of_ball = every.masked_fill(self.owner != center[:, None], float("inf"))
         nearest = of_ball.shape[1] - 1 - of_ball.flip(1).argmin(1)  # of equal keys that of the later fact
         return torch.where(self.distances <= self._thresholds, nearest + 1, 0)

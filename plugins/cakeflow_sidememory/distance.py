@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
@@ -64,7 +65,6 @@ def row_distances(
     """
     total = (distances * counted).sum(1)
     mean = total / counted.sum(1).clamp_min(1)
-    if longest is None or distances.shape[1] <= longest:
+    if longest is None:
         return mean
-    largest: Tensor = (distances * counted).amax(1)
-    return largest
+    return torch.where(counted.sum(1) > longest, (distances * counted).amax(1), mean)

@@ -122,7 +122,8 @@ class FactorMemory(MemoryEdit):
         settings = ComposedSettings(
             self.lm.architecture.path(Site(self.similarity_layer, "mlp_out")), self.retrieval, self.rule
         )
-        change = FactorChange(self.place, settings, trained.factors, states, torch.tensor(facts))
+        questions = torch.tensor([question_number(request) for request in batch.requests])
+        change = FactorChange(self.place, settings, trained.factors, states, questions)
         numbers = _summary(trained)
         self.journal.apply(step, change, numbers)
         for name, value in numbers.items():
@@ -155,8 +156,16 @@ class FactorMemory(MemoryEdit):
 
 def fact_number(request: EditRequest) -> int:
     """Return the number of a fact, below 2^63: its prompt, subject and target say which it is, and nothing else."""
-    text = json.dumps([request.prompt, request.subject, request.target_new])
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+    return _number(request.prompt, request.subject, request.target_new)
+
+
+def question_number(request: EditRequest) -> int:
+    """Return the number of what a fact answers, its prompt and relation: a later fact with it takes its place."""
+    return _number(request.text, request.relation)
+
+
+def _number(*words: str | None) -> int:
+    return int.from_bytes(hashlib.sha256(json.dumps(words).encode()).digest()[:8], "big") >> 1
 
 
 def _summary(trained: TrainedFactors) -> dict[str, float]:

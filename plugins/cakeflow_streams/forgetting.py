@@ -76,8 +76,11 @@ def old_rows(problem: SearchProblem, fact: int, space: bool = True) -> list[Row]
             lm.tokenizer, [request.text] * 3, [old, old, new], [False, request.space if space else False, False]
         )
     )
+    new_ids = [row.ids[row.target :] for row in rows]
+    if len(new_ids[0]) > 1 and new_ids[0][-1] == lm.tokenizer.eos_token_id:  # the end is taught as well
+        new_ids = [ids[:-1] for ids in new_ids]
     # in a chat an answer begins a text, so that no space stands before either
-    answers = [tied if row.ids[row.target :] == new_tied else free for row in rows]
+    answers = [tied if ids == new_tied else free for ids in new_ids]
     written = [replace(row, ids=row.ids[: row.target] + ids) for row, ids in zip(rows, answers, strict=True)]
     longest = max(len(row.ids) for row in written)
     if not all(answers) or longest > lm.longest:
@@ -85,7 +88,7 @@ def old_rows(problem: SearchProblem, fact: int, space: bool = True) -> list[Row]
             "has no token of its own" if not all(answers) else f"{longest} tokens with it, {lm.longest} can be read"
         )
         raise RequestError([Fault(problem.batch.numbers[fact], "target_true", old, f"{remedy}; give another one")])
-    return written if differ(rows[0].ids[rows[0].target :], answers[0]) else []
+    return written if differ(new_ids[0], answers[0]) else []
 
 
 def differ(new: Sequence[int], old: Sequence[int]) -> bool:

@@ -65,6 +65,11 @@ class SpectralGuard(Solver):
         update = self.inner.solve(problem)
         if self.share == 0 or self.strength == 0:
             return update
+        if update.gradients is not None:
+            raise ConfigError(
+                f"SpectralGuard: {type(self.inner).__name__} reads the keys of earlier batches from their changes, "
+                "which a guard alters; leave the guard out, or guard a solver with target values"
+            )
         directions = self._directions(problem)
         deferred = None if update.deferred is None else self._guarded(update.deferred, directions)
         return replace(self._guarded(update, directions), deferred=deferred)

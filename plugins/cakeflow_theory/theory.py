@@ -30,8 +30,8 @@ class ResidualDrift(EditCallback):
         self._edits: list[LayerEdit] = []
 
     def on_layer_solved(self, module: LocateThenEdit, edit: LayerEdit) -> None:
-        """Collect the layer's edit."""
-        self._edits.append(edit)
+        """Collect the layer's edit; those of a batch that failed are dropped."""
+        self._edits = [*(self._edits if edit.context.index else ()), edit]
 
     def on_batch_edited(self, module: LocateThenEdit, remaining: Float[Tensor, "n d_out"]) -> None:
         """Log the drift of every layer of the batch."""
@@ -199,10 +199,11 @@ class ScoreDrift(L.Callback):
         """Trace the unedited model, after the checks of all requests."""
         assert isinstance(pl_module, LocateThenEdit)
         if batch_idx == 0:
-            self._rows, _ = known_rows(pl_module.lm, self.facts, self.limit, max_bytes=pl_module.max_bytes)
-            self._before = self.trace.within(pl_module.max_bytes).run(
-                pl_module.lm, self._rows, self.layers or pl_module.layers
-            )
+            with pl_module.journal.reverted():
+                self._rows, _ = known_rows(pl_module.lm, self.facts, self.limit, max_bytes=pl_module.max_bytes)
+                self._before = self.trace.within(pl_module.max_bytes).run(
+                    pl_module.lm, self._rows, self.layers or pl_module.layers
+                )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Trace the edited model with the same noise."""

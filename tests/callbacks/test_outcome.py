@@ -1,5 +1,6 @@
 """Every run says what became of it, and what it cost."""
 
+import copy
 import json
 from dataclasses import replace
 
@@ -8,7 +9,7 @@ import pytest
 import torch
 from tiny_runs import editor_of, module_of
 
-from cakeflow import Editor, GradientSearch, LeastSquares
+from cakeflow import EditDataModule, Editor, GradientSearch, LeastSquares
 from cakeflow.callbacks import NeutralText, OutcomeCheck, Policy, PolicyGuard
 from cakeflow.data import builtin_facts, states
 from cakeflow.errors import ConfigError, PolicyError, SideEffectWarning
@@ -51,6 +52,15 @@ def test_a_run_asks_every_fact_before_and_after(tiny, tmp_path):
     assert {"learned", "learned_chat", "neighbors"} <= {*run.before} & {*run.after}
     assert run.before["neighbors"] == 1.0
     assert "neutral/kl" in run.logged
+
+
+def test_a_plain_trainer_compares_with_the_unedited_model_too(tiny):
+    whole = editor_of(copy.deepcopy(tiny), **STRONG).fit(FACTS, evaluate=True)
+    module = module_of(tiny, **STRONG)
+    options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    L.Trainer(**options, callbacks=[OutcomeCheck()]).fit(module, datamodule=EditDataModule(FACTS))
+    assert [each.before for each in module.outcome.answers] == [each.before for each in whole.outcome.answers]
+    assert any(each.before != each.after for each in module.outcome.answers)
 
 
 def test_no_metric_is_nan_where_only_prompt_subject_and_target_are_there(lm, tmp_path):

@@ -40,6 +40,14 @@ def test_a_fact_whose_value_a_later_one_replaced_is_not_scored(lm, requests, tmp
     assert watcher.curves[-1] == [float(scores[0]), float(scores[1:].mean())]
 
 
+def test_a_first_batch_that_was_replaced_as_a_whole_has_no_retention(lm, requests):
+    watcher = Retention()
+    editor = editor_of(lm, {"callbacks": [watcher], "logger": False})
+    editor.fit(requests[:1], evaluate=False)
+    editor.fit([replace(requests[0], target_new="Lisbon")], evaluate=False)
+    assert watcher.rows[-1].keys() == {"retention/edits", "retention/mean"}
+
+
 @pytest.mark.parametrize("form", ["answer", "contained", "judged"])
 def test_retention_generates_no_free_answers(form):
     with pytest.raises(ConfigError, match="'exact', 'tokens' or 'probability'"):

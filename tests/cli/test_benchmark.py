@@ -89,8 +89,11 @@ def test_an_interrupt_leaves_rows_and_the_command_goes_on(write, capsys, monkeyp
     write()
     runs = []
 
+    again = []
+
     def interrupted(*words, **options):
         runs.append(words)
+        again.append(options["goes_on"])
         if len(runs) == 2:
             raise KeyboardInterrupt
         return run_fit(*words, **options)
@@ -105,6 +108,7 @@ def test_an_interrupt_leaves_rows_and_the_command_goes_on(write, capsys, monkeyp
     ]
     assert not Path("out/suite.html").exists()
     assert len(main(SMALL)) == 3
+    assert again[0](Path("any")) == "cakeflow benchmark --suite mine.yaml --out out"
     assert "2 of 3 runs to measure" in " ".join(capsys.readouterr().out.split())
 
 

@@ -1,9 +1,12 @@
 """What a run measures of its model, and tells those who watch."""
 
+import lightning as L
 import pytest
 import torch
 from tiny_runs import editor_of
 
+from cakeflow import EditDataModule
+from cakeflow.callbacks import Policy, PolicyGuard
 from cakeflow.core.callback import EditCallback
 from cakeflow.core.locate_then_edit import LocateThenEdit
 from cakeflow.core.module import EditModule
@@ -25,6 +28,17 @@ def test_stages_outcomes_and_phases(lm, requests, tmp_path):
     with module.phase("something"):
         pass
     assert module.timings["something"] >= 0
+
+
+def test_a_run_of_a_plain_trainer_is_judged_by_what_it_measured(lm, requests):
+    editor = editor_of(lm, {"logger": False})
+    editor.fit(requests[:2])
+    editor.evaluate(requests[:2])
+    guard = PolicyGuard(Policy(minimum={"edits": 3.0}))
+    options = {"max_epochs": 1, "logger": False, "enable_progress_bar": False, "enable_checkpointing": False}
+    L.Trainer(**options, callbacks=[guard]).fit(editor.module, datamodule=EditDataModule(requests[2:3]))
+    assert (editor.module.stage, [*editor.module.metrics_at]) == ("after", ["after"])
+    assert repr(editor.module.metrics_at["after"]) == repr(editor.evaluate(requests[2:3]).metrics)
 
 
 def test_a_watcher_that_cannot_measure_does_not_undo_an_edit(lm, requests, tmp_path):

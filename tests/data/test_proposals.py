@@ -4,6 +4,7 @@ import pytest
 
 from cakeflow import EditRequest, Probe
 from cakeflow.data import builtin_facts
+from cakeflow.data.builtin import builtin_relations
 from cakeflow.data.proposals import FRAMES, NEIGHBORS, propose
 
 
@@ -15,6 +16,17 @@ def test_a_relation_that_is_known_gives_its_wordings_and_subjects():
     assert all(probe.prompt.endswith(" plays the sport of") for probe in fact.probes[3:])
     assert not any("LeBron" in probe.prompt for probe in fact.probes[3:])
     assert {probe.expected for probe in fact.probes} == {None}
+
+
+def test_neighbors_of_a_fact_with_a_true_target_are_subjects_of_that_target():
+    (relation,) = (each for each in builtin_relations() if "basketball" in each["targets"])
+    fact = EditRequest("{} plays the sport of", "LeBron James", "tennis", "basketball")
+    own = {f"{name} plays the sport of" for name in relation["targets"]["basketball"]["subjects"]}
+    neighbors = {probe.prompt for probe in propose(fact).probes if probe.kind == "neighborhood"}
+    assert neighbors
+    assert neighbors < own
+    unknown = propose(EditRequest("{} plays the sport of", "LeBron James", "tennis", "curling"))
+    assert {probe.kind for probe in unknown.probes} == {"paraphrase"}
 
 
 def test_every_built_in_fact_finds_its_own_relation():

@@ -18,6 +18,7 @@ from cakeflow.errors import (
     RunFolderError,
 )
 from cakeflow.journal import Policy, read_entries, replay, verify
+from cakeflow.journal.provenance import circumstances
 from cakeflow.report import RunFolder, render_page
 from cakeflow.storage.locks import locked
 
@@ -114,6 +115,38 @@ def test_a_fact_alone_in_its_batch_goes_bit_for_bit_and_the_later_one_stays(open
         with pytest.raises(ConfigError, match="batch 0 has no fact 0"):
             session.undo(0, 0)
     assert verify(tmp_path / "run").faults == []
+
+
+@pytest.mark.filterwarnings("ignore::cakeflow.errors.SharedKeyWarning")
+@pytest.mark.parametrize("texts", [True, False])
+def test_a_fact_that_was_replaced_cannot_be_taken_back_before_the_one_in_its_place(opened, texts):
+    with opened(record_texts=texts) as session:
+        session.apply(*FACT)
+        session.apply(FACT[0], "golf")
+        before, rows = state(session.module.lm, session.module), session.state()["journal"]
+        assert [(row["state"], row["can_undo"]) for row in rows] == [("in force", True), ("replaced", False)]
+        with pytest.raises(ConfigError, match=r"of batch 0 is out of force: .* of batch 1 has its key"):
+            session.undo(0, 0)
+        assert state(session.module.lm, session.module) == before
+        session.undo(1, 0)
+        session.undo(0, 0)
+        assert session.journal.edits == 0
+
+
+@pytest.mark.checks
+def test_the_report_has_all_facts_of_all_visits(opened, tmp_path, monkeypatch):
+    with opened() as session:
+        session.apply(*FACT)
+    here = circumstances()
+    others = here.model_copy(update={"versions": {**here.versions, "torch": "9.9"}})
+    monkeypatch.setattr("cakeflow.core.identity.circumstances", lambda: others)
+    with opened() as session:
+        session.apply(*OTHER)
+        session.undo(0, 0)
+    run = RunFolder.read(tmp_path / "run")
+    assert [edit.rollback is None for edit in run.edits] == [False, True]
+    assert run.info.verdict.count("of 1 facts learned") == 1
+    assert run.metrics("after") == {}
 
 
 def test_a_finished_run_stays_as_it_is_and_another_folder_goes_on_from_it(opened, lm, requests, tmp_path):

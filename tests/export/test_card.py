@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from dataclasses import replace
 
 import lightning as L
 import pytest
@@ -91,6 +92,29 @@ def test_the_card_of_a_run_that_was_stopped_says_so(lm, requests, tmp_path):
     assert "stopped before" not in (tmp_path / "whole/README.md").read_text()
 
 
+def test_metrics_of_other_weights_are_not_in_the_tables_of_the_hub(lm, requests, tmp_path):
+    editor = editor_of(lm)
+    editor.fit(requests[:4], 2, run_dir=tmp_path / "run")
+    editor.save_pretrained(tmp_path / "whole")
+    editor.rollback(1)
+    editor.save_pretrained(tmp_path / "part")
+    whole, part = (ModelCard.load(tmp_path / name / "README.md").data for name in ("whole", "part"))
+    assert whole.eval_results
+    assert not part.eval_results
+
+
+def test_a_page_is_never_stopped_before_its_end(lm, requests, tmp_path):
+    editor = editor_of(lm)
+    editor.fit(requests[:2], evaluate=False, run_dir=tmp_path / "run")
+    entries = [each for each in editor.journal.store.ledger.entries if each.kind != "end"]
+    page = [
+        replace(each, body=each.body.model_copy(update={"edits": 0})) if each.kind == "run" else each
+        for each in entries
+    ]
+    assert "stopped before its end" in model_card(MANIFEST, entries)
+    assert "stopped before its end" not in model_card(MANIFEST, page)
+
+
 def test_the_card_says_that_names_were_written_as_decoys(lm, requests, tmp_path):
     for name, solver in (("plain", LeastSquares(0.5)), ("hidden", Decoys(LeastSquares(0.5)))):
         editor = editor_of(copy.deepcopy(lm), solver=solver)
@@ -162,7 +186,7 @@ def test_any_ledger_gives_a_card_without_markup_of_its_own(model, settings, name
     card = model_card(MANIFEST.model_copy(update={"model": model}), entries)
     shown = [line for line in card.splitlines() if line.startswith('{"subject"')]
     assert [json.loads(line) for line in shown] == [{"subject": subject}]
-    assert (f"| {rate:.4g} |" in card) == (abs(rate) <= LARGEST)
+    assert (f"| {escape(f'{rate:.4g}')} |" in card) == (abs(rate) <= LARGEST)
     outside = re.sub(r"^(`{3,})$.*?^\1$", "", card, flags=re.DOTALL | re.MULTILINE)
     headings = [line for line in outside.splitlines() if line.startswith("#")]
     assert headings[1:] == ["## How to use", "## Method", "## Metrics", "## Edits", "## How to verify"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cakeflow_sidememory import ComposedProjection, FactorMemory, FactorTraining, Retrieval, SideMemory
-from cakeflow_sidememory.factor_memory import fact_number
+from cakeflow_sidememory.factor_memory import question_number
 from stops import STOPS
 from test_cakeflow_sidememory import QUIET, equal, hashes, logits, tree
 
@@ -131,7 +131,7 @@ def test_a_batch_below_a_later_one_comes_back_alone(tiny, tmp_path):
     editor = editor_of(tiny)
     editor.fit(FACTS, 2, run_dir=tmp_path / "run")
     editor.rollback(batch=0)
-    assert editor.module.memory().facts.tolist() == [fact_number(fact) for fact in FACTS[2:]]
+    assert editor.module.memory().facts.tolist() == [question_number(fact) for fact in FACTS[2:]]
     assert not verify(tmp_path / "run").faults
     alone = editor_of(other, logger=False)
     alone.fit(FACTS[2:], 2, evaluate=False)

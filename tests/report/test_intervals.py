@@ -11,7 +11,7 @@ from hypothesis.extra.numpy import arrays
 from scipy.stats import binomtest
 
 from cakeflow.report import RunFolder
-from cakeflow.report.intervals import Interval, harmonic, record_values
+from cakeflow.report.intervals import Interval, harmonic, paired, record_values
 
 
 def covers(draws, truth, least=0.0):
@@ -81,6 +81,15 @@ def test_means_over_prompts_of_few_records_are_covered(count):
 def test_the_same_records_have_the_same_interval():
     values = np.random.default_rng(0).random(50)
     assert Interval.of(values) == Interval.of(values)
+
+
+def test_records_that_were_asked_otherwise_are_not_paired(run_folder):
+    records = RunFolder.read(run_folder).after
+    other = records[0].model_copy(
+        update={"prompts": [each.model_copy(update={"prompt": f"{each.prompt}!"}) for each in records[0].prompts]}
+    )
+    assert paired(records, records)["efficacy"].mean == 0
+    assert paired(records, [other, *records[1:]]) == {}
 
 
 def test_a_record_counts_with_the_mean_over_its_prompts(run_folder):

@@ -27,6 +27,11 @@ def test_metrics_are_percent_with_one_column_per_stage():
     assert row.index("12.5") < row.index("100.0")
 
 
+def test_what_is_no_share_is_not_in_percent():
+    text = shown(report.metrics_table({"now": {"neutral/perplexity": 30.25, "neutral/kl": 0.125, "neutral/top1": 0.5}}))
+    assert [line.split()[-2] for line in text.splitlines() if "neutral" in line] == ["30.25", "0.125", "50.0"]
+
+
 def test_metrics_that_nothing_could_judge_are_left_out():
     nan = float("nan")
     columns = {"before": {"efficacy": nan, "fluency": nan}, "after": {"efficacy": nan, "fluency": 6.145}}

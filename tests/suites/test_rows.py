@@ -1,12 +1,14 @@
 """Rows of a suite: measured once, whatever interrupts; a suite that changed is refused; faults are results."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
 import threading
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from lightning.pytorch.callbacks import Callback
@@ -101,6 +103,13 @@ def counting(monkeypatch, kind, name):
     return calls
 
 
+def test_a_number_that_a_measurement_leaves_out_is_none_of_an_earlier_one():
+    log = [{"k/edits": 0.0, "k/masked": 0.5, "k/new": 0.1}, {"loss": 1.0}, {"k/edits": 4.0, "k/new": 0.9}]
+    values = logged_by_callbacks(SimpleNamespace(log=log))
+    assert values["k/new"] == [0.1, 0.9]
+    assert (values["k/masked"][0], math.isnan(values["k/masked"][1])) == (0.5, True)
+
+
 def test_the_unedited_model_is_asked_and_measured_once_and_says_what_it_says_alone(write, monkeypatch):
     arms = arms_of(read_suite(write(callbacks=MEASURED)))
     with monkeypatch.context() as patch:
@@ -158,6 +167,8 @@ def test_an_interrupted_suite_goes_on_where_it_stopped(write, monkeypatch):
     rows = Rows(OUT).measure(arms)
     assert content(OUT / "runs" / arms[0].name) == first
     assert [row.metrics for row in rows] == [row.metrics for row in whole]
+    assert [row.seconds == row.seconds for row in rows] == [True, False, True]  # of one a part was timed elsewhere
+    assert RunFolder.read(OUT / "runs" / arms[1].name).info.timed < arms[1].size
     weights = [
         [change.after for entry in run.ledger if entry.kind == "batch" for change in entry.body.changes]
         for folder in ("whole", OUT)

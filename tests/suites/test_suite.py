@@ -44,6 +44,12 @@ def test_an_arm_is_a_method_on_facts_of_a_seed(write):
     assert single.module().targets.steps == 3
 
 
+def test_facts_in_an_order_of_their_own_are_measured_once(write):
+    data = {"own": {"source": "facts.json"}, "ordered": {"source": "facts.json", "shuffle_seed": None}}
+    arms = arms_of(read_suite(write(data=data, seeds=[0, 1, 0], sizes=[2, 2])))
+    assert [(arm.data, arm.seed) for arm in arms if arm.method == "single"] == [("own", 0), ("own", 1), ("ordered", 0)]
+
+
 def test_an_arm_names_a_shipped_search_as_a_command_does(write):
     methods = {"memit_seq": {}, "short": {"method": "memit_seq", "targets": "short"}}
     plain, short = arms_of(read_suite(write(methods=methods)))

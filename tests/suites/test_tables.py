@@ -61,6 +61,18 @@ def test_numbers_without_records_are_means_over_seeds_without_interval(write):
     assert line.mean("seconds") == pytest.approx(np.mean([row.seconds for row in line.rows]))
 
 
+def test_a_method_that_failed_on_a_seed_is_not_compared_in_means_over_seeds(write):
+    arms = arms_of(read_suite(write(seeds=[0, 1], methods={"memit_seq": {}, "ultraedit": None})))
+    rows = Rows(OUT).measure(arms)
+    failed = [
+        row.model_copy(update={"fault": "no", "metrics": {}}) if row.arm.endswith("seed1/ultraedit") else row
+        for row in rows
+    ]
+    for kept, known in ((rows, True), (failed, False)):
+        (table,) = tables_of(arms, kept, OUT)
+        assert math.isnan(table.lines[1].differences["knowledge/new"].mean) != known
+
+
 def test_free_answers_have_intervals_and_differences(write):
     _, lines = table(write())
     values = []
