@@ -183,7 +183,7 @@ class LocateThenEdit(EditModule[TextBatch]):
         self.dequantize, self.min_arrival, self.on_low_arrival = dequantize, min_arrival, on_low_arrival
         self.fact_token, self.chat, self.end_of_text = fact_token, chat, end_of_text
         self.rounds, self.repairs, self.tile = rounds, repairs, tile
-        self.facts, self.footprints = dict[int, FactBatch](), dict[int, Footprint]()
+        self.facts, self.footprints = dict[tuple[int, ...], FactBatch](), dict[tuple[int, ...], Footprint]()
         self._settings = self.used_settings()
         if isinstance(base, LanguageModel):
             self.check_model()
@@ -251,8 +251,8 @@ class LocateThenEdit(EditModule[TextBatch]):
         warn_blocked(facts)
         earlier, place = self.journal.edits, 0
         for batch in batches:
-            self.facts[batch.first] = part = facts.part(range(place, place + len(batch)))
-            self.footprints[batch.first] = self.estimate(part.texts, earlier)
+            self.facts[batch.numbers] = part = facts.part(range(place, place + len(batch)))
+            self.footprints[batch.numbers] = self.estimate(part.texts, earlier)
             earlier, place = earlier + len(part.texts), place + len(batch)
         with self.phase("statistics"):
             missing = [Site(layer, self.site) for layer in self.layers if layer not in self.covariances]
@@ -326,7 +326,7 @@ class LocateThenEdit(EditModule[TextBatch]):
     def edit(self, batch: TextBatch, step: EditStep) -> None:
         """Edit one batch: walk over the layers, and again for the facts that did not take."""
         renew_keys(self)
-        walk = Walk(self, self.facts[batch.first], step)
+        walk = Walk(self, self.facts[batch.numbers], step)
         walk.over(range(len(walk.batch)))
         for _ in range(self.rounds):
             if not (facts := walk.not_taken()) or not walk.again(facts):
@@ -342,15 +342,15 @@ class LocateThenEdit(EditModule[TextBatch]):
             if not places:
                 return
             facts = self.stream.facts.part(places)
-            self.facts[facts.first] = facts
-            self.footprints[facts.first] = self.estimate(facts.texts, self.journal.edits)
+            self.facts[facts.numbers] = facts
+            self.footprints[facts.numbers] = self.estimate(facts.texts, self.journal.edits)
             yield self.stream.texts.part(places)
 
     def undo(self, batch: TextBatch, step: EditStep) -> None:
         """Walk some facts of an earlier batch back to where they would be without it."""
         if batch.undo is not None:
             renew_keys(self)
-            UndoWalk(self, self.facts[batch.first], step).take_back(batch.undo.places)
+            UndoWalk(self, self.facts[batch.numbers], step).take_back(batch.undo.places)
 
     def problem(
         self,

@@ -121,7 +121,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self.outcome: Outcome | None = None
         self._memory: PeakMemory | None = None
         self._home: torch.device | None = None
-        self._finished = self.complete = False
+        self.complete = False
         self._due: list[Sequence[EditRequest]] = []
         if isinstance(base, EditableModel):
             self.adopt(base)
@@ -219,7 +219,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         """Name the facts that the model states already, and measure the unedited model."""
         require_plain_mode("fit")
         self.journal.memory.check_all()
-        self._finished = self.complete = False
+        self.complete = False
         self.first_step, self.repeated = len(self.journal), set()
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         batches = list(self.trainer.train_dataloader or ())
@@ -272,18 +272,14 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self.log("memory/peak", max((p for phase, p in self.peaks.items() if phase != "evaluation"), default=0.0) / GIB)
         if self.trainer.is_last_batch:  # before the last validation, which must see the finished model
             self.complete = True
-            self._finish_once()
+            self.finish()
 
     @final
     def on_train_end(self) -> None:
-        """Finish a run that was stopped earlier, and check that nobody else changed the model meanwhile."""
-        self._finish_once()
-        self.journal.memory.check_all()
-
-    def _finish_once(self) -> None:
-        if not self._finished:
+        """Finish a run that was stopped and cannot go on, and check that nobody else changed the model meanwhile."""
+        if not (self.complete or self.journal.store):
             self.finish()
-        self._finished = True
+        self.journal.memory.check_all()
 
     def on_validation_epoch_start(self) -> None:
         """Start an evaluation."""

@@ -58,4 +58,7 @@ class Stream:
         part = self.facts.part(asked)
         entries = list(zip(part.texts.value_groups(), part.owners, strict=True))
         failed = {group for group, owner in entries if not taken[owner]}
-        return sorted({asked[owner] for group, owner in entries if group in failed})
+        places = sorted({asked[owner] for group, owner in entries if group in failed})
+        if journal.store and journal.store.goes_on_without([self.facts.requests[place] for place in places]):
+            return []  # when the run was interrupted they could not be edited again
+        return places

@@ -42,8 +42,12 @@ class UndoWalk(Walk):
             facts: Places of the requests in the batch.
 
         Raises:
-            ConfigError: If less than ``min_arrival`` of the way was made, and the module is to fail then.
+            ConfigError: If less than ``min_arrival`` of the way was made, and the module is to fail then; or the solver
+                descends to the targets itself, and so would write the facts once more.
         """
+        if not self.module.solver.needs_targets:
+            name = type(self.module.solver).__name__
+            raise ConfigError(f"{name} takes back whole batches only: rollback(batch={self.step.undoes})")
         self.step.owners = []  # a row of keys belongs to no request of this step
         self.leave_out = self.hashes  # all of the batch are in the solve
         entries = [entry for entry, owner in enumerate(self.facts.owners) if owner in facts]

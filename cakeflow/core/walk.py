@@ -71,7 +71,7 @@ class Walk:
     def __init__(self, module: LocateThenEdit, facts: FactBatch, step: EditStep) -> None:
         self.module, self.facts, self.batch, self.step = module, facts, facts.texts, step
         step.owners = facts.owners
-        self.footprint = module.footprints[facts.first]
+        self.footprint = module.footprints[facts.numbers]
         self.leave_out: Sequence[str] | None = None
         self.targets: dict[Site, Targets] = {}
         self.walks, self.arrived = [0] * len(self.batch), [0.0] * len(self.batch)
@@ -174,7 +174,9 @@ class Walk:
         """The layers to edit for some facts, in ascending order; those of weight 0 are left out."""
         module, batch = self.module, self.batch.part(facts)
         weights = self.weights[facts] if self.weights.dim() == 2 else self.weights
-        active = [i for i, positive in enumerate((weights > 0).reshape(-1, len(module.layers)).any(0)) if positive]
+        own, all_facts = ((each > 0).reshape(-1, len(module.layers)).any(0) for each in (weights, self.weights))
+        top = int(all_facts.nonzero().max())  # the value site is that of all facts
+        active = [i for i, positive in enumerate(own) if positive or i == top]
         layers = [module.layers[i] for i in active]
         for index, layer in enumerate(layers):
             value_site = module.targets.value_site(layers[-1] if module.allocator.residual_at == "last" else layer)

@@ -112,7 +112,7 @@ class Journal(Sequence[EditStep]):
         try:
             yield step
             with uninterrupted():
-                self._commit(step, number, known)
+                self._commit(step, number)
         except BaseException as error:
             if step.number < 0:
                 with nullcontext() if ranks.rejoin(error) else ranks.alone(), uninterrupted():
@@ -252,12 +252,12 @@ class Journal(Sequence[EditStep]):
         Raises:
             ResumeError: If the folder has another run, or a finished one.
         """
-        kinds = [entry.kind for entry in store.recorded]
-        if state := "finished" if "end" in kinds else "rolled-back" if "rollback" in kinds else "":
-            raise ResumeError(f"{store.folder} holds a {state} run; start this one in another folder")
-        if kinds and self.steps:
+        if store.ended:
+            raise ResumeError(f"{store.folder} holds a {store.ended} run; start this one in another folder")
+        if store.recorded and self.steps:
             raise ResumeError(f"{store.folder} holds a run; to go on with it, start with the unedited model")
         self.policies.require_same(store.ledger.entries)
+        store.require_run(run)  # before earlier batches change the model
         self._write_all(store)
         while store.recorded and store.recorded[0].kind == "batch":
             self.policies.require_recorded([store.recorded[0]])
@@ -346,7 +346,7 @@ class Journal(Sequence[EditStep]):
 
     # ---- the parts ----
 
-    def _commit(self, step: EditStep, number: int, known: set[str]) -> None:
+    def _commit(self, step: EditStep, number: int) -> None:
         """Complete a batch; whatever can fail comes before the ledger's line."""
         sys.audit("cakeflow.journal", "commit")
         step.after.update(self.places.hashes(step.places))
@@ -354,7 +354,7 @@ class Journal(Sequence[EditStep]):
         sys.audit("cakeflow.journal", "remembered")
         ranks.agree(step.after, "weights after the batch")  # the last that can fail on another rank than the first
         if self.store:
-            fresh = {place: self.original(place) for place in step.places if place not in known}
+            fresh = {p: self.original(p) for p in step.places if all(p not in each.places for each in self.steps)}
             self.store.commit(step, number, fresh)
         self._note(step, number)
 

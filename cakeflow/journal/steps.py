@@ -193,7 +193,8 @@ def warn_of_kept(before: Sequence[EditStep], rest: Sequence[EditStep]) -> None:
             again = {s.hashes[i]: s.number for s, i in later}
             kept |= {step.name(i): again[name] for i, name in enumerate(step.hashes) if name in again}
             gone = set(step.hashes)
-            replacing |= {s.name(i): s.number for s, i in later if gone.intersection(s.replaced.get(s.hashes[i], ()))}
+            others = [(s, i) for s, i in later if s.hashes[i] not in gone]
+            replacing |= {s.name(i): s.number for s, i in others if gone.intersection(s.replaced.get(s.hashes[i], ()))}
     if replacing:
         warnings.warn(
             f"what a later batch ({listed([*{*replacing.values()}])}) wrote in the place of what was taken back stood "

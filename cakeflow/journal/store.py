@@ -12,21 +12,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cakeflow.data.request import EditRequest
 from cakeflow.data.schemas import parse_requests
 from cakeflow.errors import LedgerError, RequestError, ResumeError
 from cakeflow.journal.changes import kind_of
-from cakeflow.journal.ledger import Entry, Ledger
+from cakeflow.journal.ledger import Entry, Ledger, bodies
 from cakeflow.journal.provenance import circumstances
 from cakeflow.journal.schema import (
     BatchBody,
     ChangeBody,
     Circumstances,
+    EndBody,
     EvaluationBody,
     ModelBody,
     RollbackBody,
     RunBody,
 )
-from cakeflow.journal.steps import AppliedChange, EditStep
+from cakeflow.journal.steps import AppliedChange, EditStep, request_hash
 from cakeflow.ranks import on_first
 from cakeflow.storage.atomic import write_tensors
 from cakeflow.storage.folders import require_inside
@@ -77,19 +79,41 @@ class JournalStore:
             self._pass_evaluations()
         if not self.recorded:
             self.ledger.append(body)
+        elif isinstance(body, EndBody) and not isinstance(self.recorded[0].body, EndBody):
+            raise ResumeError(f"{self.folder} has more of this run than was repeated; start it in another folder")
         elif type(self.recorded[0].body) is type(body):
             previous = self.recorded.popleft().body
             if isinstance(body, (ModelBody, RunBody)):
-                old, new = (
-                    {k: v for k, v in each.to_dict().items() if k not in INCIDENTAL} for each in (previous, body)
-                )
-                self._require_same(old, new)
+                self._require_like(previous, body)
             if isinstance(previous, RunBody) and isinstance(body, RunBody):
                 self._warn_of_versions(previous.versions, body.versions)
+
+    def require_run(self, run: RunBody) -> None:
+        """Check that the run which the folder has, if it has one, is this one; ``ResumeError`` as in ``append``."""
+        for recorded in bodies(self.recorded, RunBody)[:1]:
+            self._require_like(recorded, run)
+
+    @property
+    def ended(self) -> str:
+        """Why the run that the folder has cannot go on: it is ``finished`` or ``rolled-back``; empty if it can."""
+        kinds = [entry.kind for entry in self.recorded]
+        own = bodies(list(self.recorded)[kinds.index("run") :], BatchBody) if "run" in kinds else []
+        is_reduced = "rollback" in kinds or any(body.undoes is not None for body in own)
+        return "finished" if "end" in kinds else "rolled-back" if is_reduced else ""
+
+    def goes_on_without(self, requests: Sequence[EditRequest]) -> bool:
+        """Return whether the recorded run goes on with another batch than that of these requests."""
+        body = next((entry.body for entry in self.recorded if entry.kind != "evaluation"), None)
+        return isinstance(body, BatchBody) and list(body.hashes) != [request_hash(each) for each in requests]
 
     def note(self, body: Schema) -> None:
         """Append an entry that is no part of what a run repeats when it goes on."""
         self.ledger.append(body)
+
+    def _require_like(self, recorded: Schema, now: Schema) -> None:
+        """Compare what decides results of a model or run."""
+        old, new = ({k: v for k, v in each.to_dict().items() if k not in INCIDENTAL} for each in (recorded, now))
+        self._require_same(old, new)
 
     def _require_same(self, recorded: Any, now: Any) -> None:
         if lines := differences(recorded, now):

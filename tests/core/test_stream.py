@@ -1,7 +1,7 @@
 """Facts that the model does not state behind a batch are edited again: its own, and those that it lost."""
 
 import copy
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import lightning as L
 import pytest
@@ -11,13 +11,15 @@ from tiny_runs import LAYERS, editor_of, state
 from cakeflow import EditRequest, GradientSearch, LeastSquares
 from cakeflow.callbacks import PolicyGuard
 from cakeflow.core.stream import earlier_requests
-from cakeflow.errors import ConfigError, NotTakenWarning, PolicyError, RequestWarning, SharedKeyWarning
+from cakeflow.core.walk import Walk
+from cakeflow.errors import ConfigError, NotTakenWarning, NumericalError, PolicyError, RequestWarning, SharedKeyWarning
 from cakeflow.evaluation.scoring import score_rows
 from cakeflow.journal import Policy
 from cakeflow.journal.steps import request_hash
 from cakeflow.models import Site
 from cakeflow.report import RunFolder
 from cakeflow.solvers import Descent
+from cakeflow.weighters import Weighter
 
 SEARCH = GradientSearch(steps=40, lr=0.1, clamp=5.0, essence=None, decay=None)
 
@@ -184,3 +186,56 @@ def test_a_batch_that_is_taken_back_names_the_facts_that_a_later_one_wrote_again
     assert sum(repr(text) in str(caught[0].message) for text in texts) == min(3, len(texts))
     assert editor.journal.edits == len(facts) - 4 + len(again)
     editor.rollback()  # nothing stays, so nothing is named
+
+
+def test_a_repair_takes_no_place_of_a_coming_batch(sharp, facts):
+    """A fact on record is lost behind the first batch, and comes again at the head of the second one."""
+    editor = forgetful(sharp)
+    editor.fit([facts[2], facts[4]], 1, evaluate=False)
+    editor.module.repairs = 1
+    editor.fit([facts[0], facts[1], facts[2], facts[3]], 2, evaluate=False)
+    assert all(len(step.facts) == len(step.hashes) for step in editor.journal)
+    assert {request_hash(facts[3])} <= {name for step in editor.journal for name in step.hashes}
+
+
+def test_a_run_whose_repairs_fail_goes_on_where_it_stopped(sharp, facts, tmp_path):
+    def make(lm, *callbacks):
+        editor = forgetful(lm, {"callbacks": [*callbacks]}, repairs=1, solver=LeastSquares(1e-2))
+        edit = editor.module.edit
+
+        def repairs_fail(batch, step):
+            if {request_hash(each) for each in batch.requests} & {
+                name for each in editor.journal for name in each.hashes
+            }:
+                raise NumericalError("no")
+            edit(batch, step)
+
+        editor.module.edit = repairs_fail
+        return editor
+
+    whole = make(copy.deepcopy(sharp))
+    whole.fit(facts[:4], 1, evaluate=False, run_dir=tmp_path / "whole")
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        make(copy.deepcopy(sharp), StopBefore(3)).fit(facts[:4], 1, evaluate=False, run_dir=tmp_path / "run")
+    editor = make(sharp)
+    editor.fit(facts[:4], 1, evaluate=False, run_dir=tmp_path / "run")
+    assert in_force(editor) == in_force(whole)
+    assert state(sharp, editor.module) == state(whole.module.lm, whole.module)
+
+
+@dataclass(frozen=True)
+class OwnLayer(Weighter):
+    """The first facts have the lowest layer, the others the highest one."""
+
+    def weigh(self, lm, batch, layers):
+        low = torch.tensor([number < 2 for number in batch.numbers])
+        weights = torch.zeros(len(batch), len(layers), dtype=torch.float64)
+        weights[low, 0] = weights[~low, -1] = 1.0
+        return weights
+
+
+def test_facts_of_a_lower_layer_alone_walk_again_to_the_value_site_of_all(sharp, facts, monkeypatch):
+    monkeypatch.setattr(Walk, "not_taken", lambda _: [0, 1])
+    editor = forgetful(sharp, weighter=OwnLayer(), rounds=1)
+    editor.fit(facts[:4], evaluate=False)
+    assert [fact.walks for fact in editor.journal[0].facts] == [2, 2, 1, 1]

@@ -1,8 +1,10 @@
 """Single facts are taken back: they answer as before, and everything else as after."""
 
+import copy
 import json
 from dataclasses import replace
 
+import lightning as L
 import pytest
 import torch
 from tiny_runs import content, editor_of, finished_run, state
@@ -10,13 +12,14 @@ from tiny_runs import content, editor_of, finished_run, state
 from cakeflow import GradientSearch, LeastSquares
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.data import builtin_facts
-from cakeflow.errors import ConfigError, SharedKeyWarning
+from cakeflow.errors import ConfigError, ResumeError, SharedKeyWarning
 from cakeflow.evaluation.scoring import score_records
 from cakeflow.journal import Journal, verify
 from cakeflow.journal.ledger import read_entries, requests_in_force
 from cakeflow.models import Site
 from cakeflow.models.language import LanguageModel
 from cakeflow.report import RunFolder
+from cakeflow.solvers import Descent, FromScratch
 
 
 def bare(requests):
@@ -188,3 +191,46 @@ def test_one_of_twelve_facts_of_the_real_model(real_editor):
     assert not now[chosen]
     others = torch.arange(12) != chosen
     assert torch.equal(now[others], correct[others])
+
+
+def test_a_solver_that_descends_to_the_targets_takes_back_whole_batches_only(lm, requests):
+    editor = editor_of(lm, {"logger": False}, solver=Descent(steps=2))
+    editor.fit(bare(requests[:2]), evaluate=False)
+    before = state(lm, editor.module)
+    with pytest.raises(ConfigError, match=r"Descent takes back whole batches only: rollback\(batch=0\)"):
+        editor.undo(requests[0].subject)
+    assert state(lm, editor.module) == before
+    assert len(editor.journal) == 1
+
+
+def test_a_fact_of_the_only_batch_goes_where_all_facts_are_solved_from_scratch(lm, requests):
+    moment = 1e-9 * torch.eye(lm.key_width(Site(0, "mlp_out")), dtype=torch.float64)
+    parts = {"targets": GradientSearch(steps=12, lr=0.5), "moments": dict.fromkeys([1, 3], moment)}
+    editor = editor_of(lm, {"logger": False}, solver=FromScratch(LeastSquares(1e-9)), **parts)
+    facts = bare(requests[:2])
+    editor.fit(facts, evaluate=False)
+    both = values(editor, facts)
+    editor.undo(requests[0].subject)
+    with editor.reverted():
+        unedited = values(editor, facts)
+    now = values(editor, facts)
+    assert (now[0] - unedited[0]).norm() < 0.1 * (both[0] - unedited[0]).norm()
+    assert (now[1] - both[1]).norm() < 0.1 * (both[1] - unedited[1]).norm()
+    editor.undo(requests[1].subject)
+    editor.fit(bare(requests[2:3]), evaluate=False)
+    assert editor.journal.edits == 1
+
+
+@pytest.mark.filterwarnings("ignore:the run was stopped")
+def test_an_interrupted_run_of_which_a_fact_was_taken_back_does_not_go_on(lm, requests, tmp_path):
+    fresh, facts = copy.deepcopy(lm), bare(requests[:4])
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    editor = editor_of(lm, {"callbacks": [Stop()]})
+    editor.fit(facts, 2, evaluate=False, run_dir=tmp_path / "run")
+    editor.undo(requests[0].subject)
+    with pytest.raises(ResumeError, match="holds a rolled-back run"):
+        editor_of(fresh).fit(facts, 2, evaluate=False, run_dir=tmp_path / "run")

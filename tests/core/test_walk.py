@@ -56,7 +56,7 @@ def arg_max(lm, request):
 def test_shares_use_the_weights_of_the_edited_layers_only(lm, requests):
     module = module_of(lm, layers=[1, 2, 4], weighter=Uniform())
     facts = choose_tokens(lm, module.encode(requests[:2]), "auto", 1)
-    module.footprints[0] = module.estimate(facts.texts)
+    module.footprints[facts.numbers] = module.estimate(facts.texts)
     module.log = lambda *_, **__: None
     walk = Walk(module, facts, EditStep(()))
     walk.weights = torch.tensor([1.0, 0.0, 3.0])
@@ -288,7 +288,7 @@ def test_a_fact_that_did_not_take_in_a_chat_is_walked_again_with_both_keys(lm, r
     module = module_of(lm, layers=[1, 2], chat=True, contexts=CONTEXTS)
     texts = module.encode(requests[:3])
     facts = choose_tokens(lm, texts, "auto", 1, keys=module.contexts.keys)
-    module.footprints[0] = module.estimate(facts.texts)
+    module.footprints[facts.numbers] = module.estimate(facts.texts)
     module.log = lambda *_, **__: None
     walk = Walk(module, facts, EditStep(()))
     module.phase = lambda _: nullcontext()

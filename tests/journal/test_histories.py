@@ -94,6 +94,7 @@ def test_it_comes_back_when_the_fact_that_replaced_it_is_taken_back_alone(run, r
     ]
 
 
+@pytest.mark.filterwarnings("ignore:what a later batch")
 def test_a_replacement_of_a_replacement_is_behind_the_first_one(run, requests):
     """Each names all that have its key, so that no order of rollbacks has two facts of one key in force."""
     old, new = run[0].hashes[1], run[1].hashes[0]
@@ -123,6 +124,7 @@ def test_all_recorded_keys_are_there_to_compare_with(run):
     assert everything.facts == [each for step in run for each in step.hashes]
 
 
+@pytest.mark.filterwarnings("ignore:what a later batch")
 def test_keys_that_were_read_again_stand_in_for_those_recorded_until_their_batches_are_gone(run):
     """Values and facts stay; what comes behind is as it was recorded."""
     name, other = name_of(run.model, LAYER), {0: keys(run, 70), 1: keys(run, 80)}

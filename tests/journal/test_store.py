@@ -19,7 +19,7 @@ from tiny_runs import LAYERS, content, editor_of, name_of, state
 from toy_changes import Scaled
 
 from cakeflow import LeastSquares
-from cakeflow.errors import LedgerError, NumericalError, RunFolderError
+from cakeflow.errors import LedgerError, NumericalError, ResumeError, RunFolderError
 from cakeflow.journal.audit import verify
 from cakeflow.journal.changes import WeightChange
 from cakeflow.journal.journal import Journal
@@ -213,6 +213,29 @@ def test_a_change_may_have_a_tensor_named_as_target_values_are(lm, requests, tmp
     store = JournalStore(tmp_path)
     read = store.read_step(store.ledger.entries[-1])
     assert ([type(each.change) for each in read.changes], read.values) == ([Scaled], {})
+
+
+def test_originals_are_on_disk_whatever_was_edited_before_without_a_folder(lm, requests, tmp_path):
+    editor = editor_of(lm, {"logger": False})
+    editor.fit(requests[:1], evaluate=False)
+    editor.rollback()
+    begun = editor.journal.store_at(tmp_path)
+    editor.journal.open(begun, RUN)
+    one_batch(editor, requests[:2])
+    assert len(list(tmp_path.glob("original-*.safetensors"))) == len(LAYERS)
+
+
+def test_a_run_that_is_refused_leaves_the_model_as_it_was(lm, requests, tmp_path):
+    first, other = (copy.deepcopy(lm) for _ in range(2))
+    earlier = editor_of(first)
+    one_batch(earlier, requests[:2])
+    earlier.journal.open(earlier.journal.store_at(tmp_path), RUN)
+    before, again = state(other, editor_of(other).module), editor_of(other)
+    with pytest.raises(ResumeError, match="edits"):
+        again.journal.open(again.journal.store_at(tmp_path), RUN.model_copy(update={"edits": 7}))
+    assert (len(again.journal), state(other, again.module)) == (0, before)
+    again.journal.open(again.journal.store_at(tmp_path), RUN)
+    assert len(again.journal) == 1
 
 
 def test_files_that_links_lead_to_are_not_read(lm, requests, tmp_path):

@@ -10,6 +10,7 @@ from cakeflow_restrain import Prune, Rect
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from journal.edits import bits, same
+from tiny_runs import editor_of, state
 from weight_streams import Stream
 
 from cakeflow import (
@@ -215,3 +216,20 @@ def test_prune_behind_every_batch_in_a_fit(tiny, requests, quiet):
 def test_a_plain_solver_adds_no_step(lm, requests, quiet):
     module, _ = fit(lm, requests[:2], quiet, LeastSquares(), 1)
     assert len(module.journal) == 2
+
+
+@pytest.mark.filterwarnings("ignore:the run was stopped")
+def test_a_run_that_was_stopped_has_no_last_word_and_goes_on(lm, requests, tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    whole, first = (copy.deepcopy(lm) for _ in range(2))
+    editors = [editor_of(each, solver=Prune(LeastSquares(1.0))) for each in (whole, lm)]
+    editors[0].fit(requests[:4], 2, evaluate=False, run_dir=tmp_path / "whole")
+    stopped = editor_of(first, {"callbacks": [Stop()]}, solver=Prune(LeastSquares(1.0)))
+    stopped.fit(requests[:4], 2, evaluate=False, run_dir=tmp_path / "run")
+    assert [step.completes for step in stopped.journal] == [False]
+    editors[1].fit(requests[:4], 2, evaluate=False, run_dir=tmp_path / "run")
+    assert [step.completes for step in editors[1].journal] == [step.completes for step in editors[0].journal]
+    assert state(lm, editors[1].module) == state(whole, editors[0].module)

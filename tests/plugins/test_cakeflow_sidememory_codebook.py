@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from cakeflow_sidememory import Codebook, CodebookSettings, fold
-from cakeflow_sidememory.codebook import GAP, Balls, rows_of_table, table
+from cakeflow_sidememory.codebook import GAP, REACH, Balls, rows_of_table, table
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -190,7 +190,7 @@ def test_the_nearest_key_of_a_ball_answers(lm):
     queries = torch.zeros(4, width, dtype=torch.float64)
     queries[:, 0] = torch.tensor([0.4, 1.6, 2.0, 2.1])
     assert book.decide(queries).tolist() == [1, 2, 2, 0]
-    assert book.measured().threshold.tolist() == [2.0] * 4
+    assert book.measured().threshold.tolist() == pytest.approx([2.0 * REACH] * 4)
     assert book.own(1) == 2
 
 

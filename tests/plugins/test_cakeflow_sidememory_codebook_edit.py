@@ -162,6 +162,15 @@ def test_damaged_and_foreign_changes_are_refused(lm):
     assert isinstance(lm.module(SITE), Codebook)
 
 
+def test_a_ball_reaches_the_key_that_it_grew_to():
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(100):
+        first, step = torch.randn(2, 24, generator=generator)
+        keys = torch.stack([first, first + 1.7 * step / step.norm()])
+        module = CodebookChange("x", 1.0, keys, torch.zeros(2, 8), ((1,), (1,))).build(torch.nn.Linear(24, 8))
+        assert module.decide(keys).tolist() == [1, 2]
+
+
 def test_settings(lm):
     named = editor_of(lm, oracle=True).module.settings()
     assert (named["layer"], named["codebook"], named["oracle"]) == (3, {"eps": 1e-3}, True)

@@ -2,6 +2,7 @@
 
 import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,18 @@ def test_a_fact_that_is_edited_again_acts_once(tiny):
     assert equal(logits(tiny, TEXTS), logits(once, TEXTS))
     editor.rollback(batch=1)
     assert equal(logits(tiny, TEXTS), logits(once, TEXTS))
+
+
+def test_a_new_answer_of_a_question_takes_the_place_of_the_old_one(tiny):
+    new, old_alone, new_alone = replace(FACTS[0], target_new="of"), copy.deepcopy(tiny), copy.deepcopy(tiny)
+    editor = editor_of(tiny, logger=False)
+    for fact in (FACTS[0], new):
+        editor.fit([fact], evaluate=False)
+    editor_of(new_alone, logger=False).fit([new], evaluate=False)
+    assert equal(logits(tiny, TEXTS), logits(new_alone, TEXTS))
+    editor.rollback(batch=1)
+    editor_of(old_alone, logger=False).fit(FACTS[:1], evaluate=False)
+    assert equal(logits(tiny, TEXTS), logits(old_alone, TEXTS))
 
 
 def test_a_run_is_replayed_and_goes_on_from_its_folder(workplace):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cakeflow_sidememory.distance import row_distances
 from cakeflow_sidememory.rows import LENGTHS, SEEDS, edit_rows, sampled_contexts
 
 from cakeflow.forward.tokens import Row
@@ -37,6 +38,13 @@ def test_official_rows_count_padding_and_label_prompts_behind_a_long_irrelevant_
     assert rows.counted.all()
     assert rows.mask.sum(1).tolist() == [5, 7, 9]
     assert [row[row != -100].tolist() for row in rows.labels] == [[2, 3, 9, 8], [2, 3, 9, 8], [6, 6, 6, 6]]
+
+
+def test_padding_does_not_make_a_row_long():
+    distances, counted = torch.tensor([[1.0, 2.0, 3.0, 0.0, 0.0, 0.0]]), torch.tensor([[True] * 3 + [False] * 3])
+    assert row_distances(distances[:, :3], counted[:, :3], longest=5).tolist() == [2.0]
+    assert row_distances(distances, counted, longest=5).tolist() == [2.0]
+    assert row_distances(distances, counted, longest=2).tolist() == [3.0]
 
 
 def test_official_rows_are_right_where_the_longest_prompt_is_in_the_longest_row():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from cakeflow import Contexts, GradientSearch
 from cakeflow.errors import ConfigError, RequestError
+from cakeflow.forward.fact_tokens import with_end
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import frozen, inject
@@ -182,6 +183,13 @@ def test_old_answers_are_joined_like_new_ones(tiny, facts):
         tied = [row.ids[row.target :] for row in old_rows(problem, index, space=False)]
         assert set(tied) == {rows[1].ids[rows[1].target :]}
         assert tied[0] != rows[0].ids[rows[0].target :]
+
+
+def test_the_end_of_the_text_is_no_part_of_an_answer(tiny, facts):
+    problem = problem_of(tiny, facts, Contexts(chats=("ask: {}\n", "ask: {} [end]")))
+    taught = replace(problem, batch=with_end(tiny, problem.batch))
+    assert taught.batch.rows != problem.batch.rows
+    assert [old_rows(taught, i) for i in range(len(facts))] == [old_rows(problem, i) for i in range(len(facts))]
 
 
 def test_a_request_can_say_that_there_is_no_space(lm, facts):

@@ -83,6 +83,13 @@ def test_inputs_by_the_formula_of_sphere(shape, weight, seed):
     assert torch.equal(update.left, task.residual)
 
 
+class WithGradients(LeastSquares):
+    """A solver whose changes have the gradients that made them."""
+
+    def solve(self, problem):
+        return replace(super().solve(problem), gradients=problem.residual)
+
+
 @pytest.mark.parametrize("inner", [Descent(steps=2), LeastSquares(0.3), Rect(LeastSquares(0.3))])
 @pytest.mark.parametrize("neutral", [{"share": 0.0}, {"strength": 0.0}])
 def test_neutral_settings_change_nothing(inner, neutral):
@@ -91,6 +98,14 @@ def test_neutral_settings_change_nothing(inner, neutral):
     assert torch.equal(update.dense, plain.dense)
     assert update.is_plain == plain.is_plain
     assert (update.deferred is None) == (plain.deferred is None)
+
+
+def test_a_solver_that_reads_earlier_keys_from_its_changes_is_not_guarded():
+    task = with_loss(problem())
+    inner = WithGradients(0.3)
+    with pytest.raises(ConfigError, match="reads the keys of earlier batches from their changes"):
+        SpectralGuard(inner).solve(task)
+    assert SpectralGuard(inner, share=0.0).solve(task).gradients is not None
 
 
 def with_loss(task):

@@ -1,5 +1,8 @@
 """The theory's quantities: on dense matrices by hand, and in a fit against plain forward passes."""
 
+import copy
+from dataclasses import dataclass, field
+
 import lightning as L
 import pytest
 import torch
@@ -15,11 +18,13 @@ from cakeflow_theory.theory import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import editor_of
 from torchmetrics.functional import kendall_rank_corrcoef
 
 from cakeflow import Contexts, EditDataModule, GradientSearch, LayerProblem, LeastSquares, LocateThenEdit, Sequential
 from cakeflow.allocators import Jacobian, LayerContext
 from cakeflow.core.callback import EditCallback, LayerEdit
+from cakeflow.errors import NumericalError
 from cakeflow.forward.generation import continuations
 from cakeflow.models.architecture import Site
 from cakeflow.testing import DenseLinearMap
@@ -164,6 +169,27 @@ def test_drift_equals_full_passes(tiny, requests, quiet):
     assert float(logged["target/left"]) == pytest.approx(float(plain.residual[-1].norm(dim=1).mean()), rel=1e-5)
 
 
+@dataclass(frozen=True)
+class FailsOnce(LeastSquares):
+    """Fails at the second layer of the first batch."""
+
+    failed: list = field(default_factory=list)
+
+    def solve(self, problem):
+        if problem.index == 1 and not self.failed:
+            self.failed.append(True)
+            raise NumericalError("no")
+        return super().solve(problem)
+
+
+def test_a_batch_that_failed_leaves_nothing_for_the_drift_of_the_next(lm, requests, quiet):
+    fresh, callback = copy.deepcopy(lm), ResidualDrift()
+    with pytest.raises(NumericalError, match="no"):
+        fit(lm, requests[:3], quiet, [callback], solver=FailsOnce(1.0))
+    again = fit(lm, requests[:2], quiet, [callback])
+    assert float(again["drift"]) == float(fit(fresh, requests[:2], quiet, [ResidualDrift()])["drift"])
+
+
 def test_no_common_residual_no_drift(lm, requests, quiet):
     logged = fit(lm, requests[:2], quiet, [ResidualDrift()], allocator=Sequential(power=0, residual_at="self"))
     assert "drift" not in logged
@@ -203,6 +229,19 @@ def test_scores_before_and_after(lm, requests, quiet, monkeypatch, tmp_path):
     after = CausalTrace(draws=2, noise=before.settings["noise"]).run(lm, callback._rows, LAYERS)
     assert float(logged["score_drift"]) == pytest.approx(score_drift(before, after), rel=1e-6)
     assert score_drift(before, after) > 0
+
+
+def test_a_second_run_is_compared_with_the_unedited_model_too(lm, requests, monkeypatch, tmp_path):
+    monkeypatch.setenv("CAKEFLOW_CACHE", str(tmp_path))
+    prompts = [Fact("The sea of {} is", name, "x") for name in ("Ann", "Bob", "Lund")]
+    said = continuations(lm, [fact.text for fact in prompts], 8)
+    facts = [Fact(f.prompt, f.subject, text.split()[0]) for f, text in zip(prompts, said, strict=True)]
+    callback = ScoreDrift(facts, trace=CausalTrace(draws=2))
+    editor = editor_of(lm, {"callbacks": [callback], "logger": False})
+    editor.fit(requests[:2], evaluate=False)
+    before = callback._before.scores
+    editor.fit(requests[2:4], evaluate=False)
+    assert callback._before.scores == before
 
 
 class Alone(EditCallback):
