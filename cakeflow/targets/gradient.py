@@ -114,20 +114,22 @@ class GradientSearch(TargetSearch):
     ) -> Targets:
         """Minimise the objective of every fact of the batch."""
         run = partial(self._run, lm, layer=layer, max_tokens=max_tokens or self.max_tokens, progress=progress)
-        if not self.one_by_one:
-            return run(batch, steps=self.steps, importance=importance)
-        first, parts = batch.value_groups(), list[Targets]()
+        first, parts, faults = batch.value_groups(), list[Targets](), list[str]()
         groups = [[i for i, place in enumerate(first) if place == each] for each in dict.fromkeys(first)]
+        groups = groups if self.one_by_one else [[*range(len(batch))]]
         for group in groups:
-            parts.append(run(batch.part(group), steps=self.steps, importance=importance))
-            added = parts[-1].importance
-            assert added is not None
-            importance = added.sum(0) if importance is None else importance + added.sum(0)
+            targets, fault = run(batch.part(group), steps=self.steps, importance=importance)
+            parts.append(targets)
+            faults.append(fault)
+            if self.one_by_one and targets.importance is not None:
+                importance = targets.importance.sum(0) + (0 if importance is None else importance)
+        if all(faults):
+            raise NumericalError(faults[-1])
         return Targets.join(parts, groups)
 
     def measure(self, lm: LanguageModel, batch: TextBatch, layer: int, *, max_tokens: int | None = None) -> Targets:
         """Evaluate the objective once, without a step."""
-        return self._run(lm, batch, layer, max_tokens or self.max_tokens, 1, no_progress, None)
+        return self._run(lm, batch, layer, max_tokens or self.max_tokens, 1, no_progress, None)[0]
 
     def _run(
         self,
@@ -138,7 +140,8 @@ class GradientSearch(TargetSearch):
         steps: int,
         progress: Callable[[int], object],
         importance: Float[Tensor, " d_out"] | None,
-    ) -> Targets:
+    ) -> tuple[Targets, str]:
+        """Return the targets and, where all searches led away, what is wrong."""
         sites = [Site(layer, name) for name in (self.site, self.extra_site) if name]
         problem = SearchProblem.prepare(lm, batch, sites, max_tokens, importance)
         with frozen(lm), _attention(lm), torch.enable_grad():
@@ -157,7 +160,7 @@ class GradientSearch(TargetSearch):
 
     def _descend(
         self, problem: SearchProblem, objective: Objective, steps: int, progress: Callable[[int], object]
-    ) -> Targets:
+    ) -> tuple[Targets, str]:
         radius = self.clamp * torch.linalg.vector_norm(problem.initial, dim=2)
         groups = _ValueGroups.of(problem)
         radius = groups.least(radius)
@@ -182,12 +185,14 @@ class GradientSearch(TargetSearch):
             squares += groups.once(active)[:, None] * delta.grad[:, 0].double().square()
             adam.step()
             _clamp(delta, radius)
-        away = _led_away(problem, start.terms["likelihood"], final.terms["likelihood"], evaluations, final.solved)
+        before, after = start.terms["likelihood"], final.terms["likelihood"]
+        away, fault = _led_away(problem, before, after, evaluations, final.solved)
         final = final.updated(~groups.all(~away), start)
         nll = final.terms["likelihood"]
         initial, values = problem.initial[:, 0].double(), (problem.initial + final.delta)[:, 0].double()
         importance = squares / (evaluations - 1).clamp_min(1)[:, None]
-        return Targets(values, initial, final.loss, torch.exp(-nll), evaluations, self.stop.met(final), importance)
+        targets = Targets(values, initial, final.loss, torch.exp(-nll), evaluations, self.stop.met(final), importance)
+        return targets, fault
 
 
 @dataclass(frozen=True, eq=False)
@@ -283,15 +288,12 @@ def _led_away(
     end: Float[Tensor, " n"],
     steps: Int[Tensor, " n"],
     solved: Bool[Tensor, " n"],
-) -> Bool[Tensor, " n"]:
-    """Return the facts whose search led away from them, and log these and searches without effect.
+) -> tuple[Bool[Tensor, " n"], str]:
+    """Return the facts whose search led away from them, and where all did, what is wrong; log searches without effect.
 
     The official code writes what such a search ends with. Here a fact keeps its present value, and so does not take;
-    where that is so for all, a setting is at fault. Only the NLL is compared: the other terms may grow as it falls.
-    A solved fact passes: its NLL may have been near 0 from the start.
-
-    Raises:
-        NumericalError: If all searches led away.
+    where that is so for all of a batch, a setting is at fault. Only the NLL is compared: the other terms may grow as it
+    falls. A solved fact passes: its NLL may have been near 0 from the start.
     """
     message, idle = "", ~solved & (steps > 1) & (end >= start)
     away = idle & (end - start > TOLERATED_RISE)
@@ -303,6 +305,4 @@ def _led_away(
             "the request out"
         )
         log.warning(message)
-    if bool(away.all()):
-        raise NumericalError(message)
-    return away
+    return away, message if bool(away.all()) else ""

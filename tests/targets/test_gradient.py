@@ -262,6 +262,10 @@ def test_a_fact_whose_search_leads_away_keeps_its_value_and_a_batch_of_such_fact
     assert torch.equal(targets.values[away], present.values[away])
     torch.testing.assert_close(targets.probability[away], present.probability[away])
     torch.testing.assert_close(targets.values[others], alone.values)
+    one_by_one = replace(HEAVY, one_by_one=True)
+    torch.testing.assert_close(one_by_one.search(lm, batch, 1).values, targets.values)
+    with pytest.raises(NumericalError, match="did not lower"):
+        one_by_one.search(lm, batch.part(away), 1)
     assert {20 + i for i in away} <= {int(message.split()[1]) for message in caplog.messages}
 
 
