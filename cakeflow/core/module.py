@@ -218,6 +218,8 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
     def on_train_start(self) -> None:
         """Name the facts that the model states already, and measure the unedited model."""
         require_plain_mode("fit")
+        self.lm.follow()
+        self.journal.histories.follow(self.journal.steps)
         self.journal.memory.check_all()
         self.complete = False
         self.first_step, self.repeated = len(self.journal), set()

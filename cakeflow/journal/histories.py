@@ -60,6 +60,11 @@ class Histories:
         for step, gone in zip(steps, out_of_force(steps), strict=True):
             self._take_in(step, gone)
 
+    def follow(self, steps: Sequence[EditStep]) -> None:
+        """Have the keys of these batches where the model is now: a Trainer may have moved it."""
+        if any(each.keys is not None and each.keys.device != self._model.device for each in self._at.values()):
+            self.rebuild(steps)
+
     def renew(self, keys: Mapping[str, Keys], behind: Sequence[EditStep], steps: Sequence[EditStep]) -> None:
         """Have other keys in the place of recorded ones.
 

@@ -100,6 +100,11 @@ class EditableModel(ABC):
     def identity(self) -> bytes:
         """Everything beside the weights that decides the model's output: config, tokenizer or image processor."""
 
+    def follow(self) -> None:
+        """Have the float32 copies where their weights are now: a Trainer may have moved the model."""
+        for name, master in self.masters.items():
+            self.masters[name] = master.to(self.weight(name).device)
+
     def __call__(self, **inputs: Any) -> Any:
         """A forward pass of the model, in evaluation mode."""
         with self.running():

@@ -149,3 +149,19 @@ def test_a_ledger_whose_batch_replaces_by_a_fact_that_it_has_not_is_refused(lm, 
     journal.rollback()
     with pytest.raises(LedgerError, match="batch 0: 0000000000000000 replaced earlier facts and is none of the batch"):
         Journal(lm).load(tmp_path / "run")
+
+
+def test_keys_follow_a_model_that_is_moved(run):
+    kept = history(run, LAYER)
+    run.histories.follow(run.steps)
+    assert history(run, LAYER) is kept
+    run.model.model.to("meta")
+    run.histories.follow(run.steps)
+    assert (history(run, LAYER).keys.device.type, history(run, LAYER).facts) == ("meta", kept.facts)
+
+
+def test_a_float32_copy_that_is_with_its_weight_stays(lm):
+    name = name_of(lm, LAYER)
+    lm.masters[name] = master = torch.zeros_like(lm.weight(name))
+    lm.follow()
+    assert lm.masters[name] is master
