@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
@@ -66,9 +67,15 @@ def words_of(options: Mapping[str, object]) -> list[str]:
     """
     words: list[str] = []
     for name, value in options.items():
-        text = json.dumps(value, ensure_ascii=False) if isinstance(value, list) else str(value)
+        text = _list_text(value) if isinstance(value, list) else str(value)
         words += [f"--{name}", *([] if value is True else [text])] if value else []
     return words
+
+
+def _list_text(values: Sequence[object]) -> str:
+    """Return a list as a command takes it, with quotes where a name needs them."""
+    plain = all(re.fullmatch(r"[\w./-]+", str(each)) for each in values)
+    return f"[{', '.join(map(str, values))}]" if plain else json.dumps(values, ensure_ascii=False)
 
 
 def with_flags(words: Sequence[str], command: Callable[..., Any]) -> list[str]:
