@@ -80,7 +80,7 @@ def load_tasks(
     """Read and check the items of tasks, as lm-eval's ``evaluate`` takes them; see ``general_ability``."""
     require_count("limit", limit, 1)
     if not tasks:
-        raise ConfigError("name at least one task")
+        raise ConfigError(f"name at least one task, got tasks={tasks!r}")
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
