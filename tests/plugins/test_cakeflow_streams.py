@@ -137,9 +137,7 @@ def test_a_queue_counts_without_a_fact_that_was_undone(lm, requests, tmp_path):
 def test_single_facts_of_a_gradient_are_not_taken_back(lm, requests, tmp_path):
     editor = fit(lm, requests[:4], tmp_path / "run", **STREAMS["gradient"])
     before = state(lm, editor.module)
-    with pytest.raises(
-        ConfigError, match=r"NormalizedGradient takes back whole batches only: rollback\(batch=NUMBER\)"
-    ):
+    with pytest.raises(ConfigError, match=r"NormalizedGradient takes back whole batches only: rollback\(batch=0\)"):
         editor.undo(requests[1].text)
     assert (state(lm, editor.module), len(editor.journal)) == (before, 2)
     other = fit(copy.deepcopy(lm), requests[4:6], tmp_path / "other", **STREAMS["queue"])
