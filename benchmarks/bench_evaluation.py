@@ -30,14 +30,14 @@ TOTAL = 100
 
 def scores(lm: LanguageModel, records: list[EditRequest]) -> Tensor:
     """Mean log-probabilities of wanted and rival targets, 2 x prompts."""
-    found = score_records(lm, records)
-    return torch.stack([found.expected, found.rival])
+    result = score_records(lm, records)
+    return torch.stack([result.expected, result.rival])
 
 
 @torch.no_grad()
 def scores_by_record(lm: LanguageModel, records: list[EditRequest]) -> Tensor:
     """The same, a padded batch per record."""
-    found = []
+    batches = []
     for record in records:
         asked = list(scored_prompts([record]))
         prompts, targets = [q.prompt for q in asked] * 2, [q.expected for q in asked] + [str(q.rival) for q in asked]
@@ -50,8 +50,8 @@ def scores_by_record(lm: LanguageModel, records: list[EditRequest]) -> Tensor:
             logprobs[i, range(row.target - 1, len(row.ids) - 1), list(row.ids[row.target :])].mean()
             for i, row in enumerate(rows)
         ]
-        found.append(torch.stack(means).reshape(2, -1))
-    return torch.cat(found, 1)
+        batches.append(torch.stack(means).reshape(2, -1))
+    return torch.cat(batches, 1)
 
 
 def texts(lm: LanguageModel, records: list[EditRequest]) -> list[str]:
@@ -62,7 +62,7 @@ def texts(lm: LanguageModel, records: list[EditRequest]) -> list[str]:
 @torch.no_grad()
 def texts_by_record(lm: LanguageModel, records: list[EditRequest]) -> list[str]:
     """The same, a batch of ``generate`` per record."""
-    found, end = [], lm.tokenizer.eos_token_id
+    outputs, end = [], lm.tokenizer.eos_token_id
     for record in records:
         rows = [lm.tokenizer(prompt)["input_ids"] for prompt in free_prompts(record)]
         width = max(map(len, rows))
@@ -73,8 +73,8 @@ def texts_by_record(lm: LanguageModel, records: list[EditRequest]) -> list[str]:
             input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=most, pad_token_id=end
         )
         new = [line[: TOTAL - len(row)] for line, row in zip(output[:, width:], rows, strict=True)]
-        found += [lm.tokenizer.decode(line, skip_special_tokens=True) for line in new]
-    return found
+        outputs += [lm.tokenizer.decode(line, skip_special_tokens=True) for line in new]
+    return outputs
 
 
 WAYS = {

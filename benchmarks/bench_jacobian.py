@@ -111,7 +111,7 @@ def main() -> None:
     batch = encode_batch(lm, builtin_facts()[: args.n], contexts)
     ways: dict[str, Allocator] = {"sequential": Sequential(), "jacobian": Jacobian()}
     runs = {name: [walk(lm, batch, layers, way) for _ in range(args.repeats + 1)][1:] for name, way in ways.items()}
-    seconds = {name: statistics.median(run[0] for run in found) for name, found in runs.items()}
+    seconds = {name: statistics.median(run[0] for run in repeats) for name, repeats in runs.items()}
     exact, rule = runs["jacobian"][0], runs["sequential"][0]
     apart = [float((a - b).norm() / b.norm()) for a, b in zip(exact[1], rule[1], strict=True)]
     steps = [each.products - 1 for each in exact[2]]

@@ -51,7 +51,7 @@ def walk(lm: LanguageModel, read: Callable[[int], tuple[Tensor, Tensor]], after:
 @torch.no_grad()
 def at_subjects(lm: LanguageModel, rows: list[tuple[tuple[int, ...], int]], site: Site, side: str) -> Tensor:
     """What enters or leaves a module at one position of each prompt: full forward passes, as in the official code."""
-    found: list[Tensor] = []
+    keys: list[Tensor] = []
     for start in range(0, len(rows), PROMPTS_AT_ONCE):
         part = rows[start : start + PROMPTS_AT_ONCE]
         width = max(len(ids) for ids, _ in part)
@@ -63,8 +63,8 @@ def at_subjects(lm: LanguageModel, rows: list[tuple[tuple[int, ...], int]], site
         )
         lm.model(input_ids=ids, attention_mask=mask, use_cache=False)
         handle.remove()
-        found.append(seen[0][torch.arange(len(part)), torch.tensor([last for _, last in part])])
-    return torch.cat(found)
+        keys.append(seen[0][torch.arange(len(part)), torch.tensor([last for _, last in part])])
+    return torch.cat(keys)
 
 
 def official(lm: LanguageModel, batch: TextBatch, value_site: Site) -> Walk:
@@ -109,14 +109,14 @@ def main() -> int:
     batch = encode_batch(lm, builtin_facts()[: args.n], generate_contexts(lm))
     value_site = GradientSearch().value_site(LAYERS[-1])
     print(f"{len(batch)} facts in {len(batch.weights)} contexts, layers {LAYERS}")
-    found = alternate(
+    times = alternate(
         lambda _number: ours(lm, batch, value_site),
         lambda _number: official(lm, batch, value_site),
         difference,
         args.repeats,
         TOLERANCE,
     )
-    return report({"keys": found}, args.json)
+    return report({"keys": times}, args.json)
 
 
 if __name__ == "__main__":

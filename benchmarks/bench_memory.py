@@ -71,12 +71,12 @@ def elsewhere(recipe: str, count: int, budget: float | None) -> dict[str, float]
     return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
 
 
-def line(name: str, found: dict[str, float]) -> str:
+def line(name: str, peaks: dict[str, float]) -> str:
     """A row of the measured table."""
-    phases = "".join(f"{found.get(phase, 0) / GIB:12.2f}" for phase in PHASES)
-    peak = max(found.get(phase, 0) for phase in PHASES)
-    whole = (peak + found["model"]) / GIB
-    return f"{name:30s}{phases}{peak / GIB:10.2f}{found['estimated'] / GIB:10.2f}{whole:10.2f}"
+    phases = "".join(f"{peaks.get(phase, 0) / GIB:12.2f}" for phase in PHASES)
+    peak = max(peaks.get(phase, 0) for phase in PHASES)
+    whole = (peak + peaks["model"]) / GIB
+    return f"{name:30s}{phases}{peak / GIB:10.2f}{peaks['estimated'] / GIB:10.2f}{whole:10.2f}"
 
 
 def shaped(name: str, dtype: torch.dtype, tokenizer: Any) -> LanguageModel:
@@ -117,24 +117,24 @@ def main() -> None:
     if args.one:
         print(json.dumps(measure(args.one, args.facts, next(iter(args.budgets), None))))
         return
-    found: dict[str, Any] = {}
+    rows: dict[str, Any] = {}
     print(f"SmolLM2-135M, {args.facts} facts, GiB\n{'recipe':30s}" + "".join(f"{name:>12s}" for name in PHASES), end="")
     print(f"{'peak':>10s}{'estimated':>10s}{'whole':>10s}")
     cases = [(recipe, None) for recipe in args.recipes] + [(RECIPES[0], budget) for budget in args.budgets]
     for recipe, budget in cases:
         name = recipe if budget is None else f"{recipe}, {budget:g} GiB at most"
-        found[name] = elsewhere(recipe, args.facts, budget)
-        print(line(name, found[name]), flush=True)
+        rows[name] = elsewhere(recipe, args.facts, budget)
+        print(line(name, rows[name]), flush=True)
     columns = ("stored", "keys", "targets", "solve", "peak", "whole", "facts", "tokens")
     print(f"\nestimated, {args.facts} facts, GiB\n{'model':36s}" + "".join(f"{name:>8s}" for name in columns))
     for name, row in estimate(args.facts).items():
-        found[name] = row
+        rows[name] = row
         sizes = [row[part] / GIB for part in ("stored", "keys", "targets", "solve", "peak")]
         sizes.append((row["peak"] + row["model"]) / GIB)
         counts = "".join(f"{row[part]:8.0f}" for part in ("facts", "suffix_tokens"))
         print(f"{name:36s}" + "".join(f"{size:8.2f}" for size in sizes) + counts, flush=True)
     if args.json:
-        args.json.write_text(json.dumps(found, indent=1))
+        args.json.write_text(json.dumps(rows, indent=1))
 
 
 if __name__ == "__main__":

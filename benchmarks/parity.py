@@ -123,7 +123,7 @@ def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) ->
     requests = requests[: golden.methods[recording].get("requests_used")]
     sizes = golden.setup["batches_for_sequential"] if recording.endswith("_seq") else [len(requests)]
     before = {layer: editor.module.lm.oriented(Site(layer, "mlp_out")).clone() for layer in layers}
-    wanted = {
+    recorded = {
         layer: golden.tensors[f"{recording}/z/{layer}"].split(sizes)
         for layer in layers
         if f"{recording}/z/{layer}" in golden.tensors
@@ -132,8 +132,8 @@ def compare(golden: Golden, recipe: str, recording: str, requests: list[Any]) ->
     for number, size in enumerate(sizes):
         start = sum(sizes[:number])
         editor.fit(requests[start : start + size], evaluate=False)
-        found = editor.journal[-1].values
-        z += [error(values, wanted[layer][number]) for layer, values in found.items() if layer in wanted]
+        ours = editor.journal[-1].values
+        z += [error(values, recorded[layer][number]) for layer, values in ours.items() if layer in recorded]
     changes = {layer: editor.module.lm.oriented(Site(layer, "mlp_out")) - before[layer] for layer in layers}
     delta = [error(change, golden.tensors[f"{recording}/delta/{layer}"]) for layer, change in changes.items()]
     return {"z": max(z[:1], default=0.0), "z_later": max(z[1:], default=0.0), "delta": max(delta)}

@@ -69,12 +69,12 @@ def measured(method: str, seed: int, facts: int, decoys: int, residual: float) -
     )
     before = right(lm, everything)
     result = editor.fit(edited)
-    found, moved = torch.zeros(2, len(subjects), dtype=torch.float64)
+    exposures, responses = torch.zeros(2, len(subjects), dtype=torch.float64)
     for site in sites:
         change = (lm.oriented(site).detach() - weights[site]).double()
-        found += exposure(change, keys[site], module.covariances[site.layer].moment) / len(sites)
-        moved += (keys[site] @ change.T).norm(dim=1) / keys[site].norm(dim=1) / len(sites)
-    numbers = {"recall": recall(found, subjects, hidden), "recall_by_response": recall(moved, subjects, hidden)}
+        exposures += exposure(change, keys[site], module.covariances[site.layer].moment) / len(sites)
+        responses += (keys[site] @ change.T).norm(dim=1) / keys[site].norm(dim=1) / len(sites)
+    numbers = {"recall": recall(exposures, subjects, hidden), "recall_by_response": recall(responses, subjects, hidden)}
     numbers["chance"] = len(hidden) / len(subjects)
     rates = ("efficacy", "efficacy_exact", "generalization", "specificity")
     numbers |= {name: round(result.after[name], 4) for name in rates}

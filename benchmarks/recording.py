@@ -33,11 +33,11 @@ def counterfact(lm: LanguageModel, records: list[EditRequest], recorded: list[di
     scores = score_records(lm, records, "official")
     left = [{kind: list(range(len(case[f"{kind}_prompts_probs"]))) for kind in KINDS} for case in recorded]
     rows = zip(scored_prompts(records), scores.expected, scores.rival, scores.correct, strict=True)
-    for (record, kind, *_), wanted, rival, correct in rows:
+    for (record, kind, *_), expected, rival, correct in rows:
         case, name = recorded[record], f"{KINDS[kind]}_prompts"
         place = left[record][KINDS[kind]].pop(0)
         right, wrong = ("target_true", "target_new") if kind == 2 else ("target_new", "target_true")
-        yield "nll", -float(wanted), case[f"{name}_probs"][place][right]
+        yield "nll", -float(expected), case[f"{name}_probs"][place][right]
         yield "nll", -float(rival), case[f"{name}_probs"][place][wrong]
         yield "flags", bool(correct), case[f"{name}_correct"][place]
     if any(chain.from_iterable(each.values() for each in left)):
@@ -48,14 +48,14 @@ def zsre(lm: LanguageModel, records: list[EditRequest], recorded: list[dict[str,
     """(name, ours, recorded) of every token's flag of zsRE."""
     asked = list(scored_prompts(records))
     special = [KINDS[question.kind] == "neighborhood" for question in asked]
-    prompts, wanted = [question.prompt for question in asked], [question.expected for question in asked]
-    reads = official_token_reads(lm.tokenizer, prompts, wanted, special)
+    prompts, expected = [question.prompt for question in asked], [question.expected for question in asked]
+    reads = official_token_reads(lm.tokenizer, prompts, expected, special)
     _, hits = predict(lm, *zip(*chain.from_iterable(reads), strict=True))
-    found: list[dict[str, list[bool]]] = [{kind: [] for kind in KINDS} for _ in records]
+    answers: list[dict[str, list[bool]]] = [{kind: [] for kind in KINDS} for _ in records]
     said = iter(hits.tolist())
     for question, each in zip(asked, reads, strict=True):
-        found[question.record][KINDS[question.kind]] += [next(said) for _ in each]
-    for ours, case in zip(found, recorded, strict=True):
+        answers[question.record][KINDS[question.kind]] += [next(said) for _ in each]
+    for ours, case in zip(answers, recorded, strict=True):
         for kind in KINDS:
             yield from (("flags", *pair) for pair in zip(ours[kind], case[f"{kind}_prompts_correct"], strict=True))
 
@@ -74,21 +74,21 @@ def compare(args: argparse.Namespace) -> tuple[dict[str, dict[str, float]], bool
     ]
     if texts:
         figures["fluency"] = summary(texts)
-    for name, found in figures.items():
-        print(f"{name:12s} " + ", ".join(f"{key} {value:.3g}" for key, value in found.items()))
-    above = any(found.get(name, 0) > bar for found in figures.values() for name, bar in BARS.items())
+    for name, values in figures.items():
+        print(f"{name:12s} " + ", ".join(f"{key} {value:.3g}" for key, value in values.items()))
+    above = any(values.get(name, 0) > bar for values in figures.values() for name, bar in BARS.items())
     return figures, above or not figures
 
 
 def summary(pairs: Any) -> dict[str, float]:
     """What was compared, and by how much it differs."""
-    found: dict[str, float] = {}
+    values: dict[str, float] = {}
     for name, ours, theirs in pairs:
-        found[f"compared_{name}"] = found.get(f"compared_{name}", 0) + 1
+        values[f"compared_{name}"] = values.get(f"compared_{name}", 0) + 1
         off = (
-            float(ours != theirs) + found.get(name, 0)
+            float(ours != theirs) + values.get(name, 0)
             if name == "flags"
-            else max(abs(ours - theirs), found.get(name, 0))
+            else max(abs(ours - theirs), values.get(name, 0))
         )
-        found[name] = off if off == off else float("inf")
-    return found
+        values[name] = off if off == off else float("inf")
+    return values

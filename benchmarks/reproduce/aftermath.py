@@ -42,14 +42,14 @@ METHODS = {
 def states(lm: LanguageModel, prompts: list[str], layer: int) -> Tensor:
     """Hidden states behind a layer at each prompt's last token."""
     rows, site = [lm.tokenizer(prompt)["input_ids"] for prompt in prompts], Site(layer)
-    found = torch.zeros(len(rows), lm.width)
+    hidden = torch.zeros(len(rows), lm.width)
     for group in plan([len(row) for row in rows], 4096):
         ids = pad([rows[i] for i in group], lm.device)
         with capture(lm, [site], stop=True) as seen:
             lm.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
         ends = torch.tensor([len(rows[i]) - 1 for i in group], device=lm.device)
-        found[group] = seen[site][range(len(group)), ends].float().cpu()
-    return found
+        hidden[group] = seen[site][range(len(group)), ends].float().cpu()
+    return hidden
 
 
 def draw(before: Tensor, after: dict[str, Tensor], path: Path) -> None:
@@ -83,7 +83,7 @@ def main() -> None:
     sweep = Sweep([CASE, *edited], args.corpus, args.tokens, None, args.batch_size, lm, args.model)
     layer = sweep.editor("memit", {}).module.layers[-1]
     before, after = states(lm, prompts, layer), {}
-    found = {"unedited": {"case": continuations(lm, [ASKED], 100)[0], "shift": 0.0}}
+    cases = {"unedited": {"case": continuations(lm, [ASKED], 100)[0], "shift": 0.0}}
     given = f"{args.model}, {Path(args.data).name}, {args.records} in batches of {args.batch_size}, seed {args.seed}"
     folder = args.out / "runs" / hashlib.sha256(f"{given}, {args.prompts}".encode()).hexdigest()[:12]
     for label, method in METHODS.items():
@@ -97,16 +97,16 @@ def main() -> None:
         row = load_file(kept)
         after[label], text = row["states"], bytes(row["text"].tolist()).decode()
         shift = ((after[label] - before).norm(dim=1) / before.norm(dim=1)).mean()
-        found[label] = {"case": text, "shift": float(shift)}
+        cases[label] = {"case": text, "shift": float(shift)}
         print(f"{label}: shift {float(shift):.4f}; {ASKED}{text}", flush=True)
-    write_text(args.out / "aftermath.json", json.dumps(found, indent=1, ensure_ascii=False))
+    write_text(args.out / "aftermath.json", json.dumps(cases, indent=1, ensure_ascii=False))
     rows = [
         {
             "method": label,
             "text": ASKED + " ".join(row["case"].split("\n")),
             "shift of other prompts": f"{row['shift']:.4f}",
         }
-        for label, row in found.items()
+        for label, row in cases.items()
     ]
     write_table(args.out / "case.md", f"{args.model}, {len(sweep.requests)} in batches of {args.batch_size}", rows)
     draw(before, after, args.out / "figure4.png")

@@ -59,15 +59,15 @@ def table(rows: Rows) -> None:
     differences = "".join(f"{'d ' + name:>16s}" for name in OUTCOMES)
     margins = "".join(f"{'d margin ' + name:>16s}" for name in OUTCOMES)
     print(f"{'ridge':>6s} {'arm':36s}{'N_eff':>7s}{head}{differences}{margins}{'s / edit':>9s}")
-    for (ridge, arm), found in rows.items():
-        line = f"{ridge:6g} {arm:36s}{sum(row.get('n_eff', 0) for row in found) / len(found):7.3f}"
-        line += "".join(f"{100 * float(outcomes(found, kind).mean()):7.1f}" for kind in OUTCOMES.values())
+    for (ridge, arm), seeds in rows.items():
+        line = f"{ridge:6g} {arm:36s}{sum(row.get('n_eff', 0) for row in seeds) / len(seeds):7.3f}"
+        line += "".join(f"{100 * float(outcomes(seeds, kind).mean()):7.1f}" for kind in OUTCOMES.values())
         if ridge and arm != BASE:
             for scale, ending in ((100, ""), (1, "_margin")):
                 for kind in OUTCOMES.values():
-                    mean, half = difference(found, rows[ridge, BASE], kind + ending)
+                    mean, half = difference(seeds, rows[ridge, BASE], kind + ending)
                     line += f"{f'{scale * mean:+.2f} +- {scale * half:.2f}':>16s}"
-            line += f"{sum(row['seconds_per_edit'] for row in found) / len(found):9.2f}"
+            line += f"{sum(row['seconds_per_edit'] for row in seeds) / len(seeds):9.2f}"
         print(line)
 
 
@@ -78,9 +78,9 @@ def figure(rows: Rows, path: Path) -> None:
     _, panels = plt.subplots(1, 3, figsize=(11, 1 + 0.3 * len(arms)), sharey=True, layout="tight")
     for ax, (title, kind) in zip(panels, OUTCOMES.items(), strict=True):
         for place, ridge in enumerate(ridges):
-            found = [difference(rows[ridge, arm], rows[ridge, BASE], kind) for arm in arms]
+            pairs = [difference(rows[ridge, arm], rows[ridge, BASE], kind) for arm in arms]
             heights = [index + 0.2 * (place - (len(ridges) - 1) / 2) for index in range(len(arms))]
-            means, halves = zip(*found, strict=True)
+            means, halves = zip(*pairs, strict=True)
             ax.errorbar(
                 [100 * mean for mean in means], heights, xerr=[100 * half for half in halves], fmt="o", markersize=3,
                 label=f"ridge {ridge:g}",

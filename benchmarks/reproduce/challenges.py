@@ -67,24 +67,24 @@ class Candidates:
         windows = module.statistics.windows(module.lm, max(map(module.lm.key_width, sites)))
         covariances = module.statistics.collect(module.lm, sites, windows=windows)
         read, first = read_keys(module.lm, self.facts.texts, sites), [owner < earlier for owner in self.facts.owners]
-        found: dict[str, list[Tensor]] = {"preserved": [], "previous": []}
+        parts: dict[str, list[Tensor]] = {"preserved": [], "previous": []}
         for site, covariance in covariances.items():
             unit = read[site] / read[site].norm(dim=1, keepdim=True)
             null = covariance.project(unit, covariance.threshold)
-            found["preserved"].append(1 - null.square().sum(1))
-            found["previous"].append((unit @ unit[torch.tensor(first)].T).abs().amax(1))
-        return {name: self.by_record(torch.stack(values).mean(0)) for name, values in found.items()}
+            parts["preserved"].append(1 - null.square().sum(1))
+            parts["previous"].append((unit @ unit[torch.tensor(first)].T).abs().amax(1))
+        return {name: self.by_record(torch.stack(values).mean(0)) for name, values in parts.items()}
 
     def inconsistency(self, places: Sequence[int]) -> Tensor:
         """|z - h| / |h| of some records, at the last layer; the searches run in parts."""
-        module, found = self.module, []
+        module, gaps = self.module, []
         for start in range(0, len(places), AT_ONCE):
             part = self.facts.part(places[start : start + AT_ONCE])
             targets = module.targets.search(module.lm, part.texts, module.layers[-1])
             gap = (targets.values - targets.initial).norm(dim=1) / targets.initial.norm(dim=1)
-            found.append(Candidates(module, part).by_record(gap.cpu()))
+            gaps.append(Candidates(module, part).by_record(gap.cpu()))
             print(f"searched {min(start + AT_ONCE, len(places))} of {len(places)}", flush=True)
-        return torch.cat(found)
+        return torch.cat(gaps)
 
     def by_record(self, values: Tensor) -> Tensor:
         """The largest value of each record's entries."""

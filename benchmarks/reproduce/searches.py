@@ -104,12 +104,12 @@ def show(rows: dict[str, list[Row]]) -> None:
     base = next(iter(rows))
     for name, words in OUTCOMES.items():
         print(f"{name}: {words}")
-    for search, found in rows.items():
-        cost = sum(row["GFLOP per fact"] for row in found) / len(found)
-        whole = sum(row["GFLOP per fact"] for row in rows[base]) / len(found)
+    for search, records in rows.items():
+        cost = sum(row["GFLOP per fact"] for row in records) / len(records)
+        whole = sum(row["GFLOP per fact"] for row in rows[base]) / len(records)
         print(f"{search}: {cost:.0f} GFLOP per fact, {100 * cost / whole:.0f} % of those of {base}")
         for name in OUTCOMES:
-            values = 100 * outcomes(found, name)
+            values = 100 * outcomes(records, name)
             mean, half = interval(values - 100 * outcomes(rows[base], name))
             print(f"  {name:20s}{float(values.mean()):8.1f}   difference {mean:+6.1f} +- {half:.1f}")
 

@@ -30,20 +30,20 @@ def main() -> None:
     args = options.parse_args()
     rewrites = [entry["requested_rewrite"] for entry in read_entries(args.data)]
     names = {rewrite["target_new"]["str"] for rewrite in rewrites}
-    found: defaultdict[str, list[str]] = defaultdict(list)
+    texts: defaultdict[str, list[str]] = defaultdict(list)
     words = re.compile(rf"\b(?:{'|'.join(map(re.escape, sorted(names, key=len, reverse=True)))})\b")
     for text in read_texts(args.corpus):
         for sentence in re.split(r"(?<=[.!?])\s+", text):
             for name in set(words.findall(sentence)) if 8 <= len(sentence.split()) <= 80 else ():
-                if len(found[name]) < MOST:
-                    found[name].append(sentence.strip())
+                if len(texts[name]) < MOST:
+                    texts[name].append(sentence.strip())
     snippets: defaultdict[str, dict[str, list[dict[str, str]]]] = defaultdict(dict)
     for rewrite in rewrites:
         new = rewrite["target_new"]
-        snippets[rewrite["relation_id"]][new["id"]] = [{"name": new["str"], "text": text} for text in found[new["str"]]]
+        snippets[rewrite["relation_id"]][new["id"]] = [{"name": new["str"], "text": text} for text in texts[new["str"]]]
     args.out.write_text(json.dumps(snippets, ensure_ascii=False, indent=1), encoding="utf-8")
     print(
-        f"{sum(map(bool, found.values()))} of {len(names)} targets have texts, {sum(map(len, found.values()))} in all"
+        f"{sum(map(bool, texts.values()))} of {len(names)} targets have texts, {sum(map(len, texts.values()))} in all"
     )
 
 

@@ -90,15 +90,15 @@ def draw_curves(names: Sequence[str]) -> Callable[[Mapping[str, Points], Path], 
     """A panel per column of the rows, over the number of edits, with a line per method."""
 
     def draw(points: Mapping[str, Points], path: Path) -> None:
-        found: dict[str, dict[str, Any]] = {}
+        curves: dict[str, dict[str, Any]] = {}
         for label, rows in points.items():
             for plot, lines in curves_of(rows).items():
                 for line, values in lines.items():
-                    found.setdefault(f"{plot.split()[0]}/{line}/{plot.split()[1]}", {})[label] = values
-        shown = [name for name in names if name in found]
+                    curves.setdefault(f"{plot.split()[0]}/{line}/{plot.split()[1]}", {})[label] = values
+        shown = [name for name in names if name in curves]
         _, axes = plt.subplots(1, len(shown), figsize=(2.8 * len(shown), 2.8), squeeze=False, layout="tight")
         for ax, name in zip(axes[0], shown, strict=True):
-            plot_curves(found[name], ax).set_title(name.split("/")[1])
+            plot_curves(curves[name], ax).set_title(name.split("/")[1])
             ax.locator_params(axis="x", nbins=4)
             ax.get_legend().remove()
         axes[0][-1].legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))
@@ -113,9 +113,9 @@ def draw_drift(points: Mapping[str, Points], path: Path) -> None:
     other, width = ax.twinx(), 0.8 / len(points)
     for place, (label, rows) in enumerate(points.items()):
         matches = [re.fullmatch(r"layers/layer(\d+)/drift", name) for row in rows for name in row]
-        found = {int(match[1]): match[0] for match in matches if match}
-        layers = sorted(found)
-        names = [found[layer] for layer in layers]
+        columns = {int(match[1]): match[0] for match in matches if match}
+        layers = sorted(columns)
+        names = [columns[layer] for layer in layers]
         means = [sum(row[n] for row in rows if n in row) / sum(n in row for row in rows) for n in names]
         total = [sum(means[: i + 1]) for i in range(len(means))]
         other.bar([layer + (place - 1) * width for layer in layers], means, width, color=f"C{place}", alpha=0.5)

@@ -1,7 +1,7 @@
 """What the scripts of this folder share: one model, edited and rolled back row by row, every row kept in a file.
 
-A row holds the metrics, N_eff of the weights, seconds per edit and, under ``records``, each record's outcomes, so that
-two rows on the same records can be compared record by record.
+A row holds the metrics, N_eff of the weights, seconds per edit, the version of cakeflow and, under ``records``, each
+record's outcomes, so that two rows on the same records can be compared record by record.
 """
 
 from __future__ import annotations
@@ -23,7 +23,16 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from cakeflow import Contexts, Editor, EditRequest, Evaluation, GradientSearch, LocateThenEdit, read_requests
+from cakeflow import (
+    Contexts,
+    Editor,
+    EditRequest,
+    Evaluation,
+    GradientSearch,
+    LocateThenEdit,
+    __version__,
+    read_requests,
+)
 from cakeflow.core import EditCallback, LayerEdit, find_config
 from cakeflow.evaluation import Answers
 from cakeflow.forward import TextBatch
@@ -43,11 +52,11 @@ class Remembered(TargetSearch):
 
     Attributes:
         inner: Search to remember.
-        spent: Seconds that each search took, when it was done.
+        seconds: Seconds that each search took, when it was done.
     """
 
     inner: TargetSearch = GradientSearch()
-    spent: list[float] = field(default_factory=list, compare=False, repr=False)
+    seconds: list[float] = field(default_factory=list, compare=False, repr=False)
 
     def search(self, lm: LanguageModel, batch: TextBatch, layer: int, **options: Any) -> Targets:
         """Return the cached targets of the batch, or search for them."""
@@ -68,7 +77,7 @@ class Remembered(TargetSearch):
             targets = vars(getattr(self.inner, how)(lm, batch, layer, max_tokens=max_tokens, **options))
             write_tensors(path, {**targets, "seconds": torch.tensor(time.perf_counter() - start)})
         tensors = load_file(path)
-        self.spent.append(float(tensors.pop("seconds")))
+        self.seconds.append(float(tensors.pop("seconds")))
         return Targets(**tensors)
 
 
@@ -76,12 +85,12 @@ class Watcher(EditCallback):
     """Keeps N_eff of each batch's weights."""
 
     def __init__(self) -> None:
-        self.found: list[float] = []
+        self.effective: list[float] = []
 
     def on_layer_solved(self, module: L.LightningModule, edit: LayerEdit) -> None:
         """Note N_eff at the first layer of a batch."""
         if edit.context.index == 0:
-            self.found.append(float(effective_layers(edit.context.weights).mean()))
+            self.effective.append(float(effective_layers(edit.context.weights).mean()))
 
 
 class Sweep:
@@ -153,11 +162,11 @@ class Sweep:
         try:
             run = editor.fit(self.requests, size, evaluate=False)
             self.contexts = self.contexts or module.contexts
-            seconds = sum(run.timings[phase] for phase in ("keys", "allocate", "solve")) + sum(module.targets.spent)
+            seconds = sum(run.timings[phase] for phase in ("keys", "allocate", "solve")) + sum(module.targets.seconds)
             row = self.judge(module)
         finally:
             editor.rollback()
-        n_eff = sum(watcher.found) / len(watcher.found)
+        n_eff = sum(watcher.effective) / len(watcher.effective)
         return {**row, "n_eff": n_eff, "seconds_per_edit": seconds / len(self.requests)}
 
     def judge(self, module: LocateThenEdit) -> Row:
@@ -169,11 +178,12 @@ class Sweep:
         module.setup()
         if torch.accelerator.is_available():  # a run leaves the model on the CPU
             self.lm.model.to(torch.accelerator.current_accelerator())
-        found = self.evaluation.ask(self.lm, self.requests)
+        answers = self.evaluation.ask(self.lm, self.requests)
         module.metrics.reset()
-        module.metrics.update(**found.fields())
-        row: Row = {name: float(value) for name, value in module.metrics.compute().items()}
-        scores = found.scores
+        module.metrics.update(**answers.fields())
+        row: Row = {"version": __version__}
+        row |= {name: float(value) for name, value in module.metrics.compute().items()}
+        scores = answers.scores
         hits = success("probability", scores.expected, scores.rival, scores.correct)
         outcomes = {"": hits, "_margin": scores.expected - scores.rival, "_tokens": scores.tokens}
         row["records"] = {
@@ -181,17 +191,17 @@ class Sweep:
             for index, kind in enumerate(KINDS)
             for ending, each in outcomes.items()
         }
-        row["records"] |= {name: _rounded(each) for name, each in texts_by_record(found).items()}
+        row["records"] |= {name: _rounded(each) for name, each in texts_by_record(answers).items()}
         return row
 
 
-def texts_by_record(found: Answers) -> dict[str, torch.Tensor]:
+def texts_by_record(answers: Answers) -> dict[str, torch.Tensor]:
     """Fluency and consistency of every record that has free texts (and a reference)."""
-    told = [(texts, record.reference) for texts, record in zip(found.texts, found.records, strict=True) if texts]
+    pairs = [(texts, record.reference) for texts, record in zip(answers.texts, answers.records, strict=True) if texts]
     near = Consistency()
     return {
-        "fluency": torch.tensor([sum(map(fluency, texts)) / len(texts) for texts, _ in told]),
-        "consistency": torch.tensor([float(near([texts], [reference])) for texts, reference in told if reference]),
+        "fluency": torch.tensor([sum(map(fluency, texts)) / len(texts) for texts, _ in pairs]),
+        "consistency": torch.tensor([float(near([texts], [reference])) for texts, reference in pairs if reference]),
     }
 
 

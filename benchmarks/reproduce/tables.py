@@ -4,7 +4,7 @@
     python benchmarks/reproduce/tables.py table1 --scale full --model gpt2-xl --counterfact FILE --zsre FILE
 
 ``tables.yaml`` holds arms, data sets and what the paper reports. At the embedded scale SmolLM2-135M is edited, 100
-records per seed in batches of 50; the full scale is the paper's, 2,000 in batches of 100, on the models of
+records per seed in one batch; the full scale is the paper's, 2,000 in batches of 100, on the models of
 ``configs/model``. Every seed draws its own records. The official protocol is used throughout, with free texts for every
 tenth record (``--texts-every 1``: all, as in the paper). Figures are means over the records of all seeds, with 95 %
 intervals (1.96 standard errors). Rows are kept in ``tables.json`` under ``--out`` and not run again, whichever table
@@ -29,7 +29,7 @@ from cakeflow import EditDataModule, EditRequest, Evaluation
 from cakeflow.models import LanguageModel
 from cakeflow.report import save_plot
 
-SCALES = {"embedded": (100, 50), "full": (2000, 100)}
+SCALES = {"embedded": (100, 100), "full": (2000, 100)}
 """Records of a seed, and edits in a batch."""
 COLUMNS = {
     "counterfact": {
@@ -79,13 +79,13 @@ def run_all(args: argparse.Namespace, table: dict[str, Any], lm: LanguageModel) 
             texts = args.texts_every if data == "counterfact" else 0
             evaluation = Evaluation(protocol="official", texts_every=texts)
             requests, path = draw(args, data, seed), args.out / f"{args.table if table.get('timed') else 'tables'}.json"
-            row = Sweep(requests, args.corpus, args.tokens, path, args.batch_size, lm, args.model, evaluation)
+            sweep = Sweep(requests, args.corpus, args.tokens, path, args.batch_size, lm, args.model, evaluation)
             prefix = f"{args.model}, {data}, {len(requests)} in batches of {args.batch_size}, seed {seed}"
             arms = {"unedited": {}, **{name: table["arms"][name] for name in args.arms or table["arms"]}}
             for name, setting in arms.items():
-                found = row(f"{prefix}, {json.dumps(setting, sort_keys=True)}", **setting)
-                rows.setdefault((data, name), []).append(found)
-                line = "  ".join(f"{c} {Cell.of([found], *w)}" for c, w in COLUMNS[data].items())
+                row = sweep(f"{prefix}, {json.dumps(setting, sort_keys=True)}", **setting)
+                rows.setdefault((data, name), []).append(row)
+                line = "  ".join(f"{c} {Cell.of([row], *w)}" for c, w in COLUMNS[data].items())
                 print(f"{prefix}, {name:24s} {line}", flush=True)
     return rows
 
@@ -95,12 +95,12 @@ def lines(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]]) -> Iter
     for arm in dict.fromkeys(arm for _, arm in rows):
         line = {"method": arm}
         for data in table["data"]:
-            found = rows.get((data, arm), [])
-            line |= {f"{data} {name}": str(Cell.of(found, *which)) for name, which in COLUMNS[data].items()}
-            if arm != "unedited" and found:
-                line[f"{data} N_eff"] = f"{sum(row['n_eff'] for row in found) / len(found):.3f}"
+            seeds = rows.get((data, arm), [])
+            line |= {f"{data} {name}": str(Cell.of(seeds, *which)) for name, which in COLUMNS[data].items()}
+            if arm != "unedited" and seeds:
+                line[f"{data} N_eff"] = f"{sum(row['n_eff'] for row in seeds) / len(seeds):.3f}"
                 if table.get("timed"):
-                    line[f"{data} s/edit"] = f"{sum(row['seconds_per_edit'] for row in found) / len(found):.2f}"
+                    line[f"{data} s/edit"] = f"{sum(row['seconds_per_edit'] for row in seeds) / len(seeds):.2f}"
         yield line
 
 
@@ -131,15 +131,15 @@ def differences(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], b
 def figure(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], path: Path) -> None:
     """Every column as a panel, arms below each other, with intervals."""
     columns = [(data, name, which) for data in table["data"] for name, which in COLUMNS[data].items()]
-    cells = {c: {arm: Cell.of(found, *c[2]) for (data, arm), found in rows.items() if data == c[0]} for c in columns}
-    panels = {column: found for column, found in cells.items() if any(cell.n > 1 for cell in found.values())}
+    cells = {c: {arm: Cell.of(seeds, *c[2]) for (data, arm), seeds in rows.items() if data == c[0]} for c in columns}
+    panels = {column: by_arm for column, by_arm in cells.items() if any(cell.n > 1 for cell in by_arm.values())}
     arms = list(dict.fromkeys(arm for _, arm in rows))
     size = (1.5 + 1.9 * len(panels), 1 + 0.3 * len(arms))
     _, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, squeeze=False, layout="tight")
-    for ax, ((data, name, _), found) in zip(axes[0], panels.items(), strict=True):
+    for ax, ((data, name, _), by_arm) in zip(axes[0], panels.items(), strict=True):
         for place, arm in enumerate(arms):
             color = "grey" if arm == "unedited" else "tab:blue"
-            ax.errorbar(found[arm].mean, place, xerr=found[arm].half, fmt="o", markersize=4, color=color)
+            ax.errorbar(by_arm[arm].mean, place, xerr=by_arm[arm].half, fmt="o", markersize=4, color=color)
         ax.set(title=f"{data}\n{name}", yticks=range(len(arms)), yticklabels=arms)
     ax.invert_yaxis()
     save_plot(ax, path)
@@ -149,8 +149,8 @@ def times(table: dict[str, Any], rows: dict[tuple[str, str], list[Row]], path: P
     """Seconds per edit, a panel per data set."""
     _, axes = plt.subplots(1, len(table["data"]), figsize=(7, 2), sharey=True, squeeze=False, layout="tight")
     for ax, data in zip(axes[0], table["data"], strict=True):
-        found = {arm: row for (source, arm), (row, *_) in rows.items() if source == data and arm != "unedited"}
-        ax.barh(list(found), [row["seconds_per_edit"] for row in found.values()])
+        first = {arm: row for (source, arm), (row, *_) in rows.items() if source == data and arm != "unedited"}
+        ax.barh(list(first), [row["seconds_per_edit"] for row in first.values()])
         ax.set(title=data, xlabel="seconds per edit")
     ax.invert_yaxis()
     save_plot(ax, path)
