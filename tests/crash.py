@@ -78,18 +78,18 @@ def killed(lm: LanguageModel, folder: Path, wait: float | None, place: int) -> t
         except BaseException:
             os._exit(1)
     os.close(write)
-    told = b""
+    messages = b""
     if wait is not None:
         time.sleep(wait)
         os.kill(child, signal.SIGKILL)
     while chunk := os.read(read, 64) if select.select([read], [], [], 60)[0] else b"":
-        told += chunk
+        messages += chunk
     os.close(read)
     status = os.waitpid(child, 0)[1]
     code = os.waitstatus_to_exitcode(status)
     if code not in (0, -signal.SIGKILL):
         raise SystemExit(f"the editing process failed with status {code}")
-    return max(told, default=0), code == 0
+    return max(messages, default=0), code == 0
 
 
 def hashes(lm: LanguageModel) -> dict[str, str]:
@@ -97,10 +97,10 @@ def hashes(lm: LanguageModel) -> dict[str, str]:
     return {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
 
 
-def look(lm: LanguageModel, folder: Path, wanted: list[dict[str, str]], told: int) -> int:
+def look(lm: LanguageModel, folder: Path, expected: list[dict[str, str]], messages: int) -> int:
     """Read what a killed process left; the number of batches in it."""
     if not (folder / "journal" / "ledger.jsonl").exists():
-        assert told == 0, "the ledger of an acknowledged batch is missing"
+        assert messages == 0, "the ledger of an acknowledged batch is missing"
         return 0
     torn = [fault for fault in verify(folder).faults if "cut off" not in fault]
     assert not torn, torn
@@ -108,37 +108,37 @@ def look(lm: LanguageModel, folder: Path, wanted: list[dict[str, str]], told: in
         return 0
     journal = Journal(copy.deepcopy(lm))
     journal.load(folder / "journal")
-    assert len(journal) >= told, f"{told} batches were acknowledged, {len(journal)} are there"
-    assert hashes(journal.model) == wanted[len(journal)], "the weights are not those of so many batches"
+    assert len(journal) >= messages, f"{messages} batches were acknowledged, {len(journal)} are there"
+    assert hashes(journal.model) == expected[len(journal)], "the weights are not those of so many batches"
     return len(journal)
 
 
 def reference(lm: LanguageModel) -> list[dict[str, str]]:
     """Hashes of the weights after every number of batches, from a run that nobody disturbs."""
     lm = copy.deepcopy(lm)
-    editor, found = editor_of(lm, {"logger": False}), [hashes(lm)]
+    editor, result = editor_of(lm, {"logger": False}), [hashes(lm)]
     editor.fit(FACTS, 1, evaluate=False)
     for _ in FACTS:
-        found.insert(1, hashes(lm))
+        result.insert(1, hashes(lm))
         editor.rollback(1)
-    assert hashes(lm) == found[0]
-    return found
+    assert hashes(lm) == result[0]
+    return result
 
 
 def storm(lm: LanguageModel, kills: int, seed: int) -> dict[str, int]:
     """Kill so many times; half of it at random times, half at moments, one after the other."""
-    draw, wanted = random.Random(seed), reference(lm)
+    draw, expected = random.Random(seed), reference(lm)
     start = time.perf_counter()
     edit(lm, Path(tempfile.mkdtemp()) / "run", os.open(os.devnull, os.O_WRONLY))
-    whole, done, finished, place, found = time.perf_counter() - start, 0, 0, 0, 0
+    whole, done, finished, place, result = time.perf_counter() - start, 0, 0, 0, 0
     folder = Path(tempfile.mkdtemp()) / "run"
     while done < kills:
         at_random = done % 2 == 0
         wait = draw.uniform(0.1, 1) * whole if at_random else None
-        told, ended = killed(lm, folder, wait, -1 if at_random else place)
-        now = look(lm, folder, wanted, max(told, found))
+        messages, ended = killed(lm, folder, wait, -1 if at_random else place)
+        now = look(lm, folder, expected, max(messages, result))
         over = ended or is_finished(folder)
-        found = 0 if over else now
+        result = 0 if over else now
         done += not ended
         place = place + 1 if not at_random and not ended else 0 if ended and not at_random else place
         if over:
@@ -160,8 +160,8 @@ def main() -> None:
         unpack("llama", Path(place))
         model = AutoModelForCausalLM.from_pretrained(Path(place) / "llama", dtype=torch.float32)
         lm = LanguageModel.wrap(copy.deepcopy(model), AutoTokenizer.from_pretrained(GOLDEN / "tokenizer"))
-    found = storm(lm, args.kills, args.seed)
-    sys.stdout.write(f"{found['kills']} kills, {found['finished']} runs finished in spite of them; nothing lost\n")
+    result = storm(lm, args.kills, args.seed)
+    sys.stdout.write(f"{result['kills']} kills, {result['finished']} runs finished in spite of them; nothing lost\n")
 
 
 if __name__ == "__main__":

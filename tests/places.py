@@ -31,16 +31,16 @@ class Places(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func == Tensor.device.__get__:  # a new wrapper at every access
             return torch.device(place(args[0]))
-        wanted = None
+        target = None
         if func in MOVES:
-            wanted, args, kwargs = _destination(func, args, kwargs)
+            target, args, kwargs = _destination(func, args, kwargs)
         elif kwargs.get("device") is not None:
-            wanted, kwargs["device"] = str(torch.device(kwargs["device"])), "cpu"
+            target, kwargs["device"] = str(torch.device(kwargs["device"])), "cpu"
         given = _tensors((args, kwargs))
-        found = dict.fromkeys(place(each) for each in given if each.dim())  # CUDA takes scalars from anywhere
-        if len(found) > 1 and func not in FREE:
-            raise RuntimeError(f"{getattr(func, '__name__', func)}: tensors on {sorted(found)}")
-        here = wanted or next(iter(found), place(given[0]) if given else "cpu")
+        places = dict.fromkeys(place(each) for each in given if each.dim())  # CUDA takes scalars from anywhere
+        if len(places) > 1 and func not in FREE:
+            raise RuntimeError(f"{getattr(func, '__name__', func)}: tensors on {sorted(places)}")
+        here = target or next(iter(places), place(given[0]) if given else "cpu")
         result = func(*args, **kwargs)
         for each in _tensors(result):
             if each is args[0] and place(each) != here:
@@ -85,12 +85,12 @@ def _destination(
     if func is Tensor.cpu:
         return "cpu", args, kwargs
     given = [*args[1:], kwargs.get("device"), kwargs.get("dtype")]
-    wanted, dtype = None, args[0].dtype
+    target, dtype = None, args[0].dtype
     for each in given:
         if isinstance(each, Tensor):
-            wanted, dtype = place(each), each.dtype
+            target, dtype = place(each), each.dtype
         elif isinstance(each, torch.dtype):
             dtype = each
         elif isinstance(each, (str, torch.device)):
-            wanted = str(torch.device(each))
-    return wanted, (args[0], dtype), {}
+            target = str(torch.device(each))
+    return target, (args[0], dtype), {}

@@ -44,11 +44,11 @@ def moments(lm):
     """Second moments with some 50 directions that the preserved keys hardly use."""
     generator = torch.Generator().manual_seed(0)
     width = lm.weight(Site(0, "mlp_out")).numel() // 48
-    found = {}
+    result = {}
     for layer in LAYERS:
         keys = torch.randn(width - 50, width, generator=generator, dtype=torch.float64)
-        found[layer] = keys.T @ keys / len(keys) / 10 + 1e-4 * torch.eye(width, dtype=torch.float64)
-    return found
+        result[layer] = keys.T @ keys / len(keys) / 10 + 1e-4 * torch.eye(width, dtype=torch.float64)
+    return result
 
 
 def make(lm, quiet, method="alphaedit", **overrides):
@@ -197,15 +197,15 @@ def test_requests_as_mappings_or_file(lm, quiet, requests, tmp_path):
     entries = [request.to_dict() for request in requests[:2]]
     path = tmp_path / "facts.jsonl"
     path.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
-    found = []
+    result = []
     for source in (requests[:2], entries, path, str(path)):
         one = copy.deepcopy(lm)
         editor = make(one, quiet)
         editor.fit(source, evaluate=False)
-        found.append((weights(one), [request.target_new for request in editor.journal[0].requests]))
-    for state, targets in found[1:]:
-        assert targets == found[0][1]
-        assert all(torch.equal(state[name], tensor) for name, tensor in found[0][0].items())
+        result.append((weights(one), [request.target_new for request in editor.journal[0].requests]))
+    for state, targets in result[1:]:
+        assert targets == result[0][1]
+        assert all(torch.equal(state[name], tensor) for name, tensor in result[0][0].items())
 
 
 class Watcher(Callback):

@@ -24,9 +24,9 @@ JUNK = st.recursive(
 
 def places(value, path=()):
     """Every path into nested data."""
-    found = [path] if path else []
+    result = [path] if path else []
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    return found + [place for key, inner in items for place in places(inner, (*path, key))]
+    return result + [place for key, inner in items for place in places(inner, (*path, key))]
 
 
 PLACES = [(name, path) for name, record in SCHEMAS.items() for path in places(record)]

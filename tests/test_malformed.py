@@ -232,8 +232,8 @@ def refused(editor, source):
 
 def says(problems, field, remedy):
     """Whether one of the problems is this one."""
-    found = [problem for problem in problems if problem.field == field and remedy in problem.remedy]
-    return bool(found)
+    result = [problem for problem in problems if problem.field == field and remedy in problem.remedy]
+    return bool(result)
 
 
 def test_what_the_tables_start_from_is_good():
@@ -369,9 +369,9 @@ def outcome(source):
 @settings(max_examples=400)
 @given(st.lists(mutated() | VALUES, max_size=3) | VALUES)
 def test_whatever_comes_as_requests_only_our_errors_get_out(source):
-    found = outcome(source)
-    assert str(found)
-    for request in found if isinstance(found, list) else ():
+    result = outcome(source)
+    assert str(result)
+    for request in result if isinstance(result, list) else ():
         assert request.text[: request.subject_end].endswith(request.subject)
         assert parse_requests([request.to_dict()]) == [request]
 

@@ -268,7 +268,7 @@ def recorded_evaluation(lm, records, folder):
             chosen = (scores.record == index) & (scores.kind == number)
             sides = (("target_new", "target_true"), ("target_true", "target_new"))[number == 2]
             pairs = zip(scores.expected[chosen].tolist(), scores.rival[chosen].tolist(), strict=True)
-            case[f"{kind}_prompts_probs"] = [{sides[0]: -wanted, sides[1]: -rival} for wanted, rival in pairs]
+            case[f"{kind}_prompts_probs"] = [{sides[0]: -reference, sides[1]: -rival} for reference, rival in pairs]
             case[f"{kind}_prompts_correct"] = scores.correct[chosen].tolist()
         cases.append(case)
     texts = {"texts": ["a b a b", "a b c d"], "ngram_entropy": (fluency("a b a b") + fluency("a b c d")) / 2}

@@ -54,9 +54,9 @@ def install(tmp_path, monkeypatch):
 
 
 def test_ours_come_through_the_same_door():
-    found = {plugin.name: plugin for plugin in load_plugins()}
-    assert {name: found[name].slot for name in OURS} == OURS
-    assert all(found[name].package.startswith("cakeflow ") for name in OURS)
+    result = {plugin.name: plugin for plugin in load_plugins()}
+    assert {name: result[name].slot for name in OURS} == OURS
+    assert all(result[name].package.startswith("cakeflow ") for name in OURS)
 
 
 def test_a_config_names_a_plugin_by_its_class(tmp_path):
@@ -68,9 +68,9 @@ def test_a_config_names_a_plugin_by_its_class(tmp_path):
 def test_others_are_found(install):
     slots = {"Rising": "weighter", "Watching": "callback", "Calm": "targets", "Price": "objective", "Soon": "stop"}
     install(*((name, f"mylab:{name}") for name in slots))
-    found = {plugin.name: plugin for plugin in load_plugins()}
-    assert {name: found[name].slot for name in slots} == slots
-    assert found["Rising"].path == "mylab:Rising"
+    result = {plugin.name: plugin for plugin in load_plugins()}
+    assert {name: result[name].slot for name in slots} == slots
+    assert result["Rising"].path == "mylab:Rising"
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,9 @@ SITES = [Site(1, "mlp_out"), Site(2, "mlp_out")]
 def statistics(lm, tmp_path):
     """Settings whose statistics lie in a folder, and the file of the one layer."""
     (tmp_path / "corpus.txt").write_text("the sea was calm and every small boat came home before night " * 30)
-    found = Statistics(tmp_path / "corpus.txt", tokens=300, window=20)
-    found.collect(lm, SITES[1:], tmp_path / "kept")
-    return found, next((tmp_path / "kept").rglob("layer-2-mlp_out.safetensors"))
+    result = Statistics(tmp_path / "corpus.txt", tokens=300, window=20)
+    result.collect(lm, SITES[1:], tmp_path / "kept")
+    return result, next((tmp_path / "kept").rglob("layer-2-mlp_out.safetensors"))
 
 
 def contents(path):

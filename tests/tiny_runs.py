@@ -54,11 +54,11 @@ def name_of(lm: LanguageModel, layer: int) -> str:
 
 def state(lm: LanguageModel, module: LocateThenEdit) -> dict[str, str]:
     """Hashes of every parameter and of every layer's key history."""
-    found = {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
+    result = {name: tensor_hash(tensor) for name, tensor in lm.model.state_dict().items()}
     for layer in range(lm.depth):
         keys = module.journal.history(name_of(lm, layer)).keys
-        found[f"history {layer}"] = "" if keys is None else tensor_hash(keys)
-    return found
+        result[f"history {layer}"] = "" if keys is None else tensor_hash(keys)
+    return result
 
 
 def content(folder: Path) -> dict[str, str]:

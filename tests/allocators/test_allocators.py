@@ -49,8 +49,8 @@ def test_equal_weights_give_exactly_one_over_remaining(dtype, value):
 
 def test_eq_6_by_hand():
     shares = shares_from_fractions(torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64))
-    wanted = torch.tensor([1 / 10, 2 / 9, 3 / 7, 1.0], dtype=torch.float64)
-    torch.testing.assert_close(shares, wanted, rtol=1e-15, atol=0)
+    expected = torch.tensor([1 / 10, 2 / 9, 3 / 7, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(shares, expected, rtol=1e-15, atol=0)
 
 
 def test_weights_per_fact_are_rows():
@@ -59,7 +59,7 @@ def test_weights_per_fact_are_rows():
 
 
 @pytest.mark.parametrize(
-    ("allocator", "weights", "wanted"),
+    ("allocator", "weights", "expected"),
     [
         (Sequential(), [1, 1, 1, 1, 1], [1 / 5, 1 / 4, 1 / 3, 1 / 2, 1]),  # MEMIT, AlphaEdit
         (Sequential(0.5), [1, 1, 1, 1], [1 / 2, 1 / math.sqrt(3), 1 / math.sqrt(2), 1]),  # PMET
@@ -67,9 +67,9 @@ def test_weights_per_fact_are_rows():
         (Sequential(), [1], [1]),  # ROME
     ],
 )
-def test_special_cases(allocator, weights, wanted):
+def test_special_cases(allocator, weights, expected):
     residual = torch.arange(6.0, dtype=torch.float64).reshape(2, 3)
-    for index, share in enumerate(wanted):
+    for index, share in enumerate(expected):
         context = LayerContext(Site(index, "mlp_out"), Site(9), index, torch.tensor(weights, dtype=torch.float64))
         torch.testing.assert_close(allocator.allocate(residual, context), share * residual, rtol=1e-12, atol=0)
 

@@ -20,20 +20,20 @@ def matrices(count, spread=0.3, seed=0):
     return [*(torch.eye(WIDTH, dtype=torch.float64) + spread * noise), torch.eye(WIDTH).double().expand(N, -1, -1)]
 
 
-def context(index, weights, found):
-    return LayerContext(Site(index, "mlp_out"), Site(9), index, weights, DenseLinearMap(found[index:]))
+def context(index, weights, result):
+    return LayerContext(Site(index, "mlp_out"), Site(9), index, weights, DenseLinearMap(result[index:]))
 
 
 def residual(seed=1):
     return torch.randn(N, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def dense(weights, found, right):
+def dense(weights, result, right):
     """delta of every layer by theorem 1, with the system formed and solved."""
     weights = weights.expand(N, -1)
-    system = sum(weights[:, j, None, None] * m @ m.mT for j, m in enumerate(found))
+    system = sum(weights[:, j, None, None] * m @ m.mT for j, m in enumerate(result))
     covector = torch.linalg.solve(system, right)
-    return [weights[:, j, None] * torch.einsum("nij,ni->nj", m, covector) for j, m in enumerate(found)]
+    return [weights[:, j, None] * torch.einsum("nij,ni->nj", m, covector) for j, m in enumerate(result)]
 
 
 EXACT = Jacobian(tolerance=1e-13, iterations=200)
@@ -42,10 +42,10 @@ weights = st.lists(st.floats(0.05, 20), min_size=2, max_size=5).map(lambda w: to
 
 @given(weights, st.integers(0, 99))
 def test_equals_the_dense_solution(values, seed):
-    found, right = matrices(len(values), seed=seed), residual(seed)
-    wanted = dense(values, found, right)[0]
-    got = EXACT.allocate(right, context(0, values, found))
-    torch.testing.assert_close(got, wanted, rtol=0, atol=1e-8)
+    result, right = matrices(len(values), seed=seed), residual(seed)
+    expected = dense(values, result, right)[0]
+    got = EXACT.allocate(right, context(0, values, result))
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-8)
 
 
 @given(weights)
@@ -58,32 +58,32 @@ def test_is_the_sequential_rule_when_every_layer_reaches_the_anchor_unchanged(va
 
 @given(weights, st.integers(0, 99))
 def test_solving_again_before_each_layer_gives_the_one_shot_solution_of_a_linear_chain(values, seed):
-    found, left = matrices(len(values), seed=seed), residual(seed)
-    wanted = dense(values, found, left)
-    for index, expected in enumerate(wanted):
-        got = EXACT.allocate(left, context(index, values, found))
+    result, left = matrices(len(values), seed=seed), residual(seed)
+    reference = dense(values, result, left)
+    for index, expected in enumerate(reference):
+        got = EXACT.allocate(left, context(index, values, result))
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-8)
-        left = left - torch.einsum("nij,nj->ni", found[index], got)
+        left = left - torch.einsum("nij,nj->ni", result[index], got)
     torch.testing.assert_close(left, torch.zeros_like(left), rtol=0, atol=1e-8)
 
 
 @given(weights, st.floats(1e-6, 1e6))
 def test_only_ratios_of_weights_matter(values, scale):
-    found, right = matrices(len(values)), residual()
-    one, other = (EXACT.allocate(right, context(0, w, found)) for w in (values, values * scale))
+    result, right = matrices(len(values)), residual()
+    one, other = (EXACT.allocate(right, context(0, w, result)) for w in (values, values * scale))
     torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 def test_weights_may_differ_from_fact_to_fact():
     values = torch.tensor([[1.0, 2.0, 3.0], [3.0, 1.0, 1.0], [1.0, 1.0, 1.0]], dtype=torch.float64)
-    found, right = matrices(3), residual()
-    got = EXACT.allocate(right, context(0, values, found))
-    torch.testing.assert_close(got, dense(values, found, right)[0], rtol=0, atol=1e-10)
+    result, right = matrices(3), residual()
+    got = EXACT.allocate(right, context(0, values, result))
+    torch.testing.assert_close(got, dense(values, result, right)[0], rtol=0, atol=1e-10)
 
 
 def test_the_last_layer_takes_what_is_left():
-    values, found = torch.tensor([1.0, 2.0], dtype=torch.float64), matrices(2)
-    assert torch.equal(EXACT.allocate(residual(), context(1, values, found)), residual())
+    values, result = torch.tensor([1.0, 2.0], dtype=torch.float64), matrices(2)
+    assert torch.equal(EXACT.allocate(residual(), context(1, values, result)), residual())
 
 
 def test_a_residual_of_zero_stays_zero():
@@ -95,9 +95,9 @@ def test_a_residual_of_zero_stays_zero():
 
 
 def test_linear_in_the_residual():
-    found, values = matrices(3), torch.ones(3).double()
+    result, values = matrices(3), torch.ones(3).double()
     a, b = residual(1), residual(2)
-    parts = [EXACT.allocate(r, context(0, values, found)) for r in (a, b, 2 * a - 3 * b)]
+    parts = [EXACT.allocate(r, context(0, values, result)) for r in (a, b, 2 * a - 3 * b)]
     torch.testing.assert_close(parts[2], 2 * parts[0] - 3 * parts[1], rtol=0, atol=1e-9)
 
 
@@ -111,25 +111,25 @@ def graded(spread, facts=1, width=64):
 
 def test_steps_follow_the_need():
     """A system of an edited model, with a condition number of some thousands, takes more than a hundred steps."""
-    found, right = graded(2500.0, width=400), torch.ones(1, 400, dtype=torch.float64)
-    here = LayerContext(Site(0), Site(9), 0, torch.ones(2).double(), DenseLinearMap(found))
+    result, right = graded(2500.0, width=400), torch.ones(1, 400, dtype=torch.float64)
+    here = LayerContext(Site(0), Site(9), 0, torch.ones(2).double(), DenseLinearMap(result))
     share = Jacobian().allocate(right, here)
-    system = found[0] @ found[0].mT + found[1]
-    expected = torch.einsum("nij,ni->nj", found[0], torch.linalg.solve(system, right))
+    system = result[0] @ result[0].mT + result[1]
+    expected = torch.einsum("nij,ni->nj", result[0], torch.linalg.solve(system, right))
     assert 100 < here.numbers["steps"] < 200
     assert float((share - expected).norm() / expected.norm()) < 1e-2
 
 
 def test_a_fact_that_is_not_solved_takes_its_best_iterate_and_is_named():
     easy, hard = matrices(2), graded(1e12, width=WIDTH)
-    found = [torch.cat([a[:2], b]) for a, b in zip(easy, hard, strict=True)]
+    result = [torch.cat([a[:2], b]) for a, b in zip(easy, hard, strict=True)]
     values, right = torch.ones(2, dtype=torch.float64), residual()
-    here = LayerContext(Site(3), Site(9), 0, values, DenseLinearMap(found), "request {0[0]}".format)
+    here = LayerContext(Site(3), Site(9), 0, values, DenseLinearMap(result), "request {0[0]}".format)
     with pytest.warns(
         AllocationWarning, match=r"^layer 3, request 2: .* after 8 steps, and the best iterates are used"
     ):
         share = Jacobian(tolerance=1e-10, iterations=8).allocate(right, here)
-    torch.testing.assert_close(share[:2], dense(values, found, right)[0][:2], rtol=0, atol=1e-8)
+    torch.testing.assert_close(share[:2], dense(values, result, right)[0][:2], rtol=0, atol=1e-8)
     assert here.numbers == {"steps": 8}
     assert 0 < float(share[2].norm()) < float(right[2].norm())
 

@@ -25,12 +25,12 @@ def folder(lm, workplace):
 
 def test_trace(folder, capsys):
     words = ["trace", "--model", str(folder / "model"), "--data", str(folder / "known.json"), "--out", "found"]
-    found = main([*words, "--trace.draws", "2", "--trace.tokens", "all"])
+    result = main([*words, "--trace.draws", "2", "--trace.tokens", "all"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"knows {len(found.effects)} of 5 facts" in printed
-    assert f"{found.scores[2]:.4f}" in printed
+    assert f"knows {len(result.effects)} of 5 facts" in printed
+    assert f"{result.scores[2]:.4f}" in printed
     again = Trace.load(folder / "found" / "trace.json")
-    assert again.scores == found.scores
+    assert again.scores == result.scores
     for name in ("map", "weights"):
         assert (folder / "found" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     assert "proposed" not in printed

@@ -36,9 +36,9 @@ TREES = st.dictionaries(
 def test_plain_trees_come_back_equal(tmp_path_factory, tree):
     path = tmp_path_factory.mktemp("trees") / "a.ckpt"
     IO.save_checkpoint(tree, path)
-    found = IO.load_checkpoint(path)
-    assert found == tree
-    assert repr(found) == repr(tree)  # True is not 1, and a tuple no list
+    result = IO.load_checkpoint(path)
+    assert result == tree
+    assert repr(result) == repr(tree)  # True is not 1, and a tuple no list
 
 
 def test_tensors_come_back_bit_for_bit_even_shared_ones(tmp_path):
@@ -48,11 +48,11 @@ def test_tensors_come_back_bit_for_bit_even_shared_ones(tmp_path):
         "states": [(torch.arange(3), {0: torch.tensor(2.5, dtype=torch.bfloat16)})],
     }
     IO.save_checkpoint(tree, tmp_path / "deep" / "a.ckpt")
-    found = IO.load_checkpoint(tmp_path / "deep" / "a.ckpt", map_location=torch.device("cpu"))
-    assert torch.equal(found["state_dict"]["a"], weight.T)
-    assert torch.equal(found["state_dict"]["b"], weight)
-    assert torch.equal(found["state_dict"]["c"], weight[0])
-    numbers, states = found["states"][0]
+    result = IO.load_checkpoint(tmp_path / "deep" / "a.ckpt", map_location=torch.device("cpu"))
+    assert torch.equal(result["state_dict"]["a"], weight.T)
+    assert torch.equal(result["state_dict"]["b"], weight)
+    assert torch.equal(result["state_dict"]["c"], weight[0])
+    numbers, states = result["states"][0]
     assert torch.equal(numbers, torch.arange(3))
     assert states[0].dtype == torch.bfloat16
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.ckpt"]
@@ -138,16 +138,16 @@ def test_a_trainer_writes_small_files_without_pickle_and_reads_them(tiny, reques
             list(pickletools.genops(path.read_bytes()))
         with safe_open(path, "pt") as file:
             assert all(name.startswith("t") for name in file.keys())  # noqa: SIM118
-    found = IO.load_checkpoint(files[-1])
-    assert found["global_step"] == 2
+    result = IO.load_checkpoint(files[-1])
+    assert result["global_step"] == 2
     own = module.state_dict()
-    assert len(found["state_dict"]) == 2
-    assert all(torch.equal(weight, own[name]) for name, weight in found["state_dict"].items())
+    assert len(result["state_dict"]) == 2
+    assert all(torch.equal(weight, own[name]) for name, weight in result["state_dict"].items())
     module.journal.rollback()
     trainer.validate(module, EditDataModule(requests[:4]).val_dataloader(), ckpt_path=files[-1], verbose=False)
     assert torch.equal(
         tiny.weight(Site(4, "mlp_out")),
-        found["state_dict"][f"model.{tiny.architecture.path(Site(4, 'mlp_out'))}.weight"],
+        result["state_dict"][f"model.{tiny.architecture.path(Site(4, 'mlp_out'))}.weight"],
     )
 
 

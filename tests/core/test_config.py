@@ -367,8 +367,8 @@ class Margin(Metric):
         self.scale = scale
         self.add_state("total", torch.tensor(0.0), dist_reduce_fx="sum")
 
-    def update(self, wanted, rival, correct, record, kind):
-        self.total += self.scale * (wanted - rival).nansum()
+    def update(self, expected, rival, correct, record, kind):
+        self.total += self.scale * (expected - rival).nansum()
 
     def compute(self):
         return self.total

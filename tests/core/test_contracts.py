@@ -201,10 +201,10 @@ def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkey
     read = FactReader.read
 
     def spoiled(self, site, value_site):
-        found = read(self, site, value_site)
+        result = read(self, site, value_site)
         if site.layer == 2:
-            found[part][1, 3] = torch.inf
-        return found
+            result[part][1, 3] = torch.inf
+        return result
 
     monkeypatch.setattr(FactReader, "read", spoiled)
     before = lm.fingerprint()
@@ -218,9 +218,9 @@ def test_numbers_read_from_the_model_name_their_fact(lm, requests, quiet, monkey
 def test_target_values_that_are_not_finite_name_their_fact(lm, requests, quiet):
     class Spoiled(GradientSearch):
         def search(self, *args, **options):
-            found = super().search(*args, **options)
-            found.values[2, 0] = torch.nan
-            return found
+            result = super().search(*args, **options)
+            result.values[2, 0] = torch.nan
+            return result
 
     before = lm.fingerprint()
     with pytest.raises(NumericalError, match=r"layer 4, request 2 \(.*target values are not finite \(nan\)"):

@@ -38,13 +38,13 @@ def test_it_is_a_lightning_data_module():
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "wanted"),
+    ("batch_size", "expected"),
     [(None, [10]), (1, [1] * 10), (4, [4, 4, 2]), (10, [10]), (99, [10])],
 )
-def test_edit_batches_keep_the_order(lm, batch_size, wanted):
+def test_edit_batches_keep_the_order(lm, batch_size, expected):
     batches = list(batches_of(lm, REQUESTS, batch_size))
-    assert [len(batch) for batch in batches] == wanted
-    assert [batch.first for batch in batches] == [sum(wanted[:i]) for i in range(len(wanted))]
+    assert [len(batch) for batch in batches] == expected
+    assert [batch.first for batch in batches] == [sum(expected[:i]) for i in range(len(expected))]
     assert [number for batch in numbers(batches) for number in batch] == list(range(10))
     assert all(type(batch) is TextBatch for batch in batches)
 
@@ -73,11 +73,11 @@ def test_another_module_gets_its_own_batches(lm):
     assert next(iter(data.train_dataloader())) is not batch
 
 
-@pytest.mark.parametrize(("limit", "wanted"), [(None, 10), (1, 1), (4, 4), (99, 10)])
-def test_limit(limit, wanted):
+@pytest.mark.parametrize(("limit", "expected"), [(None, 10), (1, 1), (4, 4), (99, 10)])
+def test_limit(limit, expected):
     data = EditDataModule(REQUESTS, limit=limit)
-    assert data.requests == REQUESTS[:wanted]
-    assert data.batch_size == wanted
+    assert data.requests == REQUESTS[:expected]
+    assert data.batch_size == expected
 
 
 def test_default_is_the_built_in_data():

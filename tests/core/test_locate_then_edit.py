@@ -100,9 +100,9 @@ def test_the_model_moves_towards_its_targets(tiny, requests, quiet, build):
     prompts = [torch.tensor([tiny.tokenizer(r.text[: r.subject_end])["input_ids"]]) for r in requests]
     before = [at_anchor(tiny, ids) for ids in prompts]
     fit(module, requests, quiet, 12)
-    wanted = module.journal[0].values[4]
-    missing = torch.stack([(wanted[i] - at_anchor(tiny, ids)).norm() for i, ids in enumerate(prompts)])
-    start = torch.stack([(wanted[i] - before[i]).norm() for i in range(12)])
+    expected = module.journal[0].values[4]
+    missing = torch.stack([(expected[i] - at_anchor(tiny, ids)).norm() for i, ids in enumerate(prompts)])
+    start = torch.stack([(expected[i] - before[i]).norm() for i in range(12)])
     assert (missing < 0.5 * start).all()
 
 
@@ -150,8 +150,8 @@ def test_endpoints_with_targets_of_their_own(tiny, requests, quiet, build):
     first = step.changes[0].change.update.left  # the whole residual of the first layer's own targets
     with torch.no_grad():
         module.journal.rollback()
-    found = TARGETS.search(tiny, module_batch(tiny, requests), 1)
-    torch.testing.assert_close(first, found.values - found.initial, rtol=0, atol=1e-9)
+    result = TARGETS.search(tiny, module_batch(tiny, requests), 1)
+    torch.testing.assert_close(first, result.values - result.initial, rtol=0, atol=1e-9)
 
 
 def module_batch(lm, requests):
@@ -294,13 +294,13 @@ def test_layers_added_after_edits_are_measured_on_the_unedited_model(lm, request
     statistics = Statistics(str(tmp_path / "corpus.txt"), tokens=300, window=20)
     module = build(lm, statistics=statistics)
     fit(module, requests[:6], quiet)
-    wanted = statistics.collect(copy.deepcopy(lm), [Site(4, "mlp_out")])[Site(4, "mlp_out")].moment  # once edited
+    expected = statistics.collect(copy.deepcopy(lm), [Site(4, "mlp_out")])[Site(4, "mlp_out")].moment  # once edited
     del module.covariances[4]
     fit(module, requests[6:], quiet)
-    found = module.covariances[4].moment
+    result = module.covariances[4].moment
     module.journal.rollback()
-    assert torch.equal(found, statistics.collect(lm, [Site(4, "mlp_out")])[Site(4, "mlp_out")].moment)
-    assert not torch.equal(found, wanted)
+    assert torch.equal(result, statistics.collect(lm, [Site(4, "mlp_out")])[Site(4, "mlp_out")].moment)
+    assert not torch.equal(result, expected)
 
 
 def test_a_second_fit_goes_on_where_the_first_ended(lm, requests, quiet, build):

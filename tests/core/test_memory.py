@@ -145,9 +145,9 @@ def test_parts_of_a_batch_get_the_same_target_values(tiny, requests):
     batch, targets = encode_batch(tiny, requests, CONTEXTS), GradientSearch(steps=4)
     parts = list(batch.split(5))
     assert [len(part) for part in parts] == [5, 5, 2]
-    found = Targets.join([targets.search(tiny, part, 2) for part in parts])
+    result = Targets.join([targets.search(tiny, part, 2) for part in parts])
     for name, value in vars(targets.search(tiny, batch, 2)).items():
-        torch.testing.assert_close(getattr(found, name), value, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(getattr(result, name), value, rtol=1e-9, atol=1e-12)
 
 
 def test_a_budget_too_small_is_refused_before_anything(tiny, requests, quiet):

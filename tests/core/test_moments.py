@@ -26,7 +26,7 @@ def settings(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny, settings, tmp_path, monkeypatch, error):
     monkeypatch.setattr(module, "SAVE_EVERY", 0)
-    wanted = settings.collect(tiny, at(1, 3), tmp_path / "whole")
+    expected = settings.collect(tiny, at(1, 3), tmp_path / "whole")
     count = passes(tiny)
     handle = interrupt_after(tiny, 5, error)
     with pytest.raises(error):
@@ -34,12 +34,12 @@ def test_an_interrupted_pass_goes_on_to_the_same_bits(tiny, settings, tmp_path, 
     handle.remove()
     assert [path.name for path in (tmp_path / "broken").rglob("*.safetensors")] == ["partial.safetensors"]
     count.clear()
-    found = settings.collect(tiny, at(1, 3), tmp_path / "broken")
+    result = settings.collect(tiny, at(1, 3), tmp_path / "broken")
     assert len(count) == -(-(500 // 20) // 3) - 5  # went on, did not start again
     for layer in (1, 3):
-        assert torch.equal(found[MLP[layer]].moment, wanted[MLP[layer]].moment)
-        assert torch.equal(found[MLP[layer]].eigen[0], wanted[MLP[layer]].eigen[0])
-        assert torch.equal(found[MLP[layer]].curve, wanted[MLP[layer]].curve)
+        assert torch.equal(result[MLP[layer]].moment, expected[MLP[layer]].moment)
+        assert torch.equal(result[MLP[layer]].eigen[0], expected[MLP[layer]].eigen[0])
+        assert torch.equal(result[MLP[layer]].curve, expected[MLP[layer]].curve)
     assert not list((tmp_path / "broken").rglob("partial*"))
 
 
@@ -49,8 +49,8 @@ def test_a_partial_pass_over_other_layers_is_not_used(lm, settings, monkeypatch)
     with pytest.raises(RuntimeError):
         settings.collect(lm, at(1, 3))
     handle.remove()
-    found = settings.collect(lm, at(2, 3))
-    torch.testing.assert_close(found[MLP[3]].moment, direct(lm, 3), rtol=0, atol=1e-12)
+    result = settings.collect(lm, at(2, 3))
+    torch.testing.assert_close(result[MLP[3]].moment, direct(lm, 3), rtol=0, atol=1e-12)
 
 
 def stopped(lm, settings, folder, moment, monkeypatch):
@@ -193,8 +193,8 @@ def on_ranks(count, settings, lm, folder, tmp_path):
     def work(rank):
         start_gloo()
         with ranks.together():
-            found = settings.collect(lm, at(1, 3), folder)
-            return {site.layer: tensor_hash(each.moment) for site, each in found.items()}, ranks.world_size()
+            result = settings.collect(lm, at(1, 3), folder)
+            return {site.layer: tensor_hash(each.moment) for site, each in result.items()}, ranks.world_size()
 
     return in_ranks(count, work, tmp_path)
 

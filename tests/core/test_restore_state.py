@@ -256,6 +256,6 @@ def test_the_numbers_are_those_of_evaluation_mode(lm, requests, quiet, tmp_path)
     """A model handed over in training mode is edited as one in evaluation mode is: dropout plays no part."""
     target = GradientSearch(steps=3, lr=0.3)
     batch = encode_batch(lm, requests[:2], Contexts())
-    wanted = target.search(lm, batch, 3).values
+    expected = target.search(lm, batch, 3).values
     as_the_user_left_it(lm, ("train",))
-    assert torch.equal(target.search(lm, batch, 3).values, wanted)
+    assert torch.equal(target.search(lm, batch, 3).values, expected)

@@ -108,7 +108,7 @@ def test_resumed_equals_uninterrupted(model_of, requests, tmp_path, whole, arch,
     assert repr((run.before, run.after)) == repr((before, after))
     assert told(tmp_path / "run") == told(folder)
     assert set(kept(tmp_path / "run")) == set(kept(folder))
-    assert {name for name, found in kept(tmp_path / "run").items() if found != kept(folder)[name]} <= {"metrics.csv"}
+    assert {name for name, result in kept(tmp_path / "run").items() if result != kept(folder)[name]} <= {"metrics.csv"}
     editor.rollback()
     assert state(tiny, editor.module) != expected
 
@@ -369,9 +369,9 @@ def test_a_run_folder_is_its_owners_unless_asked_and_an_export_follows_the_umask
     assert {mode for path, mode in modes(run).items() if path.is_file()} == {0o600}
     assert (tmp_path / "some").stat().st_mode & 0o777 == 0o755
     for format in ("delta", "model", "lora"):
-        found = modes(editor.export(tmp_path / format, format))
-        assert {mode for path, mode in found.items() if path.is_dir()} == {0o755}
-        assert {mode for path, mode in found.items() if path.is_file()} == {0o644}
+        result = modes(editor.export(tmp_path / format, format))
+        assert {mode for path, mode in result.items() if path.is_dir()} == {0o755}
+        assert {mode for path, mode in result.items() if path.is_file()} == {0o644}
     editor_of(fresh, private=False).fit(requests[:2], run_dir=tmp_path / "shared")
     assert {mode for path, mode in modes(tmp_path / "shared").items() if path.is_dir()} == {0o755}
     assert {mode for path, mode in modes(tmp_path / "shared").items() if path.is_file()} == {0o644}
@@ -390,5 +390,5 @@ def test_a_folder_with_content_keeps_its_rights(lm, requests, tmp_path, umask):
 def test_a_stopped_run_is_private_too(lm, requests, tmp_path, umask):
     with pytest.raises(RuntimeError):
         fit(lm, requests[:4], tmp_path / "run", StopAfter(1, RuntimeError()))
-    found = modes(tmp_path / "run")
-    assert {mode for path, mode in found.items() if path.is_dir()} == {0o700}
+    result = modes(tmp_path / "run")
+    assert {mode for path, mode in result.items() if path.is_dir()} == {0o700}

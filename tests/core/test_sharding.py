@@ -156,8 +156,8 @@ def test_a_rank_that_dies_ends_the_run_and_another_process_goes_on(place, lm, re
 
     expected = work((), "whole")(0)
     for name, sizes in (("alone", ()), ("again", SHARDED)):
-        found = errors(2, work(SHARDED, name, victim=1), tmp_path)
-        assert [type(each) for each in found] == [RanksError], found
+        result = errors(2, work(SHARDED, name, victim=1), tmp_path)
+        assert [type(each) for each in result] == [RanksError], result
         assert results(max(1, len(sizes)), work(sizes, name), tmp_path) == [expected] * max(1, len(sizes))
         assert verify(tmp_path / name).faults == []
 

@@ -26,9 +26,9 @@ def settings(corpus):
 
 
 def test_one_pass_equals_direct_outer_products(tiny, settings):
-    found = settings.collect(tiny, at(1, 3))
-    assert list(found) == at(1, 3)
-    for site, covariance in found.items():
+    result = settings.collect(tiny, at(1, 3))
+    assert list(result) == at(1, 3)
+    for site, covariance in result.items():
         torch.testing.assert_close(covariance.moment, direct(tiny, site.layer), rtol=0, atol=1e-12)
         values, vectors = covariance.eigen
         torch.testing.assert_close((vectors * values) @ vectors.T, covariance.moment, rtol=0, atol=1e-10)
@@ -119,26 +119,26 @@ def test_weights_above_the_last_layer_do_not_matter(lm, settings):
 @pytest.mark.parametrize(("early", "late"), [([3], [1, 3]), ([1, 3], [3])])
 def test_layers_share_a_folder_only_where_their_values_agree(lm, settings, early, late):
     settings.collect(lm, at(*early))
-    found = settings.collect(lm, at(*late))
-    assert list(found) == at(*late)
+    result = settings.collect(lm, at(*late))
+    assert list(result) == at(*late)
     for layer in late:
-        torch.testing.assert_close(found[MLP[layer]].moment, direct(lm, layer), rtol=0, atol=1e-12)
+        torch.testing.assert_close(result[MLP[layer]].moment, direct(lm, layer), rtol=0, atol=1e-12)
 
 
 def test_the_curve_shows_how_second_moments_settle(lm, settings, cache):
-    found = Statistics(settings.source, 500, 20, batch_tokens=20, null_threshold=0.01).collect(lm, at(1))[MLP[1]]
+    result = Statistics(settings.source, 500, 20, batch_tokens=20, null_threshold=0.01).collect(lm, at(1))[MLP[1]]
     path = next(cache.rglob("layer-1-mlp_out.safetensors"))
-    before, half = torch.zeros_like(found.moment), direct(lm, 1, tokens=260)
+    before, half = torch.zeros_like(result.moment), direct(lm, 1, tokens=260)
     points = []
-    for moment, tokens in ((half, 260), (found.moment, 500)):  # a quarter has fewer tokens than keys are wide
+    for moment, tokens in ((half, 260), (result.moment, 500)):  # a quarter has fewer tokens than keys are wide
         null = int((torch.linalg.eigvalsh(moment) < 0.01).sum())
         points.append([tokens, float((moment - before).norm() / moment.norm()), 0.01, null])
         before = moment
-    torch.testing.assert_close(found.curve, torch.tensor(points, dtype=torch.float64), rtol=1e-9, atol=0)
-    assert torch.equal(settings.collect(lm, at(1))[MLP[1]].curve, found.curve)  # read from the cache
+    torch.testing.assert_close(result.curve, torch.tensor(points, dtype=torch.float64), rtol=1e-9, atol=0)
+    assert torch.equal(settings.collect(lm, at(1))[MLP[1]].curve, result.curve)  # read from the cache
     assert set(load_file(path)) == {"moment", "eigenvalues", "eigenvectors", "curve"}
-    assert [each.model_dump() for each in points_of(found)] == [
-        dict(zip(("tokens", "change", "threshold", "null"), point, strict=True)) for point in found.curve.tolist()
+    assert [each.model_dump() for each in points_of(result)] == [
+        dict(zip(("tokens", "change", "threshold", "null"), point, strict=True)) for point in result.curve.tolist()
     ]
 
 
@@ -148,10 +148,10 @@ def test_files_without_a_curve_are_read(lm, settings, cache):
     tensors = load_file(path)
     del tensors["curve"]
     write_tensors(path, tensors, tensor_hashes(tensors))
-    found = settings.collect(lm, at(1))[MLP[1]]
-    assert torch.equal(found.moment, moment)
-    assert found.curve is None
-    assert points_of(found) == []
+    result = settings.collect(lm, at(1))[MLP[1]]
+    assert torch.equal(result.moment, moment)
+    assert result.curve is None
+    assert points_of(result) == []
 
 
 def test_too_few_tokens_are_refused(lm, corpus):
@@ -199,9 +199,9 @@ def test_a_corpus_with_a_token_beyond_the_embedding_is_refused(lm, settings):
 
 
 def test_without_a_source_the_model_samples_its_own(lm):
-    found = Statistics(tokens=400, window=16, batch_tokens=400).collect(lm, at(0))
-    assert torch.isfinite(found[MLP[0]].moment).all()
-    assert float(found[MLP[0]].moment.diagonal().min()) > 0
+    result = Statistics(tokens=400, window=16, batch_tokens=400).collect(lm, at(0))
+    assert torch.isfinite(result[MLP[0]].moment).all()
+    assert float(result[MLP[0]].moment.diagonal().min()) > 0
 
 
 @pytest.mark.parametrize("name", ["moment", "eigenvalues", "eigenvectors", "curve"])

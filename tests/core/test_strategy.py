@@ -44,15 +44,15 @@ def test_recipes_lead_to_equal_bits_on_one_two_and_three_ranks(lm, requests, tmp
     (tmp_path / "corpus.txt").write_text("\n".join([words] * 8))
 
     def work(count):
-        found = {}
+        answer = {}
         for method, parts in RECIPES.items():
             os.environ["CAKEFLOW_CACHE"] = str(tmp_path / "cache" / str(count))  # so that each measures by itself
             editor, size = edits(copy.deepcopy(lm), method, count, **parts), 1 if method == "rome" else 4
             if method == "memit":
                 editor._trainer["callbacks"] = [OutcomeCheck(familiar=2), NeutralText(every=None)]
             result = editor.fit(requests[: 3 if method == "rome" else 7], size, run_dir=tmp_path / f"{method}-{count}")
-            found[method] = outcome(editor, result)
-        return found
+            answer[method] = outcome(editor, result)
+        return answer
 
     expected = work(1)
     for count in (2, 3):
@@ -118,8 +118,8 @@ def test_an_error_of_one_rank_takes_the_batch_back_on_all(parts, lm, requests, t
 def test_any_number_of_records_is_evaluated_rightly(count, lm, requests, tmp_path):
     def work(records, size, batch, devices):
         editor = editor_of(copy.deepcopy(lm), {**ranks_of(devices), "logger": False})
-        found = editor.evaluate(records, batch)
-        return found.metrics, [each.to_dict() for each in found.requests]
+        result = editor.evaluate(records, batch)
+        return result.metrics, [each.to_dict() for each in result.requests]
 
     for records, batch in ((requests[:11], 2), (requests[:1], 16)):
         expected = work(records, 1, batch, 1)
@@ -137,16 +137,16 @@ def test_fewer_requests_than_ranks(lm, requests, tmp_path):
 
 def test_what_follows_a_run_is_done_on_all_ranks(lm, requests, tmp_path):
     def work(count):
-        editor, found = editor_of(copy.deepcopy(lm), ranks_of(count), tile=1, contexts=CONTEXTS), []
+        editor, result = editor_of(copy.deepcopy(lm), ranks_of(count), tile=1, contexts=CONTEXTS), []
         folder = tmp_path / f"run-{count}"
         editor.fit(requests[:4], 2, evaluate=False, run_dir=folder)
         editor.rollback(1)
-        found.append(weights(editor.module.lm))
+        result.append(weights(editor.module.lm))
         editor.undo(requests[0].subject)
-        found.append((weights(editor.module.lm), len(editor.journal)))
+        result.append((weights(editor.module.lm), len(editor.journal)))
         editor.export(tmp_path / f"export-{count}", "delta")
         kinds = [entry.kind for entry in ledger(folder)]
-        return found, kinds, sorted(path.name for path in (tmp_path / f"export-{count}").iterdir())
+        return result, kinds, sorted(path.name for path in (tmp_path / f"export-{count}").iterdir())
 
     assert results(2, lambda _: work(2), tmp_path) == [work(1)] * 2
 
@@ -156,8 +156,10 @@ def test_the_command_evaluates_a_run_on_ranks(lm, requests, workplace):
 
     def work(count):
         options = ["--trainer.accelerator", "cpu", "--trainer.logger", "false", "--data.eval_batch_size", "2"]
-        found = run_command(["evaluate", "--run", "run", "--model", "model", "--trainer.devices", f"{count}", *options])
-        return found.metrics, [each.to_dict() for each in found.requests]
+        result = run_command(
+            ["evaluate", "--run", "run", "--model", "model", "--trainer.devices", f"{count}", *options]
+        )
+        return result.metrics, [each.to_dict() for each in result.requests]
 
     assert results(2, lambda _: work(2), workplace) == [work(1)] * 2
 
@@ -227,9 +229,9 @@ def different(name, lm, requests, folder):
     ],
 )
 def test_ranks_that_differ_learn_it_before_anything_is_written(name, words, lm, requests, tmp_path):
-    found = errors(2, different(name, lm, requests, tmp_path), tmp_path)
-    assert [type(each) for each in found] == [RanksError] * 2
-    assert all(words in str(each) for each in found), found
+    result = errors(2, different(name, lm, requests, tmp_path), tmp_path)
+    assert [type(each) for each in result] == [RanksError] * 2
+    assert all(words in str(each) for each in result), result
 
 
 # ---- ranks that die ----
@@ -360,6 +362,6 @@ def test_the_command_starts_ranks(launcher, lm, workplace):
         own = {**os.environ, "MASTER_PORT": str(free_port())}
         ended = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=240, env=own)
         assert ended.returncode == 0, ended.stderr
-    found = [bodies(ledger(workplace / f"run-{count}"), BatchBody)[0] for count in (1, 2)]
-    assert [change.after for change in found[0].changes] == [change.after for change in found[1].changes]
+    result = [bodies(ledger(workplace / f"run-{count}"), BatchBody)[0] for count in (1, 2)]
+    assert [change.after for change in result[0].changes] == [change.after for change in result[1].changes]
     assert not (workplace / "runs").exists()

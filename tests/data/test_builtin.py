@@ -20,8 +20,8 @@ def prompts(fact, kind):
 def says(text, words):
     """Whether the text holds the words as words."""
     bare = "".join(letter.lower() if letter.isalnum() else " " for letter in text)
-    wanted = "".join(letter.lower() if letter.isalnum() else " " for letter in words)
-    return f" {' '.join(wanted.split())} " in f" {' '.join(bare.split())} "
+    expected = "".join(letter.lower() if letter.isalnum() else " " for letter in words)
+    return f" {' '.join(expected.split())} " in f" {' '.join(bare.split())} "
 
 
 @pytest.fixture(params=TARGETS)

@@ -22,9 +22,9 @@ from cakeflow.data.request import normal_form_hint, request_faults
     ],
 )
 def test_contradictions(second, contradicts):
-    found = contradictions(parse_requests([OWN, own(subject="Rhine"), second]))
-    assert [(problem.index, problem.field) for problem in found] == ([(2, "target_new")] if contradicts else [])
-    assert all("contradicts entry 0" in problem.remedy for problem in found)
+    result = contradictions(parse_requests([OWN, own(subject="Rhine"), second]))
+    assert [(problem.index, problem.field) for problem in result] == ([(2, "target_new")] if contradicts else [])
+    assert all("contradicts entry 0" in problem.remedy for problem in result)
 
 
 def test_without_a_relation_the_prompt_tells_contradictions():

@@ -45,8 +45,8 @@ def test_a_neighborhood_prompt_counts_where_its_answer_is_known():
 
 @given(st.lists(st.sampled_from([*FULL, BARE, ZSRE]), min_size=1), st.sets(st.sampled_from(sorted(FIELDS))))
 def test_a_list_lacks_what_its_records_lack(records, needs):
-    wanted = {field: {i for i, record in enumerate(records) if missing_fields([record], [field])} for field in needs}
-    assert missing_fields(records, needs) == {field: some for field, some in wanted.items() if some}
+    expected = {field: {i for i, record in enumerate(records) if missing_fields([record], [field])} for field in needs}
+    assert missing_fields(records, needs) == {field: some for field, some in expected.items() if some}
 
 
 def test_an_unknown_field():

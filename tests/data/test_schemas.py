@@ -113,8 +113,8 @@ def test_schemas_and_objects_mix_in_one_list_and_keep_their_order():
 
 def test_probes_may_be_missing_none_or_objects():
     probe = Probe("generation", "Ships")
-    for probes, wanted in ((..., ()), (None, ()), ([], ()), ([probe], (probe,))):
-        assert parse_requests([own(probes=probes)])[0].probes == wanted
+    for probes, expected in ((..., ()), (None, ()), ([], ()), ([probe], (probe,))):
+        assert parse_requests([own(probes=probes)])[0].probes == expected
 
 
 @pytest.mark.parametrize(
@@ -215,11 +215,11 @@ MALFORMED = [
 def test_malformed_entry_is_named_by_index_and_field(entry, field):
     with pytest.raises(RequestError, match="nothing was changed") as caught:
         parse_requests([EditRequest("{} is", "a", "b"), entry])
-    found = [problem for problem in caught.value.faults if problem.field == field]
-    assert found, str(caught.value)
+    result = [problem for problem in caught.value.faults if problem.field == field]
+    assert result, str(caught.value)
     assert {problem.index for problem in caught.value.faults} == {1}
     assert f"entry 1, {field} = " in str(caught.value)
-    assert found[0].remedy
+    assert result[0].remedy
 
 
 def test_every_fault_of_every_entry_is_reported_at_once():

@@ -34,9 +34,9 @@ def snippets(tmp_path):
 def test_texts_are_joined_by_relation_and_target(snippets):
     entries = [entry(0, "P103", "Q1860"), entry(1, "P103", "Q150"), entry(2, "P17", "Q2"), {"prompt": "{}"}, "odd"]
     entries += [entry(3, ["P103"], {}), {"requested_rewrite": ["P103"]}]
-    found = list(with_references(entries, snippets))
-    assert found[0] == {**entries[0], "reference": "Ann speaks English. So does Bob."}
-    assert found[1:] == entries[1:]
+    result = list(with_references(entries, snippets))
+    assert result[0] == {**entries[0], "reference": "Ann speaks English. So does Bob."}
+    assert result[1:] == entries[1:]
 
 
 def test_references_reach_the_records(snippets, tmp_path):

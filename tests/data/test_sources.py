@@ -33,9 +33,9 @@ def _own_cache(tmp_path, monkeypatch):
 def test_files_give_what_the_list_gives(schema, suffix, tmp_path):
     records = SAMPLES[schema]
     path = write_records(tmp_path / f"facts{suffix}", records)
-    wanted = read_requests(records)
-    assert read_requests(path) == read_requests(str(path)) == wanted
-    assert len(wanted) == len(records)
+    expected = read_requests(records)
+    assert read_requests(path) == read_requests(str(path)) == expected
+    assert len(expected) == len(records)
 
 
 def test_counterfact_sample():

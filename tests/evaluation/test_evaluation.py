@@ -28,17 +28,17 @@ EVERYTHING = Evaluation(answer_tokens=4, texts_every=2, text_tokens=24, seed=3)
 
 def test_answers_are_what_the_parts_say(tiny):
     """Scores, free-running answers and free texts, in the order of the records."""
-    found = EVERYTHING.ask(tiny, RECORDS, first=1)
+    result = EVERYTHING.ask(tiny, RECORDS, first=1)
     alone = score_records(tiny, RECORDS)
     for name in ("expected", "rival", "correct", "tokens", "record", "kind"):
-        torch.testing.assert_close(getattr(found.scores, name), getattr(alone, name), equal_nan=True)
+        torch.testing.assert_close(getattr(result.scores, name), getattr(alone, name), equal_nan=True)
     assert alone.answered.isnan().all()
     asked = list(scored_prompts(RECORDS))
     said = [until_stop(text) for text in continuations(tiny, [question.prompt for question in asked], 4)]
     right = [plain(text) == plain(question.expected) for text, question in zip(said, asked, strict=True)]
-    assert found.scores.answered.tolist() == right
-    assert [bool(texts) for texts in found.texts] == [False, True, False, True, False]  # numbers 1 to 5
-    for record, texts in zip(RECORDS, found.texts, strict=True):
+    assert result.scores.answered.tolist() == right
+    assert [bool(texts) for texts in result.texts] == [False, True, False, True, False]  # numbers 1 to 5
+    for record, texts in zip(RECORDS, result.texts, strict=True):
         assert all(text.startswith(prompt) for prompt, text in zip(free_prompts(record), texts, strict=False))
         assert len(texts) in (0, len(free_prompts(record)))
 
@@ -81,8 +81,8 @@ def test_parts_say_the_same_as_the_whole(tiny):
 
 
 def test_rows_hold_every_prompt(tiny):
-    found = EVERYTHING.ask(tiny, RECORDS)
-    rows = json.loads(json.dumps([row.to_dict() for row in found.rows(first=7)], allow_nan=False))
+    result = EVERYTHING.ask(tiny, RECORDS)
+    rows = json.loads(json.dumps([row.to_dict() for row in result.rows(first=7)], allow_nan=False))
     assert [row["index"] for row in rows] == [7, 8, 9, 10, 11]
     asked = iter(enumerate(scored_prompts(RECORDS)))
     for record, row in zip(RECORDS, rows, strict=True):
@@ -93,9 +93,9 @@ def test_rows_hold_every_prompt(tiny):
             place, question = next(asked)
             assert (entry["kind"], entry["prompt"]) == (KINDS[question.kind], question.prompt)
             assert (entry["expected"], entry["rival"]) == (question.expected, question.rival)
-            assert entry["expected_logprob"] == pytest.approx(float(found.scores.expected[place]))
-            assert entry["rival_logprob"] == pytest.approx(float(found.scores.rival[place]))
-            assert entry["correct"] == bool(found.scores.correct[place])
+            assert entry["expected_logprob"] == pytest.approx(float(result.scores.expected[place]))
+            assert entry["rival_logprob"] == pytest.approx(float(result.scores.rival[place]))
+            assert entry["correct"] == bool(result.scores.correct[place])
     assert [len(row["generations"]) for row in rows] == [2, 0, 2, 0, 2]
     assert next(asked, None) is None
 
@@ -158,9 +158,9 @@ def test_metrics_that_can_judge_nothing_are_an_error_before_anything_is_asked(lm
     with pytest.raises(ConfigError, match="no record can feed fluency: generation is missing in 1 of 1 records"):
         Editor(module, quiet).fit(bare)
     assert not len(module.journal)
-    found = Editor(LocateThenEdit(lm, [1]), quiet).evaluate(bare)
-    assert "specificity" not in found.metrics
-    assert "efficacy_exact" in found.metrics
+    result = Editor(LocateThenEdit(lm, [1]), quiet).evaluate(bare)
+    assert "specificity" not in result.metrics
+    assert "efficacy_exact" in result.metrics
     assert not [record for record in caplog.records if record.name.startswith("cakeflow.data")]
     Editor(LocateThenEdit(lm, [1]), quiet).evaluate([*bare, RECORDS[0]])
     (said,) = [record.message for record in caplog.records if record.name.startswith("cakeflow.data")]

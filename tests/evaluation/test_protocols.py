@@ -67,17 +67,17 @@ def accuracy(lm, prompt, target, neighborhood):
 
 
 def test_official_numbers(asked):
-    found = score_records(asked, RECORDS, "official")
+    result = score_records(asked, RECORDS, "official")
     for place, question in enumerate(scored_prompts(RECORDS)):
         mean, right = likelihood(asked, question.prompt, question.expected)
-        assert float(found.expected[place]) == pytest.approx(mean, abs=1e-5)
-        assert bool(found.correct[place]) == right
-        assert bool(found.rival[place].isnan()) == (question.rival is None)
+        assert float(result.expected[place]) == pytest.approx(mean, abs=1e-5)
+        assert bool(result.correct[place]) == right
+        assert bool(result.rival[place].isnan()) == (question.rival is None)
         if question.rival is not None:
             mean, _ = likelihood(asked, question.prompt, question.rival)
-            assert float(found.rival[place]) == pytest.approx(mean, abs=1e-5)
+            assert float(result.rival[place]) == pytest.approx(mean, abs=1e-5)
         share = accuracy(asked, question.prompt, question.expected, KINDS[question.kind] == "neighborhood")
-        assert float(found.tokens[place]) == pytest.approx(share)
+        assert float(result.tokens[place]) == pytest.approx(share)
 
 
 def test_protocols_differ_where_tokens_join(tiny):

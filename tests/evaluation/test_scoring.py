@@ -106,17 +106,17 @@ ASKED = [
 
 
 def test_records_become_prompts_in_order(tiny):
-    found = score_records(tiny, [FULL, BARE])
-    assert found.record.tolist() == [record for record, *_ in ASKED]
-    assert [KINDS[kind] for kind in found.kind] == [kind for _, kind, *_ in ASKED]
+    result = score_records(tiny, [FULL, BARE])
+    assert result.record.tolist() == [record for record, *_ in ASKED]
+    assert [KINDS[kind] for kind in result.kind] == [kind for _, kind, *_ in ASKED]
     for i, (_, _, prompt, expected, rival) in enumerate(ASKED):
         score, share = plainly(tiny, prompt, expected)
-        assert float(found.expected[i]) == pytest.approx(score, abs=1e-5)
-        assert (float(found.tokens[i]), bool(found.correct[i])) == (pytest.approx(share), share == 1)
+        assert float(result.expected[i]) == pytest.approx(score, abs=1e-5)
+        assert (float(result.tokens[i]), bool(result.correct[i])) == (pytest.approx(share), share == 1)
         if rival is None:
-            assert found.rival[i].isnan()
+            assert result.rival[i].isnan()
         else:
-            assert float(found.rival[i]) == pytest.approx(plainly(tiny, prompt, rival)[0], abs=1e-5)
+            assert float(result.rival[i]) == pytest.approx(plainly(tiny, prompt, rival)[0], abs=1e-5)
 
 
 def test_records_score_alike_alone_and_together(tiny):
@@ -178,9 +178,9 @@ def test_every_record_that_cannot_be_asked_is_named_by_its_place(lm, monkeypatch
 @pytest.mark.real
 def test_real_model_equals_plain_passes(smollm2):
     records = builtin_facts()[:3]
-    found = score_records(smollm2, records)
+    result = score_records(smollm2, records)
     asked = [(r.text, r.target_new) for r in records]
-    mine = found.expected[found.kind == KINDS.index("rewrite")]
+    mine = result.expected[result.kind == KINDS.index("rewrite")]
     expected = torch.tensor([plainly(smollm2, *pair)[0] for pair in asked])
     torch.testing.assert_close(mine, expected, rtol=0, atol=1e-4)
 

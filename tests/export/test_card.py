@@ -37,9 +37,9 @@ def test_the_card_tells_all_and_takes_no_text_for_markup(lm, requests, tmp_path)
     assert card.data.tags == ["knowledge-editing", "cakeflow"]
     assert "base_model" not in card.data.to_dict()
     head = editor.journal.store.ledger.head
-    for wanted in (head, editor.journal.base.fingerprint, "solver: NullSpace(", run.protocol.split("-")[0],
+    for expected in (head, editor.journal.base.fingerprint, "solver: NullSpace(", run.protocol.split("-")[0],
                    "batches of 2", *(f"{value:.4g}" for value in run.after.values() if value == value)):  # fmt: skip
-        assert wanted in text
+        assert expected in text
     for line in text.splitlines():
         assert line.startswith('{"prompt"') or "<script>" not in line
         assert "\u202e" not in line
@@ -61,14 +61,14 @@ def test_the_card_keeps_to_what_the_ledger_has(lm, requests, tmp_path):
         editor = editor_of(fresh, **changes)
         editor.fit(many, evaluate=False, run_dir=tmp_path / name)
         editor.save_pretrained(tmp_path / f"{name}-out")
-    told, hashes = ((tmp_path / f"{name}-out/README.md").read_text() for name in ("texts", "hashes"))
-    assert told.count("subject ") == 50
-    assert "and 3 more" in told
+    messages, hashes = ((tmp_path / f"{name}-out/README.md").read_text() for name in ("texts", "hashes"))
+    assert messages.count("subject ") == 50
+    assert "and 3 more" in messages
     assert "subject " not in hashes
     assert "not their texts" in hashes
-    assert "Nothing was measured" in told
-    assert "in batches of 53" in told
-    assert ModelCard(told).data.base_model == "owner/model-1"
+    assert "Nothing was measured" in messages
+    assert "in batches of 53" in messages
+    assert ModelCard(messages).data.base_model == "owner/model-1"
     quiet = editor_of(copy.deepcopy(lm), {"logger": False})
     quiet.fit(requests[:2], evaluate=False)
     quiet.save_pretrained(tmp_path / "bare")
@@ -203,8 +203,8 @@ def test_weights_that_changed_after_the_measurement_are_named():
 
 @given(text=st.text())
 def test_escaped_text_has_no_markup_left(text):
-    found = escape(text)
-    assert found.isprintable()
-    for place, sign in enumerate(found):
+    result = escape(text)
+    assert result.isprintable()
+    for place, sign in enumerate(result):
         if sign in "<>|`*_[]()#&~$":
-            assert found[place - 1] == "\\"
+            assert result[place - 1] == "\\"

@@ -48,8 +48,8 @@ def test_a_delta_gives_the_same_bits(case, tmp_path):
     assert manifest.edits == 4
     assert manifest.ledger == editor.journal.store.ledger.head
     assert len(manifest.weights) == len(LAYERS)
-    for name, told in manifest.weights.items():
-        assert tensor_hash(fresh.model.get_parameter(name)) == told.after != told.before
+    for name, messages in manifest.weights.items():
+        assert tensor_hash(fresh.model.get_parameter(name)) == messages.after != messages.before
     after = fresh.fingerprint()
     with pytest.raises(ExportError, match="edited already"):
         apply_delta(fresh, tmp_path / "out")
@@ -173,21 +173,21 @@ def test_a_delta_is_for_one_model_only(delta, one, edited, requests, tmp_path):
 def forged(folder, tensors, **changes):
     """A delta whose hashes fit, whoever made it."""
     save_file(tensors, folder / "delta.safetensors")
-    told = json.loads((folder / "manifest.json").read_text())
-    told.pop("details", None)  # as before there were layouts; those are forged in test_delta
+    messages = json.loads((folder / "manifest.json").read_text())
+    messages.pop("details", None)  # as before there were layouts; those are forged in test_delta
     files = {"delta.safetensors": file_hash(folder / "delta.safetensors")}
-    (folder / "manifest.json").write_text(sealed_text(told | {"files": files} | changes))
+    (folder / "manifest.json").write_text(sealed_text(messages | {"files": files} | changes))
 
 
 def test_a_forged_delta_reaches_no_other_weight(delta):
     folder, lm = delta
     good = load_file(folder / "delta.safetensors")
-    told = json.loads((folder / "manifest.json").read_text())["weights"]
+    messages = json.loads((folder / "manifest.json").read_text())["weights"]
     name = min(good)
 
     def weights(of, tensor):
         before = lm.model.state_dict().get(of, tensor)
-        return {**told, of: {"before": tensor_hash(before), "after": tensor_hash(tensor)}}
+        return {**messages, of: {"before": tensor_hash(before), "after": tensor_hash(tensor)}}
 
     block = "transformer.h.{}.{}"
     inside = [block.format(1, "attn.c_attn.bias"), block.format(99, "mlp.c_proj.weight"), f"{name[:-6]}bias"]
@@ -202,18 +202,18 @@ def test_a_forged_delta_reaches_no_other_weight(delta):
         tensor = good[name].clone().index_fill_(0, torch.tensor(1), number)
         forged(folder, {**good, name: tensor}, weights=weights(name, tensor))
         refused(lm, folder, f"{re.escape(name)}': not finite")
-    forged(folder, {**good, name: good[name] + 1}, weights=told)
+    forged(folder, {**good, name: good[name] + 1}, weights=messages)
     refused(lm, folder, "not the weight that the manifest names")
-    forged(folder, {name: good[name]}, weights=told)
+    forged(folder, {name: good[name]}, weights=messages)
     refused(lm, folder, "name different weights")
     for files in ({"../delta.safetensors": "0" * 64}, {"/etc/passwd": "0" * 64}, {"..": "0" * 64}):
-        forged(folder, good, weights=told, files=files)
+        forged(folder, good, weights=messages, files=files)
         refused(lm, folder, rf"manifest\.json, files\..*{re.escape(min(files))}")
-    forged(folder, good, weights=told)
+    forged(folder, good, weights=messages)
     (folder / "delta.safetensors").write_bytes(b"no tensors")
     data = (folder / "manifest.json").read_text()
     refused(lm, folder, "was changed after it was written")
-    forged(folder, good, weights=told)
+    forged(folder, good, weights=messages)
     assert (folder / "manifest.json").read_text() == data
     apply_delta(lm, folder)
 
@@ -237,13 +237,13 @@ def test_only_our_errors_get_out_of_a_manifest(delta, changes, sealed):
     path = folder / "manifest.json"
     whole = path.read_text()
     original = json.loads(whole)
-    told = {**original, **changes}
+    messages = {**original, **changes}
     try:
-        path.write_text(sealed_text(told) if sealed else rendered(told))
+        path.write_text(sealed_text(messages) if sealed else rendered(messages))
         with suppress(EditError):
             apply_delta(copy.deepcopy(lm), folder)
-            told = json.loads(path.read_text())
+            messages = json.loads(path.read_text())
             free = {"model", "edits", "ledger", "hash"} if sealed else set()
-            assert {name: value for name, value in told.items() if original.get(name) != value}.keys() <= free
+            assert {name: value for name, value in messages.items() if original.get(name) != value}.keys() <= free
     finally:
         path.write_text(whole)

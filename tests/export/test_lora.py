@@ -31,11 +31,11 @@ def test_an_adapter_loads_in_peft_and_agrees(case, ids, tmp_path):
     base, editor = case
     editor.export(tmp_path / "out", "lora")
     plain = AutoModelForCausalLM.from_pretrained(base)
-    unedited, wanted = logits(plain, ids), logits(editor.model, ids)
+    unedited, expected = logits(plain, ids), logits(editor.model, ids)
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "out")
-    off = (logits(adapted, ids) - wanted).abs().max() / wanted.abs().max()
-    moved = (unedited - wanted).abs().max() / wanted.abs().max()
-    assert off < TOLERANCE[wanted.dtype] < moved
+    off = (logits(adapted, ids) - expected).abs().max() / expected.abs().max()
+    moved = (unedited - expected).abs().max() / expected.abs().max()
+    assert off < TOLERANCE[expected.dtype] < moved
     assert all(
         tensor.dtype == torch.float32 for tensor in load_file(tmp_path / "out/adapter_model.safetensors").values()
     )
@@ -59,9 +59,9 @@ def test_an_adapter_of_more_facts_than_dimensions_is_as_small_as_it_can_be(lm, i
     editor.export(tmp_path / "out", "lora")
     shapes = {name: tuple(t.shape) for name, t in load_file(tmp_path / "out/adapter_model.safetensors").items()}
     assert sorted(shapes.values()) == sorted([(48, 192), (48, 48), (20, 192), (48, 20)])
-    wanted = logits(lm.model, ids)
+    expected = logits(lm.model, ids)
     adapted = peft.PeftModel.from_pretrained(base.model, tmp_path / "out")
-    torch.testing.assert_close(logits(adapted, ids), wanted, rtol=0, atol=1e-5 * float(wanted.abs().max()))
+    torch.testing.assert_close(logits(adapted, ids), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 
 
 @pytest.mark.parametrize(

@@ -51,9 +51,9 @@ def test_a_text_ends_where_the_models_positions_do(lm):
     for prompts in ([near], [long], [near, "Ann", long]):
         for total in (False, True):
             got = continuations(lm, prompts, lm.longest if total else 6, total=total, max_tokens=10 * lm.longest)
-            wanted = {near: alone(lm, near, room), long: ""}
+            expected = {near: alone(lm, near, room), long: ""}
             assert [text for prompt, text in zip(prompts, got, strict=True) if prompt != "Ann"] == [
-                wanted[prompt] for prompt in prompts if prompt != "Ann"
+                expected[prompt] for prompt in prompts if prompt != "Ann"
             ]
 
 
@@ -155,10 +155,10 @@ def test_samples_follow_the_distribution():
     """Frequencies of 20,000 draws among the three most likely of five tokens; the others are never drawn."""
     scores = torch.tensor([1.0, 2.0, -1.0, 0.5, 1.5])
     draw = TopK(gumbel(range(20_000), 1, 3), 4)(torch.zeros(20_000, 4), scores.expand(20_000, 5)).argmax(1)
-    wanted = torch.zeros(5)
-    wanted[[0, 1, 4]] = scores[[0, 1, 4]].softmax(0)
+    expected = torch.zeros(5)
+    expected[[0, 1, 4]] = scores[[0, 1, 4]].softmax(0)
     shares = torch.bincount(draw, minlength=5) / 20_000
-    torch.testing.assert_close(shares, wanted, rtol=0, atol=4 * 0.5 / 20_000**0.5)  # four standard errors
+    torch.testing.assert_close(shares, expected, rtol=0, atol=4 * 0.5 / 20_000**0.5)  # four standard errors
     assert shares[2] == shares[3] == 0
 
 

@@ -68,8 +68,8 @@ def test_products_equal_those_with_dense_jacobians(tiny, batch, anchor, max_toke
     for got, m in zip(chain.vjp(covector), dense, strict=True):
         torch.testing.assert_close(got, torch.einsum("nij,ni->nj", m, covector), rtol=0, atol=bar(tiny))
     tangents = [vectors(n, seed) for seed in (1, 2, 3)]
-    wanted = sum(torch.einsum("nij,nj->ni", m, t) for m, t in zip(dense, tangents, strict=True))
-    torch.testing.assert_close(chain.jvp(tangents), wanted, rtol=0, atol=bar(tiny))
+    expected = sum(torch.einsum("nij,nj->ni", m, t) for m, t in zip(dense, tangents, strict=True))
+    torch.testing.assert_close(chain.jvp(tangents), expected, rtol=0, atol=bar(tiny))
 
 
 def test_products_repeat_and_leave_the_model_alone(tiny, batch):

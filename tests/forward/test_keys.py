@@ -51,8 +51,8 @@ def test_keys_alone_at_several_projections(tiny, batch):
     keys = read_keys(tiny, batch, sites, max_tokens=30)
     assert [site.layer for site in keys] == [1, 1, 4]
     for layer in (1, 4):
-        wanted, *_ = plain(tiny, batch, layer, Site(4))
-        torch.testing.assert_close(keys[Site(layer, "mlp_out")], wanted, rtol=0, atol=1e-12)
+        expected, *_ = plain(tiny, batch, layer, Site(4))
+        torch.testing.assert_close(keys[Site(layer, "mlp_out")], expected, rtol=0, atol=1e-12)
     assert not torch.allclose(keys[sites[1]], keys[sites[2]][:, : keys[sites[1]].shape[1]])
 
 
@@ -95,11 +95,11 @@ def test_weights_of_the_mean(lm, batch):
 
 
 def test_float32_models_are_read_in_float64(lm, batch):
-    wanted, *_ = FactReader(lm, batch).read(Site(2, "mlp_out"), Site(2))
+    expected, *_ = FactReader(lm, batch).read(Site(2, "mlp_out"), Site(2))
     lm.model.float()
     keys, _, values = FactReader(lm, batch).read(Site(2, "mlp_out"), Site(2))
     assert keys.dtype == values.dtype == torch.float64
-    torch.testing.assert_close(keys, wanted, rtol=0, atol=1e-5)
+    torch.testing.assert_close(keys, expected, rtol=0, atol=1e-5)
 
 
 def test_a_stream_keeps_the_order_of_its_prompts(tiny):

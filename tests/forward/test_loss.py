@@ -85,8 +85,8 @@ def test_descent_against_adam_by_hand():
         return float((change - aim).square().sum() / 2), change - aim
 
     object.__setattr__(problem, "loss", loss)
-    found = Descent(steps=400, lr=0.05, bound=0.5, stop_loss=0.0).solve(problem).dense
-    torch.testing.assert_close(found, aim.clamp(-0.5, 0.5), rtol=0, atol=1e-3)
+    result = Descent(steps=400, lr=0.05, bound=0.5, stop_loss=0.0).solve(problem).dense
+    torch.testing.assert_close(result, aim.clamp(-0.5, 0.5), rtol=0, atol=1e-3)
     assert torch.equal(asked[0], torch.zeros_like(aim))
     assert len(asked) == 400
     asked.clear()

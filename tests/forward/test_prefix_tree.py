@@ -62,11 +62,11 @@ CONTEXTS = [(7, 8, 9), (7, 8), (7, 8, 11, 12, 13), (20,), (7, 21, 5), (7, 8, 9)]
 @torch.no_grad()
 def singly(lm, contexts, labels):
     """One plain pass per context."""
-    found = []
+    result = []
     for context, label in zip(contexts, labels, strict=True):
         logits = lm.model(input_ids=torch.tensor([context])).logits[0, -1].double()
-        found.append((float(logits.log_softmax(-1)[label]), bool(logits.argmax() == label)))
-    return found
+        result.append((float(logits.log_softmax(-1)[label]), bool(logits.argmax() == label)))
+    return result
 
 
 @pytest.mark.parametrize("max_tokens", [1, 4096])
@@ -78,9 +78,9 @@ def test_predictions_equal_one_pass_per_context(tiny, max_tokens, branching):
     for labels in (first, [3] * len(CONTEXTS)):
         logprobs, hits = predict(tiny, CONTEXTS, labels, max_tokens)
         tiny.model.config.sliding_window = None
-        wanted = singly(tiny, CONTEXTS, labels)
-        torch.testing.assert_close(logprobs, torch.tensor([each for each, _ in wanted]), rtol=0, atol=1e-5)
-        assert hits.tolist() == [hit for _, hit in wanted]
+        expected = singly(tiny, CONTEXTS, labels)
+        torch.testing.assert_close(logprobs, torch.tensor([each for each, _ in expected]), rtol=0, atol=1e-5)
+        assert hits.tolist() == [hit for _, hit in expected]
 
 
 def test_nothing_asked_nothing_said(lm):

@@ -102,9 +102,9 @@ def test_only_keeps_the_rows_of_the_facts_that_are_left(tiny, rows):
             continue
         part = group.only(kept)
         read = kept[group.fact][group.row]
-        wanted = group.logits(tiny, [Site(2)], delta[group.fact])[read]
+        expected = group.logits(tiny, [Site(2)], delta[group.fact])[read]
         got = part.logits(tiny, [Site(2)], delta[part.fact])
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
         assert torch.equal(part.label, group.label[read])
         assert part.only(kept) is part
         total += len(part.fact)
@@ -182,5 +182,5 @@ def test_attention_without_positions_runs_whole_rows(family, sites, lm, rows):
     delta = torch.ones(len(rows), len(sites), EXTRA["hidden_size"], dtype=torch.float64)
     part, group = groups[0].only(kept), groups[0]
     read = kept[group.fact][group.row]
-    wanted = group.logits(model, sites, delta[group.fact])[read]
-    torch.testing.assert_close(part.logits(model, sites, delta[part.fact]), wanted, rtol=0, atol=1e-5)
+    expected = group.logits(model, sites, delta[group.fact])[read]
+    torch.testing.assert_close(part.logits(model, sites, delta[part.fact]), expected, rtol=0, atol=1e-5)

@@ -94,11 +94,11 @@ def variant(request, lm):
 
 def ends(tokenizer, ids):
     """Index of the byte after each token; byte-level tokens are written with one character per byte."""
-    total, found = 0, []
+    total, result = 0, []
     for token in tokenizer.convert_ids_to_tokens(ids):
         total += 0 if token in ("<bos>", "<eos>") else len(token)
-        found.append(total)
-    return found
+        result.append(total)
+    return result
 
 
 def check(tokenizer, row, text, subject_end, target_start):

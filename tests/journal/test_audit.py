@@ -46,13 +46,13 @@ def run(finished, tmp_path):
 
 
 def test_a_sound_run_has_no_faults(run):
-    found = verify(run)
-    assert found.faults == []
-    assert [entry.kind for entry in found.entries] == [
+    result = verify(run)
+    assert result.faults == []
+    assert [entry.kind for entry in result.entries] == [
         "model", "run", "evaluation", "batch", "batch", "batch", "evaluation", "end",
     ]  # fmt: skip
-    assert found.unknown == []
-    assert verify(run, found.head).faults == []
+    assert result.unknown == []
+    assert verify(run, result.head).faults == []
     (run / "report.html").write_text("later")
     assert verify(run).unknown == ["report.html"]
 
@@ -61,7 +61,7 @@ def test_a_flipped_byte_of_any_file_is_noticed_and_its_entry_named(run):
     files = sorted(path for path in run.rglob("*") if path.is_file())
     assert len(files) >= 9
     entries = verify(run).entries
-    told = {name: entry.number for entry in entries for name in getattr(entry.body, "files", ())}
+    messages = {name: entry.number for entry in entries for name in getattr(entry.body, "files", ())}
     for path in files:
         whole = path.read_bytes()
         for place in {0, len(whole) // 3, len(whole) - 1}:
@@ -70,8 +70,8 @@ def test_a_flipped_byte_of_any_file_is_noticed_and_its_entry_named(run):
             path.write_bytes(bytes(data))
             faults = verify(run).faults
             assert faults, (path, place)
-            if path.name in told:
-                assert any(f"entry {told[path.name]}" in fault and path.name in fault for fault in faults)
+            if path.name in messages:
+                assert any(f"entry {messages[path.name]}" in fault and path.name in fault for fault in faults)
             else:
                 assert "entry" in faults[0]
         path.write_bytes(whole)
@@ -102,7 +102,7 @@ def test_a_forged_ledger_with_sound_hashes_does_not_fit_its_weights(run):
 def test_paths_that_lead_out_of_the_folder_are_refused(run):
     path = run / "journal/ledger.jsonl"
     entries = raw(path)[:4]
-    entries[3][1]["files"] = {f"../../{name}": told for name, told in entries[3][1]["files"].items()}
+    entries[3][1]["files"] = {f"../../{name}": messages for name, messages in entries[3][1]["files"].items()}
     forge(path, entries)
     assert any("is not a file name" in fault for fault in verify(run).faults)
     record = JournalStore(run / "journal")
@@ -111,15 +111,15 @@ def test_paths_that_lead_out_of_the_folder_are_refused(run):
 
 
 def test_replay_reproduces_every_weight(finished, run):
-    folder, unedited, wanted = finished
+    folder, unedited, expected = finished
     journal = replay(folder, str(folder.parent / "model"))
     assert {n: h for n, h in state(journal.model, _Holder(journal)).items() if "history" not in n} == {
-        name: each for name, each in wanted.items() if "history" not in name
+        name: each for name, each in expected.items() if "history" not in name
     }
     assert content(folder) == content(run)
     fresh = Journal(copy.deepcopy(unedited))
     fresh.load(folder / "journal")
-    assert state(fresh.model, _Holder(fresh)) == wanted
+    assert state(fresh.model, _Holder(fresh)) == expected
 
 
 class _Holder:

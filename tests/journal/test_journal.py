@@ -211,9 +211,9 @@ def test_small_updates_add_up_in_half_precision(tiny, requests, dtype):
     for _ in range(200):
         with journal.batch(requests[:1]) as step:
             journal.apply(step, WeightChange(name_of(tiny, 2), update, update.right), {})
-    wanted = (before + 200 * update.dense).to(dtype).double()
+    expected = (before + 200 * update.dense).to(dtype).double()
     one_by_one = tiny.oriented(Site(2, "mlp_out")).double()
-    assert float((one_by_one - wanted).norm()) < 0.01 * float((wanted - before).norm())
+    assert float((one_by_one - expected).norm()) < 0.01 * float((expected - before).norm())
     alone = (before + update.dense).to(dtype).double()
     assert float((alone - before).norm()) < 0.1 * float((200 * update.dense).norm())
 

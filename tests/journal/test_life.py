@@ -97,8 +97,8 @@ class Life(RuleBasedStateMachine):
         assert [step.number for step in self.journal] == [step[0] for step in self.done]
         for layer in range(4):
             keys = keys_at(self.journal, layer)
-            found = history(self.journal, layer).keys
-            assert found is None if not keys else torch.equal(found, torch.cat(keys))
+            result = history(self.journal, layer).keys
+            assert result is None if not keys else torch.equal(result, torch.cat(keys))
 
 
 @pytest.mark.filterwarnings("ignore:facts of what was taken back stay:cakeflow.errors.RequestWarning")

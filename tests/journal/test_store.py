@@ -96,7 +96,7 @@ def test_every_moment_of_a_batch_is_a_place_to_fail(editor, requests, tmp_path, 
 
 def test_every_moment_of_a_rollback_is_a_place_to_fail(editor, requests, tmp_path):
     """As many times over as there are moments: edit, fail to take back, take back."""
-    lm, wanted, places = editor.module.lm, None, [-1, 0]
+    lm, expected, places = editor.module.lm, None, [-1, 0]
     for number, place in enumerate(places):
         fresh = editor_of(lm)
         fresh.fit(requests[:6], 2, evaluate=False, run_dir=tmp_path / f"run-{number}")
@@ -109,8 +109,8 @@ def test_every_moment_of_a_rollback_is_a_place_to_fail(editor, requests, tmp_pat
         with STOPS.at(-1, None):
             fresh.rollback(batch=1)
         places += range(1, len(STOPS.seen)) if number == 0 else []
-        wanted = wanted or state(lm, fresh.module)
-        assert state(lm, fresh.module) == wanted != before
+        expected = expected or state(lm, fresh.module)
+        assert state(lm, fresh.module) == expected != before
         fresh.journal.rollback()
     assert len(places) >= 4
 

@@ -46,6 +46,6 @@ def test_two_processes_agree_with_one():
         process.join(120)
         assert process.exitcode == 0
     expected = {name: float(value) for name, value in fed(list(range(9))).compute().items()}
-    for found in (queue.get()[1] for _ in processes):
-        assert found == pytest.approx(expected, abs=1e-6)
+    for result in (queue.get()[1] for _ in processes):
+        assert result == pytest.approx(expected, abs=1e-6)
     assert all(value == value for value in expected.values())

@@ -48,27 +48,27 @@ def test_the_tiny_models(tiny):
         "llama": ("model.layers.{}", "mlp.down_proj", "self_attn.o_proj", "model.norm"),
     }
     block, mlp_out, attn_out, norm = paths[tiny.model.config.model_type]
-    wanted = Architecture(block, f"{block}.{mlp_out}", f"{block}.{attn_out}", norm, "lm_head")
-    assert tiny.architecture == wanted
+    expected = Architecture(block, f"{block}.{mlp_out}", f"{block}.{attn_out}", norm, "lm_head")
+    assert tiny.architecture == expected
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_other_families_by_structure(family):
     _, block, mlp_out, attn_out = FAMILIES[family]
     model = build(family)
-    found = find_architecture(model)
-    assert (found.block, found.mlp_out, found.attn_out) == (block, f"{block}.{mlp_out}", f"{block}.{attn_out}")
-    assert model.get_submodule(found.head) is model.get_output_embeddings()
-    assert "norm" in type(model.get_submodule(found.final_norm)).__name__.lower()
+    result = find_architecture(model)
+    assert (result.block, result.mlp_out, result.attn_out) == (block, f"{block}.{mlp_out}", f"{block}.{attn_out}")
+    assert model.get_submodule(result.head) is model.get_output_embeddings()
+    assert "norm" in type(model.get_submodule(result.final_norm)).__name__.lower()
 
 
 @pytest.mark.parametrize(
-    ("family", "inner", "wanted"),
+    ("family", "inner", "expected"),
     [("gpt2", "n_inner", "mlp.c_proj"), ("qwen2", "intermediate_size", "mlp.down_proj"), ("gptj", "n_inner", "fc_out")],
 )
-def test_square_weights_do_not_mislead(family, inner, wanted):
+def test_square_weights_do_not_mislead(family, inner, expected):
     """With an MLP as wide as the residual stream, nothing can be told from shapes."""
-    assert find_architecture(build(family, **{inner: WIDTH})).mlp_out.endswith(wanted)
+    assert find_architecture(build(family, **{inner: WIDTH})).mlp_out.endswith(expected)
 
 
 def test_orientation_goes_by_class(lm):
@@ -205,5 +205,5 @@ def test_other_families_suffixes_equal_full_passes(family, lm, requests):
             fact = int(group.fact[row])
             full = torch.tensor([rows[fact].ids[:-1]])
             with torch.no_grad(), inject(wrapped, site, delta[fact : fact + 1], torch.tensor([rows[fact].subject])):
-                wanted = wrapped.model(input_ids=full, use_cache=False).logits[0, rows[fact].subject + column]
-            torch.testing.assert_close(line, wanted, rtol=0, atol=1e-5)
+                expected = wrapped.model(input_ids=full, use_cache=False).logits[0, rows[fact].subject + column]
+            torch.testing.assert_close(line, expected, rtol=0, atol=1e-5)

@@ -55,7 +55,7 @@ def test_a_dispatched_model_is_edited_where_its_weights_live(tiny, requests, qui
 
 def test_a_dispatched_model_is_measured_like_any_other(tiny, requests, quiet):
     """Statistics, sampled contexts, metrics, generation and a trace, over three devices and over one."""
-    found = []
+    result = []
     for lm in (copy.deepcopy(tiny), tiny):
         if lm is tiny:
             spread(tiny, HOME, [f"xla:{i % 3}" for i in range(tiny.depth)])
@@ -64,8 +64,8 @@ def test_a_dispatched_model_is_measured_like_any_other(tiny, requests, quiet):
             editor = Editor(LocateThenEdit(lm, LAYERS, statistics=settings, targets=GradientSearch(steps=2)), quiet)
             run = editor.fit(requests[:2])
             trace = CausalTrace(draws=2).run(lm, [trace_row(lm, FACTS[0])], [1, 2])
-            found.append([*run.before.values(), *run.after.values(), *trace.scores.values()])
-    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-9, atol=1e-12, equal_nan=True)
+            result.append([*run.before.values(), *run.after.values(), *trace.scores.values()])
+    torch.testing.assert_close(*map(torch.tensor, result), rtol=1e-9, atol=1e-12, equal_nan=True)
 
 
 def test_an_offloaded_layer_is_refused(tiny):

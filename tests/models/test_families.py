@@ -139,17 +139,17 @@ def test_one_edit_raises_the_targets_and_is_taken_back_bit_for_bit(family, quiet
 
 @torch.no_grad()
 def test_padding_sides_agree(family, requests):
-    found = []
+    result = []
     for side in ("left", "right"):
         family.tokenizer.padding_side = side
         batch = encode_batch(family, requests[:4], Contexts())
-        found.append(FactReader(family, batch).read(Site(1, "mlp_out"), Site(2)))
+        result.append(FactReader(family, batch).read(Site(1, "mlp_out"), Site(2)))
         texts = [row[0].ids[: row[0].subject + 1] for row in batch.rows]
         for i, ids in enumerate(texts):  # each prompt alone, without any padding
             with capture(family, [Site(1, "mlp_out")], side="in") as keys:
                 family.model(input_ids=torch.tensor([ids]))
-            torch.testing.assert_close(found[-1][0][i], keys[Site(1, "mlp_out")][0, -1].double(), rtol=1e-4, atol=1e-5)
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+            torch.testing.assert_close(result[-1][0][i], keys[Site(1, "mlp_out")][0, -1].double(), rtol=1e-4, atol=1e-5)
+    assert all(torch.equal(one, other) for one, other in zip(*result, strict=True))
 
 
 def test_exact_allocation(family, quiet):

@@ -40,8 +40,8 @@ def test_capture_sees_what_the_library_reports(tiny, ids):
     sites = [Site(layer) for layer in range(tiny.depth - 1)]
     with capture(tiny, sites) as seen:
         forward(tiny, ids)
-    for site, wanted in zip(sites, states(tiny, ids)[1:], strict=False):
-        assert torch.equal(seen[site], wanted)
+    for site, expected in zip(sites, states(tiny, ids)[1:], strict=False):
+        assert torch.equal(seen[site], expected)
 
 
 def test_capture_in_and_out_of_a_projection_fit_together(tiny, ids):
@@ -49,8 +49,8 @@ def test_capture_in_and_out_of_a_projection_fit_together(tiny, ids):
     with capture(tiny, [site], side="in") as before, capture(tiny, [site]) as after:
         forward(tiny, ids)
     bias = tiny.module(site).bias
-    wanted = before[site] @ tiny.oriented(Site(2, "mlp_out")).T + (0 if bias is None else bias.detach())
-    torch.testing.assert_close(after[site], wanted, rtol=0, atol=1e-12)
+    expected = before[site] @ tiny.oriented(Site(2, "mlp_out")).T + (0 if bias is None else bias.detach())
+    torch.testing.assert_close(after[site], expected, rtol=0, atol=1e-12)
 
 
 class Doubler(nn.Module):
@@ -71,7 +71,7 @@ def test_tuple_and_tensor_outputs(lm, ids, as_tuple):
     block, at = Doubler(lm.module(Site(3)), as_tuple), torch.tensor([2, 2, 2])
     delta = torch.ones(3, 48, dtype=torch.float64)
     lm.model.transformer.h[3] = block
-    wanted = states(lm, ids)[4] if not as_tuple else None
+    expected = states(lm, ids)[4] if not as_tuple else None
     results = []
     handle = block.register_forward_hook(lambda _m, _a, out: results.append(out))
     lm.model.transformer.h[4].forward = lambda hidden, *_a, **_k: hidden[0] if isinstance(hidden, tuple) else hidden
@@ -81,7 +81,7 @@ def test_tuple_and_tensor_outputs(lm, ids, as_tuple):
         forward(lm, ids)
     handle.remove()
     assert isinstance(results[-1], tuple) is as_tuple
-    assert wanted is None or torch.equal(seen[Site(3)], wanted)
+    assert expected is None or torch.equal(seen[Site(3)], expected)
     difference = changed[Site(3)] - seen[Site(3)]
     assert torch.allclose(difference[:, 2], delta)
     assert difference.abs().sum() == pytest.approx(delta.sum().item())

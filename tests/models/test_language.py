@@ -133,14 +133,14 @@ def test_cache_folder_follows_the_environment(tmp_path, monkeypatch):
 
 def test_a_call_runs_the_model_without_dropout_and_gives_its_modes_back(lm):
     ids = torch.tensor([[5, 6, 7]])
-    wanted = lm.model(input_ids=ids).logits
+    expected = lm.model(input_ids=ids).logits
     for module in lm.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.5
     lm.model.train()
     lm.module(Site(1)).eval()
     modes = [module.training for module in lm.model.modules()]
-    assert torch.equal(lm(input_ids=ids).logits, wanted)
+    assert torch.equal(lm(input_ids=ids).logits, expected)
     with lm.evaluating():
         assert not any(module.training for module in lm.model.modules())
     with pytest.raises(KeyboardInterrupt), lm.evaluating():

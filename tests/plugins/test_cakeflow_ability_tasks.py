@@ -119,16 +119,16 @@ def answered(lm, task):
 
 @pytest.mark.usefixtures("offline")
 def test_numbers_are_those_of_plain_forward_passes(tiny, data):
-    found = general_ability(tiny, data)
+    result = general_ability(tiny, data)
     measures = {"acc", "f1", "mcc"}
-    assert set(found) == {f"{task}/{m}{end}" for task in TASKS for m in measures for end in ("", "_stderr")}
+    assert set(result) == {f"{task}/{m}{end}" for task in TASKS for m in measures for end in ("", "_stderr")}
     for name, task in load_tasks(data, TASKS)["tasks"].items():
         right, given = zip(*answered(tiny, task), strict=True)
         hits = np.array(right) == np.array(given)
-        assert found[f"{name}/acc"] == hits.mean()
-        assert found[f"{name}/acc_stderr"] == pytest.approx(hits.std(ddof=1) / len(hits) ** 0.5)
-        assert found[f"{name}/f1"] == pytest.approx(f1_score(right, given, average="weighted"))
-        assert found[f"{name}/mcc"] == pytest.approx(matthews_corrcoef(right, given))
+        assert result[f"{name}/acc"] == hits.mean()
+        assert result[f"{name}/acc_stderr"] == pytest.approx(hits.std(ddof=1) / len(hits) ** 0.5)
+        assert result[f"{name}/f1"] == pytest.approx(f1_score(right, given, average="weighted"))
+        assert result[f"{name}/mcc"] == pytest.approx(matthews_corrcoef(right, given))
 
 
 def test_log_likelihoods_are_those_of_lm_evals_own_model(tiny, data, caplog):
@@ -136,8 +136,8 @@ def test_log_likelihoods_are_those_of_lm_evals_own_model(tiny, data, caplog):
     score_tasks(tiny, tasks)
     requests = [request for task in tasks["tasks"].values() for request in task.instances]
     with caplog.at_level(logging.ERROR, "lm_eval"):
-        wanted = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer).loglikelihood(requests, disable_tqdm=True)
-    for request, (likelihood, exact) in zip(requests, wanted, strict=True):
+        expected = HFLM(pretrained=tiny.model, tokenizer=tiny.tokenizer).loglikelihood(requests, disable_tqdm=True)
+    for request, (likelihood, exact) in zip(requests, expected, strict=True):
         ((got, hit),) = request.resps
         assert got == pytest.approx(likelihood, abs=1e-4)
         assert hit == exact
@@ -257,7 +257,7 @@ def test_standard_errors_are_the_spread_of_resampled_items():
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "messages"),
     [
         ('{"sentence": "a", "label": 2}', r"entry 1, label = 2: must be one of 0, 1"),
         ('{"sentence": "a"}', r"entry 1, label = None"),
@@ -267,9 +267,9 @@ def test_standard_errors_are_the_spread_of_resampled_items():
         ('{"sentence": ', r"line 2, column"),
     ],
 )
-def test_faulty_lines_are_named(line, told, tmp_path):
+def test_faulty_lines_are_named(line, messages, tmp_path):
     (tmp_path / "cola.jsonl").write_text('{"sentence": "a", "label": 1}\n' + line)
-    with pytest.raises(ConfigError, match=rf"1 problem\(s\) in .*cola\.jsonl[\s\S]*{told}"):
+    with pytest.raises(ConfigError, match=rf"1 problem\(s\) in .*cola\.jsonl[\s\S]*{messages}"):
         GeneralAbility(tmp_path, ["cola"])
 
 
@@ -322,8 +322,8 @@ def test_a_task_file_of_lm_evals_own_kind(lm, tmp_path):
         "metric_list": [{"metric": "exact_match", "aggregation": "mean", "higher_is_better": True}],
     }
     (tmp_path / "echo.yaml").write_text(yaml.safe_dump(task))
-    found = score_tasks(lm, load_other(TaskManager(include_defaults=False), str(tmp_path / "echo.yaml")))
-    assert found == {"echo/exact_match_plain": 0.5, "echo/exact_match_plain_stderr": 0.5}
+    result = score_tasks(lm, load_other(TaskManager(include_defaults=False), str(tmp_path / "echo.yaml")))
+    assert result == {"echo/exact_match_plain": 0.5, "echo/exact_match_plain_stderr": 0.5}
 
 
 def test_a_task_file_is_refused_unless_it_is_trusted(data, tmp_path, monkeypatch):

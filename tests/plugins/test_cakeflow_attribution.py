@@ -122,12 +122,12 @@ def test_the_estimate_covers_what_a_pass_keeps(tiny, rows):
 def test_a_weighter_measures_global_scores_once_on_what_the_model_knows(tiny, rows, requests, attribution, monkeypatch):
     monkeypatch.setattr("cakeflow.tracing.window.known_rows", lambda lm, facts, limit, **_: (rows, len(rows)))
     prepared = Scores(attribution=attribution).prepare(tiny, LAYERS)
-    wanted = attribution.attribute(tiny, rows, LAYERS).mean(0)
+    expected = attribution.attribute(tiny, rows, LAYERS).mean(0)
     assert list(prepared.scores) == LAYERS
-    assert list(prepared.scores.values()) == pytest.approx(wanted.tolist())
+    assert list(prepared.scores.values()) == pytest.approx(expected.tolist())
     assert prepared.prepare(tiny, LAYERS) is prepared
     batch = encode_batch(tiny, requests[:2], Contexts())
-    torch.testing.assert_close(prepared.weigh(tiny, batch, LAYERS), score_weights(wanted, 0.1), rtol=1e-9, atol=0)
+    torch.testing.assert_close(prepared.weigh(tiny, batch, LAYERS), score_weights(expected, 0.1), rtol=1e-9, atol=0)
     own = Scores(attribution=attribution, score_source="per_request").weigh(tiny, batch, LAYERS)
     assert own.shape == (2, len(LAYERS))
 

@@ -178,9 +178,9 @@ def test_prune_in_a_fit(tiny, requests, quiet):
     plain, _ = fit(other, requests[:4], quiet, LeastSquares(), 2)
     assert [len(step.requests) for step in module.journal] == [2, 2, 0]
     for layer in LAYERS:
-        wanted = Prune().finish(before[layer], other.oriented(Site(layer, "mlp_out")))
-        assert not torch.allclose(wanted, other.oriented(Site(layer, "mlp_out")))
-        torch.testing.assert_close(tiny.oriented(Site(layer, "mlp_out")), wanted, rtol=0, atol=1e-12)
+        expected = Prune().finish(before[layer], other.oriented(Site(layer, "mlp_out")))
+        assert not torch.allclose(expected, other.oriented(Site(layer, "mlp_out")))
+        torch.testing.assert_close(tiny.oriented(Site(layer, "mlp_out")), expected, rtol=0, atol=1e-12)
     assert len(module.journal.history(tiny.weight_name(Site(LAYERS[0], "mlp_out")))) == 4
     module.journal.rollback(1)  # the last batch, and the damping that counted on it
     plain.journal.rollback(1)

@@ -100,10 +100,10 @@ def key_of(lm, text):
 
 
 def with_book(lm, texts, eps):
-    found = torch.stack([key_of(lm, text) for text in texts])
+    result = torch.stack([key_of(lm, text) for text in texts])
     values = torch.randn(len(texts), lm.width, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     book = Codebook.around(lm.module(SITE), CodebookSettings(eps)).grown(
-        found, values, [(i,) for i in range(len(texts))]
+        result, values, [(i,) for i in range(len(texts))]
     )
     lm.put(lm.architecture.path(SITE), book)
     return book
@@ -183,10 +183,10 @@ def test_an_empty_codebook_changes_no_bit(tiny, eps):
 
 def test_the_nearest_key_of_a_ball_answers(lm):
     width = lm.key_width(SITE)
-    found = torch.zeros(2, width, dtype=torch.float64)
-    found[1, 0] = 2.0
+    result = torch.zeros(2, width, dtype=torch.float64)
+    result[1, 0] = 2.0
     values = torch.zeros(2, lm.width, dtype=torch.float64)
-    book = Codebook(lm.module(SITE), CodebookSettings(1.0), found, values, [(7,), (7,)])
+    book = Codebook(lm.module(SITE), CodebookSettings(1.0), result, values, [(7,), (7,)])
     queries = torch.zeros(4, width, dtype=torch.float64)
     queries[:, 0] = torch.tensor([0.4, 1.6, 2.0, 2.1])
     assert book.decide(queries).tolist() == [1, 2, 2, 0]

@@ -83,12 +83,12 @@ def test_a_batch_that_is_taken_back_alone_was_never_there(lm, tmp_path, eps):
 @pytest.fixture(scope="module")
 def changes(_models):
     """The change of each fact alone, and the unedited projection."""
-    lm, found = copy.deepcopy(_models["gpt2"]), []
+    lm, result = copy.deepcopy(_models["gpt2"]), []
     for fact in [*FACTS, EditRequest("The first letter of {}", "Rome", "a")]:
         editor = editor_of(copy.deepcopy(lm))
         editor.fit([fact], evaluate=False)
-        found += editor.journal.changes
-    return lm.module(SITE), found
+        result += editor.journal.changes
+    return lm.module(SITE), result
 
 
 @settings(max_examples=60, deadline=None)

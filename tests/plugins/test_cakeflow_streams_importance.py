@@ -106,17 +106,17 @@ def gradients(lm, facts, importance, layer, lr, clamp, steps):
     problem = SearchProblem.prepare(lm, encode_batch(lm, facts, Contexts()), [Site(layer)], 1024, importance)
     objective = Objective({str(i): term.prepare(problem) for i, term in enumerate(settings._terms.values())})
     delta, nobody = torch.zeros_like(problem.initial[:1], requires_grad=True), torch.zeros(len(facts), dtype=torch.bool)
-    adam, found = torch.optim.Adam([delta], lr=lr), []
+    adam, result = torch.optim.Adam([delta], lr=lr), []
     with frozen(lm):
         for _ in range(steps - 1):
             copies = delta.detach().expand(len(facts), -1, -1).clone()
             delta.grad = objective.evaluate(copies, nobody, with_grad=True).grad.sum(0, keepdim=True)
-            found.append(delta.grad[0, 0].clone())
+            result.append(delta.grad[0, 0].clone())
             adam.step()
             length, radius = delta.detach().norm(), clamp * float(problem.initial[0].norm())
             if float(length) > radius:
                 delta.data *= radius / length
-    return torch.stack(found)
+    return torch.stack(result)
 
 
 @pytest.mark.parametrize("importance", [None, randn(WIDTH, seed=5).square()], ids=["first", "later"])
@@ -134,11 +134,11 @@ def test_a_vector_of_several_facts_counts_once(lm, facts):
     pair = [facts[0], replace(facts[0], target_new="goalkeeper")]
     settings = replace(SEARCH, stop=LossBelow(-1.0))
     batch = encode_batch(lm, [*pair, facts[2]], Contexts())
-    found = settings.search(lm, batch, 2).importance
+    result = settings.search(lm, batch, 2).importance
     want = gradients(lm, pair, None, 2, 0.3, 0.75, 4).square().mean(0)
-    torch.testing.assert_close(found[0], want, rtol=1e-8, atol=1e-15)
-    assert float(found[1].abs().max()) == 0
-    torch.testing.assert_close(found[2:], settings.search(lm, batch.part([2]), 2).importance, rtol=1e-8, atol=1e-15)
+    torch.testing.assert_close(result[0], want, rtol=1e-8, atol=1e-15)
+    assert float(result[1].abs().max()) == 0
+    torch.testing.assert_close(result[2:], settings.search(lm, batch.part([2]), 2).importance, rtol=1e-8, atol=1e-15)
 
 
 def test_nothing_is_important_where_no_step_was_made(tiny, facts):
@@ -164,14 +164,14 @@ def test_the_first_step_does_not_see_the_importance(lm, facts):
 
 def test_one_by_one_hands_on_what_earlier_facts_found_important(tiny, facts):
     batch, total = encode_batch(tiny, facts[:4], Contexts()), randn(WIDTH).square()
-    found = replace(SEARCH, one_by_one=True).search(tiny, batch, 2, importance=total)
+    result = replace(SEARCH, one_by_one=True).search(tiny, batch, 2, importance=total)
     for index in range(4):
         alone = SEARCH.search(tiny, batch.part([index]), 2, importance=total)
-        assert torch.equal(found.values[index], alone.values[0])
-        assert torch.equal(found.importance[index], alone.importance[0])
+        assert torch.equal(result.values[index], alone.values[0])
+        assert torch.equal(result.importance[index], alone.importance[0])
         total = total + alone.importance[0]
     at_once = SEARCH.search(tiny, batch, 2)
-    assert not torch.allclose(at_once.values[3], found.values[3])
+    assert not torch.allclose(at_once.values[3], result.values[3])
 
 
 def test_without_the_penalty_the_order_does_not_matter(lm, facts):

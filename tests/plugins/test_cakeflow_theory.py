@@ -54,37 +54,37 @@ def edit(seed, spread, index=0):
 
 @given(st.integers(0, 200), st.floats(0, 0.4))
 def test_theorem_2_holds(seed, spread):
-    found, matrices = edit(seed, spread)
-    share = Sequential().shares(found.context.weights)[0]
-    reached = alone(found, tolerance=1e-12)
-    bound = weight_shift_bound(found, share, reached)
-    ideal = torch.linalg.solve(matrices[0], found.residual)
+    result, matrices = edit(seed, spread)
+    share = Sequential().shares(result.context.weights)[0]
+    reached = alone(result, tolerance=1e-12)
+    bound = weight_shift_bound(result, share, reached)
+    ideal = torch.linalg.solve(matrices[0], result.residual)
     torch.testing.assert_close(reached, ideal, rtol=0, atol=1e-6)
     wider = matrices[0] @ matrices[0].mT + 0.1 * torch.eye(D_OUT, dtype=torch.float64)
-    damped = (matrices[0].mT @ torch.linalg.solve(wider, found.residual)[..., None])[..., 0]
-    torch.testing.assert_close(alone(found, 0.1, tolerance=1e-12), damped, rtol=0, atol=1e-6)
-    error = torch.linalg.matrix_norm((ideal - found.problem.residual).T @ found.update.right, 2)
+    damped = (matrices[0].mT @ torch.linalg.solve(wider, result.residual)[..., None])[..., 0]
+    torch.testing.assert_close(alone(result, 0.1, tolerance=1e-12), damped, rtol=0, atol=1e-6)
+    error = torch.linalg.matrix_norm((ideal - result.problem.residual).T @ result.update.right, 2)
     assert bound.error == pytest.approx(float(error), rel=1e-5, abs=1e-9)
-    assert bound.mismatch == pytest.approx(float(torch.linalg.matrix_norm(ideal - found.residual, 2)), abs=1e-6)
+    assert bound.mismatch == pytest.approx(float(torch.linalg.matrix_norm(ideal - result.residual, 2)), abs=1e-6)
     assert bound.error <= bound.limit * (1 + 1e-9)
 
 
 def test_theorem_2_when_every_layer_reaches_the_anchor_unchanged():
-    found, _ = edit(0, 0.0)
-    share = float(Sequential().shares(found.context.weights)[0])
-    bound = weight_shift_bound(found, torch.tensor(share), alone(found))
+    result, _ = edit(0, 0.0)
+    share = float(Sequential().shares(result.context.weights)[0])
+    bound = weight_shift_bound(result, torch.tensor(share), alone(result))
     assert bound.mismatch == pytest.approx(0, abs=1e-9)
-    assert bound.propagation == pytest.approx((1 - share) * float(torch.linalg.matrix_norm(found.residual, 2)))
+    assert bound.propagation == pytest.approx((1 - share) * float(torch.linalg.matrix_norm(result.residual, 2)))
     assert bound.error == pytest.approx(
-        (1 - share) * float(torch.linalg.matrix_norm(found.residual.T @ found.update.right, 2))
+        (1 - share) * float(torch.linalg.matrix_norm(result.residual.T @ result.update.right, 2))
     )
-    assert sensitivity(found.context.linear_map, found.residual)[0] == pytest.approx(0, abs=1e-12)
+    assert sensitivity(result.context.linear_map, result.residual)[0] == pytest.approx(0, abs=1e-12)
 
 
 def test_sensitivity_is_the_distance_from_the_identity():
-    found, matrices = edit(3, 0.3)
+    result, matrices = edit(3, 0.3)
     exact = float((matrices[0] - torch.eye(D_OUT)).square().sum((1, 2)).mean() / D_OUT) ** 0.5
-    assert sensitivity(found.context.linear_map, found.residual, draws=4000)[0] == pytest.approx(exact, rel=0.05)
+    assert sensitivity(result.context.linear_map, result.residual, draws=4000)[0] == pytest.approx(exact, rel=0.05)
 
 
 # ---- in a fit ----
@@ -161,10 +161,10 @@ def test_drift_equals_full_passes(tiny, requests, quiet):
     total = 0.0
     for index, layer in enumerate(LAYERS):
         actual = plain.residual[index] - plain.residual[index + 1]
-        wanted = float((actual - plain.shares[index]).norm(dim=1).mean())
-        assert wanted > 1e-3
-        assert float(logged[f"layer{layer}/drift"]) == pytest.approx(wanted, rel=1e-5)
-        total += wanted
+        expected = float((actual - plain.shares[index]).norm(dim=1).mean())
+        assert expected > 1e-3
+        assert float(logged[f"layer{layer}/drift"]) == pytest.approx(expected, rel=1e-5)
+        total += expected
     assert float(logged["drift"]) == pytest.approx(total, rel=1e-5)
     assert float(logged["target/left"]) == pytest.approx(float(plain.residual[-1].norm(dim=1).mean()), rel=1e-5)
 
@@ -269,8 +269,8 @@ def test_alignment_is_that_of_single_layer_edits(tiny, requests, quiet, monkeypa
     plain, trace, width = Alone(), CausalTrace(draws=2, noise=0.5), tiny.key_width(Site(0, "mlp_out"))
     changes = {"contexts": Contexts(), "moments": dict.fromkeys(LAYERS, torch.zeros(width, width, dtype=torch.float64))}
     logged = fit(tiny, requests[:3], quiet, [plain, ScoreAlignment(trace)], Spied, **changes)
-    for layer, wanted in zip(LAYERS, plain.left.mean(0).tolist(), strict=True):
-        assert float(logged[f"layer{layer}/left_alone"]) == pytest.approx(wanted, rel=1e-5)
+    for layer, expected in zip(LAYERS, plain.left.mean(0).tolist(), strict=True):
+        assert float(logged[f"layer{layer}/left_alone"]) == pytest.approx(expected, rel=1e-5)
     depth = torch.tensor(LAYERS, dtype=torch.float64).expand_as(plain.left)
     assert float(logged["alignment_of_depth"]) == pytest.approx(float(alignment(depth, plain.left).mean()), abs=1e-6)
     assert -1 <= float(logged["alignment"]) <= 1
@@ -280,10 +280,10 @@ def test_alignment_is_that_of_single_layer_edits(tiny, requests, quiet, monkeypa
 def test_alignment_is_kendalls_tau_b(n, layers, seed):
     gen = torch.Generator().manual_seed(seed)
     scores, mismatch = (torch.randint(0, 5, (n, layers), generator=gen).double() for _ in range(2))
-    wanted = kendall_rank_corrcoef(scores.T, -mismatch.T)
-    torch.testing.assert_close(alignment(scores, mismatch), wanted.double(), rtol=0, atol=1e-6, equal_nan=True)
+    expected = kendall_rank_corrcoef(scores.T, -mismatch.T)
+    torch.testing.assert_close(alignment(scores, mismatch), expected.double(), rtol=0, atol=1e-6, equal_nan=True)
     torch.testing.assert_close(
-        alignment(scores[:1], mismatch[:1]), wanted[:1].double(), rtol=0, atol=1e-6, equal_nan=True
+        alignment(scores[:1], mismatch[:1]), expected[:1].double(), rtol=0, atol=1e-6, equal_nan=True
     )
 
 

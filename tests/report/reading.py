@@ -17,13 +17,13 @@ class Page(HTMLParser):
         assert self.open == []
 
     def handle_starttag(self, tag, attrs):
-        found = dict(attrs)
-        assert len(found) == len(attrs), f"an attribute twice in {tag}"
+        result = dict(attrs)
+        assert len(result) == len(attrs), f"an attribute twice in {tag}"
         self.tags.append(tag)
         self.attributes += [(tag, name, value) for name, value in attrs]
-        self.ids += [found["id"]] if "id" in found else []
+        self.ids += [result["id"]] if "id" in result else []
         if tag not in VOID:
-            self.open.append((tag, found.get("id")))
+            self.open.append((tag, result.get("id")))
 
     def handle_startendtag(self, tag, attrs):
         self.handle_starttag(tag, attrs)

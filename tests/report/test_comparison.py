@@ -45,8 +45,8 @@ def test_the_command_shows_and_writes_the_runs(folders, tmp_path, capsys):
             ("generalization", "paraphrase"),
             ("specificity", "neighborhood"),
         ):
-            found = [float(row[metric + bound]) for bound in ("", "_low", "_high")]
-            assert found == pytest.approx(expected(folder, kind), abs=1e-6)
+            result = [float(row[metric + bound]) for bound in ("", "_low", "_high")]
+            assert result == pytest.approx(expected(folder, kind), abs=1e-6)
         assert (row["edits"], row["model"], row["protocol"]) == (str(size), "lab/tiny-model", "clean-v1")
         assert row["method"] == "Scores + Jacobian + NullSpace(LeastSquares)"
         assert float(row["seconds_per_edit"]) == pytest.approx(24.5 / size)
@@ -78,8 +78,8 @@ def test_runs_of_the_same_records_are_compared_record_by_record(make_run, tmp_pa
     printed = capsys.readouterr().out
     rows = list(csv.DictReader((tmp_path / "runs.csv").read_text().splitlines()))
     pairs = zip(*(successes(folder, "paraphrase") for folder in folders[:2]), strict=True)
-    found = [second - first for first, second in pairs if first is not None]
-    mean, more = statistics.fmean(found), [*found, 1, -1]
+    result = [second - first for first, second in pairs if first is not None]
+    mean, more = statistics.fmean(result), [*result, 1, -1]
     center, half = statistics.fmean(more), 1.959964 * statistics.pstdev(more) / math.sqrt(len(more))
     names = ("delta_generalization", "delta_generalization_low", "delta_generalization_high")
     assert mean < 0

@@ -32,11 +32,11 @@ def trace(places):
 
 @pytest.mark.parametrize("places", [[2], [0, 2, 5]])
 def test_the_map_shows_the_places_that_were_traced(places, tmp_path):
-    found = trace(places)
-    ax = plot_trace(found)
+    result = trace(places)
+    ax = plot_trace(result)
     assert [label.get_text() for label in ax.get_yticklabels()] == [PLACES[place] for place in places]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["2", "3", "5"]
-    assert ax.images[0].get_array().tolist() == pytest.approx(found.map[places].numpy())
+    assert ax.images[0].get_array().tolist() == pytest.approx(result.map[places].numpy())
     save_plot(ax, tmp_path / "deep" / "map.png")
     assert (tmp_path / "deep" / "map.png").read_bytes().startswith(b"\x89PNG")
     assert not plt.get_fignums()

@@ -37,8 +37,8 @@ def test_targets_at_several_layers_go_to_their_requests(run_folder):
     ]
     step = {"requests": [fact, fact | {"subject": "Bob"}], "targets": targets}
     write_ledger(run_folder / "journal" / "ledger.jsonl", [step])
-    found = [[(target.layer, target.loss) for target in edit.targets] for edit in RunFolder.read(run_folder).edits]
-    assert found == [[(3, 1), (7, 3)], [(3, 2), (7, 4)]]
+    result = [[(target.layer, target.loss) for target in edit.targets] for edit in RunFolder.read(run_folder).edits]
+    assert result == [[(3, 1), (7, 3)], [(3, 2), (7, 4)]]
 
 
 def test_a_ledger_that_goes_on_from_an_earlier_run_gives_the_own_edits_and_marks_those_taken_back(run_folder):

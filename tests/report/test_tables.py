@@ -81,10 +81,10 @@ def trace(places):
 
 
 def test_a_trace_is_a_row_per_layer():
-    found = trace([2])
-    lines = shown(report.trace_table(found, {2: 0.5, 3: 0.25})).splitlines()
+    result = trace([2])
+    lines = shown(report.trace_table(result, {2: 0.5, 3: 0.25})).splitlines()
     row = next(line for line in lines if line.replace("│", " ").split()[:1] == ["3"])
-    assert row.replace("│", " ").split() == ["3", f"{found.scores[3]:.4f}", f"{found.errors[3]:.4f}", "0.2500"]
+    assert row.replace("│", " ").split() == ["3", f"{result.scores[3]:.4f}", f"{result.errors[3]:.4f}", "0.2500"]
 
 
 def test_no_cell_moves_the_cursor(make_run):

@@ -46,23 +46,23 @@ def test_records_tell_metrics_with_intervals_and_the_log_tells_the_others(run):
 def test_the_difference_is_taken_record_by_record(run):
     pairs = [(old.prompts[0], new.prompts[0]) for old, new in zip(run.before, run.after, strict=True)]
     steps = [int(new.success) - int(old.success) for old, new in pairs if old.success is not None]
-    found = run_changes(run)["efficacy"].difference
-    assert found.mean == pytest.approx(statistics.fmean(steps))
-    assert found == Interval.of(np.array(steps, dtype=float), least=-1.0)
-    assert found.low < found.mean < found.high
+    result = run_changes(run)["efficacy"].difference
+    assert result.mean == pytest.approx(statistics.fmean(steps))
+    assert result == Interval.of(np.array(steps, dtype=float), least=-1.0)
+    assert result.low < result.mean < result.high
 
 
 def test_other_records_after_have_a_difference_without_interval(run):
     run.after.pop()
-    found = run_changes(run)["efficacy"]
-    assert found.difference.mean == pytest.approx(found.after.mean - found.before.mean)
-    assert math.isnan(found.difference.low)
+    result = run_changes(run)["efficacy"]
+    assert result.difference.mean == pytest.approx(result.after.mean - result.before.mean)
+    assert math.isnan(result.difference.low)
 
 
 def test_relations_cover_every_record_once(run):
-    found = relations(run)
-    assert sum(relation.count for relation in found) == len(run.after)
-    assert {relation.name for relation in found} == {"P103", "P19", "{} plays the sport of"}
+    result = relations(run)
+    assert sum(relation.count for relation in result) == len(run.after)
+    assert {relation.name for relation in result} == {"P103", "P19", "{} plays the sport of"}
 
 
 def test_an_edit_has_its_record_and_its_entry_in_the_journal(run):

@@ -141,8 +141,8 @@ def test_a_derived_history_has_factors_that_grow_too():
         derived, mapped = history.derive("half", lambda keys: keys / 2, new)
         got = derived.factor("gram", lambda keys: keys).last_rows(mapped)
         everything = torch.cat([history.keys, new]) / 2
-        wanted = torch.linalg.solve(gram(everything, torch.eye(6, dtype=torch.float64)), everything)[-1:]
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+        expected = torch.linalg.solve(gram(everything, torch.eye(6, dtype=torch.float64)), everything)[-1:]
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
         history.append(rows(2, seed=seed))
 
 

@@ -72,8 +72,8 @@ def test_projection_on_the_null_space(null, preserved, seed):
     covariance, keys = Covariance(c), randn(3, len(values), seed=seed)
     projected = covariance.project(keys, 0.02)
     assert covariance.rank(0.02) == null
-    wanted = keys @ vectors[:, :null] @ vectors[:, :null].T
-    torch.testing.assert_close(projected, wanted, rtol=0, atol=1e-9)
+    expected = keys @ vectors[:, :null] @ vectors[:, :null].T
+    torch.testing.assert_close(projected, expected, rtol=0, atol=1e-9)
     torch.testing.assert_close(covariance.project(projected, 0.02), projected, rtol=0, atol=1e-9)
     assert float((projected @ vectors[:, null:]).abs().max()) < 1e-9
 
@@ -92,11 +92,11 @@ def test_both_ways_to_project_agree():
 def test_whitening_twice_equals_the_inverse(weight, ridge):
     c, _ = moment([0.3, 1.0, 2.0, 5.0])
     keys = randn(3, 4)
-    wanted = keys @ torch.linalg.inv(weight * c + ridge * torch.eye(4, dtype=torch.float64))
+    expected = keys @ torch.linalg.inv(weight * c + ridge * torch.eye(4, dtype=torch.float64))
     covariance = Covariance(c, weight)
     whitened = covariance.whiten(keys, ridge)
-    torch.testing.assert_close(covariance.unwhiten(whitened, ridge), wanted, rtol=1e-9, atol=1e-12)
-    torch.testing.assert_close(whitened @ whitened.T, wanted @ keys.T, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(covariance.unwhiten(whitened, ridge), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(whitened @ whitened.T, expected @ keys.T, rtol=1e-9, atol=1e-12)
 
 
 def test_a_singular_moment_says_what_to_do():

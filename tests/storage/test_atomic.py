@@ -52,10 +52,10 @@ def test_tensors_round_trip_with_views_and_metadata(tmp_path):
     path = tmp_path / "t.safetensors"
     whole = torch.arange(12.0, dtype=torch.float64).reshape(3, 4).requires_grad_()
     atomic.write_tensors(path, {"turned": whole.T, "part": whole[1], "half": whole.half()}, {"note": "x"})
-    found = load_file(path)
-    assert torch.equal(found["turned"], whole.detach().T)
-    assert torch.equal(found["part"], whole.detach()[1])
-    assert found["half"].dtype == torch.float16
+    result = load_file(path)
+    assert torch.equal(result["turned"], whole.detach().T)
+    assert torch.equal(result["part"], whole.detach()[1])
+    assert result["half"].dtype == torch.float16
     with safe_open(path, "pt") as handle:
         assert handle.metadata() == {"note": "x"}
 

@@ -18,12 +18,12 @@ class Holder:
     """A process that holds a lock until it is told to go on, or killed."""
 
     def __init__(self, path):
-        ready, told = os.pipe()
+        ready, messages = os.pipe()
         go, self.go = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             with locked(path):
-                os.write(told, b"!")
+                os.write(messages, b"!")
                 os.read(go, 1)
             os._exit(0)
         os.read(ready, 1)

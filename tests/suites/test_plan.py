@@ -30,8 +30,8 @@ def test_memory_is_what_the_edit_itself_estimates(write):
 
 
 def test_seconds_are_the_tokens_of_search_keys_and_answers_over_the_rate(write):
-    found = estimates(write(methods=METHODS, sizes=[4], metrics=["efficacy"]))
-    one, other = found["memit_seq", 4], found["long", 4]
+    result = estimates(write(methods=METHODS, sizes=[4], metrics=["efficacy"]))
+    one, other = result["memit_seq", 4], result["long", 4]
     lm = shape_of(one.arm.suite)
     entries = sum(parameter.numel() for parameter in lm.model.parameters())
     rows = [row for each in encode_batch(lm, one.arm.requests.requests, one.arm.module().contexts).rows for row in each]
@@ -64,10 +64,10 @@ def test_memory_of_other_methods_is_not_known(write):
 def test_a_shape_takes_the_place_of_a_model_that_is_not_there(write):
     config = {"vocab_size": 300, "n_embd": 32, "n_layer": 3, "n_head": 2}
     shape = {"tokenizer": "toy", "model_type": "gpt2", **config}
-    found = estimates(write(model="meta-llama/none", shape=shape, methods={"memit_seq": {}}))
+    result = estimates(write(model="meta-llama/none", shape=shape, methods={"memit_seq": {}}))
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", **config))
-    assert found["memit_seq", 4].model == sum(each.nbytes for each in model.parameters())
-    assert shape_of(found["memit_seq", 4].arm.suite).embedding.device.type == "meta"
+    assert result["memit_seq", 4].model == sum(each.nbytes for each in model.parameters())
+    assert shape_of(result["memit_seq", 4].arm.suite).embedding.device.type == "meta"
 
 
 @pytest.mark.parametrize(

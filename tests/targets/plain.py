@@ -107,9 +107,9 @@ def likelihood(lm, modules, rows, deltas, first=0):
     nll, top = 0, True
     for place, (ids, at, target) in enumerate(rows):
         log_probs = added(lm.model, modules, ids, at, deltas)[0][target - 1 : -1]
-        wanted = torch.tensor(ids[target:])
-        top &= bool((log_probs.argmax(-1) == wanted).all()) or place < first
-        nll = nll + torch.nn.functional.nll_loss(log_probs, wanted) / len(rows)
+        expected = torch.tensor(ids[target:])
+        top &= bool((log_probs.argmax(-1) == expected).all()) or place < first
+        nll = nll + torch.nn.functional.nll_loss(log_probs, expected) / len(rows)
     return nll, top
 
 

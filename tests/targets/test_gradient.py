@@ -49,29 +49,29 @@ def batch(lm, requests):
 def test_equals_the_plain_reference(tiny, requests, site, layer, settings):
     settings = replace(settings, site=site)
     chosen = requests[2:4]
-    found = settings.search(tiny, encode_batch(tiny, chosen, CONTEXTS), layer)
+    result = settings.search(tiny, encode_batch(tiny, chosen, CONTEXTS), layer)
     for i, request in enumerate(chosen):
         z, loss, probability, steps, done = plain(tiny, request, CONTEXTS, settings, layer)
-        assert relative(found.values[i], z) < 1e-9
-        assert found.loss[i] == pytest.approx(float(loss), rel=1e-9)
-        assert found.probability[i] == pytest.approx(float(probability), rel=1e-9)
-        assert found.steps[i] == steps
-        assert bool(found.converged[i]) is done
+        assert relative(result.values[i], z) < 1e-9
+        assert result.loss[i] == pytest.approx(float(loss), rel=1e-9)
+        assert result.probability[i] == pytest.approx(float(probability), rel=1e-9)
+        assert result.steps[i] == steps
+        assert bool(result.converged[i]) is done
 
 
 @pytest.mark.parametrize(("method", "layer"), [("memit", 4), ("alphaedit_blue", 1)])
 def test_equals_the_official_numbers(tiny, requests, golden, method, layer):
     arch = tiny.model.config.model_type
     setup = json.loads((golden / "tiny" / f"{arch}_golden.json").read_text())["_setup"]
-    wanted = load_file(golden / "tiny" / f"{arch}_golden.safetensors")[f"{method}/z/{layer}"]
+    expected = load_file(golden / "tiny" / f"{arch}_golden.safetensors")[f"{method}/z/{layer}"]
     batch = encode_batch(tiny, requests, Contexts.of(setup["context_templates"]))
-    assert relative(GradientSearch().search(tiny, batch, layer).values, wanted) < {"gpt2": 1e-10, "llama": 1e-5}[arch]
+    assert relative(GradientSearch().search(tiny, batch, layer).values, expected) < {"gpt2": 1e-10, "llama": 1e-5}[arch]
 
 
 def test_a_first_step_has_the_length_of_its_stride(tiny, requests):
     settings = GradientSearch(steps=2, stride=0.3, stop=LossBelow(-1.0))
-    found = settings.search(tiny, encode_batch(tiny, requests[:4], CONTEXTS), 3)
-    length = (found.values - found.initial).norm(dim=1) / found.initial.norm(dim=1)
+    result = settings.search(tiny, encode_batch(tiny, requests[:4], CONTEXTS), 3)
+    length = (result.values - result.initial).norm(dim=1) / result.initial.norm(dim=1)
     torch.testing.assert_close(length, torch.full_like(length, 0.3 * settings.clamp))
 
 
@@ -86,10 +86,10 @@ def test_padding_side_of_the_tokenizer_does_not_matter(tiny, requests):
 @pytest.mark.parametrize("budget", [1, 7, 50, 10_000])
 def test_token_budget_bounds_memory_and_changes_nothing(tiny, requests, budget):
     batch = encode_batch(tiny, requests[:4], CONTEXTS)
-    wanted = FAST.search(tiny, batch, 3)
-    found = replace(FAST, max_tokens=budget).search(tiny, batch, 3)
-    assert relative(found.values, wanted.values) < 1e-9
-    assert torch.equal(found.steps, wanted.steps)
+    expected = FAST.search(tiny, batch, 3)
+    result = replace(FAST, max_tokens=budget).search(tiny, batch, 3)
+    assert relative(result.values, expected.values) < 1e-9
+    assert torch.equal(result.steps, expected.steps)
 
 
 def test_batch_size_and_order_do_not_matter(tiny, requests):
@@ -118,22 +118,22 @@ def test_a_fact_that_stops_early_leaves_the_others_alone(tiny, requests):
 
 
 def test_done_at_once_means_no_change(tiny, requests):
-    found = replace(FAST, stop=LossBelow(100.0)).search(tiny, encode_batch(tiny, requests[:3], CONTEXTS), 3)
-    assert torch.equal(found.values, found.initial)
-    assert found.steps.tolist() == [1, 1, 1]
-    assert found.converged.all()
+    result = replace(FAST, stop=LossBelow(100.0)).search(tiny, encode_batch(tiny, requests[:3], CONTEXTS), 3)
+    assert torch.equal(result.values, result.initial)
+    assert result.steps.tolist() == [1, 1, 1]
+    assert result.converged.all()
 
 
 def test_nobody_converged_is_said(lm, batch):
-    found = replace(FAST, stop=LossBelow(0.0)).search(lm, batch, 3)
-    assert not found.converged.any()
-    assert found.steps.tolist() == [6] * 5
+    result = replace(FAST, stop=LossBelow(0.0)).search(lm, batch, 3)
+    assert not result.converged.any()
+    assert result.steps.tolist() == [6] * 5
 
 
 @pytest.mark.parametrize("clamp", [0.05, 0.3])
 def test_the_clamp_is_respected(tiny, requests, clamp):
-    found = replace(FAST, clamp=clamp, lr=1.0).search(tiny, encode_batch(tiny, requests[:4], CONTEXTS), 3)
-    ratio = (found.values - found.initial).norm(dim=1) / found.initial.norm(dim=1)
+    result = replace(FAST, clamp=clamp, lr=1.0).search(tiny, encode_batch(tiny, requests[:4], CONTEXTS), 3)
+    ratio = (result.values - result.initial).norm(dim=1) / result.initial.norm(dim=1)
     assert (ratio <= clamp * (1 + 1e-12)).all()
     assert ratio.max() > clamp * 0.999  # and reached
 
@@ -168,9 +168,9 @@ def interrupt(_done):
 
 
 def test_no_gradient_context_of_the_caller_is_needed_or_disturbed(lm, batch):
-    wanted = FAST.search(lm, batch, 3).values
+    expected = FAST.search(lm, batch, 3).values
     with torch.no_grad():
-        assert torch.equal(FAST.search(lm, batch, 3).values, wanted)
+        assert torch.equal(FAST.search(lm, batch, 3).values, expected)
         assert not torch.is_grad_enabled()
 
 
@@ -194,12 +194,12 @@ def test_a_loss_that_is_not_finite_names_its_request(lm, requests):
 
 
 def test_half_precision_models_get_targets_in_float64(lm, batch):
-    wanted = FAST.search(lm, batch, 3)
+    expected = FAST.search(lm, batch, 3)
     lm.model.to(torch.bfloat16)
-    found = FAST.search(lm, batch, 3)
-    assert found.values.dtype == found.initial.dtype == torch.float64
-    assert torch.isfinite(found.values).all()
-    assert relative(found.initial, wanted.initial) < 0.05
+    result = FAST.search(lm, batch, 3)
+    assert result.values.dtype == result.initial.dtype == torch.float64
+    assert torch.isfinite(result.values).all()
+    assert relative(result.initial, expected.initial) < 0.05
 
 
 @pytest.mark.parametrize(("dtype", "flash"), [(torch.float32, True), (torch.bfloat16, False), (torch.float16, False)])
@@ -286,10 +286,10 @@ def test_a_fact_that_the_model_states_already_may_keep_its_loss(lm, requests, ca
         likely = lm.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].argmax()
     rows = ((replace(row, ids=(*row.ids[: row.target], int(likely))),),)
     batch = TextBatch(batch.requests, rows, batch.essence, batch.weights)
-    found = replace(FAST, lr=1e-30).search(lm, batch, 3)
+    result = replace(FAST, lr=1e-30).search(lm, batch, 3)
     assert not caplog.records
-    assert found.steps.tolist() == [6]
-    assert torch.equal(found.values, found.initial)
+    assert result.steps.tolist() == [6]
+    assert torch.equal(result.values, result.initial)
 
 
 def test_measuring_is_a_search_of_one_evaluation(tiny, requests):

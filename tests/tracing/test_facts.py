@@ -15,7 +15,7 @@ KNOWN = {"subject": "Zoe", "template": "{} lives in", "attribute": "Rome", "prom
 
 
 @pytest.mark.parametrize(
-    ("text", "wanted", "before"),
+    ("text", "expected", "before"),
     [
         (" Paris.", "Paris", ""),
         (" the city of Paris, France", "Paris", "the city of"),
@@ -28,8 +28,8 @@ KNOWN = {"subject": "Zoe", "template": "{} lives in", "attribute": "Rome", "prom
         ("", "Paris", None),
     ],
 )
-def test_what_is_said_before_the_object(text, wanted, before):
-    assert text_before(text, wanted) == before
+def test_what_is_said_before_the_object(text, expected, before):
+    assert text_before(text, expected) == before
 
 
 def test_a_row_marks_subject_and_object(tiny):
@@ -50,12 +50,12 @@ def test_known_facts_are_those_that_the_model_states(lm):
     for prompt, name, each in zip(prompts, names, words, strict=True):
         facts += [Fact(prompt, name, each[0]), Fact(prompt, name, "qqq")]
     rows, asked = known_rows(lm, facts)
-    wanted = [fact for fact, text in zip(facts, [t for t in said for _ in (0, 1)], strict=True)
+    expected = [fact for fact, text in zip(facts, [t for t in said for _ in (0, 1)], strict=True)
               if text_before(text, fact.object) is not None]  # fmt: skip
     assert asked == len(facts)
-    assert len(wanted) >= 2
-    assert [lm.tokenizer.decode(row.ids[row.target :]).strip() for row in rows] == [fact.object for fact in wanted]
-    assert known_rows(lm, facts, limit=1) == (rows[:1], facts.index(wanted[0]) + 1)
+    assert len(expected) >= 2
+    assert [lm.tokenizer.decode(row.ids[row.target :]).strip() for row in rows] == [fact.object for fact in expected]
+    assert known_rows(lm, facts, limit=1) == (rows[:1], facts.index(expected[0]) + 1)
 
 
 def test_what_is_written_is_read_and_asked_again(lm):

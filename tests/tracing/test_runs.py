@@ -54,32 +54,32 @@ def plain(lm, row, trace, scale, layer, tokens):
 @pytest.mark.parametrize(("role", "window"), [("block", 1), ("block", 2), ("mlp_out", 3), ("attn_out", 1)])
 def test_equals_full_passes(tiny, rows, tmp_path, role, window):
     trace = CausalTrace(role=role, window=window, tokens="all", draws=2, noise=0.5)
-    found = trace.run(tiny, rows, folder=tmp_path)
+    result = trace.run(tiny, rows, folder=tmp_path)
     for i, row in enumerate(rows):
-        wanted = torch.zeros(len(PLACES), tiny.depth, dtype=torch.float64)
+        expected = torch.zeros(len(PLACES), tiny.depth, dtype=torch.float64)
         count = torch.zeros(len(PLACES), 1)
         tokens = range(row.start, row.target)
         layers = [plain(tiny, row, trace, 0.5, layer, tokens) for layer in range(tiny.depth)]
         for token, effects in zip(
             tokens, torch.tensor([each[2] for each in layers], dtype=torch.float64).T, strict=True
         ):
-            wanted[place_of(row, token)] += effects
+            expected[place_of(row, token)] += effects
             count[place_of(row, token)] += 1
-        assert found.clean[i] == pytest.approx(layers[0][0], rel=1e-9)
-        assert found.corrupted[i] == pytest.approx(layers[0][1], rel=1e-9)
-        torch.testing.assert_close(found.effects[i], wanted / count, rtol=0, atol=1e-12, equal_nan=True)
+        assert result.clean[i] == pytest.approx(layers[0][0], rel=1e-9)
+        assert result.corrupted[i] == pytest.approx(layers[0][1], rel=1e-9)
+        torch.testing.assert_close(result.effects[i], expected / count, rtol=0, atol=1e-12, equal_nan=True)
     subject = replace(trace, tokens="subject").run(tiny, rows, folder=tmp_path)
     at_subject = [i for i in range(len(PLACES)) if not subject.effects[:, i].isnan().all()]
     assert at_subject == [LAST_SUBJECT]
-    torch.testing.assert_close(subject.effects[:, LAST_SUBJECT], found.effects[:, LAST_SUBJECT], rtol=0, atol=1e-12)
+    torch.testing.assert_close(subject.effects[:, LAST_SUBJECT], result.effects[:, LAST_SUBJECT], rtol=0, atol=1e-12)
 
 
 def test_restoring_the_last_block_at_the_end_of_the_prompt_restores_everything(tiny, rows, tmp_path):
     """With the subject at the end, the last block's output decides the prediction alone."""
-    found = CausalTrace(noise=0.5).run(tiny, rows[3:], [tiny.depth - 1], tmp_path)
-    wanted = float(found.clean - found.corrupted)
-    assert abs(wanted) > 1e-6
-    assert found.scores[tiny.depth - 1] == pytest.approx(wanted, rel=1e-9)
+    result = CausalTrace(noise=0.5).run(tiny, rows[3:], [tiny.depth - 1], tmp_path)
+    expected = float(result.clean - result.corrupted)
+    assert abs(expected) > 1e-6
+    assert result.scores[tiny.depth - 1] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("role", ["block", "mlp_out"])
@@ -89,8 +89,8 @@ def test_models_that_cannot_go_on_from_cached_keys(lm, rows, tmp_path, role):
     bloom = random_model("bloom", lm.tokenizer, **sizes, initializer_range=0.5)
     bloom.model.double()
     trace = CausalTrace(role=role, draws=2, noise=0.5)
-    found = trace.run(bloom, rows, folder=tmp_path)
+    result = trace.run(bloom, rows, folder=tmp_path)
     for i, row in enumerate(rows):
-        wanted = [plain(bloom, row, trace, 0.5, layer, [row.subject])[2][0] for layer in range(bloom.depth)]
-        assert found.effects[i, LAST_SUBJECT].tolist() == pytest.approx(wanted, abs=1e-6)
-    assert float(found.effects.nan_to_num().abs().max()) > 1e-4
+        expected = [plain(bloom, row, trace, 0.5, layer, [row.subject])[2][0] for layer in range(bloom.depth)]
+        assert result.effects[i, LAST_SUBJECT].tolist() == pytest.approx(expected, abs=1e-6)
+    assert float(result.effects.nan_to_num().abs().max()) > 1e-4

@@ -34,8 +34,8 @@ def test_other_seeds_draw_other_noise(tiny, rows, tmp_path):
 
 def test_noise_is_three_deviations_of_the_subjects_embeddings(tiny, rows, tmp_path):
     ids = torch.tensor([token for row in rows for token in row.ids[row.start : row.subject + 1]])
-    wanted = 3 * float(tiny.embedding.detach()[ids].float().std())
-    assert CausalTrace(draws=1).run(tiny, rows, [1], tmp_path).settings["noise"] == pytest.approx(wanted)
+    expected = 3 * float(tiny.embedding.detach()[ids].float().std())
+    assert CausalTrace(draws=1).run(tiny, rows, [1], tmp_path).settings["noise"] == pytest.approx(expected)
 
 
 def test_the_model_is_left_as_it_was(tiny, rows, tmp_path):

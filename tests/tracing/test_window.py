@@ -23,7 +23,7 @@ def traced(scores, window, role="mlp_out", layers=None):
 
 
 @pytest.mark.parametrize(
-    ("scores", "window", "wanted", "second"),
+    ("scores", "window", "expected", "second"),
     [
         ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 3, [2, 3, 4], 3),
         ([0.1, 0.2, 0.3, 0.9, 0.4, 0.3, 0.1], 1, [3], 4),
@@ -34,16 +34,16 @@ def traced(scores, window, role="mlp_out", layers=None):
         ([0.5, 0.5, 0.5], 3, [0, 1, 2], 0),
     ],
 )
-def test_the_window_that_recovers_most(scores, window, wanted, second):
+def test_the_window_that_recovers_most(scores, window, expected, second):
     trace = traced(scores, window)
     proposal = propose_layers(trace, len(scores))
-    assert proposal.layers == wanted
-    middle = wanted[window // 2]
-    assert list(CausalTrace(window=window).span(middle, len(scores))) == wanted
+    assert proposal.layers == expected
+    middle = expected[window // 2]
+    assert list(CausalTrace(window=window).span(middle, len(scores))) == expected
     assert proposal.recovered == pytest.approx(scores[middle])
     assert proposal.error == pytest.approx(0.01)
     assert proposal.runner_up[0] == second
-    assert f"layers {wanted[0]} to {wanted[-1]}" in proposal.reason
+    assert f"layers {expected[0]} to {expected[-1]}" in proposal.reason
 
 
 @pytest.mark.parametrize(
@@ -92,11 +92,11 @@ def fit(lm, requests, quiet, layers, weighter, scores=None, **settings):
 @pytest.mark.usefixtures("builtin")
 def test_scores_are_measured_on_the_unedited_model_before_the_first_edit(lm, requests, quiet):
     trace = CausalTrace(draws=2)
-    wanted = known_scores(lm, trace, [1, 3])
-    assert wanted[1] != wanted[3]
+    expected = known_scores(lm, trace, [1, 3])
+    assert expected[1] != expected[3]
     module = fit(lm, requests, quiet, [1, 3], Scores(attribution=trace), scores={1: 0.5, 3: 0.5})
-    assert module.weighter == Scores(wanted, attribution=trace)
-    assert known_scores(lm, trace, [1, 3]) != wanted  # the edited model's
+    assert module.weighter == Scores(expected, attribution=trace)
+    assert known_scores(lm, trace, [1, 3]) != expected  # the edited model's
 
 
 @pytest.mark.usefixtures("builtin")
@@ -112,13 +112,15 @@ def test_no_known_fact_stops_before_anything_is_edited(lm, requests, quiet, monk
 
 @pytest.mark.usefixtures("builtin")
 def test_layers_auto(lm, requests, quiet):
-    wanted = locate(lm)
+    expected = locate(lm)
     # the scores are a model config's, for layers that somebody chose; the trace's are taken
     module = fit(lm, requests, quiet, "auto", Scores(), scores={0: 0.5})
-    assert module.layers == wanted.layers
+    assert module.layers == expected.layers
     assert len(module.layers) == 5
-    assert module.weighter.scores == wanted.scores
-    assert list(module.journal.places.originals) == [lm.weight_name(Site(layer, "mlp_out")) for layer in wanted.layers]
+    assert module.weighter.scores == expected.scores
+    assert list(module.journal.places.originals) == [
+        lm.weight_name(Site(layer, "mlp_out")) for layer in expected.layers
+    ]
 
 
 @pytest.mark.usefixtures("builtin")

@@ -81,7 +81,7 @@ def test_a_small_temperature_takes_the_best_layer():
 
 
 @pytest.mark.parametrize(
-    ("normalization", "scores", "wanted"),
+    ("normalization", "scores", "expected"),
     [
         ("none", [1, 2, 4], [1, 2, 4]),
         ("max", [1, 2, 4], [0.25, 0.5, 1]),
@@ -89,9 +89,9 @@ def test_a_small_temperature_takes_the_best_layer():
         ("zscore", [1, 2, 3], [-(1.5**0.5), 0, 1.5**0.5]),
     ],
 )
-def test_normalisations(normalization, scores, wanted):
+def test_normalisations(normalization, scores, expected):
     got = score_weights(torch.tensor(scores, dtype=torch.float64), 0.7, normalization)
-    torch.testing.assert_close(got, (torch.tensor(wanted, dtype=torch.float64) / 0.7).softmax(-1), rtol=1e-12, atol=0)
+    torch.testing.assert_close(got, (torch.tensor(expected, dtype=torch.float64) / 0.7).softmax(-1), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("normalization", ["minmax", "zscore"])
@@ -110,7 +110,7 @@ def test_weights_are_a_distribution_in_the_order_of_the_scores(scores, tau):
 
 
 @pytest.mark.parametrize(
-    ("weighter", "wanted"),
+    ("weighter", "expected"),
     [
         (Uniform(), [0.25] * 4),
         (OneHot(3), [0, 0, 1, 0]),
@@ -120,10 +120,10 @@ def test_weights_are_a_distribution_in_the_order_of_the_scores(scores, tau):
         (Scores({4: 1.0, 1: 0.0, 3: 0.0, 2: 0.0, 9: 7.0}, tau=1e-3), [0, 0, 0, 1]),
     ],
 )
-def test_weigh(lm, batch, weighter, wanted):
+def test_weigh(lm, batch, weighter, expected):
     before = lm.fingerprint()
     weights = weighter.weigh(lm, batch, LAYERS)
-    assert weights.tolist() == pytest.approx(wanted)
+    assert weights.tolist() == pytest.approx(expected)
     assert weights.dtype == torch.float64
     assert lm.fingerprint() == before
 
@@ -178,8 +178,8 @@ def test_requests_weigh_layers_by_their_own_traces(tiny, requests, monkeypatch, 
             said = int(tiny.model(input_ids=torch.tensor([row.ids[: row.target]])).logits[0, -1].argmax())
         own = replace(row, ids=(*row.ids[: row.target], said))
         scores = trace.run(tiny, [own], layers, tmp_path / "alone").scores
-        wanted = score_weights(torch.tensor(list(scores.values()), dtype=torch.float64), 0.01)
-        torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-9)
+        expected = score_weights(torch.tensor(list(scores.values()), dtype=torch.float64), 0.01)
+        torch.testing.assert_close(weights, expected, rtol=0, atol=1e-9)
     assert tiny.fingerprint() == before
 
 
