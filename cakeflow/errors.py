@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import os
 import shlex
 import subprocess
@@ -242,7 +243,7 @@ class SideEffectWarning(UserWarning):
 
 
 class SharedKeyWarning(UserWarning):
-    """Facts of one batch have the same key, so that one value has to serve all of them."""
+    """Facts have the same key: those of one batch share a value, that of a later one takes an earlier one's place."""
 
 
 def require_choice(name: str, value: object, literal: Any) -> None:
@@ -261,18 +262,21 @@ def require_choice(name: str, value: object, literal: Any) -> None:
         raise ConfigError(f"{name} must be one of {', '.join(choices)}, got {value!r}{did_you_mean(value, choices)}")
 
 
-def require_count(name: str, value: object, least: int = 0) -> None:
-    """Check a setting that is a whole number, or None where that is possible.
+def require_count(name: str, value: object, least: int = 0, *, optional: bool = False) -> None:
+    """Check a setting that is a whole number.
 
     Args:
         name: The setting.
         value: Its value.
         least: The smallest number that is allowed.
+        optional: Whether None is allowed as well.
 
     Raises:
         ConfigError: If the value is no whole number (a truth value is none), or less than that.
     """
-    if value is not None and (type(value) is not int or value < least):
+    if value is None and optional:
+        return
+    if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
         raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 from typing import Literal
 
+import numpy as np
 import pytest
 
 from cakeflow import errors
@@ -105,3 +106,5 @@ def test_what_is_no_count_is_named(value):
     with pytest.raises(ConfigError, match=f"size must be a whole number of at least 1, got {value!r}"):
         require_count("size", value, 1)
     require_count("size", 1, 1)
+    require_count("size", np.int64(1), 1)
+    require_count("size", None, 1, optional=True)

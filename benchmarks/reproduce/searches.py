@@ -95,7 +95,8 @@ def main() -> None:
                 targets = json.loads(name) if name.startswith("{") else name
                 row = sweep(key, args.method, **args.options, targets=targets)
                 rows.setdefault(arm, []).append(row)
-                print(key, {each: round(value, 4) for each, value in row.items() if each != "records"}, flush=True)
+                numbers = {each: round(value, 4) for each, value in row.items() if isinstance(value, float)}
+                print(key, numbers, flush=True)
     show(rows)
 
 

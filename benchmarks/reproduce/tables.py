@@ -4,11 +4,11 @@
     python benchmarks/reproduce/tables.py table1 --scale full --model gpt2-xl --counterfact FILE --zsre FILE
 
 ``tables.yaml`` holds arms, data sets and what the paper reports. At the embedded scale SmolLM2-135M is edited, 100
-records per seed in one batch; the full scale is the paper's, 2,000 in batches of 100, on the models of
-``configs/model``. Every seed draws its own records. The official protocol is used throughout, with free texts for every
-tenth record (``--texts-every 1``: all, as in the paper). Figures are means over the records of all seeds, with 95 %
-intervals (1.96 standard errors). Rows are kept in ``tables.json`` under ``--out`` and not run again, whichever table
-asks (those of table 3, which are timed, in a file of their own); beside it ``TABLE.csv``, ``.md`` and ``.png``.
+records per seed in one batch (two for table 9); the full scale is the paper's, 2,000 in batches of 100, on the models
+of ``configs/model``. Every seed draws its own records. The official protocol is used throughout, with free texts for
+every tenth record (``--texts-every 1``: all, as in the paper). Figures are means over the records of all seeds, with
+95 % intervals (1.96 standard errors). Rows are kept in ``tables.json`` under ``--out`` and not run again, whichever
+table asks (those of table 3, which are timed, in a file of their own); beside it ``TABLE.csv``, ``.md`` and ``.png``.
 Consistency needs ``--snippets``: the official file, or that of ``snippets.py``.
 """
 
@@ -113,7 +113,8 @@ def write(args: argparse.Namespace, table: dict[str, Any], rows: dict[tuple[str,
             [arm, *(" / ".join(map(str, numbers.get(d, ()))) for d in table["data"])] for arm, numbers in arms.items()
         ]
         reported += ["", f"The paper, {model}:", "", *markdown(["method", *table["data"]], cells)]
-    title = f"{table['title']}: {args.model}, {batches}, {seeds} seed(s)"
+    versions = sorted({row.get("version", "0.1") for each in rows.values() for row in each})
+    title = f"{table['title']}: {args.model}, {batches}, {seeds} seed(s), cakeflow {' and '.join(versions)}"
     write_table(args.out / args.table, title, list(lines(table, rows)), reported)
     (times if table.get("timed") else figure)(table, rows, args.out / f"{args.table}.png")
 
@@ -183,6 +184,7 @@ def main() -> None:
     if args.against not in (None, *(args.arms or table["arms"])):
         options.error(f"{args.table} has no arm {args.against!r}; it has {', '.join(args.arms or table['arms'])}")
     records, batch = SCALES[args.scale]
+    batch = table.get("batch_size", {}).get(args.scale, batch)
     args.records, args.batch_size = args.records or records, args.batch_size or batch
     args.out.mkdir(parents=True, exist_ok=True)
     rows = run_all(args, table, load(args.model))

@@ -41,6 +41,7 @@ class Jacobian(Allocator):
     def allocate(self, residual: Float[Tensor, "n d_out"], context: LayerContext) -> Float[Tensor, "n d_out"]:
         """Solve the system of the layers from this one on and return this layer's part."""
         weights = (context.weights / context.weights.amax(-1, keepdim=True))[..., context.index :]
+        residual = residual * (weights > 0).any(-1, keepdim=True)  # facts with no weight from here on take nothing
         if weights.shape[-1] == 1:
             return residual
         linear_map = context.linear_map

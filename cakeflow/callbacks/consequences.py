@@ -39,7 +39,7 @@ class ConsequenceCheck(PeriodicCallback):
         self, source: Source, records: int | None = None, chat: bool = False, every: int | None = None
     ) -> None:
         super().__init__(every)
-        require_count("records", records, 1)
+        require_count("records", records, 1, optional=True)
         self.chat = chat
         questions = read_consequences(source)
         self.questions: list[Consequence] = [each for each in questions if records is None or each.case < records]

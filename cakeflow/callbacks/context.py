@@ -41,7 +41,7 @@ class ContextCheck(PeriodicCallback):
         every: int | None = None,
     ) -> None:
         super().__init__(every)
-        require_count("limit", limit, 1)
+        require_count("limit", limit, 1, optional=True)
         for length in lengths:
             require_count("lengths", length, 1)
         self.limit, self.lengths, self.text = limit, tuple(lengths), text

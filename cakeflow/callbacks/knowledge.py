@@ -59,7 +59,7 @@ class KnowledgeCheck(PeriodicCallback):
         self, limit: int | None = 100, every: int | None = None, reversals: Mapping[str, str] | None = None
     ) -> None:
         super().__init__(every)
-        require_count("limit", limit, 1)
+        require_count("limit", limit, 1, optional=True)
         self.limit, self.reversals = limit, dict(reversals or {})
         self.masked: list[MaskedFact] = []
         self.restored: list[bool] = []

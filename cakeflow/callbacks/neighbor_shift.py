@@ -41,7 +41,7 @@ class NeighborShift(PeriodicCallback):
 
     def __init__(self, limit: int | None = 200, every: int | None = None) -> None:
         super().__init__(every)
-        require_count("limit", limit, 1)
+        require_count("limit", limit, 1, optional=True)
         self.limit = limit
         self._prompts: list[tuple[int, ...]] = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -39,8 +40,7 @@ class PeriodicCallback(L.Callback):
     in_evaluations: ClassVar[bool] = False
 
     def __init__(self, every: int | None = 1) -> None:
-        if every is not None:
-            require_count("every", every, 1)
+        require_count("every", every, 1, optional=True)
         self.every = every
         self.rows: list[dict[str, float]] = []
         self.identity = ""
@@ -111,8 +111,9 @@ class PeriodicCallback(L.Callback):
             numbers = self._numbers(module)
         self._last = len(module.journal)
         row = {f"{self.name}/{key}": value for key, value in {"edits": float(module.journal.edits), **numbers}.items()}
+        lost = {key: math.nan for earlier in self.rows for key in earlier} | row  # unknown if not measured now
         self.rows.append(row)
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in row.items()})
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in lost.items()})
         for logger in trainer.loggers:  # not module.log, which would date the first row as the batch that follows it
             logger.log_metrics(row, step=trainer.global_step)
             logger.save()

@@ -175,7 +175,7 @@ def run_rollback(
         ResumeError: If the model is another one, or a batch leads to other weights.
         LockedError: If another process is writing the run.
     """
-    require_count("n", n, 1)
+    require_count("n", n, 1, optional=True)
     with locked(ledger_of(run)):
         journal = replay(run, model, judged=False, loading=loading)  # what its policy has not judged may be taken back
         before = {step.number for step in journal}

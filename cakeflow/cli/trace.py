@@ -55,7 +55,7 @@ def run_trace(
     Raises:
         ConfigError: If ``limit`` is below 1.
     """
-    require_count("limit", limit, 1)
+    require_count("limit", limit, 1, optional=True)
     facts, lm = read_facts(data, split), load_model(model, **loading.arguments())
     traced = require_layers(lm, layers or ())
     rows, tried = known_rows(lm, facts, limit)
@@ -108,7 +108,7 @@ def run_facts(
     """
     if out.is_dir():
         raise ConfigError(f"out={str(out)!r} is a folder; name a .json or .jsonl file")
-    require_count("limit", limit, 1)
+    require_count("limit", limit, 1, optional=True)
     candidates = open_facts(prompts or [], subjects or []) if prompts or subjects else read_facts(data, split)
     facts, tried = known_facts(load_model(model, **loading.arguments()), candidates, limit)
     entries = [fact.to_dict(number) for number, fact in enumerate(facts)]

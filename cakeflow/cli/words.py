@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from inspect import signature
 from typing import Any
 
+import yaml
+
 from cakeflow.core.config import find_config, model_kind, shipped
 
 CONFIG_KINDS = ("method", "model_config", "model", "targets", "data")
@@ -73,9 +75,18 @@ def words_of(options: Mapping[str, object]) -> list[str]:
 
 
 def _list_text(values: Sequence[object]) -> str:
-    """Return a list as a command takes it, with quotes where a name needs them."""
-    plain = all(re.fullmatch(r"[\w./-]+", str(each)) for each in values)
+    """Return a list as a command takes it, with quotes where YAML would read a text as something else.
+
+    Example:
+        >>> _list_text([1, "a.json"]), _list_text(["1984", "no"])
+        ('[1, a.json]', '["1984", "no"]')
+    """
+    plain = all(not isinstance(each, str) or _is_plain(each) for each in values)
     return f"[{', '.join(map(str, values))}]" if plain else json.dumps(values, ensure_ascii=False)
+
+
+def _is_plain(text: str) -> bool:
+    return bool(re.fullmatch(r"[A-Za-z_./][\w./-]*", text)) and yaml.safe_load(text) == text
 
 
 def with_flags(words: Sequence[str], command: Callable[..., Any]) -> list[str]:

@@ -30,7 +30,7 @@ from cakeflow.journal.schema import FactBody, Reason
 from cakeflow.models.architecture import Role, Site
 from cakeflow.solvers.base import Solver
 from cakeflow.solvers.problem import LayerProblem, Update
-from cakeflow.targets.base import Targets
+from cakeflow.targets.base import SEARCH_REMEDY, Targets
 from cakeflow.weighters.base import Weighter
 
 Outcome = Literal["warn", "error"]
@@ -227,6 +227,15 @@ def _check_shares(allocator: ShareAllocator, context: LayerContext) -> None:
         raise ShapeError(
             f"{_name(allocator)}: the last layer must take the whole remaining residual (a share of 1), got "
             f"{shares[..., -1].tolist()}"
+        )
+
+
+def require_search(targets: Targets, batch: TextBatch, layer: int) -> None:
+    """Check that not all searches led away from their facts. ``NumericalError``, with what helps, if they did."""
+    if targets.away is not None and bool(targets.away.all()):
+        raise NumericalError(
+            f"{batch.name(range(len(batch)))}: no search for a target value at layer {layer} lowered its target's NLL; "
+            f"{SEARCH_REMEDY}"
         )
 
 

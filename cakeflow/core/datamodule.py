@@ -68,7 +68,7 @@ class EditDataModule(L.LightningDataModule):
         zsre_target: ZsreTarget = "answers",
     ) -> None:
         super().__init__()
-        require_count("data.batch_size", batch_size, 1)
+        require_count("data.batch_size", batch_size, 1, optional=True)
         require_count("data.eval_batch_size", eval_batch_size, 1)
         entries = read_entries(source, split)
         entries = list(with_references(entries, snippets)) if snippets else entries
@@ -77,10 +77,10 @@ class EditDataModule(L.LightningDataModule):
         may_ask = {request for entry, request in zip(entries, requests, strict=True) if asks(entry)}
         texts = [each for each in self.requests if not isinstance(each, ImageEditRequest)]
         warn_of_doubts(texts, may_ask, may_contradict=conflicts == "keep")
-        self.batch_size = batch_size or len(self.requests)
+        self.batch_size = int(batch_size or len(self.requests))  # a NumPy number is none for JSON
         if conflicts == "keep":
             require_apart(self.requests, self.batch_size)
-        self.eval_batch_size = eval_batch_size
+        self.eval_batch_size = int(eval_batch_size)
         self.evaluate = True
         self._module: EditModule | None = None
         self._batches: list[EditBatch] = []

@@ -154,7 +154,7 @@ class LocateThenEdit(EditModule[TextBatch]):
     ) -> None:
         require_choice("on_low_arrival", on_low_arrival, Outcome)
         require_choice("fact_token", fact_token, FactToken)
-        require_count("tile", tile, 1)
+        require_count("tile", tile, 1, optional=True)
         for label, most in (("rounds", rounds), ("repairs", repairs)):
             require_count(label, most)
             if most and not solver.needs_targets:
@@ -366,7 +366,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             checked_facts("keys are", each, batch, site.layer)
         name = self.lm.weight_name(site)
         history = self.journal.history(name) if self.use_history else KeyHistory()
-        changes = self.journal.changes if self.use_history else []
+        changes = [c.update for c in self.journal.changes if isinstance(c, WeightChange) and c.place == name]
         loss = WeightLoss(self.lm, batch, site, loss_tokens(self.lm, site, batch, self.max_bytes))
         return LayerProblem(
             keys,
@@ -378,7 +378,7 @@ class LocateThenEdit(EditModule[TextBatch]):
             prompt_keys=prompt_keys,
             loss=loss,
             tokens=loss.tokens,
-            earlier=[each.update for each in changes if isinstance(each, WeightChange) and each.place == name],
+            earlier=changes if self.use_history else None,
         )
 
     # ---- after the last batch ----

@@ -64,7 +64,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         answers: The answers of every request in the last evaluation.
         metrics_at: Stage -> metrics.
         evaluated: Number of batches that were done at the last evaluation.
-        repeated: Hashes of the run's facts that were repeated from an interrupted one, without search and solve.
+        run_facts: Hash of each fact of the last run -> whether it was edited, and not repeated from an interrupted one.
         timings: Phase -> seconds.
         peaks: Phase -> most bytes beyond the model.
         max_bytes: Most bytes beyond the model that edits and evaluations may take; None for no limit.
@@ -110,7 +110,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self.answers: list[EvaluatedRequest] = []
         self.metrics_at: dict[str, dict[str, float]] = {}
         self._measured_by: L.Trainer | None = None
-        self.repeated: set[str] = set()
+        self.run_facts: dict[str, bool] = {}
         self.evaluated, self.first_step = -1, 0
         self.timings: defaultdict[str, float] = defaultdict(float)
         self.peaks: defaultdict[str, float] = defaultdict(float)
@@ -206,7 +206,7 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         if stage == "fit":
             self.stage = "after"  # an evaluation by itself left another one
             if self._measured_by is not self.trainer:  # what is there was measured for an earlier run
-                self.metrics_at, self.evaluated = {}, -1
+                self.metrics_at, self.evaluated, self.further, self.outcome = {}, -1, {}, None
             self.obey(self.trainer.callbacks)  # type: ignore[attr-defined]
         folder = run_folder(self.trainer) if stage == "fit" else None
         if stage is not None:
@@ -221,10 +221,10 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
         self.lm.follow()
         self.journal.histories.follow(self.journal.steps)
         self.journal.memory.check_all()
-        self.complete = False
-        self.first_step, self.repeated = len(self.journal), set()
+        self.first_step, self.run_facts = len(self.journal), {}
         self._memory = self._memory or PeakMemory({parameter.device for parameter in self.lm.model.parameters()})
         batches = list(self.trainer.train_dataloader or ())
+        self.complete = all(batch.undo for batch in batches)  # taking facts back completes no run
         with float32_by_default(), self.phase("ask"):
             edited = [request for batch in batches if not batch.undo for request in batch.requests]
             self.warn_of_known(edited)
@@ -262,24 +262,25 @@ class EditModule(Questions, L.LightningModule, ABC, Generic[B]):
 
     def _edit_or_repeat(self, batch: B) -> None:
         if step := self.journal.replay_next(batch.requests):
-            self.repeated |= set(step.hashes)
+            self.run_facts = dict.fromkeys(step.hashes, False) | self.run_facts
             self.log_dict(step.numbers, batch_size=len(step.hashes))
         else:
             with self.journal.batch(batch.requests) as step:
                 self.edit(batch, step)
+            self.run_facts |= dict.fromkeys(step.hashes, True)
 
     @final
     def on_train_batch_end(self, *_: Any) -> None:
         """Log the peak memory so far in GiB; after the last batch, finish."""
         self.log("memory/peak", max((p for phase, p in self.peaks.items() if phase != "evaluation"), default=0.0) / GIB)
-        if self.trainer.is_last_batch:  # before the last validation, which must see the finished model
+        if self.trainer.is_last_batch and not self.complete:  # before the last validation: it sees the finished model
             self.complete = True
             self.finish()
 
     @final
     def on_train_end(self) -> None:
         """Finish a run that was stopped and cannot go on, and check that nobody else changed the model meanwhile."""
-        if not (self.complete or self.journal.store):
+        if not (self.complete or run_folder(self.trainer)):
             self.finish()
         self.journal.memory.check_all()
 

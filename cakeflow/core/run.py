@@ -20,8 +20,9 @@ from cakeflow.core.loggers import log_files, log_settings, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.strategy import check_ranks, jointly, require_same_run
 from cakeflow.core.trainer import check_trainer, quiet
+from cakeflow.data.files import read_text
 from cakeflow.data.images import THUMBNAILS
-from cakeflow.errors import ConfigError, PolicyError
+from cakeflow.errors import ConfigError, PolicyError, RunFolderError
 from cakeflow.evaluation.evaluation import check_texts
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.journal.journal import Journal
@@ -31,7 +32,7 @@ from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
 from cakeflow.journal.store import ANSWERS, JOURNAL, ledger_path
 from cakeflow.storage.atomic import pass_on_rights, write_text
 from cakeflow.storage.hashing import file_hash
-from cakeflow.storage.typed import write_lines
+from cakeflow.storage.typed import parse_as, write_lines
 
 log = logging.getLogger(__name__)
 FILES = (
@@ -185,7 +186,7 @@ def _fit(
     if evaluate:
         before = run_evaluate(trainer, module, data, "before").metrics
         check_texts(module.answers)
-    module.stage, earlier = "after", module.journal.edits
+    module.stage = "after"
     with _advice_on_resuming(module, folder, goes_on), quiet(), _interruptible():
         trainer.fit(module, datamodule=data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -193,11 +194,10 @@ def _fit(
         run_evaluate(trainer, module, data, "after")
     module.journal.memory.check_all(record=False)  # callbacks may have the last word: an average is no edit
     after = dict(module.metrics_at.get("after", {}))
-    edits = module.journal.edits - earlier
     if not module.complete:
-        _warn_of_rest(edits, len(data.requests), goes_on(folder) if folder else "")
+        _warn_of_rest(len(module.run_facts), len(data.requests), goes_on(folder) if folder else "")
     if folder is not None:
-        ranks.on_first(lambda: write_files(folder, module, edits, {"before": before, "after": after}))
+        ranks.on_first(lambda: write_files(folder, module, len(module.run_facts), {"before": before, "after": after}))
         if module.complete:
             names = ranks.on_first(lambda: {name: file_hash(folder / name) for name in _files(folder)})
             module.journal.close(names)
@@ -206,7 +206,7 @@ def _fit(
         before=before,
         after=after,
         timings=dict(module.timings),
-        timed=max(0, edits - len(module.repeated)),
+        timed=sum(module.run_facts.values()),
         peaks=dict(module.peaks),
         logged=logged,
         protocol=module.protocol,
@@ -273,7 +273,7 @@ def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str,
         metrics=metrics,
         protocol=module.protocol,
         edits=edits,
-        timed=max(0, edits - len(module.repeated)),
+        timed=sum(module.run_facts.values()),
         timings=dict(module.timings),
         peaks=dict(module.peaks),
         verdict=outcome.verdict if outcome else "",
@@ -283,6 +283,25 @@ def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str,
     write_text(folder / "run.json", info.model_dump_json(indent=1))
     pass_on_rights(folder, [folder / name for name in _files(folder)])  # some are Lightning's
     pass_on_rights(folder, (folder / JOURNAL).iterdir())
+
+
+def update_outcome(folder: Path, outcome: Outcome, edits: int) -> None:
+    """Write what became of a run whose facts were taken back since; what it measured of itself stays.
+
+    Args:
+        folder: The run folder.
+        outcome: The answers of the model as it is now.
+        edits: Number of facts in force.
+
+    Raises:
+        RunFolderError: If there is no ``run.json``, or it is damaged.
+    """
+    path = folder / "run.json"
+    info = parse_as(RunInfo, read_text(path), str(path), RunFolderError, "give the run folder as it was written")
+    changes = {"edits": edits, "verdict": outcome.verdict, "side_effects": list(outcome.side_effects)}
+    write_text(path, info.model_copy(update=changes).model_dump_json(indent=1))
+    write_lines(folder / ANSWERS, outcome.answers)
+    pass_on_rights(folder, [path, folder / ANSWERS])
 
 
 def _files(folder: Path) -> list[str]:

@@ -22,6 +22,7 @@ from cakeflow.core.contracts import (
     checked_residual,
     checked_weights,
     naming,
+    require_search,
     solved,
     warn_not_taken,
     warn_replaced,
@@ -171,15 +172,15 @@ class Walk:
         return max(self.walks) == 1
 
     def contexts(self, facts: Sequence[int]) -> Iterator[LayerContext]:
-        """The layers to edit for some facts, in ascending order; those of weight 0 are left out."""
-        module, batch = self.module, self.batch.part(facts)
+        """The layers to edit for some facts, ascending; those of weight 0 are left out, but for the value site's."""
+        module, batch, is_last = self.module, self.batch.part(facts), self.module.allocator.residual_at == "last"
         weights = self.weights[facts] if self.weights.dim() == 2 else self.weights
         own, all_facts = ((each > 0).reshape(-1, len(module.layers)).any(0) for each in (weights, self.weights))
-        top = int(all_facts.nonzero().max())  # the value site is that of all facts
+        top = int(all_facts.nonzero().max()) if is_last else -1  # the value site is that of all facts
         active = [i for i, positive in enumerate(own) if positive or i == top]
         layers = [module.layers[i] for i in active]
         for index, layer in enumerate(layers):
-            value_site = module.targets.value_site(layers[-1] if module.allocator.residual_at == "last" else layer)
+            value_site = module.targets.value_site(layers[-1] if is_last else layer)
             linear_map, site = ModelJacobian(module.lm, batch, layers[index:], value_site), Site(layer, module.site)
             yield LayerContext(site, value_site, index, weights[..., active], linear_map, batch.name)
 
@@ -207,6 +208,7 @@ class Walk:
                 targets = replace(targets, values=reached, initial=path.output)
         give_back()  # what the search took is more than what is needed from here on
         checked_facts("target values are", targets.values, batch, layer)
+        require_search(targets, batch, layer)
         if self.is_first:
             for name in ("loss", "probability", "steps"):
                 self.log(f"target/{name}", getattr(targets, name).double().mean())

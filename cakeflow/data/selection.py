@@ -54,7 +54,7 @@ def select(
         ['the Red Sea']
     """
     require_choice("data.conflicts", conflicts, Conflicts)
-    require_count("data.limit", limit, 1)
+    require_count("data.limit", limit, 1, optional=True)
     if order is not None and shuffle_seed is not None:
         raise ConfigError("data.order and data.shuffle_seed both say in which sequence to edit; give one of them")
     chosen = list(range(len(requests))) if order is None else _places(requests, read_order(order))

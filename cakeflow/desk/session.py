@@ -11,7 +11,7 @@ from typing import Any
 from cakeflow.core.datamodule import EditDataModule
 from cakeflow.core.folder import require_run_folder
 from cakeflow.core.identity import run_body
-from cakeflow.core.run import FitResult, go_on_from, write_files
+from cakeflow.core.run import FitResult, go_on_from, update_outcome, write_files
 from cakeflow.core.undo import require_last
 from cakeflow.data.files import read_text
 from cakeflow.data.proposals import propose
@@ -20,21 +20,20 @@ from cakeflow.data.schemas import parse_requests
 from cakeflow.data.subject import guess_subject
 from cakeflow.desk.views import fact_view, journal_view, outcome_view, token_views
 from cakeflow.editor import Editor, default_logger
-from cakeflow.errors import ConfigError, Fault, RequestError, ResumeError, RunFolderError
-from cakeflow.evaluation.outcome import Outcome
+from cakeflow.errors import ConfigError, Fault, RequestError, ResumeError, RunFolderError, command_line
+from cakeflow.evaluation.outcome import Outcome, ask
 from cakeflow.forward.tokens import EditBatch, TextBatch
 from cakeflow.journal.ledger import Entry, bodies, read_entries
 from cakeflow.journal.policy import HELD
 from cakeflow.journal.schema import EndBody, FreeAnswer, PolicyBody, RunBody
 from cakeflow.journal.steps import EditStep, facts_in_force, hashes_on_record
 from cakeflow.journal.store import ANSWERS, ledger_path
-from cakeflow.storage.atomic import pass_on_rights
 from cakeflow.storage.folders import require_inside
 from cakeflow.storage.locks import locked
-from cakeflow.storage.typed import parse_lines, write_lines
+from cakeflow.storage.typed import parse_lines
 
-MOST_ASKED = 40
-"""Facts in force, the latest, that are asked again behind every change."""
+MOST_OTHERS = 100
+"""Answers about other things than the facts, the latest, that are asked again behind every change."""
 TOKENS = 24
 """Most tokens of an answer on the page."""
 FACT = ("fact", "completion")
@@ -168,7 +167,7 @@ class Session:
         request = self.request(sentence, answer, subject)
         self.journal.policies.refuse(self._against(request))
         view, result = self._edit(request)
-        self._record(result)
+        self._write(result)
         return view
 
     def ask(self, prompt: str, chat: bool = False) -> dict[str, Any]:
@@ -204,7 +203,6 @@ class Session:
             raise ConfigError(f"batch {batch} has no fact {place} that could be taken back; reload the page")
         with collecting() as notes:
             rows = self._take_back(step, place)
-            self._ask_again()
             self._write()
         return {"rows": rows, "warnings": notes}
 
@@ -253,7 +251,7 @@ class Session:
             if not step.requests:
                 raise ConfigError(
                     f"the texts of batch {step.number} were not stored, so it can only be taken back whole: "
-                    f"cakeflow rollback {self.folder} --batch {step.number}"
+                    + command_line(["rollback", str(self.folder), "--batch", str(step.number)])
                 )
             return self.editor.take_back([(step, place)])
         prompts = [request.text for request in step.requests]
@@ -264,37 +262,41 @@ class Session:
         names = ("prompt", "target", "before", "after")
         return [dict(zip(names, row, strict=True)) for row in zip(prompts, targets, before, after, strict=True)]
 
-    def _record(self, result: FitResult) -> None:
-        """Keep the answers of an edit, ask the other facts again, and write what was measured."""
-        for each in result.outcome.answers if result.outcome else ():
+    def _write(self, result: FitResult | None = None) -> None:
+        """Ask again what was asked, and write answers and verdict, for reports and the next session; not without texts.
+
+        Metrics are left out: each edit measures those of its own fact.
+
+        Args:
+            result: The edit that was made; None where a fact was taken back.
+        """
+        edited = result.outcome if result else None
+        for each in edited.answers if edited else ():
             earlier = self.answers.get(_name(each))
             before = earlier.before if earlier else each.before
             self.answers[_name(each)] = each.model_copy(update={"before": before, "request": None})
-        self._ask_again()
-        self._write()
-
-    def _ask_again(self) -> None:
-        """Ask for the facts on the page as the model is now."""
-        names = [name for name in self.answers if name[:2] == FACT][-MOST_ASKED:]
-        texts = self.editor.ask([prompt for *_, prompt in names]) if names else []
-        for name, text in zip(names, texts, strict=True):
-            self.answers[name] = self.answers[name].model_copy(update={"after": text})
-
-    def _write(self) -> None:
-        """Write the answers and the verdict, for the next session and for reports; not where texts stay out.
-
-        Metrics are left out: each edit measures those of its own fact.
-        """
+        questions = self._questions()
+        texts = ask(self.module.lm, questions, self.module.max_bytes, self.module.question)
+        pairs = zip(questions, texts, strict=True)
+        self.answers = {_name(each): each.model_copy(update={"after": text}) for each, text in pairs}
         if not self.journal.texts:
             return
-        facts = {request.text for request in self._facts()}
-        answers = [each for each in self.answers.values() if each.topic != "fact" or each.prompt in facts]
-        self.module.outcome = Outcome(answers) if answers else None
-        write_files(self.folder, self.module, self.journal.edits, {"before": {}, "after": {}})
-        if self.answers:
-            path = self.folder / ANSWERS
-            write_lines(path, self.answers.values())
-            pass_on_rights(self.folder, [path])
+        faults, condition = edited.side_effects if edited else (), self.module.condition
+        outcome = Outcome([*self.answers.values()], side_effects=faults, condition=condition)
+        if result or not (self.folder / "run.json").exists():
+            self.module.outcome = outcome
+            write_files(self.folder, self.module, self.journal.edits, {"before": {}, "after": {}})
+        else:
+            update_outcome(self.folder, outcome, self.journal.edits)
+
+    def _questions(self) -> list[FreeAnswer]:
+        """What the verdict counts: the facts in force, with the targets that they have now, and other questions."""
+        targets = {request.text: request.target_new for request in self._facts()}
+        facts = [each for each in self.answers.values() if each.topic == "fact" and each.prompt in targets]
+        others = [each for each in self.answers.values() if each.topic != "fact"][-MOST_OTHERS:] if targets else []
+        return [each.model_copy(update={"expected": targets[each.prompt]}) for each in facts] + [
+            each.model_copy(update={"edited": each.prompt in targets}) for each in others
+        ]
 
 
 def _name(answer: FreeAnswer) -> tuple[str, str, str]:

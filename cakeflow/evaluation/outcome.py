@@ -84,7 +84,9 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """What became of the run, in one line."""
+        """What became of the run, in one line; empty where nothing was asked."""
+        if not self.answers:
+            return ""
         facts, chats = self.of("fact", "completion"), self.of("fact", "chat")
         others = len(self.of("neighbor")) + len(self.of("familiar"))
         chat = f" ({sum(map(is_good, chats))} of {len(chats)} as a chat question)" if chats else ""

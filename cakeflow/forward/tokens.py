@@ -73,11 +73,6 @@ class EditBatch:
     def __len__(self) -> int:
         return len(self.requests)
 
-    @property
-    def first(self) -> int:
-        """Place of the first request in its run."""
-        return self.numbers[0]
-
     def name(self, facts: Iterable[int]) -> str:
         """Some of the facts as error messages name them; of many, the first three.
 

@@ -183,13 +183,11 @@ class Journal(Sequence[EditStep]):
             self._replay(step)
         return step
 
-    # ---- rolling back ----
-
     def rollback(self, steps: int | None = None, *, batch: int | None = None) -> None:
         """Take back the last ``steps`` batches (default: all), or one named batch; bit for bit.
 
-        What a solver did to complete a run behind them, such as PRUNE's damping, counted on them and goes too. Facts
-        that another batch wrote as well stay; a warning names them.
+        What a solver did to complete a run behind them, such as PRUNE's damping, counted on them and goes too. Warnings
+        name facts that another batch wrote as well, which stay, and those that a later batch replaced.
 
         Args:
             steps: How many; all, if there are fewer.
@@ -259,15 +257,16 @@ class Journal(Sequence[EditStep]):
         self.policies.require_same(store.ledger.entries)
         store.require_run(run)  # before earlier batches change the model
         self._write_all(store)
-        while store.recorded and store.recorded[0].kind == "batch":
-            self.policies.require_recorded([store.recorded[0]])
-            self._replay(store.read_step(store.recorded.popleft()))
-        if store.earlier != len(self.steps):
-            raise ResumeError(
-                f"{store.folder} was to go on from {store.earlier} earlier batches and has {len(self.steps)}: it was "
-                "stopped while they were copied; edit those first, then start this run in another folder"
-            )
-        store.append(run)
+        with self._repeating():
+            while store.recorded and store.recorded[0].kind == "batch":
+                self.policies.require_recorded([store.recorded[0]])
+                self._replay(store.read_step(store.recorded.popleft()))
+            if store.earlier != len(self.steps):
+                raise ResumeError(
+                    f"{store.folder} was to go on from {store.earlier} earlier batches and has {len(self.steps)}: it "
+                    "was stopped while they were copied; edit those first, then start this run in another folder"
+                )
+            store.append(run)
         self.store = store
 
     def close(self, files: Mapping[str, str]) -> None:
@@ -303,13 +302,10 @@ class Journal(Sequence[EditStep]):
         store.append(self.base)
         store.recorded.clear()
         self.policies.require_recorded(store.ledger.entries if judged else ())
-        try:
+        with self._repeating():
             for entry in store.ledger.entries:
                 self._repeat(store, entry)
             self.policies.require_judged(store.ledger.entries if judged else ())
-        except BaseException:
-            self._become([], set(self.places.originals))
-            raise
         self.store = store
 
     def copied_to(self, model: EditableModel) -> Journal:
@@ -344,8 +340,6 @@ class Journal(Sequence[EditStep]):
             store.commit(step, step.number, fresh)
             known.update(fresh)
 
-    # ---- the parts ----
-
     def _commit(self, step: EditStep, number: int) -> None:
         """Complete a batch; whatever can fail comes before the ledger's line."""
         sys.audit("cakeflow.journal", "commit")
@@ -374,20 +368,26 @@ class Journal(Sequence[EditStep]):
             self._become([each for each in self.steps if each is not step], set(step.places))
             self.places.forget_all_but(known)
 
+    @contextmanager
+    def _repeating(self) -> Iterator[None]:
+        """Have what the body repeats or, if that fails, the batches of before."""
+        before, known = [*self.steps], set(self.places.originals)
+        try:
+            yield
+        except BaseException:
+            with uninterrupted():
+                self._become(before, set(self.places.originals))
+                self.places.forget_all_but(known)
+            raise
+
     def _replay(self, step: EditStep) -> None:
         """Repeat a recorded batch, or nothing of it."""
-        known = set(self.places.originals)
-        try:
+        with self._repeating():
             for part in step.changes:
                 self.places.touch(part.change)
                 part.change.apply(self.model)
             self.places.require(step.after, f"batch {step.number}")
             self.histories.add(step, self.steps)
-        except BaseException:
-            with uninterrupted():
-                self._become(self.steps, set(step.places))
-                self.places.forget_all_but(known)
-            raise
         self.steps.append(step)
         self.memory.record(step.after)
         self._count = max(self._count, step.number + 1)

@@ -21,7 +21,7 @@ from cakeflow.export.card import markdown_table
 from cakeflow.forward.packing import GIB
 from cakeflow.report.figures import FILE_STYLE, Curves, curves_of, plot_curves, plot_intervals
 from cakeflow.report.folder import RunFolder
-from cakeflow.report.intervals import SHARES, UNKNOWN, Interval, estimate, number, paired
+from cakeflow.report.intervals import UNKNOWN, Interval, estimate, is_share, number, paired
 from cakeflow.report.views import method, peak_memory, run_changes, seconds_per_edit
 
 DELTA = "\N{GREEK CAPITAL LETTER DELTA} "
@@ -128,7 +128,7 @@ def plot_runs(runs: Sequence[RunFolder]) -> Axes:
     """
     labels = short_names([str(run.path) for run in runs])
     metrics = {
-        label: {name: change.after for name, change in run_changes(run).items() if name in SHARES}
+        label: {name: change.after for name, change in run_changes(run).items() if is_share(name)}
         for label, run in zip(labels, runs, strict=True)
     }
     curves = _curves(dict(zip(labels, runs, strict=True)))

@@ -151,6 +151,11 @@ class RunFolder:
         """Number of edits in the run."""
         return len(self.edits) if self.info.edits is None else self.info.edits
 
+    @property
+    def timed(self) -> int:
+        """Number of edits that the run's times are of."""
+        return self.size if self.info.timed is None else self.info.timed
+
 
 LARGEST_THUMBNAIL = 1 << 18
 """Most bytes of a picture that goes onto the page."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,6 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from cakeflow.data.public_files import TOPICS
-from cakeflow.evaluation.context import LENGTHS
 from cakeflow.evaluation.outcome import METRICS
 from cakeflow.journal.schema import EvaluatedRequest
 
@@ -36,8 +36,7 @@ FORMS = {
 ALONG = (
     *(f"knowledge/{name}" for name in ("old", "new", "uncertain", "negated", "masked", "restored")),
     *(f"knowledge/{name}" for name in ("reversed", "reversed_answer")),
-    *(f"context/{name}" for name in ("alone", "chat", "turns", "system", *(f"text_{n}" for n in LENGTHS))),
-    *(f"context/chat_{n}" for n in LENGTHS),
+    *(f"context/{name}" for name in ("alone", "chat", "turns", "system")),
     *(f"{name}/top{k}" for name in ("neighbors", "neutral") for k in (1, 5, 10)),
     *(f"consequences/{topic}" for topic in (*sorted(set(TOPICS.values())), "multi_hop")),
 )
@@ -47,8 +46,18 @@ IMAGES = ("sr", "gr", "gr_official", "lr", "lr_sensitive", "mirror", "worst_grou
 WORDS = {f"{name}{form}" for name in (*KINDS, "editscore") for form in FORMS}
 """Metrics of prompts, which mean nothing for pictures."""
 SHARES = WORDS | {*METRICS.values(), *ALONG, *IMAGES}
-"""Metrics that are shares, printed in percent; those of plugins may have any unit."""
+"""Metrics that are shares; so are those behind any length of other text (``is_share``). Plugins' may have any unit."""
 UNKNOWN, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
+
+
+def is_share(metric: str) -> bool:
+    """Return whether a metric is a share, which is printed in percent.
+
+    Example:
+        >>> is_share("efficacy"), is_share("context/text_100"), is_share("neutral/kl")
+        (True, True, False)
+    """
+    return metric in SHARES or bool(re.fullmatch(r"context/(text|chat)_\d+", metric))
 
 
 @dataclass(frozen=True)
@@ -195,6 +204,6 @@ def estimate(name: str, interval: Interval, sign: str = "") -> str:
         >>> estimate("efficacy", Interval(0.975, 0.871, 0.996)), estimate("efficacy", Interval(0.1), "+")
         ('97.5 [87.1, 99.6]', '+10.0')
     """
-    scale, spec = (100, ".1f") if name in SHARES else (1, ".4g")
+    scale, spec = (100, ".1f") if is_share(name) else (1, ".4g")
     mean, low, high = (number(scale * each, sign + spec) for each in (interval.mean, interval.low, interval.high))
     return mean if math.isnan(interval.low) else f"{mean} [{low}, {high}]"

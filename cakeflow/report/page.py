@@ -291,7 +291,7 @@ def _phases(run: RunFolder) -> list[dict[str, Any]]:
             "name": phase,
             "seconds": seconds,
             "part": seconds / total,
-            "per_edit": seconds / max(1, run.size),
+            "per_edit": seconds / run.timed if run.timed else math.nan,
             "peak": run.info.peaks.get(phase, math.nan) / GIB,
         }
         for phase, seconds in timings.items()

@@ -29,7 +29,7 @@ from cakeflow.journal.schema import (
 from cakeflow.journal.steps import EditStep
 from cakeflow.plugins import Plugin
 from cakeflow.report.comparison import DELTA, as_texts, short_names
-from cakeflow.report.intervals import IMAGES, KINDS, SHARES
+from cakeflow.report.intervals import IMAGES, KINDS, is_share
 from cakeflow.storage.typed import Schema
 from cakeflow.tracing import Trace
 
@@ -44,7 +44,7 @@ HEADLINES = (*KINDS, "learned", "learned_chat", *IMAGES)
 def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = "") -> Table:
     """Return metrics, one column per stage, without those that are nan at all.
 
-    Those of an evaluation are times 100, as in published tables; of what callbacks measure only shares are.
+    Those of an evaluation are times 100, as in published tables; of what callbacks measure only ``is_share`` are.
     """
     table = Table(title=_cell(f"Metrics (shares in %){protocol and f', {protocol}'}"), title_justify="left")
     table.add_column("metric")
@@ -53,7 +53,7 @@ def metrics_table(columns: Mapping[str, Mapping[str, float]], protocol: str = ""
     for metric in dict.fromkeys(metric for column in columns.values() for metric in column):
         values = [column.get(metric, nan) for column in columns.values()]
         if any(value == value for value in values):
-            form = "{:.1f}" if (times := 100 if metric in SHARES or "/" not in metric else 1) == 100 else "{:.4g}"
+            form = "{:.1f}" if (times := 100 if is_share(metric) or "/" not in metric else 1) == 100 else "{:.4g}"
             table.add_row(_cell(metric), *(form.format(times * value) if value == value else "" for value in values))
     return table
 

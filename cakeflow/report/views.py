@@ -278,8 +278,7 @@ def seconds_per_edit(run: RunFolder) -> float:
     """Return the seconds of ``EDITING`` per edit that they are of; nan if they were not written, or are of none."""
     timings = run.info.timings
     seconds = [timings[phase] for phase in EDITING if not math.isnan(timings.get(phase, math.nan))]
-    timed = run.size if run.info.timed is None else run.info.timed
-    return sum(seconds) / timed if seconds and timed else math.nan
+    return sum(seconds) / run.timed if seconds and run.timed else math.nan
 
 
 def peak_memory(run: RunFolder) -> float:

@@ -35,7 +35,7 @@ class FromScratch(Solver):
         history = problem.history
         if history.keys is not None and history.values is not None:
             keys, values = torch.cat([history.keys, keys]), torch.cat([history.values, values])
-        elif history.keys is not None or not (problem.earlier or torch.equal(original, weight)):
+        elif history.keys is not None or (problem.earlier is None and not torch.equal(original, weight)):
             raise ConfigError(
                 "FromScratch needs the keys of earlier edits with their values: set history: true, put it around "
                 "solvers that transform keys, and start a new run where an older version edited"

@@ -31,7 +31,7 @@ class LayerProblem:
         tokens: What the projection reads at the m tokens that predict a token of a new target, m x d_in, and the
             gradients of the summed negative log-likelihood by what it writes there, m x d_out; for solvers that need
             no target values.
-        earlier: The changes by earlier batches, oldest first.
+        earlier: The changes by earlier batches, oldest first; None where solvers are not to know them (no history).
         gap: n x d_out, what the facts miss at the value site, of which ``residual`` is this layer's part; None where
             facts are undone, which miss nothing.
         index: Position of the layer among the edited ones, from 0.
@@ -51,7 +51,7 @@ class LayerProblem:
     prompt_keys: Float[Tensor, "n d_in"] | None = None
     loss: Callable[[Float[Tensor, "d_out d_in"]], tuple[float, Float[Tensor, "d_out d_in"]]] | None = None
     tokens: Callable[[], tuple[Float[Tensor, "m d_in"], Float[Tensor, "m d_out"]]] | None = None
-    earlier: Sequence[Update] = ()
+    earlier: Sequence[Update] | None = ()
     gap: Float[Tensor, "n d_out"] | None = None
     index: int = 0
     decoys: Callable[[Sequence[str], int, int], Float[Tensor, "m d_in"]] | None = None

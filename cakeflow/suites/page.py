@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from cakeflow.export.card import escape, markdown_table
 from cakeflow.forward.packing import GIB
 from cakeflow.report.figures import plot_intervals, svg
-from cakeflow.report.intervals import SHARES, Interval, estimate, number
+from cakeflow.report.intervals import Interval, estimate, is_share, number
 from cakeflow.report.page import Figure, page_environment, rendered
 from cakeflow.suites.rows import RUNS, Row
 from cakeflow.suites.suite import Suite
@@ -113,7 +113,7 @@ def _beyond(interval: Interval) -> bool:
 
 def _figures(table: Table, columns: Sequence[str], place: int) -> dict[str, Figure]:
     """Return the plots of a table: shares with intervals, and differences from the baseline."""
-    first = {name.partition("_")[0]: name for name in reversed(columns) if name in SHARES}
+    first = {name.partition("_")[0]: name for name in reversed(columns) if is_share(name)}
     names = [name for name in columns if name in first.values()][:PLOTTED]
     parts = {"Metrics": "metrics", "Differences from the baseline": "differences"}
     figures = {}

@@ -15,6 +15,9 @@ from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.language import LanguageModel
 
+SEARCH_REMEDY = "lower targets.lr, targets.essence.factor or targets.decay.factor, or leave the request out"
+"""What helps where a search leads away from its fact."""
+
 
 def no_progress(_facts: int) -> None:
     """Ignore the number of facts that became done."""
@@ -33,6 +36,7 @@ class Targets:
         converged: True where the stop rule is met at z.
         importance: Mean over the steps made of the objective's squared gradient by the vector at the value site, 0 for
             a fact without a step; of facts with one vector the first has it, the others 0. None if it was not measured.
+        away: True where the search led away from its fact, which keeps its present value; None where none can.
     """
 
     values: Float[Tensor, "n d_out"]
@@ -42,6 +46,7 @@ class Targets:
     steps: Int[Tensor, " n"]
     converged: Bool[Tensor, " n"]
     importance: Float[Tensor, "n d_out"] | None = None
+    away: Bool[Tensor, " n"] | None = None
 
     @classmethod
     def join(cls, parts: Sequence[Targets], places: Sequence[Sequence[int]] | None = None) -> Targets:

@@ -18,7 +18,7 @@ from cakeflow.forward.tokens import TextBatch
 from cakeflow.models.architecture import Site
 from cakeflow.models.hooks import frozen
 from cakeflow.models.language import LanguageModel
-from cakeflow.targets.base import Targets, TargetSearch, no_progress
+from cakeflow.targets.base import SEARCH_REMEDY, Targets, TargetSearch, no_progress
 from cakeflow.targets.objective import (
     EssenceKL,
     NormDecay,
@@ -114,22 +114,19 @@ class GradientSearch(TargetSearch):
     ) -> Targets:
         """Minimise the objective of every fact of the batch."""
         run = partial(self._run, lm, layer=layer, max_tokens=max_tokens or self.max_tokens, progress=progress)
-        first, parts, faults = batch.value_groups(), list[Targets](), list[str]()
+        first, parts = batch.value_groups(), list[Targets]()
         groups = [[i for i, place in enumerate(first) if place == each] for each in dict.fromkeys(first)]
         groups = groups if self.one_by_one else [[*range(len(batch))]]
         for group in groups:
-            targets, fault = run(batch.part(group), steps=self.steps, importance=importance)
+            targets = run(batch.part(group), steps=self.steps, importance=importance)
             parts.append(targets)
-            faults.append(fault)
             if self.one_by_one and targets.importance is not None:
                 importance = targets.importance.sum(0) + (0 if importance is None else importance)
-        if all(faults):
-            raise NumericalError(faults[-1])
         return Targets.join(parts, groups)
 
     def measure(self, lm: LanguageModel, batch: TextBatch, layer: int, *, max_tokens: int | None = None) -> Targets:
         """Evaluate the objective once, without a step."""
-        return self._run(lm, batch, layer, max_tokens or self.max_tokens, 1, no_progress, None)[0]
+        return self._run(lm, batch, layer, max_tokens or self.max_tokens, 1, no_progress, None)
 
     def _run(
         self,
@@ -140,8 +137,7 @@ class GradientSearch(TargetSearch):
         steps: int,
         progress: Callable[[int], object],
         importance: Float[Tensor, " d_out"] | None,
-    ) -> tuple[Targets, str]:
-        """Return the targets and, where all searches led away, what is wrong."""
+    ) -> Targets:
         sites = [Site(layer, name) for name in (self.site, self.extra_site) if name]
         problem = SearchProblem.prepare(lm, batch, sites, max_tokens, importance)
         with frozen(lm), _attention(lm), torch.enable_grad():
@@ -160,7 +156,7 @@ class GradientSearch(TargetSearch):
 
     def _descend(
         self, problem: SearchProblem, objective: Objective, steps: int, progress: Callable[[int], object]
-    ) -> tuple[Targets, str]:
+    ) -> Targets:
         radius = self.clamp * torch.linalg.vector_norm(problem.initial, dim=2)
         groups = _ValueGroups.of(problem)
         radius = groups.least(radius)
@@ -186,13 +182,13 @@ class GradientSearch(TargetSearch):
             adam.step()
             _clamp(delta, radius)
         before, after = start.terms["likelihood"], final.terms["likelihood"]
-        away, fault = _led_away(problem, before, after, evaluations, final.solved)
-        final = final.updated(~groups.all(~away), start)
+        away = ~groups.all(~_led_away(problem, before, after, evaluations, final.solved))
+        final = final.updated(away, start)
         nll = final.terms["likelihood"]
         initial, values = problem.initial[:, 0].double(), (problem.initial + final.delta)[:, 0].double()
         importance = squares / (evaluations - 1).clamp_min(1)[:, None]
-        targets = Targets(values, initial, final.loss, torch.exp(-nll), evaluations, self.stop.met(final), importance)
-        return targets, fault
+        met = self.stop.met(final)
+        return Targets(values, initial, final.loss, torch.exp(-nll), evaluations, met, importance, away)
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,21 +284,18 @@ def _led_away(
     end: Float[Tensor, " n"],
     steps: Int[Tensor, " n"],
     solved: Bool[Tensor, " n"],
-) -> tuple[Bool[Tensor, " n"], str]:
-    """Return the facts whose search led away from them, and where all did, what is wrong; log searches without effect.
+) -> Bool[Tensor, " n"]:
+    """Return the facts whose search led away from them; log searches without effect.
 
     The official code writes what such a search ends with. Here a fact keeps its present value, and so does not take;
-    where that is so for all of a batch, a setting is at fault. Only the NLL is compared: the other terms may grow as it
-    falls. A solved fact passes: its NLL may have been near 0 from the start.
+    where that is so for all of a batch, a setting is at fault (``Walk.search``). Only the NLL is compared: the other
+    terms may grow as it falls. A solved fact passes: its NLL may have been near 0 from the start.
     """
-    message, idle = "", ~solved & (steps > 1) & (end >= start)
-    away = idle & (end - start > TOLERATED_RISE)
+    idle = ~solved & (steps > 1) & (end >= start)
     for index in idle.nonzero()[:, 0].tolist():
-        message = (
-            f"{problem.batch.name([index])}: the search for its target value at layer {problem.sites[0].layer} did not "
-            f"lower the target's NLL ({float(start[index]):.4g} before, {float(end[index]):.4g} after "
-            f"{int(steps[index])} steps); lower targets.lr, targets.essence.factor or targets.decay.factor, or leave "
-            "the request out"
-        )
-        log.warning(message)
-    return away, message if bool(away.all()) else ""
+        log.warning(
+            "%s: the search for its target value at layer %d did not lower the target's NLL (%.4g before, %.4g after "
+            "%d steps); %s",
+            problem.batch.name([index]), problem.sites[0].layer, start[index], end[index], steps[index], SEARCH_REMEDY,
+        )  # fmt: skip
+    return idle & (end - start > TOLERATED_RISE)

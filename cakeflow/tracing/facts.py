@@ -219,7 +219,7 @@ def known_facts(
         RequestError: If the model knows none of them.
         ConfigError: If the longest text does not fit ``max_bytes``, or the limit is below 1.
     """
-    require_count("limit", limit, 1)
+    require_count("limit", limit, 1, optional=True)
     matches: list[KnownFact] = []
     for start in range(0, len(facts), CHUNK):
         part = facts[start : start + CHUNK]

@@ -105,8 +105,7 @@ def read_choices(
 ) -> dict[str, list[ChoiceItem]]:
     """Read and check the items of every task, by name; see ``ChoiceAbility``."""
     folder = Path(data)
-    if limit is not None:
-        require_count("limit", limit, 1)
+    require_count("limit", limit, 1, optional=True)
     names = sorted(path.stem for path in folder.glob("*.jsonl")) if tasks is None else tasks
     if not names or isinstance(names, str):
         raise ConfigError(f"no task in {str(folder)!r} (TASK.jsonl), or no list of their names: tasks={names!r}")

@@ -78,7 +78,7 @@ def load_tasks(
     data: str | Path | None, tasks: Sequence[str], limit: int | None = 100, *, trust_task_code: bool = False
 ) -> dict[str, Any]:
     """Read and check the items of tasks, as lm-eval's ``evaluate`` takes them; see ``general_ability``."""
-    require_count("limit", limit, 1)
+    require_count("limit", limit, 1, optional=True)
     if not tasks:
         raise ConfigError(f"name at least one task, got tasks={tasks!r}")
     try:

@@ -64,8 +64,8 @@ class ShardSettings:
         choices = {"rule": Rule, "scope": Scope, "join": Join, "control": Control}
         for name, choice in choices.items():
             require_choice(f"ShardSettings.{name}", getattr(self, name), choice)
-        for name in ("save_every", "join_every", *(("longest",) if self.longest is not None else ())):
-            require_count(f"ShardSettings.{name}", getattr(self, name), 1)
+        for name in ("save_every", "join_every", "longest"):
+            require_count(f"ShardSettings.{name}", getattr(self, name), 1, optional=name == "longest")
         if not (0 < self.ratio < inf and 0 < self.density <= 1):
             raise ConfigError(
                 f"ratio={self.ratio}, density={self.density}: ratio must be above 0 and finite, density above 0 and at "

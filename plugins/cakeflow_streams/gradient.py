@@ -57,7 +57,9 @@ class NormalizedGradient(Solver):
             raise ConfigError("NormalizedGradient takes back whole batches only: rollback(batch=NUMBER)")
         keys, gradients = problem.tokens()
         rows, widths = torch.cat([keys, gradients], 1), [keys.shape[1], gradients.shape[1]]
-        seen = problem.history.cached("moments of tokens", _Seen).after(problem.earlier, rows.device).with_rows(rows)
+        seen = (
+            problem.history.cached("moments of tokens", _Seen).after(problem.earlier or (), rows.device).with_rows(rows)
+        )
         if seen.count < 2:
             raise NumericalError(
                 "NormalizedGradient: one token so far, and no deviation of one; edit two facts at once to begin with"

@@ -109,6 +109,16 @@ def graded(spread, facts=1, width=64):
     return [basis * values @ basis.mT, torch.eye(width).double().expand(facts, -1, -1)]
 
 
+def test_a_fact_with_no_weight_from_a_layer_on_takes_nothing_there():
+    """Also at the value site's layer, which other facts edit, and without a word."""
+    result, right = matrices(3), residual()
+    values = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1.0], [1.0, 0.0, 0.0]], dtype=torch.float64)
+    first, second, last = (EXACT.allocate(right, context(index, values, result)) for index in range(3))
+    assert (first.norm(dim=1) > 0).tolist() == [True] * 3
+    assert (second.norm(dim=1) > 0).tolist() == [True, True, False]
+    assert last.tolist() == [[0.0] * WIDTH, right[1].tolist(), [0.0] * WIDTH]
+
+
 def test_steps_follow_the_need():
     """A system of an edited model, with a condition number of some thousands, takes more than a hundred steps."""
     result, right = graded(2500.0, width=400), torch.ones(1, 400, dtype=torch.float64)

@@ -7,9 +7,10 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from cakeflow import EditDataModule
-from cakeflow.callbacks import KnowledgeCheck, NeighborShift, NeutralText, PeriodicCallback
+from cakeflow.callbacks import KnowledgeCheck, NeighborShift, NeutralText, PeriodicCallback, PolicyGuard
 from cakeflow.core import run_evaluate
-from cakeflow.errors import ConfigError
+from cakeflow.errors import ConfigError, PolicyError
+from cakeflow.journal import Policy
 from cakeflow.models import Site
 
 from .conftest import FACTS, fit
@@ -44,6 +45,19 @@ def test_measurements_come_first_every_few_batches_and_last(lm, quiet, tmp_path,
         }
     batches = [-(-edits // size) for edits in expected]
     assert logged == set(zip(batches, batches, strict=True))
+
+
+class Once(Steps):
+    """Has a number of the unedited model only."""
+
+    def measure(self, module):
+        return {} if len(module.journal) else {"first": 1.0}
+
+
+def test_what_is_not_measured_any_more_is_no_number_for_a_policy(lm, quiet):
+    guard = PolicyGuard(Policy(minimum={"steps/first": 0.5}))
+    with pytest.raises(PolicyError, match="steps/first"):
+        fit(lm, quiet, [Once(), guard], 5)
 
 
 @pytest.mark.parametrize("every", [0, 1.5, True, "2"])

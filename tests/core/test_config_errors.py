@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from tiny_runs import module_of
 
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.core.config import build_module, find_config, shipped
@@ -98,3 +99,9 @@ def test_arguments_are_those_of_the_bases_that_they_are_handed_on_to():
     assert list(arguments_of(Closed)) == ["depth"]
     assert list(arguments_of(Middle)) == ["size", "name"]
     assert arguments_of(object) == {}
+
+
+@pytest.mark.parametrize("name", ["rounds", "repairs", "reread_keys"])
+def test_a_number_that_cannot_be_left_out_is_refused_at_once(lm, name):
+    with pytest.raises(ConfigError, match=f"{name} must be a whole number of at least 0, got None"):
+        module_of(lm, **{name: None})

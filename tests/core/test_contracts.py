@@ -38,6 +38,7 @@ from cakeflow.forward.fact_tokens import choose_tokens
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site
+from cakeflow.targets import TargetSearch
 from cakeflow.testing import random_problems
 
 LAYERS = [1, 2, 4]
@@ -341,6 +342,32 @@ def test_the_keys_of_one_fact_are_searched_together_and_without_a_word(lm, reque
     assert parts == [[[i, i + 1] for i in range(0, 10, 2)], [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]]
     with pytest.raises(ConfigError, match=r"one fact in and outside a chat, .* 1 facts in one search"):
         checked_parts(facts.texts, 1, strict=True)
+
+
+@dataclass(frozen=True)
+class Astray(TargetSearch):
+    """Searches that lead away from the facts with some targets."""
+
+    inner: GradientSearch = FAST
+    targets: tuple[str, ...] = ()
+
+    def search(self, lm, batch, layer, **options):
+        away = torch.tensor([request.target_new in self.targets for request in batch.requests])
+        return replace(self.inner.search(lm, batch, layer, **options), away=away)
+
+    def measure(self, lm, batch, layer, **options):
+        return self.inner.measure(lm, batch, layer, **options)
+
+
+@pytest.mark.parametrize("tile", [1, None])
+def test_searches_that_lead_away_are_a_fault_where_all_of_the_batch_do_however_it_is_split(lm, requests, tile):
+    names, before = [request.target_new for request in requests[:3]], lm.fingerprint()
+    editor_of(copy.deepcopy(lm), targets=Astray(targets=(names[2],)), tile=tile).fit(requests[:3], evaluate=False)
+    editor = editor_of(lm, targets=Astray(targets=tuple(names)), tile=tile)
+    with pytest.raises(NumericalError, match="no search for a target value at layer 3 lowered its target's NLL; lower"):
+        editor.fit(requests[:3], evaluate=False)
+    assert lm.fingerprint() == before
+    assert len(editor.journal) == 0
 
 
 def test_rows_of_an_update_with_gradients_are_tokens():

@@ -5,6 +5,7 @@ import json
 
 import datasets
 import lightning as L
+import numpy as np
 import pytest
 from tiny_runs import module_of
 
@@ -44,9 +45,13 @@ def test_it_is_a_lightning_data_module():
 def test_edit_batches_keep_the_order(lm, batch_size, expected):
     batches = list(batches_of(lm, REQUESTS, batch_size))
     assert [len(batch) for batch in batches] == expected
-    assert [batch.first for batch in batches] == [sum(expected[:i]) for i in range(len(expected))]
     assert [number for batch in numbers(batches) for number in batch] == list(range(10))
     assert all(type(batch) is TextBatch for batch in batches)
+
+
+def test_a_batch_size_from_an_array_is_a_plain_number():
+    data = EditDataModule(REQUESTS, np.int64(4), limit=np.int32(6))
+    assert (type(data.batch_size), data.batch_size, len(data.requests)) == (int, 4, 6)
 
 
 def test_batches_need_a_model():

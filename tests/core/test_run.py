@@ -278,8 +278,11 @@ def test_a_second_run_has_the_first_ones_batches_and_goes_on_too(lm, requests, t
     for copied in (1, 2):  # model, and one of the two earlier batches
         shutil.copytree(tmp_path / "second", tmp_path / f"torn-{copied}")
         (tmp_path / f"torn-{copied}/journal/ledger.jsonl").write_bytes(b"".join(lines[:copied]))
+        torn = editor_of(copy.deepcopy(unedited))
         with pytest.raises(ResumeError, match=f"2 earlier batches and has {copied - 1}"):
-            editor_of(copy.deepcopy(unedited)).fit(requests[4:8], 2, run_dir=tmp_path / f"torn-{copied}")
+            torn.fit(requests[4:8], 2, run_dir=tmp_path / f"torn-{copied}")
+        assert len(torn.journal) == 0  # what was repeated is taken back
+        assert torn.module.lm.fingerprint() == unedited.fingerprint()
     batches = [place for place, line in enumerate(lines) if b'"kind":"batch"' in line]
     assert len(batches) == 4
     (tmp_path / "second/journal/ledger.jsonl").write_bytes(b"".join(lines[: batches[2] + 1]))

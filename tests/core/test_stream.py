@@ -1,6 +1,7 @@
 """Facts that the model does not state behind a batch are edited again: its own, and those that it lost."""
 
 import copy
+import warnings
 from dataclasses import dataclass, replace
 
 import lightning as L
@@ -18,7 +19,7 @@ from cakeflow.journal import Policy
 from cakeflow.journal.steps import request_hash
 from cakeflow.models import Site
 from cakeflow.report import RunFolder
-from cakeflow.solvers import Descent
+from cakeflow.solvers import Descent, FromScratch
 from cakeflow.weighters import Weighter
 
 SEARCH = GradientSearch(steps=40, lr=0.1, clamp=5.0, essence=None, decay=None)
@@ -239,3 +240,20 @@ def test_facts_of_a_lower_layer_alone_walk_again_to_the_value_site_of_all(sharp,
     editor = forgetful(sharp, weighter=OwnLayer(), rounds=1)
     editor.fit(facts[:4], evaluate=False)
     assert [fact.walks for fact in editor.journal[0].facts] == [2, 2, 1, 1]
+
+
+def test_a_run_counts_the_facts_that_it_edited_though_earlier_ones_had_them(sharp, facts, tmp_path):
+    editor, parts = editor_of(sharp, targets=SEARCH), (facts[:2], facts[:2], facts[1:3])
+    runs = [editor.fit(part, 1, evaluate=False, run_dir=tmp_path / str(i)) for i, part in enumerate(parts)]
+    assert [run.timed for run in runs] == [2, 2, 2]
+    assert [RunFolder.read(tmp_path / str(i)).size for i in range(3)] == [2, 2, 2]
+    assert editor.journal.edits == 3
+
+
+def test_a_further_walk_of_the_first_batch_is_solved_from_scratch_too(sharp, facts):
+    """The weight has this batch's own changes by then, and no earlier ones."""
+    editor = editor_of(sharp, targets=replace(SEARCH, steps=3), solver=FromScratch(LeastSquares(1.0)), rounds=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="a further walk was taken back")
+        editor.fit(facts[:4], evaluate=False)
+    assert max(fact.walks for fact in editor.journal[0].facts) == 2

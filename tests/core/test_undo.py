@@ -7,9 +7,10 @@ from dataclasses import replace
 import lightning as L
 import pytest
 import torch
+from cakeflow_restrain import Prune
 from tiny_runs import content, editor_of, finished_run, state
 
-from cakeflow import GradientSearch, LeastSquares
+from cakeflow import EditDataModule, GradientSearch, LeastSquares
 from cakeflow.cli.command_line import run_command as main
 from cakeflow.data import builtin_facts
 from cakeflow.errors import ConfigError, ResumeError, SharedKeyWarning
@@ -234,3 +235,33 @@ def test_an_interrupted_run_of_which_a_fact_was_taken_back_does_not_go_on(lm, re
     editor.undo(requests[0].subject)
     with pytest.raises(ResumeError, match="holds a rolled-back run"):
         editor_of(fresh).fit(facts, 2, evaluate=False, run_dir=tmp_path / "run")
+
+
+@pytest.mark.filterwarnings("ignore:the run was stopped")
+def test_taking_a_fact_back_does_not_complete_a_run_that_was_stopped(lm, requests, tmp_path):
+    """A solver's last word, such as PRUNE's damping, is that of a run whose batches are all there."""
+
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    editor, facts = editor_of(lm, {"callbacks": [Stop()]}, solver=Prune(LeastSquares(0.5))), bare(requests[:4])
+    editor.fit(facts, 2, evaluate=False, run_dir=tmp_path / "run")
+    editor.undo(requests[0].subject)
+    editor.undo(requests[1].subject)
+    assert [step.completes for step in editor.journal] == [False] * 3
+
+
+@pytest.mark.filterwarnings("ignore:the run was stopped")
+def test_a_stopped_run_without_a_folder_is_completed_behind_one_that_had_a_folder(lm, requests, tmp_path):
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            trainer.should_stop = True
+
+    editor, facts = editor_of(lm, solver=Prune(LeastSquares(0.5))), bare(requests[:6])
+    editor.fit(facts[:2], evaluate=False, run_dir=tmp_path / "run")
+    trainer = L.Trainer(
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, callbacks=[Stop()], max_epochs=1
+    )
+    trainer.fit(editor.module, datamodule=EditDataModule(facts[2:], 2))
+    assert [step.completes for step in editor.journal][-1]

@@ -191,6 +191,30 @@ def test_a_replaced_fact_says_so_and_the_later_one_is_taken_back_first(opened):
         assert [row["state"] for row in session.state()["journal"]] == ["taken back", "in force"]
 
 
+@pytest.mark.checks
+def test_the_verdict_is_of_the_facts_in_force_as_the_model_is_now(opened, tmp_path):
+    """With the targets that they have, and the times of the last edit, which took back nothing."""
+
+    def info():
+        return RunFolder.read(tmp_path / "run").info
+
+    with opened() as session:
+        session.apply(*FACT)
+        session.apply(FACT[0], "chess")
+        assert {each.expected for each in session.answers.values() if each.topic == "fact"} == {"chess"}
+        edited = info()
+        assert (edited.timed, "of 1 facts learned" in edited.verdict) == (1, True)
+        session.undo(1, 0)
+        facts = [each for each in session.answers.values() if each.topic == "fact"]
+        assert {each.expected for each in facts} == {"tennis"}
+        assert {each.after for each in facts if each.form == "completion"} == {session.editor.ask(FACT[0], tokens=12)}
+        assert info().timings == edited.timings
+    with opened() as session:
+        session.undo(0, 0)
+        assert (info().verdict, info().edits, info().timings) == ("", 0, edited.timings)
+    assert RunFolder.read(tmp_path / "run").answers == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "fields"),
     [

@@ -1,6 +1,6 @@
 """A stream of solves from the unedited weight equals one batch, whatever a filter did on the way."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -84,6 +84,9 @@ def test_a_history_without_values_is_refused():
     for solver in (FromScratch(LeastSquares(0.3)), NullSpace(FromScratch(LeastSquares(0.3)))):
         with pytest.raises(ConfigError, match="FromScratch needs the keys of earlier edits with their values"):
             solver.solve(problem)
+    unknown = replace(stream.problem(slice(1, 3), stream.original + 1, KeyHistory()), earlier=None)
+    with pytest.raises(ConfigError, match="set history: true"):
+        FromScratch(LeastSquares(0.3)).solve(unknown)
     assert torch.equal(
         FromScratch(LeastSquares(0.3)).solve(stream.problem(slice(0, 2), stream.original, KeyHistory())).dense,
         LeastSquares(0.3).solve(stream.problem(slice(0, 2), stream.original, KeyHistory())).dense,
