@@ -219,8 +219,12 @@ def check_notebook(path: Path, folder: Path) -> int:
 def main(names: Sequence[str]) -> int:
     """Run the pages that are named, or all, one after another, and say how long each took; 1 if one fails."""
     sources = [path for path in sorted(DOCS.rglob("*")) if path.suffix in (".md", ".ipynb")]
+    known = {path: {path.stem, path.name, path.relative_to(DOCS).as_posix()} for path in sources}
+    if missing := [name for name in names if not any(name in each for each in known.values())]:
+        sys.stdout.write(f"docs/ has no page {missing[0]}\n")
+        return 1
     failed = 0
-    for page in [path for path in sources if not names or path.name in names or path.stem in names]:
+    for page in [path for path in sources if not names or known[path] & {*names}]:
         start = time.perf_counter()
         try:
             count = run_page(page)

@@ -81,6 +81,7 @@ def test_a_failing_page_is_the_exit_status(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("pages.DOCS", tmp_path)
     assert main(["good"]) == 0
     assert main([]) == 1
+    assert main(["good", "lost"]) == 1
     assert "bad.md, line 1: NameError" in capsys.readouterr().out
 
 

@@ -212,13 +212,15 @@ class _CommandParser(ConfigParser):
     """Parser of the plain commands: ``runs``, ``parts`` and ``texts`` are lists, some options have a second name."""
 
     def add_function_arguments(self, *args: Any, **kwargs: Any) -> list[str]:
-        """Add the arguments of a command; the fields of its options are on the page of ``Loading`` and the like."""
+        """Add the arguments of a command; the fields of its options are named, and explained on pages of the docs."""
         names = super(PlainArguments, self).add_function_arguments(*args, **kwargs)
         for action in self._actions:
             if action.dest.startswith(("loading", "options.")) or action.dest == "options":
                 action.help = SUPPRESS
         for group in self._action_groups:
             group.description = LOADING_HELP if str(group.title).startswith("--loading") else group.description
+            if fields := [each.dest for each in group._group_actions if each.dest.startswith("options.")]:
+                group.description = f"--{', --'.join(fields)} (docs, File formats)"
         return names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
