@@ -219,8 +219,8 @@ class _CommandParser(ConfigParser):
                 action.help = SUPPRESS
         for group in self._action_groups:
             group.description = LOADING_HELP if str(group.title).startswith("--loading") else group.description
-            if fields := [each.dest for each in group._group_actions if each.dest.startswith("options.")]:
-                group.description = f"--{', --'.join(fields)} (docs, File formats)"
+            if parts := [each.dest[8:] for each in group._group_actions if each.dest.startswith("options.")]:
+                group.title, group.description = "--options.NAME, as the format has it", ", ".join(parts)
         return names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:
