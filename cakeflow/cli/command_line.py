@@ -220,7 +220,7 @@ class _CommandParser(ConfigParser):
         for group in self._action_groups:
             group.description = LOADING_HELP if str(group.title).startswith("--loading") else group.description
             if parts := [each.dest[8:] for each in group._group_actions if each.dest.startswith("options.")]:
-                group.title, group.description = "--options.NAME, as the format has it", ", ".join(parts)
+                group.title, group.description = f"--options.NAME: {', '.join(parts)}", None
         return names
 
     def add_argument(self, *args: Any, **kwargs: Any) -> Any:

@@ -36,10 +36,10 @@ def run_export(
     Args:
         run: A run folder.
         out: Folder for the export.
-        format: ``model``; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; ``gguf``, for llama.cpp; ``memory``, of
-            runs with modules.
-        model: Name or folder of the base model, if it cannot be loaded by the name that the run was started with.
-        overwrite: Replace an existing export.
+        format: ``model``; ``delta``, for ``cakeflow apply``; ``lora``, for PEFT; ``gguf``, for llama.cpp and Ollama; or
+            ``memory``, for runs that put modules in place.
+        model: Name or folder of the base model, if that has moved.
+        overwrite: Replace an export.
         policy: YAML file of a policy that the run must keep, beside its own.
         options: How numbers are stored, and what the export is to fit.
         loading: --loading.NAME, how a model is loaded.
