@@ -191,7 +191,7 @@ def _measures(entry: Entry) -> bool:
 
 
 def _ledger(path: Path) -> list[Entry]:
-    """Return the entries of the run itself: an earlier run's batches come before its start, which a page may repeat."""
+    """Return the entries of the run itself: an earlier run's batches come before its start, noted again by the desk."""
     entries = list(read_entries(path)) if path.is_file() else []
     return entries[min((entry.number for entry in entries if isinstance(entry.body, RunBody)), default=0) :]
 

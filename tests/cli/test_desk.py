@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import ExitStack
 
 import pytest
 
@@ -43,13 +44,14 @@ def test_what_cannot_be_is_refused_and_nothing_is_written(tmp_path, options, wor
 @pytest.mark.slow
 def test_ctrl_c_ends_it_and_the_same_folder_goes_on(method, workplace):
     words = [sys.executable, "-m", "cakeflow", "desk", "--run_dir", "run"]
-    (workplace / "rules.yaml").write_text("minimum: {efficacy: 0}")
+    (workplace / "rules.yaml").write_text("minimum: {efficacy_exact: 0}")
     private = [*method, "--record_texts", "false"]
     for edits, further in ((0, private), (1, [])):  # the folder knows its model, method and what it records
         command = [*words, *further, "--port", "0", "--policy", "rules.yaml"]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=workplace
-        ) as page:
+        with ExitStack() as end:
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            page = end.enter_context(subprocess.Popen(command, **pipes, text=True, cwd=workplace))
+            end.callback(page.kill)  # else a test that fails waits for it for ever
             port, token = re.search(r":(\d+)/\?token=(\S+)", page.stdout.readline()).groups()
             answer = call(port, token, "state")
             assert answer["state"]["edits"] == edits

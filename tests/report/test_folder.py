@@ -42,11 +42,14 @@ def test_targets_at_several_layers_go_to_their_requests(run_folder):
 
 
 def test_a_ledger_that_goes_on_from_an_earlier_run_gives_the_own_edits_and_marks_those_taken_back(run_folder):
-    ledger = Ledger(run_folder / "journal" / "ledger.jsonl")
-    fact = {"prompt": "{} is", "subject": "Ann", "target_new": "here"}
+    path, fact = run_folder / "journal" / "ledger.jsonl", {"prompt": "{} is", "subject": "Ann", "target_new": "here"}
+    path.unlink()
+    ledger = Ledger(path)
+    ledger.append(body("batch", batch=2, requests=[fact | {"subject": "Old"}]))
     ledger.append(body("run"))
     for number, name in enumerate(("Ann", "Bob", "Cid"), 3):
         ledger.append(body("batch", batch=number, requests=[fact | {"subject": name}]))
+        ledger.append(body("run"))  # the desk, opened again with other settings
     ledger.append(body("rollback", batches=[4]))
     run = RunFolder.read(run_folder)
     marks = [(edit.subject, edit.batch, edit.rollback and edit.rollback.who) for edit in run.edits]
