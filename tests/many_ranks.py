@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds within which every rank has ended once one of them has died."""
 _ports = count()
 

@@ -30,12 +30,12 @@ from cakeflow import (
     Evaluation,
     GradientSearch,
     LocateThenEdit,
-    __version__,
     read_requests,
 )
 from cakeflow.core import EditCallback, LayerEdit, find_config
 from cakeflow.evaluation import Answers
 from cakeflow.forward import TextBatch
+from cakeflow.journal import circumstances
 from cakeflow.metrics import KINDS, Consistency, fluency, record_means, success
 from cakeflow.models import LanguageModel, load_model
 from cakeflow.storage import cache_folder, write_tensors, write_text
@@ -181,7 +181,7 @@ class Sweep:
         answers = self.evaluation.ask(self.lm, self.requests)
         module.metrics.reset()
         module.metrics.update(**answers.fields())
-        row: Row = {"version": __version__}
+        row: Row = {"version": circumstances().versions["cakeflow"]}
         row |= {name: float(value) for name, value in module.metrics.compute().items()}
         scores = answers.scores
         hits = success("probability", scores.expected, scores.rival, scores.correct)

@@ -373,9 +373,9 @@ def test_a_problem_has_the_earlier_changes_of_its_weight_and_what_is_read_at_tar
     L.Trainer(**quiet | {"callbacks": [Keep()]}).fit(module, datamodule=EditDataModule(requests[:6], 2))
     for number, (problem, inputs) in enumerate(problems):
         batch, layer = divmod(number, len(LAYERS))
-        updates = [step.changes[layer].change.update for step in module.journal[: batch if history else 0]]
-        assert len(problem.earlier) == len(updates)
-        assert all(a is b for a, b in zip(problem.earlier, updates, strict=True))
+        updates = [step.changes[layer].change.update for step in module.journal[:batch]]
+        assert (problem.earlier is not None) == history
+        assert all(a is b for a, b in zip(problem.earlier or (), updates if history else (), strict=True))
         texts = encode_batch(lm, requests[2 * batch : 2 * batch + 2], CONTEXTS)
         assert len(inputs) == sum(len(rows[0].ids) - rows[0].target for rows in texts.rows)
 
