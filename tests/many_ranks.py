@@ -18,8 +18,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PATIENCE = 120.0
-"""Seconds within which every rank has ended once one of them has died."""
+PATIENCE, LONGEST = 60.0, 240.0
+"""Seconds within which every rank has ended once one of them has died, and those that all may take."""
 _ports = count()
 
 
@@ -47,14 +47,14 @@ def free_port() -> int:
 
 
 def in_ranks(size: int, work: Callable[[int], Any], folder: Path) -> list[Ended]:
-    """Run a function of the rank's number in so many processes; what is not done after ``PATIENCE`` is a failure.
+    """Run a function of the rank's number in so many processes; what is not done after ``LONGEST`` is a failure.
 
     A rank that has succeeded stays until the others have, too: the first holds the store by which they meet.
     """
     port, ends = free_port(), os.pipe()
     children = [_forked(rank, size, port, work, folder, ends) for rank in range(size)]
     paths = [folder / f"rank-{rank}" for rank in range(size)]
-    statuses, end = dict[int, int](), time.monotonic() + PATIENCE * 2
+    statuses, end = dict[int, int](), time.monotonic() + LONGEST
     with os.fdopen(ends[0]), os.fdopen(ends[1], "w") as stay:
         while len(statuses) < size:
             for child in set(children) - set(statuses):
