@@ -21,6 +21,7 @@ from cakeflow.report.intervals import number
 from cakeflow.report.tables import rows_table
 from cakeflow.storage.atomic import write_text
 from cakeflow.suites import Arm, Estimate, Row, Rows, arms_of, plan, read_suite, render_suite, tables_of, to_markdown
+from cakeflow.suites.rows import ROWS
 
 PAGE, MARKDOWN = "suite.html", "suite.md"
 """Files that a suite ends with."""
@@ -118,4 +119,5 @@ def show_plan(estimates: Sequence[Estimate], rows: Rows) -> None:
 def _line(arm: Arm, row: Row, seconds: float) -> str:
     """A row as it is measured, in one line."""
     values = ", ".join(f"{name} {number(row.metrics.get(name), '.3f')}" for name in arm.suite.metrics[:4])
-    return f"{seconds:7.0f} s  {row.arm}: {row.fault or values}"
+    fault = row.fault and f"{row.fault} (a result as well; to run it again, delete its line in {ROWS})"
+    return f"{seconds:7.0f} s  {row.arm}: {fault or values}"

@@ -194,8 +194,7 @@ class Rows:
         editor = Editor(arm.module(), trainer)
         editor.module.unedited = self._unedited  # every arm asks the same unedited model the same
         facts = copy(arm.requests)  # a run leaves its model with them, and arms outlive their runs
-        again = f"{self.again} (an arm that has a row in {self.path.name} is not run again: delete its line for that)"
-        run_fit(editor.trainer(folder), editor.module, facts, goes_on=lambda _: again)
+        run_fit(editor.trainer(folder), editor.module, facts, goes_on=lambda _: self.again)
 
     def _check_model(self, arm: Arm) -> None:
         """Load the model once, since what is wrong with it is no result of a method, and compare it with the rows."""
