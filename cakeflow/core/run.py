@@ -20,9 +20,8 @@ from cakeflow.core.loggers import log_files, log_settings, with_run_folder
 from cakeflow.core.module import EditModule
 from cakeflow.core.strategy import check_ranks, jointly, require_same_run
 from cakeflow.core.trainer import check_trainer, quiet
-from cakeflow.data.files import read_text
 from cakeflow.data.images import THUMBNAILS
-from cakeflow.errors import ConfigError, PolicyError, RunFolderError
+from cakeflow.errors import ConfigError, PolicyError
 from cakeflow.evaluation.evaluation import check_texts
 from cakeflow.evaluation.outcome import Outcome
 from cakeflow.journal.journal import Journal
@@ -32,7 +31,7 @@ from cakeflow.journal.schema import EvaluatedRequest, ModelInfo, RunInfo
 from cakeflow.journal.store import ANSWERS, JOURNAL, ledger_path
 from cakeflow.storage.atomic import pass_on_rights, write_text
 from cakeflow.storage.hashing import file_hash
-from cakeflow.storage.typed import parse_as, write_lines
+from cakeflow.storage.typed import write_lines
 
 log = logging.getLogger(__name__)
 FILES = (
@@ -285,19 +284,16 @@ def write_files(folder: Path, module: EditModule, edits: int, metrics: dict[str,
     pass_on_rights(folder, (folder / JOURNAL).iterdir())
 
 
-def update_outcome(folder: Path, outcome: Outcome, edits: int) -> None:
+def update_outcome(folder: Path, info: RunInfo, outcome: Outcome, edits: int) -> None:
     """Write what became of a run whose facts were taken back since; what it measured of itself stays.
 
     Args:
         folder: The run folder.
+        info: What its ``run.json`` has.
         outcome: The answers of the model as it is now.
         edits: Number of facts in force.
-
-    Raises:
-        RunFolderError: If there is no ``run.json``, or it is damaged.
     """
     path = folder / "run.json"
-    info = parse_as(RunInfo, read_text(path), str(path), RunFolderError, "give the run folder as it was written")
     changes = {"edits": edits, "verdict": outcome.verdict, "side_effects": list(outcome.side_effects)}
     write_text(path, info.model_copy(update=changes).model_dump_json(indent=1))
     write_lines(folder / ANSWERS, outcome.answers)

@@ -28,6 +28,7 @@ from cakeflow.journal.policy import HELD
 from cakeflow.journal.schema import EndBody, FreeAnswer, PolicyBody, RunBody
 from cakeflow.journal.steps import EditStep, facts_in_force, hashes_on_record
 from cakeflow.journal.store import ANSWERS, ledger_path
+from cakeflow.report.folder import RunFolder
 from cakeflow.storage.folders import require_inside
 from cakeflow.storage.locks import locked
 from cakeflow.storage.typed import parse_lines
@@ -287,7 +288,7 @@ class Session:
             self.module.outcome = outcome
             write_files(self.folder, self.module, self.journal.edits, {"before": {}, "after": {}})
         else:
-            update_outcome(self.folder, outcome, self.journal.edits)
+            update_outcome(self.folder, RunFolder.read(self.folder).info, outcome, self.journal.edits)
 
     def _questions(self) -> list[FreeAnswer]:
         """What the verdict counts: the facts in force, with the targets that they have now, and other questions."""

@@ -25,7 +25,7 @@ def guarded(lm, *policy):
     return editor_of(lm, {"callbacks": [Retention(), *(PolicyGuard(each) for each in policy)]})
 
 
-def told(folder):
+def entries_of(folder):
     entries = read_entries(folder / "journal/ledger.jsonl")
     kinds = ("batch", "policy", "rollback", "end")
     return [(entry.kind, getattr(entry.body, "outcome", None)) for entry in entries if entry.kind in kinds]
@@ -37,7 +37,7 @@ def test_a_run_that_keeps_it_goes_through(lm, requests, tmp_path):
     run = editor.fit(requests[1:5], 2, run_dir=tmp_path / "run")
     assert run.after["efficacy"] >= 0.5
     batches = [("batch", None)] * 2
-    assert told(tmp_path / "run") == [("policy", "in force"), *batches, ("policy", "held"), ("end", None)]
+    assert entries_of(tmp_path / "run") == [("policy", "in force"), *batches, ("policy", "held"), ("end", None)]
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_what_is_forbidden_is_refused_before_the_model_is_measured(
     assert words in str(error.value)
     assert len(passes) == 0
     assert (lm.fingerprint(), len(editor.journal)) == (before, 0)
-    assert told(tmp_path / "run") == [("policy", "refused")]
+    assert entries_of(tmp_path / "run") == [("policy", "refused")]
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_edits_that_break_it_are_taken_back(lm, requests, tmp_path, policy, word
     assert state(lm, editor.module) == before
     assert len(editor.journal) == 1
     kinds = [("batch", None), ("policy", "in force"), *[("batch", None)] * 2, ("policy", "broken"), ("rollback", None)]
-    assert told(tmp_path / "run") == kinds
+    assert entries_of(tmp_path / "run") == kinds
 
 
 def test_thresholds_need_an_evaluation(lm, requests, tmp_path):
@@ -100,12 +100,12 @@ def test_a_refused_run_may_be_started_again_when_the_policy_allows_it(lm, reques
         guarded(lm, Policy(max_edits=1)).fit(requests[:2], run_dir=tmp_path / "run")
     guarded(lm, Policy(max_edits=2)).fit(requests[:2], run_dir=tmp_path / "run")
     after = [("policy", "in force"), ("batch", None), ("policy", "held"), ("end", None)]
-    assert told(tmp_path / "run") == [("policy", "refused"), *after]
+    assert entries_of(tmp_path / "run") == [("policy", "refused"), *after]
 
 
 def test_a_name_is_allowed_where_names_are(lm, requests, tmp_path):
     guarded(lm, Policy(models=("0" * 64,), model_names=(lm.name,))).fit(requests[:1], run_dir=tmp_path / "run")
-    assert ("policy", "held") in told(tmp_path / "run")
+    assert ("policy", "held") in entries_of(tmp_path / "run")
 
 
 class Stop(L.Callback):
@@ -128,9 +128,9 @@ def test_the_refusal_of_a_run_that_goes_on_is_on_record(lm, requests, tmp_path):
     stopped(copy.deepcopy(lm), requests, tmp_path / "run")
     with pytest.raises(PolicyError, match="at most 1"):
         guarded(lm, Policy(max_edits=1)).fit(requests[:3], 1, run_dir=tmp_path / "run")
-    assert told(tmp_path / "run") == [("batch", None), ("policy", "refused")]
+    assert entries_of(tmp_path / "run") == [("batch", None), ("policy", "refused")]
     editor_of(lm).fit(requests[:3], 1, run_dir=tmp_path / "run")
-    assert told(tmp_path / "run")[-1] == ("end", None)
+    assert entries_of(tmp_path / "run")[-1] == ("end", None)
 
 
 def test_a_stopped_run_goes_on_under_its_policy_only(lm, requests, tmp_path):
@@ -141,7 +141,7 @@ def test_a_stopped_run_goes_on_under_its_policy_only(lm, requests, tmp_path):
             editor.fit(requests[:3], 1, run_dir=tmp_path / "run")
     guarded(lm, policy).fit(requests[:3], 1, run_dir=tmp_path / "run")
     kinds = [("policy", "in force"), *[("batch", None)] * 3, ("policy", "held"), ("end", None)]
-    assert told(tmp_path / "run") == kinds
+    assert entries_of(tmp_path / "run") == kinds
 
 
 def test_a_stopped_run_is_used_only_once_it_was_judged(lm, requests, tmp_path):
@@ -156,7 +156,7 @@ def test_a_stopped_run_is_used_only_once_it_was_judged(lm, requests, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(PolicyError, match="were taken back"):
         guarded(fresh, policy).fit(requests[:3], 1, run_dir=tmp_path / "run")
-    assert told(tmp_path / "run")[-2:] == [("policy", "broken"), ("rollback", None)]
+    assert entries_of(tmp_path / "run")[-2:] == [("policy", "broken"), ("rollback", None)]
     editor_of(fresh).load(tmp_path / "run")
     assert fresh.fingerprint() == before
 
@@ -183,7 +183,7 @@ def test_a_judgement_survives_a_crash_before_its_rollback(lm, requests, tmp_path
             editor.fit(requests[:2], run_dir=tmp_path / "run")
     finally:
         armed[0] = False
-    assert told(tmp_path / "run")[-1] == ("policy", "broken")
+    assert entries_of(tmp_path / "run")[-1] == ("policy", "broken")
     with pytest.raises(PolicyError, match="stopped before the policy"):
         editor_of(fresh).load(tmp_path / "run")
 

@@ -54,7 +54,7 @@ def kept(folder):
     return {name: files[name] for name in files if name not in ("run.json", "journal/ledger.jsonl")}
 
 
-def told(folder):
+def entries_of(folder):
     """The ledger without hashes of files that tell of seconds."""
     return [(entry.kind, entry.body if entry.kind != "end" else sorted(entry.body.files))
             for entry in read_entries(folder / "journal/ledger.jsonl")]  # fmt: skip
@@ -106,7 +106,7 @@ def test_resumed_equals_uninterrupted(model_of, requests, tmp_path, whole, arch,
     editor, run = fit(tiny, requests[:7], tmp_path / "run", solver=solver)
     assert state(tiny, editor.module) == expected
     assert repr((run.before, run.after)) == repr((before, after))
-    assert told(tmp_path / "run") == told(folder)
+    assert entries_of(tmp_path / "run") == entries_of(folder)
     assert set(kept(tmp_path / "run")) == set(kept(folder))
     assert {name for name, result in kept(tmp_path / "run").items() if result != kept(folder)[name]} <= {"metrics.csv"}
     editor.rollback()
@@ -126,7 +126,7 @@ def test_the_last_evaluation_is_recorded_once(lm, requests, tmp_path, whole, sol
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAtEnd(), solver=solver)
     fit(lm, requests[:7], tmp_path / "run", solver=solver)
-    assert told(tmp_path / "run") == told(folder)
+    assert entries_of(tmp_path / "run") == entries_of(folder)
 
 
 def test_a_run_that_resumes_without_evaluation_ends_too(lm, requests, tmp_path):
@@ -161,7 +161,7 @@ def test_resumed_again_and_again(lm, requests, tmp_path, whole):
             fit(copy.deepcopy(lm), requests[:7], tmp_path / "run", StopAfter(stop))
     editor, _ = fit(lm, requests[:7], tmp_path / "run")
     assert state(lm, editor.module) == expected
-    assert told(tmp_path / "run") == told(folder)
+    assert entries_of(tmp_path / "run") == entries_of(folder)
 
 
 def test_the_search_is_not_done_again(lm, requests, tmp_path):
