@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import string
 import unicodedata
+from collections.abc import Callable
 from typing import Literal
 
 import regex
@@ -191,6 +192,20 @@ def until_any_stop(text: str) -> str:
     """
     match = _ANY_STOP.search(text)
     return text[: match.start()] if match else text
+
+
+def is_over(text: str, cut: Callable[[str], str] = until_stop) -> bool:
+    """Return whether a continuation is cut at the same place however it goes on: a word and more stand behind the cut.
+
+    Args:
+        text: The beginning of a continuation.
+        cut: The function that cuts it, which looks no further than the word behind a stop.
+
+    Example:
+        >>> is_over(" Rome. It"), is_over(" Rome. It is old"), is_over(" St. Petersburg is old")
+        (False, True, False)
+    """
+    return len(text[len(cut(text)) :].split()) > 2
 
 
 def _is_inside(text: str, stop: regex.Match[str]) -> bool:

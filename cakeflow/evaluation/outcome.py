@@ -6,12 +6,13 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.request import EditRequest
-from cakeflow.data.text import plain, states, until_stop
+from cakeflow.data.text import is_over, plain, states, until_stop
 from cakeflow.errors import ConfigError, Fault, RequestError, has_surrogate, listed, require_count
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.tokens import encode_texts
@@ -222,8 +223,8 @@ def free_answers(
     remedy = f"shorten it: with the first token of an answer it is longer than the model's {lm.longest} positions"
     if longer := [place for place, length in enumerate(lengths) if length >= lm.longest]:
         raise RequestError([Fault(place, "prompt", prompts[place], remedy) for place in longer])
-    answers = continuations(lm, texts, tokens, max_bytes=max_bytes)
     cut = cut or (str if chat else until_stop)
+    answers = continuations(lm, texts, tokens, max_bytes=max_bytes, ends=partial(is_over, cut=cut))
     return list(map(cut, answers))
 
 

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import LogitsProcessor, StoppingCriteria
+from transformers import Cache, LogitsProcessor, StoppingCriteria
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError
-from cakeflow.forward.packing import GIB, logits_bytes, pass_bytes, plan, require_bytes
+from cakeflow.forward.packing import GIB, alike, logits_bytes, pass_bytes, plan, require_bytes
 from cakeflow.forward.progress import progress_bar
 from cakeflow.forward.tokens import encode_texts, require_readable
 from cakeflow.models.language import LanguageModel
 
 SEEDS = ("The", "Therefore", "Because", "I", "You")
 """First words of the generated contexts, as in MEMIT's official code."""
+PART = 8
+"""New tokens after which texts that have ended leave a batch."""
+LEAST_SHARED = 16
+"""Tokens with which all rows of a batch begin from which on they are run once."""
 
 
 def generate_contexts(lm: LanguageModel, seed: int = 0, length: int = 10) -> Contexts:
@@ -114,11 +119,13 @@ def continuations(
     seed: int = 0,
     endless: bool = False,
     with_prompt: bool = False,
+    ends: Callable[[str], bool] = lambda _: False,
     title: str = "generation",
 ) -> list[str]:
     """Continue each prompt, in common batches with cached attention keys and values.
 
-    The result depends neither on the composition of the batches nor on the global random state.
+    The result depends neither on the composition of the batches nor on the global random state. What all rows of a
+    batch begin with is run once, and of greedy texts those that have ended leave it.
 
     Args:
         lm: The model.
@@ -131,6 +138,8 @@ def continuations(
         seed: Seed of the sampling noise; every prompt and every repetition of it has noise of its own.
         endless: Suppress the end-of-text token, so that every continuation has its full length.
         with_prompt: Return each prompt with its continuation, decoded as one text.
+        ends: Whether nothing that may follow a continuation matters; it is asked after every few tokens of a greedy
+            text, which may then be returned without the rest.
         title: Label of the progress bar, which counts new tokens.
 
     Returns:
@@ -160,10 +169,10 @@ def continuations(
                 chosen, steps = [unique[i] for i in part], [limits[i] for i in part]
                 noise = gumbel([_seed(seed, *key) for key in chosen], max(steps), top_k) if top_k > 1 else None
                 end = bar.n + sum(steps)
-                new = _generate(lm, [row for row, _ in chosen], steps, noise, endless, bar)
+                new = _Batch(lm, [row for row, _ in chosen], steps, noise, endless, ends).generate(bar)
                 bar.update(end - bar.n)  # rows that ended early
-                for key, ids, limit in zip(chosen, new, steps, strict=True):
-                    ids = [*(key[0] if with_prompt else ()), *ids[:limit].tolist()]
+                for key, ids in zip(chosen, new, strict=True):
+                    ids = [*(key[0] if with_prompt else ()), *ids]
                     texts[key] = str(lm.tokenizer.decode(ids, skip_special_tokens=True))
     return [texts[key] for key in keys]
 
@@ -194,31 +203,107 @@ def _seed(seed: int, row: tuple[int, ...], number: int) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, row, number)).encode()).digest()[:7], "big")
 
 
-def _generate(
-    lm: LanguageModel,
-    rows: Sequence[tuple[int, ...]],
-    limits: Sequence[int],
-    noise: Float[Tensor, "rows tokens k"] | None,
-    endless: bool,
-    bar: Any,
-) -> Int[Tensor, "rows tokens"]:
-    """Return new tokens of rows of different lengths, as many as the largest limit unless all rows end earlier."""
-    if not (tokens := max(limits)):
-        return torch.empty(len(rows), 0, dtype=torch.long)
-    # padded on the left, so that all rows end where the new tokens begin
-    width, filler = max(map(len, rows)), lm.tokenizer.eos_token_id or 0
-    ids = torch.tensor([[filler] * (width - len(row)) + list(row) for row in rows], device=lm.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=lm.device)
-    with lm.running():
-        output: Tensor = lm.model.generate(  # type: ignore[operator]
+class _Batch:
+    """Rows of different lengths that are continued together; what they begin with alike is run once.
+
+    Args:
+        lm: The model.
+        rows: Token ids of each row.
+        limits: Most new tokens of each.
+        noise: What is sampled with; None continues greedily.
+        endless: Whether to suppress the end-of-text token.
+        ends: Whether nothing that may follow a continuation matters.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows: Sequence[tuple[int, ...]],
+        limits: Sequence[int],
+        noise: Float[Tensor, "rows tokens k"] | None,
+        endless: bool,
+        ends: Callable[[str], bool],
+    ) -> None:
+        self.lm, self.rows, self.limits, self.endless, self.ends = lm, rows, limits, endless, ends
+        self.noise = None if noise is None else noise.to(lm.device)
+        # decisions about a row belong to its place in a cache, and only plain attention has one that rows may leave
+        self.in_parts = noise is None and lm.scope in (None, "token") and lm.places_tokens
+        self.filler = lm.tokenizer.eos_token_id or 0
+        end = lm.model.generation_config.eos_token_id
+        self.end = torch.tensor([] if end is None else end, device=lm.device).reshape(-1)
+        self.new: list[list[int]] = [[] for _ in rows]
+
+    def generate(self, bar: Any) -> list[list[int]]:
+        """Return new tokens of each row, at most its limit; ``bar`` counts them."""
+        places = list(range(len(self.rows))) if max(self.limits) else []
+        with self.lm.running():
+            cache, ids, mask = self._begin()
+            while places:
+                start, left = ids.shape[1], [self.limits[place] - len(self.new[place]) for place in places]
+                tokens = min(PART, max(left)) if self.in_parts else max(left)
+                output = self._run(ids, mask, tokens, cache, _Progress(bar, left, start))
+                stay = self._take(places, output.sequences[:, start:])
+                places, cache = [places[i] for i in stay], output.past_key_values
+                if places:  # what has ended leaves
+                    chosen = torch.tensor(stay, device=ids.device)
+                    ids = output.sequences[chosen]
+                    mask = F.pad(mask[chosen], (0, ids.shape[1] - start), value=1)
+                    cache.batch_select_indices(chosen)
+        return self.new
+
+    def _begin(self) -> tuple[Cache | None, Int[Tensor, "rows time"], Int[Tensor, "rows time"]]:
+        """Return what the rows share, as keys and values, and the rows and their mask, so that all end together."""
+        shared = alike(min(self.rows)[:-1], max(self.rows)[:-1]) if self._may_have_gaps() else 0
+        shared = shared if shared >= LEAST_SHARED else 0
+        cache, width = None, max(map(len, self.rows))
+        gaps = [width - len(row) for row in self.rows]
+        pairs = list(zip(self.rows, gaps, strict=True))
+        ids = torch.tensor([[*row[:shared], *[self.filler] * gap, *row[shared:]] for row, gap in pairs])
+        mask = torch.tensor([[1] * shared + [0] * gap + [1] * (width - shared - gap) for gap in gaps])
+        ids, mask = ids.to(self.lm.device), mask.to(self.lm.device)
+        if shared:
+            cache = self._run(ids[:1, :shared], mask[:1, :shared], 1).past_key_values  # the new token is not in it
+            cache.batch_repeat_interleave(len(self.rows))
+        return cache, ids, mask
+
+    def _may_have_gaps(self) -> bool:
+        """True if padding may stand behind what rows share: where positions, not distances, tell tokens apart."""
+        longest = max(map(len, self.rows)) + max(self.limits)
+        return self.in_parts and len(self.rows) > 1 and self.lm.sees_all(longest)
+
+    def _take(self, places: Sequence[int], new: Int[Tensor, "rows time"]) -> list[int]:
+        """Append new tokens to the rows of these places, and return which of them, by number, go on."""
+        ended = torch.isin(new, self.end).any(1).tolist()
+        for place, tokens in zip(places, new.tolist(), strict=True):
+            self.new[place] = [*self.new[place], *tokens][: self.limits[place]]
+        return [i for i, place in enumerate(places) if not (ended[i] or self._is_over(place))]
+
+    def _is_over(self, place: int) -> bool:
+        """True if a row has all of its tokens, or what may follow does not matter."""
+        new = self.new[place]
+        return len(new) == self.limits[place] or self.ends(str(self.lm.tokenizer.decode(new, skip_special_tokens=True)))
+
+    def _run(
+        self,
+        ids: Int[Tensor, "rows time"],
+        mask: Int[Tensor, "rows time"],
+        tokens: int,
+        cache: Cache | None = None,
+        *progress: StoppingCriteria,
+    ) -> Any:
+        """Return the library's output for ``tokens`` more of each row, or fewer if all rows end earlier."""
+        sampling = [] if self.noise is None else [TopK(self.noise, ids.shape[1])]
+        return self.lm.model.generate(  # type: ignore[operator]
             input_ids=ids,
             attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            return_dict_in_generate=True,
             do_sample=False,  # sampling is the processor's task: generate's own draws from the global random state
             repetition_penalty=1.0,
-            min_new_tokens=tokens if endless else None,
+            min_new_tokens=tokens if self.endless else None,
             max_new_tokens=tokens,
-            pad_token_id=filler,
-            logits_processor=[] if noise is None else [TopK(noise.to(lm.device), width)],
-            stopping_criteria=[_Progress(bar, limits, width)],
+            pad_token_id=self.filler,
+            logits_processor=sampling,
+            stopping_criteria=[*progress],
         )
-    return output[:, width:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import takewhile
 
 import torch
 from jaxtyping import Int
@@ -49,6 +50,16 @@ def plan(lengths: Sequence[int], max_tokens: int, slack: int = 32) -> list[list[
             groups.append([index])
             padding = 0
     return groups
+
+
+def alike(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many tokens two rows have in common at their beginning; for the least and the greatest row, all rows.
+
+    Example:
+        >>> alike((5, 1, 2), (5, 1, 3, 4)), alike((), (5,))
+        (2, 0)
+    """
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def pass_bytes(lm: LanguageModel, site: Site | None = None) -> int:

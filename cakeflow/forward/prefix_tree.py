@@ -11,13 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from cakeflow.forward.packing import GIB, logits_bytes, pad, pass_bytes, plan, require_bytes
+from cakeflow.forward.packing import GIB, alike, logits_bytes, pad, pass_bytes, plan, require_bytes
 from cakeflow.models.hooks import logits_at
 from cakeflow.models.language import LanguageModel
 from cakeflow.models.routing import prompt_lengths
@@ -82,7 +81,7 @@ def grow(contexts: Sequence[Context], size: int = SIZE) -> tuple[list[PrefixTree
     last: Context = ()
     # sorted, a context follows its beginnings directly, and contexts with a common beginning are neighbors
     for context in sorted(set(contexts)):
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(context, last, strict=False)))
+        shared = alike(context, last)
         fits = bool(trees) and (len(trees[-1].ids) + len(context) - shared <= size if size else shared == len(last))
         if not fits:
             trees.append(PrefixTree())

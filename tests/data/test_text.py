@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cakeflow.data import builtin_facts
-from cakeflow.data.text import join, occurrences, plain, separator, states, until_stop
+from cakeflow.data.text import is_over, join, occurrences, plain, separator, states, until_any_stop, until_stop
 
 GERMAN_OPEN, GERMAN_CLOSE, OPEN, CLOSE, APOSTROPHE = "\u201e", "\u201c", "\u201c", "\u201d", "\u2019"
 
@@ -211,6 +211,18 @@ def test_occurrences(text, part, places):
 )  # fmt: skip
 def test_until_stop(text, answer):
     assert until_stop(text) == answer
+
+
+@pytest.mark.parametrize("cut", [until_stop, until_any_stop])
+@given(
+    st.text(alphabet="abT .!?\n。1", max_size=20), st.sampled_from(["", " The", " St", " 3", "\n"]), st.text(max_size=9)
+)
+def test_what_follows_an_answer_that_is_over_does_not_matter(cut, text, further, more):
+    """Neither the stop nor what was taken for none depends on it."""
+    said = f"{text}{further} b a."
+    if is_over(said, cut):
+        assert cut(said + more) == cut(said)
+    assert not is_over(cut(said), cut)
 
 
 @given(st.text(alphabet="ab .!?\n。St1", max_size=20))

@@ -21,6 +21,7 @@ from cakeflow.journal.schema import EvaluatedRequest
 from cakeflow.metrics import KINDS, Fluency
 from cakeflow.metrics.text import fluency
 from cakeflow.models import Site
+from evaluation.replies import says
 
 RECORDS = builtin_facts()[:5]
 EVERYTHING = Evaluation(answer_tokens=4, texts_every=2, text_tokens=24, seed=3)
@@ -58,14 +59,9 @@ def test_free_answers_count_when_they_are_right(tiny):
 @pytest.mark.parametrize("target", ["St. Petersburg", "3.5 million", "J. K. Rowling", "Apple Inc.", "北京", "「東京」"])
 @pytest.mark.parametrize("ending", [". It is", ".", "\nIt is", "。他"])
 def test_a_right_answer_counts_where_a_reader_ends_it(lm, target, ending):
-    answer = lm.tokenizer(f" {target}{ending}", add_special_tokens=False)["input_ids"]
-
-    def generate(input_ids, **_):
-        return torch.cat([input_ids, torch.tensor([answer] * len(input_ids))], 1)
-
-    lm.model.generate = generate
+    says(lm, f" {target}{ending}")
     records = [EditRequest("{} is in", "Lund", target), EditRequest("{} is in", "Lund", f"{target} too")]
-    assert Evaluation(answer_tokens=len(answer)).ask(lm, records).scores.answered.tolist() == [1, 0]
+    assert Evaluation(answer_tokens=60).ask(lm, records).scores.answered.tolist() == [1, 0]
 
 
 def test_parts_say_the_same_as_the_whole(tiny):

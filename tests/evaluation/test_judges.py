@@ -24,6 +24,7 @@ from cakeflow.evaluation.judges import (
     verdicts,
 )
 from cakeflow.forward.generation import continuations
+from evaluation.replies import says
 
 LABELS = Path(__file__).parents[2] / "benchmarks"
 RECORD = EditRequest(
@@ -79,11 +80,6 @@ def test_a_judge_that_says_nonsense_is_an_error_that_names_the_answer(value):
 def test_what_is_no_judge_is_refused(judge):
     with pytest.raises(ConfigError, match="a judge is a Judge or a function"):
         Evaluation("wild", judge=judge)
-
-
-def says(lm, text):
-    ids = lm.tokenizer(text, add_special_tokens=False)["input_ids"]
-    lm.model.generate = lambda input_ids, **_: torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], 1)
 
 
 @pytest.mark.parametrize("word", VERDICTS)

@@ -7,6 +7,7 @@ from tqdm.auto import tqdm
 
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.generation import (
+    LEAST_SHARED,
     SEEDS,
     TopK,
     cached_bytes,
@@ -20,12 +21,12 @@ from cakeflow.models import Site
 PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
 
 
-def alone(lm, prompt, tokens):
+def alone(lm, prompt, tokens, end=()):
     """Greedily, one full pass per token."""
     ids = lm.tokenizer(prompt)["input_ids"]
     start = len(ids)
     with torch.no_grad():
-        for _ in range(tokens):
+        while len(ids) < start + tokens and not {*ids[start:]} & {*end}:
             ids.append(int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
     return lm.tokenizer.decode(ids[start:], skip_special_tokens=True)
 
@@ -35,6 +36,46 @@ def alone(lm, prompt, tokens):
 def test_each_is_what_the_model_says_alone(tiny, tokens, max_tokens):
     got = continuations(tiny, PROMPTS, tokens, max_tokens)
     assert got == [alone(tiny, prompt, tokens) for prompt in PROMPTS]
+
+
+LONG = "In the town of Lund by the sea people speak of the rivers and the hills of the land, and of"
+TOGETHER = [f"{LONG}{end}" for end in ("", " Ann", " the old sea", " tennis and Bob", " what")]
+
+
+def passes(lm):
+    """Rows and tokens of every pass from now on."""
+    shapes = []
+    lm.module(Site(0)).register_forward_pre_hook(lambda _, args: shapes.append(tuple(args[0].shape[:2])))
+    return shapes
+
+
+def test_a_common_beginning_is_run_once(tiny):
+    assert tiny.places_tokens  # asks the model, once
+    shapes = passes(tiny)
+    assert continuations(tiny, TOGETHER, 20) == [alone(tiny, prompt, 20) for prompt in TOGETHER]
+    lengths = [len(tiny.tokenizer(prompt)["input_ids"]) for prompt in TOGETHER]
+    (rows, shared), second = shapes[:2]
+    assert rows == 1
+    assert LEAST_SHARED <= shared < min(lengths)
+    assert second == (5, max(lengths) - shared)
+
+
+def test_what_has_ended_leaves(tiny):
+    """Texts that end at different tokens, some of them never."""
+    whole = [tiny.tokenizer(alone(tiny, prompt, 30))["input_ids"] for prompt in TOGETHER]
+    end = tiny.model.generation_config.eos_token_id = sorted({whole[0][4], whole[2][12]})
+    shapes = passes(tiny)
+    assert continuations(tiny, TOGETHER, 30) == [alone(tiny, prompt, 30, end) for prompt in TOGETHER]
+    assert 1 <= shapes[-1][0] < 5
+
+
+def test_a_text_may_be_left_where_the_rest_does_not_matter(tiny):
+    whole = dict(zip(TOGETHER, continuations(tiny, TOGETHER, 40), strict=True))
+    done = whole[TOGETHER[1]][:9]
+    got = continuations(tiny, TOGETHER, 40, ends=lambda text: text.startswith(done))
+    for prompt, text in zip(TOGETHER, got, strict=True):
+        assert whole[prompt].startswith(text)
+        assert (len(text) < len(whole[prompt])) == whole[prompt].startswith(done)
 
 
 def test_a_gib_of_keys_and_values_is_that(tiny):

@@ -9,6 +9,7 @@ from conftest import fit_tiny, random_model
 from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares
 from cakeflow.allocators import Jacobian
 from cakeflow.evaluation.scoring import score_targets
+from cakeflow.forward.generation import continuations
 from cakeflow.forward.keys import FactReader
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models.architecture import Site, is_transposed
@@ -40,6 +41,21 @@ FACTS = [EditRequest("Here comes {}", "Ann", "Rome"), EditRequest("A friend of {
 @pytest.fixture(params=FAMILIES)
 def family(request, lm):
     return random_model(request.param.split(",")[0], lm.tokenizer, **{**COMMON, **FAMILIES[request.param]})
+
+
+@torch.no_grad()
+def test_texts_with_a_common_beginning_are_what_the_model_says_alone(family):
+    """However the family places tokens: what is run once, and texts that end early, change none of them."""
+    prompts = [
+        "Here comes Ann, and a friend of Bob comes from the old town by the sea " + end for end in ("to", "a b", "")
+    ]
+    end, texts = family.tokenizer.eos_token_id, []
+    for prompt in prompts:
+        ids, start = family.tokenizer(prompt)["input_ids"], len(family.tokenizer(prompt)["input_ids"])
+        while len(ids) < start + 20 and end not in ids[start:]:
+            ids.append(int(family.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+        texts.append(family.tokenizer.decode(ids[start:], skip_special_tokens=True))
+    assert continuations(family, prompts, 20) == texts
 
 
 @torch.no_grad()
