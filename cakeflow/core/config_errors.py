@@ -105,15 +105,18 @@ def _wrong_union(_: re.Match[str], __: str, message: str, *___: object) -> str:
     where = ".".join(_KEY.findall(message[:start]))
     match = _UNION.match(message, start)
     kinds, value = match.groups() if match else (message[start:], "")
-    return f"{where} must be {_kind(kinds)}, got {value!r}"
+    remedy = f"; write [{value}]" if "a list" in _kind(kinds) and value[:1] not in ("[", "{", "") else ""
+    return f"{where} must be {_kind(kinds)}, got {value!r}{remedy}"
 
 
 def _kind(kinds: str) -> str:
     """Return types as words: ``<class 'int'>, <class 'NoneType'>`` is ``an integer or null``."""
     plain = re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", kinds)
     plain = re.sub(r"(?:\w+\.)+(\w+)", r"\1", plain)
+    plain = re.sub(r"Literal\['(\w+)'\]", r"\1", plain)
     parts = re.split(r", (?![^\[]*\])", plain)
-    return " or ".join(_NAMES.get(part, part) for part in parts)
+    names = (_NAMES.get(part, part) for part in parts)
+    return " or ".join("a list" if name.lower().startswith(("list[", "sequence[")) else name for name in names)
 
 
 _Explain = Callable[[re.Match[str], str, str, Collection[str], Mapping[str, type]], str]

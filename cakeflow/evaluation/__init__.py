@@ -12,6 +12,7 @@ from cakeflow.evaluation.judges import (
     Stated,
     agreement,
 )
+from cakeflow.evaluation.outcome import free_answers
 from cakeflow.evaluation.protocols import Protocol, official_token_reads
 from cakeflow.evaluation.scoring import (
     PromptScores,
@@ -26,7 +27,7 @@ from cakeflow.evaluation.scoring import (
 
 __all__ = [
     "Answers", "CallableJudge", "Containment", "Evaluation", "ExactMatch", "Judge", "JudgedAnswer", "ModelJudge",
-    "PromptScores", "Protocol", "ScoredPrompt", "Stated", "agreement", "check_records", "free_prompts",
+    "PromptScores", "Protocol", "ScoredPrompt", "Stated", "agreement", "check_records", "free_answers", "free_prompts",
     "official_token_reads", "prompt_contexts", "score_reads", "score_records", "score_targets", "scored_prompts",
     "states_in_contexts",
 ]  # fmt: skip
