@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import Cache, LogitsProcessor, StoppingCriteria
+from transformers import Cache, GenerationConfig, LogitsProcessor, StoppingCriteria
 
 from cakeflow.data.contexts import Contexts
 from cakeflow.errors import ConfigError
@@ -203,6 +204,17 @@ def _seed(seed: int, row: tuple[int, ...], number: int) -> int:
     return int.from_bytes(hashlib.sha256(repr((seed, row, number)).encode()).digest()[:7], "big")
 
 
+@contextmanager
+def _own_settings(model: Any) -> Iterator[None]:
+    """Leave out what a model's folder says of how to generate (penalties, beams, caches), but for where texts end."""
+    settings = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = settings
+
+
 class _Batch:
     """Rows of different lengths that are continued together; what they begin with alike is run once.
 
@@ -230,13 +242,15 @@ class _Batch:
         self.in_parts = noise is None and lm.scope in (None, "token") and lm.places_tokens
         self.filler = lm.tokenizer.eos_token_id or 0
         end = lm.model.generation_config.eos_token_id
-        self.end = torch.tensor([] if end is None else end, device=lm.device).reshape(-1)
+        self.end = torch.tensor([] if end is None else end, dtype=torch.long, device=lm.device).reshape(-1)
         self.new: list[list[int]] = [[] for _ in rows]
 
     def generate(self, bar: Any) -> list[list[int]]:
         """Return new tokens of each row, at most its limit; ``bar`` counts them."""
-        places = list(range(len(self.rows))) if max(self.limits) else []
-        with self.lm.running():
+        places = list(range(len(self.rows)))
+        if not max(self.limits):
+            return self.new
+        with self.lm.running(), _own_settings(self.lm.model):
             cache, ids, mask = self._begin()
             while places:
                 start, left = ids.shape[1], [self.limits[place] - len(self.new[place]) for place in places]
@@ -300,7 +314,6 @@ class _Batch:
             use_cache=True,
             return_dict_in_generate=True,
             do_sample=False,  # sampling is the processor's task: generate's own draws from the global random state
-            repetition_penalty=1.0,
             min_new_tokens=tokens if self.endless else None,
             max_new_tokens=tokens,
             pad_token_id=self.filler,

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
+from transformers import GenerationConfig
 
 from cakeflow.errors import ConfigError, RequestError
 from cakeflow.forward.generation import (
@@ -76,6 +77,22 @@ def test_a_text_may_be_left_where_the_rest_does_not_matter(tiny):
     for prompt, text in zip(TOGETHER, got, strict=True):
         assert whole[prompt].startswith(text)
         assert (len(text) < len(whole[prompt])) == whole[prompt].startswith(done)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("num_beams", 3),
+        ("no_repeat_ngram_size", 2),
+        ("encoder_repetition_penalty", 1.5),
+        ("cache_implementation", "static"),
+    ],
+)
+def test_what_a_folder_says_of_how_to_generate_does_not_count(tiny, name, value):
+    expected = continuations(tiny, TOGETHER, 20)
+    own = tiny.model.generation_config = GenerationConfig(**{name: value})
+    assert continuations(tiny, TOGETHER, 20) == expected
+    assert tiny.model.generation_config is own
 
 
 def test_a_gib_of_keys_and_values_is_that(tiny):
