@@ -10,7 +10,7 @@ import os
 import shutil
 import signal
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,9 @@ FACTS = [
     Fact("I live in {}", "Lyon", "France"),
 ]
 """A subject in the middle, at the start, and, the last one, a subject that ends the prompt."""
+_FRONT = "In the town of Lund by the sea people speak of the rivers and the hills of the land, and of"
+COMMON_BEGINNING = [f"{_FRONT}{end}" for end in ("", " Ann", " the old sea", " tennis and Bob", " what")]
+"""Prompts of different lengths with a long beginning in common."""
 WARNINGS = (
     "ignore:.*does not have many workers",
     "ignore:.*configure_optimizers",
@@ -196,6 +199,21 @@ def random_model(family: str, tokenizer: PreTrainedTokenizerBase, **config: Any)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
     return LanguageModel.wrap(model.float().eval(), tokenizer)
+
+
+def tokens_alone(lm: LanguageModel, prompt: str, tokens: int, end: Sequence[int] = ()) -> list[int]:
+    """The greedy continuation up to a token of ``end``, one full pass per token."""
+    ids = lm.tokenizer(prompt)["input_ids"]
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + tokens and not {*ids[start:]} & {*end}:
+            ids.append(int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
+    return ids[start:]
+
+
+def alone(lm: LanguageModel, prompt: str, tokens: int, end: Sequence[int] = ()) -> str:
+    """The same as a text."""
+    return str(lm.tokenizer.decode(tokens_alone(lm, prompt, tokens, end), skip_special_tokens=True))
 
 
 @pytest.fixture

@@ -105,7 +105,9 @@ def _wrong_union(_: re.Match[str], __: str, message: str, *___: object) -> str:
     where = ".".join(_KEY.findall(message[:start]))
     match = _UNION.match(message, start)
     kinds, value = match.groups() if match else (message[start:], "")
-    remedy = f"; write [{value}]" if "a list" in _kind(kinds) and value[:1] not in ("[", "{", "") else ""
+    remedy = (
+        f"; write [{value}]" if _kind(kinds) in ("a list", "a list or null") and value[:1] not in ("[", "{", "") else ""
+    )
     return f"{where} must be {_kind(kinds)}, got {value!r}{remedy}"
 
 

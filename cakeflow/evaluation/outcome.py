@@ -12,7 +12,7 @@ from typing import Any
 
 from cakeflow.data.builtin import builtin_facts
 from cakeflow.data.request import EditRequest
-from cakeflow.data.text import is_over, plain, states, until_stop
+from cakeflow.data.text import is_over, plain, states, until_any_stop, until_stop
 from cakeflow.errors import ConfigError, Fault, RequestError, has_surrogate, listed, require_count
 from cakeflow.forward.generation import continuations
 from cakeflow.forward.tokens import encode_texts
@@ -224,8 +224,8 @@ def free_answers(
     if longer := [place for place, length in enumerate(lengths) if length >= lm.longest]:
         raise RequestError([Fault(place, "prompt", prompts[place], remedy) for place in longer])
     cut = cut or (str if chat else until_stop)
-    answers = continuations(lm, texts, tokens, max_bytes=max_bytes, ends=partial(is_over, cut=cut))
-    return list(map(cut, answers))
+    further: dict[str, Any] = {"ends": partial(is_over, cut=cut)} if cut in (until_stop, until_any_stop) else {}
+    return list(map(cut, continuations(lm, texts, tokens, max_bytes=max_bytes, **further)))
 
 
 def _length(question: FreeAnswer, name: Sequence[int]) -> int:

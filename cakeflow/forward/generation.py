@@ -238,8 +238,8 @@ class _Batch:
     ) -> None:
         self.lm, self.rows, self.limits, self.endless, self.ends = lm, rows, limits, endless, ends
         self.noise = None if noise is None else noise.to(lm.device)
-        # decisions about a row belong to its place in a cache, and only plain attention has one that rows may leave
-        self.in_parts = noise is None and lm.scope in (None, "token") and lm.places_tokens
+        # decisions about a row belong to its place in a cache
+        self.in_parts = noise is None and lm.scope in (None, "token") and lm.frees_rows
         self.filler = lm.tokenizer.eos_token_id or 0
         end = lm.model.generation_config.eos_token_id
         self.end = torch.tensor([] if end is None else end, dtype=torch.long, device=lm.device).reshape(-1)
@@ -257,12 +257,13 @@ class _Batch:
                 tokens = min(PART, max(left)) if self.in_parts else max(left)
                 output = self._run(ids, mask, tokens, cache, _Progress(bar, left, start))
                 stay = self._take(places, output.sequences[:, start:])
-                places, cache = [places[i] for i in stay], output.past_key_values
-                if places:  # what has ended leaves
-                    chosen = torch.tensor(stay, device=ids.device)
-                    ids = output.sequences[chosen]
-                    mask = F.pad(mask[chosen], (0, ids.shape[1] - start), value=1)
+                ids, cache = output.sequences, output.past_key_values
+                mask = F.pad(mask, (0, ids.shape[1] - start), value=1)
+                if 0 < len(stay) < len(places):  # what has ended leaves
+                    chosen = torch.tensor(stay)  # on the CPU: the parts of a cache may be on several devices
+                    ids, mask = ids[chosen], mask[chosen]
                     cache.batch_select_indices(chosen)
+                places = [places[i] for i in stay]
         return self.new
 
     def _begin(self) -> tuple[Cache | None, Int[Tensor, "rows time"], Int[Tensor, "rows time"]]:
@@ -281,9 +282,9 @@ class _Batch:
         return cache, ids, mask
 
     def _may_have_gaps(self) -> bool:
-        """True if padding may stand behind what rows share: where positions, not distances, tell tokens apart."""
+        """True if the rows may be run in two parts, with padding between them."""
         longest = max(map(len, self.rows)) + max(self.limits)
-        return self.in_parts and len(self.rows) > 1 and self.lm.sees_all(longest)
+        return self.in_parts and len(self.rows) > 1 and self.lm.sees_all(longest) and self.lm.rotates_alike(longest)
 
     def _take(self, places: Sequence[int], new: Int[Tensor, "rows time"]) -> list[int]:
         """Append new tokens to the rows of these places, and return which of them, by number, go on."""

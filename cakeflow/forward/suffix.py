@@ -281,10 +281,10 @@ def cut(
 
 
 def _require_full_attention(lm: LanguageModel, longest: int) -> None:
-    """Refuse texts longer than a sliding window: the masks here let every token attend to all before it."""
+    """Refuse texts longer than a window of attention: the masks here let every token attend to all before it."""
     if not lm.sees_all(longest):
         raise ArchitectureError(
-            f"a text of {longest} tokens is longer than the model's sliding attention window; "
+            f"a text of {longest} tokens is longer than the window or chunk that the model attends to; "
             "shorten the prompt or the contexts"
         )
 

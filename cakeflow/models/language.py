@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from cakeflow.errors import ArchitectureError, ConfigError
 from cakeflow.models.architecture import Architecture, Role, Site, find_architecture
@@ -210,12 +210,31 @@ class LanguageModel(EditableModel):
             return False
         return bool((logits.double() - expected).norm() <= torch.finfo(self.dtype).eps ** (1 / 3) * expected.norm())
 
+    @cached_property
+    def frees_rows(self) -> bool:
+        """True if rows may leave a batch that goes on with its keys and values: nothing else is kept of them.
+
+        Models of images and text keep by how much the positions of each row are shifted.
+        """
+        one = torch.ones(1, 1, dtype=torch.long, device=self.device)
+        cache = getattr(self(input_ids=one, attention_mask=one, use_cache=True), "past_key_values", None)
+        shifted = any(hasattr(module, "rope_deltas") for module in self.model.modules())
+        return self.places_tokens and isinstance(cache, DynamicCache) and not shifted
+
     def sees_all(self, tokens: int) -> bool:
-        """True if no sliding window of the attention is shorter than a text of so many tokens."""
+        """True if no sliding window or chunk of the attention is shorter than a text of so many tokens."""
         config = self.config
         window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        window = window or getattr(config, "window_size", None)
-        return window is None or tokens <= window
+        sizes = (window, getattr(config, "window_size", None), getattr(config, "attention_chunk_size", None))
+        return all(not size or tokens <= size for size in sizes)
+
+    def rotates_alike(self, tokens: int) -> bool:
+        """True if positions in a text of so many tokens are rotated as in a shorter one; LongRoPE's are not."""
+        settings = getattr(self.config, "rope_parameters", None) or {}
+        each = settings.values() if all(isinstance(part, dict) for part in settings.values()) else [settings]
+        changing = [part for part in each if part.get("rope_type") in ("longrope", "dynamic")]
+        most = getattr(self.config, "original_max_position_embeddings", None) or self.longest
+        return all(tokens <= part.get("original_max_position_embeddings", most) for part in changing)
 
     @property
     def head(self) -> nn.Module:

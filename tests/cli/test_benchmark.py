@@ -134,6 +134,10 @@ def test_the_paper_suite_runs_on_a_tiny_model(write, lm, capsys):
     [
         (["--suite", "smal"], "no suite config 'smal'; did you mean 'small'"),
         (["--suite", "mine.yaml", "--methods", "[memitt]"], "has no arm 'memitt'"),
+        (
+            ["--suite", "mine.yaml", "--methods", "single"],
+            "methods must be a list or null, got 'single'; write [single]",
+        ),
         (["--suite", "mine.yaml", "--data", "[nothing.json]"], "nothing.json"),
         (["--suite", "mine.yaml", "--sizes", "[99]"], "99 are to be"),
         (["--suite", "mine.yaml", "--model", "nowhere", "--model_config", "numbers.yaml"], "model 'nowhere'"),

@@ -36,7 +36,7 @@ def complaint(words, capsys):
         (["--trainer.logger", "CSVLoger"], "trainer.logger: there is no class 'CSVLoger'; did you mean 'CSVLogger'"),
         (["--data.limit", "many"], "data.limit must be an integer or null, got 'many'"),
         (["--model.rounds", "x"], "model.rounds must be an integer, got 'x'"),
-        (["--model.layers", "5"], "model.layers must be a list or auto, got '5'; write [5]"),
+        (["--model.layers", "5"], "model.layers must be a list or auto, got '5'"),
         (["--model.memory_budget", "x"], "model.memory_budget must be a number or null, got 'x'"),
         (
             ["--data.conflicts", "drp"],

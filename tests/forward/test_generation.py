@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from conftest import COMMON_BEGINNING, alone, random_model, tokens_alone
 from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
@@ -22,25 +23,11 @@ from cakeflow.models import Site
 PROMPTS = ["The sea is", "Ann", "All about the town of Lund", "Bob", "Ann"]
 
 
-def alone(lm, prompt, tokens, end=()):
-    """Greedily, one full pass per token."""
-    ids = lm.tokenizer(prompt)["input_ids"]
-    start = len(ids)
-    with torch.no_grad():
-        while len(ids) < start + tokens and not {*ids[start:]} & {*end}:
-            ids.append(int(lm.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return lm.tokenizer.decode(ids[start:], skip_special_tokens=True)
-
-
 @pytest.mark.parametrize("max_tokens", [1, 40, 4096])
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_each_is_what_the_model_says_alone(tiny, tokens, max_tokens):
     got = continuations(tiny, PROMPTS, tokens, max_tokens)
     assert got == [alone(tiny, prompt, tokens) for prompt in PROMPTS]
-
-
-LONG = "In the town of Lund by the sea people speak of the rivers and the hills of the land, and of"
-TOGETHER = [f"{LONG}{end}" for end in ("", " Ann", " the old sea", " tennis and Bob", " what")]
 
 
 def passes(lm):
@@ -51,10 +38,10 @@ def passes(lm):
 
 
 def test_a_common_beginning_is_run_once(tiny):
-    assert tiny.places_tokens  # asks the model, once
+    assert tiny.frees_rows  # asks the model, once
     shapes = passes(tiny)
-    assert continuations(tiny, TOGETHER, 20) == [alone(tiny, prompt, 20) for prompt in TOGETHER]
-    lengths = [len(tiny.tokenizer(prompt)["input_ids"]) for prompt in TOGETHER]
+    assert continuations(tiny, COMMON_BEGINNING, 20) == [alone(tiny, prompt, 20) for prompt in COMMON_BEGINNING]
+    lengths = [len(tiny.tokenizer(prompt)["input_ids"]) for prompt in COMMON_BEGINNING]
     (rows, shared), second = shapes[:2]
     assert rows == 1
     assert LEAST_SHARED <= shared < min(lengths)
@@ -63,20 +50,44 @@ def test_a_common_beginning_is_run_once(tiny):
 
 def test_what_has_ended_leaves(tiny):
     """Texts that end at different tokens, some of them never."""
-    whole = [tiny.tokenizer(alone(tiny, prompt, 30))["input_ids"] for prompt in TOGETHER]
+    whole = [tokens_alone(tiny, prompt, 30) for prompt in COMMON_BEGINNING]
     end = tiny.model.generation_config.eos_token_id = sorted({whole[0][4], whole[2][12]})
     shapes = passes(tiny)
-    assert continuations(tiny, TOGETHER, 30) == [alone(tiny, prompt, 30, end) for prompt in TOGETHER]
+    assert continuations(tiny, COMMON_BEGINNING, 30) == [alone(tiny, prompt, 30, end) for prompt in COMMON_BEGINNING]
     assert 1 <= shapes[-1][0] < 5
 
 
 def test_a_text_may_be_left_where_the_rest_does_not_matter(tiny):
-    whole = dict(zip(TOGETHER, continuations(tiny, TOGETHER, 40), strict=True))
-    done = whole[TOGETHER[1]][:9]
-    got = continuations(tiny, TOGETHER, 40, ends=lambda text: text.startswith(done))
-    for prompt, text in zip(TOGETHER, got, strict=True):
+    whole = dict(zip(COMMON_BEGINNING, continuations(tiny, COMMON_BEGINNING, 40), strict=True))
+    done = whole[COMMON_BEGINNING[1]][:9]
+    got = continuations(tiny, COMMON_BEGINNING, 40, ends=lambda text: text.startswith(done))
+    for prompt, text in zip(COMMON_BEGINNING, got, strict=True):
         assert whole[prompt].startswith(text)
         assert (len(text) < len(whole[prompt])) == whole[prompt].startswith(done)
+
+
+SMALL = {
+    "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 600,
+    "intermediate_size": 48, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.6,
+}  # fmt: skip
+LONGER = {
+    "rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 4, "long_factor": [3.0] * 4,
+    "original_max_position_embeddings": 47,  # what the prompts share has as many tokens
+}  # fmt: skip
+CHUNKS = {
+    "intermediate_size_mlp": 48, "head_dim": 8, "num_local_experts": 2, "attention_chunk_size": 24, "pad_token_id": 0,
+    "layer_types": ["chunked_attention"] * 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [("llama", {"rope_parameters": LONGER, "max_position_embeddings": 104}), ("llama4_text", CHUNKS)],
+)
+def test_positions_that_depend_on_the_length_are_those_of_the_whole_text(lm, family, settings):
+    """A common beginning is not run alone where the model would read it otherwise."""
+    lm = random_model(family, lm.tokenizer, **SMALL, **settings)
+    assert continuations(lm, COMMON_BEGINNING, 12) == [alone(lm, prompt, 12, [0]) for prompt in COMMON_BEGINNING]
 
 
 @pytest.mark.parametrize(
@@ -89,9 +100,9 @@ def test_a_text_may_be_left_where_the_rest_does_not_matter(tiny):
     ],
 )
 def test_what_a_folder_says_of_how_to_generate_does_not_count(tiny, name, value):
-    expected = continuations(tiny, TOGETHER, 20)
+    expected = continuations(tiny, COMMON_BEGINNING, 20)
     own = tiny.model.generation_config = GenerationConfig(**{name: value})
-    assert continuations(tiny, TOGETHER, 20) == expected
+    assert continuations(tiny, COMMON_BEGINNING, 20) == expected
     assert tiny.model.generation_config is own
 
 

@@ -168,7 +168,7 @@ def random(family, tokenizer, **changes):
 @pytest.mark.parametrize("family", WINDOWED)
 def test_a_window_shorter_than_the_row_is_refused(family, lm, rows):
     """A mask of our own leaves it out; that must not pass silently."""
-    with pytest.raises(ArchitectureError, match="sliding attention window"):
+    with pytest.raises(ArchitectureError, match="the window or chunk that the model attends to"):
         check(random(family, lm.tokenizer, **WINDOWED[family]), rows, [Site(0)], 1024)
 
 

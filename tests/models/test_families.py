@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import fit_tiny, random_model
+from conftest import COMMON_BEGINNING, alone, fit_tiny, random_model
 
 from cakeflow import Contexts, EditRequest, GradientSearch, LeastSquares
 from cakeflow.allocators import Jacobian
@@ -43,19 +43,10 @@ def family(request, lm):
     return random_model(request.param.split(",")[0], lm.tokenizer, **{**COMMON, **FAMILIES[request.param]})
 
 
-@torch.no_grad()
 def test_texts_with_a_common_beginning_are_what_the_model_says_alone(family):
     """However the family places tokens: what is run once, and texts that end early, change none of them."""
-    prompts = [
-        "Here comes Ann, and a friend of Bob comes from the old town by the sea " + end for end in ("to", "a b", "")
-    ]
-    end, texts = family.tokenizer.eos_token_id, []
-    for prompt in prompts:
-        ids, start = family.tokenizer(prompt)["input_ids"], len(family.tokenizer(prompt)["input_ids"])
-        while len(ids) < start + 20 and end not in ids[start:]:
-            ids.append(int(family.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-        texts.append(family.tokenizer.decode(ids[start:], skip_special_tokens=True))
-    assert continuations(family, prompts, 20) == texts
+    texts = [alone(family, prompt, 20, [0]) for prompt in COMMON_BEGINNING]
+    assert continuations(family, COMMON_BEGINNING, 20) == texts
 
 
 @torch.no_grad()

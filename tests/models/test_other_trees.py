@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from conftest import fit_tiny, random_model
-from transformers import AutoModelForImageTextToText, Gemma3Config, T5Config, T5ForConditionalGeneration
+from conftest import COMMON_BEGINNING, alone, fit_tiny, random_model, tokens_alone
+from transformers import AutoModelForImageTextToText, Gemma3Config, Qwen2VLConfig, T5Config, T5ForConditionalGeneration
 
 from cakeflow import Architecture, Contexts, EditRequest, GradientSearch, LeastSquares, LocateThenEdit
 from cakeflow.errors import ArchitectureError
 from cakeflow.evaluation.scoring import score_targets
+from cakeflow.forward.generation import continuations
 from cakeflow.forward.suffix import cut
 from cakeflow.forward.tokens import encode_batch
 from cakeflow.models import Site
@@ -74,12 +75,25 @@ def gemma3(tokenizer):
     return LanguageModel.wrap(AutoModelForImageTextToText.from_config(config).float().eval(), tokenizer)
 
 
+def qwen2_vl(tokenizer):
+    """A text part that shifts the positions behind images, row by row."""
+    torch.manual_seed(0)
+    text = {
+        **COMMON,
+        **GATED,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    }
+    vision = {"embed_dim": 16, "hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+    config = Qwen2VLConfig(text_config={k: v for k, v in text.items() if k != "init_std"}, vision_config=vision)
+    return LanguageModel.wrap(AutoModelForImageTextToText.from_config(config).float().eval(), tokenizer)
+
+
 def gpt(tokenizer):
     """Blocks that return lists, and take two-dimensional masks only."""
     return random_model("openai-gpt", tokenizer, **COMMON)
 
 
-BUILT = {"opt-350m": opt_350m, "gemma3": gemma3, "gpt": gpt}
+BUILT = {"opt-350m": opt_350m, "gemma3": gemma3, "qwen2_vl": qwen2_vl, "gpt": gpt}
 
 
 @pytest.fixture(params=[*TREES, *BUILT])
@@ -106,6 +120,14 @@ def test_the_text_part_is_found_beside_an_image_encoder(lm):
 
 def test_a_post_norm_decoder_has_no_final_norm(lm):
     assert opt_350m(lm.tokenizer).architecture.final_norm == ""
+
+
+def test_texts_that_end_one_after_the_other_are_what_the_model_says_alone(family):
+    prompts = ["Here comes Ann", "A friend of Bob", "The old sea is", "Lund", *COMMON_BEGINNING]
+    whole = [tokens_alone(family, prompt, 16) for prompt in prompts]
+    end = family.model.generation_config.eos_token_id = [whole[0][6], whole[2][11]]
+    texts = [alone(family, prompt, 16, end) for prompt in prompts]
+    assert continuations(family, prompts, 16) == texts
 
 
 def test_suffixes_equal_full_passes(family, requests):
